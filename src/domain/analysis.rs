@@ -1,0 +1,241 @@
+//! From evidence to a verdict.
+//!
+//! The policy here is THRESHOLD: each metric of the canary against a fixed limit, over a sliding window. No data and
+//! too little data hold the step; they never promote and never roll back.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::stats::Stats;
+use super::window::Evidence;
+
+/// What the analysis says of a canary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// Enough evidence, all of it good.
+    Promote,
+    /// Not enough evidence; with why.
+    Hold(String),
+    /// Stay at this weight until an operator looks; with why.
+    Pause(String),
+    /// Back to stable; with why.
+    Rollback(String),
+}
+
+impl Verdict {
+    fn rank(&self) -> u8 {
+        match self {
+            Self::Promote => 0,
+            Self::Hold(_) => 1,
+            Self::Pause(_) => 2,
+            Self::Rollback(_) => 3,
+        }
+    }
+
+    /// Returns the more careful of two verdicts, this one when they are equally careful.
+    pub fn or_worse(self, other: Self) -> Self {
+        if other.rank() > self.rank() { other } else { self }
+    }
+
+    /// Returns the verdict's word, as topics and streams spell it.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Promote => "PROMOTE",
+            Self::Hold(_) => "HOLD",
+            Self::Pause(_) => "PAUSE",
+            Self::Rollback(_) => "ROLLBACK",
+        }
+    }
+
+    /// Returns why; empty for a promotion.
+    pub fn reason(&self) -> &str {
+        match self {
+            Self::Promote => "",
+            Self::Hold(why) | Self::Pause(why) | Self::Rollback(why) => why,
+        }
+    }
+}
+
+/// Which number of the latency distribution a metric looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Statistic {
+    /// The arithmetic mean.
+    Mean,
+    /// The latency that this share of answers stays within, in basis points (9500 = p95).
+    Quantile(u16),
+}
+
+impl fmt::Display for Statistic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mean => f.write_str("mean"),
+            Self::Quantile(bp) => write!(f, "p{}", f64::from(*bp) / 100.0),
+        }
+    }
+}
+
+/// A limit that a canary must stay within.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Limit {
+    /// Share of errors, in basis points (500 = 5 %).
+    ErrorRate {
+        /// Highest healthy rate.
+        max_bp: u16,
+    },
+    /// Latency, in microseconds.
+    Latency {
+        /// Which number is compared.
+        statistic: Statistic,
+        /// Highest healthy latency.
+        max_us: u64,
+    },
+}
+
+/// What a broken limit leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnFailure {
+    /// Back to stable.
+    Rollback,
+    /// Stay, and wait for an operator.
+    Pause,
+}
+
+/// One metric of the THRESHOLD policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metric {
+    /// The name its author gave it.
+    pub name: String,
+    /// The limit.
+    pub limit: Limit,
+    /// What breaking it leads to.
+    pub on_failure: OnFailure,
+}
+
+/// What a whole window without canary traffic leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NoData {
+    /// The step waits.
+    Hold,
+    /// The rollout is rolled back once its step is due.
+    Fail,
+}
+
+/// How a rollout is judged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Analysis {
+    /// Length of the sliding window, in milliseconds.
+    pub window_ms: u64,
+    /// Fewest canary answers in the window that allow any verdict but hold.
+    pub min_samples: u64,
+    /// The metrics, all of which must hold.
+    pub metrics: Vec<Metric>,
+    /// What silence means.
+    pub no_data: NoData,
+    /// How long a due step may hold before the rollout is paused, in milliseconds; none: for ever.
+    pub inconclusive_after_ms: Option<u64>,
+}
+
+/// Fewest canary answers that a node needs to judge by itself, without its peers' evidence.
+const LOCAL_SAMPLES_MIN: u64 = 20;
+
+impl Default for Analysis {
+    /// The seed's rule: over 30 s, more than 5 % errors rolls back, a mean latency over 500 ms pauses.
+    fn default() -> Self {
+        let errors = Limit::ErrorRate { max_bp: 500 };
+        let latency = Limit::Latency { statistic: Statistic::Mean, max_us: 500_000 };
+        Self {
+            window_ms: 30_000,
+            min_samples: 100,
+            metrics: vec![
+                Metric { name: "errors".into(), limit: errors, on_failure: OnFailure::Rollback },
+                Metric { name: "latency".into(), limit: latency, on_failure: OnFailure::Pause },
+            ],
+            no_data: NoData::Hold,
+            inconclusive_after_ms: None,
+        }
+    }
+}
+
+impl Analysis {
+    /// Returns the verdict on everything the cluster has seen.
+    pub fn judge(&self, cluster: &Evidence) -> Verdict {
+        self.judge_with(&cluster.canary, self.min_samples)
+    }
+
+    /// Returns the verdict on what one node has seen by itself. It needs fewer samples than the cluster's, so that one
+    /// node's broken path to the canary isn't hidden by its healthy peers; it can veto, and never be enough to promote.
+    pub fn judge_alone(&self, node: &Evidence) -> Verdict {
+        self.judge_with(&node.canary, self.min_samples.min(LOCAL_SAMPLES_MIN))
+    }
+
+    fn judge_with(&self, canary: &Stats, min_samples: u64) -> Verdict {
+        if canary.count < min_samples.max(1) {
+            return Verdict::Hold(format!("{} of {} canary samples", canary.count, min_samples.max(1)));
+        }
+        let verdicts = self.metrics.iter().filter_map(|metric| metric.broken(canary));
+        verdicts.fold(Verdict::Promote, Verdict::or_worse)
+    }
+}
+
+impl Metric {
+    /// Returns the verdict that breaking this metric's limit leads to; none while it holds.
+    fn broken(&self, canary: &Stats) -> Option<Verdict> {
+        let name = &self.name;
+        let why = match self.limit {
+            Limit::ErrorRate { max_bp } => {
+                let (found, max) = (canary.error_rate()? * 100.0, f64::from(max_bp) / 100.0);
+                (found > max).then(|| format!("{name}: {found:.2} % of {} answers, limit {max} %", canary.count))
+            }
+            Limit::Latency { statistic, max_us } => {
+                let found = match statistic {
+                    Statistic::Mean => canary.mean_ms()?,
+                    Statistic::Quantile(bp) => canary.quantile_ms(f64::from(bp) / 10_000.0)?,
+                };
+                let max = max_us as f64 / 1000.0;
+                (found > max).then(|| format!("{name}: {statistic} {found:.1} ms, limit {max} ms"))
+            }
+        }?;
+        Some(match self.on_failure {
+            OnFailure::Rollback => Verdict::Rollback(why),
+            OnFailure::Pause => Verdict::Pause(why),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn canary(count: u64, errors: u64, latency_us: u64) -> Evidence {
+        let mut evidence = Evidence::default();
+        (0..count).for_each(|i| evidence.canary.record(latency_us, i < errors));
+        evidence
+    }
+
+    #[test]
+    fn the_seed_rule_rolls_back_over_five_percent_and_pauses_over_500_ms() {
+        let rule = Analysis::default();
+        assert_eq!(rule.judge(&canary(200, 10, 1_000)), Verdict::Promote);
+        let found = rule.judge(&canary(200, 11, 1_000));
+        assert_eq!(found, Verdict::Rollback("errors: 5.50 % of 200 answers, limit 5 %".into()));
+        assert_eq!(rule.judge(&canary(200, 0, 500_000)), Verdict::Promote);
+        let found = rule.judge(&canary(200, 0, 501_000));
+        assert_eq!(found, Verdict::Pause("latency: mean 501.0 ms, limit 500 ms".into()));
+    }
+
+    #[test]
+    fn the_worse_of_two_broken_limits_counts() {
+        let found = Analysis::default().judge(&canary(200, 200, 900_000));
+        assert_eq!(found.word(), "ROLLBACK");
+    }
+
+    #[test]
+    fn silence_and_little_data_hold() {
+        let rule = Analysis::default();
+        assert_eq!(rule.judge(&Evidence::default()), Verdict::Hold("0 of 100 canary samples".into()));
+        assert_eq!(rule.judge(&canary(99, 99, 1)).word(), "HOLD");
+        assert_eq!(rule.judge_alone(&canary(99, 99, 1)).word(), "ROLLBACK");
+        assert_eq!(rule.judge_alone(&canary(19, 19, 1)).word(), "HOLD");
+    }
+}

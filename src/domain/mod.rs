@@ -1,0 +1,14 @@
+//! What a rollout is: values and arithmetic.
+//!
+//! Nothing here waits, reads a clock, draws a random number or touches a disk or socket; time is an argument. The
+//! commit protocol that makes three nodes agree on these values is in [`crate::protocol`].
+
+pub mod analysis;
+pub mod ids;
+pub mod plan;
+pub mod rollout;
+pub mod routing;
+pub mod stats;
+pub mod time;
+pub mod weights;
+pub mod window;

@@ -1,0 +1,178 @@
+//! A rollout as its author wrote it: the two versions, the stages, how traffic is assigned and judged.
+//!
+//! Made by [`crate::config::rollout`] from a file; everything here is already checked.
+
+use serde::{Deserialize, Serialize};
+
+use super::analysis::Analysis;
+use super::ids::{ServiceId, VersionId};
+use super::weights::Weight;
+
+/// One version of a service and where it is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// The version's name.
+    pub version: VersionId,
+    /// Base URLs (`http://host:port`); empty: the node answers the assignment itself, as JSON.
+    pub urls: Vec<String>,
+}
+
+/// A weight, and what must pass before the next one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// The canary's share at this stage.
+    pub weight: Weight,
+    /// Least time at this stage, in milliseconds.
+    pub hold_ms: u64,
+    /// True when only an operator's `promote` leads on.
+    pub manual: bool,
+}
+
+/// What makes a request stick to a version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HashOn {
+    /// The value of this request header (lower case); requests without it are drawn at random.
+    Header(String),
+}
+
+/// Requests with all of these header values (name in lower case, exact value) are the canary's while it has traffic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Match {
+    /// Header name and value.
+    pub headers: Vec<(String, String)>,
+}
+
+/// What a node without a lease does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnPartition {
+    /// Everything to stable.
+    Stable,
+    /// Keep the last weights: for stables that can't take the whole load at once.
+    Hold,
+}
+
+/// A whole rollout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolloutSpec {
+    /// The service.
+    pub service: ServiceId,
+    /// What serves today.
+    pub stable: Backend,
+    /// What is tried.
+    pub canary: Backend,
+    /// The stages, weights never falling, the last one at 100 %; not empty.
+    pub stages: Vec<Stage>,
+    /// How long the last stage is watched before the canary becomes stable, in milliseconds.
+    pub bake_ms: u64,
+    /// Stickiness; none: a uniform draw for each request.
+    pub hash_on: Option<HashOn>,
+    /// Requests that go to the canary whatever the draw.
+    pub matches: Vec<Match>,
+    /// How evidence is judged.
+    pub analysis: Analysis,
+    /// How long canary traffic outlives the last contact with a majority, in milliseconds.
+    pub lease_ms: u64,
+    /// What happens when it ends.
+    pub on_partition: OnPartition,
+    /// Longest time without progress before the rollout is rolled back, in milliseconds.
+    pub progress_deadline_ms: u64,
+}
+
+/// Why a rollout can't be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// Both roles name one version.
+    #[error("canary version is {0}, expected another version than stable")]
+    SameVersion(VersionId),
+    /// No stage at all.
+    #[error("steps hold no setWeight, expected at least one")]
+    NoStages,
+    /// A weight falls.
+    #[error("step weight {found} follows {before}, expected weights that never fall")]
+    Falling {
+        /// The earlier weight.
+        before: Weight,
+        /// The later, lower one.
+        found: Weight,
+    },
+    /// The last weight isn't all.
+    #[error("last step weight is {0}, expected 100%")]
+    NotWhole(Weight),
+    /// More than fits in a record.
+    #[error("{what}: found {found}, expected at most {max}")]
+    TooMany {
+        /// What there is too much of.
+        what: &'static str,
+        /// How many there are.
+        found: usize,
+        /// How many there may be.
+        max: usize,
+    },
+    /// A duration outside its range.
+    #[error("{what} is {found} ms, expected {min} to {max} ms")]
+    Duration {
+        /// Which duration.
+        what: &'static str,
+        /// Its value.
+        found: u64,
+        /// The least allowed.
+        min: u64,
+        /// The most allowed.
+        max: u64,
+    },
+}
+
+/// Longest duration a rollout may name: 90 days.
+const DURATION_MS_MAX: u64 = 90 * 24 * 3600 * 1000;
+
+impl RolloutSpec {
+    /// Returns this rollout, or what is wrong with it. Peers check what they receive by the same rules.
+    pub fn checked(self) -> Result<Self, SpecError> {
+        if self.stable.version == self.canary.version {
+            return Err(SpecError::SameVersion(self.canary.version));
+        }
+        let at_most = |what, found, max| match found <= max {
+            true => Ok(()),
+            false => Err(SpecError::TooMany { what, found, max }),
+        };
+        at_most("steps", self.stages.len(), 100)?;
+        at_most("urls of stable", self.stable.urls.len(), 64)?;
+        at_most("urls of canary", self.canary.urls.len(), 64)?;
+        at_most("routing matches", self.matches.len(), 32)?;
+        at_most("metrics", self.analysis.metrics.len(), 32)?;
+        let size = serde_json::to_vec(&self).map_or(usize::MAX, |json| json.len());
+        at_most("bytes of the rollout", size, 24 * 1024)?;
+        for pair in self.stages.windows(2) {
+            if pair[1].weight < pair[0].weight {
+                return Err(SpecError::Falling { before: pair[0].weight, found: pair[1].weight });
+            }
+        }
+        match self.stages.last() {
+            None => return Err(SpecError::NoStages),
+            Some(last) if last.weight != Weight::FULL => return Err(SpecError::NotWhole(last.weight)),
+            Some(_) => {}
+        }
+        let within = |what, found, min, max| match (min..=max).contains(&found) {
+            true => Ok(()),
+            false => Err(SpecError::Duration { what, found, min, max }),
+        };
+        within("safety.lease", self.lease_ms, 1_000, 60_000)?;
+        within("bake.duration", self.bake_ms, 0, DURATION_MS_MAX)?;
+        within("progressDeadline", self.progress_deadline_ms, 1_000, DURATION_MS_MAX)?;
+        within("analysis.window", self.analysis.window_ms, 1_000, 3_600_000)?;
+        for stage in &self.stages {
+            within("pause.duration", stage.hold_ms, 0, DURATION_MS_MAX)?;
+        }
+        Ok(self)
+    }
+
+    /// Returns the rollout the other way round: what `undo` starts.
+    pub fn reversed(&self) -> Self {
+        Self { stable: self.canary.clone(), canary: self.stable.clone(), ..self.clone() }
+    }
+
+    /// Returns the index of the last stage, the one at 100 %.
+    pub fn last_stage(&self) -> usize {
+        self.stages.len() - 1
+    }
+}

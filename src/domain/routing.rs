@@ -1,0 +1,59 @@
+//! The state that the cluster agrees on for one service, and that every node serves by.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::ids::{ServiceId, TxId, VersionId};
+use super::time::Wall;
+use super::weights::{Weight, Weights};
+
+/// How far a transaction has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Status {
+    /// Voted on, not decided.
+    Prepared,
+    /// Decided, in force.
+    Committed,
+    /// Decided, without effect on the weights.
+    Aborted,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Prepared => "PREPARED",
+            Self::Committed => "COMMITTED",
+            Self::Aborted => "ABORTED",
+        })
+    }
+}
+
+/// The committed routing of one service: a ceiling on what the canary gets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoutingState {
+    /// The service.
+    pub service: ServiceId,
+    /// Counts committed weight changes.
+    pub version: u64,
+    /// The version that serves what the canary doesn't.
+    pub stable_model_id: VersionId,
+    /// The version on trial, if any.
+    pub canary_model_id: Option<VersionId>,
+    /// The agreed split.
+    pub weights: Weights,
+    /// Outcome of the last transaction that concerned this service.
+    pub status: Status,
+    /// That transaction.
+    pub txid: TxId,
+    /// When its coordinator proposed it.
+    pub timestamp: Wall,
+}
+
+impl RoutingState {
+    /// Returns the canary's committed share: zero when there is no canary.
+    pub fn canary_weight(&self) -> Weight {
+        self.canary_model_id.as_ref().map_or(Weight::ZERO, |canary| self.weights.of(canary))
+    }
+}

@@ -1,0 +1,62 @@
+//! Points in time, as arguments: the one clock that leases trust, and the one that people read.
+
+use std::fmt;
+use std::ops::Add;
+
+use serde::{Deserialize, Serialize};
+
+/// Microseconds on a node's own clock that never jumps and counts suspend (`CLOCK_BOOTTIME`).
+///
+/// Only differences mean anything, and only on the node that read it: it never crosses the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Mono(pub u64);
+
+impl Mono {
+    /// Returns the time that many milliseconds after zero.
+    pub const fn from_millis(ms: u64) -> Self {
+        Self(ms * 1000)
+    }
+
+    /// Returns the milliseconds from `earlier` to here; 0 when `earlier` is later.
+    pub const fn millis_since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0) / 1000
+    }
+
+    /// Returns the time `ms` milliseconds after this one.
+    pub const fn after_ms(self, ms: u64) -> Self {
+        Self(self.0.saturating_add(ms.saturating_mul(1000)))
+    }
+
+    /// Returns the time `ms` milliseconds before this one; 0 when there is none.
+    pub const fn before_ms(self, ms: u64) -> Self {
+        Self(self.0.saturating_sub(ms.saturating_mul(1000)))
+    }
+}
+
+/// Milliseconds since 1970 (UTC), for people and for pauses across restarts; safety never depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Wall(pub u64);
+
+impl Add<u64> for Wall {
+    type Output = Self;
+    fn add(self, ms: u64) -> Self {
+        Self(self.0.saturating_add(ms))
+    }
+}
+
+impl fmt::Display for Wall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_millis(self.0);
+        write!(f, "{}", humantime::format_rfc3339_millis(time))
+    }
+}
+
+/// Both clocks, read at the same moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Now {
+    /// For durations, deadlines and leases.
+    pub mono: Mono,
+    /// For timestamps.
+    pub wall: Wall,
+}
