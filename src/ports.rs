@@ -1,0 +1,97 @@
+//! What the shell asks of the world. Adapters answer; tests and simulators answer with a world of their own.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::domain::ids::NodeId;
+use crate::domain::time::Now;
+use crate::protocol::record::{Chosen, Register, Slot};
+
+/// A store could not do what it must. The process stops: a promise that may not be on disk can't be made.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: {doing}: {source}")]
+pub struct StoreError {
+    /// The file or directory.
+    pub path: String,
+    /// What was tried, and what an operator can do.
+    pub doing: String,
+    /// The system's answer.
+    #[source]
+    pub source: io::Error,
+}
+
+/// A node's durable memory.
+pub trait Store: Send {
+    /// Writes the register; on return it and every record appended before survive power loss.
+    fn persist(&mut self, register: &Register) -> Result<(), StoreError>;
+
+    /// Appends the record of the next slot; it survives power loss once a later [`Store::persist`] returned.
+    fn append(&mut self, chosen: &Chosen) -> Result<(), StoreError>;
+
+    /// Returns a reader of the log that other threads may use.
+    fn reader(&self) -> Arc<dyn LogReader>;
+}
+
+/// Reads the log.
+pub trait LogReader: Send + Sync {
+    /// Returns up to `most` records from slot `from` on, in order; empty when there are none.
+    fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError>;
+}
+
+/// What a store found at start.
+pub struct Recovered<S> {
+    /// The store, ready to be written.
+    pub store: S,
+    /// The promises; none when no slot of the register is readable: the node's memory is gone.
+    pub register: Option<Register>,
+    /// The log from genesis on: contiguous, the chain verified.
+    pub log: Vec<Chosen>,
+    /// What was unusual, one sentence each, for the log.
+    pub notes: Vec<String>,
+}
+
+/// Reads both clocks.
+pub trait Clock: Send + Sync {
+    /// Returns the time.
+    fn now(&self) -> Now;
+}
+
+/// A future without a name.
+pub type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// A connection's two directions.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// A connection between two nodes.
+pub struct Connection {
+    /// The bytes.
+    pub stream: Box<dyn Duplex>,
+    /// The peer that the transport itself authenticated (mutual TLS); none on a plaintext transport, where HELLO's
+    /// word is all there is.
+    pub peer: Option<NodeId>,
+    /// Where it comes from or goes to, for logs.
+    pub address: String,
+}
+
+/// The network between nodes.
+pub trait Network: Send + Sync {
+    /// Connects to a peer's control port.
+    fn connect<'a>(&'a self, peer: &'a NodeId, address: &'a str) -> Later<'a, io::Result<Connection>>;
+
+    /// Binds this node's control port.
+    fn listen<'a>(&'a self, address: &'a str) -> Later<'a, io::Result<Box<dyn Listener>>>;
+}
+
+/// A bound control port.
+pub trait Listener: Send {
+    /// Returns the next connection before any handshake; completing one must not delay the next.
+    fn accept(&mut self) -> Later<'_, io::Result<Later<'static, io::Result<Connection>>>>;
+
+    /// Returns the bound address.
+    fn address(&self) -> io::Result<String>;
+}

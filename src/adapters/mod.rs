@@ -1,0 +1,6 @@
+//! The real world behind [`crate::ports`]: clocks, disks, sockets.
+
+pub mod clock;
+pub mod disk;
+pub mod memory;
+pub mod net;

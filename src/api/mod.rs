@@ -1,0 +1,3 @@
+//! The operator's door: rollouts, the cluster, events and metrics over HTTP.
+
+pub mod read;

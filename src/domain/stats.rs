@@ -55,12 +55,7 @@ pub struct Stats {
 
 impl Stats {
     /// Returns statistics from raw counters; `histogram` holds one count for each of [`BUCKETS`].
-    pub fn from_counts(
-        count: u64,
-        errors: u64,
-        latency_sum_us: u64,
-        histogram: impl IntoIterator<Item = u32>,
-    ) -> Self {
+    pub fn from_counts(count: u64, errors: u64, latency_sum_us: u64, histogram: impl IntoIterator<Item = u32>) -> Self {
         let histogram = histogram.into_iter().zip(0u16..).filter(|(n, _)| *n > 0).map(|(n, b)| (b, n)).collect();
         Self { count, errors, latency_sum_us, histogram }
     }

@@ -1,0 +1,6 @@
+//! The shell around the protocol core: one loop that takes one input, calls the core, persists, then sends.
+
+pub mod frame;
+pub mod handle;
+pub mod link;
+pub mod run;

@@ -1,0 +1,177 @@
+//! What the rest of the process may know and ask of its node.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::domain::ids::TxId;
+use crate::domain::time::Mono;
+use crate::ports::{Clock, LogReader};
+use crate::protocol::message::Role;
+use crate::protocol::{Announcement, Mode, Observation, Op, Outcome, Serving, View};
+
+/// Requests that may wait for the node's loop.
+pub const REQUESTS_MAX: usize = 256;
+/// Events that a slow follower may lag behind before it must start again from the log.
+pub const EVENTS_MAX: usize = 1024;
+
+/// A question to the node's loop.
+#[derive(Debug)]
+pub enum Request {
+    /// An operator's change.
+    Submit {
+        /// The transaction id.
+        tx: TxId,
+        /// What is asked.
+        op: Op,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Outcome>,
+    },
+    /// A linearizable read.
+    Read {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Outcome>,
+    },
+    /// The data plane's counts.
+    Observed(Vec<Observation>),
+    /// The data plane's circuit breaker.
+    BreakerTripped {
+        /// The service, by its observation's name.
+        service: crate::domain::ids::ServiceId,
+        /// The routing version.
+        routing_version: u64,
+        /// What happened.
+        reason: String,
+    },
+}
+
+/// The latest published view and lease. Readers take no lock.
+#[derive(Clone)]
+pub struct Published {
+    view: Arc<ArcSwap<View>>,
+    /// Microseconds of the lease's start on the node's clock; 0: no lease.
+    lease_from: Arc<AtomicU64>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Published {
+    /// Returns a publication of `view`, without a lease.
+    pub fn new(view: Arc<View>, clock: Arc<dyn Clock>) -> Self {
+        Self { view: Arc::new(ArcSwap::new(view)), lease_from: Arc::new(AtomicU64::new(0)), clock }
+    }
+
+    /// Returns the view in force.
+    pub fn view(&self) -> Arc<View> {
+        self.view.load_full()
+    }
+
+    /// Returns the clock that leases are measured by.
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
+    /// Puts a view in force.
+    pub fn publish(&self, view: Arc<View>) {
+        self.view.store(view);
+    }
+
+    /// Moves the lease's start.
+    pub fn set_lease(&self, from: Option<Mono>) {
+        self.lease_from.store(from.map_or(0, |t| t.0), Ordering::Release);
+    }
+
+    /// Returns the milliseconds left of a lease of `lease_ms`; none when it ended or never began.
+    pub fn lease_ms_left(&self, lease_ms: u64) -> Option<u64> {
+        let from = self.lease_from.load(Ordering::Acquire);
+        let end = Mono(from).after_ms(lease_ms);
+        let now = self.clock.now().mono;
+        (from > 0 && now < end).then(|| end.millis_since(now))
+    }
+
+    /// Returns the canary's share that may be served at this moment, in basis points.
+    pub fn effective_bp(&self, serving: &Serving) -> u16 {
+        let Some((_, bp)) = &serving.canary else { return 0 };
+        match serving.lease_ms {
+            Some(lease_ms) if self.lease_ms_left(lease_ms).is_none() => 0,
+            _ => *bp,
+        }
+    }
+
+    /// Returns what the node as a whole is able to do.
+    pub fn mode(&self) -> Mode {
+        match self.view.load().role {
+            Role::Learner => Mode::Learner,
+            Role::Voter if self.lease_ms_left(LEASE_MS_SHOWN).is_some() => Mode::Normal,
+            Role::Voter => Mode::FailSafe,
+        }
+    }
+}
+
+/// The lease length that a node's own mode is judged by, where no service names one.
+pub const LEASE_MS_SHOWN: u64 = 2_000;
+
+/// The node's door: publication, requests, events, log.
+#[derive(Clone)]
+pub struct NodeHandle {
+    /// What is in force.
+    pub published: Published,
+    /// The log, for `history` and for resuming streams.
+    pub log: Arc<dyn LogReader>,
+    requests: mpsc::Sender<Request>,
+    events: broadcast::Sender<Arc<Announcement>>,
+}
+
+/// Longest wait for an answer; the core answers sooner by its own deadlines.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+impl NodeHandle {
+    /// Returns the door, and the other side of it for the loop.
+    pub fn new(
+        published: Published,
+        log: Arc<dyn LogReader>,
+    ) -> (Self, mpsc::Receiver<Request>, broadcast::Sender<Arc<Announcement>>) {
+        let (requests, receiver) = mpsc::channel(REQUESTS_MAX);
+        let (events, _) = broadcast::channel(EVENTS_MAX);
+        (Self { published, log, requests, events: events.clone() }, receiver, events)
+    }
+
+    /// Asks for a change and waits for its outcome.
+    pub async fn submit(&self, tx: TxId, op: Op) -> Outcome {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Submit { tx, op, reply }, answer).await
+    }
+
+    /// Waits until this node knows every write that was answered before the call.
+    pub async fn read(&self) -> Outcome {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Read { reply }, answer).await
+    }
+
+    /// Hands over the data plane's counts; they are dropped when the loop is behind, which holds steps and no more.
+    pub fn observed(&self, observations: Vec<Observation>) {
+        let _ = self.requests.try_send(Request::Observed(observations));
+    }
+
+    /// Tells the loop that the data plane stopped a canary by itself.
+    pub async fn breaker_tripped(&self, service: crate::domain::ids::ServiceId, routing_version: u64, reason: String) {
+        let _ = self.requests.send(Request::BreakerTripped { service, routing_version, reason }).await;
+    }
+
+    /// Follows events from here on.
+    pub fn events(&self) -> broadcast::Receiver<Arc<Announcement>> {
+        self.events.subscribe()
+    }
+
+    async fn ask(&self, request: Request, answer: oneshot::Receiver<Outcome>) -> Outcome {
+        if self.requests.try_send(request).is_err() {
+            return Outcome::Busy;
+        }
+        match tokio::time::timeout(ANSWER_MAX, answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) | Err(_) => Outcome::InDoubt,
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! The one way from values to bytes and back: bincode, strictly.
+//!
+//! bincode alone accepts trailing bytes and several spellings of one number. Here a value has exactly one encoding:
+//! what does not read completely, or does not write back to the same bytes, is refused.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Most bytes of one encoded value: the limit of a frame after HELLO.
+pub const VALUE_BYTES_MAX: usize = 64 * 1024;
+
+/// Why bytes are no value.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Too long to be read at all.
+    #[error("value has {0} bytes, expected at most {VALUE_BYTES_MAX}")]
+    Length(usize),
+    /// Not the shape of the expected type.
+    #[error("malformed value: {0}")]
+    Malformed(#[from] bincode::error::DecodeError),
+    /// Bytes behind the value.
+    #[error("value ends after {used} of {total} bytes, expected all of them to be used")]
+    Trailing {
+        /// Bytes read.
+        used: usize,
+        /// Bytes given.
+        total: usize,
+    },
+    /// Another spelling of the same value.
+    #[error("value is not in canonical form")]
+    NotCanonical,
+}
+
+fn configuration() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<VALUE_BYTES_MAX>()
+}
+
+/// Returns the value's bytes.
+pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    bincode::serde::encode_to_vec(value, bincode::config::standard()).expect("every value of ours can be encoded")
+}
+
+/// Returns the value that `bytes` are the one encoding of, or why they are none.
+pub fn decode<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
+    if bytes.len() > VALUE_BYTES_MAX {
+        return Err(DecodeError::Length(bytes.len()));
+    }
+    let (value, used) = bincode::serde::decode_from_slice::<T, _>(bytes, configuration())?;
+    if used != bytes.len() {
+        return Err(DecodeError::Trailing { used, total: bytes.len() });
+    }
+    if encode(&value) != bytes {
+        return Err(DecodeError::NotCanonical);
+    }
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trailing_bytes_and_other_spellings_are_refused() {
+        let bytes = encode(&(7u64, "x".to_string()));
+        assert_eq!(decode::<(u64, String)>(&bytes).unwrap(), (7, "x".into()));
+        let trailing = [bytes.as_slice(), &[0]].concat();
+        assert!(matches!(decode::<(u64, String)>(&trailing), Err(DecodeError::Trailing { used: 3, total: 4 })));
+        let long_seven = [251, 7, 0];
+        assert!(matches!(decode::<u64>(&long_seven), Err(DecodeError::NotCanonical)));
+    }
+
+    #[test]
+    fn a_length_that_promises_more_than_there_is_costs_nothing() {
+        let bomb = [253, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f];
+        assert!(decode::<Vec<()>>(&bomb).is_err());
+        assert!(decode::<Vec<u64>>(&bomb).is_err());
+    }
+}

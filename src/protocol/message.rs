@@ -1,0 +1,175 @@
+//! The five messages between nodes. Fields that carry durations count milliseconds; nobody's clock crosses the wire.
+
+use serde::{Deserialize, Serialize};
+
+use crate::domain::ids::ServiceId;
+use crate::domain::window::Evidence;
+
+use super::record::{Accepted, Ballot, Chosen, Hash, Intent, Record, Slot};
+
+/// Everything a node says to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// Phase 1: promise not to follow lower ballots, and say whether your gate is healthy.
+    Prepare(Prepare),
+    /// The answer to a PREPARE or to a proposal.
+    Vote(Vote),
+    /// Phase 2 and after: accept this; this was chosen; this is what you missed.
+    Decision(Decision),
+    /// I am here, this far; extend my lease, or: I extend yours.
+    Heartbeat(Heartbeat),
+    /// What this node's traffic looked like.
+    HealthSnapshot(HealthSnapshot),
+}
+
+impl Message {
+    /// Returns the message's name on the wire and in logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Prepare(_) => "PREPARE",
+            Self::Vote(_) => "VOTE",
+            Self::Decision(_) => "DECISION",
+            Self::Heartbeat(_) => "HEARTBEAT",
+            Self::HealthSnapshot(_) => "HEALTH_SNAPSHOT",
+        }
+    }
+}
+
+/// Phase 1 of a ballot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The ballot.
+    pub ballot: Ballot,
+    /// The slot it wants to fill.
+    pub slot: Slot,
+    /// Hash of the slot before.
+    pub base_hash: Hash,
+    /// What is to happen.
+    pub intent: Intent,
+    /// True when the ballot only settles what a lost coordinator left open: nobody's gate is asked.
+    pub recovery: bool,
+    /// Oldest evidence that a gate may vote on.
+    pub evidence_age_ms_max: u64,
+}
+
+/// What a node's gate says of a rise in exposure.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GateVote {
+    /// Healthy; with the evidence in words.
+    Yes(String),
+    /// Not healthy.
+    No(String),
+    /// Can't tell: silence is not health.
+    Abstain(String),
+}
+
+/// Why a node gives no vote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// It promised itself to a higher ballot.
+    Stale(Ballot),
+    /// The sender lacks decided slots.
+    Behind,
+    /// The voter lacks decided slots.
+    Ahead,
+    /// Sender or voter doesn't count in the configuration in force.
+    NotVoter,
+    /// The transaction is in the log already.
+    Decided,
+    /// The proposal breaks a rule; with which.
+    BadProposal(String),
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vote {
+    /// The ballot answered.
+    pub ballot: Ballot,
+    /// Its slot.
+    pub slot: Slot,
+    /// The voter's last decided slot.
+    pub head: Slot,
+    /// The answer.
+    pub answer: Answer,
+}
+
+/// What is answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// Phase 1: promised, durably.
+    Gate {
+        /// What this node accepted for the slot in an earlier ballot.
+        accepted: Option<Box<Accepted>>,
+        /// Its health vote.
+        gate: GateVote,
+    },
+    /// Phase 2: accepted, durably.
+    Accept,
+    /// Neither.
+    Refuse(Refusal),
+}
+
+/// Phase 2 and after.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Decision {
+    /// Accept this record in this ballot.
+    Propose(Ballot, Box<Record>),
+    /// A majority accepted it.
+    Chosen(Box<Chosen>),
+    /// A majority accepted it some time ago, and you missed it.
+    CatchUp(Box<Chosen>),
+}
+
+/// What a node counts as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// Its votes count.
+    Voter,
+    /// It follows, without a vote: its memory is gone, or it is rebuilding its log.
+    Learner,
+}
+
+/// The answer to a peer's heartbeat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acknowledgement {
+    /// The heartbeat's nonce.
+    pub nonce: u64,
+    /// True when the peer's lease may last; false when this node knows of a lowering that the peer doesn't.
+    pub granted: bool,
+}
+
+/// A sign of life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// Answer me with this; none in an answer.
+    pub nonce: Option<u64>,
+    /// The answer to the receiver's own heartbeat.
+    pub acknowledges: Option<Acknowledgement>,
+    /// Last decided slot.
+    pub head: Slot,
+    /// Its hash.
+    pub head_hash: Hash,
+    /// True when the sender knows its last record as decided in doubt.
+    pub unarmed: bool,
+    /// The ballot of a record that the sender accepted in the open slot.
+    pub open: Option<Ballot>,
+    /// What the sender counts as, by its own word.
+    pub role: Role,
+}
+
+/// One service's recent traffic as one node saw it. Each snapshot replaces the one before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthSnapshot {
+    /// The service.
+    pub service: ServiceId,
+    /// The routing version under which all of it was observed.
+    pub routing_version: u64,
+    /// The sliding window.
+    pub evidence: Evidence,
+    /// Why the sender stopped its canary traffic by itself; none while it hasn't.
+    pub brake: Option<String>,
+    /// What is left of the sender's lease.
+    pub lease_ms_left: u64,
+    /// The canary share the sender serves, in basis points.
+    pub effective_bp: u16,
+}

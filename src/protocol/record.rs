@@ -1,0 +1,286 @@
+//! What the log holds: chosen records, hash-chained, each with the votes that allowed it; and the promises beside it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
+use crate::domain::rollout::Change;
+use crate::domain::routing::RoutingState;
+use crate::domain::time::Wall;
+
+/// Position in the log; 0 is genesis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct Slot(pub u64);
+
+impl Slot {
+    /// Returns the position after this one.
+    pub const fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// BLAKE3 of a record, which contains its predecessor's: equal hashes mean equal histories.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Hash(pub [u8; 32]);
+
+impl fmt::Display for Hash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Hash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The number of an attempt to decide a slot; never used twice.
+///
+/// `boot` counts the starts of the process and is durable before the first message of a start: that alone makes a
+/// ballot unique, so that PREPARE need not wait for its own sender's disk.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Ballot {
+    /// Compared first; above everything its node had promised.
+    pub round: u64,
+    /// Who leads it.
+    pub node: NodeId,
+    /// That node's incarnation.
+    pub incarnation: Incarnation,
+    /// Which start of that node's process.
+    pub boot: u64,
+}
+
+impl fmt::Display for Ballot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.round, self.node, self.boot)
+    }
+}
+
+/// A voter of the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// The only incarnation whose votes count.
+    pub incarnation: Incarnation,
+    /// True when rollouts go on without this node's Yes; it stays an acceptor, and on stable.
+    pub benched: bool,
+}
+
+/// Who decides: the configuration in force.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Membership(pub BTreeMap<NodeId, Member>);
+
+impl Membership {
+    /// Returns how many voters make a majority.
+    pub fn quorum(&self) -> usize {
+        self.0.len() / 2 + 1
+    }
+
+    /// Returns true when `incarnation` of `node` is the one whose votes count.
+    pub fn counts(&self, node: &NodeId, incarnation: Incarnation) -> bool {
+        self.0.get(node).is_some_and(|member| member.incarnation == incarnation)
+    }
+
+    /// Returns the nodes whose Yes a rise in exposure needs.
+    pub fn gate_voters(&self) -> impl Iterator<Item = &NodeId> {
+        self.0.iter().filter(|(_, member)| !member.benched).map(|(node, _)| node)
+    }
+
+    /// Returns true when `node` is out of the gate set.
+    pub fn is_benched(&self, node: &NodeId) -> bool {
+        self.0.get(node).is_some_and(|member| member.benched)
+    }
+}
+
+/// One change of the membership.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConfigChange {
+    /// Let rollouts go on without this node.
+    Bench(NodeId),
+    /// Need its Yes again.
+    Unbench(NodeId),
+    /// Count this incarnation's votes from here on.
+    Readmit(NodeId, Incarnation),
+}
+
+impl ConfigChange {
+    /// Returns the change's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Bench(_) => "Bench",
+            Self::Unbench(_) => "Unbench",
+            Self::Readmit(..) => "Readmit",
+        }
+    }
+}
+
+/// What one transaction is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Act {
+    /// The first record of every log.
+    Genesis {
+        /// The cluster.
+        cluster: ClusterId,
+        /// Its first voters.
+        members: Membership,
+    },
+    /// A change of one service.
+    Change(ServiceId, Change),
+    /// The raise at `raised` was decided in doubt: undo it.
+    Revert {
+        /// The service it concerned.
+        service: ServiceId,
+        /// The slot of the raise.
+        raised: Slot,
+        /// Why.
+        reason: String,
+    },
+    /// The transaction was refused; nothing changes but that everybody knows.
+    Abort {
+        /// The service it concerned; none for a change of membership.
+        service: Option<ServiceId>,
+        /// The refused change's name.
+        refused: String,
+        /// Who refused, and why.
+        reasons: Vec<String>,
+    },
+    /// A change of membership.
+    Config(ConfigChange),
+}
+
+impl Act {
+    /// Returns the record kind's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Genesis { .. } => "Genesis",
+            Self::Change(_, change) => change.name(),
+            Self::Revert { .. } => "Revert",
+            Self::Abort { .. } => "Abort",
+            Self::Config(change) => change.name(),
+        }
+    }
+
+    /// Returns the service it concerns.
+    pub fn service(&self) -> Option<&ServiceId> {
+        match self {
+            Self::Change(service, _) | Self::Revert { service, .. } => Some(service),
+            Self::Abort { service, .. } => service.as_ref(),
+            Self::Genesis { .. } | Self::Config(_) => None,
+        }
+    }
+
+    /// Returns true when it needs every gate voter's Yes.
+    pub fn raises_exposure(&self) -> bool {
+        matches!(self, Self::Change(_, change) if change.raises_exposure())
+    }
+
+    /// Returns true when some node must serve less canary by it.
+    pub fn lowers_exposure(&self) -> bool {
+        match self {
+            Self::Change(_, change) => change.lowers_exposure(),
+            Self::Revert { .. } | Self::Config(ConfigChange::Bench(_)) => true,
+            Self::Genesis { .. } | Self::Abort { .. } | Self::Config(_) => false,
+        }
+    }
+}
+
+/// A transaction as its client asked for it, before anybody voted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// Its id.
+    pub tx: TxId,
+    /// Fingerprint of the request: one id may not stand for two requests.
+    pub digest: u64,
+    /// When its coordinator proposed it.
+    pub at: Wall,
+    /// What is to happen.
+    pub act: Act,
+}
+
+/// The health votes of one ballot: what allows a rise in exposure.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// The ballot they were given in.
+    pub ballot: Ballot,
+    /// Who said Yes, and on what evidence.
+    pub yes: BTreeMap<NodeId, String>,
+}
+
+/// One entry of the log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its position.
+    pub slot: Slot,
+    /// Its predecessor's hash.
+    pub prev_hash: Hash,
+    /// The transaction.
+    pub intent: Intent,
+    /// The routing it leads to; none for membership.
+    pub state: Option<RoutingState>,
+    /// The votes behind a rise in exposure; none for what needs no votes.
+    pub certificate: Option<Certificate>,
+}
+
+impl Record {
+    /// Returns the record's hash, which covers its whole history.
+    pub fn hash(&self) -> Hash {
+        let bytes = super::codec::encode(self);
+        Hash(*blake3::hash(&bytes).as_bytes())
+    }
+}
+
+/// A record and the ballot it was chosen in, as the log stores it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chosen {
+    /// The ballot; none for genesis, which nobody voted on.
+    pub ballot: Option<Ballot>,
+    /// The record.
+    pub record: Record,
+}
+
+impl Chosen {
+    /// Returns true when a rise in exposure was completed by a later ballot than the one that voted on it: its
+    /// evidence may be stale, so nobody serves by it.
+    pub fn is_unarmed(&self) -> bool {
+        let Some(certificate) = &self.record.certificate else { return false };
+        self.record.intent.act.raises_exposure() && self.ballot.as_ref() != Some(&certificate.ballot)
+    }
+}
+
+/// A record that this node accepted and doesn't know to be chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// The ballot it was accepted in.
+    pub ballot: Ballot,
+    /// The record; its slot is the open one.
+    pub record: Record,
+}
+
+/// A node's promises: what it must not forget, whatever happens to its log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Register {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The node.
+    pub node: NodeId,
+    /// This run of its disk.
+    pub incarnation: Incarnation,
+    /// Starts of the process.
+    pub boot: u64,
+    /// No ballot below this one gets a vote.
+    pub promised: Option<Ballot>,
+    /// The open slot's accepted record.
+    pub accepted: Option<Accepted>,
+    /// Last slot known to be chosen when this was written. A log that ends before it lost something.
+    pub head: Slot,
+    /// That slot's hash.
+    pub head_hash: Hash,
+}
