@@ -149,8 +149,8 @@ pub struct Heartbeat {
     pub head: Slot,
     /// Its hash.
     pub head_hash: Hash,
-    /// True when the sender knows its last record as decided in doubt.
-    pub unarmed: bool,
+    /// A rise in exposure that the sender knows as decided in doubt and not undone.
+    pub unarmed: Option<Slot>,
     /// The ballot of a record that the sender accepted in the open slot.
     pub open: Option<Ballot>,
     /// What the sender counts as, by its own word.

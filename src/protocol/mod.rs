@@ -29,6 +29,7 @@ use crate::domain::time::{Mono, Wall};
 use crate::domain::window::Evidence;
 
 pub mod codec;
+pub mod ledger;
 pub mod message;
 pub mod record;
 

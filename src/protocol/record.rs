@@ -112,6 +112,12 @@ pub enum ConfigChange {
 }
 
 impl ConfigChange {
+    /// Returns the node concerned.
+    pub fn node(&self) -> &NodeId {
+        let (Self::Bench(node) | Self::Unbench(node) | Self::Readmit(node, _)) = self;
+        node
+    }
+
     /// Returns the change's name.
     pub fn name(&self) -> &'static str {
         match self {

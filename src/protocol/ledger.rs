@@ -1,0 +1,308 @@
+//! What the log adds up to: who votes, every service as agreed, and the outcome of every transaction.
+
+use std::collections::BTreeMap;
+
+use crate::domain::ids::{ClusterId, NodeId, ServiceId, TxId};
+use crate::domain::rollout::{Change, ChangeError, Mark, Service};
+
+use super::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Hash, Intent, Member, Membership, Record, Slot};
+
+/// How a transaction ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settled {
+    /// Its only slot.
+    pub slot: Slot,
+    /// Fingerprint of the request.
+    pub digest: u64,
+    /// Who refused and why; none when it was committed.
+    pub refused: Option<Vec<String>>,
+}
+
+/// One service, as agreed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agreed {
+    /// Its state.
+    pub service: Service,
+    /// The last record that concerned it.
+    pub slot: Slot,
+    /// That record's hash.
+    pub hash: Hash,
+    /// The last rise in exposure, while nothing has lowered it since.
+    pub raise: Option<Raise>,
+}
+
+/// A rise in exposure that could still be undone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Raise {
+    /// Its slot.
+    pub slot: Slot,
+    /// The service before it.
+    pub before: Service,
+    /// True when it was decided in doubt: nobody serves by it.
+    pub unarmed: bool,
+}
+
+/// Why a record can't be the next one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    /// Not the next slot.
+    #[error("record is for slot {found}, expected slot {expected}")]
+    Slot {
+        /// The next slot.
+        expected: Slot,
+        /// The record's.
+        found: Slot,
+    },
+    /// Another history.
+    #[error("record follows {found}, expected {expected}")]
+    History {
+        /// The head's hash.
+        expected: Hash,
+        /// The record's predecessor.
+        found: Hash,
+    },
+    /// The transaction has its outcome already.
+    #[error("transaction {tx} is settled in slot {slot}, expected one that is not in the log")]
+    Settled {
+        /// Which.
+        tx: TxId,
+        /// Where.
+        slot: Slot,
+    },
+    /// The change can't be made.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// There is nothing to revert.
+    #[error("slot {0} is not the last raise of its service, expected one that can be reverted")]
+    NoRaise(Slot),
+    /// The membership change can't be made.
+    #[error("node {0} {1}")]
+    Member(NodeId, &'static str),
+    /// The state doesn't follow from the change.
+    #[error("the record's state is not what its change leads to")]
+    State,
+    /// A voter's Yes is missing.
+    #[error("no Yes of {0} in the certificate, expected every gate voter's")]
+    Certificate(String),
+    /// A second genesis.
+    #[error("a genesis record at slot {0}, expected it at slot 0 only")]
+    Genesis(Slot),
+}
+
+/// The sum of a log.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// Last slot.
+    pub head: Slot,
+    /// Its hash.
+    pub head_hash: Hash,
+    /// Who decides.
+    pub membership: Membership,
+    /// The services.
+    pub services: BTreeMap<ServiceId, Agreed>,
+    /// Every transaction's outcome.
+    pub settled: BTreeMap<TxId, Settled>,
+    /// The last record that lowered some exposure; slot 0 when none did.
+    pub last_lowering: Slot,
+}
+
+/// What an act leads to.
+enum Effect {
+    Nothing,
+    Service(Box<Service>),
+    Membership(Membership),
+}
+
+impl Ledger {
+    /// Returns the sum of a log that holds only its genesis; none when `genesis` isn't one.
+    pub fn new(genesis: &Chosen) -> Option<Self> {
+        let Record { slot: Slot(0), intent: Intent { act: Act::Genesis { cluster, members }, .. }, .. } =
+            &genesis.record
+        else {
+            return None;
+        };
+        Some(Self {
+            cluster: *cluster,
+            head: Slot(0),
+            head_hash: genesis.record.hash(),
+            membership: members.clone(),
+            services: BTreeMap::new(),
+            settled: BTreeMap::new(),
+            last_lowering: Slot(0),
+        })
+    }
+
+    /// Returns the record that `intent` makes next, or why it can't be.
+    pub fn next_record(
+        &self,
+        intent: Intent,
+        certificate: Option<super::record::Certificate>,
+    ) -> Result<Record, RecordError> {
+        let state = match self.effect(&intent)? {
+            Effect::Service(service) => Some(service.routing),
+            Effect::Nothing | Effect::Membership(_) => None,
+        };
+        Ok(Record { slot: self.head.next(), prev_hash: self.head_hash, intent, state, certificate })
+    }
+
+    /// Checks that `record` may be the next one: position, history, one outcome per transaction, the state that its
+    /// change leads to, and every gate voter's Yes where exposure rises.
+    pub fn check(&self, record: &Record) -> Result<(), RecordError> {
+        let expected = self.head.next();
+        if record.slot != expected {
+            return Err(RecordError::Slot { expected, found: record.slot });
+        }
+        if record.prev_hash != self.head_hash {
+            return Err(RecordError::History { expected: self.head_hash, found: record.prev_hash });
+        }
+        if let Some(settled) = self.settled.get(&record.intent.tx) {
+            return Err(RecordError::Settled { tx: record.intent.tx.clone(), slot: settled.slot });
+        }
+        if record.intent.act.raises_exposure() {
+            let yes = record.certificate.as_ref().map(|c| &c.yes);
+            let missing: Vec<_> = self
+                .membership
+                .gate_voters()
+                .filter(|node| !yes.is_some_and(|yes| yes.contains_key(*node)))
+                .map(NodeId::as_str)
+                .collect();
+            if !missing.is_empty() || yes.is_none_or(BTreeMap::is_empty) {
+                return Err(RecordError::Certificate(missing.join(", ")));
+            }
+        }
+        let follows = self.next_record(record.intent.clone(), None)?;
+        if follows.state != record.state {
+            return Err(RecordError::State);
+        }
+        Ok(())
+    }
+
+    /// Adds a chosen record.
+    pub fn apply(&mut self, chosen: &Chosen) -> Result<(), RecordError> {
+        let record = &chosen.record;
+        self.check(record)?;
+        let hash = record.hash();
+        let act = &record.intent.act;
+        match (self.effect(&record.intent)?, act.service()) {
+            (Effect::Service(service), Some(id)) => {
+                let raise = self.raise_after(chosen, &service);
+                self.services.insert(id.clone(), Agreed { service: *service, slot: record.slot, hash, raise });
+            }
+            (Effect::Membership(membership), _) => self.membership = membership,
+            (Effect::Nothing, _) | (Effect::Service(_), None) => {}
+        }
+        let refused = match act {
+            Act::Abort { reasons, .. } => Some(reasons.clone()),
+            _ => None,
+        };
+        let settled = Settled { slot: record.slot, digest: record.intent.digest, refused };
+        self.settled.insert(record.intent.tx.clone(), settled);
+        if act.lowers_exposure() {
+            self.last_lowering = record.slot;
+        }
+        self.head = record.slot;
+        self.head_hash = hash;
+        Ok(())
+    }
+
+    /// Notes that the raise at `slot`, if it is still some service's last, was completed by a later ballot.
+    /// Returns true when that is news.
+    pub fn disarm(&mut self, slot: Slot) -> bool {
+        let raises = self.services.values_mut().filter_map(|agreed| agreed.raise.as_mut());
+        raises.filter(|raise| raise.slot == slot && !raise.unarmed).map(|raise| raise.unarmed = true).count() > 0
+    }
+
+    /// Returns the first raise that was decided in doubt and not undone.
+    pub fn unarmed(&self) -> Option<(&ServiceId, &Raise)> {
+        self.services.iter().find_map(|(id, agreed)| Some((id, agreed.raise.as_ref().filter(|raise| raise.unarmed)?)))
+    }
+
+    /// Returns true when accepting this record means that some node must serve less.
+    pub fn lowering_in(accepted: Option<&Accepted>) -> Option<Slot> {
+        accepted.filter(|a| a.record.intent.act.lowers_exposure()).map(|a| a.record.slot)
+    }
+
+    fn effect(&self, intent: &Intent) -> Result<Effect, RecordError> {
+        let mark = Mark { tx: intent.tx.clone(), at: intent.at };
+        let service = |service| Ok(Effect::Service(Box::new(service)));
+        match &intent.act {
+            Act::Genesis { .. } => Err(RecordError::Genesis(self.head.next())),
+            Act::Change(id, change) => {
+                if matches!(change, Change::Start(spec) if &spec.service != id) {
+                    return Err(RecordError::State);
+                }
+                service(Service::after(self.service(id), id, change, &mark)?)
+            }
+            Act::Revert { service: id, raised, reason } => {
+                let agreed = self.services.get(id).ok_or(RecordError::NoRaise(*raised))?;
+                match &agreed.raise {
+                    Some(raise) if raise.slot == *raised => {
+                        service(raise.before.restored(agreed.service.routing.version, reason, &mark))
+                    }
+                    _ => Err(RecordError::NoRaise(*raised)),
+                }
+            }
+            Act::Abort { service: id, .. } => match id.as_ref().and_then(|id| self.service(id)) {
+                Some(current) => service(current.after_abort(&mark)),
+                None => Ok(Effect::Nothing),
+            },
+            Act::Config(change) => Ok(Effect::Membership(self.membership_after(change)?)),
+        }
+    }
+
+    fn service(&self, id: &ServiceId) -> Option<&Service> {
+        self.services.get(id).map(|agreed| &agreed.service)
+    }
+
+    fn raise_after(&self, chosen: &Chosen, after: &Service) -> Option<Raise> {
+        let act = &chosen.record.intent.act;
+        let current = act.service().and_then(|id| self.services.get(id));
+        if act.raises_exposure() {
+            let mark = Mark { tx: chosen.record.intent.tx.clone(), at: chosen.record.intent.at };
+            let before = match (current, act) {
+                // A retried or new rollout of a known service falls back to the service as it was, with the new
+                // rollout on record, so that `retry` starts that one.
+                (Some(current), Act::Change(_, Change::Start(spec))) => {
+                    let mut before = Service::before_start(spec, &mark);
+                    before.routing.version = current.service.routing.version;
+                    before
+                }
+                (Some(current), _) => current.service.clone(),
+                (None, _) => Service::before_start(&after.rollout.spec, &mark),
+            };
+            return Some(Raise { slot: chosen.record.slot, before, unarmed: chosen.is_unarmed() });
+        }
+        match act {
+            Act::Abort { .. } | Act::Change(_, Change::Pause { .. } | Change::Resume) => current?.raise.clone(),
+            _ => None,
+        }
+    }
+
+    fn membership_after(&self, change: &ConfigChange) -> Result<Membership, RecordError> {
+        let mut members = self.membership.clone();
+        let node = change.node();
+        let Some(member) = members.0.get_mut(node) else {
+            return Err(RecordError::Member(node.clone(), "is not a member, expected one of the cluster's"));
+        };
+        *member = match change {
+            ConfigChange::Bench(_) if member.benched => {
+                return Err(RecordError::Member(node.clone(), "is benched already"));
+            }
+            ConfigChange::Unbench(_) if !member.benched => {
+                return Err(RecordError::Member(node.clone(), "is not benched"));
+            }
+            ConfigChange::Readmit(_, incarnation) if member.incarnation == *incarnation => {
+                return Err(RecordError::Member(node.clone(), "has that incarnation already"));
+            }
+            ConfigChange::Bench(_) => Member { benched: true, ..*member },
+            ConfigChange::Unbench(_) => Member { benched: false, ..*member },
+            ConfigChange::Readmit(_, incarnation) => Member { incarnation: *incarnation, ..*member },
+        };
+        if members.gate_voters().next().is_none() {
+            return Err(RecordError::Member(node.clone(), "is the last gate voter, expected one to remain"));
+        }
+        Ok(members)
+    }
+}
