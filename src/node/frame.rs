@@ -329,10 +329,7 @@ impl FrameCodec {
         }
         let version = u16::from_be_bytes([bytes[4], bytes[5]]);
         if version != self.version {
-            return Err(FrameError::Version {
-                expected: Versions::only(self.version),
-                found: Versions::only(version),
-            });
+            return Err(FrameError::Version { expected: Versions::only(self.version), found: Versions::only(version) });
         }
         let (expected, allowed) = match self.greeted {
             false => ("0 (HELLO)", 0..=0),
