@@ -477,3 +477,201 @@ fn check_stats(version: &str, stats: &Stats) -> Result<(), FrameError> {
     }
     at_most("sum of latencies in microseconds", stats.latency_sum_us, LATENCY_SUM_US_MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    use crate::domain::window::Evidence;
+    use crate::protocol::message::{GateVote, Heartbeat, Role};
+    use crate::protocol::record::Hash;
+
+    fn node(text: &str) -> NodeId {
+        NodeId::new(text).unwrap()
+    }
+
+    fn me() -> Identity {
+        Identity { cluster: ClusterId([7; 16]), node: node("a"), incarnation: Incarnation(9) }
+    }
+
+    fn framed(message: &Message) -> BytesMut {
+        let mut bytes = BytesMut::new();
+        encode_message(&me(), 1, message, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn greeted() -> FrameCodec {
+        let mut codec = FrameCodec::default();
+        codec.greeted(1);
+        codec
+    }
+
+    fn snapshot(evidence: Evidence) -> Message {
+        Message::HealthSnapshot(HealthSnapshot {
+            service: "s".parse().unwrap(),
+            routing_version: 1,
+            evidence,
+            brake: None,
+            lease_ms_left: 0,
+            effective_bp: 500,
+        })
+    }
+
+    fn heartbeat(head: u64) -> Message {
+        Message::Heartbeat(Heartbeat {
+            nonce: Some(1),
+            acknowledges: None,
+            head: Slot(head),
+            head_hash: Hash([3; 32]),
+            unarmed: false,
+            open: None,
+            role: Role::Voter,
+        })
+    }
+
+    fn messages() -> impl Strategy<Value = Message> {
+        let evidence = prop::collection::vec((0u64..1 << 40, any::<bool>()), 0..30).prop_map(|answers| {
+            let mut evidence = Evidence::default();
+            answers.iter().for_each(|(us, error)| evidence.canary.record(*us, *error));
+            evidence
+        });
+        let vote = (any::<u32>(), any::<u64>(), ".{0,40}").prop_map(|(round, boot, why)| {
+            let ballot = Ballot { round: round.into(), node: node("b"), incarnation: Incarnation(boot), boot };
+            let answer = Answer::Gate { accepted: None, gate: GateVote::No(why) };
+            Message::Vote(Vote { ballot, slot: Slot(2), head: Slot(1), answer })
+        });
+        prop_oneof![evidence.prop_map(snapshot), vote, (0..NUMBER_MAX).prop_map(heartbeat)]
+    }
+
+    fn malformed_by(message: &Message) -> String {
+        match greeted().decode(&mut framed(message)) {
+            Err(FrameError::Malformed(why)) => why,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn hello_comes_first_and_once() {
+        let hello = Hello { versions: VERSIONS, to: node("b") };
+        let mut bytes = BytesMut::new();
+        encode_hello(&me(), &hello, &mut bytes);
+        let found = FrameCodec::default().decode(&mut bytes.clone()).unwrap().unwrap();
+        assert_eq!((found.sender(), found.payload), (me(), Payload::Hello(hello)));
+        let error = greeted().decode(&mut bytes).unwrap_err();
+        assert!(matches!(error, FrameError::Kind { found: 0, .. }), "{error}");
+        let error = FrameCodec::default().decode(&mut framed(&heartbeat(1))).unwrap_err();
+        assert_eq!(error.to_string(), "frame kind 4, expected 0 (HELLO)");
+    }
+
+    #[test]
+    fn a_length_is_refused_before_its_bytes_are_awaited() {
+        let mut bytes = framed(&heartbeat(1));
+        bytes[7..11].fill(0xff);
+        bytes.truncate(HEADER_BYTES);
+        let error = greeted().decode(&mut bytes).unwrap_err().to_string();
+        assert_eq!(error, "frame body of 4294967295 bytes, expected at most 65536");
+    }
+
+    #[test]
+    fn the_newest_common_version_is_chosen_or_both_ranges_are_named() {
+        let range = |min, max| Versions { min, max };
+        assert_eq!(range(1, 3).common(range(2, 5)), Ok(3));
+        assert_eq!(range(2, 5).common(range(1, 3)), Ok(3));
+        let error = range(1, 2).common(range(3, 4)).unwrap_err().to_string();
+        assert_eq!(error, "protocol version 3 to 4, expected 1 to 2");
+    }
+
+    #[test]
+    fn what_is_not_ours_is_refused_by_its_first_bytes() {
+        let error = FrameCodec::default().decode(&mut BytesMut::from("GET / HTTP/1.1\r\n")).unwrap_err().to_string();
+        assert_eq!(error, "frame starts with GET , expected \"AVRY\"");
+    }
+
+    #[test]
+    fn values_that_the_core_could_not_bear_are_malformed() {
+        let mut evidence = Evidence::default();
+        evidence.canary.record(1_000, false);
+        evidence.canary.errors = 2;
+        assert!(malformed_by(&snapshot(evidence.clone())).starts_with("canary statistics of 1 answers, 2 errors"));
+        evidence.canary.errors = 0;
+        evidence.canary.latency_sum_us = u64::MAX;
+        assert!(malformed_by(&snapshot(evidence)).starts_with("sum of latencies"));
+        assert!(malformed_by(&heartbeat(u64::MAX)).starts_with("slot is 18446744073709551615"));
+    }
+
+    #[test]
+    fn a_rollout_that_breaks_its_rules_is_malformed() {
+        use crate::domain::plan::{Backend, OnPartition, RolloutSpec};
+        use crate::protocol::message::Prepare;
+        let backend = |version: &str| Backend { version: version.parse().unwrap(), urls: vec![] };
+        let spec = RolloutSpec {
+            service: "s".parse().unwrap(),
+            stable: backend("v1"),
+            canary: backend("v2"),
+            stages: vec![],
+            bake_ms: 0,
+            hash_on: None,
+            matches: vec![],
+            analysis: Default::default(),
+            lease_ms: 2_000,
+            on_partition: OnPartition::Stable,
+            progress_deadline_ms: 60_000,
+        };
+        let act = Act::Change("s".parse().unwrap(), Change::Start(spec.into()));
+        let prepare = Prepare {
+            ballot: Ballot { round: 1, node: node("a"), incarnation: Incarnation(9), boot: 1 },
+            slot: Slot(1),
+            base_hash: Hash::default(),
+            intent: Intent { tx: "t".parse().unwrap(), digest: 0, at: Default::default(), act },
+            recovery: false,
+            evidence_age_ms_max: 2_000,
+        };
+        assert_eq!(malformed_by(&Message::Prepare(prepare)), "steps hold no setWeight, expected at least one");
+    }
+
+    #[test]
+    fn a_kind_that_contradicts_the_body_is_malformed() {
+        let mut bytes = framed(&heartbeat(1));
+        bytes[6] = Kind::Vote as u8;
+        let sum = checksum(&bytes[4..11], &bytes[HEADER_BYTES..]);
+        bytes[11..15].copy_from_slice(&sum.to_be_bytes());
+        let error = greeted().decode(&mut bytes).unwrap_err().to_string();
+        assert_eq!(error, "malformed body: HEARTBEAT in a frame of kind 2, expected the kind to match");
+    }
+
+    proptest! {
+        #[test]
+        fn any_frame_reads_back_in_any_pieces(message in messages(), cut in any::<prop::sample::Index>()) {
+            let bytes = framed(&message);
+            let (head, tail) = bytes.split_at(cut.index(bytes.len()));
+            let (mut codec, mut arrived) = (greeted(), BytesMut::from(head));
+            prop_assert_eq!(codec.decode(&mut arrived), Ok(None));
+            arrived.extend_from_slice(tail);
+            let found = codec.decode(&mut arrived).unwrap().unwrap();
+            prop_assert_eq!(found.sender(), me());
+            prop_assert_eq!(found.payload, Payload::Message(Box::new(message)));
+            prop_assert!(arrived.is_empty());
+        }
+
+        #[test]
+        fn random_bytes_are_never_a_frame(bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
+            let mut all = BytesMut::new();
+            if magic {
+                all.extend_from_slice(&MAGIC);
+            }
+            all.extend_from_slice(&bytes);
+            for mut codec in [FrameCodec::default(), greeted()] {
+                prop_assert!(!matches!(codec.decode(&mut all.clone()), Ok(Some(_))));
+            }
+        }
+
+        #[test]
+        fn a_changed_byte_is_never_accepted(message in messages(), at in any::<prop::sample::Index>(), flip in 1u8..) {
+            let mut bytes = framed(&message);
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+            prop_assert!(!matches!(greeted().decode(&mut bytes), Ok(Some(_))));
+        }
+    }
+}

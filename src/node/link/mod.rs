@@ -219,3 +219,6 @@ fn expect<T: PartialEq + ToString>(what: &'static str, expected: &T, found: &T) 
         false => Err(FrameError::Sender { what, expected: expected.to_string(), found: found.to_string() }),
     }
 }
+
+#[cfg(test)]
+mod tests;
