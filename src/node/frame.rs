@@ -1,1 +1,677 @@
+//! What crosses a control connection: one message, its sender, and enough around it to refuse everything else.
+//!
+//! ```text
+//! magic "AVRY" | version u16 | kind u8 | body length u32 | CRC-32C u32 | body
+//! ```
+//! Numbers are big-endian. The checksum covers version, kind, length and body. The body is an [`Envelope`] in
+//! [`crate::protocol::codec`]'s one encoding. HELLO comes first on every connection, always in version
+//! [`HELLO_VERSION`], and settles the version of all that follows.
+//!
+//! What leaves [`FrameCodec`] keeps the rules that the core builds on (see `checked`): a peer's bytes can be refused
+//! here, but they can't make anything behind this door overflow or panic. Who may say what is [`super::link`]'s to know.
 
+use std::fmt;
+
+use bytes::{BufMut, BytesMut};
+use serde::{Deserialize, Serialize};
+use tokio_util::codec::{Decoder, LengthDelimitedCodec};
+
+use crate::domain::ids::{ClusterId, Incarnation, NodeId};
+use crate::domain::rollout::Change;
+use crate::domain::stats::Stats;
+use crate::domain::weights::Weight;
+use crate::protocol::codec;
+use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, Vote};
+use crate::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Slot};
+
+/// The first bytes of every frame.
+pub const MAGIC: [u8; 4] = *b"AVRY";
+/// Bytes before the body.
+pub const HEADER_BYTES: usize = 15;
+/// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
+pub const HELLO_VERSION: u16 = 1;
+/// The protocol versions that this program speaks.
+pub const VERSIONS: Versions = Versions { min: 1, max: 1 };
+/// Most bytes of a body before the peer is known.
+pub const HELLO_BYTES_MAX: usize = 4 * 1024;
+/// Most bytes of a body after HELLO.
+pub const BODY_BYTES_MAX: usize = codec::VALUE_BYTES_MAX;
+
+/// Counters and positions in messages stay below this, so that adding to them can't overflow.
+const NUMBER_MAX: u64 = 1 << 62;
+/// The last millisecond of the year 9999: later timestamps can't be printed.
+const WALL_MS_MAX: u64 = 253_402_300_799_999;
+/// Sums of latencies stay below this: 285 years, exact as a float.
+const LATENCY_SUM_US_MAX: u64 = 1 << 53;
+
+/// Who a node says it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Its name.
+    pub node: NodeId,
+    /// Which run of its disk.
+    pub incarnation: Incarnation,
+}
+
+/// A body: something said, and by whom.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Envelope<T> {
+    /// The sender's cluster.
+    pub cluster: ClusterId,
+    /// The sender.
+    pub from: NodeId,
+    /// The sender's incarnation.
+    pub incarnation: Incarnation,
+    /// What it says.
+    pub payload: T,
+}
+
+impl<T> Envelope<T> {
+    /// Returns who says so.
+    pub fn sender(&self) -> Identity {
+        Identity { cluster: self.cluster, node: self.from.clone(), incarnation: self.incarnation }
+    }
+
+    fn map<U>(self, payload: impl FnOnce(T) -> U) -> Envelope<U> {
+        let Self { cluster, from, incarnation, payload: inner } = self;
+        Envelope { cluster, from, incarnation, payload: payload(inner) }
+    }
+}
+
+/// The first thing said on a connection, by both sides.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The protocol versions that the sender speaks.
+    pub versions: Versions,
+    /// Whom it wants to talk to: two swapped addresses are noticed at once.
+    pub to: NodeId,
+}
+
+/// A range of protocol versions, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versions {
+    /// The oldest.
+    pub min: u16,
+    /// The newest.
+    pub max: u16,
+}
+
+impl Versions {
+    /// Returns the range of one version.
+    pub const fn only(version: u16) -> Self {
+        Self { min: version, max: version }
+    }
+
+    /// Returns the newest version that both speak, or an error that names both ranges.
+    pub fn common(self, theirs: Self) -> Result<u16, FrameError> {
+        let newest = self.max.min(theirs.max);
+        match newest >= self.min.max(theirs.min) {
+            true => Ok(newest),
+            false => Err(FrameError::Version { expected: self, found: theirs }),
+        }
+    }
+}
+
+impl fmt::Display for Versions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.min == self.max {
+            true => write!(f, "{}", self.min),
+            false => write!(f, "{} to {}", self.min, self.max),
+        }
+    }
+}
+
+/// Everything that a frame may carry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    /// Who is there.
+    Hello(Hello),
+    /// One of the five messages.
+    Message(Box<Message>),
+}
+
+/// Which payload a frame carries; the number stands in its header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Kind {
+    Hello = 0,
+    Prepare = 1,
+    Vote = 2,
+    Decision = 3,
+    Heartbeat = 4,
+    HealthSnapshot = 5,
+}
+
+impl Kind {
+    const ALL: [Self; 6] =
+        [Self::Hello, Self::Prepare, Self::Vote, Self::Decision, Self::Heartbeat, Self::HealthSnapshot];
+
+    fn of(message: &Message) -> Self {
+        match message {
+            Message::Prepare(_) => Self::Prepare,
+            Message::Vote(_) => Self::Vote,
+            Message::Decision(_) => Self::Decision,
+            Message::Heartbeat(_) => Self::Heartbeat,
+            Message::HealthSnapshot(_) => Self::HealthSnapshot,
+        }
+    }
+}
+
+/// Why bytes are no frame of ours, or a frame is refused; one variant for each class that is counted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Not this protocol at all.
+    #[error("frame starts with {}, expected \"AVRY\"", .found.escape_ascii())]
+    Magic {
+        /// The first bytes, four at most.
+        found: Vec<u8>,
+    },
+    /// Another version of it.
+    #[error("protocol version {found}, expected {expected}")]
+    Version {
+        /// What this node speaks.
+        expected: Versions,
+        /// What the peer speaks.
+        found: Versions,
+    },
+    /// A kind that doesn't exist, or not at this point.
+    #[error("frame kind {found}, expected {expected}")]
+    Kind {
+        /// What may come at this point.
+        expected: &'static str,
+        /// The header's number.
+        found: u8,
+    },
+    /// More bytes than allowed; refused before they are read.
+    #[error("frame body of {found} bytes, expected at most {max}")]
+    TooLong {
+        /// The most allowed at this point.
+        max: usize,
+        /// What the header promises.
+        found: usize,
+    },
+    /// Damaged on its way.
+    #[error("frame checksum {found:08x}, expected {expected:08x}")]
+    Checksum {
+        /// The sum of what arrived.
+        expected: u32,
+        /// The header's.
+        found: u32,
+    },
+    /// Intact, and still not a message that a node of ours sends.
+    #[error("malformed body: {0}")]
+    Malformed(String),
+    /// Of another cluster.
+    #[error("cluster {found}, expected {expected}")]
+    Cluster {
+        /// This node's.
+        expected: ClusterId,
+        /// The peer's.
+        found: ClusterId,
+    },
+    /// From or for another node than it should be.
+    #[error("{what} {found}, expected {expected}")]
+    Sender {
+        /// What is wrong: `sender`, `incarnation`, `hello to`.
+        what: &'static str,
+        /// Who it should be.
+        expected: String,
+        /// Who it is.
+        found: String,
+    },
+}
+
+fn malformed(what: impl fmt::Display) -> FrameError {
+    FrameError::Malformed(what.to_string())
+}
+
+/// Appends the HELLO frame to `bytes`.
+pub fn encode_hello(sender: &Identity, hello: &Hello, bytes: &mut BytesMut) {
+    encode(sender, HELLO_VERSION, Kind::Hello, hello, HELLO_BYTES_MAX, bytes).expect("a HELLO is far below its limit");
+}
+
+/// Appends the message's frame to `bytes`; a message that no peer would take is an error and appends nothing.
+pub fn encode_message(
+    sender: &Identity,
+    version: u16,
+    message: &Message,
+    bytes: &mut BytesMut,
+) -> Result<(), FrameError> {
+    encode(sender, version, Kind::of(message), message, BODY_BYTES_MAX, bytes)
+}
+
+/// The header is written by hand: the length codec can place a length only at the front.
+fn encode<T: Serialize>(
+    sender: &Identity,
+    version: u16,
+    kind: Kind,
+    payload: &T,
+    max: usize,
+    bytes: &mut BytesMut,
+) -> Result<(), FrameError> {
+    let Identity { cluster, node, incarnation } = sender.clone();
+    let body = codec::encode(&Envelope { cluster, from: node, incarnation, payload });
+    if body.len() > max {
+        return Err(FrameError::TooLong { max, found: body.len() });
+    }
+    bytes.reserve(HEADER_BYTES + body.len());
+    let start = bytes.len();
+    bytes.put_slice(&MAGIC);
+    bytes.put_u16(version);
+    bytes.put_u8(kind as u8);
+    bytes.put_u32(u32::try_from(body.len()).expect("bodies are limited to 64 KiB"));
+    let sum = checksum(&bytes[start + 4..], &body);
+    bytes.put_u32(sum);
+    bytes.put_slice(&body);
+    Ok(())
+}
+
+fn checksum(version_kind_length: &[u8], body: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(version_kind_length), body)
+}
+
+/// Cuts a connection's bytes into frames and refuses what is none, as early as the bytes show it.
+///
+/// It expects one HELLO, and after [`FrameCodec::greeted`] messages of the settled version.
+#[derive(Debug)]
+pub struct FrameCodec {
+    cutter: LengthDelimitedCodec,
+    version: u16,
+    greeted: bool,
+    /// True when the header at the front of the buffer has been checked and its body is awaited.
+    in_body: bool,
+}
+
+impl Default for FrameCodec {
+    fn default() -> Self {
+        let cutter = LengthDelimitedCodec::builder()
+            .length_field_offset(7)
+            .length_field_length(4)
+            .length_adjustment(HEADER_BYTES as isize)
+            .num_skip(0)
+            .max_frame_length(HELLO_BYTES_MAX)
+            .new_codec();
+        Self { cutter, version: HELLO_VERSION, greeted: false, in_body: false }
+    }
+}
+
+impl FrameCodec {
+    /// From here on the peer is known: messages of `version` are expected, at their size.
+    pub fn greeted(&mut self, version: u16) {
+        self.version = version;
+        self.greeted = true;
+        self.cutter.set_max_frame_length(BODY_BYTES_MAX);
+    }
+
+    /// Takes the next frame off the front of `bytes`; none when more bytes are needed.
+    pub fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Envelope<Payload>>, FrameError> {
+        if !self.in_body {
+            self.in_body = self.check_header(bytes)?;
+            if !self.in_body {
+                return Ok(None);
+            }
+        }
+        let Some(frame) = self.cutter.decode(bytes).map_err(malformed)? else { return Ok(None) };
+        self.in_body = false;
+        open(&frame).map(Some)
+    }
+
+    /// Returns true when the whole header is there; an error as soon as a part of it is wrong.
+    fn check_header(&self, bytes: &[u8]) -> Result<bool, FrameError> {
+        let start = &bytes[..bytes.len().min(MAGIC.len())];
+        if !MAGIC.starts_with(start) {
+            return Err(FrameError::Magic { found: start.to_vec() });
+        }
+        if bytes.len() < HEADER_BYTES {
+            return Ok(false);
+        }
+        let version = u16::from_be_bytes([bytes[4], bytes[5]]);
+        if version != self.version {
+            return Err(FrameError::Version { expected: Versions::only(self.version), found: Versions::only(version) });
+        }
+        let (expected, allowed) = match self.greeted {
+            false => ("0 (HELLO)", 0..=0),
+            true => ("1 to 5 (PREPARE, VOTE, DECISION, HEARTBEAT, HEALTH_SNAPSHOT)", 1..=5),
+        };
+        if !allowed.contains(&bytes[6]) {
+            return Err(FrameError::Kind { expected, found: bytes[6] });
+        }
+        let (max, found) = (self.cutter.max_frame_length(), length(bytes));
+        match found <= max {
+            true => Ok(true),
+            false => Err(FrameError::TooLong { max, found }),
+        }
+    }
+}
+
+fn length(header: &[u8]) -> usize {
+    u32::from_be_bytes([header[7], header[8], header[9], header[10]]) as usize
+}
+
+/// Returns what a whole frame with a checked header says.
+fn open(frame: &[u8]) -> Result<Envelope<Payload>, FrameError> {
+    let (header, body) = frame.split_at(HEADER_BYTES);
+    let found = u32::from_be_bytes([header[11], header[12], header[13], header[14]]);
+    let expected = checksum(&header[4..11], body);
+    if found != expected {
+        return Err(FrameError::Checksum { expected, found });
+    }
+    let kind = Kind::ALL[usize::from(header[6])];
+    if kind == Kind::Hello {
+        let envelope: Envelope<Hello> = codec::decode(body).map_err(malformed)?;
+        let Versions { min, max } = envelope.payload.versions;
+        if min > max {
+            return Err(malformed(format_args!("versions {min} to {max}, expected the oldest first")));
+        }
+        return Ok(envelope.map(Payload::Hello));
+    }
+    let envelope: Envelope<Message> = codec::decode(body).map_err(malformed)?;
+    if Kind::of(&envelope.payload) != kind {
+        let name = envelope.payload.name();
+        return Err(malformed(format_args!("{name} in a frame of kind {}, expected the kind to match", kind as u8)));
+    }
+    check(&envelope.payload)?;
+    Ok(envelope.map(|message| Payload::Message(Box::new(message))))
+}
+
+/// Checks what the types can't say: a peer's values keep the rules that ours keep by construction.
+fn check(message: &Message) -> Result<(), FrameError> {
+    match message {
+        Message::Prepare(prepare) => {
+            check_ballot(&prepare.ballot)?;
+            check_slot(prepare.slot)?;
+            check_intent(&prepare.intent)
+        }
+        Message::Vote(vote) => check_vote(vote),
+        Message::Decision(Decision::Propose(ballot, record)) => {
+            check_ballot(ballot)?;
+            check_record(record)
+        }
+        Message::Decision(Decision::Chosen(chosen) | Decision::CatchUp(chosen)) => check_chosen(chosen),
+        Message::Heartbeat(heartbeat) => {
+            heartbeat.open.as_ref().map_or(Ok(()), check_ballot)?;
+            check_slot(heartbeat.head)
+        }
+        Message::HealthSnapshot(snapshot) => check_snapshot(snapshot),
+    }
+}
+
+fn at_most(what: &str, found: u64, max: u64) -> Result<(), FrameError> {
+    match found <= max {
+        true => Ok(()),
+        false => Err(malformed(format_args!("{what} is {found}, expected at most {max}"))),
+    }
+}
+
+fn check_slot(slot: Slot) -> Result<(), FrameError> {
+    at_most("slot", slot.0, NUMBER_MAX)
+}
+
+fn check_ballot(ballot: &Ballot) -> Result<(), FrameError> {
+    at_most("ballot's round", ballot.round, NUMBER_MAX)
+}
+
+fn check_vote(vote: &Vote) -> Result<(), FrameError> {
+    check_ballot(&vote.ballot)?;
+    check_slot(vote.slot)?;
+    check_slot(vote.head)?;
+    match &vote.answer {
+        Answer::Gate { accepted: Some(accepted), .. } => {
+            let Accepted { ballot, record } = accepted.as_ref();
+            check_ballot(ballot)?;
+            check_record(record)
+        }
+        Answer::Refuse(Refusal::Stale(ballot)) => check_ballot(ballot),
+        Answer::Gate { accepted: None, .. } | Answer::Accept | Answer::Refuse(_) => Ok(()),
+    }
+}
+
+fn check_chosen(chosen: &Chosen) -> Result<(), FrameError> {
+    chosen.ballot.as_ref().map_or(Ok(()), check_ballot)?;
+    check_record(&chosen.record)
+}
+
+fn check_record(record: &Record) -> Result<(), FrameError> {
+    check_slot(record.slot)?;
+    if let Some(state) = &record.state {
+        at_most("routing version", state.version, NUMBER_MAX)?;
+        at_most("timestamp", state.timestamp.0, WALL_MS_MAX)?;
+    }
+    if let Some(certificate) = &record.certificate {
+        check_ballot(&certificate.ballot)?;
+    }
+    check_intent(&record.intent)
+}
+
+fn check_intent(intent: &Intent) -> Result<(), FrameError> {
+    at_most("timestamp", intent.at.0, WALL_MS_MAX)?;
+    match &intent.act {
+        Act::Change(service, Change::Start(spec)) => {
+            if *service != spec.service {
+                return Err(malformed(format_args!("rollout of {}, expected {service}", spec.service)));
+            }
+            spec.as_ref().clone().checked().map(drop).map_err(malformed)
+        }
+        Act::Revert { raised, .. } => check_slot(*raised),
+        Act::Change(..) | Act::Genesis { .. } | Act::Abort { .. } | Act::Config(_) => Ok(()),
+    }
+}
+
+fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
+    at_most("effective weight in basis points", snapshot.effective_bp.into(), Weight::WHOLE.into())?;
+    at_most("routing version", snapshot.routing_version, NUMBER_MAX)?;
+    for (version, stats) in [("stable", &snapshot.evidence.stable), ("canary", &snapshot.evidence.canary)] {
+        check_stats(version, stats)?;
+    }
+    Ok(())
+}
+
+fn check_stats(version: &str, stats: &Stats) -> Result<(), FrameError> {
+    if !stats.is_consistent() {
+        let Stats { count, errors, .. } = stats;
+        return Err(malformed(format_args!(
+            "{version} statistics of {count} answers, {errors} errors contradict themselves, expected their parts to agree"
+        )));
+    }
+    at_most("sum of latencies in microseconds", stats.latency_sum_us, LATENCY_SUM_US_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    use crate::domain::window::Evidence;
+    use crate::protocol::message::{GateVote, Heartbeat, Role};
+    use crate::protocol::record::Hash;
+
+    fn node(text: &str) -> NodeId {
+        NodeId::new(text).unwrap()
+    }
+
+    fn me() -> Identity {
+        Identity { cluster: ClusterId([7; 16]), node: node("a"), incarnation: Incarnation(9) }
+    }
+
+    fn framed(message: &Message) -> BytesMut {
+        let mut bytes = BytesMut::new();
+        encode_message(&me(), 1, message, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn greeted() -> FrameCodec {
+        let mut codec = FrameCodec::default();
+        codec.greeted(1);
+        codec
+    }
+
+    fn snapshot(evidence: Evidence) -> Message {
+        Message::HealthSnapshot(HealthSnapshot {
+            service: "s".parse().unwrap(),
+            routing_version: 1,
+            evidence,
+            brake: None,
+            lease_ms_left: 0,
+            effective_bp: 500,
+        })
+    }
+
+    fn heartbeat(head: u64) -> Message {
+        Message::Heartbeat(Heartbeat {
+            nonce: Some(1),
+            acknowledges: None,
+            head: Slot(head),
+            head_hash: Hash([3; 32]),
+            unarmed: false,
+            open: None,
+            role: Role::Voter,
+        })
+    }
+
+    fn messages() -> impl Strategy<Value = Message> {
+        let evidence = prop::collection::vec((0u64..1 << 40, any::<bool>()), 0..30).prop_map(|answers| {
+            let mut evidence = Evidence::default();
+            answers.iter().for_each(|(us, error)| evidence.canary.record(*us, *error));
+            evidence
+        });
+        let vote = (any::<u32>(), any::<u64>(), ".{0,40}").prop_map(|(round, boot, why)| {
+            let ballot = Ballot { round: round.into(), node: node("b"), incarnation: Incarnation(boot), boot };
+            let answer = Answer::Gate { accepted: None, gate: GateVote::No(why) };
+            Message::Vote(Vote { ballot, slot: Slot(2), head: Slot(1), answer })
+        });
+        prop_oneof![evidence.prop_map(snapshot), vote, (0..NUMBER_MAX).prop_map(heartbeat)]
+    }
+
+    fn malformed_by(message: &Message) -> String {
+        match greeted().decode(&mut framed(message)) {
+            Err(FrameError::Malformed(why)) => why,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn hello_comes_first_and_once() {
+        let hello = Hello { versions: VERSIONS, to: node("b") };
+        let mut bytes = BytesMut::new();
+        encode_hello(&me(), &hello, &mut bytes);
+        let found = FrameCodec::default().decode(&mut bytes.clone()).unwrap().unwrap();
+        assert_eq!((found.sender(), found.payload), (me(), Payload::Hello(hello)));
+        let error = greeted().decode(&mut bytes).unwrap_err();
+        assert!(matches!(error, FrameError::Kind { found: 0, .. }), "{error}");
+        let error = FrameCodec::default().decode(&mut framed(&heartbeat(1))).unwrap_err();
+        assert_eq!(error.to_string(), "frame kind 4, expected 0 (HELLO)");
+    }
+
+    #[test]
+    fn a_length_is_refused_before_its_bytes_are_awaited() {
+        let mut bytes = framed(&heartbeat(1));
+        bytes[7..11].fill(0xff);
+        bytes.truncate(HEADER_BYTES);
+        let error = greeted().decode(&mut bytes).unwrap_err().to_string();
+        assert_eq!(error, "frame body of 4294967295 bytes, expected at most 65536");
+    }
+
+    #[test]
+    fn the_newest_common_version_is_chosen_or_both_ranges_are_named() {
+        let range = |min, max| Versions { min, max };
+        assert_eq!(range(1, 3).common(range(2, 5)), Ok(3));
+        assert_eq!(range(2, 5).common(range(1, 3)), Ok(3));
+        let error = range(1, 2).common(range(3, 4)).unwrap_err().to_string();
+        assert_eq!(error, "protocol version 3 to 4, expected 1 to 2");
+    }
+
+    #[test]
+    fn what_is_not_ours_is_refused_by_its_first_bytes() {
+        let error = FrameCodec::default().decode(&mut BytesMut::from("GET / HTTP/1.1\r\n")).unwrap_err().to_string();
+        assert_eq!(error, "frame starts with GET , expected \"AVRY\"");
+    }
+
+    #[test]
+    fn values_that_the_core_could_not_bear_are_malformed() {
+        let mut evidence = Evidence::default();
+        evidence.canary.record(1_000, false);
+        evidence.canary.errors = 2;
+        assert!(malformed_by(&snapshot(evidence.clone())).starts_with("canary statistics of 1 answers, 2 errors"));
+        evidence.canary.errors = 0;
+        evidence.canary.latency_sum_us = u64::MAX;
+        assert!(malformed_by(&snapshot(evidence)).starts_with("sum of latencies"));
+        assert!(malformed_by(&heartbeat(u64::MAX)).starts_with("slot is 18446744073709551615"));
+    }
+
+    #[test]
+    fn a_rollout_that_breaks_its_rules_is_malformed() {
+        use crate::domain::plan::{Backend, OnPartition, RolloutSpec};
+        use crate::protocol::message::Prepare;
+        let backend = |version: &str| Backend { version: version.parse().unwrap(), urls: vec![] };
+        let spec = RolloutSpec {
+            service: "s".parse().unwrap(),
+            stable: backend("v1"),
+            canary: backend("v2"),
+            stages: vec![],
+            bake_ms: 0,
+            hash_on: None,
+            matches: vec![],
+            analysis: Default::default(),
+            lease_ms: 2_000,
+            on_partition: OnPartition::Stable,
+            progress_deadline_ms: 60_000,
+        };
+        let act = Act::Change("s".parse().unwrap(), Change::Start(spec.into()));
+        let prepare = Prepare {
+            ballot: Ballot { round: 1, node: node("a"), incarnation: Incarnation(9), boot: 1 },
+            slot: Slot(1),
+            base_hash: Hash::default(),
+            intent: Intent { tx: "t".parse().unwrap(), digest: 0, at: Default::default(), act },
+            recovery: false,
+            evidence_age_ms_max: 2_000,
+        };
+        assert_eq!(malformed_by(&Message::Prepare(prepare)), "steps hold no setWeight, expected at least one");
+    }
+
+    #[test]
+    fn a_kind_that_contradicts_the_body_is_malformed() {
+        let mut bytes = framed(&heartbeat(1));
+        bytes[6] = Kind::Vote as u8;
+        let sum = checksum(&bytes[4..11], &bytes[HEADER_BYTES..]);
+        bytes[11..15].copy_from_slice(&sum.to_be_bytes());
+        let error = greeted().decode(&mut bytes).unwrap_err().to_string();
+        assert_eq!(error, "malformed body: HEARTBEAT in a frame of kind 2, expected the kind to match");
+    }
+
+    proptest! {
+        #[test]
+        fn any_frame_reads_back_in_any_pieces(message in messages(), cut in any::<prop::sample::Index>()) {
+            let bytes = framed(&message);
+            let (head, tail) = bytes.split_at(cut.index(bytes.len()));
+            let (mut codec, mut arrived) = (greeted(), BytesMut::from(head));
+            prop_assert_eq!(codec.decode(&mut arrived), Ok(None));
+            arrived.extend_from_slice(tail);
+            let found = codec.decode(&mut arrived).unwrap().unwrap();
+            prop_assert_eq!(found.sender(), me());
+            prop_assert_eq!(found.payload, Payload::Message(Box::new(message)));
+            prop_assert!(arrived.is_empty());
+        }
+
+        #[test]
+        fn random_bytes_are_never_a_frame(bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
+            let mut all = BytesMut::new();
+            if magic {
+                all.extend_from_slice(&MAGIC);
+            }
+            all.extend_from_slice(&bytes);
+            for mut codec in [FrameCodec::default(), greeted()] {
+                prop_assert!(!matches!(codec.decode(&mut all.clone()), Ok(Some(_))));
+            }
+        }
+
+        #[test]
+        fn a_changed_byte_is_never_accepted(message in messages(), at in any::<prop::sample::Index>(), flip in 1u8..) {
+            let mut bytes = framed(&message);
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+            prop_assert!(!matches!(greeted().decode(&mut bytes), Ok(Some(_))));
+        }
+    }
+}

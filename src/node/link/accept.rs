@@ -1,0 +1,160 @@
+//! The receiving side: whoever connects must say HELLO in time and be a configured peer; then its messages come in.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::wire::{End, Wire};
+use super::{Class, Shared, expect};
+use crate::domain::ids::NodeId;
+use crate::node::frame::{self, Envelope, FrameError, Identity, Payload};
+use crate::ports::{Connection, Later, Listener};
+use crate::protocol::Input;
+
+/// Wait after the system refused to accept: it is short of something, and asking again at once would not help.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepted connections and how to end them: without HELLO by age, with it by peer. A peer has one at most, the
+/// latest, so all of them together are bounded.
+#[derive(Default)]
+struct Accepted {
+    next: u64,
+    half_open: BTreeMap<u64, CancellationToken>,
+    peers: BTreeMap<NodeId, (u64, CancellationToken)>,
+}
+
+type Handshake = Later<'static, std::io::Result<Connection>>;
+
+/// Accepts connections for ever.
+pub(super) async fn run(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
+    let accepted = Arc::new(Mutex::new(Accepted::default()));
+    loop {
+        match listener.accept().await {
+            Ok(handshake) => {
+                let (id, end) = admit(&shared, &accepted);
+                shared.spawn(serve(shared.clone(), accepted.clone(), id, end, handshake));
+            }
+            Err(error) => {
+                shared.rejections.refuse(Class::Transport, "unknown", &format_args!("accept failed: {error}"));
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn lock(accepted: &Mutex<Accepted>) -> MutexGuard<'_, Accepted> {
+    accepted.lock().expect("nothing panics while it holds the connections")
+}
+
+/// Makes room by ending the oldest connection without HELLO: a real peer says it at once, so that the oldest is the one
+/// least likely to be a peer, and a flood can't keep peers out.
+fn admit(shared: &Shared, accepted: &Mutex<Accepted>) -> (u64, CancellationToken) {
+    let mut accepted = lock(accepted);
+    accepted.next += 1;
+    let (id, end) = (accepted.next, CancellationToken::new());
+    if accepted.half_open.len() >= shared.limits.half_open
+        && let Some((_, oldest)) = accepted.half_open.pop_first()
+    {
+        oldest.cancel();
+        let (found, max) = (shared.limits.half_open + 1, shared.limits.half_open);
+        let why = format!("{found} connections without HELLO, expected at most {max}: the oldest was closed");
+        shared.rejections.refuse(Class::HalfOpen, "unknown", &why);
+    }
+    accepted.half_open.insert(id, end.clone());
+    (id, end)
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    accepted: Arc<Mutex<Accepted>>,
+    id: u64,
+    end: CancellationToken,
+    handshake: Handshake,
+) {
+    let mut address = String::from("unknown");
+    let receiving = receive(&shared, &accepted, id, &end, handshake, &mut address);
+    let why = end.run_until_cancelled(receiving).await.unwrap_or(End::Replaced);
+    {
+        let mut accepted = lock(&accepted);
+        accepted.half_open.remove(&id);
+        accepted.peers.retain(|_, (other, _)| *other != id);
+    }
+    match why.class() {
+        Some(class) => shared.rejections.refuse(class, &address, &why),
+        None => tracing::debug!(peer = address, "control connection ended: {why}"),
+    }
+}
+
+async fn receive(
+    shared: &Shared,
+    accepted: &Mutex<Accepted>,
+    id: u64,
+    end: &CancellationToken,
+    handshake: Handshake,
+    address: &mut String,
+) -> End {
+    let limit = shared.limits.hello;
+    let (mut wire, sender) = match timeout(limit, greet(shared, handshake, address)).await {
+        Ok(Ok(greeted)) => greeted,
+        Ok(Err(end)) => return end,
+        Err(_) => return End::Deadline { class: Class::HelloDeadline, what: "HELLO", limit },
+    };
+    settle(accepted, id, end, &sender.node);
+    shared.peers[&sender.node].called.notify_one();
+    loop {
+        if let Err(end) = pass_on(shared, &mut wire, &sender).await {
+            return end;
+        }
+    }
+}
+
+/// Moves a connection from those without HELLO to its peer's place, and ends the one that had it.
+fn settle(accepted: &Mutex<Accepted>, id: u64, end: &CancellationToken, peer: &NodeId) {
+    let mut accepted = lock(accepted);
+    accepted.half_open.remove(&id);
+    if let Some((_, before)) = accepted.peers.insert(peer.clone(), (id, end.clone())) {
+        before.cancel();
+    }
+}
+
+async fn greet(shared: &Shared, handshake: Handshake, address: &mut String) -> Result<(Wire, Identity), End> {
+    let connection = handshake.await.map_err(End::Transport)?;
+    address.clone_from(&connection.address);
+    let mut wire = Wire::new(connection);
+    let Envelope { cluster, from, incarnation, payload } = wire.next(&shared.limits).await?;
+    let Payload::Hello(payload) = payload else { unreachable!("the codec takes only HELLO first") };
+    let hello = Envelope { cluster, from, incarnation, payload };
+    let checked = shared.check_hello(&wire.connection, &hello);
+    let known = shared.peers.contains_key(&hello.from);
+    if matches!(checked, Ok(_) | Err(FrameError::Version { .. })) && known {
+        // The answer goes out even when no version is common: the dialler's log then names both ranges too.
+        let mut bytes = BytesMut::new();
+        frame::encode_hello(&shared.me, &shared.hello_to(&hello.from), &mut bytes);
+        wire.write(&bytes, shared.limits.write).await?;
+    }
+    let version = checked?;
+    if !known {
+        let names: Vec<_> = shared.peers.keys().map(ToString::to_string).collect();
+        let (expected, found) = (format!("one of {}", names.join(", ")), hello.from.to_string());
+        return Err(FrameError::Sender { what: "sender", expected, found }.into());
+    }
+    wire.greeted(version);
+    Ok((wire, hello.sender()))
+}
+
+/// Hands the next message to the node; a full inbox makes this connection wait, and no other.
+async fn pass_on(shared: &Shared, wire: &mut Wire, sender: &Identity) -> Result<(), End> {
+    let envelope = wire.next(&shared.limits).await?;
+    shared.check_cluster(&envelope)?;
+    expect("sender", &sender.node, &envelope.from)?;
+    expect("incarnation", &sender.incarnation, &envelope.incarnation)?;
+    let Payload::Message(message) = envelope.payload else { unreachable!("the codec takes no second HELLO") };
+    let input = Input::Received { from: envelope.from, incarnation: envelope.incarnation, message };
+    // The inbox closes only when the node stops, and then so do the links.
+    let _ = shared.inputs.send(input).await;
+    Ok(())
+}
