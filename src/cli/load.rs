@@ -188,7 +188,7 @@ pub async fn run(args: LoadArgs, format: Format) -> anyhow::Result<Exit> {
                 printer.second(&std::mem::take(&mut recent))?;
             }
             now = beat.tick() => {
-                let not_sent = sender.send_due(started, now.min(end));
+                let not_sent = sender.send_due(started, now.min(end - Duration::from_micros(1)));
                 (total.not_sent, recent.not_sent) = (total.not_sent + not_sent, recent.not_sent + not_sent);
                 if now >= end { break }
             }
@@ -247,15 +247,15 @@ impl Sender {
 
     /// Sends what is due by `now`, and returns how many of it could not be sent for want of room.
     fn send_due(&mut self, started: Instant, now: Instant) -> u64 {
-        let due = (now.duration_since(started).as_micros() * u128::from(self.rate) / 1_000_000) as u64;
         let mut not_sent = 0;
-        while self.sent < due {
-            let at =
-                started + Duration::from_micros((u128::from(self.sent) * 1_000_000 / u128::from(self.rate)) as u64);
+        loop {
+            let at = started + due_after(self.sent, self.rate);
+            if at > now {
+                return not_sent;
+            }
             not_sent += u64::from(!self.send_one(at));
             self.sent += 1;
         }
-        not_sent
     }
 
     fn send_one(&self, due: Instant) -> bool {
@@ -287,6 +287,11 @@ impl Sender {
         }
         request.body(Full::from(self.body.clone().unwrap_or_default())).expect("the parts were checked before")
     }
+}
+
+/// Returns when request number `index` is due, counted from the start: the first one at once.
+fn due_after(index: u64, rate: u64) -> Duration {
+    Duration::from_micros((u128::from(index) * 1_000_000 / u128::from(rate)) as u64)
 }
 
 /// Returns the status and the version that served; none when the answer did not arrive whole.
@@ -359,6 +364,12 @@ mod tests {
         assert_eq!(json["nodes"]["n"]["v2"]["last_ms"], 650);
         assert_eq!(json["versions"]["v2"]["exposed_ms_after_first_failure"], 250);
         assert_eq!(json["statuses"], json!({"200": 3, "500": 2}));
+    }
+
+    #[test]
+    fn requests_are_due_by_the_clock_alone() {
+        assert_eq!(due_after(0, 200), Duration::ZERO);
+        assert_eq!((due_after(1, 200), due_after(400, 200)), (Duration::from_millis(5), Duration::from_secs(2)));
     }
 
     #[test]
