@@ -42,7 +42,6 @@ data=data/demo-$$
 out=logs/demo
 pids=()
 aviary=
-stopping=no
 
 say() { printf '%s\n' "$*"; }
 title() { printf '\n== %s\n' "$*"; }
@@ -53,7 +52,6 @@ cleanup() {
   local code=$? pid tries
   trap - EXIT
   trap '' INT TERM
-  stopping=yes
   for pid in "${pids[@]+"${pids[@]}"}"; do kill -TERM "$pid" 2>/dev/null || true; done
   for pid in "${pids[@]+"${pids[@]}"}"; do
     for ((tries = 0; tries < 60; tries++)); do
@@ -103,10 +101,15 @@ start() {
 }
 
 stop() {
-  local pid=$1 other left=()
-  kill -TERM "$pid" 2>/dev/null || true
-  wait "$pid" 2>/dev/null || true
-  for other in "${pids[@]}"; do [[ $other == "$pid" ]] || left+=("$other"); done
+  kill -TERM "$1" 2>/dev/null || true
+  wait "$1" 2>/dev/null || true
+  forget "$1"
+}
+
+# Takes a process that ended off the list: its number may be another's by the time the list is stopped.
+forget() {
+  local other left=()
+  for other in "${pids[@]}"; do [[ $other == "$1" ]] || left+=("$other"); done
   pids=("${left[@]+"${left[@]}"}")
 }
 
@@ -148,22 +151,24 @@ show_agreement() {
   return 1
 }
 
-# Follows the rollout; after each commit shows what each node serves by. Returns the code of `aviary status`.
+# follow FILE [COMMAND]: applies the rollout and follows it to its end; after each commit it shows what each node serves
+# by, then calls COMMAND with the line. Returns the code of `aviary apply --wait`.
 follow() {
-  local line code=0
-  coproc STATUS { exec "$aviary" status "$service" --timeout 10m 2>>"$out/status.out"; }
-  local status_pid=$STATUS_PID status_out
-  exec {status_out}<&"${STATUS[0]}"
-  pids+=("$status_pid")
-  while IFS= read -r line <&"$status_out"; do
+  local file=$1 line lines follower code=0
+  shift
+  exec {lines}< <(exec "$aviary" apply -f "$file" --wait 2>>"$out/apply.out")
+  follower=$!
+  pids+=("$follower")
+  while IFS= read -r line <&"$lines"; do
     say "$line"
     if [[ $line == *COMMITTED* ]]; then
       show_agreement || fail "the nodes did not agree within 2 s after this commit"
       [[ $# -eq 0 ]] || "$@" "$line"
     fi
   done
-  exec {status_out}<&-
-  wait "$status_pid" 2>/dev/null || code=$?
+  exec {lines}<&-
+  wait "$follower" || code=$?
+  forget "$follower"
   return "$code"
 }
 
@@ -209,8 +214,7 @@ start_load() {
 act_1() {
   title "act 1: $rollout, v1 -> v2, under 200 requests a second"
   start_load 1
-  "$aviary" apply -f "$rollout"
-  follow || fail "the first rollout ended as $(field phase), expected Completed: $(field reason)"
+  follow "$rollout" || fail "the first rollout is $(field phase), expected Completed: $(field reason) $(tail -n 3 "$out/apply.out")"
   stop "$load"
   say "traffic: $(grep 'requests' "$out/load-1.out" | tail -n 1)"
 }
@@ -222,8 +226,7 @@ act_2() {
   wait_for upstream-v3 "$started" http://127.0.0.1:9101/healthz
   write_second_rollout "$data/rollout-2.yaml"
   start_load 2
-  "$aviary" apply -f "$data/rollout-2.yaml"
-  follow break_canary_at_20 && fail "the second rollout completed, expected a rollback"
+  follow "$data/rollout-2.yaml" break_canary_at_20 && fail "the second rollout completed, expected a rollback"
   [[ $(field phase) == RolledBack ]] || fail "the second rollout is $(field phase), expected RolledBack"
   sleep 2
   stop "$load"
@@ -241,6 +244,7 @@ stay() {
   done
 }
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "bash is $BASH_VERSION, expected 4.4 or later"
 need cargo "https://rustup.rs installs it"
 need curl "your system's packages have it"
 for file in "$rollout" config/node-a.toml config/node-b.toml config/node-c.toml; do
@@ -255,6 +259,7 @@ aviary=$target/release/aviary
 export AVIARY_API=$api
 unset AVIARY_TOKEN
 mkdir -p "$data" "$out"
+: >"$out/apply.out"
 
 title "starting two model servers and three nodes"
 "$aviary" cluster init --data-root "$data" \

@@ -87,7 +87,7 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
 
 async fn change(api: &Api, verb: &str, body: Value, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
     let path = format!("/v1/cluster/{verb}");
-    write::send(api, path, "application/json", body.to_string(), args, format).await
+    Ok(write::send(api, path, "application/json", body.to_string(), args, format).await?.0)
 }
 
 /// Returns the cluster for people.

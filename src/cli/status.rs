@@ -20,12 +20,15 @@ pub struct StatusArgs {
     /// How long to wait; without it, for as long as it takes.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
+    /// Last slot that the reader knows of: a node that lags behind it is not believed.
+    #[arg(skip)]
+    known: Option<u64>,
 }
 
 impl StatusArgs {
-    /// Returns the arguments that wait for as long as it takes.
-    pub fn without_end(name: String) -> Self {
-        Self { name, timeout: None }
+    /// Returns the arguments that wait for as long as it takes, for what follows slot `known`.
+    pub fn after(name: String, known: Option<u64>) -> Self {
+        Self { name, timeout: None, known }
     }
 }
 
@@ -37,7 +40,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
     let end = Instant::now() + args.timeout.unwrap_or(YEAR);
     let path = format!("/v1/rollouts/{}", segment(&args.name));
     let mut feed = api.follow(None);
-    let mut told = Told { service: args.name.clone(), slot: None };
+    let mut told = Told { service: args.name.clone(), slot: args.known };
     loop {
         let next = match timeout_at(end, feed.recv()).await {
             Ok(Some(next)) => next,
@@ -158,6 +161,13 @@ mod tests {
         assert_eq!(told.event(&routing(3, "COMMITTED", "Progressing")), None);
         assert_eq!(told.snapshot(&json!({"slot": 3, "phase": "Progressing"})), None);
         assert!(told.snapshot(&json!({"slot": 4, "phase": "Progressing"})).is_some());
+    }
+
+    #[test]
+    fn a_node_that_lags_behind_what_was_answered_is_not_believed() {
+        let mut told = Told { service: "m".into(), slot: Some(9) };
+        assert_eq!(told.snapshot(&json!({"slot": 8, "phase": "Completed"})), None);
+        assert_eq!(told.event(&routing(8, "COMMITTED", "Completed")), None);
     }
 
     #[test]

@@ -28,7 +28,7 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// Watches until Ctrl-C.
 pub async fn run(api: &Api, args: &WatchArgs) -> anyhow::Result<Exit> {
     if !std::io::stdout().is_terminal() {
-        return status::run(api, &status::StatusArgs::without_end(args.name.clone()), Format::Table).await;
+        return status::run(api, &status::StatusArgs::after(args.name.clone(), None), Format::Table).await;
     }
     let mut feed = api.follow(None);
     let mut screen = Screen::default();

@@ -89,11 +89,12 @@ pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result
     let file = args.file.display();
     let body = std::fs::read_to_string(&args.file).with_context(|| file.to_string())?;
     let named: Named = serde_saphyr::from_str(&body).map_err(|e| anyhow::anyhow!("{file}: {e}"))?;
-    let exit = send(api, "/v1/rollouts".into(), "application/yaml", body, args.write, format).await?;
+    let (exit, answer) = send(api, "/v1/rollouts".into(), "application/yaml", body, args.write, format).await?;
     if !args.wait || exit != Exit::Done {
         return Ok(exit);
     }
-    status::run(api, &status::StatusArgs::without_end(named.metadata.name), format).await
+    let told = answer["slot"].as_u64();
+    status::run(api, &status::StatusArgs::after(named.metadata.name, told), format).await
 }
 
 /// Goes on to the next step.
@@ -114,10 +115,10 @@ pub async fn with_name(api: &Api, verb: &str, args: NameArgs, format: Format) ->
 
 async fn act(api: &Api, verb: &str, name: &str, body: &Value, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
     let path = format!("/v1/rollouts/{}/{verb}", segment(name));
-    send(api, path, "application/json", body.to_string(), args, format).await
+    Ok(send(api, path, "application/json", body.to_string(), args, format).await?.0)
 }
 
-/// Sends a write and prints its outcome.
+/// Sends a write, prints its outcome, and returns how the program ends by it and what the node answered.
 pub async fn send(
     api: &Api,
     path: String,
@@ -125,13 +126,13 @@ pub async fn send(
     body: String,
     args: WriteArgs,
     format: Format,
-) -> anyhow::Result<Exit> {
+) -> anyhow::Result<(Exit, Value)> {
     let key = args.idempotency_key.unwrap_or_else(|| format!("{:032x}", rand::random::<u128>()));
     eprintln!("idempotency-key: {key}");
     let answer = api.write(&Write { path, key, content_type, body, patience: args.timeout }).await?;
     let exit = exit_of(&answer);
     output::print(format, &answer.body, |json| outcome(&answer, json, exit))?;
-    Ok(exit)
+    Ok((exit, answer.json()))
 }
 
 /// Returns how the program ends after this answer to a write.
