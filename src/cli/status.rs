@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
-use super::client::{Api, Feed, segment};
+use super::client::{Api, Feed, Unreachable, segment};
 use super::output::{self, Format};
 use super::{Exit, show};
 
@@ -41,6 +41,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
     let path = format!("/v1/rollouts/{}", segment(&args.name));
     let mut feed = api.follow(None);
     let mut told = Told { service: args.name.clone(), slot: args.known };
+    let (mut connected, mut lost) = (false, Vec::new());
     loop {
         let next = match timeout_at(end, feed.recv()).await {
             Ok(Some(next)) => next,
@@ -52,6 +53,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
         };
         let (json, line) = match next {
             Feed::Connected => {
+                connected = true;
                 let answer = match timeout_at(end, api.get(&path)).await {
                     Ok(Ok(answer)) => answer,
                     Ok(Err(_)) | Err(_) => continue,
@@ -67,6 +69,13 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
                 let json: Value = serde_json::from_str(&event.data).unwrap_or(Value::Null);
                 let line = told.event(&json);
                 (json, line)
+            }
+            Feed::Lost(why) if !connected => {
+                lost.push(why);
+                if lost.len() >= api.addresses().len() {
+                    return Err(Unreachable::new(lost).into());
+                }
+                continue;
             }
             Feed::Lost(why) => {
                 eprintln!("stream lost, trying the next node: {why}");
