@@ -1,1 +1,250 @@
+//! The command line: one file per verb or small group of verbs; this file is the list of them.
+//!
+//! Verbs that talk to a cluster do it over HTTP like any other client (see `client`) and know no more than the API
+//! says: they read its JSON leniently, so that an older `aviary` still works with a newer node.
 
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+mod check;
+mod client;
+mod cluster;
+mod events;
+mod load;
+pub mod node;
+mod output;
+mod read;
+mod show;
+mod sse;
+mod status;
+mod upstream;
+mod watch;
+mod write;
+
+use client::{Address, Api, Unreachable};
+use output::Format;
+
+/// How the program ends, for scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Done, or the rollout completed.
+    Done,
+    /// Refused, aborted, rolled back, paused, or a file that isn't right.
+    Refused,
+    /// Timeout, no quorum, or no node answered: it may be tried again.
+    Unavailable,
+    /// The command line itself is wrong.
+    Usage,
+}
+
+impl Exit {
+    fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Refused => 1,
+            Self::Unavailable => 2,
+            Self::Usage => 64,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit.code())
+    }
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  aviary apply -f config/rollout.yaml --wait     start a rollout and follow it to its end
+  aviary watch fraud-model                       the same, as a live picture
+  aviary abort fraud-model --reason 'odd scores' everything back to stable; never waits for a gate
+  aviary get fraud-model --all-nodes             what each node serves by, and whether they agree
+  aviary get fraud-model --field phase           one field, for scripts
+  aviary cluster bench c                         let rollouts go on while node c is repaired
+  aviary upstream --listen 127.0.0.1:9101 --version v1
+  aviary load --url http://127.0.0.1:8081/predict --rate 200 --duration 30s
+
+Exit codes:
+  0   done; the rollout completed
+  1   refused, aborted, rolled back or paused; or a file is wrong
+  2   timeout, no quorum, or no node could be reached: may be tried again
+  64  the command line is wrong
+
+Environment:
+  AVIARY_API    addresses of the nodes' API ports, separated by commas
+  AVIARY_TOKEN  bearer token for writes to nodes off loopback (or --token-file)
+  NO_COLOR      no colours, if set to anything";
+
+/// Safe weighted rollouts: nodes that agree on how much traffic a canary may get.
+#[derive(Debug, Parser)]
+#[command(name = "aviary", version, about, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(propagate_version = true, max_term_width = 110)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// What every verb understands.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Everywhere")]
+struct Global {
+    /// API ports of the nodes; the next one is tried when one can't be reached.
+    #[arg(long, env = "AVIARY_API", global = true, value_delimiter = ',', value_name = "URL[,URL…]")]
+    #[arg(default_value = "http://127.0.0.1:50051,http://127.0.0.1:50052,http://127.0.0.1:50053")]
+    api: Vec<Address>,
+    /// File that holds the bearer token; without it AVIARY_TOKEN is read. Never an argument: those are visible to all.
+    #[arg(long, global = true, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// How answers are printed; json is the server's, untouched.
+    #[arg(short = 'o', long = "output", global = true, default_value = "table", value_name = "FORMAT")]
+    output: Format,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run one node until it is told to stop.
+    Node(node::NodeArgs),
+    /// Make a cluster, look at it, take nodes out of the vote and back in.
+    #[command(subcommand)]
+    Cluster(cluster::ClusterVerb),
+    /// Start a rollout from a file.
+    Apply(write::ApplyArgs),
+    /// List the rollouts.
+    List,
+    /// Show one rollout.
+    Get(read::GetArgs),
+    /// Wait for a rollout's end: exit 0 completed, 1 rolled back or paused, 2 timeout.
+    Status(status::StatusArgs),
+    /// Go to the next step, or to 100 % at once.
+    Promote(write::PromoteArgs),
+    /// Hold the weight.
+    Pause(write::ReasonArgs),
+    /// Go on after a pause.
+    Resume(write::NameArgs),
+    /// Everything back to stable; always wins, and never waits for a gate.
+    Abort(write::ReasonArgs),
+    /// Start a rolled-back rollout again.
+    Retry(write::NameArgs),
+    /// Start a completed rollout the other way round; abort one in progress.
+    Undo(write::NameArgs),
+    /// Show what was decided about a service, and why.
+    History(read::HistoryArgs),
+    /// Watch a rollout live in the terminal.
+    Watch(watch::WatchArgs),
+    /// Print events, as one line each.
+    Events(events::EventsArgs),
+    /// Check files without a cluster.
+    #[command(subcommand)]
+    Config(check::ConfigVerb),
+    /// Run a demo model server with adjustable latency and errors.
+    Upstream(upstream::UpstreamArgs),
+    /// Send steady traffic and count who answers.
+    Load(load::LoadArgs),
+    /// Print a shell's completion script.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+        }
+    };
+    match run(cli) {
+        Ok(exit) => exit.into(),
+        Err(error) if is_broken_pipe(&error) => Exit::Done.into(),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let unavailable = error.downcast_ref::<Unreachable>().is_some();
+            if unavailable { Exit::Unavailable.into() } else { Exit::Refused.into() }
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<Exit> {
+    match cli.verb {
+        Verb::Node(args) => node::run(args).map(|()| Exit::Done),
+        Verb::Cluster(cluster::ClusterVerb::Init(args)) => cluster::init(args).map(|()| Exit::Done),
+        Verb::Config(verb) => check::run(&verb),
+        Verb::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "aviary", &mut std::io::stdout());
+            Ok(Exit::Done)
+        }
+        verb => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(run_client(verb, &cli.global))
+        }
+    }
+}
+
+async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
+    let format = global.output;
+    let api = || Api::new(global.api.clone(), global.token_file.as_deref());
+    match verb {
+        Verb::Cluster(verb) => cluster::run(&api()?, verb, format).await,
+        Verb::Apply(args) => write::apply(&api()?, args, format).await,
+        Verb::List => read::list(&api()?, format).await,
+        Verb::Get(args) => read::get(&api()?, &args, format).await,
+        Verb::Status(args) => status::run(&api()?, &args, format).await,
+        Verb::Promote(args) => write::promote(&api()?, args, format).await,
+        Verb::Pause(args) => write::with_reason(&api()?, "pause", args, format).await,
+        Verb::Resume(args) => write::with_name(&api()?, "resume", args, format).await,
+        Verb::Abort(args) => write::with_reason(&api()?, "abort", args, format).await,
+        Verb::Retry(args) => write::with_name(&api()?, "retry", args, format).await,
+        Verb::Undo(args) => write::with_name(&api()?, "undo", args, format).await,
+        Verb::History(args) => read::history(&api()?, &args, format).await,
+        Verb::Watch(args) => watch::run(&api()?, &args).await,
+        Verb::Events(args) => events::run(&api()?, &args, format).await,
+        Verb::Upstream(args) => upstream::run(args).await,
+        Verb::Load(args) => load::run(args, format).await,
+        Verb::Node(_) | Verb::Config(_) | Verb::Completions { .. } => unreachable!("handled before the runtime starts"),
+    }
+}
+
+/// A reader that went away (`aviary events | head -1`) is no error.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Milliseconds since 1970, for lines that people read.
+#[expect(clippy::disallowed_methods, reason = "the command line is the edge, and shows times to people only")]
+fn wall_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |t| t.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses_come_with_commas_and_verbs_take_the_global_options_after_them() {
+        let line = ["aviary", "get", "m", "--api", "http://127.0.0.1:1,127.0.0.1:2", "-o", "json"];
+        let cli = Cli::try_parse_from(line).unwrap();
+        let found: Vec<_> = cli.global.api.iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["http://127.0.0.1:1", "http://127.0.0.1:2"]);
+        assert_eq!(cli.global.output, Format::Json);
+    }
+
+    #[test]
+    fn a_token_is_never_an_argument() {
+        assert!(Cli::try_parse_from(["aviary", "list", "--token", "secret"]).is_err());
+    }
+}

@@ -1,0 +1,62 @@
+//! `aviary config check`: finds what is wrong with files before a node does.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+
+use super::Exit;
+
+/// Verbs of `aviary config`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigVerb {
+    /// Check node files (TOML) and rollout files (YAML).
+    Check(CheckArgs),
+}
+
+/// Arguments of `aviary config check`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  aviary config check config/*.toml config/rollout.yaml")]
+pub struct CheckArgs {
+    /// The files; the ending says which kind: .toml a node, .yaml or .yml a rollout.
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+}
+
+/// Checks all files, and tells of each what is wrong with it.
+pub fn run(verb: &ConfigVerb) -> anyhow::Result<Exit> {
+    let ConfigVerb::Check(args) = verb;
+    let mut exit = Exit::Done;
+    for file in &args.files {
+        match check(file) {
+            Ok(()) => println!("{}: ok", file.display()),
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                exit = Exit::Refused;
+            }
+        }
+    }
+    Ok(exit)
+}
+
+fn check(file: &Path) -> anyhow::Result<()> {
+    match file.extension().and_then(|ending| ending.to_str()) {
+        Some("toml") => node(file),
+        Some("yaml" | "yml") => {
+            let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+            rollout(file, &text)
+        }
+        found => {
+            let found = found.map_or("none".into(), |ending| format!(".{ending}"));
+            anyhow::bail!("{}: ending is {found}, expected .toml (a node) or .yaml (a rollout)", file.display())
+        }
+    }
+}
+
+fn node(file: &Path) -> anyhow::Result<()> {
+    anyhow::bail!("{}: this build reads no node files", file.display())
+}
+
+fn rollout(file: &Path, _text: &str) -> anyhow::Result<()> {
+    anyhow::bail!("{}: this build reads no rollout files", file.display())
+}

@@ -1,0 +1,481 @@
+//! The HTTP client behind the verbs: goes on to the next node when one can't be reached, and repeats a write only
+//! under the key it was first sent with.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::sse::{SseEvent, SseParser};
+
+/// The plain HTTP client that all verbs share.
+pub type Http = Client<HttpConnector, Full<Bytes>>;
+
+/// Where a node's API listens: `http://host:port`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address(String);
+
+impl FromStr for Address {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim().trim_end_matches('/');
+        let host = match text.split_once("://") {
+            None => text,
+            Some(("http", host)) => host,
+            Some((scheme, _)) => return Err(format!("scheme is {scheme}, expected http")),
+        };
+        let authority: http::uri::Authority =
+            host.parse().map_err(|_| format!("found {host:?}, expected http://host:port"))?;
+        match authority.port_u16() {
+            Some(_) => Ok(Self(format!("http://{authority}"))),
+            None => Err(format!("{host:?} has no port, expected http://host:port")),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// No node answered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no node answered: {}", .0.join(" · "))]
+pub struct Unreachable(Vec<String>);
+
+impl Unreachable {
+    /// Returns the error, with what each node did instead of answering.
+    pub fn new(failed: Vec<String>) -> Self {
+        Self(failed)
+    }
+}
+
+/// A node's answer.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// The HTTP status.
+    pub status: StatusCode,
+    /// The body as text.
+    pub body: String,
+}
+
+impl Answer {
+    /// Returns the body as JSON; `Null` when it is none.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or(Value::Null)
+    }
+
+    /// Returns what the server gives as the reason of a refusal, in words.
+    pub fn error(&self) -> String {
+        let json = self.json();
+        let said = ["error", "message", "reason"].iter().find_map(|key| json[*key].as_str());
+        let reasons: Vec<_> = json["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        match said {
+            Some(text) => text.into(),
+            None if !reasons.is_empty() => reasons.join("; "),
+            None if self.body.trim().is_empty() => self.status.to_string(),
+            None => format!("{}: {}", self.status, self.body.trim()),
+        }
+    }
+
+    /// Returns true when the same write should be sent again under the same key: the server is busy, or doesn't know
+    /// the outcome. That there is no quorum is an answer, and isn't repeated.
+    fn is_open(&self) -> bool {
+        let unsettled = matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::GATEWAY_TIMEOUT);
+        unsettled || (self.status == StatusCode::SERVICE_UNAVAILABLE && !self.is_no_quorum())
+    }
+
+    fn is_no_quorum(&self) -> bool {
+        let text = self.body.to_lowercase();
+        text.contains("no quorum") || text.contains("no_quorum")
+    }
+}
+
+/// A write: what is asked, and the key that makes asking twice the same as asking once.
+#[derive(Debug, Clone)]
+pub struct Write {
+    /// Path of the endpoint.
+    pub path: String,
+    /// Its `Idempotency-Key`, which becomes the transaction's id.
+    pub key: String,
+    /// Media type of the body.
+    pub content_type: &'static str,
+    /// The body.
+    pub body: String,
+    /// How long it may be repeated while its outcome is open.
+    pub patience: Duration,
+}
+
+/// What happens on an event stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Feed {
+    /// The stream is open; what is read from the API after this misses nothing.
+    Connected,
+    /// Something happened.
+    Event(SseEvent),
+    /// The stream broke and is tried again, on the next node; with why.
+    Lost(String),
+    /// A node refused it; nothing follows.
+    Refused(String),
+}
+
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+const READ_MAX: Duration = Duration::from_secs(5);
+/// Nodes answer a write within 10 s, if only by saying that its outcome is open.
+const WRITE_MAX: Duration = Duration::from_secs(12);
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+/// A stream that is silent for longer, without even a comment, is opened anew elsewhere.
+const SILENCE_MAX: Duration = Duration::from_secs(45);
+const BODY_BYTES_MAX: usize = 64 << 20;
+
+/// Returns an HTTP client that sends small requests at once.
+pub fn http() -> Http {
+    let mut connector = HttpConnector::new();
+    connector.set_connect_timeout(Some(CONNECT_MAX));
+    connector.set_nodelay(true);
+    Client::builder(TokioExecutor::new()).build(connector)
+}
+
+/// The nodes' API.
+#[derive(Clone)]
+pub struct Api {
+    addresses: Vec<Address>,
+    /// Which address answered last: the first one to be asked.
+    last: Arc<AtomicUsize>,
+    token: Option<HeaderValue>,
+    http: Http,
+}
+
+/// Why a request got no answer.
+enum Failure {
+    /// Nothing was sent.
+    Connect(String),
+    /// It may have been carried out.
+    Broken(String),
+}
+
+impl Failure {
+    fn text(self) -> String {
+        match self {
+            Self::Connect(text) | Self::Broken(text) => text,
+        }
+    }
+}
+
+impl Api {
+    /// Returns the API at these addresses; the token comes from the file, or from AVIARY_TOKEN.
+    pub fn new(addresses: Vec<Address>, token_file: Option<&Path>) -> anyhow::Result<Self> {
+        let token = match token_file {
+            Some(path) => Some(std::fs::read_to_string(path).with_context(|| path.display().to_string())?),
+            None => std::env::var("AVIARY_TOKEN").ok(),
+        };
+        let token = token.map(|t| t.trim().to_owned()).filter(|t| !t.is_empty());
+        let token = match token {
+            None => None,
+            Some(token) => {
+                let mut value = HeaderValue::try_from(format!("Bearer {token}"))
+                    .context("the token contains a character that no header may have")?;
+                value.set_sensitive(true);
+                Some(value)
+            }
+        };
+        Ok(Self { addresses, last: Arc::default(), token, http: http() })
+    }
+
+    /// Returns the addresses, in the order they were given.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// Reads from the first node that answers.
+    pub async fn get(&self, path: &str) -> Result<Answer, Unreachable> {
+        let mut failed = Vec::new();
+        for index in self.order() {
+            match self.get_from(&self.addresses[index], path).await {
+                Ok(answer) => {
+                    self.last.store(index, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Err(why) => failed.push(format!("{}: {why}", self.addresses[index])),
+            }
+        }
+        Err(Unreachable(failed))
+    }
+
+    /// Reads from one node.
+    pub async fn get_from(&self, address: &Address, path: &str) -> Result<Answer, String> {
+        let request = self.request(Method::GET, address, path).body(Full::default()).map_err(|e| e.to_string())?;
+        self.send(request, READ_MAX).await.map_err(Failure::text)
+    }
+
+    /// Writes, and repeats it under the same key while its outcome is open and there is time.
+    pub async fn write(&self, write: &Write) -> Result<Answer, Unreachable> {
+        let end = Instant::now() + write.patience;
+        loop {
+            let open = self.write_once(write).await;
+            let settled = matches!(&open, Ok(answer) if !answer.is_open());
+            if settled || Instant::now() + RETRY_PAUSE >= end {
+                return open;
+            }
+            let why = match &open {
+                Ok(answer) => answer.error(),
+                Err(error) => error.to_string(),
+            };
+            eprintln!("outcome open, asking again with the same key: {why}");
+            self.last.fetch_add(1, Ordering::Relaxed);
+            sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    async fn write_once(&self, write: &Write) -> Result<Answer, Unreachable> {
+        let mut failed = Vec::new();
+        for index in self.order() {
+            let address = &self.addresses[index];
+            let request = self
+                .request(Method::POST, address, &write.path)
+                .header("idempotency-key", &write.key)
+                .header(header::CONTENT_TYPE, write.content_type)
+                .body(Full::from(write.body.clone()))
+                .map_err(|e| Unreachable(vec![e.to_string()]))?;
+            match self.send(request, WRITE_MAX).await {
+                Ok(answer) => {
+                    self.last.store(index, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Err(Failure::Connect(why)) => failed.push(format!("{address}: {why}")),
+                Err(Failure::Broken(why)) => return Err(Unreachable(vec![format!("{address}: {why}")])),
+            }
+        }
+        Err(Unreachable(failed))
+    }
+
+    /// Follows events in the background, from after slot `after` or from here on, until the receiver is dropped.
+    pub fn follow(&self, after: Option<u64>) -> mpsc::Receiver<Feed> {
+        let (sender, receiver) = mpsc::channel(256);
+        let api = self.clone();
+        tokio::spawn(async move {
+            let mut last_id = after.map(|slot| slot.to_string());
+            loop {
+                let why = match api.follow_once(&mut last_id, &sender).await {
+                    Ok(why) => why,
+                    Err(refused) => {
+                        let _ = sender.send(Feed::Refused(refused)).await;
+                        return;
+                    }
+                };
+                if sender.send(Feed::Lost(why)).await.is_err() {
+                    return;
+                }
+                api.last.fetch_add(1, Ordering::Relaxed);
+                sleep(RETRY_PAUSE).await;
+            }
+        });
+        receiver
+    }
+
+    /// Returns why the stream ended, or (an error) why a node refuses to give one.
+    async fn follow_once(&self, last_id: &mut Option<String>, to: &mpsc::Sender<Feed>) -> Result<String, String> {
+        let address = &self.addresses[self.last.load(Ordering::Relaxed) % self.addresses.len()];
+        let mut request = self.request(Method::GET, address, "/v1/events").header(header::ACCEPT, "text/event-stream");
+        if let Some(id) = &last_id {
+            request = request.header("last-event-id", id);
+        }
+        let request = request.body(Full::default()).map_err(|e| e.to_string())?;
+        let response = match timeout(READ_MAX, self.http.request(request)).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return Ok(format!("{address}: {}", cause(&error))),
+            Err(_) => return Ok(format!("{address}: no answer within {} s", READ_MAX.as_secs())),
+        };
+        let status = response.status();
+        if status.is_client_error() {
+            let answer = text_of(response.into_body()).await.map(|body| Answer { status, body });
+            return Err(format!("{address}: {}", answer.map_or(status.to_string(), |a| a.error())));
+        }
+        if !status.is_success() {
+            return Ok(format!("{address}: {status}"));
+        }
+        let _ = to.send(Feed::Connected).await;
+        let mut body = response.into_body();
+        let mut parser = SseParser::default();
+        loop {
+            let bytes = match timeout(SILENCE_MAX, body.frame()).await {
+                Ok(Some(Ok(frame))) => frame.into_data().unwrap_or_default(),
+                Ok(Some(Err(error))) => return Ok(format!("{address}: {}", cause(&error))),
+                Ok(None) => return Ok(format!("{address}: the stream ended")),
+                Err(_) => return Ok(format!("{address}: silent for {} s", SILENCE_MAX.as_secs())),
+            };
+            for event in parser.feed(&bytes) {
+                last_id.clone_from(&event.id);
+                if to.send(Feed::Event(event)).await.is_err() {
+                    return Ok("nobody listens".into());
+                }
+            }
+        }
+    }
+
+    fn order(&self) -> impl Iterator<Item = usize> + use<> {
+        let (first, count) = (self.last.load(Ordering::Relaxed), self.addresses.len());
+        (0..count).map(move |i| (first + i) % count)
+    }
+
+    fn request(&self, method: Method, address: &Address, path: &str) -> http::request::Builder {
+        let request = Request::builder().method(method).uri(format!("{address}{path}"));
+        match &self.token {
+            Some(token) => request.header(header::AUTHORIZATION, token),
+            None => request,
+        }
+    }
+
+    async fn send(&self, request: Request<Full<Bytes>>, most: Duration) -> Result<Answer, Failure> {
+        let answer = async {
+            let response = self.http.request(request).await.map_err(|error| match error.is_connect() {
+                true => Failure::Connect(cause(&error)),
+                false => Failure::Broken(cause(&error)),
+            })?;
+            let status = response.status();
+            let body = text_of(response.into_body()).await.map_err(Failure::Broken)?;
+            Ok(Answer { status, body })
+        };
+        let late = Failure::Broken(format!("no answer within {} s", most.as_secs()));
+        timeout(most, answer).await.unwrap_or(Err(late))
+    }
+}
+
+async fn text_of(body: Incoming) -> Result<String, String> {
+    let bytes = Limited::new(body, BODY_BYTES_MAX).collect().await.map_err(|e| e.to_string())?.to_bytes();
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Returns the innermost cause: "Connection refused" says more than "client error".
+pub fn cause(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
+}
+
+/// Returns `text` as one segment of a path.
+pub fn segment(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'~');
+    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::http::HeaderMap;
+    use axum::response::{IntoResponse, Response};
+    use axum::routing::{get, post};
+    use std::sync::Mutex;
+
+    async fn serve(router: Router) -> Address {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        address.parse().unwrap()
+    }
+
+    async fn closed_port() -> Address {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        format!("http://{}", listener.local_addr().unwrap()).parse().unwrap()
+    }
+
+    fn write_to(path: &str, patience_ms: u64) -> Write {
+        let patience = Duration::from_millis(patience_ms);
+        Write { path: path.into(), key: "k1".into(), content_type: "text/plain", body: "x".into(), patience }
+    }
+
+    #[test]
+    fn an_address_says_what_it_lacks() {
+        let parse = |text: &str| text.parse::<Address>().map(|a| a.to_string());
+        assert_eq!(parse("127.0.0.1:50051/"), Ok("http://127.0.0.1:50051".into()));
+        assert_eq!(parse("http://a"), Err("\"a\" has no port, expected http://host:port".into()));
+        assert_eq!(parse("https://a:1"), Err("scheme is https, expected http".into()));
+    }
+
+    #[test]
+    fn a_segment_cannot_leave_its_place() {
+        assert_eq!(segment("fraud-model"), "fraud-model");
+        assert_eq!(segment("../a b"), "..%2Fa%20b");
+    }
+
+    #[tokio::test]
+    async fn the_next_node_is_asked_when_one_cannot_be_reached() {
+        let live = serve(Router::new().route("/x", get(async || "yes"))).await;
+        let api = Api::new(vec![closed_port().await, live], None).unwrap();
+        assert_eq!(api.get("/x").await.unwrap().body, "yes");
+        assert_eq!(api.order().next(), Some(1), "the node that answered is asked first");
+        let nobody = Api::new(vec![closed_port().await], None).unwrap();
+        assert!(nobody.get("/x").await.unwrap_err().to_string().contains("refused"));
+    }
+
+    #[tokio::test]
+    async fn an_open_outcome_is_asked_again_with_the_same_key() {
+        let keys = Arc::new(Mutex::new(Vec::new()));
+        let seen = keys.clone();
+        let answer = async move |headers: HeaderMap| -> Response {
+            let mut seen = seen.lock().unwrap();
+            seen.push(headers["idempotency-key"].to_str().unwrap().to_owned());
+            match seen.len() {
+                1 => (StatusCode::SERVICE_UNAVAILABLE, r#"{"error":"in doubt"}"#).into_response(),
+                _ => r#"{"status":"COMMITTED"}"#.into_response(),
+            }
+        };
+        let api = Api::new(vec![serve(Router::new().route("/w", post(answer))).await], None).unwrap();
+        let found = api.write(&write_to("/w", 5_000)).await.unwrap();
+        assert_eq!(found.json()["status"], "COMMITTED");
+        assert_eq!(*keys.lock().unwrap(), ["k1", "k1"]);
+    }
+
+    #[tokio::test]
+    async fn no_quorum_is_an_answer() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let answer = async move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            (StatusCode::SERVICE_UNAVAILABLE, r#"{"error":"no quorum: 1 of 2"}"#)
+        };
+        let api = Api::new(vec![serve(Router::new().route("/w", post(answer))).await], None).unwrap();
+        assert_eq!(api.write(&write_to("/w", 5_000)).await.unwrap().error(), "no quorum: 1 of 2");
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn a_stream_resumes_after_its_last_event() {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let answer = async move |headers: HeaderMap| {
+            let id = headers.get("last-event-id").map(|v| v.to_str().unwrap().to_owned());
+            let next = id.as_ref().map_or(1, |id| id.parse::<u64>().unwrap() + 1);
+            seen.lock().unwrap().push(id);
+            format!("id: {next}\ndata: {{}}\n\n")
+        };
+        let api = Api::new(vec![serve(Router::new().route("/v1/events", get(answer))).await], None).unwrap();
+        let mut feed = api.follow(Some(4));
+        let mut ids = Vec::new();
+        while ids.len() < 2 {
+            if let Some(Feed::Event(event)) = feed.recv().await {
+                ids.extend(event.id);
+            }
+        }
+        assert_eq!(ids, ["5", "6"]);
+        assert_eq!(asked.lock().unwrap()[..2], [Some("4".into()), Some("5".into())]);
+    }
+}

@@ -1,0 +1,148 @@
+//! `aviary cluster`: makes a cluster, shows it, and changes whose votes count.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::client::Api;
+use super::output::{Format, facts, table};
+use super::write::{self, WriteArgs};
+use super::{Exit, read, show};
+
+/// Verbs of `aviary cluster`.
+#[derive(Debug, Subcommand)]
+pub enum ClusterVerb {
+    /// Make the nodes' identities and the first record of their log; run once, before the nodes.
+    Init(InitArgs),
+    /// Show the members, who coordinates, and how far each one is.
+    Status,
+    /// Let rollouts go on without this node's Yes, while it is repaired; it serves stable only.
+    Bench(MemberArgs),
+    /// Need this node's Yes again.
+    Unbench(MemberArgs),
+    /// Count a node's votes again after its disk was lost: it shows its new incarnation in `cluster status`.
+    Readmit(ReadmitArgs),
+}
+
+/// Arguments of `aviary cluster init`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:\n  aviary cluster init --config config/node-a.toml --config config/node-b.toml \
+    --config config/node-c.toml\n\nA data directory that holds anything is refused and left as it is.")]
+pub struct InitArgs {
+    /// A node's file (TOML); once for each node.
+    #[arg(long, value_name = "FILE", required = true)]
+    pub config: Vec<PathBuf>,
+    /// Makes each node's data in ROOT/<node id>, whatever the files say: for trials beside data that matters.
+    #[arg(long, value_name = "ROOT")]
+    pub data_root: Option<PathBuf>,
+}
+
+/// A node, and how the change is sent.
+#[derive(Debug, Args)]
+pub struct MemberArgs {
+    /// The node's id, such as c.
+    node: String,
+    #[command(flatten)]
+    write: WriteArgs,
+}
+
+/// A node's new run of its disk, and how the change is sent.
+#[derive(Debug, Args)]
+pub struct ReadmitArgs {
+    /// The node's id, such as c.
+    node: String,
+    /// The incarnation to count, as the node logs it at start: 16 hexadecimal digits.
+    #[arg(long, value_name = "HEX", value_parser = incarnation)]
+    incarnation: String,
+    #[command(flatten)]
+    write: WriteArgs,
+}
+
+fn incarnation(text: &str) -> Result<String, String> {
+    match u64::from_str_radix(text, 16) {
+        Ok(n) if text.len() <= 16 && !text.starts_with('+') => Ok(format!("{n:016x}")),
+        _ => Err(format!("found {text:?}, expected up to 16 hexadecimal digits")),
+    }
+}
+
+/// Makes a cluster.
+pub fn init(args: InitArgs) -> anyhow::Result<()> {
+    anyhow::bail!("{} files: this build makes no clusters", args.config.len())
+}
+
+/// Runs a verb that talks to a cluster.
+pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result<Exit> {
+    match verb {
+        ClusterVerb::Init(_) => unreachable!("handled before the runtime starts"),
+        ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
+        ClusterVerb::Bench(args) => change(api, "bench", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Unbench(args) => change(api, "unbench", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Readmit(args) => {
+            let body = json!({ "node": args.node, "incarnation": args.incarnation });
+            change(api, "readmit", body, args.write, format).await
+        }
+    }
+}
+
+async fn change(api: &Api, verb: &str, body: Value, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
+    let path = format!("/v1/cluster/{verb}");
+    Ok(write::send(api, path, "application/json", body.to_string(), args, format).await?.0)
+}
+
+/// Returns the cluster for people.
+pub fn status(json: &Value) -> String {
+    let head = facts(&[
+        ("cluster", ["cluster_id", "cluster"].map(|key| show::text(json, key)).concat()),
+        ("asked node", json["node"].as_str().unwrap_or_default().into()),
+        ("coordinator", show::text(json, "coordinator")),
+        ("mode", show::text(json, "mode")),
+    ]);
+    let mut members = table(["NODE", "ALIVE", "HEAD", "BENCHED", "INCARNATION", "VOTES"]);
+    for (node, member) in members_of(json) {
+        members.add_row([
+            node,
+            show::text(member, "alive"),
+            show::text(member, "head"),
+            show::text(member, "benched"),
+            show::text(member, "incarnation"),
+            show::seek(member, "counts_not").map_or("count".into(), |why| format!("don't count: {}", show::word(why))),
+        ]);
+    }
+    format!("{head}\n\n{}", members.trim_fmt())
+}
+
+/// Returns the members with their names, be they an object by name or a list.
+fn members_of(json: &Value) -> Vec<(String, &Value)> {
+    match show::seek(json, "members") {
+        Some(Value::Object(members)) => members.iter().map(|(node, member)| (node.clone(), member)).collect(),
+        Some(Value::Array(members)) => {
+            let name = |member: &Value| ["node", "id"].map(|key| show::text(member, key)).concat();
+            members.iter().map(|member| (name(member), member)).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_read_from_both_shapes() {
+        let by_name = json!({"members": {"a": {"alive": true}, "b": {"alive": false}}});
+        let listed = json!({"members": [{"node": "a", "alive": true}, {"id": "b", "alive": false}]});
+        for json in [by_name, listed] {
+            let names: Vec<_> = members_of(&json).into_iter().map(|(name, _)| name).collect();
+            assert_eq!(names, ["a", "b"]);
+        }
+    }
+
+    #[test]
+    fn an_incarnation_is_hexadecimal() {
+        assert_eq!(incarnation("ab"), Ok("00000000000000ab".into()));
+        assert!(
+            incarnation("+ab").is_err() && incarnation("xyz").is_err() && incarnation("0".repeat(17).as_str()).is_err()
+        );
+    }
+}

@@ -1,0 +1,71 @@
+//! `aviary events`: what happened, one line each; with `-f`, as it happens.
+
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::Value;
+use tokio::time::timeout;
+
+use super::client::{Api, Feed, Unreachable};
+use super::output::{self, Format};
+use super::{Exit, show};
+
+/// Arguments of `aviary events`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  aviary events                    everything so far\n  \
+    aviary events -f                 what happens from here on\n  aviary events -f --after 120     from slot 121 on")]
+pub struct EventsArgs {
+    /// Go on as things happen; without it, end once the stream has been silent for half a second.
+    #[arg(short, long)]
+    follow: bool,
+    /// Begin after this slot. Default: 0, or with -f what happens from here on.
+    #[arg(long, value_name = "SLOT")]
+    after: Option<u64>,
+}
+
+const SILENCE: Duration = Duration::from_millis(500);
+const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// Prints events.
+pub async fn run(api: &Api, args: &EventsArgs, format: Format) -> anyhow::Result<Exit> {
+    let after = if args.follow { args.after } else { Some(args.after.unwrap_or(0)) };
+    let mut feed = api.follow(after);
+    let (mut connected, mut lost) = (false, Vec::new());
+    loop {
+        let next = match (args.follow, connected) {
+            (true, _) => feed.recv().await,
+            (false, false) => timeout(FIRST_ANSWER_MAX, feed.recv()).await.unwrap_or_default(),
+            (false, true) => match timeout(SILENCE, feed.recv()).await {
+                Ok(next) => next,
+                Err(_) => return Ok(Exit::Done),
+            },
+        };
+        match next {
+            Some(Feed::Connected) => connected = true,
+            Some(Feed::Event(event)) => output::line(&line(&event.data, format)?)?,
+            Some(Feed::Lost(_)) if connected && !args.follow => return Ok(Exit::Done),
+            Some(Feed::Lost(why)) if !connected && lost.len() + 1 >= api.addresses().len() => {
+                lost.push(why);
+                return Err(Unreachable::new(lost).into());
+            }
+            Some(Feed::Lost(why)) => {
+                eprintln!("stream lost, trying the next node: {why}");
+                lost.push(why);
+            }
+            Some(Feed::Refused(why)) => anyhow::bail!(why),
+            None => return Err(Unreachable::new(lost).into()),
+        }
+    }
+}
+
+fn line(data: &str, format: Format) -> anyhow::Result<String> {
+    let Ok(json) = serde_json::from_str::<Value>(data) else { return Ok(data.into()) };
+    Ok(match format {
+        Format::Json => data.replace('\n', ""),
+        Format::Yaml => format!("---\n{}", serde_saphyr::to_string(&json)?.trim_end()),
+        Format::Table => {
+            let from = json["node"].as_str().unwrap_or_default();
+            format!("{}  {from}  {}", show::clock(show::seek(&json, "at")), show::event(&json))
+        }
+    })
+}

@@ -1,0 +1,105 @@
+//! What answers look like: the server's JSON, YAML, or a table; colours only where somebody looks.
+
+use std::io::{IsTerminal, Write};
+
+use comfy_table::{Table, presets};
+use serde_json::Value;
+
+/// How answers are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    Table,
+    /// The server's answer, untouched.
+    Json,
+    /// The server's answer as YAML.
+    Yaml,
+}
+
+/// Prints a text; a closed pipe is an error that the program ends quietly on.
+pub fn put(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// Prints a line.
+pub fn line(text: &str) -> anyhow::Result<()> {
+    put(&format!("{text}\n"))
+}
+
+/// Prints an answer's body as JSON or YAML, or (`table`) what the closure makes of it.
+pub fn print(format: Format, body: &str, table: impl FnOnce(&Value) -> String) -> anyhow::Result<()> {
+    match (format, serde_json::from_str::<Value>(body)) {
+        (Format::Json, _) | (_, Err(_)) => line(body.trim_end()),
+        (Format::Yaml, Ok(value)) => put(&serde_saphyr::to_string(&value)?),
+        (Format::Table, Ok(value)) => line(table(&value).trim_end()),
+    }
+}
+
+/// Returns a table with a header, without borders.
+pub fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    table
+}
+
+/// Returns a table of facts: a name and what it is, one to a row; rows without a value are left out.
+pub fn facts(rows: &[(&str, String)]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    rows.iter().filter(|(_, value)| !value.is_empty()).for_each(|(name, value)| {
+        table.add_row([*name, value.as_str()]);
+    });
+    table.trim_fmt()
+}
+
+/// A colour with a meaning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tone {
+    /// All is well.
+    Good,
+    /// Somebody may want to look.
+    Odd,
+    /// Somebody should look.
+    Bad,
+    /// Less important.
+    Faint,
+}
+
+/// Returns true when standard output shows colours: a terminal, and NO_COLOR unset or empty.
+pub fn colours() -> bool {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+    !refused && std::io::stdout().is_terminal()
+}
+
+/// Returns `text` in a tone, or as it is when `on` is false.
+pub fn paint(on: bool, tone: Tone, text: &str) -> String {
+    let code = match tone {
+        Tone::Good => 32,
+        Tone::Odd => 33,
+        Tone::Bad => 31,
+        Tone::Faint => 2,
+    };
+    if on { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_without_a_value_are_left_out() {
+        let found = facts(&[("phase", "Paused".into()), ("reason", String::new()), ("slot", "7".into())]);
+        let lines: Vec<_> = found.lines().map(|l| l.split_whitespace().collect::<Vec<_>>()).collect();
+        assert_eq!(lines, [["phase", "Paused"], ["slot", "7"]]);
+    }
+
+    #[test]
+    fn a_server_answer_can_be_shown_as_yaml() {
+        let value: Value = serde_json::from_str(r#"{"phase":"Paused","weights":{"v1":0.95},"reasons":["a"]}"#).unwrap();
+        let yaml = serde_saphyr::to_string(&value).unwrap();
+        let back: Value = serde_saphyr::from_str(&yaml).unwrap();
+        assert_eq!(back, value);
+    }
+}

@@ -1,0 +1,195 @@
+//! `aviary status`: follows a rollout to its end, telling each transition as it happens.
+
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::Value;
+use tokio::time::{Instant, timeout_at};
+
+use super::client::{Api, Feed, Unreachable, segment};
+use super::output::{self, Format};
+use super::{Exit, show};
+
+/// Arguments of `aviary status`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 completed, 1 rolled back or paused, 2 timeout or no node reached.\n\n\
+    Example:\n  aviary status fraud-model --timeout 5m && echo shipped")]
+pub struct StatusArgs {
+    /// The service.
+    name: String,
+    /// How long to wait; without it, for as long as it takes.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
+    /// Last slot that the reader knows of: a node that lags behind it is not believed.
+    #[arg(skip)]
+    known: Option<u64>,
+}
+
+impl StatusArgs {
+    /// Returns the arguments that wait for as long as it takes, for what follows slot `known`.
+    pub fn after(name: String, known: Option<u64>) -> Self {
+        Self { name, timeout: None, known }
+    }
+}
+
+/// A wait that nobody outlives, where no timeout is given.
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Follows the rollout.
+pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result<Exit> {
+    let end = Instant::now() + args.timeout.unwrap_or(YEAR);
+    let path = format!("/v1/rollouts/{}", segment(&args.name));
+    let mut feed = api.follow(None);
+    let mut told = Told { service: args.name.clone(), slot: args.known };
+    let (mut connected, mut lost) = (false, Vec::new());
+    loop {
+        let next = match timeout_at(end, feed.recv()).await {
+            Ok(Some(next)) => next,
+            Ok(None) => anyhow::bail!("the event stream ended for good"),
+            Err(_) => {
+                eprintln!("timeout: the rollout has not ended within {}", humantime::format_duration(waited(args)));
+                return Ok(Exit::Unavailable);
+            }
+        };
+        let (json, line) = match next {
+            Feed::Connected => {
+                connected = true;
+                let answer = match timeout_at(end, api.get(&path)).await {
+                    Ok(Ok(answer)) => answer,
+                    Ok(Err(_)) | Err(_) => continue,
+                };
+                if answer.status.is_client_error() {
+                    anyhow::bail!("{}: {}", args.name, answer.error());
+                }
+                let json = answer.json();
+                let line = told.snapshot(&json);
+                (json, line)
+            }
+            Feed::Event(event) => {
+                let json: Value = serde_json::from_str(&event.data).unwrap_or(Value::Null);
+                let line = told.event(&json);
+                (json, line)
+            }
+            Feed::Lost(why) if !connected => {
+                lost.push(why);
+                if lost.len() >= api.addresses().len() {
+                    return Err(Unreachable::new(lost).into());
+                }
+                continue;
+            }
+            Feed::Lost(why) => {
+                eprintln!("stream lost, trying the next node: {why}");
+                continue;
+            }
+            Feed::Refused(why) => anyhow::bail!(why),
+        };
+        let Some(line) = line else { continue };
+        match format {
+            Format::Table => output::line(&line)?,
+            Format::Json => output::line(&json.to_string())?,
+            Format::Yaml => output::put(&format!("---\n{}", serde_saphyr::to_string(&json)?))?,
+        }
+        if let Some(exit) = ended(&json) {
+            return Ok(exit);
+        }
+    }
+}
+
+fn waited(args: &StatusArgs) -> Duration {
+    args.timeout.unwrap_or(YEAR)
+}
+
+/// What was told already: a stream that resumes on another node may repeat itself.
+struct Told {
+    service: String,
+    slot: Option<u64>,
+}
+
+impl Told {
+    /// Returns the line about where the rollout stands; none when that was told.
+    fn snapshot(&mut self, json: &Value) -> Option<String> {
+        let slot = show::number(json, "slot");
+        if slot.is_some() && self.slot >= slot {
+            return None;
+        }
+        self.slot = slot;
+        let parts = [
+            show::clock(show::seek(json, "timestamp")),
+            slot.map(|slot| format!("slot {slot}")).unwrap_or_default(),
+            show::text(json, "status"),
+            self.service.clone(),
+            show::weights_of(json, "weights"),
+            show::number(json, "version").map(|version| format!("version {version}")).unwrap_or_default(),
+            show::text(json, "phase"),
+            show::text(json, "waiting_for"),
+            show::text(json, "reason"),
+        ];
+        Some(parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  "))
+    }
+
+    /// Returns the line about an event; none when it concerns something else, changes nothing, or was told.
+    fn event(&mut self, json: &Value) -> Option<String> {
+        if show::text(json, "service") != self.service {
+            return None;
+        }
+        if json["event"] == "routing" {
+            let slot = show::number(json, "slot");
+            if show::text(json, "status") == "PREPARED" || (slot.is_some() && self.slot >= slot) {
+                return None;
+            }
+            self.slot = slot;
+        }
+        Some(format!("{}  {}", show::clock(show::seek(json, "at")), show::event(json)))
+    }
+}
+
+/// Returns how a rollout in this state ended; none while it goes on.
+fn ended(json: &Value) -> Option<Exit> {
+    match show::text(json, "phase").as_str() {
+        "Completed" => Some(Exit::Done),
+        "RolledBack" | "Paused" => Some(Exit::Refused),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn routing(slot: u64, status: &str, phase: &str) -> Value {
+        let state = json!({"service": "m", "status": status, "weights": [["v1", 9500], ["v2", 500]], "version": slot});
+        json!({"event": "routing", "slot": slot, "kind": "Promote", "phase": phase, "reasons": [], "state": state, "at": 0})
+    }
+
+    #[test]
+    fn a_transition_is_told_once_and_only_when_decided() {
+        let mut told = Told { service: "m".into(), slot: None };
+        assert_eq!(told.event(&routing(3, "PREPARED", "Progressing")), None);
+        assert!(told.event(&routing(3, "COMMITTED", "Progressing")).is_some());
+        assert_eq!(told.event(&routing(3, "COMMITTED", "Progressing")), None);
+        assert_eq!(told.snapshot(&json!({"slot": 3, "phase": "Progressing"})), None);
+        assert!(told.snapshot(&json!({"slot": 4, "phase": "Progressing"})).is_some());
+    }
+
+    #[test]
+    fn a_node_that_lags_behind_what_was_answered_is_not_believed() {
+        let mut told = Told { service: "m".into(), slot: Some(9) };
+        assert_eq!(told.snapshot(&json!({"slot": 8, "phase": "Completed"})), None);
+        assert_eq!(told.event(&routing(8, "COMMITTED", "Completed")), None);
+    }
+
+    #[test]
+    fn other_services_are_not_told() {
+        let mut told = Told { service: "other".into(), slot: None };
+        assert_eq!(told.event(&routing(3, "COMMITTED", "Completed")), None);
+    }
+
+    #[test]
+    fn the_phases_end_the_program_as_documented() {
+        assert_eq!(ended(&routing(3, "COMMITTED", "Completed")), Some(Exit::Done));
+        assert_eq!(ended(&routing(3, "COMMITTED", "RolledBack")), Some(Exit::Refused));
+        assert_eq!(ended(&json!({"phase": "Paused"})), Some(Exit::Refused));
+        assert_eq!(ended(&json!({"phase": "Baking"})), None);
+    }
+}

@@ -1,0 +1,121 @@
+//! `aviary watch`: a rollout as a live picture, fed by the event stream; plain lines when nobody looks at a terminal.
+
+use std::collections::VecDeque;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::interval;
+
+use super::client::{Api, Feed, segment};
+use super::output::{self, Format, Tone, colours, paint};
+use super::{Exit, cluster, read, show, status, wall_ms};
+
+/// Arguments of `aviary watch`.
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// The service.
+    name: String,
+}
+
+/// Events kept on the screen.
+const EVENTS_SHOWN: usize = 8;
+/// How often a terminal's numbers are read again, as samples and leases change without an event.
+const REFRESH: Duration = Duration::from_secs(1);
+
+/// Watches until Ctrl-C.
+pub async fn run(api: &Api, args: &WatchArgs) -> anyhow::Result<Exit> {
+    if !std::io::stdout().is_terminal() {
+        return status::run(api, &status::StatusArgs::after(args.name.clone(), None), Format::Table).await;
+    }
+    let mut feed = api.follow(None);
+    let mut screen = Screen::default();
+    let mut refresh = interval(REFRESH);
+    loop {
+        tokio::select! {
+            stop = tokio::signal::ctrl_c() => return stop.map(|()| Exit::Done).map_err(Into::into),
+            next = feed.recv() => screen.take(next)?,
+            _ = refresh.tick() => {}
+        }
+        drain(&mut feed, &mut screen)?;
+        let picture = picture(api, &args.name, &screen).await;
+        screen.draw(&picture)?;
+    }
+}
+
+/// Takes what else has arrived: one picture shows it all.
+fn drain(feed: &mut mpsc::Receiver<Feed>, screen: &mut Screen) -> anyhow::Result<()> {
+    while let Ok(next) = feed.try_recv() {
+        screen.take(Some(next))?;
+    }
+    Ok(())
+}
+
+async fn picture(api: &Api, name: &str, screen: &Screen) -> String {
+    let head = format!("{name}   {} UTC   Ctrl-C ends the view, not the rollout", show::clock_of(wall_ms()));
+    let body = match api.get(&format!("/v1/rollouts/{}", segment(name))).await {
+        Ok(answer) if answer.status.is_success() => read::rollout(&answer.json()),
+        Ok(answer) => paint(colours(), Tone::Odd, &answer.error()),
+        Err(error) => paint(colours(), Tone::Bad, &error.to_string()),
+    };
+    let members = match api.get("/v1/cluster").await {
+        Ok(answer) if answer.status.is_success() => cluster::status(&answer.json()),
+        Ok(_) | Err(_) => String::new(),
+    };
+    let events = screen.events.iter().fold(String::new(), |text, line| format!("{text}{line}\n"));
+    format!("{}\n\n{body}\n\n{members}\n\n{events}", paint(colours(), Tone::Faint, &head))
+}
+
+/// What stands on the terminal.
+#[derive(Default)]
+struct Screen {
+    drawn: usize,
+    events: VecDeque<String>,
+}
+
+impl Screen {
+    fn take(&mut self, next: Option<Feed>) -> anyhow::Result<()> {
+        let line = match next {
+            Some(Feed::Event(event)) => {
+                let json: Value = serde_json::from_str(&event.data).unwrap_or(Value::Null);
+                format!("{}  {}", show::clock(show::seek(&json, "at")), show::event(&json))
+            }
+            Some(Feed::Lost(why)) => format!("{}  stream lost: {why}", show::clock_of(wall_ms())),
+            Some(Feed::Connected) => return Ok(()),
+            Some(Feed::Refused(why)) => anyhow::bail!(why),
+            None => anyhow::bail!("the event stream ended for good"),
+        };
+        self.events.push_back(line);
+        if self.events.len() > EVENTS_SHOWN {
+            self.events.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Draws over the last picture, line by line, so that nothing flickers.
+    fn draw(&mut self, picture: &str) -> anyhow::Result<()> {
+        let up = if self.drawn > 0 { format!("\x1b[{}A\r", self.drawn) } else { String::new() };
+        let lines: String = picture.lines().map(|line| format!("{line}\x1b[K\n")).collect();
+        self.drawn = picture.lines().count();
+        output::put(&format!("{up}{lines}\x1b[J"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::sse::SseEvent;
+
+    #[test]
+    fn only_the_last_events_stay_on_the_screen() {
+        let mut screen = Screen::default();
+        for slot in 0..20 {
+            let data = format!(r#"{{"event":"enforced","slot":{slot},"service":"m","took_ms":5,"at":0}}"#);
+            screen.take(Some(Feed::Event(SseEvent { id: None, data }))).unwrap();
+        }
+        assert_eq!(screen.events.len(), EVENTS_SHOWN);
+        assert_eq!(screen.events.back().unwrap(), "00:00:00  slot 19  enforced everywhere  m  5 ms");
+    }
+}
