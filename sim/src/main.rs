@@ -14,6 +14,8 @@ mod scenarios;
 mod subject;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod toy;
 mod trace;
 mod truth;
 mod world;

@@ -28,7 +28,7 @@ pub trait Subject: Sized {
 }
 
 /// A process that only keeps its register: what the world runs while there is no core.
-pub struct Mute;
+pub struct Mute(#[expect(dead_code, reason = "it has no use for its start")] (Timings, u64));
 
 impl Subject for Mute {
     fn start(setup: Setup, register: Option<Register>, log: Vec<Chosen>, _: Now) -> (Self, Vec<Output>) {
@@ -44,7 +44,7 @@ impl Subject for Mute {
             head_hash: genesis.hash(),
         });
         register.boot += 1;
-        (Self, vec![Output::Persist(Box::new(register))])
+        (Self((setup.timings, setup.seed)), vec![Output::Persist(Box::new(register))])
     }
 
     fn handle(&mut self, _: Now, _: Input) -> Vec<Output> {

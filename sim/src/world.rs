@@ -541,7 +541,7 @@ impl<S: Subject> World<S> {
             }
             Output::Send { to, message } => self.send(i, &to, *message)?,
             Output::SendLog { to, from, through } => {
-                let most = from.0 + 32;
+                let most = from.0 + 64;
                 let records = self.nodes[i]
                     .log
                     .iter()
@@ -1008,6 +1008,12 @@ impl<S: Subject> World<S> {
         self.within(3_500, &format!("an answer to {words}"), |world| world.replies.contains_key(&request))?;
         self.trace.line(self.now, "*", "answered", || format!("{words}: {:?}", self.replies.get(&request)));
         Ok(request)
+    }
+
+    /// Returns how many slots were chosen so far.
+    #[cfg(test)]
+    pub fn slots(&self) -> u64 {
+        self.truth.head().0
     }
 
     /// Returns each node's state in words.

@@ -26,7 +26,8 @@ impl Answers {
         let own = known.record.intent.tx.as_str() == tx;
         let reverted = !committed && act.raises_exposure() && !known.armed;
         let revert = !committed && matches!(act, Act::Revert { .. });
-        if !(own && is_abort != committed || own && reverted || revert) {
+        let own_outcome = own && (is_abort != committed || reverted);
+        if !own_outcome && !revert {
             return Err(format!(
                 "{tx} answered {word} at slot {slot}, which holds {} of {}",
                 act.name(),

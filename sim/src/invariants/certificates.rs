@@ -26,10 +26,16 @@ impl Invariant for Certificates {
                 }
                 Ok(())
             }
-            Fact::Chosen(record, _) if record.intent.act.raises_exposure() => {
+            Fact::Chosen(record, ballot) if record.intent.act.raises_exposure() => {
                 let slot = record.slot;
                 let certificate =
                     record.certificate.as_ref().ok_or(format!("slot {slot}: a raise without certificate"))?;
+                if certificate.ballot > **ballot {
+                    return Err(format!(
+                        "slot {slot}: chosen in {ballot}, its certificate is of {}",
+                        certificate.ballot
+                    ));
+                }
                 let members = truth.membership_for(slot).ok_or("no membership")?;
                 for voter in members.gate_voters() {
                     if !certificate.yes.contains_key(voter) {
@@ -44,5 +50,24 @@ impl Invariant for Certificates {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aviary::domain::rollout::{Change, Target};
+    use aviary::protocol::record::{Act, Certificate};
+
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn a_yes_that_nobody_said_is_caught() {
+        let mut raise = pause(1, "x").record;
+        raise.intent.act = Act::Change(service(), Change::Promote { to: Target::Stage(1), full: false });
+        let yes = ["a", "b", "c"].map(|voter| (node(voter), "fine".to_string()));
+        raise.certificate = Some(Certificate { ballot: ballot("a", 1), yes: yes.into() });
+        let error = Certificates::default().see(&Fact::Chosen(&raise, &ballot("a", 1)), &truth()).unwrap_err();
+        assert!(error.contains("never said Yes"), "{error}");
     }
 }

@@ -40,3 +40,16 @@ impl Invariant for Stages {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn a_change_without_a_rollout_is_caught() {
+        let record = pause(1, "x").record;
+        let error = Stages::default().see(&Fact::Chosen(&record, &ballot("a", 1)), &truth()).unwrap_err();
+        assert!(error.contains("without a rollout"), "{error}");
+    }
+}
