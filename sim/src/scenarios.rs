@@ -16,4 +16,4 @@ pub struct Scenario {
 
 /// All of them.
 pub const ALL: &[Scenario] =
-    &[Scenario { name: "first", about: "the first seed: no known bug", seed: 1, ms: 20_000, nodes: None }];
+    &[Scenario { name: "first", about: "a plain run; it pins no bug", seed: 1, ms: 20_000, nodes: None }];

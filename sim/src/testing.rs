@@ -1,10 +1,13 @@
 //! Small makers for the checkers' own tests.
 
+use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary::domain::plan::OnPartition;
+use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
 use aviary::domain::rollout::Change;
 use aviary::domain::time::Wall;
+use aviary::domain::weights::Weight;
 use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Register, Slot};
+use std::sync::Arc;
 
 use crate::truth::{Served, Truth};
 use crate::world::genesis_of;
@@ -44,6 +47,32 @@ pub fn pause(slot: u64, tx: &str) -> Chosen {
     let record =
         Record { slot: Slot(slot), prev_hash: genesis().record.hash(), intent, state: None, certificate: None };
     Chosen { ballot: Some(ballot("a", 1)), record }
+}
+
+/// A change of the service at `slot`.
+pub fn change(slot: u64, change: Change) -> Record {
+    let mut record = pause(slot, &format!("t{slot}")).record;
+    record.intent.act = Act::Change(service(), change);
+    record
+}
+
+/// A rollout from v1 to v2 at 5 % and 100 %, with a lease of 2 s.
+pub fn spec() -> Arc<RolloutSpec> {
+    let backend = |name| Backend { version: version(name), urls: vec![] };
+    let stage = |bp| Stage { weight: Weight::from_bp(bp).unwrap(), hold_ms: 0, manual: false };
+    Arc::new(RolloutSpec {
+        service: service(),
+        stable: backend("v1"),
+        canary: backend("v2"),
+        stages: vec![stage(500), stage(10_000)],
+        bake_ms: 0,
+        hash_on: None,
+        matches: vec![],
+        analysis: Analysis::default(),
+        lease_ms: 2_000,
+        on_partition: OnPartition::Stable,
+        progress_deadline_ms: 60_000,
+    })
 }
 
 pub fn register(name: &str, round: u64, tx: &str) -> Register {

@@ -20,6 +20,8 @@ pub const HIDES_ACCEPTED: u8 = 2;
 pub const SMALL_QUORUM: u8 = 3;
 /// The vote leaves before the write.
 pub const SENDS_FIRST: u8 = 4;
+/// A node without its memory votes.
+pub const WIPED_VOTES: u8 = 5;
 
 struct Attempt {
     ballot: Ballot,
@@ -63,7 +65,7 @@ impl<const BUG: u8> Toy<BUG> {
     }
 
     fn counts(&self) -> bool {
-        self.members.counts(&self.register.node, self.register.incarnation)
+        BUG == WIPED_VOTES || self.members.counts(&self.register.node, self.register.incarnation)
     }
 
     fn vote(&mut self, to: NodeId, ballot: Ballot, slot: Slot, answer: Answer) {
@@ -284,5 +286,6 @@ mod tests {
         assert!(first::<HIDES_ACCEPTED>(60).is_some(), "a hidden accept");
         assert!(first::<SMALL_QUORUM>(60).is_some(), "a quorum too small");
         assert!(first::<SENDS_FIRST>(60).is_some(), "a vote before its write");
+        assert!(first::<WIPED_VOTES>(200).is_some(), "a wiped voter's vote");
     }
 }

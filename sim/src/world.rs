@@ -1099,7 +1099,7 @@ fn brief(message: &Message) -> String {
             format!("CATCHUP slot {} {}", c.record.slot, c.record.intent.act.name())
         }
         Message::Heartbeat(h) => format!(
-            "HEARTBEAT nonce {:?} ack {:?} head {} open {:?} unarmed {} {:?}",
+            "HEARTBEAT nonce {:?} ack {:?} head {} open {:?} unarmed {:?} {:?}",
             h.nonce,
             h.acknowledges,
             h.head,

@@ -114,4 +114,21 @@ mod tests {
         let (node, service, canary) = (node("a"), service(), version("v2"));
         assert!(enforcement.see(&Fact::Served(served(&node, &service, &canary, 1)), &truth).is_err());
     }
+
+    #[test]
+    fn a_share_outlives_its_rollback_by_a_lease_and_no_longer() {
+        use aviary::domain::rollout::Change;
+        let (mut enforcement, mut truth) = (Enforcement::default(), truth());
+        let (node, service, canary, ballot) = (node("a"), service(), version("v2"), ballot("a", 1));
+        let mut at = |now, fact: &Fact| {
+            truth.now = now;
+            enforcement.see(fact, &truth)
+        };
+        let serves = Fact::Served(served(&node, &service, &canary, 500));
+        at(0, &Fact::Chosen(&change(1, Change::Start(spec())), &ballot)).unwrap();
+        at(60_000_000, &serves).unwrap();
+        at(60_000_000, &Fact::Chosen(&change(2, Change::Rollback { reason: "bad".into() }), &ballot)).unwrap();
+        at(62_000_000, &serves).unwrap();
+        assert!(at(62_030_000, &serves).unwrap_err().contains("at most 0 bp"));
+    }
 }
