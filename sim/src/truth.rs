@@ -273,9 +273,9 @@ impl Course {
         }
         let weight = next.spec.as_ref().map_or(0, |spec| spec.stages[next.stage].weight.bp());
         next.ceiling = match (next.active, armed) {
-            (false, _) => 0,
+            (_, false) => self.ceiling,
+            (false, true) => 0,
             (true, true) => weight,
-            (true, false) => self.ceiling,
         };
         Ok(next)
     }

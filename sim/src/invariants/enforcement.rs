@@ -50,7 +50,10 @@ impl Enforcement {
         if completed {
             return;
         }
-        if let Some(spec) = old.and_then(|old| old.spec.as_ref()) {
+        // A rollout that starts follows one that was rolled back, and ended then, or one that completed: its canary is
+        // the stable of this one, and a node that still calls it canary exceeds nothing.
+        let starts = record.intent.act.name() == "Start";
+        if let Some(spec) = old.and_then(|old| old.spec.as_ref()).filter(|_| !starts) {
             let key = (service.clone(), spec.canary.version.clone());
             for allowed in self.allowed.entry(key).or_default() {
                 if allowed.bp > course.ceiling || course.spec.as_ref() != Some(spec) {
@@ -62,6 +65,10 @@ impl Enforcement {
             let key = (service.clone(), spec.canary.version.clone());
             let list = self.allowed.entry(key).or_default();
             list.retain(|allowed| allowed.ends.is_none_or(|ends| ends > truth.now));
+            if starts {
+                let ends = truth.now + longest_us(spec.lease_ms);
+                list.iter_mut().for_each(|allowed| allowed.ends = allowed.ends.or(Some(ends)));
+            }
             list.push(Allowed { bp: course.ceiling, ends: None });
         }
     }
