@@ -1,0 +1,150 @@
+//! I4 and I5: one outcome for each transaction; what was answered is durable on a majority and stays so. I11: reads.
+
+use std::collections::BTreeMap;
+
+use aviary::protocol::record::{Act, ConfigChange, Slot};
+use aviary::protocol::{Op, Outcome, RequestId};
+
+use super::Invariant;
+use crate::truth::{Fact, Truth};
+
+/// I4 and I5.
+#[derive(Default)]
+pub struct Answers {
+    asked: BTreeMap<RequestId, (String, Op)>,
+    slots: BTreeMap<String, Slot>,
+    answers: BTreeMap<String, (bool, Slot)>,
+}
+
+impl Answers {
+    fn decided(&mut self, request: RequestId, committed: bool, slot: Slot, truth: &Truth) -> Result<(), String> {
+        let Some((tx, op)) = self.asked.get(&request) else { return Err("an answer to nobody's question".into()) };
+        let word = if committed { "COMMITTED" } else { "ABORTED" };
+        let known = truth.chosen(slot).ok_or(format!("{tx} answered {word} at slot {slot}, which isn't chosen"))?;
+        let act = &known.record.intent.act;
+        let is_abort = matches!(act, Act::Abort { .. });
+        let own = known.record.intent.tx.as_str() == tx;
+        let reverted = !committed && act.raises_exposure() && !known.armed;
+        let revert = !committed && matches!(act, Act::Revert { .. });
+        let own_outcome = own && (is_abort != committed || reverted);
+        if !own_outcome && !revert {
+            return Err(format!(
+                "{tx} answered {word} at slot {slot}, which holds {} of {}",
+                act.name(),
+                known.record.intent.tx
+            ));
+        }
+        if own && committed && !fits(op, act) {
+            return Err(format!("{tx} answered {word}: asked {op:?}, slot {slot} holds {}", act.name()));
+        }
+        match self.answers.insert(tx.clone(), (committed, slot)) {
+            Some((before, at)) if before != committed => {
+                Err(format!("{tx} answered {word} at slot {slot}, and otherwise before, at slot {at}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Returns true when `act` can be what `op` led to.
+fn fits(op: &Op, act: &Act) -> bool {
+    match (op, act) {
+        (Op::Config(ConfigChange::Bench(a)), Act::Config(ConfigChange::Bench(b))) => a == b,
+        (Op::Config(ConfigChange::Unbench(a)), Act::Config(ConfigChange::Unbench(b))) => a == b,
+        (Op::Config(ConfigChange::Readmit(a, i)), Act::Config(ConfigChange::Readmit(b, j))) => a == b && i == j,
+        (Op::Config(_), _) | (_, Act::Config(_)) => false,
+        (Op::Apply(_) | Op::Retry { .. }, act) => act.name() == "Start",
+        (Op::Undo { .. }, act) => matches!(act.name(), "Start" | "Rollback"),
+        (Op::Promote { .. }, act) => act.name() == "Promote",
+        (Op::Pause { .. }, act) => act.name() == "Pause",
+        (Op::Resume { .. }, act) => act.name() == "Resume",
+        (Op::Abort { .. }, act) => act.name() == "Rollback",
+    }
+}
+
+impl Invariant for Answers {
+    fn name(&self) -> &'static str {
+        "I4/I5 answers"
+    }
+
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+        match fact {
+            Fact::Asked(request, tx, op) => drop(self.asked.insert(*request, ((*tx).into(), (*op).clone()))),
+            Fact::Chosen(record, _) => {
+                let tx = record.intent.tx.as_str().to_string();
+                if let Some(before) = self.slots.insert(tx, record.slot)
+                    && before != record.slot
+                {
+                    return Err(format!("{} is in slots {before} and {}", record.intent.tx, record.slot));
+                }
+            }
+            Fact::Replied(request, Outcome::Committed { slot, .. }) => {
+                return self.decided(*request, true, *slot, truth);
+            }
+            Fact::Replied(request, Outcome::Aborted { slot, .. }) => {
+                return self.decided(*request, false, *slot, truth);
+            }
+            Fact::Over => {
+                for (tx, (_, slot)) in &self.answers {
+                    truth.chosen(*slot).ok_or(format!("the answer to {tx} vanished"))?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// I11: a read counts every write that was answered before it was asked.
+#[derive(Default)]
+pub struct Reads {
+    answered: Slot,
+    asked: BTreeMap<RequestId, Slot>,
+}
+
+impl Invariant for Reads {
+    fn name(&self) -> &'static str {
+        "I11 reads"
+    }
+
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+        match fact {
+            Fact::Reads(request) => drop(self.asked.insert(*request, self.answered)),
+            Fact::Replied(_, Outcome::Committed { slot, .. } | Outcome::Aborted { slot, .. }) => {
+                self.answered = self.answered.max(*slot);
+            }
+            Fact::Replied(request, Outcome::Current(slot)) => {
+                let least = self.asked.get(request).copied().unwrap_or_default();
+                self.answered = self.answered.max(*slot);
+                if *slot < least {
+                    return Err(format!("a read found slot {slot}, slot {least} was answered before it was asked"));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn an_answer_before_the_majority_is_caught() {
+        let mut answers = Answers::default();
+        let (truth, op) = (truth(), Op::Resume { service: service() });
+        answers.see(&Fact::Asked(RequestId(1), "x", &op), &truth).unwrap();
+        let outcome = Outcome::Committed { slot: Slot(1), state: None, repeated: false };
+        assert!(answers.see(&Fact::Replied(RequestId(1), &outcome), &truth).unwrap_err().contains("isn't chosen"));
+    }
+
+    #[test]
+    fn a_stale_read_is_caught() {
+        let (mut reads, truth) = (Reads::default(), truth());
+        reads.see(&Fact::Replied(RequestId(1), &Outcome::Current(Slot(4))), &truth).unwrap();
+        reads.see(&Fact::Reads(RequestId(2)), &truth).unwrap();
+        assert!(reads.see(&Fact::Replied(RequestId(2), &Outcome::Current(Slot(3))), &truth).is_err());
+    }
+}

@@ -1,0 +1,87 @@
+//! I6: promises never go down. I13: no ballot stands for two things.
+
+use std::collections::BTreeMap;
+
+use aviary::domain::ids::{Incarnation, NodeId};
+use aviary::protocol::message::{Decision, Message};
+use aviary::protocol::record::{Ballot, Hash, Intent, Slot};
+
+use super::Invariant;
+use crate::truth::{Fact, Truth};
+
+/// I6.
+#[derive(Default)]
+pub struct Promises(BTreeMap<(NodeId, Incarnation), (Option<Ballot>, Slot, u64)>);
+
+impl Invariant for Promises {
+    fn name(&self) -> &'static str {
+        "I6 promises"
+    }
+
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+        let Fact::Persisted(node, register) = fact else { return Ok(()) };
+        let now = (register.promised.clone(), register.head, register.boot);
+        let before = self.0.insert(((*node).clone(), register.incarnation), now.clone());
+        match before {
+            Some(before) if before.0 > now.0 => Err(format!("{node} promised {:?}, then {:?}", before.0, now.0)),
+            Some(before) if before.2 > now.2 => Err(format!("{node} booted {}, then {}", before.2, now.2)),
+            Some(before) if before.1 > now.1 => Err(format!("{node}'s head was {}, then {}", before.1, now.1)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// I13, and at most one value proposed in a ballot.
+#[derive(Default)]
+pub struct Ballots {
+    asked: BTreeMap<Ballot, (Slot, Intent)>,
+    proposed: BTreeMap<Ballot, (Slot, Hash)>,
+}
+
+impl Invariant for Ballots {
+    fn name(&self) -> &'static str {
+        "I13 ballots"
+    }
+
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+        match fact {
+            Fact::Sent(node, _, Message::Prepare(prepare)) => {
+                let what = (prepare.slot, prepare.intent.clone());
+                let before = self.asked.entry(prepare.ballot.clone()).or_insert_with(|| what.clone());
+                if *before != what || prepare.ballot.node != **node {
+                    return Err(format!("{node} uses {} for {what:?} and {before:?}", prepare.ballot));
+                }
+            }
+            Fact::Sent(node, _, Message::Decision(Decision::Propose(ballot, record))) => {
+                let what = (record.slot, record.hash());
+                let before = self.proposed.entry(ballot.clone()).or_insert(what);
+                if *before != what || ballot.node != **node {
+                    return Err(format!("{node} proposes two values in {ballot}: {before:?} and {what:?}"));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn a_falling_promise_is_caught() {
+        let (mut promises, truth) = (Promises::default(), truth());
+        promises.see(&Fact::Persisted(&node("a"), &register("a", 2, "x")), &truth).unwrap();
+        assert!(promises.see(&Fact::Persisted(&node("a"), &register("a", 1, "x")), &truth).is_err());
+    }
+
+    #[test]
+    fn two_proposals_in_a_ballot_are_caught() {
+        let (mut ballots, truth) = (Ballots::default(), truth());
+        let propose = |tx| Message::Decision(Decision::Propose(ballot("a", 1), Box::new(pause(1, tx).record)));
+        ballots.see(&Fact::Sent(&node("a"), Incarnation(1), &propose("x")), &truth).unwrap();
+        assert!(ballots.see(&Fact::Sent(&node("a"), Incarnation(1), &propose("y")), &truth).is_err());
+    }
+}

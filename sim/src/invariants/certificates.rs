@@ -1,0 +1,73 @@
+//! I3: each chosen raise has every gate voter's Yes, given in the certificate's ballot.
+
+use std::collections::BTreeSet;
+
+use aviary::domain::ids::NodeId;
+use aviary::protocol::message::{Answer, GateVote, Message};
+use aviary::protocol::record::Ballot;
+
+use super::Invariant;
+use crate::truth::{Fact, Truth};
+
+/// I3.
+#[derive(Default)]
+pub struct Certificates(BTreeSet<(Ballot, NodeId)>);
+
+impl Invariant for Certificates {
+    fn name(&self) -> &'static str {
+        "I3 unanimity"
+    }
+
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+        match fact {
+            Fact::Sent(node, _, Message::Vote(vote)) => {
+                if matches!(&vote.answer, Answer::Gate { gate: GateVote::Yes(_), .. }) {
+                    self.0.insert((vote.ballot.clone(), (*node).clone()));
+                }
+                Ok(())
+            }
+            Fact::Chosen(record, ballot) if record.intent.act.raises_exposure() => {
+                let slot = record.slot;
+                let certificate =
+                    record.certificate.as_ref().ok_or(format!("slot {slot}: a raise without certificate"))?;
+                if certificate.ballot > **ballot {
+                    return Err(format!(
+                        "slot {slot}: chosen in {ballot}, its certificate is of {}",
+                        certificate.ballot
+                    ));
+                }
+                let members = truth.membership_for(slot).ok_or("no membership")?;
+                for voter in members.gate_voters() {
+                    if !certificate.yes.contains_key(voter) {
+                        return Err(format!("slot {slot}: the certificate lacks {voter}'s Yes"));
+                    }
+                    let own = *voter == certificate.ballot.node;
+                    if !own && !self.0.contains(&(certificate.ballot.clone(), voter.clone())) {
+                        return Err(format!("slot {slot}: {voter} never said Yes in {}", certificate.ballot));
+                    }
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aviary::domain::rollout::{Change, Target};
+    use aviary::protocol::record::{Act, Certificate};
+
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn a_yes_that_nobody_said_is_caught() {
+        let mut raise = pause(1, "x").record;
+        raise.intent.act = Act::Change(service(), Change::Promote { to: Target::Stage(1), full: false });
+        let yes = ["a", "b", "c"].map(|voter| (node(voter), "fine".to_string()));
+        raise.certificate = Some(Certificate { ballot: ballot("a", 1), yes: yes.into() });
+        let error = Certificates::default().see(&Fact::Chosen(&raise, &ballot("a", 1)), &truth()).unwrap_err();
+        assert!(error.contains("never said Yes"), "{error}");
+    }
+}

@@ -1,0 +1,141 @@
+//! I9: once a lowering is chosen, nobody exceeds it for longer than a lease, cut off or not.
+
+use std::collections::BTreeMap;
+
+use aviary::domain::ids::{NodeId, ServiceId, VersionId};
+use aviary::domain::plan::OnPartition;
+use aviary::protocol::record::Slot;
+
+use super::Invariant;
+use crate::truth::{Courses, Fact, Truth};
+
+/// A share that was allowed, and until when it may still be seen.
+struct Allowed {
+    bp: u16,
+    ends: Option<u64>,
+}
+
+/// I9.
+#[derive(Default)]
+pub struct Enforcement {
+    courses: Courses,
+    seen: Slot,
+    allowed: BTreeMap<(ServiceId, VersionId), Vec<Allowed>>,
+    benched: BTreeMap<NodeId, u64>,
+}
+
+/// Longest real time that a lease of this length lasts on the slowest allowed clock, in microseconds.
+fn longest_us(lease_ms: u64) -> u64 {
+    lease_ms * 1000 * 100 / 99 + 1000
+}
+
+impl Enforcement {
+    fn chosen(&mut self, record: &aviary::protocol::record::Record, truth: &Truth) {
+        let armed = truth.chosen(record.slot).is_none_or(|known| known.armed);
+        if record.slot <= self.seen {
+            return;
+        }
+        self.seen = record.slot;
+        let before = self.courses.now.clone();
+        if self.courses.follow(record, armed).is_err() {
+            return;
+        }
+        for node in &self.courses.benched {
+            self.benched.entry(node.clone()).or_insert(truth.now);
+        }
+        self.benched.retain(|node, _| self.courses.benched.contains(node));
+        let Some(service) = record.intent.act.service() else { return };
+        let (Some(course), old) = (self.courses.now.get(service), before.get(service)) else { return };
+        let completed = !course.active && record.intent.act.name() == "Promote";
+        if completed {
+            return;
+        }
+        // A rollout that starts follows one that was rolled back, and ended then, or one that completed: its canary is
+        // the stable of this one, and a node that still calls it canary exceeds nothing.
+        let starts = record.intent.act.name() == "Start";
+        if let Some(spec) = old.and_then(|old| old.spec.as_ref()).filter(|_| !starts) {
+            let key = (service.clone(), spec.canary.version.clone());
+            for allowed in self.allowed.entry(key).or_default() {
+                if allowed.bp > course.ceiling || course.spec.as_ref() != Some(spec) {
+                    allowed.ends.get_or_insert(truth.now + longest_us(spec.lease_ms));
+                }
+            }
+        }
+        if let Some(spec) = &course.spec {
+            let key = (service.clone(), spec.canary.version.clone());
+            let list = self.allowed.entry(key).or_default();
+            list.retain(|allowed| allowed.ends.is_none_or(|ends| ends > truth.now));
+            if starts {
+                let ends = truth.now + longest_us(spec.lease_ms);
+                list.iter_mut().for_each(|allowed| allowed.ends = allowed.ends.or(Some(ends)));
+            }
+            list.push(Allowed { bp: course.ceiling, ends: None });
+        }
+    }
+}
+
+impl Invariant for Enforcement {
+    fn name(&self) -> &'static str {
+        "I9 enforcement"
+    }
+
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+        match fact {
+            Fact::Chosen(record, _) => {
+                self.chosen(record, truth);
+                Ok(())
+            }
+            Fact::Served(served) if served.bp > 0 && served.on_partition == OnPartition::Stable => {
+                let key = (served.service.clone(), served.canary.clone());
+                let live = self.allowed.get(&key).into_iter().flatten();
+                let most =
+                    live.filter(|a| a.ends.is_none_or(|ends| ends >= truth.now)).map(|a| a.bp).max().unwrap_or(0);
+                if served.bp > most {
+                    return Err(format!(
+                        "{} serves {} bp of {} {}, at most {most} bp were chosen within a lease's length",
+                        served.node, served.bp, served.service, served.canary
+                    ));
+                }
+                let lease = self.courses.now.get(served.service).and_then(|course| course.spec.as_ref());
+                let lease = lease.map_or(3_000, |spec| spec.lease_ms.max(3_000));
+                match self.benched.get(served.node) {
+                    Some(since) if truth.now > since + longest_us(lease) => {
+                        Err(format!("{} serves {} bp a lease's length after it was benched", served.node, served.bp))
+                    }
+                    _ => Ok(()),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn canary_traffic_that_was_never_chosen_is_caught() {
+        let (mut enforcement, truth) = (Enforcement::default(), truth());
+        let (node, service, canary) = (node("a"), service(), version("v2"));
+        assert!(enforcement.see(&Fact::Served(served(&node, &service, &canary, 1)), &truth).is_err());
+    }
+
+    #[test]
+    fn a_share_outlives_its_rollback_by_a_lease_and_no_longer() {
+        use aviary::domain::rollout::Change;
+        let (mut enforcement, mut truth) = (Enforcement::default(), truth());
+        let (node, service, canary, ballot) = (node("a"), service(), version("v2"), ballot("a", 1));
+        let mut at = |now, fact: &Fact| {
+            truth.now = now;
+            enforcement.see(fact, &truth)
+        };
+        let serves = Fact::Served(served(&node, &service, &canary, 500));
+        at(0, &Fact::Chosen(&change(1, Change::Start(spec())), &ballot)).unwrap();
+        at(60_000_000, &serves).unwrap();
+        at(60_000_000, &Fact::Chosen(&change(2, Change::Rollback { reason: "bad".into() }), &ballot)).unwrap();
+        at(62_000_000, &serves).unwrap();
+        assert!(at(62_030_000, &serves).unwrap_err().contains("at most 0 bp"));
+    }
+}

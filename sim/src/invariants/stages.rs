@@ -1,0 +1,55 @@
+//! I7: stages go to the next one, or down; and the routing in a record is the stage's.
+
+use super::Invariant;
+use crate::truth::{Courses, Fact, Truth};
+use aviary::protocol::record::Slot;
+
+/// I7.
+#[derive(Default)]
+pub struct Stages {
+    courses: Courses,
+    seen: Slot,
+}
+
+impl Invariant for Stages {
+    fn name(&self) -> &'static str {
+        "I7 stages"
+    }
+
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+        let Fact::Chosen(record, _) = fact else { return Ok(()) };
+        if record.slot <= self.seen {
+            return Ok(());
+        }
+        self.seen = record.slot;
+        let act = &record.intent.act;
+        self.courses.follow(record, true).map_err(|why| format!("slot {}: {why}", record.slot))?;
+        let Some((course, state)) = act.service().and_then(|s| self.courses.now.get(s)).zip(record.state.as_ref())
+        else {
+            return Ok(());
+        };
+        let (found, expected) = (state.canary_weight().bp(), course.ceiling);
+        if found != expected {
+            return Err(format!(
+                "slot {} ({}): routes {found} bp, its stage {} has {expected} bp",
+                record.slot,
+                act.name(),
+                course.stage
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn a_change_without_a_rollout_is_caught() {
+        let record = pause(1, "x").record;
+        let error = Stages::default().see(&Fact::Chosen(&record, &ballot("a", 1)), &truth()).unwrap_err();
+        assert!(error.contains("without a rollout"), "{error}");
+    }
+}

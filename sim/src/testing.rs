@@ -1,0 +1,94 @@
+//! Small makers for the checkers' own tests.
+
+use aviary::domain::analysis::Analysis;
+use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary::domain::rollout::Change;
+use aviary::domain::time::Wall;
+use aviary::domain::weights::Weight;
+use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Register, Slot};
+use std::sync::Arc;
+
+use crate::truth::{Served, Truth};
+use crate::world::genesis_of;
+
+pub fn node(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+pub fn service() -> ServiceId {
+    ServiceId::new("s0").unwrap()
+}
+
+pub fn version(name: &str) -> VersionId {
+    VersionId::new(name).unwrap()
+}
+
+pub fn genesis() -> Chosen {
+    genesis_of(3).0
+}
+
+pub fn truth() -> Truth {
+    let (genesis, members) = genesis_of(3);
+    Truth::new(genesis.record, members)
+}
+
+pub fn ballot(name: &str, round: u64) -> Ballot {
+    Ballot { round, node: node(name), incarnation: Incarnation(1), boot: 1 }
+}
+
+pub fn pause(slot: u64, tx: &str) -> Chosen {
+    let intent = Intent {
+        tx: TxId::new(tx).unwrap(),
+        digest: 0,
+        at: Wall(0),
+        act: Act::Change(service(), Change::Pause { reason: "test".into() }),
+    };
+    let record =
+        Record { slot: Slot(slot), prev_hash: genesis().record.hash(), intent, state: None, certificate: None };
+    Chosen { ballot: Some(ballot("a", 1)), record }
+}
+
+/// A change of the service at `slot`.
+pub fn change(slot: u64, change: Change) -> Record {
+    let mut record = pause(slot, &format!("t{slot}")).record;
+    record.intent.act = Act::Change(service(), change);
+    record
+}
+
+/// A rollout from v1 to v2 at 5 % and 100 %, with a lease of 2 s.
+pub fn spec() -> Arc<RolloutSpec> {
+    let backend = |name| Backend { version: version(name), urls: vec![] };
+    let stage = |bp| Stage { weight: Weight::from_bp(bp).unwrap(), hold_ms: 0, manual: false };
+    Arc::new(RolloutSpec {
+        service: service(),
+        stable: backend("v1"),
+        canary: backend("v2"),
+        stages: vec![stage(500), stage(10_000)],
+        bake_ms: 0,
+        hash_on: None,
+        matches: vec![],
+        analysis: Analysis::default(),
+        lease_ms: 2_000,
+        on_partition: OnPartition::Stable,
+        progress_deadline_ms: 60_000,
+    })
+}
+
+pub fn register(name: &str, round: u64, tx: &str) -> Register {
+    let accepted = Accepted { ballot: ballot("a", round), record: pause(1, tx).record };
+    Register {
+        cluster: ClusterId([7; 16]),
+        node: node(name),
+        incarnation: Incarnation(1 + u64::from(name.as_bytes()[0] - b'a')),
+        boot: 1,
+        promised: Some(ballot("a", round)),
+        accepted: Some(accepted),
+        head: Slot(0),
+        head_hash: genesis().record.hash(),
+    }
+}
+
+pub fn served<'a>(node: &'a NodeId, service: &'a ServiceId, canary: &'a VersionId, bp: u16) -> Served<'a> {
+    Served { node, service, canary, bp, leased: true, on_partition: OnPartition::Stable }
+}

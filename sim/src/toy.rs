@@ -1,0 +1,291 @@
+//! A bare Paxos behind the core's door: it shows that the world itself is sound, and that it finds seeded bugs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aviary::domain::ids::NodeId;
+use aviary::domain::time::{Mono, Now};
+use aviary::protocol::message::{Answer, Decision, GateVote, Heartbeat, Message, Prepare, Role, Vote};
+use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Membership, Record, Register, Slot};
+use aviary::protocol::{Input, Output};
+
+use crate::subject::{Setup, Subject};
+
+/// No seeded bug.
+pub const SOUND: u8 = 0;
+/// A promise isn't remembered.
+pub const FORGETS_PROMISE: u8 = 1;
+/// The vote doesn't tell what was accepted.
+pub const HIDES_ACCEPTED: u8 = 2;
+/// One accept too few counts as a majority.
+pub const SMALL_QUORUM: u8 = 3;
+/// The vote leaves before the write.
+pub const SENDS_FIRST: u8 = 4;
+/// A node without its memory votes.
+pub const WIPED_VOTES: u8 = 5;
+
+struct Attempt {
+    ballot: Ballot,
+    intent: Intent,
+    promised: BTreeMap<NodeId, Option<Box<Accepted>>>,
+    proposed: Option<Record>,
+    accepted: BTreeSet<NodeId>,
+    since: Mono,
+}
+
+/// One node.
+pub struct Toy<const BUG: u8> {
+    register: Register,
+    members: Membership,
+    head_hash: aviary::protocol::record::Hash,
+    head: Slot,
+    attempt: Option<Attempt>,
+    out: Vec<Output>,
+    beat: Mono,
+    round: u64,
+    now: Now,
+}
+
+impl<const BUG: u8> Toy<BUG> {
+    fn persist(&mut self) {
+        self.register.head = self.head;
+        self.register.head_hash = self.head_hash;
+        self.out.push(Output::Persist(Box::new(self.register.clone())));
+    }
+
+    fn peers(&self) -> Vec<NodeId> {
+        self.members.0.keys().filter(|node| **node != self.register.node).cloned().collect()
+    }
+
+    fn send(&mut self, to: NodeId, message: Message) {
+        self.out.push(Output::Send { to, message: Box::new(message) });
+    }
+
+    fn tell(&mut self, message: &Message) {
+        self.peers().into_iter().for_each(|peer| self.send(peer, message.clone()));
+    }
+
+    fn counts(&self) -> bool {
+        BUG == WIPED_VOTES || self.members.counts(&self.register.node, self.register.incarnation)
+    }
+
+    fn vote(&mut self, to: NodeId, ballot: Ballot, slot: Slot, answer: Answer) {
+        let head = self.head;
+        let at = self.out.len();
+        self.send(to, Message::Vote(Vote { ballot, slot, head, answer }));
+        if BUG == SENDS_FIRST && at > 0 {
+            self.out.swap(at - 1, at);
+        }
+    }
+
+    fn begin(&mut self, intent: Intent) {
+        self.round = self.register.promised.as_ref().map_or(0, |ballot| ballot.round) + 1;
+        let (node, incarnation, boot) = (self.register.node.clone(), self.register.incarnation, self.register.boot);
+        let ballot = Ballot { round: self.round, node: node.clone(), incarnation, boot };
+        self.register.promised = Some(ballot.clone());
+        self.persist();
+        let prepare = Prepare {
+            ballot: ballot.clone(),
+            slot: self.head.next(),
+            base_hash: self.head_hash,
+            intent: intent.clone(),
+            recovery: false,
+            evidence_age_ms_max: 0,
+        };
+        self.tell(&Message::Prepare(prepare));
+        let own = self.register.accepted.clone().map(Box::new);
+        let promised = BTreeMap::from([(node, own)]);
+        let since = self.now.mono;
+        self.attempt = Some(Attempt { ballot, intent, promised, proposed: None, accepted: BTreeSet::new(), since });
+        self.advance();
+    }
+
+    fn advance(&mut self) {
+        let quorum = self.members.quorum() - usize::from(BUG == SMALL_QUORUM);
+        let Some(attempt) = &mut self.attempt else { return };
+        if attempt.proposed.is_none() && attempt.promised.len() >= self.members.quorum() {
+            let highest = attempt.promised.values().flatten().max_by(|x, y| x.ballot.cmp(&y.ballot));
+            let fresh = Record {
+                slot: self.head.next(),
+                prev_hash: self.head_hash,
+                intent: attempt.intent.clone(),
+                state: None,
+                certificate: None,
+            };
+            let record = highest.map_or(fresh, |accepted| accepted.record.clone());
+            attempt.proposed = Some(record.clone());
+            attempt.accepted.insert(self.register.node.clone());
+            let ballot = attempt.ballot.clone();
+            self.register.accepted = Some(Accepted { ballot: ballot.clone(), record: record.clone() });
+            self.persist();
+            self.tell(&Message::Decision(Decision::Propose(ballot, Box::new(record))));
+        }
+        let done = self.attempt.as_ref().is_some_and(|a| a.proposed.is_some() && a.accepted.len() >= quorum);
+        if done {
+            let attempt = self.attempt.take().expect("just seen");
+            let record = attempt.proposed.expect("just seen");
+            let chosen = Chosen { ballot: Some(attempt.ballot), record };
+            self.learn(chosen.clone());
+            self.tell(&Message::Decision(Decision::Chosen(Box::new(chosen))));
+        }
+    }
+
+    fn learn(&mut self, chosen: Chosen) {
+        if chosen.record.slot != self.head.next() {
+            return;
+        }
+        self.head = chosen.record.slot;
+        self.head_hash = chosen.record.hash();
+        self.register.accepted = None;
+        self.attempt = None;
+        self.out.push(Output::Append(Box::new(chosen)));
+    }
+
+    fn receive(&mut self, from: NodeId, message: Message) {
+        match message {
+            Message::Prepare(p) if p.slot == self.head.next() && self.counts() => {
+                let stale = self.register.promised.as_ref() > Some(&p.ballot);
+                if stale && BUG != FORGETS_PROMISE {
+                    return;
+                }
+                self.attempt = None;
+                self.register.promised = Some(p.ballot.clone());
+                self.persist();
+                let told = self.register.accepted.clone().filter(|_| BUG != HIDES_ACCEPTED).map(Box::new);
+                let gate = GateVote::Abstain("a toy".into());
+                self.vote(from, p.ballot, p.slot, Answer::Gate { accepted: told, gate });
+            }
+            Message::Decision(Decision::Propose(ballot, record))
+                if record.slot == self.head.next() && self.counts() =>
+            {
+                if self.register.promised.as_ref() > Some(&ballot) {
+                    return;
+                }
+                let slot = record.slot;
+                self.attempt = None;
+                self.register.promised = Some(ballot.clone());
+                self.register.accepted = Some(Accepted { ballot: ballot.clone(), record: *record });
+                self.persist();
+                self.vote(from, ballot, slot, Answer::Accept);
+            }
+            Message::Decision(Decision::Chosen(chosen) | Decision::CatchUp(chosen)) => self.learn(*chosen),
+            Message::Vote(vote) => {
+                let open = self.head.next();
+                let Some(attempt) = &mut self.attempt else { return };
+                if attempt.ballot != vote.ballot || vote.slot != open {
+                    return;
+                }
+                match vote.answer {
+                    Answer::Gate { accepted, .. } => drop(attempt.promised.insert(from, accepted)),
+                    Answer::Accept => drop(attempt.accepted.insert(from)),
+                    Answer::Refuse(_) => {}
+                }
+                self.advance();
+            }
+            Message::Heartbeat(heartbeat) if heartbeat.head < self.head => {
+                let (from, through, to) = (heartbeat.head.next(), self.head, from);
+                self.out.push(Output::SendLog { to, from, through });
+            }
+            _ => {}
+        }
+    }
+
+    fn tick(&mut self) {
+        if self.now.mono < self.beat {
+            return;
+        }
+        self.beat = self.now.mono.after_ms(200);
+        if self.attempt.as_ref().is_some_and(|attempt| self.now.mono.millis_since(attempt.since) > 1_000) {
+            self.attempt = None;
+        }
+        let heartbeat = Heartbeat {
+            nonce: None,
+            acknowledges: None,
+            head: self.head,
+            head_hash: self.head_hash,
+            unarmed: Default::default(),
+            open: None,
+            role: Role::Voter,
+        };
+        self.tell(&Message::Heartbeat(heartbeat));
+    }
+}
+
+impl<const BUG: u8> Subject for Toy<BUG> {
+    fn start(setup: Setup, register: Option<Register>, log: Vec<Chosen>, now: Now) -> (Self, Vec<Output>) {
+        let (genesis, last) = (&log[0].record, &log.last().expect("genesis").record);
+        let Act::Genesis { members, .. } = &genesis.intent.act else { panic!("a log without genesis") };
+        let mut register = register.unwrap_or(Register {
+            cluster: setup.cluster,
+            node: setup.node,
+            incarnation: setup.fresh_incarnation,
+            boot: 0,
+            promised: None,
+            accepted: None,
+            head: genesis.slot,
+            head_hash: genesis.hash(),
+        });
+        register.boot += 1;
+        register.accepted = register.accepted.filter(|accepted| accepted.record.slot > last.slot);
+        let round = register.promised.as_ref().map_or(0, |ballot| ballot.round);
+        let (head, head_hash, members) = (last.slot, last.hash(), members.clone());
+        let (attempt, out, beat) = (None, Vec::new(), now.mono);
+        let mut toy = Self { register, members, head, head_hash, attempt, out, beat, round, now };
+        toy.persist();
+        let out = std::mem::take(&mut toy.out);
+        (toy, out)
+    }
+
+    fn handle(&mut self, now: Now, input: Input) -> Vec<Output> {
+        self.now = now;
+        match input {
+            Input::Tick => self.tick(),
+            Input::Received { from, message, .. } => self.receive(from, *message),
+            Input::Operator(command) if self.attempt.is_none() && self.counts() => {
+                let act = Act::Abort { service: None, refused: "everything".into(), reasons: vec![] };
+                // Made unique: the toy keeps no outcomes, and so can't tell a repeated transaction.
+                let unique = format!("{}.{}.{}", command.tx, self.register.node, command.request.0);
+                let tx = aviary::domain::ids::TxId::new(unique).expect("short enough");
+                self.begin(Intent { tx, digest: 0, at: now.wall, act });
+            }
+            _ => {}
+        }
+        std::mem::take(&mut self.out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::{Options, World};
+
+    /// Returns the first broken safety invariant of these seeds.
+    fn first<const BUG: u8>(seeds: u64) -> Option<(u64, &'static str, String)> {
+        (1..=seeds).find_map(|seed| {
+            let options = Options { seed, ms: 8_000, nodes: None, words: false, print: false };
+            let violation = World::<Toy<BUG>>::new(options).run().err()?;
+            (violation.invariant != "liveness" && !violation.what.contains("answered ABORTED at slot")).then_some((
+                seed,
+                violation.invariant,
+                violation.what,
+            ))
+        })
+    }
+
+    #[test]
+    fn a_sound_paxos_breaks_nothing() {
+        assert_eq!(first::<SOUND>(60), None);
+        let options = Options { seed: 1, ms: 8_000, nodes: Some(3), words: false, print: false };
+        let mut world = World::<Toy<SOUND>>::new(options);
+        let _ = world.run();
+        assert!(world.slots() > 0, "nothing was decided, so nothing was checked");
+    }
+
+    #[test]
+    fn seeded_bugs_are_found() {
+        assert!(first::<FORGETS_PROMISE>(60).is_some(), "a forgotten promise");
+        assert!(first::<HIDES_ACCEPTED>(60).is_some(), "a hidden accept");
+        assert!(first::<SMALL_QUORUM>(60).is_some(), "a quorum too small");
+        assert!(first::<SENDS_FIRST>(60).is_some(), "a vote before its write");
+        assert!(first::<WIPED_VOTES>(200).is_some(), "a wiped voter's vote");
+    }
+}

@@ -1,0 +1,282 @@
+//! The omniscient observer: what is really promised, accepted and chosen, whatever any node believes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aviary::domain::ids::{Incarnation, NodeId, ServiceId, VersionId};
+use aviary::domain::plan::{OnPartition, RolloutSpec};
+use aviary::domain::rollout::{Change, Target};
+use aviary::protocol::Op;
+use aviary::protocol::Outcome;
+use aviary::protocol::RequestId;
+use aviary::protocol::message::Message;
+use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Hash, Membership, Record, Register, Slot};
+use std::sync::Arc;
+
+/// Something that happened.
+pub enum Fact<'a> {
+    /// A register became durable.
+    Persisted(&'a NodeId, &'a Register),
+    /// A node learned a chosen record.
+    Appended(&'a NodeId, &'a Chosen),
+    /// A process started on this log.
+    Started(&'a NodeId, &'a [Chosen]),
+    /// A message left.
+    Sent(&'a NodeId, Incarnation, &'a Message),
+    /// A client asked.
+    Asked(RequestId, &'a str, &'a Op),
+    /// A client asked for a linearizable read.
+    Reads(RequestId),
+    /// A client was answered.
+    Replied(RequestId, &'a Outcome),
+    /// A majority accepted a record in a ballot.
+    Chosen(&'a Record, &'a Ballot),
+    /// A node stopped its canary by itself.
+    Braked(&'a NodeId, &'a ServiceId),
+    /// What a node would serve at this moment.
+    Served(Served<'a>),
+    /// The run is over.
+    Over,
+}
+
+/// What a node would serve of one service.
+pub struct Served<'a> {
+    /// The node.
+    pub node: &'a NodeId,
+    /// The service.
+    pub service: &'a ServiceId,
+    /// The canary.
+    pub canary: &'a VersionId,
+    /// Its effective share.
+    pub bp: u16,
+    /// True when the share ends with a lease.
+    pub leased: bool,
+    /// What happens to the service's canary without a lease.
+    pub on_partition: OnPartition,
+}
+
+/// A chosen slot.
+pub struct Known {
+    /// The record.
+    pub record: Record,
+    /// Its hash.
+    pub hash: Hash,
+    /// The ballots it was chosen in.
+    pub ballots: BTreeSet<Ballot>,
+    /// True when one of them is the ballot that voted on it, or nobody needed to.
+    pub armed: bool,
+}
+
+/// Who durably accepted what.
+pub struct Support {
+    /// The record's hash.
+    pub hash: Hash,
+    /// Each node, with the incarnation it did so in.
+    pub by: BTreeSet<(NodeId, Incarnation)>,
+}
+
+/// What is really so.
+pub struct Truth {
+    /// Microseconds since the run began.
+    pub now: u64,
+    /// Every chosen slot; genesis first.
+    pub log: Vec<Known>,
+    /// The membership after each slot.
+    pub memberships: Vec<Membership>,
+    /// Durable accepts.
+    pub accepts: BTreeMap<(Slot, Ballot), Support>,
+    /// Durable promises.
+    pub promises: BTreeMap<Ballot, BTreeSet<(NodeId, Incarnation)>>,
+    /// Each node's last durable register.
+    pub registers: BTreeMap<NodeId, Register>,
+}
+
+impl Truth {
+    /// Returns the truth at genesis.
+    pub fn new(genesis: Record, members: Membership) -> Self {
+        let hash = genesis.hash();
+        let first = Known { record: genesis, hash, ballots: BTreeSet::new(), armed: true };
+        Self {
+            now: 0,
+            log: vec![first],
+            memberships: vec![members],
+            accepts: BTreeMap::new(),
+            promises: BTreeMap::new(),
+            registers: BTreeMap::new(),
+        }
+    }
+
+    /// Returns the last chosen slot.
+    pub fn head(&self) -> Slot {
+        Slot(self.log.len() as u64 - 1)
+    }
+
+    /// Returns the newest membership.
+    pub fn membership(&self) -> &Membership {
+        self.memberships.last().expect("genesis has one")
+    }
+
+    /// Returns the membership that decides `slot`; none while its predecessor isn't chosen.
+    pub fn membership_for(&self, slot: Slot) -> Option<&Membership> {
+        self.memberships.get(slot.0.checked_sub(1)? as usize)
+    }
+
+    /// Returns what was chosen for `slot`.
+    pub fn chosen(&self, slot: Slot) -> Option<&Known> {
+        self.log.get(slot.0 as usize)
+    }
+
+    /// Counts a durable register. Returns what became chosen by it, or how agreement broke.
+    pub fn persisted(&mut self, node: &NodeId, register: &Register) -> Result<Option<(Record, Ballot)>, String> {
+        self.registers.insert(node.clone(), register.clone());
+        if let Some(promised) = &register.promised {
+            self.promises.entry(promised.clone()).or_default().insert((node.clone(), register.incarnation));
+        }
+        let Some(Accepted { ballot, record }) = &register.accepted else { return Ok(None) };
+        let key = (record.slot, ballot.clone());
+        let hash = record.hash();
+        let support = self.accepts.entry(key.clone()).or_insert_with(|| Support { hash, by: BTreeSet::new() });
+        if support.hash != hash {
+            return Err(format!(
+                "ballot {ballot} slot {}: two values accepted, {} and {hash}",
+                record.slot, support.hash
+            ));
+        }
+        if !support.by.insert((node.clone(), register.incarnation)) {
+            return Ok(None);
+        }
+        let Some(members) = self.memberships.get(record.slot.0 as usize - 1) else {
+            return Err(format!(
+                "{node} accepted slot {} though slot {} is not chosen",
+                record.slot,
+                self.head().next()
+            ));
+        };
+        let count = support.by.iter().filter(|(node, incarnation)| members.counts(node, *incarnation)).count();
+        if count < members.quorum() {
+            return Ok(None);
+        }
+        self.choose(hash, record.clone(), ballot.clone())
+    }
+
+    fn choose(&mut self, hash: Hash, record: Record, ballot: Ballot) -> Result<Option<(Record, Ballot)>, String> {
+        let armed = !Chosen { ballot: Some(ballot.clone()), record: record.clone() }.is_unarmed();
+        if let Some(known) = self.log.get_mut(record.slot.0 as usize) {
+            if known.hash != hash {
+                return Err(format!(
+                    "slot {} has two chosen values: {} tx {} in {:?}, and {} tx {} in {ballot}",
+                    record.slot,
+                    known.record.intent.act.name(),
+                    known.record.intent.tx,
+                    known.ballots.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                    record.intent.act.name(),
+                    record.intent.tx
+                ));
+            }
+            let first = known.ballots.insert(ballot.clone());
+            known.armed |= armed;
+            return Ok(first.then_some((record, ballot)));
+        }
+        let mut members = self.membership().clone();
+        if let Act::Config(change) = &record.intent.act {
+            apply(&mut members, change);
+        }
+        self.memberships.push(members);
+        let known = Known { record: record.clone(), hash, ballots: BTreeSet::from([ballot.clone()]), armed };
+        self.log.push(known);
+        Ok(Some((record, ballot)))
+    }
+}
+
+fn apply(members: &mut Membership, change: &ConfigChange) {
+    let (ConfigChange::Bench(node) | ConfigChange::Unbench(node) | ConfigChange::Readmit(node, _)) = change;
+    let Some(member) = members.0.get_mut(node) else { return };
+    match change {
+        ConfigChange::Bench(_) => member.benched = true,
+        ConfigChange::Unbench(_) => member.benched = false,
+        ConfigChange::Readmit(_, incarnation) => member.incarnation = *incarnation,
+    }
+}
+
+/// One service's rollout as the rules say it must go: written apart from the domain's own arithmetic.
+#[derive(Clone, Default)]
+pub struct Course {
+    /// The rollout, while there is one.
+    pub spec: Option<Arc<RolloutSpec>>,
+    /// Its stage.
+    pub stage: usize,
+    /// True while it is in progress.
+    pub active: bool,
+    /// What may be served of the canary.
+    pub ceiling: u16,
+}
+
+/// The courses of all services along a log.
+#[derive(Clone, Default)]
+pub struct Courses {
+    /// Each service.
+    pub now: BTreeMap<ServiceId, Course>,
+    before: BTreeMap<Slot, Course>,
+    /// Benched nodes.
+    pub benched: BTreeSet<NodeId>,
+}
+
+impl Courses {
+    /// Goes one record on; an error says which rule the record breaks.
+    pub fn follow(&mut self, record: &Record, armed: bool) -> Result<(), String> {
+        match &record.intent.act {
+            Act::Config(ConfigChange::Bench(node)) => {
+                self.benched.insert(node.clone());
+            }
+            Act::Config(ConfigChange::Unbench(node)) => {
+                self.benched.remove(node);
+            }
+            _ => {}
+        }
+        let Some(service) = record.intent.act.service() else { return Ok(()) };
+        let course = self.now.get(service).cloned().unwrap_or_default();
+        if record.intent.act.raises_exposure() {
+            self.before.insert(record.slot, course.clone());
+        }
+        let next = match &record.intent.act {
+            Act::Change(_, change) => course.after(change, armed)?,
+            Act::Revert { raised, .. } => {
+                self.before.get(raised).cloned().ok_or(format!("reverts slot {raised}, which raised nothing"))?
+            }
+            Act::Abort { .. } | Act::Config(_) | Act::Genesis { .. } => return Ok(()),
+        };
+        self.now.insert(service.clone(), next);
+        Ok(())
+    }
+}
+
+impl Course {
+    fn after(&self, change: &Change, armed: bool) -> Result<Self, String> {
+        let mut next = self.clone();
+        match change {
+            Change::Start(spec) => {
+                if self.active {
+                    return Err("starts a rollout while one is in progress".into());
+                }
+                next = Self { spec: Some(spec.clone()), stage: 0, active: true, ceiling: 0 };
+            }
+            _ if !self.active => return Err(format!("{} without a rollout in progress", change.name())),
+            Change::Promote { to, full } => {
+                let last = self.spec.as_ref().map_or(0, |spec| spec.stages.len() - 1);
+                match to {
+                    Target::Stage(to) if *to == self.stage + 1 || (*full && *to == last) => next.stage = *to,
+                    Target::Complete if self.stage == last => next.active = false,
+                    _ => return Err(format!("promotes from stage {} of {} to {to:?}", self.stage, last + 1)),
+                }
+            }
+            Change::Rollback { .. } => next.active = false,
+            Change::Pause { .. } | Change::Resume => return Ok(next),
+        }
+        let weight = next.spec.as_ref().map_or(0, |spec| spec.stages[next.stage].weight.bp());
+        next.ceiling = match (next.active, armed) {
+            (_, false) => self.ceiling,
+            (false, true) => 0,
+            (true, true) => weight,
+        };
+        Ok(next)
+    }
+}
