@@ -524,7 +524,7 @@ mod tests {
             acknowledges: None,
             head: Slot(head),
             head_hash: Hash([3; 32]),
-            unarmed: false,
+            unarmed: None,
             open: None,
             role: Role::Voter,
         })

@@ -26,7 +26,7 @@ fn heartbeat(head: u64) -> Message {
         acknowledges: None,
         head: Slot(head),
         head_hash: Hash::default(),
-        unarmed: false,
+        unarmed: None,
         open: None,
         role: Role::Voter,
     })
