@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::domain::ids::{ClusterId, NodeId, ServiceId, TxId};
 use crate::domain::rollout::{Change, ChangeError, Mark, Service};
 
-use super::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Hash, Intent, Member, Membership, Record, Slot};
+use super::record::{Accepted, Act, Chosen, ConfigChange, Hash, Intent, Member, Membership, Record, Slot};
 
 /// How a transaction ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

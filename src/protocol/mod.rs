@@ -28,10 +28,18 @@ use crate::domain::routing::RoutingState;
 use crate::domain::time::{Mono, Wall};
 use crate::domain::window::Evidence;
 
+mod autopilot;
 pub mod codec;
+mod coordinator;
+mod core;
+mod gate;
+mod lease;
 pub mod ledger;
 pub mod message;
+mod participant;
 pub mod record;
+
+pub use core::{Core, Settings};
 
 use message::{Message, Role};
 use record::{Chosen, ConfigChange, Hash, Register, Slot};

@@ -1,0 +1,216 @@
+//! What the cluster does by itself: go on when a step is due and healthy, stop when it isn't, settle what a lost
+//! coordinator left open. Only the coordinator acts, but for the brake: whoever braked asks for the rollback itself
+//! when the coordinator stays silent.
+
+use crate::domain::analysis::{NoData, Verdict};
+use crate::domain::ids::ServiceId;
+use crate::domain::rollout::{Change, Phase, Rollout};
+use crate::domain::time::Mono;
+use crate::domain::weights::Weight;
+
+use super::coordinator::Wish;
+use super::core::Core;
+use super::gate::Gate;
+use super::ledger::Agreed;
+use super::message::Role;
+use super::record::{Act, Ballot, Intent};
+
+/// How long a braked node waits for the coordinator's rollback before it asks for one itself.
+const BRAKE_PATIENCE_MS: u64 = 300;
+/// How long an open slot of a live coordinator is left alone.
+const OPEN_PATIENCE_MS: u64 = 1_500;
+
+impl Core {
+    pub(super) fn tick_autopilot(&mut self) {
+        if self.role() != Role::Voter {
+            return;
+        }
+        if self.is_coordinator() {
+            self.settle_open_slot();
+            self.revert_doubtful();
+        }
+        for id in self.gates.keys().cloned().collect::<Vec<_>>() {
+            self.fly(&id);
+        }
+    }
+
+    fn fly(&mut self, id: &ServiceId) {
+        let (agreed, gate) = (&self.ledger.services[id], &self.gates[id]);
+        if !agreed.service.rollout.phase.is_active() {
+            return;
+        }
+        if let Some(reason) = self.rollback_reason(agreed, gate) {
+            if !self.desk.has(id, true) && self.may_try(gate) {
+                self.pause_tries(id);
+                self.wish(Wish::Act(Act::Change(id.clone(), Change::Rollback { reason })));
+            }
+            return;
+        }
+        if !self.is_coordinator() || !self.desk.is_free() || self.now.mono < gate.retry_at {
+            return;
+        }
+        let rollout = &agreed.service.rollout;
+        let change = match &gate.verdict {
+            Some(Verdict::Pause(why)) if rollout.phase != Phase::Paused => Some(Change::Pause { reason: why.clone() }),
+            _ => self.step(agreed, gate),
+        };
+        if let Some(change) = change {
+            self.pause_tries(id);
+            self.wish(Wish::Act(Act::Change(id.clone(), change)));
+        }
+    }
+
+    fn may_try(&self, gate: &Gate) -> bool {
+        // A rollback is asked for again and again, but not with every tick.
+        self.now.mono >= gate.retry_at || gate.failures == 0
+    }
+
+    /// Leaves an automatic change the time of a ballot before it is tried again.
+    fn pause_tries(&mut self, id: &ServiceId) {
+        let until = self.now.mono.after_ms(self.settings.timings.resend_ms);
+        let gate = self.gates.get_mut(id).expect("every service has a gate");
+        gate.retry_at = gate.retry_at.max(until);
+        gate.failures = gate.failures.max(1);
+    }
+
+    /// Returns why the rollout must go back, when this node is the one to say so.
+    fn rollback_reason(&self, agreed: &Agreed, gate: &Gate) -> Option<String> {
+        let now = self.now.mono;
+        let own = &self.settings.node;
+        if let Some(why) = &gate.brake {
+            let patient = now.millis_since(gate.braked_at) >= BRAKE_PATIENCE_MS;
+            return (self.is_coordinator() || patient).then(|| format!("{own}: {why}"));
+        }
+        if !self.is_coordinator() {
+            return None;
+        }
+        if let Some((node, why)) = gate.peer_brake(now, self.settings.timings.evidence_age_ms_max) {
+            return Some(format!("{node}: {why}"));
+        }
+        let Rollout { spec, phase, .. } = &agreed.service.rollout;
+        if *phase == Phase::Paused || self.waits_for_operator(agreed) {
+            return None;
+        }
+        let deadline = spec.progress_deadline_ms;
+        let still = now.millis_since(gate.progress_since);
+        let planned = self.hold_ms(agreed);
+        if still >= deadline.saturating_add(planned) {
+            let weight = agreed.service.routing.canary_weight();
+            return Some(format!("no progress at {weight} within {} s", deadline / 1000));
+        }
+        let silent = spec.analysis.no_data == NoData::Fail && self.is_due(agreed, gate);
+        let silent = silent && agreed.service.routing.canary_weight() > Weight::ZERO;
+        (silent && self.cluster_evidence(gate).canary.count == 0).then(|| "no canary data in the whole step".into())
+    }
+
+    fn waits_for_operator(&self, agreed: &Agreed) -> bool {
+        let Rollout { spec, stage, .. } = &agreed.service.rollout;
+        spec.stages[*stage].manual
+    }
+
+    fn hold_ms(&self, agreed: &Agreed) -> u64 {
+        let Rollout { spec, stage, .. } = &agreed.service.rollout;
+        let bake = if *stage == spec.last_stage() { spec.bake_ms } else { 0 };
+        spec.stages[*stage].hold_ms.saturating_add(bake)
+    }
+
+    fn is_due(&self, agreed: &Agreed, gate: &Gate) -> bool {
+        self.now.mono.millis_since(gate.stage_since) >= self.hold_ms(agreed)
+    }
+
+    /// Returns the next change of a healthy rollout whose step is due.
+    fn step(&self, agreed: &Agreed, gate: &Gate) -> Option<Change> {
+        let rollout = &agreed.service.rollout;
+        if rollout.phase == Phase::Paused || self.waits_for_operator(agreed) || !self.is_due(agreed, gate) {
+            return None;
+        }
+        if self.silent_gate_voter().is_some() {
+            return None;
+        }
+        let unexposed = agreed.service.routing.canary_weight() == Weight::ZERO;
+        if unexposed || gate.verdict == Some(Verdict::Promote) {
+            return Some(Change::Promote { to: agreed.service.next(false), full: false });
+        }
+        let analysis = &rollout.spec.analysis;
+        let held = self.now.mono.millis_since(gate.stage_since).saturating_sub(self.hold_ms(agreed));
+        match (analysis.inconclusive_after_ms, &gate.verdict) {
+            (Some(after), Some(Verdict::Hold(why))) if held >= after => {
+                Some(Change::Pause { reason: format!("inconclusive: {why}") })
+            }
+            _ => None,
+        }
+    }
+
+    fn silent_gate_voter(&self) -> Option<&crate::domain::ids::NodeId> {
+        self.ledger.membership.gate_voters().find(|node| !self.is_live_voter(node))
+    }
+
+    /// Returns what a rollout waits for, in words for people.
+    pub(super) fn waiting_for(&self, id: &ServiceId, agreed: &Agreed, gate: &Gate) -> String {
+        let rollout = &agreed.service.rollout;
+        if !rollout.phase.is_active() {
+            return String::new();
+        }
+        if gate.brake.is_some() || self.desk.has(id, true) {
+            return "the rollback to be decided".into();
+        }
+        if rollout.phase == Phase::Paused {
+            return "an operator: resume, promote or abort".into();
+        }
+        if self.waits_for_operator(agreed) {
+            return "an operator: promote or abort".into();
+        }
+        if let Some(node) = self.silent_gate_voter() {
+            return format!("node {node}, which is silent; bench it to go on without it");
+        }
+        let left = self.hold_ms(agreed).saturating_sub(self.now.mono.millis_since(gate.stage_since));
+        if left > 0 {
+            return format!("the pause to end, {} s left", left.div_ceil(1000));
+        }
+        match &gate.verdict {
+            Some(Verdict::Hold(why)) => format!("evidence: {why}"),
+            Some(Verdict::Pause(why)) => format!("a pause: {why}"),
+            _ => "the nodes' votes".into(),
+        }
+    }
+
+    /// Finishes what a lost or slow coordinator left in the open slot.
+    fn settle_open_slot(&mut self) {
+        if !self.desk.is_free() {
+            return;
+        }
+        let Some(intent) = self.open_intent() else { return };
+        self.wish(Wish::Settle(intent));
+    }
+
+    /// Returns the open slot's intent, as far as this node knows it, when it is time to settle it.
+    fn open_intent(&self) -> Option<Option<Intent>> {
+        let now = self.now.mono;
+        let overdue = |ballot: &Ballot, since: Mono| {
+            let own = ballot.node == self.settings.node && self.desk.is_free();
+            let lost = own || !self.is_alive(&ballot.node);
+            lost || now.millis_since(since) >= OPEN_PATIENCE_MS
+        };
+        if let Some(accepted) = &self.register.accepted {
+            return overdue(&accepted.ballot, self.accepted_at).then(|| Some(accepted.record.intent.clone()));
+        }
+        if let Some(prepared) = &self.prepared {
+            if overdue(&prepared.ballot, prepared.at) {
+                return Some(Some(prepared.intent.clone()));
+            }
+        }
+        let open = self.peers.values().filter_map(|peer| peer.open.as_ref());
+        open.into_iter().any(|(ballot, since)| overdue(ballot, *since)).then_some(None)
+    }
+
+    /// Undoes a raise that was decided in doubt.
+    fn revert_doubtful(&mut self) {
+        let Some((id, raise)) = self.ledger.unarmed() else { return };
+        if self.desk.has(id, true) || !self.desk.is_free() {
+            return;
+        }
+        let reason = format!("slot {} was decided in doubt", raise.slot);
+        let act = Act::Revert { service: id.clone(), raised: raise.slot, reason };
+        self.wish(Wish::Act(act));
+    }
+}

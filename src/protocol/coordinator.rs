@@ -1,0 +1,622 @@
+//! Coordinator side of a commit: one ballot at a time, from PREPARE to the answer.
+//!
+//! Any node may run a ballot. The preferred coordinator only keeps them from duelling; a duel costs time, never safety.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
+use crate::domain::plan::RolloutSpec;
+use crate::domain::rollout::{Change, ChangeError, Phase};
+use crate::domain::time::Mono;
+
+use super::core::Core;
+use super::message::{Answer, Decision, GateVote, Message, Prepare, Refusal, Role, Vote};
+use super::record::{Accepted, Act, Ballot, Certificate, Chosen, ConfigChange, Intent, Record, Slot};
+use super::{Command, Op, Outcome, Output, RequestId, codec};
+
+/// What is asked for: by an operator, or by the node itself.
+#[derive(Debug, Clone)]
+pub(super) enum Wish {
+    /// An operator's request.
+    Op(Op),
+    /// A change that the autopilot or the brake wants.
+    Act(Act),
+    /// Settle what a lost coordinator left open: propose what was accepted, or abort what was only voted on.
+    Settle(Option<Intent>),
+}
+
+/// A wish that waits for its slot.
+#[derive(Debug, Clone)]
+pub(super) struct Pending {
+    pub tx: TxId,
+    pub digest: u64,
+    pub wish: Wish,
+    /// Who waits for the answer.
+    pub requests: Vec<RequestId>,
+    /// When it came.
+    pub since: Mono,
+}
+
+/// A ballot of this node's.
+#[derive(Debug, Clone)]
+struct Attempt {
+    pending: Pending,
+    ballot: Ballot,
+    slot: Slot,
+    intent: Intent,
+    began: Mono,
+    resend: Mono,
+    /// A lowering waits behind it: don't wait for the last votes.
+    hurry: bool,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone)]
+enum Stage {
+    Preparing { votes: BTreeMap<NodeId, (Option<Accepted>, GateVote)>, refused: BTreeMap<NodeId, String> },
+    Proposing { record: Record, accepts: BTreeSet<NodeId> },
+}
+
+/// What this node coordinates.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Desk {
+    queue: VecDeque<Pending>,
+    attempt: Option<Attempt>,
+    /// No ballot before this, after a duel.
+    not_before: Mono,
+    /// Highest round seen anywhere.
+    round: u64,
+    /// Transactions made up by this process.
+    made_up: u64,
+}
+
+impl Desk {
+    /// Returns how long a decided record took since this node proposed it; none when another node did.
+    pub fn took_ms(&self, record: &Record, now: Mono) -> Option<u64> {
+        let attempt = self.attempt.as_ref()?;
+        (attempt.intent.tx == record.intent.tx).then(|| now.millis_since(attempt.pending.since))
+    }
+
+    /// Returns true when nothing is being decided or waiting here.
+    pub fn is_free(&self) -> bool {
+        self.attempt.is_none() && self.queue.is_empty()
+    }
+
+    /// Returns true when a change of this service of the given kind is under way or waiting here.
+    pub fn has(&self, service: &ServiceId, lowering: bool) -> bool {
+        let open = self.attempt.as_ref().map(|attempt| &attempt.pending);
+        open.into_iter()
+            .chain(&self.queue)
+            .any(|pending| pending.wish.concerns(service) && pending.wish.lowers() == lowering)
+    }
+}
+
+impl Wish {
+    fn lowers(&self) -> bool {
+        match self {
+            Self::Op(op) => matches!(op, Op::Abort { .. } | Op::Undo { .. } | Op::Config(ConfigChange::Bench(_))),
+            Self::Act(act) => act.lowers_exposure(),
+            Self::Settle(_) => false,
+        }
+    }
+
+    fn concerns(&self, service: &ServiceId) -> bool {
+        match self {
+            Self::Op(op) => op.service() == Some(service),
+            Self::Act(act) => act.service() == Some(service),
+            Self::Settle(_) => false,
+        }
+    }
+}
+
+impl Op {
+    /// Returns the service it concerns.
+    pub fn service(&self) -> Option<&ServiceId> {
+        match self {
+            Self::Apply(spec) => Some(&spec.service),
+            Self::Promote { service, .. }
+            | Self::Pause { service, .. }
+            | Self::Resume { service }
+            | Self::Abort { service, .. }
+            | Self::Retry { service }
+            | Self::Undo { service } => Some(service),
+            Self::Config(_) => None,
+        }
+    }
+}
+
+/// Requests that may wait at once.
+const QUEUE_MAX: usize = 64;
+
+/// What stands in the way of a wish.
+enum Obstacle {
+    /// The cluster is there already.
+    Unchanged,
+    /// It can't be done.
+    Refused(String),
+}
+
+impl From<ChangeError> for Obstacle {
+    fn from(error: ChangeError) -> Self {
+        Self::Refused(error.to_string())
+    }
+}
+
+impl Core {
+    pub(super) fn on_command(&mut self, command: Command) {
+        let Command { request, tx, op } = command;
+        let digest = xxhash_rust::xxh3::xxh3_64(&codec::encode(&op));
+        let desk = &mut self.desk;
+        let open = desk.attempt.as_mut().map(|attempt| &mut attempt.pending);
+        if let Some(pending) = open.into_iter().chain(&mut desk.queue).find(|pending| pending.tx == tx) {
+            if pending.digest == digest {
+                pending.requests.push(request);
+                return;
+            }
+            let outcome = Outcome::KeyReused { slot: self.ledger.head.next() };
+            self.out.push(Output::Reply(request, outcome));
+            return;
+        }
+        let outcome = if self.ledger.settled.contains_key(&tx) {
+            self.settled_outcome(&tx, digest)
+        } else if self.role() == Role::Learner {
+            let why = self.view().members.get(&self.settings.node).and_then(|member| member.counts_not.clone());
+            Outcome::Refused(format!("this node has no vote: {}", why.unwrap_or_else(|| "it is no member".into())))
+        } else if self.desk.queue.len() >= QUEUE_MAX {
+            Outcome::Busy
+        } else {
+            let requests = vec![request];
+            self.enqueue(Pending { tx, digest, wish: Wish::Op(op), requests, since: self.now.mono });
+            return;
+        };
+        self.out.push(Output::Reply(request, outcome));
+    }
+
+    /// Queues a wish of this node's own, with a transaction id that nobody else makes up.
+    pub(super) fn wish(&mut self, wish: Wish) {
+        self.desk.made_up += 1;
+        let (node, boot) = (&self.settings.node, self.register.boot);
+        let incarnation = self.register.incarnation.0 & 0xffff;
+        let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.desk.made_up));
+        let tx = tx.expect("a made-up id is made of id characters");
+        self.enqueue(Pending { tx, digest: 0, wish, requests: Vec::new(), since: self.now.mono });
+    }
+
+    /// A lowering goes first, and hurries what is being decided.
+    fn enqueue(&mut self, pending: Pending) {
+        if pending.wish.lowers() {
+            if let Some(attempt) = &mut self.desk.attempt {
+                attempt.hurry = true;
+            }
+            self.desk.queue.push_front(pending);
+            self.try_propose();
+        } else {
+            self.desk.queue.push_back(pending);
+        }
+    }
+
+    /// Begins the next ballot when the desk is free.
+    pub(super) fn pump(&mut self) {
+        while self.desk.attempt.is_none() && self.now.mono >= self.desk.not_before && self.role() == Role::Voter {
+            let Some(pending) = self.desk.queue.pop_front() else { return };
+            self.begin(pending);
+        }
+    }
+
+    fn begin(&mut self, pending: Pending) {
+        if self.ledger.settled.contains_key(&pending.tx) {
+            let outcome = self.settled_outcome(&pending.tx, pending.digest);
+            self.reply(&pending, &outcome);
+            return;
+        }
+        let act = match self.act_for(&pending.wish) {
+            Ok(act) => act,
+            Err(obstacle) => {
+                let outcome = match (obstacle, pending.wish.service().and_then(|id| self.ledger.services.get(id))) {
+                    (Obstacle::Unchanged, Some(agreed)) => Outcome::Unchanged(agreed.service.routing.clone()),
+                    (Obstacle::Unchanged, None) => Outcome::Refused("nothing to do".into()),
+                    (Obstacle::Refused(why), _) => Outcome::Refused(why),
+                };
+                self.reply(&pending, &outcome);
+                return;
+            }
+        };
+        let intent = match &pending.wish {
+            Wish::Settle(Some(intent)) if !self.ledger.settled.contains_key(&intent.tx) => intent.clone(),
+            _ => Intent { tx: pending.tx.clone(), digest: pending.digest, at: self.now.wall, act },
+        };
+        let promised = self.promised().map_or(0, |ballot| ballot.round);
+        self.desk.round = self.desk.round.max(promised) + 1;
+        let ballot = Ballot {
+            round: self.desk.round,
+            node: self.settings.node.clone(),
+            incarnation: self.register.incarnation,
+            boot: self.register.boot,
+        };
+        let slot = self.ledger.head.next();
+        let now = self.now.mono;
+        let hurry = self.desk.queue.front().is_some_and(|next| next.wish.lowers());
+        let stage = Stage::Preparing { votes: BTreeMap::new(), refused: BTreeMap::new() };
+        let resend = now.after_ms(self.settings.timings.resend_ms);
+        let attempt = Attempt { pending, ballot, slot, intent, began: now, resend, hurry, stage };
+        let prepare = self.prepare_of(&attempt);
+        self.desk.attempt = Some(attempt);
+        // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
+        self.broadcast(&Message::Prepare(prepare.clone()));
+        self.vote_myself(&prepare);
+        self.try_propose();
+    }
+
+    fn prepare_of(&self, attempt: &Attempt) -> Prepare {
+        Prepare {
+            ballot: attempt.ballot.clone(),
+            slot: attempt.slot,
+            base_hash: self.ledger.head_hash,
+            intent: attempt.intent.clone(),
+            recovery: matches!(attempt.pending.wish, Wish::Settle(_)),
+            evidence_age_ms_max: self.settings.timings.evidence_age_ms_max,
+        }
+    }
+
+    fn vote_myself(&mut self, prepare: &Prepare) {
+        let gate = match prepare.recovery {
+            true => GateVote::Abstain("settling an open slot".into()),
+            false => self.gate_vote(&prepare.intent.act, prepare.evidence_age_ms_max),
+        };
+        self.register.promised = Some(prepare.ballot.clone());
+        self.persist();
+        self.note_prepared(prepare, &gate);
+        let accepted = self.register.accepted.clone();
+        let own = self.settings.node.clone();
+        if let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &mut self.desk.attempt {
+            votes.insert(own, (accepted, gate));
+        }
+    }
+
+    pub(super) fn on_vote(&mut self, from: &NodeId, incarnation: Incarnation, vote: Vote) {
+        if let Answer::Refuse(Refusal::Stale(ballot)) = &vote.answer {
+            self.desk.round = self.desk.round.max(ballot.round);
+        }
+        let counts = self.counts(from, incarnation);
+        let Some(attempt) = self.desk.attempt.as_mut().filter(|a| a.ballot == vote.ballot && a.slot == vote.slot)
+        else {
+            return;
+        };
+        match (vote.answer, &mut attempt.stage) {
+            (Answer::Gate { accepted, gate }, Stage::Preparing { votes, refused }) if counts => {
+                refused.remove(from);
+                votes.entry(from.clone()).or_insert((accepted.map(|a| *a), gate));
+                self.try_propose();
+            }
+            (Answer::Accept, Stage::Proposing { accepts, .. }) if counts => {
+                accepts.insert(from.clone());
+                self.try_choose();
+            }
+            (Answer::Gate { .. } | Answer::Accept, _) => {}
+            (Answer::Refuse(refusal), _) => self.on_refusal(from, refusal, vote.head),
+        }
+    }
+
+    fn on_refusal(&mut self, from: &NodeId, refusal: Refusal, head: Slot) {
+        match refusal {
+            Refusal::Stale(_) => self.step_back(BACK_OFF_MS),
+            // The log, or the record, is on its way.
+            Refusal::Behind | Refusal::Decided => self.step_back(CATCH_UP_MS),
+            Refusal::Ahead => self.send_log(from, head.next()),
+            Refusal::NotVoter => self.note_refused(from, "it has no vote".into()),
+            Refusal::BadProposal(why) => self.note_refused(from, format!("it refused the proposal: {why}")),
+        }
+    }
+
+    fn note_refused(&mut self, from: &NodeId, why: String) {
+        if let Some(Attempt { stage: Stage::Preparing { refused, .. }, .. }) = &mut self.desk.attempt {
+            refused.insert(from.clone(), why);
+            self.try_propose();
+        }
+    }
+
+    /// Gives up the ballot, to try again with a higher one after a random part of `wait_ms`.
+    fn step_back(&mut self, (least, most): (u64, u64)) {
+        let Some(attempt) = self.desk.attempt.take() else { return };
+        let wait = self.draws.between(least, most);
+        self.desk.not_before = self.now.mono.after_ms(wait);
+        if !matches!(attempt.pending.wish, Wish::Settle(_)) {
+            self.desk.queue.push_front(attempt.pending);
+        }
+    }
+
+    /// Proposes when the votes allow it: what some vote had accepted; else the intent, or its refusal.
+    pub(super) fn try_propose(&mut self) {
+        let quorum = self.ledger.membership.quorum();
+        let Some(attempt) = &self.desk.attempt else { return };
+        let Stage::Preparing { votes, refused } = &attempt.stage else { return };
+        if votes.len() < quorum {
+            return;
+        }
+        let settling = matches!(attempt.pending.wish, Wish::Settle(_));
+        let accepted = votes.values().filter_map(|(accepted, _)| accepted.as_ref()).max_by_key(|a| &a.ballot);
+        if let Some(accepted) = accepted {
+            let record = accepted.record.clone();
+            self.propose(record);
+            return;
+        }
+        let intent = attempt.intent.clone();
+        if settling {
+            match &attempt.pending.wish {
+                Wish::Settle(Some(_)) => self.propose_abort(intent, vec!["its coordinator was lost".into()]),
+                _ => self.desk.attempt = None,
+            }
+            return;
+        }
+        if !intent.act.raises_exposure() {
+            self.propose_intent(intent, None);
+            return;
+        }
+        let expired = self.now.mono.millis_since(attempt.began) >= self.settings.timings.vote_ms;
+        let mut yes = BTreeMap::new();
+        let (mut reasons, mut missing) = (Vec::new(), Vec::new());
+        for node in self.ledger.membership.gate_voters() {
+            match (votes.get(node), refused.get(node)) {
+                (Some((_, GateVote::Yes(why))), _) => drop(yes.insert(node.clone(), why.clone())),
+                (Some((_, GateVote::No(why))), _) => reasons.push(format!("{node}: no: {why}")),
+                (Some((_, GateVote::Abstain(why))), _) => reasons.push(format!("{node}: abstains: {why}")),
+                (None, Some(why)) => reasons.push(format!("{node}: {why}")),
+                (None, None) => missing.push(node.clone()),
+            }
+        }
+        if attempt.hurry {
+            reasons.push("a rollback goes first".into());
+        }
+        if expired {
+            let ms = self.settings.timings.vote_ms;
+            reasons.extend(missing.drain(..).map(|node| format!("{node}: no vote within {ms} ms")));
+        }
+        if !reasons.is_empty() {
+            self.propose_abort(intent, reasons);
+        } else if missing.is_empty() {
+            let ballot = attempt.ballot.clone();
+            self.propose_intent(intent, Some(Certificate { ballot, yes }));
+        }
+    }
+
+    fn propose_abort(&mut self, intent: Intent, reasons: Vec<String>) {
+        let (service, refused) = (intent.act.service().cloned(), intent.act.name().into());
+        self.propose_intent(Intent { act: Act::Abort { service, refused, reasons }, ..intent }, None);
+    }
+
+    fn propose_intent(&mut self, intent: Intent, certificate: Option<Certificate>) {
+        match self.ledger.next_record(intent, certificate) {
+            Ok(record) => self.propose(record),
+            Err(error) => {
+                let Some(attempt) = self.desk.attempt.take() else { return };
+                self.reply(&attempt.pending, &Outcome::Refused(error.to_string()));
+            }
+        }
+    }
+
+    fn propose(&mut self, record: Record) {
+        let own = self.settings.node.clone();
+        let resend = self.now.mono.after_ms(self.settings.timings.resend_ms);
+        let Some(attempt) = &mut self.desk.attempt else { return };
+        assert_eq!(record.slot, attempt.slot, "a ballot is about one slot");
+        let ballot = attempt.ballot.clone();
+        if self.register.promised.as_ref() != Some(&ballot) {
+            self.step_back(BACK_OFF_MS);
+            return;
+        }
+        attempt.began = self.now.mono;
+        attempt.resend = resend;
+        attempt.stage = Stage::Proposing { record: record.clone(), accepts: BTreeSet::from([own]) };
+        self.broadcast(&Message::Decision(Decision::Propose(ballot.clone(), Box::new(record.clone()))));
+        self.accept(ballot, record);
+        self.try_choose();
+    }
+
+    fn try_choose(&mut self) {
+        let quorum = self.ledger.membership.quorum();
+        let Some(attempt) = &self.desk.attempt else { return };
+        let Stage::Proposing { record, accepts } = &attempt.stage else { return };
+        if accepts.len() < quorum {
+            return;
+        }
+        let chosen = Chosen { ballot: Some(attempt.ballot.clone()), record: record.clone() };
+        self.tell_chosen(&chosen);
+        self.learn(chosen);
+    }
+
+    /// Follows up a record that was just added to the ledger: answers who waited for it, frees the desk.
+    pub(super) fn settle(&mut self, record: &Record) {
+        if self.desk.attempt.as_ref().is_some_and(|attempt| attempt.slot <= record.slot) {
+            let attempt = self.desk.attempt.take().expect("an attempt just seen");
+            if !matches!(attempt.pending.wish, Wish::Settle(_)) {
+                self.desk.queue.push_front(attempt.pending);
+            }
+        }
+        if let Some(at) = self.desk.queue.iter().position(|pending| pending.tx == record.intent.tx) {
+            let pending = self.desk.queue.remove(at).expect("a position just found");
+            let outcome = self.settled_outcome(&pending.tx, pending.digest).first_time();
+            self.reply(&pending, &outcome);
+        }
+        if record.intent.act.lowers_exposure() {
+            if let Some(id) = record.intent.act.service().cloned() {
+                let lease_ms = self.ledger.services[&id].service.rollout.spec.lease_ms;
+                self.enforce(id, record.slot, lease_ms);
+            }
+        }
+    }
+
+    pub(super) fn tick_attempt(&mut self) {
+        let now = self.now.mono;
+        let timings = self.settings.timings;
+        let Some(attempt) = &self.desk.attempt else {
+            self.expire_queue();
+            return;
+        };
+        let age = now.millis_since(attempt.began);
+        if matches!(attempt.stage, Stage::Preparing { .. }) && age >= timings.vote_ms {
+            self.try_propose();
+            self.give_up_preparing();
+        } else if matches!(attempt.stage, Stage::Proposing { .. }) && age >= timings.vote_ms {
+            self.doubt();
+        }
+        self.resend();
+        self.expire_queue();
+    }
+
+    fn resend(&mut self) {
+        let now = self.now.mono;
+        let Some(attempt) = self.desk.attempt.as_ref().filter(|attempt| now >= attempt.resend) else { return };
+        let (message, done): (_, BTreeSet<_>) = match &attempt.stage {
+            Stage::Preparing { votes, .. } => {
+                (Message::Prepare(self.prepare_of(attempt)), votes.keys().cloned().collect())
+            }
+            Stage::Proposing { record, accepts } => {
+                let decision = Decision::Propose(attempt.ballot.clone(), Box::new(record.clone()));
+                (Message::Decision(decision), accepts.clone())
+            }
+        };
+        for node in self.peers.keys().filter(|node| !done.contains(*node)) {
+            self.out.push(Output::Send { to: node.clone(), message: Box::new(message.clone()) });
+        }
+        let resend = now.after_ms(self.settings.timings.resend_ms);
+        if let Some(attempt) = &mut self.desk.attempt {
+            attempt.resend = resend;
+        }
+    }
+
+    /// No majority of votes in time: nothing was proposed, and the client may try again.
+    fn give_up_preparing(&mut self) {
+        let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &self.desk.attempt else { return };
+        let outcome =
+            Outcome::NoQuorum { reached: votes.keys().cloned().collect(), needed: self.ledger.membership.quorum() };
+        let attempt = self.desk.attempt.take().expect("an attempt just seen");
+        self.reply(&attempt.pending, &outcome);
+    }
+
+    /// No majority confirmed in time: clients hear so, and the ballot goes on.
+    fn doubt(&mut self) {
+        let Some(attempt) = &mut self.desk.attempt else { return };
+        let pending = Pending { requests: std::mem::take(&mut attempt.pending.requests), ..attempt.pending.clone() };
+        self.reply(&pending, &Outcome::InDoubt);
+    }
+
+    fn expire_queue(&mut self) {
+        let (now, limit) = (self.now.mono, self.settings.timings.vote_ms * 3 / 2);
+        let blocked = self.desk.attempt.is_some() || self.role() == Role::Learner;
+        if !blocked {
+            return;
+        }
+        let (late, waiting) = std::mem::take(&mut self.desk.queue)
+            .into_iter()
+            .partition::<VecDeque<_>, _>(|pending| now.millis_since(pending.since) >= limit);
+        self.desk.queue = waiting;
+        let reached =
+            self.ledger.membership.0.keys().filter(|node| self.is_live_voter(node)).cloned().collect::<Vec<_>>();
+        let needed = self.ledger.membership.quorum();
+        let outcome = if reached.len() < needed { Outcome::NoQuorum { reached, needed } } else { Outcome::Busy };
+        late.iter().for_each(|pending| self.reply(pending, &outcome));
+    }
+
+    fn reply(&mut self, pending: &Pending, outcome: &Outcome) {
+        self.out.extend(pending.requests.iter().map(|request| Output::Reply(*request, outcome.clone())));
+    }
+
+    fn settled_outcome(&self, tx: &TxId, digest: u64) -> Outcome {
+        let settled = &self.ledger.settled[tx];
+        let slot = settled.slot;
+        if settled.digest != digest {
+            return Outcome::KeyReused { slot };
+        }
+        match &settled.refused {
+            Some(reasons) => Outcome::Aborted { slot, reasons: reasons.clone(), repeated: true },
+            None => {
+                let services = self.ledger.services.values();
+                let state = services.map(|agreed| &agreed.service.routing).find(|routing| routing.txid == *tx).cloned();
+                Outcome::Committed { slot, state, repeated: true }
+            }
+        }
+    }
+
+    /// Returns what a wish comes to as things stand.
+    fn act_for(&self, wish: &Wish) -> Result<Act, Obstacle> {
+        match wish {
+            Wish::Act(act) => Ok(act.clone()),
+            Wish::Settle(_) => {
+                Ok(Act::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
+            }
+            Wish::Op(Op::Config(change)) => Ok(Act::Config(change.clone())),
+            Wish::Op(op) => self.change_for(op).map(|(id, change)| Act::Change(id, change)),
+        }
+    }
+
+    fn change_for(&self, op: &Op) -> Result<(ServiceId, Change), Obstacle> {
+        let id = op.service().expect("an operation that is no Config concerns a service").clone();
+        let known = self.ledger.services.get(&id).map(|agreed| &agreed.service);
+        let known_or = || known.ok_or_else(|| ChangeError::UnknownService(id.clone()));
+        let change = match op {
+            Op::Apply(spec) => self.apply(known, spec)?,
+            Op::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
+            Op::Pause { reason, .. } => Change::Pause { reason: reason.clone() },
+            Op::Resume { .. } => Change::Resume,
+            Op::Abort { reason, .. } => match known_or()?.rollout.phase {
+                Phase::RolledBack => return Err(Obstacle::Unchanged),
+                _ => Change::Rollback { reason: reason.clone() },
+            },
+            Op::Retry { .. } => {
+                let rollout = &known_or()?.rollout;
+                if rollout.phase != Phase::RolledBack {
+                    let version = rollout.spec.canary.version.clone();
+                    return Err(ChangeError::Phase { version, phase: rollout.phase, expected: "RolledBack" }.into());
+                }
+                Change::Start(rollout.spec.clone())
+            }
+            Op::Undo { .. } => match &known_or()?.rollout {
+                rollout if rollout.phase == Phase::Completed => Change::Start(rollout.spec.reversed().into()),
+                rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
+                rollout => {
+                    let version = rollout.spec.canary.version.clone();
+                    return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
+                }
+            },
+            Op::Config(_) => unreachable!("no service, so not here"),
+        };
+        Ok((id, change))
+    }
+
+    fn apply(
+        &self,
+        known: Option<&crate::domain::rollout::Service>,
+        spec: &std::sync::Arc<RolloutSpec>,
+    ) -> Result<Change, Obstacle> {
+        match known.map(|service| &service.rollout) {
+            Some(rollout) if rollout.spec == *spec && rollout.phase != Phase::RolledBack => Err(Obstacle::Unchanged),
+            _ => Ok(Change::Start(spec.clone())),
+        }
+    }
+}
+
+impl Wish {
+    fn service(&self) -> Option<&ServiceId> {
+        match self {
+            Self::Op(op) => op.service(),
+            Self::Act(act) => act.service(),
+            Self::Settle(_) => None,
+        }
+    }
+}
+
+impl Outcome {
+    /// Returns the outcome as the request that caused it hears it.
+    fn first_time(self) -> Self {
+        match self {
+            Self::Committed { slot, state, .. } => Self::Committed { slot, state, repeated: false },
+            Self::Aborted { slot, reasons, .. } => Self::Aborted { slot, reasons, repeated: false },
+            other => other,
+        }
+    }
+}
+
+/// Range of the random wait after a duel.
+const BACK_OFF_MS: (u64, u64) = (10, 80);
+/// Range of the wait for records that are on their way.
+const CATCH_UP_MS: (u64, u64) = (5, 15);

@@ -1,0 +1,519 @@
+//! The protocol core of one node: its state, its door, and what follows from a decided record.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
+use crate::domain::routing::{RoutingState, Status};
+use crate::domain::time::{Mono, Now};
+
+use super::coordinator::Desk;
+use super::gate::Gate;
+use super::lease::Lease;
+use super::ledger::{Agreed, Ledger};
+use super::message::{Decision, Message, Role};
+use super::participant::{Cast, Prepared};
+use super::record::{Act, Ballot, Chosen, Record, Register, Slot};
+use super::{Event, Input, MemberView, Output, ServiceView, Serving, Timings, View};
+
+/// What a node is told about itself.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The node.
+    pub node: NodeId,
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Durations.
+    pub timings: Timings,
+    /// Where the node's own draws (suspicion, back-off) begin.
+    pub seed: u64,
+    /// The incarnation it takes when its register is gone.
+    pub fresh_incarnation: Incarnation,
+}
+
+/// What a node knows of another.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Peer {
+    /// When it last said anything; none since this node started.
+    pub heard: Option<Mono>,
+    /// True when its process is known to be gone, until it speaks.
+    pub unreachable: bool,
+    /// Its incarnation, by its own word.
+    pub incarnation: Option<Incarnation>,
+    /// Its last decided slot.
+    pub head: Option<Slot>,
+    /// Its role, by its own word.
+    pub role: Option<Role>,
+    /// It accepted a record in its open slot, and since when this node knows.
+    pub open: Option<(Ballot, Mono)>,
+    /// The records sent to it last, and when.
+    pub sent_log: Option<(Slot, Mono)>,
+    /// What was said about it last: alive or not.
+    pub announced_alive: bool,
+}
+
+/// A small generator for suspicion and back-off: their draws need to differ between nodes, not to be secret.
+#[derive(Debug, Clone)]
+pub(super) struct Draws(u64);
+
+impl Draws {
+    /// Returns a number in `low..high`.
+    pub fn between(&mut self, low: u64, high: u64) -> u64 {
+        assert!(low < high, "an empty range");
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        low + (mixed ^ (mixed >> 31)) % (high - low)
+    }
+}
+
+/// One node's part in the protocol. See [`crate::protocol`] for the contract with its caller.
+pub struct Core {
+    pub(super) settings: Settings,
+    pub(super) register: Register,
+    pub(super) ledger: Ledger,
+    /// The log lacks slots that the register remembers: no votes until they are back.
+    pub(super) rebuilding: bool,
+    pub(super) peers: BTreeMap<NodeId, Peer>,
+    pub(super) lease: Lease,
+    pub(super) gates: BTreeMap<ServiceId, Gate>,
+    /// The vote given to the ballot promised last, to repeat it.
+    pub(super) cast: Option<Cast>,
+    /// The intent voted on in the open slot.
+    pub(super) prepared: Option<Prepared>,
+    /// When the register's accepted record was accepted.
+    pub(super) accepted_at: Mono,
+    pub(super) desk: Desk,
+    pub(super) draws: Draws,
+    pub(super) suspect_ms: u64,
+    pub(super) coordinator: NodeId,
+    pub(super) now: Now,
+    pub(super) out: Vec<Output>,
+    /// The view must be published again.
+    pub(super) dirty: bool,
+    pub(super) next_snapshot: Mono,
+    /// When this process began.
+    started: Mono,
+    published_at: Mono,
+    view: Arc<View>,
+}
+
+/// Shortest time between two publications that only refresh evidence.
+const REFRESH_MS: u64 = 250;
+
+impl Core {
+    /// Starts a node from what its disk holds. A missing `register` means that its memory is gone: it takes a fresh
+    /// incarnation, follows as a learner, and has no vote. The outputs are the start's, to be carried out first.
+    ///
+    /// Panics when `log` doesn't begin with a genesis record or isn't a chain; stores verify that when they open.
+    pub fn start(settings: Settings, register: Option<Register>, log: Vec<Chosen>, now: Now) -> (Self, Vec<Output>) {
+        let mut records = log.iter();
+        let genesis = records.next().expect("a log begins with its genesis");
+        let mut ledger = Ledger::new(genesis).expect("the first record is a genesis");
+        assert_eq!(ledger.cluster, settings.cluster, "the log is this cluster's");
+        records.for_each(|chosen| ledger.apply(chosen).expect("a verified log is a chain of possible records"));
+
+        let mut register = register.unwrap_or_else(|| Register {
+            cluster: settings.cluster,
+            node: settings.node.clone(),
+            incarnation: settings.fresh_incarnation,
+            boot: 0,
+            promised: None,
+            accepted: None,
+            head: Slot(0),
+            head_hash: genesis.record.hash(),
+        });
+        assert_eq!(
+            (&register.node, register.cluster),
+            (&settings.node, settings.cluster),
+            "the register is this node's"
+        );
+        register.boot += 1;
+        let rebuilding = ledger.head < register.head;
+        if let (false, Some(at_head)) = (rebuilding, log.get(register.head.0 as usize)) {
+            assert_eq!(at_head.record.hash(), register.head_hash, "I2: the log holds what the register remembers");
+        }
+        let mut draws = Draws(settings.seed ^ register.boot.rotate_left(32) ^ register.incarnation.0);
+        let suspect_ms = draws.between(settings.timings.suspect_ms, settings.timings.suspect_ms * 3 / 2);
+        // No other process of this node used these numbers: a late answer to one of them extends nothing here.
+        let first_nonce = draws.between(1, 1 << 60);
+        let others = ledger.membership.0.keys().filter(|node| **node != settings.node);
+        let peers = others.map(|node| (node.clone(), Peer { announced_alive: true, ..Peer::default() })).collect();
+        let coordinator = settings.node.clone();
+        let view = Arc::new(View {
+            node: settings.node.clone(),
+            cluster: settings.cluster,
+            incarnation: register.incarnation,
+            role: Role::Learner,
+            head: ledger.head,
+            head_hash: ledger.head_hash,
+            coordinator: coordinator.clone(),
+            members: BTreeMap::new(),
+            services: BTreeMap::new(),
+        });
+        let mut core = Self {
+            settings,
+            register,
+            ledger,
+            rebuilding,
+            peers,
+            lease: Lease::starting_at(first_nonce),
+            gates: BTreeMap::new(),
+            cast: None,
+            prepared: None,
+            accepted_at: now.mono,
+            desk: Desk::default(),
+            draws,
+            suspect_ms,
+            coordinator,
+            now,
+            out: Vec::new(),
+            dirty: true,
+            next_snapshot: now.mono,
+            started: now.mono,
+            published_at: now.mono,
+            view,
+        };
+        core.forget_settled_accept();
+        core.persist();
+        for id in core.ledger.services.keys().cloned().collect::<Vec<_>>() {
+            let agreed = &core.ledger.services[&id];
+            let since = now.mono.before_ms(now.wall.0.saturating_sub(agreed.service.routing.timestamp.0));
+            core.gates.insert(id, Gate::new(agreed, since));
+        }
+        core.beat();
+        let outputs = core.finish();
+        (core, outputs)
+    }
+
+    /// Takes one input and returns what is to be done about it, in order.
+    pub fn handle(&mut self, now: Now, input: Input) -> Vec<Output> {
+        self.now = Now { mono: now.mono.max(self.now.mono), wall: now.wall };
+        match input {
+            Input::Tick => self.on_tick(),
+            Input::Received { from, incarnation, message } => self.on_message(&from, incarnation, *message),
+            Input::Unreachable(node) => self.on_unreachable(&node),
+            Input::Telemetry(observations) => self.on_telemetry(&observations),
+            Input::BreakerTripped { service, routing_version, reason } => {
+                self.on_breaker(&service, routing_version, reason);
+            }
+            Input::Operator(command) => self.on_command(command),
+            Input::Read(request) => self.on_read(request),
+        }
+        self.pump();
+        self.finish()
+    }
+
+    /// Returns the latest published view.
+    pub fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    fn on_tick(&mut self) {
+        self.watch_peers();
+        self.tick_lease();
+        self.tick_gates();
+        self.tick_attempt();
+        self.tick_reads();
+        self.tick_autopilot();
+    }
+
+    fn on_message(&mut self, from: &NodeId, incarnation: Incarnation, message: Message) {
+        let now = self.now.mono;
+        let Some(peer) = self.peers.get_mut(from) else { return };
+        peer.heard = Some(now);
+        peer.unreachable = false;
+        peer.incarnation = Some(incarnation);
+        if !peer.announced_alive {
+            self.watch_peers();
+        }
+        match message {
+            Message::Prepare(prepare) => self.on_prepare(from, incarnation, prepare),
+            Message::Vote(vote) => self.on_vote(from, incarnation, vote),
+            Message::Decision(Decision::Propose(ballot, record)) => {
+                self.on_propose(from, incarnation, ballot, *record);
+            }
+            Message::Decision(Decision::Chosen(chosen)) => self.on_chosen(from, incarnation, *chosen, false),
+            Message::Decision(Decision::CatchUp(chosen)) => self.on_chosen(from, incarnation, *chosen, true),
+            Message::Heartbeat(heartbeat) => self.on_heartbeat(from, incarnation, heartbeat),
+            Message::HealthSnapshot(snapshot) => self.on_snapshot(from, incarnation, snapshot),
+        }
+    }
+
+    fn on_unreachable(&mut self, node: &NodeId) {
+        if let Some(peer) = self.peers.get_mut(node) {
+            peer.unreachable = true;
+            self.watch_peers();
+            self.tick_attempt();
+            self.tick_autopilot();
+        }
+    }
+
+    /// Ends a call: publishes what changed and hands over the outputs.
+    fn finish(&mut self) -> Vec<Output> {
+        let stale = self.now.mono.millis_since(self.published_at) >= REFRESH_MS;
+        if self.dirty || stale {
+            self.dirty = false;
+            self.published_at = self.now.mono;
+            let view = Arc::new(self.build_view());
+            if *view != *self.view {
+                self.view = view.clone();
+                // Behind what must be durable first, and ahead of any reply: who is told of a commit finds it served.
+                let durable = self.out.iter().rposition(|output| matches!(output, Output::Persist(_)));
+                self.out.insert(durable.map_or(0, |i| i + 1), Output::Publish(view));
+            }
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    // What the parts share.
+
+    /// Returns what this node counts as.
+    pub(super) fn role(&self) -> Role {
+        let counts = self.ledger.membership.counts(&self.settings.node, self.register.incarnation);
+        if counts && !self.rebuilding { Role::Voter } else { Role::Learner }
+    }
+
+    /// Returns true when a peer's votes count.
+    pub(super) fn counts(&self, node: &NodeId, incarnation: Incarnation) -> bool {
+        self.ledger.membership.counts(node, incarnation)
+    }
+
+    /// Returns true while a peer is heard from.
+    pub(super) fn is_alive(&self, node: &NodeId) -> bool {
+        if *node == self.settings.node {
+            return true;
+        }
+        let Some(peer) = self.peers.get(node) else { return false };
+        // Nobody is lost before this process has had the time to hear from them.
+        let heard = peer.heard.unwrap_or(self.started);
+        !peer.unreachable && self.now.mono.millis_since(heard) < self.suspect_ms
+    }
+
+    /// Returns true while a peer is heard from and its votes count.
+    pub(super) fn is_live_voter(&self, node: &NodeId) -> bool {
+        if *node == self.settings.node {
+            return self.role() == Role::Voter;
+        }
+        let Some(peer) = self.peers.get(node) else { return false };
+        let counts = peer.incarnation.is_none_or(|incarnation| self.counts(node, incarnation));
+        self.is_alive(node) && counts && peer.role != Some(Role::Learner)
+    }
+
+    pub(super) fn is_coordinator(&self) -> bool {
+        self.coordinator == self.settings.node && self.role() == Role::Voter
+    }
+
+    pub(super) fn send(&mut self, to: &NodeId, message: Message) {
+        self.out.push(Output::Send { to: to.clone(), message: Box::new(message) });
+    }
+
+    pub(super) fn broadcast(&mut self, message: &Message) {
+        for to in self.peers.keys() {
+            self.out.push(Output::Send { to: to.clone(), message: Box::new(message.clone()) });
+        }
+    }
+
+    pub(super) fn announce(&mut self, event: Event) {
+        self.out.push(Output::Announce(event));
+    }
+
+    /// Makes the register durable as it stands, together with the log so far.
+    pub(super) fn persist(&mut self) {
+        if !self.rebuilding {
+            self.register.head = self.ledger.head;
+            self.register.head_hash = self.ledger.head_hash;
+        }
+        self.out.push(Output::Persist(Box::new(self.register.clone())));
+    }
+
+    /// Returns the highest ballot that this node knows to be promised.
+    pub(super) fn promised(&self) -> Option<&Ballot> {
+        self.register.promised.as_ref()
+    }
+
+    fn forget_settled_accept(&mut self) {
+        if self.register.accepted.as_ref().is_some_and(|a| a.record.slot <= self.ledger.head) {
+            self.register.accepted = None;
+        }
+    }
+
+    fn watch_peers(&mut self) {
+        let changed: Vec<_> = (self.peers.iter())
+            .map(|(node, peer)| (node.clone(), peer.announced_alive, self.is_alive(node)))
+            .filter(|(_, said, alive)| said != alive)
+            .collect();
+        for (node, _, alive) in changed {
+            self.peers.get_mut(&node).expect("a peer just listed").announced_alive = alive;
+            self.announce(Event::Peer { node, alive });
+            self.dirty = true;
+        }
+        let members = self.ledger.membership.0.keys();
+        let lowest = members.filter(|node| self.is_live_voter(node)).min();
+        let coordinator = lowest.unwrap_or(&self.settings.node).clone();
+        if coordinator != self.coordinator {
+            self.coordinator = coordinator.clone();
+            self.announce(Event::Coordinator { node: coordinator });
+            self.dirty = true;
+        }
+    }
+
+    /// Takes in the record of the next slot, which a majority accepted: adds it to the ledger and the log, serves by
+    /// it, answers who waited for it. Panics when it contradicts what this node knows: that is I1 or I2 broken.
+    pub(super) fn learn(&mut self, chosen: Chosen) {
+        let record = &chosen.record;
+        self.ledger.apply(&chosen).unwrap_or_else(|error| panic!("I1: chosen record {}: {error}", record.slot));
+        if record.slot == self.register.head && self.rebuilding {
+            assert_eq!(self.ledger.head_hash, self.register.head_hash, "I2: the rebuilt log is the one remembered");
+            self.rebuilding = false;
+        }
+        self.forget_settled_accept();
+        if self.prepared.as_ref().is_some_and(|prepared| prepared.slot <= record.slot) {
+            self.prepared = None;
+        }
+        self.cast = None;
+        self.announce_record(&chosen);
+        self.renew_gate(&chosen);
+        self.settle(record);
+        self.dirty = true;
+        self.out.push(Output::Append(Box::new(chosen)));
+    }
+
+    fn announce_record(&mut self, chosen: &Chosen) {
+        let Record { slot, intent, .. } = &chosen.record;
+        let kind = intent.act.name().to_string();
+        let took_ms = self.desk.took_ms(&chosen.record, self.now.mono);
+        let event = match &intent.act {
+            Act::Config(change) => {
+                let node = change.node().clone();
+                Event::Membership { slot: *slot, kind, node, txid: intent.tx.clone() }
+            }
+            Act::Abort { service: None, .. } | Act::Genesis { .. } => return,
+            Act::Abort { service: Some(id), refused, reasons } => {
+                let Some(agreed) = self.ledger.services.get(id) else { return };
+                let phase = agreed.service.rollout.phase.to_string();
+                let (state, kind) = (agreed.service.routing.clone(), format!("Abort({refused})"));
+                Event::Routing { slot: *slot, kind, state, phase, reasons: reasons.clone(), took_ms }
+            }
+            Act::Change(id, _) | Act::Revert { service: id, .. } => {
+                let agreed = &self.ledger.services[id];
+                let rollout = &agreed.service.rollout;
+                let reasons = Some(rollout.reason.clone()).filter(|r| !r.is_empty()).into_iter().collect();
+                let (state, phase) = (agreed.service.routing.clone(), rollout.phase.to_string());
+                Event::Routing { slot: *slot, kind, state, phase, reasons, took_ms }
+            }
+        };
+        self.announce(event);
+    }
+
+    /// Tells people that a transaction was prepared here.
+    pub(super) fn announce_prepared(&mut self, slot: Slot, record_intent: &super::record::Intent) {
+        let Some(id) = record_intent.act.service() else { return };
+        let Ok(record) = self.ledger.next_record(record_intent.clone(), None) else { return };
+        let Some(state) = record.state else { return };
+        let phase = self.ledger.services.get(id).map_or(String::new(), |a| a.service.rollout.phase.to_string());
+        let state = RoutingState { status: Status::Prepared, ..state };
+        let kind = record_intent.act.name().into();
+        self.announce(Event::Routing { slot, kind, state, phase, reasons: Vec::new(), took_ms: None });
+    }
+
+    fn build_view(&self) -> View {
+        let members = self.ledger.membership.0.iter().map(|(node, member)| {
+            let view = MemberView {
+                incarnation: member.incarnation,
+                benched: member.benched,
+                alive: self.is_alive(node),
+                head: if *node == self.settings.node {
+                    Some(self.ledger.head)
+                } else {
+                    self.peers.get(node).and_then(|peer| peer.head)
+                },
+                counts_not: self.counts_not(node, member.incarnation),
+            };
+            (node.clone(), view)
+        });
+        View {
+            node: self.settings.node.clone(),
+            cluster: self.settings.cluster,
+            incarnation: self.register.incarnation,
+            role: self.role(),
+            head: self.ledger.head,
+            head_hash: self.ledger.head_hash,
+            coordinator: self.coordinator.clone(),
+            members: members.collect(),
+            services: self
+                .ledger
+                .services
+                .iter()
+                .map(|(id, agreed)| (id.clone(), self.service_view(id, agreed)))
+                .collect(),
+        }
+    }
+
+    fn counts_not(&self, node: &NodeId, bound: Incarnation) -> Option<String> {
+        let own = *node == self.settings.node;
+        let found = if own { Some(self.register.incarnation) } else { self.peers.get(node)?.incarnation };
+        let role = if own { Some(self.role()) } else { self.peers.get(node)?.role };
+        match found {
+            Some(found) if found != bound => {
+                Some(format!("its memory is gone: incarnation is {found}, expected {bound}; readmit it"))
+            }
+            Some(_) if role == Some(Role::Learner) => Some("it is rebuilding its log from its peers".into()),
+            _ => None,
+        }
+    }
+
+    fn service_view(&self, id: &ServiceId, agreed: &Agreed) -> ServiceView {
+        let gate = &self.gates[id];
+        let serving = self.serving(agreed, gate);
+        let active = agreed.service.rollout.phase.is_active();
+        ServiceView {
+            service: agreed.service.clone(),
+            slot: agreed.slot,
+            hash: agreed.hash,
+            serving,
+            local: gate.local(),
+            cluster: self.cluster_evidence(gate),
+            verdict: active.then(|| gate.verdict.clone()).flatten(),
+            waiting_for: self.waiting_for(id, agreed, gate),
+            enforced: self.lease.is_enforced(id),
+        }
+    }
+
+    /// Returns what a service is served by: never more than agreed, less where something holds it back.
+    pub(super) fn serving(&self, agreed: &Agreed, gate: &Gate) -> Serving {
+        let unarmed = agreed.raise.as_ref().filter(|raise| raise.unarmed);
+        let service = unarmed.map_or(&agreed.service, |raise| &raise.before);
+        let spec = &service.rollout.spec;
+        let lowering = Ledger::lowering_in(self.register.accepted.as_ref()).is_some_and(|slot| {
+            let accepted = &self.register.accepted.as_ref().expect("a lowering was accepted").record;
+            slot > self.ledger.head && accepted.intent.act.service() == Some(&service.routing.service)
+        });
+        let held_back = if self.role() == Role::Learner {
+            Some("this node has no vote".to_string())
+        } else if self.ledger.membership.is_benched(&self.settings.node) {
+            Some("this node is benched".into())
+        } else if lowering {
+            Some("a rollback is being decided".into())
+        } else if let Some(why) = &gate.brake {
+            Some(format!("brake: {why}"))
+        } else {
+            unarmed.map(|raise| format!("slot {} was decided in doubt and is being reverted", raise.slot))
+        };
+        let canary = service.routing.canary_model_id.as_ref().map(|_| {
+            let stopped = held_back.is_some() && unarmed.is_none() || gate.brake.is_some() || lowering;
+            let stopped =
+                stopped || self.role() == Role::Learner || self.ledger.membership.is_benched(&self.settings.node);
+            let weight = if stopped { 0 } else { service.routing.canary_weight().bp() };
+            (spec.canary.clone(), weight)
+        });
+        let leased = service.needs_lease() && spec.on_partition == crate::domain::plan::OnPartition::Stable;
+        Serving {
+            routing_version: agreed.service.routing.version,
+            stable: service.stable.clone(),
+            canary,
+            lease_ms: leased.then_some(spec.lease_ms),
+            spec: spec.clone(),
+            held_back,
+        }
+    }
+}

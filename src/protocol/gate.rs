@@ -1,0 +1,294 @@
+//! The health gate: evidence in, votes and brakes out. One for each service.
+//!
+//! A gate can veto on what this node saw alone; to say Yes it needs enough evidence from all nodes together, so that a
+//! node without traffic can vote. Silence is not health.
+
+use std::collections::BTreeMap;
+
+use crate::domain::analysis::Verdict;
+use crate::domain::ids::{Incarnation, NodeId, ServiceId};
+use crate::domain::rollout::Change;
+use crate::domain::time::Mono;
+use crate::domain::weights::Weight;
+use crate::domain::window::{Evidence, Window};
+
+use super::core::Core;
+use super::ledger::Agreed;
+use super::message::{GateVote, HealthSnapshot, Message};
+use super::record::{Act, Chosen};
+use super::{Event, Observation};
+
+/// One service's evidence at its present routing version, and what follows from it.
+#[derive(Debug, Clone)]
+pub(super) struct Gate {
+    pub routing_version: u64,
+    window: Window,
+    /// The latest snapshot of each peer, and when it came.
+    snapshots: BTreeMap<NodeId, (Mono, HealthSnapshot)>,
+    /// Why this node stopped the canary by itself; none while it hasn't.
+    pub brake: Option<String>,
+    /// When it did.
+    pub braked_at: Mono,
+    /// What the analysis says at the moment.
+    pub verdict: Option<Verdict>,
+    /// When the present stage began, as far as this node knows.
+    pub stage_since: Mono,
+    /// When the rollout last got on.
+    pub progress_since: Mono,
+    /// Automatic changes wait until here after one failed.
+    pub retry_at: Mono,
+    /// How many failed in a row.
+    pub failures: u32,
+}
+
+impl Gate {
+    pub fn new(agreed: &Agreed, since: Mono) -> Self {
+        Self {
+            routing_version: agreed.service.routing.version,
+            window: Window::default(),
+            snapshots: BTreeMap::new(),
+            brake: None,
+            braked_at: since,
+            verdict: None,
+            stage_since: since,
+            progress_since: since,
+            retry_at: Mono::default(),
+            failures: 0,
+        }
+    }
+
+    /// Returns this node's own window.
+    pub fn local(&self) -> Evidence {
+        self.window.total()
+    }
+
+    /// Returns the brake of a peer that spoke within `age_ms`, and whose.
+    pub fn peer_brake(&self, now: Mono, age_ms: u64) -> Option<(&NodeId, &str)> {
+        let fresh = self.snapshots.iter().filter(|(_, (at, _))| now.millis_since(*at) <= age_ms);
+        fresh.filter_map(|(node, (_, snapshot))| Some((node, snapshot.brake.as_deref()?))).next()
+    }
+}
+
+impl Core {
+    /// Returns what all nodes saw, as far as their word is fresh.
+    pub(super) fn cluster_evidence(&self, gate: &Gate) -> Evidence {
+        self.evidence_within(gate, self.settings.timings.evidence_age_ms_max)
+    }
+
+    fn evidence_within(&self, gate: &Gate, age_ms: u64) -> Evidence {
+        let mut evidence = gate.local();
+        for (at, snapshot) in gate.snapshots.values() {
+            if self.now.mono.millis_since(*at) <= age_ms && snapshot.routing_version == gate.routing_version {
+                evidence.merge(&snapshot.evidence);
+            }
+        }
+        evidence
+    }
+
+    pub(super) fn on_telemetry(&mut self, observations: &[Observation]) {
+        for Observation { service, routing_version, evidence } in observations {
+            let Some(gate) = self.gates.get_mut(service) else { continue };
+            if gate.routing_version == *routing_version {
+                gate.window.add(self.now.mono, evidence);
+            }
+        }
+        self.judge_all();
+    }
+
+    pub(super) fn on_snapshot(&mut self, from: &NodeId, incarnation: Incarnation, snapshot: HealthSnapshot) {
+        let counts = self.counts(from, incarnation);
+        let Some(gate) = self.gates.get_mut(&snapshot.service).filter(|_| counts) else { return };
+        if snapshot.routing_version != gate.routing_version {
+            return;
+        }
+        let service = snapshot.service.clone();
+        let brake = snapshot.brake.is_some();
+        gate.snapshots.insert(from.clone(), (self.now.mono, snapshot));
+        self.judge(&service);
+        if brake {
+            self.tick_autopilot();
+        }
+    }
+
+    pub(super) fn on_breaker(&mut self, service: &ServiceId, routing_version: u64, reason: String) {
+        if self.gates.get(service).is_some_and(|gate| gate.routing_version == routing_version) {
+            self.brake(service, reason);
+        }
+    }
+
+    pub(super) fn tick_gates(&mut self) {
+        let (now, interval) = (self.now.mono, self.settings.timings.snapshot_ms);
+        for (id, gate) in &mut self.gates {
+            let agreed = &self.ledger.services[id];
+            gate.window.expire(now, agreed.service.rollout.spec.analysis.window_ms);
+        }
+        if now >= self.next_snapshot {
+            self.next_snapshot = now.after_ms(interval);
+            self.judge_all();
+            for id in self.gates.keys().cloned().collect::<Vec<_>>() {
+                self.send_snapshot(&id);
+            }
+        }
+    }
+
+    fn send_snapshot(&mut self, id: &ServiceId) {
+        let (gate, agreed) = (&self.gates[id], &self.ledger.services[id]);
+        let serving = self.serving(agreed, gate);
+        let evidence = gate.local();
+        let active = agreed.service.rollout.phase.is_active();
+        if !active && evidence == Evidence::default() {
+            return;
+        }
+        let lease_ms_left = self.lease.ms_left(self.now.mono, agreed.service.rollout.spec.lease_ms);
+        let leased = serving.lease_ms.is_none() || lease_ms_left > 0;
+        let snapshot = HealthSnapshot {
+            service: id.clone(),
+            routing_version: gate.routing_version,
+            evidence,
+            brake: gate.brake.clone(),
+            lease_ms_left,
+            effective_bp: serving.canary.map_or(0, |(_, bp)| if leased { bp } else { 0 }),
+        };
+        self.broadcast(&Message::HealthSnapshot(snapshot));
+    }
+
+    fn judge_all(&mut self) {
+        for id in self.gates.keys().cloned().collect::<Vec<_>>() {
+            self.judge(&id);
+        }
+    }
+
+    /// Judges the evidence anew; evidence of harm stops this node's canary traffic at once.
+    fn judge(&mut self, id: &ServiceId) {
+        let (gate, agreed) = (&self.gates[id], &self.ledger.services[id]);
+        let rollout = &agreed.service.rollout;
+        if !rollout.phase.is_active() {
+            return;
+        }
+        let evidence = self.cluster_evidence(gate);
+        let verdict = self.verdict(gate, agreed, &evidence);
+        let word = gate.verdict.as_ref().map(Verdict::word);
+        let (news, samples) = (word != Some(verdict.word()), evidence.canary.count);
+        let routing_version = gate.routing_version;
+        let harm = match &verdict {
+            Verdict::Rollback(why) => Some(why.clone()),
+            _ => None,
+        };
+        if news {
+            let (service, verdict) = (id.clone(), verdict.clone());
+            self.announce(Event::Verdict { service, routing_version, verdict, samples });
+            self.dirty = true;
+        }
+        self.gates.get_mut(id).expect("a gate just read").verdict = Some(verdict);
+        if let Some(why) = harm {
+            self.brake(id, why);
+        }
+    }
+
+    /// The cluster's verdict, or this node's own where that is a veto.
+    fn verdict(&self, gate: &Gate, agreed: &Agreed, cluster: &Evidence) -> Verdict {
+        let analysis = &agreed.service.rollout.spec.analysis;
+        let alone = match analysis.judge_alone(&gate.local()) {
+            veto @ (Verdict::Rollback(_) | Verdict::Pause(_)) => veto,
+            Verdict::Promote | Verdict::Hold(_) => Verdict::Promote,
+        };
+        analysis.judge(cluster).or_worse(alone)
+    }
+
+    /// Stops this node's canary traffic at once, and tells everybody.
+    pub(super) fn brake(&mut self, id: &ServiceId, reason: String) {
+        let now = self.now.mono;
+        let agreed = &self.ledger.services[id];
+        let exposed = agreed.service.routing.canary_model_id.is_some();
+        let gate = self.gates.get_mut(id).expect("every service has a gate");
+        if !exposed || gate.brake.is_some() {
+            return;
+        }
+        gate.brake = Some(reason.clone());
+        gate.braked_at = now;
+        self.dirty = true;
+        self.announce(Event::Braked { service: id.clone(), reason });
+        self.send_snapshot(id);
+        self.tick_autopilot();
+    }
+
+    /// Returns this node's vote on an act.
+    pub(super) fn gate_vote(&self, act: &Act, age_ms: u64) -> GateVote {
+        let Act::Change(id, change) = act else { return GateVote::Yes("needs no gate".into()) };
+        if !change.raises_exposure() {
+            return GateVote::Yes("needs no gate".into());
+        }
+        let Some(agreed) = self.ledger.services.get(id) else {
+            return GateVote::Yes("no canary traffic yet".into());
+        };
+        if agreed.raise.as_ref().is_some_and(|raise| raise.unarmed) {
+            return GateVote::No("the last raise was decided in doubt and must be reverted first".into());
+        }
+        let Change::Promote { full, .. } = change else { return GateVote::Yes("no canary traffic yet".into()) };
+        let gate = &self.gates[id];
+        if let Some(why) = &gate.brake {
+            return GateVote::No(format!("brake: {why}"));
+        }
+        if agreed.service.routing.canary_weight() == Weight::ZERO {
+            return GateVote::Yes("no canary traffic yet".into());
+        }
+        let evidence = self.evidence_within(gate, age_ms);
+        let seen = describe(&evidence);
+        match self.verdict(gate, agreed, &evidence) {
+            Verdict::Promote => GateVote::Yes(seen),
+            Verdict::Hold(why) if *full => GateVote::Yes(format!("{why}; the operator skipped the wait")),
+            Verdict::Hold(why) => GateVote::Abstain(why),
+            Verdict::Pause(why) | Verdict::Rollback(why) => GateVote::No(why),
+        }
+    }
+
+    /// Begins evidence anew where a decided record changed the weights.
+    pub(super) fn renew_gate(&mut self, chosen: &Chosen) {
+        let Some(id) = chosen.record.intent.act.service() else { return };
+        let Some(agreed) = self.ledger.services.get(id) else { return };
+        let now = self.now.mono;
+        let version = agreed.service.routing.version;
+        let late = self.now.wall.0.saturating_sub(agreed.service.routing.timestamp.0);
+        let gate = self.gates.entry(id.clone()).or_insert_with(|| Gate::new(agreed, now));
+        if gate.routing_version != version || gate.stage_since == Mono::default() {
+            let (failures, retry_at) = (gate.failures, gate.retry_at);
+            let was_braked = gate.brake.take().map(|why| (why, gate.braked_at));
+            // A record caught up with late began its stage when it was made, as far as wall clocks agree.
+            *gate = Gate::new(agreed, now.before_ms(late.min(LATE_MS_MAX)));
+            if chosen.record.intent.act.raises_exposure() {
+                gate.progress_since = now;
+            } else {
+                (gate.failures, gate.retry_at) = (failures, retry_at);
+            }
+            let started = matches!(chosen.record.intent.act, Act::Change(_, Change::Start(_)));
+            if let (Some((why, at)), false) = (was_braked, started || agreed.service.routing.canary_model_id.is_none())
+            {
+                gate.brake = Some(why);
+                gate.braked_at = at;
+            }
+        }
+        if matches!(chosen.record.intent.act, Act::Change(_, Change::Resume)) {
+            gate.progress_since = now;
+        }
+        if matches!(chosen.record.intent.act, Act::Abort { .. }) {
+            gate.failures = gate.failures.saturating_add(1);
+            let wait = (RETRY_MS << gate.failures.min(5)).min(RETRY_MS_MAX);
+            gate.retry_at = now.after_ms(wait);
+        }
+    }
+}
+
+/// Longest time that a record is believed to be old, by comparing wall clocks: a year.
+const LATE_MS_MAX: u64 = 365 * 24 * 3600 * 1000;
+/// First wait after an automatic change was refused; it doubles each time.
+const RETRY_MS: u64 = 500;
+/// Longest such wait.
+const RETRY_MS_MAX: u64 = 15_000;
+
+/// Returns evidence in words.
+fn describe(evidence: &Evidence) -> String {
+    let canary = &evidence.canary;
+    let percent = canary.error_rate().unwrap_or(0.0) * 100.0;
+    let mean = canary.mean_ms().unwrap_or(0.0);
+    format!("{} canary answers, {percent:.2} % errors, mean {mean:.1} ms", canary.count)
+}
