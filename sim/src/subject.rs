@@ -27,30 +27,17 @@ pub trait Subject: Sized {
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output>;
 }
 
-/// A process that only keeps its register: what the world runs while there is no core.
-pub struct Mute(#[expect(dead_code, reason = "it has no use for its start")] (Timings, u64));
-
-impl Subject for Mute {
-    fn start(setup: Setup, register: Option<Register>, log: Vec<Chosen>, _: Now) -> (Self, Vec<Output>) {
-        let genesis = &log.first().expect("a log begins with genesis").record;
-        let mut register = register.unwrap_or(Register {
-            cluster: setup.cluster,
-            node: setup.node,
-            incarnation: setup.fresh_incarnation,
-            boot: 0,
-            promised: None,
-            accepted: None,
-            head: genesis.slot,
-            head_hash: genesis.hash(),
-        });
-        register.boot += 1;
-        (Self((setup.timings, setup.seed)), vec![Output::Persist(Box::new(register))])
+impl Subject for aviary::protocol::Core {
+    fn start(setup: Setup, register: Option<Register>, log: Vec<Chosen>, now: Now) -> (Self, Vec<Output>) {
+        let Setup { node, cluster, timings, seed, fresh_incarnation } = setup;
+        let settings = aviary::protocol::Settings { node, cluster, timings, seed, fresh_incarnation };
+        Self::start(settings, register, log, now)
     }
 
-    fn handle(&mut self, _: Now, _: Input) -> Vec<Output> {
-        Vec::new()
+    fn handle(&mut self, now: Now, input: Input) -> Vec<Output> {
+        Self::handle(self, now, input)
     }
 }
 
 /// What the simulator runs.
-pub type Real = Mute;
+pub type Real = aviary::protocol::Core;

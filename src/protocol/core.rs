@@ -257,8 +257,10 @@ impl Core {
             let view = Arc::new(self.build_view());
             if *view != *self.view {
                 self.view = view.clone();
-                // Behind what must be durable first, and ahead of any reply: who is told of a commit finds it served.
-                let durable = self.out.iter().rposition(|output| matches!(output, Output::Persist(_)));
+                // First of all: what is held back is held back before the disk answers, and who is told of a commit
+                // finds it served. Only a cluster of one decides on its own write, and publishes behind it.
+                let alone = self.ledger.membership.quorum() == 1;
+                let durable = self.out.iter().rposition(|output| alone && matches!(output, Output::Persist(_)));
                 self.out.insert(durable.map_or(0, |i| i + 1), Output::Publish(view));
             }
         }
