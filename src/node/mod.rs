@@ -1,6 +1,8 @@
 //! The shell around the protocol core: one loop that takes one input, calls the core, persists, then sends.
 
+pub mod failpoint;
 pub mod frame;
 pub mod handle;
 pub mod link;
+pub mod log;
 pub mod run;

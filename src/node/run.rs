@@ -1,1 +1,249 @@
+//! The loop: one input, one call of the core, its outputs in order.
+//!
+//! It has a thread of its own, with everything of the control plane on it, so that a commit crosses no thread between
+//! socket and disk. A slow disk stops it: a node whose disk hangs should lose its lease. Traffic is elsewhere and goes
+//! on by the last published view, whose lease ends by itself.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::domain::ids::NodeId;
+use crate::ports::{Clock, LogReader, Network, Store};
+use crate::protocol::message::{Decision, Message};
+use crate::protocol::record::{Chosen, Register, Slot};
+use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, RequestId, Settings};
+
+use super::failpoint::Failpoint;
+use super::handle::{NodeHandle, Published, Request};
+use super::link::{Identity, Links};
+
+/// What a node is put together from.
+pub struct Parts {
+    /// What it is told about itself.
+    pub settings: Settings,
+    /// Its disk.
+    pub store: Box<dyn Store>,
+    /// The promises on it.
+    pub register: Option<Register>,
+    /// The log on it.
+    pub log: Vec<Chosen>,
+    /// The way to its peers.
+    pub network: Arc<dyn Network>,
+    /// Its control port.
+    pub listen: String,
+    /// Its peers' control ports.
+    pub peers: BTreeMap<NodeId, String>,
+    /// Its clocks.
+    pub clock: Arc<dyn Clock>,
+    /// Where a test wants it to die.
+    pub failpoint: Option<Failpoint>,
+}
+
+/// A running node.
+pub struct Running {
+    /// Its door.
+    pub handle: NodeHandle,
+    /// Its control port, as bound.
+    pub control: String,
+    /// Ends when the loop does; an error is why the process must stop.
+    pub thread: JoinHandle<anyhow::Result<()>>,
+}
+
+/// Longest time between two inputs: see the contract in [`crate::protocol`].
+const TICK: Duration = Duration::from_millis(20);
+/// Messages that may wait for the loop; links wait beyond that.
+const INPUTS_MAX: usize = 1024;
+
+/// Starts a node; returns once its control port is bound. `shutdown` ends it.
+pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Running> {
+    let Parts { settings, store, register, log, network, listen, peers, clock, failpoint } = parts;
+    if let Some(failpoint) = &failpoint {
+        warn!(?failpoint, "this process will abort itself: AVIARY_FAILPOINT is set");
+    }
+    let node = settings.node.clone();
+    let (core, outputs) = Core::start(settings, register, log, clock.now());
+    let published = Published::new(core.view().clone(), clock.clone());
+    let reader = store.reader();
+    let (handle, requests, events) = NodeHandle::new(published.clone(), reader.clone());
+    let (started, bound) = std::sync::mpsc::channel();
+    let body = async move {
+        let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
+        let view = core.view().clone();
+        let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
+        let mut shell = Shell { core, store, reader, published, events, clock, replies: BTreeMap::new(), failpoint };
+        // Nothing is sent before the start itself is durable: `boot` makes this process's ballots its own.
+        let early = outputs.into_iter().partition::<Vec<_>, _>(|output| matches!(output, Output::Persist(_)));
+        shell.carry_out_local(early.0)?;
+        match Links::start(network, identity, &listen, peers, inputs, shutdown.clone()).await {
+            Ok(links) => {
+                let _ = started.send(Ok(links.address().to_string()));
+                shell.run(links, early.1, requests, receiver, shutdown).await
+            }
+            Err(error) => {
+                let _ = started.send(Err(error));
+                Ok(())
+            }
+        }
+    };
+    let name = format!("control-{node}");
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let outcome = runtime.block_on(body);
+        if let Err(failure) = &outcome {
+            error!("{failure:#}");
+        }
+        outcome
+    })?;
+    let control = match bound.recv() {
+        Ok(bound) => bound.with_context(|| format!("node {node}"))?,
+        Err(_) => {
+            return match thread.join() {
+                Ok(outcome) => outcome.and_then(|()| anyhow::bail!("node {node} ended before it began")),
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+        }
+    };
+    info!(control, "control port open");
+    Ok(Running { handle, control, thread })
+}
+
+struct Shell {
+    core: Core,
+    store: Box<dyn Store>,
+    reader: Arc<dyn LogReader>,
+    published: Published,
+    events: broadcast::Sender<Arc<Announcement>>,
+    clock: Arc<dyn Clock>,
+    replies: BTreeMap<RequestId, oneshot::Sender<Outcome>>,
+    failpoint: Option<Failpoint>,
+}
+
+impl Shell {
+    async fn run(
+        mut self,
+        links: Links,
+        start: Vec<Output>,
+        mut requests: mpsc::Receiver<Request>,
+        mut inputs: mpsc::Receiver<Input>,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<()> {
+        self.carry_out(&links, start).await?;
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut next_request = 0;
+        loop {
+            let input = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                _ = tick.tick() => Input::Tick,
+                Some(input) = inputs.recv() => input,
+                Some(request) = requests.recv() => self.input_of(request, &mut next_request),
+            };
+            let outputs = self.core.handle(self.clock.now(), input);
+            self.carry_out(&links, outputs).await?;
+        }
+    }
+
+    fn input_of(&mut self, request: Request, next: &mut u64) -> Input {
+        *next += 1;
+        let id = RequestId(*next);
+        match request {
+            Request::Submit { tx, op, reply } => {
+                self.replies.insert(id, reply);
+                Input::Operator(Command { request: id, tx, op })
+            }
+            Request::Read { reply } => {
+                self.replies.insert(id, reply);
+                Input::Read(id)
+            }
+            Request::Observed(observations) => Input::Telemetry(observations),
+            Request::BreakerTripped { service, routing_version, reason } => {
+                Input::BreakerTripped { service, routing_version, reason }
+            }
+        }
+    }
+
+    /// Carries out what needs no peer.
+    fn carry_out_local(&mut self, outputs: Vec<Output>) -> anyhow::Result<()> {
+        for output in outputs {
+            if let Output::Persist(register) = output {
+                self.store.persist(&register).context("the register can't be written")?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn carry_out(&mut self, links: &Links, outputs: Vec<Output>) -> anyhow::Result<()> {
+        let mut unsent = false;
+        let mut outputs = outputs.into_iter().peekable();
+        while let Some(output) = outputs.next() {
+            if self.failpoint.as_ref().is_some_and(|failpoint| failpoint.before(&output)) {
+                die(unsent).await;
+            }
+            let dies = self.failpoint.as_ref().is_some_and(|failpoint| failpoint.after(&output, outputs.peek()));
+            match output {
+                Output::Send { to, message } => {
+                    links.send(&to, *message);
+                    unsent = true;
+                }
+                Output::Persist(register) => {
+                    if std::mem::take(&mut unsent) {
+                        // Lets the links write first: peers work while this node's disk does.
+                        tokio::task::yield_now().await;
+                    }
+                    self.store.persist(&register).context("the register can't be written")?;
+                }
+                Output::Append(chosen) => self.store.append(&chosen).context("the log can't be written")?,
+                Output::SendLog { to, from, through } => {
+                    self.send_log(links, &to, from, through)?;
+                    unsent = true;
+                }
+                Output::Publish(view) => self.published.publish(view),
+                Output::Lease(from) => self.published.set_lease(from),
+                Output::Reply(request, outcome) => {
+                    if let Some(reply) = self.replies.remove(&request) {
+                        // Whoever asked may have gone.
+                        let _ = reply.send(outcome);
+                    }
+                }
+                Output::Announce(event) => {
+                    let node = self.core.view().node.clone();
+                    let announcement = Announcement { at: self.clock.now().wall, node, event };
+                    super::log::write(&announcement);
+                    // Nobody may be listening.
+                    let _ = self.events.send(Arc::new(announcement));
+                }
+            }
+            if dies {
+                die(unsent).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn send_log(&self, links: &Links, to: &NodeId, from: Slot, through: Slot) -> anyhow::Result<()> {
+        let most = through.0.saturating_sub(from.0) + 1;
+        let records = self.reader.read(from, most as usize).context("the log can't be read")?;
+        for chosen in records {
+            links.send(to, Message::Decision(Decision::CatchUp(Box::new(chosen))));
+        }
+        Ok(())
+    }
+}
+
+/// Aborts the process, once the links have written what was handed to them.
+async fn die(unsent: bool) {
+    if unsent {
+        for _ in 0..8 {
+            tokio::task::yield_now().await;
+        }
+    }
+    std::process::abort();
+}
