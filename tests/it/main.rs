@@ -1,1 +1,3 @@
+//! One integration-test binary: the house rules, the parts over real sockets, whole clusters of real processes.
 
+mod tidy;

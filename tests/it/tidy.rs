@@ -1,0 +1,91 @@
+//! The house rules that no compiler knows: who may import whom, and what the pure rooms must not contain.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Room → the rooms it may import (`crate::ROOM`); `protocol::record` and `node::handle` are doors of their own.
+const MAY_IMPORT: &[(&str, &[&str])] = &[
+    ("domain", &["domain"]),
+    ("protocol", &["domain", "protocol"]),
+    ("ports", &["domain", "protocol::record"]),
+    ("node", &["domain", "protocol", "ports", "node"]),
+    ("config", &["domain", "protocol", "config"]),
+    ("adapters", &["domain", "protocol", "ports", "adapters"]),
+    ("proxy", &["domain", "protocol", "ports", "node::handle", "proxy", "api::read"]),
+    ("api", &["domain", "protocol", "ports", "node::handle", "node::log", "api", "config::rollout"]),
+];
+
+/// Text that has no business in the pure rooms.
+const IMPURE: &[&str] = &[
+    "tokio", "async ", "Instant", "SystemTime::now", "HashMap", "HashSet", "rand::", "std::fs", "std::net", "std::thread",
+];
+
+fn sources(room: &Path) -> Vec<PathBuf> {
+    if room.with_extension("rs").is_file() {
+        return vec![room.with_extension("rs")];
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(room).unwrap_or_else(|e| panic!("{}: {e}", room.display())) {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("tests.rs") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// Returns a file's lines of production code with their numbers: no comments, nothing below the first test module.
+fn code(path: &Path) -> Vec<(usize, String)> {
+    let text = fs::read_to_string(path).unwrap();
+    let lines = text.lines().take_while(|line| line.trim() != "#[cfg(test)]").enumerate();
+    lines.filter(|(_, l)| !l.trim_start().starts_with("//")).map(|(n, l)| (n + 1, l.to_string())).collect()
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+#[test]
+fn rooms_import_only_what_they_may() {
+    let mut wrong = BTreeSet::new();
+    for (room, allowed) in MAY_IMPORT {
+        for path in sources(&root().join(room)) {
+            for (number, line) in code(&path) {
+                for import in line.match_indices("crate::").map(|(at, _)| &line[at + 7..]) {
+                    if !allowed.iter().any(|door| import.starts_with(door)) {
+                        wrong.insert(format!("{}:{number}: {}", path.display(), line.trim()));
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "imports against the house's directions:\n{wrong:#?}");
+}
+
+#[test]
+fn the_pure_rooms_have_no_clock_randomness_or_io() {
+    let mut wrong = BTreeSet::new();
+    for room in ["domain", "protocol"] {
+        for path in sources(&root().join(room)) {
+            for (number, line) in code(&path) {
+                if IMPURE.iter().any(|word| line.contains(word)) {
+                    wrong.insert(format!("{}:{number}: {}", path.display(), line.trim()));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "impure lines in pure rooms:\n{wrong:#?}");
+}
+
+#[test]
+fn nothing_is_left_to_do_in_comments() {
+    let words = ["TO", "FIX"].map(|half| format!("{half}{}", if half == "TO" { "DO" } else { "ME" }));
+    let all = sources(&root()).into_iter().chain(sources(&root().with_file_name("sim").join("src")));
+    for path in all {
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(!words.iter().any(|word| text.contains(word)), "{} leaves something to do", path.display());
+    }
+}
