@@ -420,3 +420,6 @@ fn trouble(path: &Path, doing: &str, source: io::Error) -> StoreError {
     };
     StoreError { path: path.display().to_string(), doing: format!("could not {doing} ({cure})"), source }
 }
+
+#[cfg(test)]
+mod tests;
