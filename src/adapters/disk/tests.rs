@@ -50,6 +50,14 @@ fn written() -> (Disk, Vec<Chosen>) {
     (disk, log)
 }
 
+/// Like [`written`], with everything in the journal: the register's newest slot carries no records.
+fn settled() -> (Disk, Vec<Chosen>) {
+    let (mut disk, log) = written();
+    let (mut store, ..) = disk.open();
+    store.persist(&register(RECORDS, RECORDS - 1)).unwrap();
+    (disk, log)
+}
+
 fn open(dir: &Path) -> Result<Recovered<DiskStore>, OpenError> {
     DiskStore::open_within(dir, Duration::from_secs(2))
 }
@@ -79,9 +87,10 @@ fn files(dir: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// Opens a damaged directory: an error is fine, and so is a prefix of what was written; then it must work.
-fn survives(dir: &Path, log: &[Chosen], what: &str) {
-    let Ok(mut recovered) = open(dir) else { return };
+/// Opens a directory with one damaged file: a prefix of what was written is there, and the store works.
+/// Returns how many records were left.
+fn survives(dir: &Path, log: &[Chosen], what: &str) -> usize {
+    let mut recovered = open(dir).unwrap_or_else(|error| panic!("{what}: {error}"));
     let length = recovered.log.len();
     assert!((1..=log.len()).contains(&length), "{what}: {length} records");
     assert_eq!(recovered.log, log[..length], "{what}");
@@ -89,7 +98,7 @@ fn survives(dir: &Path, log: &[Chosen], what: &str) {
         recovered.store.persist(&register(50, 0)).unwrap();
         drop(recovered.store);
         assert_eq!(open(dir).unwrap().register, Some(register(50, 0)), "{what}");
-        return;
+        return length;
     };
     assert!((RECORDS - 1..=RECORDS).contains(&promises.boot), "{what}: {promises:?}");
     let promises = register(60, RECORDS - 1);
@@ -98,6 +107,7 @@ fn survives(dir: &Path, log: &[Chosen], what: &str) {
     drop(recovered.store);
     let again = open(dir).unwrap();
     assert_eq!((again.register, again.log), (Some(promises), log.to_vec()), "{what}");
+    length
 }
 
 fn flip(path: &Path, at: u64) {
@@ -146,21 +156,32 @@ fn a_node_that_exists_is_never_created_again() {
 fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
     let log = chain(20);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
-    let (store, ..) = disk.open();
-    drop(store);
-    let old = TempDir::new().unwrap();
-    copy(disk.0.path(), old.path());
     let (mut store, ..) = disk.open();
-    log[1..].iter().for_each(|chosen| store.append(chosen).unwrap());
-    store.persist(&register(2, 19)).unwrap();
-    // The register as it stands now, beside the journal as it was before any of the records.
-    fs::copy(disk.0.path().join("register"), old.path().join("register")).unwrap();
-    let carried = store.tail.len();
-    assert_eq!(carried, 19, "the records were synced before the promise was: the machine is very slow");
-    let healed = open(old.path()).unwrap();
-    assert_eq!((healed.log, healed.register), (log.clone(), Some(register(2, 19))));
-    drop(healed.store);
-    assert_eq!(open(old.path()).unwrap().log, log);
+    log[1..5].iter().for_each(|chosen| store.append(chosen).unwrap());
+    drop(store);
+    // The register carries records that the journal has, and records that never reached it.
+    let mut file = RegisterFile::open(&disk.0.path().join("register")).unwrap().file;
+    let tail: Vec<_> = log[3..].iter().map(encode_entry).collect();
+    file.write(&codec::encode(&register(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
+    let (mut store, promises, found) = disk.open();
+    assert_eq!((promises, &found), (Some(register(2, 19)), &log));
+    assert_eq!(store.reader().read(Slot(0), 99).unwrap(), log);
+    // What was healed is in the journal: the next promise need not carry it.
+    store.persist(&register(3, 19)).unwrap();
+    assert!(store.tail.is_empty());
+    drop(store);
+    assert_eq!(disk.open().2, log);
+}
+
+#[test]
+fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
+    let (disk, log) = settled();
+    let mut file = RegisterFile::open(&disk.0.path().join("register")).unwrap().file;
+    let tail = encode_entry(&chain(RECORDS + 2)[RECORDS as usize + 1]);
+    file.write(&codec::encode(&register(RECORDS, 0)), [tail.as_slice()].into_iter()).unwrap();
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!(recovered.log, log);
+    assert!(recovered.notes[0].contains("don't continue the journal: slot 30 is missing"), "{:?}", recovered.notes);
 }
 
 #[test]
@@ -168,11 +189,9 @@ fn records_too_big_for_the_register_wait_for_the_journal() {
     let log = chain_of(12, 50_000);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
     let (mut store, ..) = disk.open();
-    for chosen in &log[1..] {
-        store.append(chosen).unwrap();
-    }
+    log[1..].iter().for_each(|chosen| store.append(chosen).unwrap());
     store.persist(&register(2, 11)).unwrap();
-    assert!(store.tail.is_empty());
+    assert!(store.tail.len() <= 1, "the tail holds {} records of 50 kB", store.tail.len());
     drop(store);
     assert_eq!(open(disk.0.path()).unwrap().log, log);
 }
@@ -221,7 +240,7 @@ fn a_snapshot_that_sled_did_not_finish_is_removed() {
 
 #[test]
 fn a_bad_record_cuts_the_log_before_it_and_is_named() {
-    let (mut disk, log) = written();
+    let (mut disk, log) = settled();
     for (slot, value, why) in [
         (21u64, None, "slot 21 is missing"),
         (17, Some(encode_entry(&log[16])), "slot 17 holds the record of slot 16"),
@@ -232,11 +251,6 @@ fn a_bad_record_cuts_the_log_before_it_and_is_named() {
             "differs from the genesis",
         ),
     ] {
-        let (store, ..) = {
-            let found = open(disk.0.path()).unwrap();
-            (found.store, ())
-        };
-        drop(store);
         {
             let db = sled::open(disk.0.path().join("journal")).unwrap();
             let tree = db.open_tree("log").unwrap();
@@ -259,7 +273,7 @@ fn a_bad_record_cuts_the_log_before_it_and_is_named() {
 
 #[test]
 fn genesis_comes_from_its_file_or_from_the_journal() {
-    let (mut disk, log) = written();
+    let (mut disk, log) = settled();
     let genesis = disk.0.path().join("genesis");
     let saved = fs::read(&genesis).unwrap();
     flip(&genesis, 9);
@@ -277,7 +291,7 @@ fn genesis_comes_from_its_file_or_from_the_journal() {
 
 #[test]
 fn every_file_may_be_cut_zeroed_or_deleted() {
-    let (disk, log) = written();
+    let (disk, log) = settled();
     for file in files(disk.0.path()) {
         let name = file.strip_prefix(disk.0.path()).unwrap();
         let length = fs::metadata(&file).unwrap().len();
@@ -298,14 +312,15 @@ fn every_file_may_be_cut_zeroed_or_deleted() {
 
 #[test]
 fn random_damage_never_alters_a_record_nor_makes_a_hole() {
-    let (disk, log) = written();
-    let names: Vec<_> =
-        files(disk.0.path()).iter().map(|file| file.strip_prefix(disk.0.path()).unwrap().to_path_buf()).collect();
+    let disks = [written(), settled()];
     let mut dice = SmallRng::seed_from_u64(20_261_121);
-    for round in 0..60 {
+    let mut shorter = 0;
+    for round in 0..120 {
+        let (disk, log) = &disks[round % 2];
+        let names: Vec<_> = files(disk.0.path()).into_iter().collect();
         let dir = TempDir::new().unwrap();
         copy(disk.0.path(), dir.path());
-        let name = &names[dice.random_range(0..names.len())];
+        let name = names[dice.random_range(0..names.len())].strip_prefix(disk.0.path()).unwrap();
         let target = dir.path().join(name);
         // Damage lands where bytes are: most of sled's file and of the register is padding.
         let bytes = fs::read(&target).unwrap();
@@ -314,13 +329,16 @@ fn random_damage_never_alters_a_record_nor_makes_a_hole() {
             continue;
         }
         let mut place = || used[dice.random_range(0..used.len())];
-        match round % 3 {
+        match round / 2 % 3 {
             0 => (0..3).for_each(|_| flip(&target, place())),
             1 => truncate(&target, place()),
             _ => OpenOptions::new().write(true).open(&target).unwrap().write_all_at(&[0; 512], place()).unwrap(),
         }
-        survives(dir.path(), &log, &format!("round {round}: {}", name.display()));
+        let survivors = survives(dir.path(), log, &format!("round {round}: {}", name.display()));
+        shorter += usize::from(survivors < log.len());
     }
+    println!("{shorter} logs came back shorter");
+    assert!(shorter > 5, "only {shorter} damages hit the log: the test tests nothing");
 }
 
 #[test]
