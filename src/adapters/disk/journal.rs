@@ -266,6 +266,12 @@ impl Syncer {
         state.failure.clone().map_or(Ok(Slot(state.synced)), Err)
     }
 
+    /// Stands in for a disk that fails.
+    #[cfg(test)]
+    pub fn fail(&self, why: &str) {
+        self.shared.lock().failure = Some(why.into());
+    }
+
     /// Waits until everything asked for is on disk.
     pub fn wait(&self) -> Result<(), String> {
         let mut state = self.shared.lock();

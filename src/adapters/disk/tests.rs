@@ -208,6 +208,23 @@ fn a_value_that_could_not_be_read_back_is_refused() {
 }
 
 #[test]
+fn a_failed_background_sync_stops_the_store() {
+    let log = chain(3);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.open();
+    store.append(&log[1]).unwrap();
+    store.syncer.fail("no such disk");
+    let error = store.persist(&register(2, 1)).unwrap_err().to_string();
+    assert!(
+        error.contains("could not sync the journal in the background") && error.contains("no such disk"),
+        "{error}"
+    );
+    assert!(store.append(&log[2]).unwrap_err().to_string().contains("an earlier write failed"));
+    drop(store);
+    assert_eq!(open(disk.0.path()).unwrap().register, Some(register(1, 0)));
+}
+
+#[test]
 fn a_full_disk_is_named_as_such() {
     let error = trouble(Path::new("register"), "write the register", io::Error::from_raw_os_error(28)).to_string();
     assert!(error.contains("the disk is full: free space"), "{error}");
@@ -245,6 +262,7 @@ fn a_bad_record_cuts_the_log_before_it_and_is_named() {
         (21u64, None, "slot 21 is missing"),
         (17, Some(encode_entry(&log[16])), "slot 17 holds the record of slot 16"),
         (13, Some(vec![1, 0, 0, 0, 0, 9]), "slot 13: its checksum is"),
+        (9, Some(encode_entry(&chain_of(10, 50)[9])), "slot 9 follows"),
         (
             0,
             Some(encode_entry(&Chosen { ballot: log[1].ballot.clone(), ..log[0].clone() })),
