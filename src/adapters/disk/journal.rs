@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
@@ -42,10 +42,22 @@ pub(super) struct Journal {
 
 /// Why sled gave no journal.
 pub(super) enum OpenFailure {
-    /// Somebody else has it open: nothing is wrong with it.
-    Busy(String),
+    /// The machine's fault, such as a full disk: nothing speaks against the journal, so it stays where it is.
+    Refused(io::Error),
     /// It can't be used.
     Broken(String),
+}
+
+impl From<io::Error> for OpenFailure {
+    fn from(error: io::Error) -> Self {
+        if speaks_of_content(error.kind()) { Self::Broken(error.to_string()) } else { Self::Refused(error) }
+    }
+}
+
+/// Returns true for errors that come from what a journal's files hold, not from the machine that reads them.
+pub(super) fn speaks_of_content(kind: ErrorKind) -> bool {
+    use ErrorKind::{InvalidData, InvalidInput, NotFound, Other, UnexpectedEof, Unsupported};
+    matches!(kind, InvalidData | InvalidInput | NotFound | Other | UnexpectedEof | Unsupported)
 }
 
 impl Journal {
@@ -58,7 +70,7 @@ impl Journal {
             // Nobody listens any more when the watchdog gave up.
             let _ = give.send(opened.unwrap_or_else(|panic| Err(OpenFailure::Broken(panic_text(&*panic)))));
         });
-        thread.map_err(|error| OpenFailure::Busy(format!("no thread to open it: {error}")))?;
+        thread.map_err(OpenFailure::Refused)?;
         let late = || OpenFailure::Broken(format!("it did not open within {} s", patience.as_secs_f32()));
         take.recv_timeout(patience).map_err(|_| late())?
     }
@@ -96,13 +108,13 @@ fn open_patiently(path: &Path, lock: Arc<File>, patience: Duration) -> Result<(J
             Ok(db) => break db,
             // Our own lock says that no other process is at work; sled's threads may outlive its handle a little.
             Err(error) if error.to_string().contains("could not acquire lock") => {
-                tries = tries.checked_sub(1).ok_or_else(|| OpenFailure::Busy(error.to_string()))?;
+                tries = tries.checked_sub(1).ok_or_else(|| OpenFailure::Refused(io::Error::other(error)))?;
                 std::thread::park_timeout(LOCK_RETRY);
             }
-            Err(error) => return Err(OpenFailure::Broken(error.to_string())),
+            Err(error) => return Err(io::Error::from(error).into()),
         }
     };
-    read_in(db, path, lock).map_err(|error| OpenFailure::Broken(error.to_string()))
+    read_in(db, path, lock).map_err(OpenFailure::from)
 }
 
 fn config(path: &Path) -> sled::Config {

@@ -20,7 +20,7 @@ use super::clock::BootClock;
 use crate::ports::{Clock, LogReader, Recovered, Store, StoreError};
 use crate::protocol::codec;
 use crate::protocol::record::{Chosen, Register, Slot};
-use journal::{Chain, Journal, OpenFailure, Syncer, decode_entry, encode_entry};
+use journal::{Chain, Journal, OpenFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
 use register::{RegisterFile, SLOT_BYTES, Saved, bytes_needed};
 
 /// How long sled may take to open before its directory counts as broken.
@@ -226,7 +226,7 @@ impl Opening<'_> {
         let mut chain = Chain::default();
         let mut journal = match self.existing(genesis.as_ref(), &mut chain) {
             Ok(journal) => Some(journal),
-            Err(OpenFailure::Busy(why)) => return Err(self.unusable(why).into()),
+            Err(OpenFailure::Refused(error)) => return Err(self.unusable(error).into()),
             Err(OpenFailure::Broken(why)) => {
                 self.quarantine(&why, notes)?;
                 None
@@ -237,6 +237,9 @@ impl Opening<'_> {
         if let Some(kept) = &journal
             && let Err(error) = fill(kept, &chain, held)
         {
+            if !speaks_of_content(error.source.kind()) {
+                return Err(error.into());
+            }
             journal = None;
             self.quarantine(&error.to_string(), notes)?;
         }
@@ -249,8 +252,7 @@ impl Opening<'_> {
 
     /// Opens the journal in place and puts its good prefix into `chain`; an error when that is not all of it.
     fn existing(&self, genesis: Option<&Chosen>, chain: &mut Chain) -> Result<Journal, OpenFailure> {
-        let broken = |error: io::Error| OpenFailure::Broken(error.to_string());
-        remove_unfinished_snapshots(&self.paths.journal).map_err(broken)?;
+        remove_unfinished_snapshots(&self.paths.journal)?;
         let (journal, entries) = Journal::open(&self.paths.journal, self.lock, self.patience)?;
         chain.extend(&entries).map_err(OpenFailure::Broken)?;
         if let (Some(file), Some(first)) = (genesis, chain.since(Slot(0)).first())
@@ -274,7 +276,7 @@ impl Opening<'_> {
             let Some(genesis) = genesis else {
                 return Err(self.without_genesis().into());
             };
-            chain.push(genesis).map_err(|why| self.unusable(why))?;
+            chain.push(genesis).map_err(|why| self.unusable(io::Error::other(why)))?;
         }
         for entry in tail {
             let added = decode_entry(entry).and_then(|chosen| match chosen.record.slot < chain.next() {
@@ -293,7 +295,8 @@ impl Opening<'_> {
     fn rebuild(&self, chain: &Chain) -> Result<Journal, StoreError> {
         let opened = Journal::open(&self.paths.journal, self.lock, self.patience);
         let (journal, _) = opened.map_err(|failure| match failure {
-            OpenFailure::Busy(why) | OpenFailure::Broken(why) => self.unusable(why),
+            OpenFailure::Refused(error) => self.unusable(error),
+            OpenFailure::Broken(why) => self.unusable(io::Error::other(why)),
         })?;
         fill(&journal, chain, Slot(0))?;
         sync_directory(&self.paths.dir).map_err(|e| trouble(&self.paths.dir, "sync the data directory", e))?;
@@ -337,8 +340,8 @@ impl Opening<'_> {
         StoreError { path: self.paths.genesis.display().to_string(), doing: doing.into(), source }
     }
 
-    fn unusable(&self, why: String) -> StoreError {
-        trouble(&self.paths.journal, "open the journal", io::Error::other(why))
+    fn unusable(&self, error: io::Error) -> StoreError {
+        trouble(&self.paths.journal, "open the journal", error)
     }
 }
 

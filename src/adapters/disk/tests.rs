@@ -231,6 +231,20 @@ fn a_full_disk_is_named_as_such() {
 }
 
 #[test]
+fn a_journal_is_not_blamed_for_the_machine() {
+    for code in [28, 13, 30, 5, 24] {
+        assert!(matches!(io::Error::from_raw_os_error(code).into(), OpenFailure::Refused(_)), "os error {code}");
+    }
+    let (disk, log) = settled();
+    let db = sled::open(disk.0.path().join("journal")).unwrap();
+    let Err(error) = open(disk.0.path()) else { panic!("opened") };
+    assert!(error.to_string().contains("could not open the journal"), "{error}");
+    drop(db);
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!((recovered.log, recovered.notes), (log, vec![]));
+}
+
+#[test]
 fn one_ruined_slot_leaves_the_other_and_two_leave_nothing() {
     let (disk, log) = written();
     let path = disk.0.path().join("register");
