@@ -1,1 +1,44 @@
+//! The machine's clocks.
 
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::domain::time::{Mono, Now, Wall};
+use crate::ports::Clock;
+
+/// The real clocks: `CLOCK_BOOTTIME`, which counts suspend, and the system's time of day.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BootClock;
+
+impl Clock for BootClock {
+    fn now(&self) -> Now {
+        Now { mono: boot_time(), wall: time_of_day() }
+    }
+}
+
+fn boot_time() -> Mono {
+    let time = clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(time.tv_sec).expect("the time since boot is not negative");
+    let micros = u64::try_from(time.tv_nsec).expect("a clock's nanoseconds are not negative") / 1000;
+    Mono(seconds * 1_000_000 + micros)
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the adapter behind `ports::Clock`")]
+fn time_of_day() -> Wall {
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Wall(u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_boot_clock_never_goes_back_and_counts_microseconds() {
+        let (first, pause) = (BootClock.now(), std::time::Duration::from_millis(5));
+        std::thread::park_timeout(pause);
+        let second = BootClock.now();
+        assert!(second.mono >= first.mono);
+        assert!(second.mono.0 - first.mono.0 < 60_000_000, "{first:?} {second:?}");
+        assert!(second.wall > Wall(1_700_000_000_000));
+    }
+}

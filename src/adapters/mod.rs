@@ -4,3 +4,6 @@ pub mod clock;
 pub mod disk;
 pub mod memory;
 pub mod net;
+
+#[cfg(test)]
+mod conformance;

@@ -1,0 +1,341 @@
+//! The journal: chosen records in sled, each with its own checksum, and the thread that syncs them.
+//!
+//! sled is never trusted: opening it may fail, panic or hang, and what it returns is checked entry by entry.
+//! Its `flush` is no `fsync`; durability comes from [`Journal::sync`], which syncs sled's file itself.
+
+use std::any::Any;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::trouble;
+use crate::ports::{LogReader, StoreError};
+use crate::protocol::codec;
+use crate::protocol::record::{Chosen, Hash, Slot};
+
+/// First byte of each stored record.
+const ENTRY_VERSION: u8 = 1;
+const TREE: &str = "log";
+const CACHE_BYTES: u64 = 16 * 1024 * 1024;
+/// How long records may wait for company before they are synced; promises don't wait for it.
+const LINGER: Duration = Duration::from_millis(20);
+/// Between two tries to open a journal whose previous owner in this process is still letting go.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// An entry as sled holds it: key and value.
+pub(super) type RawEntry = (Vec<u8>, Vec<u8>);
+
+/// The open journal; closed when the last reader is gone.
+pub(super) struct Journal {
+    tree: sled::Tree,
+    db: sled::Db,
+    data: File,
+    directory: File,
+    path: PathBuf,
+    /// The data directory's lock, held as long as anything here may still write.
+    _lock: Arc<File>,
+}
+
+/// Why sled gave no journal.
+pub(super) enum OpenFailure {
+    /// The machine's fault, such as a full disk: nothing speaks against the journal, so it stays where it is.
+    Refused(io::Error),
+    /// It can't be used.
+    Broken(String),
+}
+
+impl From<io::Error> for OpenFailure {
+    fn from(error: io::Error) -> Self {
+        if speaks_of_content(error.kind()) { Self::Broken(error.to_string()) } else { Self::Refused(error) }
+    }
+}
+
+/// Returns true for errors that come from what a journal's files hold, not from the machine that reads them.
+pub(super) fn speaks_of_content(kind: ErrorKind) -> bool {
+    use ErrorKind::{InvalidData, InvalidInput, NotFound, Other, UnexpectedEof, Unsupported};
+    matches!(kind, InvalidData | InvalidInput | NotFound | Other | UnexpectedEof | Unsupported)
+}
+
+impl Journal {
+    /// Opens the journal and reads all of it; gives up after `patience`.
+    pub fn open(path: &Path, lock: &Arc<File>, patience: Duration) -> Result<(Self, Vec<RawEntry>), OpenFailure> {
+        let (give, take) = mpsc::sync_channel(1);
+        let (path, lock) = (path.to_path_buf(), lock.clone());
+        let thread = std::thread::Builder::new().name("journal-open".into()).spawn(move || {
+            let opened = catch_unwind(AssertUnwindSafe(|| open_patiently(&path, lock, patience)));
+            // Nobody listens any more when the watchdog gave up.
+            let _ = give.send(opened.unwrap_or_else(|panic| Err(OpenFailure::Broken(panic_text(&*panic)))));
+        });
+        thread.map_err(OpenFailure::Refused)?;
+        let late = || OpenFailure::Broken(format!("it did not open within {} s", patience.as_secs_f32()));
+        take.recv_timeout(patience).map_err(|_| late())?
+    }
+
+    /// Puts a record's entry in; durable after the next sync.
+    pub fn insert(&self, slot: Slot, entry: &[u8]) -> Result<(), StoreError> {
+        let inserted = guarded(|| self.tree.insert(slot.0.to_be_bytes(), entry));
+        inserted.map(|_| ()).map_err(|e| trouble(&self.path, "append to the journal", e))
+    }
+
+    /// Makes everything inserted before survive power loss.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        guarded(|| self.db.flush()).map_err(|e| trouble(&self.path, "flush the journal", e))?;
+        let synced = self.data.sync_data().and_then(|()| self.directory.sync_all());
+        synced.map_err(|e| trouble(&self.path, "sync the journal", e))
+    }
+}
+
+impl LogReader for Journal {
+    fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError> {
+        let broken = |why: String| trouble(&self.path, "read the journal", io::Error::other(why));
+        let mut records = Vec::new();
+        for (entry, slot) in self.tree.range(from.0.to_be_bytes()..).take(most).zip(from.0..) {
+            let (key, value) = entry.map_err(|error| broken(error.to_string()))?;
+            records.push(decode_at(slot, &key, &value).map_err(broken)?);
+        }
+        Ok(records)
+    }
+}
+
+fn open_patiently(path: &Path, lock: Arc<File>, patience: Duration) -> Result<(Journal, Vec<RawEntry>), OpenFailure> {
+    let mut tries = patience.as_millis() / LOCK_RETRY.as_millis() / 2;
+    let db = loop {
+        match config(path).open() {
+            Ok(db) => break db,
+            // Our own lock says that no other process is at work; sled's threads may outlive its handle a little.
+            Err(error) if error.to_string().contains("could not acquire lock") => {
+                tries = tries.checked_sub(1).ok_or_else(|| OpenFailure::Refused(io::Error::other(error)))?;
+                std::thread::park_timeout(LOCK_RETRY);
+            }
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+    };
+    read_in(db, path, lock).map_err(OpenFailure::from)
+}
+
+fn config(path: &Path) -> sled::Config {
+    let config = sled::Config::new().path(path).mode(sled::Mode::HighThroughput);
+    config.flush_every_ms(None).cache_capacity(CACHE_BYTES)
+}
+
+fn read_in(db: sled::Db, path: &Path, lock: Arc<File>) -> io::Result<(Journal, Vec<RawEntry>)> {
+    let tree = db.open_tree(TREE)?;
+    let entries = tree.iter().map(|entry| entry.map(|(key, value)| (key.to_vec(), value.to_vec())));
+    let entries = entries.collect::<sled::Result<Vec<_>>>()?;
+    let (data, directory) = (File::open(path.join("db"))?, File::open(path)?);
+    Ok((Journal { tree, db, data, directory, path: path.into(), _lock: lock }, entries))
+}
+
+/// Runs a call into sled; a panic inside it is an error.
+fn guarded<T>(call: impl FnOnce() -> sled::Result<T>) -> io::Result<T> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(io::Error::from),
+        Err(panic) => Err(io::Error::other(panic_text(&*panic))),
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    format!("it panicked: {text}")
+}
+
+/// Returns a record as it is stored: version, CRC-32C, value.
+pub(super) fn encode_entry(chosen: &Chosen) -> Vec<u8> {
+    let body = codec::encode(chosen);
+    let mut entry = Vec::with_capacity(5 + body.len());
+    entry.push(ENTRY_VERSION);
+    entry.extend(crc32c::crc32c(&body).to_le_bytes());
+    entry.extend(body);
+    entry
+}
+
+/// Returns the record that the bytes store, or what is wrong with them.
+pub(super) fn decode_entry(entry: &[u8]) -> Result<Chosen, String> {
+    let (head, body) = entry.split_at_checked(5).ok_or_else(|| format!("its entry has {} bytes", entry.len()))?;
+    if head[0] != ENTRY_VERSION {
+        return Err(format!("its entry has version {}, expected {ENTRY_VERSION}", head[0]));
+    }
+    let expected = u32::from_le_bytes(head[1..].try_into().expect("4 bytes"));
+    let found = crc32c::crc32c(body);
+    if found != expected {
+        return Err(format!("its checksum is {found:08x}, expected {expected:08x}"));
+    }
+    codec::decode(body).map_err(|error| error.to_string())
+}
+
+fn decode_at(slot: u64, key: &[u8], value: &[u8]) -> Result<Chosen, String> {
+    if key != slot.to_be_bytes() {
+        return Err(format!("slot {slot} is missing: the next key is {key:02x?}"));
+    }
+    let chosen = decode_entry(value).map_err(|why| format!("slot {slot}: {why}"))?;
+    if chosen.record.slot != Slot(slot) {
+        return Err(format!("slot {slot} holds the record of slot {}", chosen.record.slot));
+    }
+    Ok(chosen)
+}
+
+/// A log that grows by verified records only.
+#[derive(Default)]
+pub(super) struct Chain {
+    log: Vec<Chosen>,
+    head_hash: Hash,
+}
+
+impl Chain {
+    /// Returns the slot that comes next.
+    pub fn next(&self) -> Slot {
+        Slot(self.log.len() as u64)
+    }
+
+    /// Returns the verified records.
+    pub fn into_log(self) -> Vec<Chosen> {
+        self.log
+    }
+
+    /// Returns the verified records from `from` on.
+    pub fn since(&self, from: Slot) -> &[Chosen] {
+        let from = usize::try_from(from.0).unwrap_or(usize::MAX).min(self.log.len());
+        &self.log[from..]
+    }
+
+    /// Adds the record that comes next, or says why it isn't that.
+    pub fn push(&mut self, chosen: Chosen) -> Result<(), String> {
+        let (slot, next) = (chosen.record.slot, self.next());
+        if slot != next {
+            return Err(format!("slot {next} is missing: found slot {slot}"));
+        }
+        if chosen.record.prev_hash != self.head_hash {
+            let (found, expected) = (chosen.record.prev_hash, self.head_hash);
+            return Err(format!("slot {slot} follows {found}, expected {expected}"));
+        }
+        self.head_hash = chosen.record.hash();
+        self.log.push(chosen);
+        Ok(())
+    }
+
+    /// Adds the good prefix of what sled returned, and says what is wrong behind it.
+    pub fn extend(&mut self, entries: &[RawEntry]) -> Result<(), String> {
+        for (key, value) in entries {
+            self.push(decode_at(self.next().0, key, value)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The thread that syncs the journal behind the writer's back.
+pub(super) struct Syncer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Both counts are slots: all records below them.
+#[derive(Default)]
+struct State {
+    wanted: u64,
+    synced: u64,
+    urgent: bool,
+    stop: bool,
+    failure: Option<String>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nothing panics while it holds the syncer's state")
+    }
+}
+
+impl Syncer {
+    /// Starts the thread; every record below `synced` is on disk.
+    pub fn start(journal: Arc<Journal>, synced: Slot) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        *shared.lock() = State { wanted: synced.0, synced: synced.0, ..State::default() };
+        let theirs = shared.clone();
+        let thread = std::thread::Builder::new().name("journal-sync".into());
+        let thread = thread.spawn(move || sync_until_stopped(&journal, &theirs))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Asks for the records below `next` to be synced.
+    pub fn want(&self, next: Slot) {
+        self.shared.lock().wanted = next.0;
+        self.shared.changed.notify_all();
+    }
+
+    /// Returns the slot below which everything is on disk, or what went wrong.
+    pub fn synced(&self) -> Result<Slot, String> {
+        let state = self.shared.lock();
+        state.failure.clone().map_or(Ok(Slot(state.synced)), Err)
+    }
+
+    /// Stands in for a disk that fails.
+    #[cfg(test)]
+    pub fn fail(&self, why: &str) {
+        self.shared.lock().failure = Some(why.into());
+    }
+
+    /// Waits until everything asked for is on disk.
+    pub fn wait(&self) -> Result<(), String> {
+        let mut state = self.shared.lock();
+        let goal = state.wanted;
+        while state.synced < goal {
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            state.urgent = true;
+            self.shared.changed.notify_all();
+            state = self.shared.changed.wait(state).expect("nothing panics while it holds the syncer's state");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Syncer {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // A panic in there has printed itself, and nothing is left to be saved from it.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Syncs what is wanted until told to stop; the first failure is the last try.
+fn sync_until_stopped(journal: &Journal, shared: &Shared) {
+    while let Some(goal) = next_goal(shared) {
+        let result = journal.sync();
+        let mut state = shared.lock();
+        match result {
+            Ok(()) => state.synced = goal,
+            Err(error) => state.failure = Some(error.to_string()),
+        }
+        let failed = state.failure.is_some();
+        drop(state);
+        shared.changed.notify_all();
+        if failed {
+            return;
+        }
+    }
+}
+
+/// Waits for work and returns up to where to sync; none when there is none left and the store is closing.
+fn next_goal(shared: &Shared) -> Option<u64> {
+    let poisoned = "nothing panics while it holds the syncer's state";
+    let idle = |state: &mut State| state.wanted == state.synced && !state.stop;
+    let lonely = |state: &mut State| !state.urgent && !state.stop;
+    let state = shared.changed.wait_while(shared.lock(), idle).expect(poisoned);
+    let (mut state, _) = shared.changed.wait_timeout_while(state, LINGER, lonely).expect(poisoned);
+    state.urgent = false;
+    (state.wanted != state.synced).then_some(state.wanted)
+}

@@ -1,0 +1,428 @@
+//! A node's disk: promises in a register file, chosen records in a journal, genesis in a file of its own.
+//!
+//! [`DiskStore::persist`] costs one write and one `fdatasync`, whatever was appended before: records that the journal
+//! has not synced yet travel in the register's slot. The journal follows on a thread of its own.
+//!
+//! What is damaged is moved aside and reported, never repaired by guess: a log may come back shorter, never altered
+//! and never with a hole. That it is shorter shows in the register's `head`; the protocol fetches the rest from peers.
+
+use std::collections::VecDeque;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+mod journal;
+mod register;
+
+use super::clock::BootClock;
+use crate::ports::{Clock, LogReader, Recovered, Store, StoreError};
+use crate::protocol::codec;
+use crate::protocol::record::{Chosen, Register, Slot};
+use journal::{Chain, Journal, OpenFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
+use register::{RegisterFile, SLOT_BYTES, Saved, bytes_needed};
+
+/// How long sled may take to open before its directory counts as broken.
+const OPEN_PATIENCE: Duration = Duration::from_secs(10);
+/// Most bytes of records that a slot of the register carries.
+const TAIL_BYTES_MAX: usize = 90 * 1024;
+
+/// Why a data directory gives no store.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Nothing was ever set up there.
+    #[error(
+        "{}: the data directory holds no genesis, so this node may not vote; run `aviary cluster init`, or correct the path",
+        dir.display()
+    )]
+    NoGenesis {
+        /// The data directory.
+        dir: PathBuf,
+    },
+    /// Another process uses it.
+    #[error("{}: another process uses this data directory; stop it, or give this node its own directory", dir.display())]
+    Locked {
+        /// The data directory.
+        dir: PathBuf,
+    },
+    /// Something is there already that a new node would overwrite.
+    #[error(
+        "{}: found {found:?}, expected no node in this data directory; a node's promises are never overwritten", dir.display()
+    )]
+    Occupied {
+        /// The data directory.
+        dir: PathBuf,
+        /// The file found.
+        found: &'static str,
+    },
+    /// The disk refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A node's durable memory in a directory of its own.
+pub struct DiskStore {
+    register: RegisterFile,
+    /// Records that the journal may not have synced, with their slots.
+    tail: VecDeque<(Slot, Vec<u8>)>,
+    next: Slot,
+    /// Joined before the journal is let go.
+    syncer: Syncer,
+    journal: Arc<Journal>,
+    /// The first failure; nothing is tried after it.
+    failure: Option<String>,
+    paths: Paths,
+}
+
+impl DiskStore {
+    /// Sets up a data directory for a node that never ran: its first register, and the log's first record.
+    pub fn create(dir: &Path, register: &Register, genesis: &Chosen) -> Result<(), OpenError> {
+        let paths = Paths::of(dir);
+        fs::create_dir_all(dir).map_err(|e| trouble(dir, "create the data directory", e))?;
+        let _lock = lock(&paths)?;
+        for (path, found) in [(&paths.register, "register"), (&paths.journal, "journal")] {
+            if path.exists() {
+                return Err(OpenError::Occupied { dir: dir.into(), found });
+            }
+        }
+        let register = encoded("register", &paths.register, register)?;
+        encoded("genesis", &paths.genesis, genesis)?;
+        write_whole(&paths.genesis, &encode_entry(genesis)).map_err(|e| trouble(&paths.genesis, "write genesis", e))?;
+        // The register is what makes a node: it comes last, complete, under its own name.
+        let draft = dir.join("register.new");
+        remove_if_there(&draft).map_err(|e| trouble(&draft, "remove an unfinished register", e))?;
+        let mut found = RegisterFile::open(&draft)?;
+        // Both slots are written, so that an empty one is always damage.
+        found.file.write(&register, std::iter::empty())?;
+        found.file.write(&register, std::iter::empty())?;
+        let renamed = fs::rename(&draft, &paths.register).and_then(|()| sync_directory(dir));
+        renamed.map_err(|e| trouble(&paths.register, "put the register in place", e))?;
+        let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+        Ok(parent.map_or(Ok(()), sync_directory).map_err(|e| trouble(dir, "sync the parent directory", e))?)
+    }
+
+    /// Opens a node's data directory and verifies everything in it.
+    pub fn open(dir: &Path) -> Result<Recovered<Self>, OpenError> {
+        Self::open_within(dir, OPEN_PATIENCE)
+    }
+
+    fn open_within(dir: &Path, patience: Duration) -> Result<Recovered<Self>, OpenError> {
+        let paths = Paths::of(dir);
+        if ![&paths.register, &paths.journal, &paths.genesis].iter().any(|path| path.exists()) {
+            return Err(OpenError::NoGenesis { dir: dir.into() });
+        }
+        let lock = Arc::new(lock(&paths)?);
+        let register::Found { file, saved, mut notes } = RegisterFile::open(&paths.register)?;
+        sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
+        let (register, tail) = saved.map_or((None, Vec::new()), |Saved { register, tail, .. }| (Some(register), tail));
+        let opening = Opening { paths: &paths, lock: &lock, patience };
+        let (journal, chain) = opening.recover(&tail, &mut notes)?;
+        let (journal, next) = (Arc::new(journal), chain.next());
+        let syncer = Syncer::start(journal.clone(), next);
+        let syncer = syncer.map_err(|e| trouble(&paths.journal, "start the journal's thread", e))?;
+        let store = Self { register: file, tail: VecDeque::new(), next, syncer, journal, failure: None, paths };
+        Ok(Recovered { store, register, log: chain.into_log(), notes })
+    }
+
+    fn try_persist(&mut self, register: &Register) -> Result<(), StoreError> {
+        let register = encoded("register", &self.paths.register, register)?;
+        self.forget_synced()?;
+        if !self.fits(register.len()) {
+            self.syncer.wait().map_err(|failure| self.behind(failure))?;
+            self.forget_synced()?;
+        }
+        self.register.write(&register, self.tail.iter().map(|(_, entry)| entry.as_slice()))
+    }
+
+    fn try_append(&mut self, chosen: &Chosen) -> Result<(), StoreError> {
+        encoded("record", &self.paths.journal, chosen)?;
+        let entry = encode_entry(chosen);
+        self.forget_synced()?;
+        self.journal.insert(self.next, &entry)?;
+        self.tail.push_back((self.next, entry));
+        self.next = self.next.next();
+        self.syncer.want(self.next);
+        Ok(())
+    }
+
+    fn fits(&self, register: usize) -> bool {
+        let lengths = || self.tail.iter().map(|(_, entry)| entry.len());
+        lengths().sum::<usize>() <= TAIL_BYTES_MAX && bytes_needed(register, lengths()) <= SLOT_BYTES
+    }
+
+    fn forget_synced(&mut self) -> Result<(), StoreError> {
+        let synced = self.syncer.synced().map_err(|failure| self.behind(failure))?;
+        while self.tail.front().is_some_and(|(slot, _)| *slot < synced) {
+            self.tail.pop_front();
+        }
+        Ok(())
+    }
+
+    fn behind(&self, failure: String) -> StoreError {
+        trouble(&self.paths.journal, "sync the journal in the background", io::Error::other(failure))
+    }
+
+    /// Runs an operation unless one has failed before: after a failed sync nobody knows what the disk holds.
+    fn unless_failed(&mut self, operation: impl FnOnce(&mut Self) -> Result<(), StoreError>) -> Result<(), StoreError> {
+        if let Some(failure) = &self.failure {
+            let source = io::Error::other(format!("an earlier write failed: {failure}"));
+            return Err(trouble(&self.paths.register, "write after a failure", source));
+        }
+        let result = operation(self);
+        self.failure = result.as_ref().err().map(ToString::to_string);
+        result
+    }
+}
+
+impl Store for DiskStore {
+    fn persist(&mut self, register: &Register) -> Result<(), StoreError> {
+        self.unless_failed(|store| store.try_persist(register))
+    }
+
+    fn append(&mut self, chosen: &Chosen) -> Result<(), StoreError> {
+        assert_eq!(chosen.record.slot, self.next, "the log grows by the record of the next slot");
+        self.unless_failed(|store| store.try_append(chosen))
+    }
+
+    fn reader(&self) -> Arc<dyn LogReader> {
+        self.journal.clone()
+    }
+}
+
+/// Where things are in a data directory.
+struct Paths {
+    dir: PathBuf,
+    lock: PathBuf,
+    register: PathBuf,
+    genesis: PathBuf,
+    journal: PathBuf,
+}
+
+impl Paths {
+    fn of(dir: &Path) -> Self {
+        let at = |name| dir.join(name);
+        Self {
+            dir: dir.into(),
+            lock: at("lock"),
+            register: at("register"),
+            genesis: at("genesis"),
+            journal: at("journal"),
+        }
+    }
+}
+
+/// The recovery of a log from journal, genesis file and the register's tail.
+struct Opening<'a> {
+    paths: &'a Paths,
+    lock: &'a Arc<File>,
+    patience: Duration,
+}
+
+impl Opening<'_> {
+    /// Returns a journal that holds exactly the returned chain, durably.
+    fn recover(&self, tail: &[Vec<u8>], notes: &mut Vec<String>) -> Result<(Journal, Chain), OpenError> {
+        let genesis = self.genesis(notes)?;
+        let mut chain = Chain::default();
+        let mut journal = match self.existing(genesis.as_ref(), &mut chain) {
+            Ok(journal) => Some(journal),
+            Err(OpenFailure::Refused(error)) => return Err(self.unusable(error).into()),
+            Err(OpenFailure::Broken(why)) => {
+                self.quarantine(&why, notes)?;
+                None
+            }
+        };
+        let held = if journal.is_some() { chain.next() } else { Slot(0) };
+        self.complete(&mut chain, genesis, tail, notes)?;
+        if let Some(kept) = &journal
+            && let Err(error) = fill(kept, &chain, held)
+        {
+            if !speaks_of_content(error.source.kind()) {
+                return Err(error.into());
+            }
+            journal = None;
+            self.quarantine(&error.to_string(), notes)?;
+        }
+        let journal = match journal {
+            Some(journal) => journal,
+            None => self.rebuild(&chain)?,
+        };
+        Ok((journal, chain))
+    }
+
+    /// Opens the journal in place and puts its good prefix into `chain`; an error when that is not all of it.
+    fn existing(&self, genesis: Option<&Chosen>, chain: &mut Chain) -> Result<Journal, OpenFailure> {
+        remove_unfinished_snapshots(&self.paths.journal)?;
+        let (journal, entries) = Journal::open(&self.paths.journal, self.lock, self.patience)?;
+        chain.extend(&entries).map_err(OpenFailure::Broken)?;
+        if let (Some(file), Some(first)) = (genesis, chain.since(Slot(0)).first())
+            && file != first
+        {
+            *chain = Chain::default();
+            return Err(OpenFailure::Broken("slot 0 differs from the genesis file".into()));
+        }
+        Ok(journal)
+    }
+
+    /// Adds what the journal lacks and other files hold.
+    fn complete(
+        &self,
+        chain: &mut Chain,
+        genesis: Option<Chosen>,
+        tail: &[Vec<u8>],
+        notes: &mut Vec<String>,
+    ) -> Result<(), OpenError> {
+        if chain.next() == Slot(0) {
+            let Some(genesis) = genesis else {
+                return Err(self.without_genesis().into());
+            };
+            chain.push(genesis).map_err(|why| self.unusable(io::Error::other(why)))?;
+        }
+        for entry in tail {
+            let added = decode_entry(entry).and_then(|chosen| match chosen.record.slot < chain.next() {
+                true => Ok(()),
+                false => chain.push(chosen),
+            });
+            if let Err(why) = added {
+                let path = self.paths.register.display();
+                notes.push(format!("{path}: the register's records don't continue the journal: {why}"));
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn rebuild(&self, chain: &Chain) -> Result<Journal, StoreError> {
+        let opened = Journal::open(&self.paths.journal, self.lock, self.patience);
+        let (journal, _) = opened.map_err(|failure| match failure {
+            OpenFailure::Refused(error) => self.unusable(error),
+            OpenFailure::Broken(why) => self.unusable(io::Error::other(why)),
+        })?;
+        fill(&journal, chain, Slot(0))?;
+        sync_directory(&self.paths.dir).map_err(|e| trouble(&self.paths.dir, "sync the data directory", e))?;
+        Ok(journal)
+    }
+
+    /// Moves the journal aside, so that somebody may look at it later.
+    fn quarantine(&self, why: &str, notes: &mut Vec<String>) -> Result<(), StoreError> {
+        let mut time = BootClock.now().wall.0;
+        let aside = loop {
+            let aside = self.paths.dir.join(format!("quarantine-{time}"));
+            if !aside.exists() {
+                break aside;
+            }
+            time += 1;
+        };
+        let moved = fs::rename(&self.paths.journal, &aside).and_then(|()| sync_directory(&self.paths.dir));
+        moved.map_err(|e| trouble(&self.paths.journal, "move the damaged journal aside", e))?;
+        let (journal, aside) = (self.paths.journal.display(), aside.display());
+        notes.push(format!("{journal}: {why}; moved to {aside}, rebuilt from what is verified"));
+        Ok(())
+    }
+
+    /// Reads the genesis file; unreadable is a note, for the journal may hold slot 0.
+    fn genesis(&self, notes: &mut Vec<String>) -> Result<Option<Chosen>, StoreError> {
+        let bytes = match fs::read(&self.paths.genesis) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(trouble(&self.paths.genesis, "read genesis", error)),
+        };
+        let genesis = decode_entry(&bytes);
+        if let Err(why) = &genesis {
+            notes.push(format!("{}: the genesis file is damaged: {why}", self.paths.genesis.display()));
+        }
+        Ok(genesis.ok())
+    }
+
+    fn without_genesis(&self) -> StoreError {
+        let source = io::Error::other("neither the journal nor the genesis file holds a readable genesis record");
+        let doing = "recover genesis; copy the file `genesis` from another node of this cluster";
+        StoreError { path: self.paths.genesis.display().to_string(), doing: doing.into(), source }
+    }
+
+    fn unusable(&self, error: io::Error) -> StoreError {
+        trouble(&self.paths.journal, "open the journal", error)
+    }
+}
+
+/// Puts the chain's records from `held` on into the journal, and syncs all of it.
+fn fill(journal: &Journal, chain: &Chain, held: Slot) -> Result<(), StoreError> {
+    for chosen in chain.since(held) {
+        journal.insert(chosen.record.slot, &encode_entry(chosen))?;
+    }
+    // Even a journal that lacks nothing may hold records that never left memory before a crash.
+    journal.sync()
+}
+
+/// Removes snapshots that sled did not finish: it refuses to open beside one.
+fn remove_unfinished_snapshots(journal: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(journal) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            remove_if_there(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn lock(paths: &Paths) -> Result<File, OpenError> {
+    let failed = |error| trouble(&paths.lock, "lock the data directory", error);
+    let opened = OpenOptions::new().write(true).create(true).truncate(false).open(&paths.lock);
+    let file = opened.map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Locked { dir: paths.dir.clone() }),
+        Err(TryLockError::Error(error)) => Err(failed(error).into()),
+    }
+}
+
+/// Returns the value's bytes; an error when they could not be read back.
+fn encoded<T: serde::Serialize>(what: &str, path: &Path, value: &T) -> Result<Vec<u8>, StoreError> {
+    let bytes = codec::encode(value);
+    if bytes.len() <= codec::VALUE_BYTES_MAX {
+        return Ok(bytes);
+    }
+    let (found, max) = (bytes.len(), codec::VALUE_BYTES_MAX);
+    let source = io::Error::new(ErrorKind::InvalidInput, format!("it has {found} bytes, expected at most {max}"));
+    Err(StoreError { path: path.display().to_string(), doing: format!("write a {what}"), source })
+}
+
+/// Replaces a file durably, but for its directory's entry.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let draft = path.with_extension("new");
+    let mut file = File::create(&draft)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&draft, path)
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn sync_directory(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Returns the error of an operation, with what an operator can do about it.
+fn trouble(path: &Path, doing: &str, source: io::Error) -> StoreError {
+    let cure = match source.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "the disk is full: free space, then start the node again",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "let the node's user write here, then start it again"
+        }
+        _ => "check the disk and the kernel's log, then start the node again",
+    };
+    StoreError { path: path.display().to_string(), doing: format!("could not {doing} ({cure})"), source }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,393 @@
+//! The disk store against crashes and damage, on real files.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use tempfile::TempDir;
+
+use super::*;
+use crate::adapters::conformance::{self, Subject, chain, chain_of, register};
+
+/// A data directory that goes away with the test.
+struct Disk(TempDir);
+
+impl Subject for Disk {
+    type Store = DiskStore;
+
+    fn create(register: &Register, genesis: &Chosen) -> Self {
+        let dir = TempDir::new().unwrap();
+        DiskStore::create(dir.path(), register, genesis).unwrap();
+        Self(dir)
+    }
+
+    fn open(&mut self) -> (DiskStore, Option<Register>, Vec<Chosen>) {
+        let recovered = DiskStore::open(self.0.path()).unwrap();
+        assert_eq!(recovered.notes, Vec::<String>::new());
+        (recovered.store, recovered.register, recovered.log)
+    }
+
+    fn close(&mut self, _: DiskStore) {}
+}
+
+#[test]
+fn the_disk_store_keeps_the_contract() {
+    conformance::check::<Disk>();
+}
+
+const RECORDS: u64 = 30;
+
+/// Writes `RECORDS` records with the register at the last of them, and closes the store.
+fn written() -> (Disk, Vec<Chosen>) {
+    let log = chain(RECORDS);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.open();
+    for chosen in &log[1..] {
+        store.append(chosen).unwrap();
+        store.persist(&register(chosen.record.slot.0 + 1, chosen.record.slot.0)).unwrap();
+    }
+    (disk, log)
+}
+
+/// Like [`written`], with everything in the journal: the register's newest slot carries no records.
+fn settled() -> (Disk, Vec<Chosen>) {
+    let (mut disk, log) = written();
+    let (mut store, ..) = disk.open();
+    store.persist(&register(RECORDS, RECORDS - 1)).unwrap();
+    (disk, log)
+}
+
+fn open(dir: &Path) -> Result<Recovered<DiskStore>, OpenError> {
+    DiskStore::open_within(dir, Duration::from_secs(2))
+}
+
+/// Copies everything but the lock, as a power cut would leave it that loses nothing written.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => fs::copy(entry.path(), target).map(|_| ()).unwrap(),
+        }
+    }
+}
+
+fn files(dir: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(files(&path)),
+            false => found.extend([path]),
+        }
+    }
+    found
+}
+
+/// Opens a directory with one damaged file: a prefix of what was written is there, and the store works.
+/// Returns how many records were left.
+fn survives(dir: &Path, log: &[Chosen], what: &str) -> usize {
+    let mut recovered = open(dir).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let length = recovered.log.len();
+    assert!((1..=log.len()).contains(&length), "{what}: {length} records");
+    assert_eq!(recovered.log, log[..length], "{what}");
+    let Some(promises) = &recovered.register else {
+        recovered.store.persist(&register(50, 0)).unwrap();
+        drop(recovered.store);
+        assert_eq!(open(dir).unwrap().register, Some(register(50, 0)), "{what}");
+        return length;
+    };
+    assert!((RECORDS - 1..=RECORDS).contains(&promises.boot), "{what}: {promises:?}");
+    let promises = register(60, RECORDS - 1);
+    log[length..].iter().for_each(|chosen| recovered.store.append(chosen).unwrap());
+    recovered.store.persist(&promises).unwrap();
+    drop(recovered.store);
+    let again = open(dir).unwrap();
+    assert_eq!((again.register, again.log), (Some(promises), log.to_vec()), "{what}");
+    length
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+}
+
+fn truncate(path: &Path, length: u64) {
+    OpenOptions::new().write(true).open(path).unwrap().set_len(length).unwrap();
+}
+
+#[test]
+fn an_empty_directory_holds_no_genesis() {
+    let dir = TempDir::new().unwrap();
+    for path in [dir.path().to_path_buf(), dir.path().join("missing")] {
+        let Err(error) = open(&path) else { panic!("opened") };
+        assert!(matches!(&error, OpenError::NoGenesis { dir } if *dir == path));
+        assert!(error.to_string().contains("run `aviary cluster init`"), "{error}");
+    }
+}
+
+#[test]
+fn a_directory_in_use_is_refused_even_if_only_a_reader_is_left() {
+    let (mut disk, log) = written();
+    let (store, ..) = disk.open();
+    assert!(matches!(open(disk.0.path()), Err(OpenError::Locked { .. })));
+    let reader = store.reader();
+    drop(store);
+    assert!(matches!(open(disk.0.path()), Err(OpenError::Locked { .. })));
+    drop(reader);
+    assert_eq!(open(disk.0.path()).unwrap().log, log);
+}
+
+#[test]
+fn a_node_that_exists_is_never_created_again() {
+    let (disk, log) = written();
+    let create = || DiskStore::create(disk.0.path(), &register(1, 0), &log[0]);
+    assert!(matches!(create(), Err(OpenError::Occupied { found: "register", .. })));
+    fs::remove_file(disk.0.path().join("register")).unwrap();
+    assert!(matches!(create(), Err(OpenError::Occupied { found: "journal", .. })));
+}
+
+#[test]
+fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
+    let log = chain(20);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.open();
+    log[1..5].iter().for_each(|chosen| store.append(chosen).unwrap());
+    drop(store);
+    // The register carries records that the journal has, and records that never reached it.
+    let mut file = RegisterFile::open(&disk.0.path().join("register")).unwrap().file;
+    let tail: Vec<_> = log[3..].iter().map(encode_entry).collect();
+    file.write(&codec::encode(&register(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
+    let (mut store, promises, found) = disk.open();
+    assert_eq!((promises, &found), (Some(register(2, 19)), &log));
+    assert_eq!(store.reader().read(Slot(0), 99).unwrap(), log);
+    // What was healed is in the journal: the next promise need not carry it.
+    store.persist(&register(3, 19)).unwrap();
+    assert!(store.tail.is_empty());
+    drop(store);
+    assert_eq!(disk.open().2, log);
+}
+
+#[test]
+fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
+    let (disk, log) = settled();
+    let mut file = RegisterFile::open(&disk.0.path().join("register")).unwrap().file;
+    let tail = encode_entry(&chain(RECORDS + 2)[RECORDS as usize + 1]);
+    file.write(&codec::encode(&register(RECORDS, 0)), [tail.as_slice()].into_iter()).unwrap();
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!(recovered.log, log);
+    assert!(recovered.notes[0].contains("don't continue the journal: slot 30 is missing"), "{:?}", recovered.notes);
+}
+
+#[test]
+fn records_too_big_for_the_register_wait_for_the_journal() {
+    let log = chain_of(12, 50_000);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.open();
+    log[1..].iter().for_each(|chosen| store.append(chosen).unwrap());
+    store.persist(&register(2, 11)).unwrap();
+    assert!(store.tail.len() <= 1, "the tail holds {} records of 50 kB", store.tail.len());
+    drop(store);
+    assert_eq!(open(disk.0.path()).unwrap().log, log);
+}
+
+#[test]
+fn a_value_that_could_not_be_read_back_is_refused() {
+    let log = chain_of(2, 70_000);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.open();
+    let error = store.append(&log[1]).unwrap_err().to_string();
+    assert!(error.contains("expected at most 65536"), "{error}");
+    let error = store.persist(&register(2, 0)).unwrap_err().to_string();
+    assert!(error.contains("an earlier write failed"), "{error}");
+}
+
+#[test]
+fn a_failed_background_sync_stops_the_store() {
+    let log = chain(3);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.open();
+    store.append(&log[1]).unwrap();
+    store.syncer.fail("no such disk");
+    let error = store.persist(&register(2, 1)).unwrap_err().to_string();
+    assert!(
+        error.contains("could not sync the journal in the background") && error.contains("no such disk"),
+        "{error}"
+    );
+    assert!(store.append(&log[2]).unwrap_err().to_string().contains("an earlier write failed"));
+    drop(store);
+    assert_eq!(open(disk.0.path()).unwrap().register, Some(register(1, 0)));
+}
+
+#[test]
+fn a_full_disk_is_named_as_such() {
+    let error = trouble(Path::new("register"), "write the register", io::Error::from_raw_os_error(28)).to_string();
+    assert!(error.contains("the disk is full: free space"), "{error}");
+}
+
+#[test]
+fn a_journal_is_not_blamed_for_the_machine() {
+    for code in [28, 13, 30, 5, 24] {
+        assert!(matches!(io::Error::from_raw_os_error(code).into(), OpenFailure::Refused(_)), "os error {code}");
+    }
+    let (disk, log) = settled();
+    let db = sled::open(disk.0.path().join("journal")).unwrap();
+    let Err(error) = open(disk.0.path()) else { panic!("opened") };
+    assert!(error.to_string().contains("could not open the journal"), "{error}");
+    drop(db);
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!((recovered.log, recovered.notes), (log, vec![]));
+}
+
+#[test]
+fn one_ruined_slot_leaves_the_other_and_two_leave_nothing() {
+    let (disk, log) = written();
+    let path = disk.0.path().join("register");
+    // create wrote both slots, so 29 promises later the newest one is in slot 0.
+    flip(&path, 40);
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!(recovered.register, Some(register(RECORDS - 1, RECORDS - 2)));
+    assert!(recovered.notes[0].contains("slot 0 of the register is damaged: its checksum"), "{:?}", recovered.notes);
+    drop(recovered.store);
+    flip(&path, SLOT_BYTES as u64 + 40);
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!((recovered.register, recovered.log, recovered.notes.len()), (None, log, 2));
+}
+
+#[test]
+fn a_snapshot_that_sled_did_not_finish_is_removed() {
+    let (disk, log) = written();
+    let left = disk.0.path().join("journal/snap.0000000000000000.generating");
+    fs::write(&left, b"half").unwrap();
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!((recovered.log, recovered.notes), (log, vec![]));
+    assert!(!left.exists());
+}
+
+#[test]
+fn a_bad_record_cuts_the_log_before_it_and_is_named() {
+    let (mut disk, log) = settled();
+    for (slot, value, why) in [
+        (21u64, None, "slot 21 is missing"),
+        (17, Some(encode_entry(&log[16])), "slot 17 holds the record of slot 16"),
+        (13, Some(vec![1, 0, 0, 0, 0, 9]), "slot 13: its checksum is"),
+        (9, Some(encode_entry(&chain_of(10, 50)[9])), "slot 9 follows"),
+        (
+            0,
+            Some(encode_entry(&Chosen { ballot: log[1].ballot.clone(), ..log[0].clone() })),
+            "differs from the genesis",
+        ),
+    ] {
+        {
+            let db = sled::open(disk.0.path().join("journal")).unwrap();
+            let tree = db.open_tree("log").unwrap();
+            match value {
+                Some(value) => tree.insert(slot.to_be_bytes(), value).unwrap(),
+                None => tree.remove(slot.to_be_bytes()).unwrap(),
+            };
+        }
+        let recovered = open(disk.0.path()).unwrap();
+        assert_eq!(recovered.log, log[..(slot as usize).max(1)], "{why}");
+        assert!(
+            recovered.notes.iter().any(|note| note.contains(why) && note.contains("quarantine-")),
+            "{:?}",
+            recovered.notes
+        );
+        drop(recovered.store);
+        assert_eq!(disk.open().2, log[..(slot as usize).max(1)]);
+    }
+}
+
+#[test]
+fn genesis_comes_from_its_file_or_from_the_journal() {
+    let (mut disk, log) = settled();
+    let genesis = disk.0.path().join("genesis");
+    let saved = fs::read(&genesis).unwrap();
+    flip(&genesis, 9);
+    let recovered = open(disk.0.path()).unwrap();
+    assert_eq!((recovered.log, recovered.notes.len()), (log.clone(), 1));
+    drop(recovered.store);
+    fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
+    let Err(error) = open(disk.0.path()) else { panic!("opened") };
+    assert!(error.to_string().contains("copy the file `genesis` from another node"), "{error}");
+    fs::write(&genesis, saved).unwrap();
+    fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
+    let (_, promises, found) = disk.open();
+    assert_eq!((promises, found), (Some(register(RECORDS, RECORDS - 1)), log[..1].to_vec()));
+}
+
+#[test]
+fn every_file_may_be_cut_zeroed_or_deleted() {
+    let (disk, log) = settled();
+    for file in files(disk.0.path()) {
+        let name = file.strip_prefix(disk.0.path()).unwrap();
+        let length = fs::metadata(&file).unwrap().len();
+        for damage in ["empty", "half", "zeros", "deleted"] {
+            let dir = TempDir::new().unwrap();
+            copy(disk.0.path(), dir.path());
+            let target = dir.path().join(name);
+            match damage {
+                "empty" => truncate(&target, 0),
+                "half" => truncate(&target, length / 2),
+                "zeros" => fs::write(&target, vec![0; length as usize]).unwrap(),
+                _ => fs::remove_file(&target).unwrap(),
+            }
+            survives(dir.path(), &log, &format!("{} {damage}", name.display()));
+        }
+    }
+}
+
+#[test]
+fn random_damage_never_alters_a_record_nor_makes_a_hole() {
+    let disks = [written(), settled()];
+    let mut dice = SmallRng::seed_from_u64(20_261_121);
+    let mut shorter = 0;
+    for round in 0..120 {
+        let (disk, log) = &disks[round % 2];
+        let names: Vec<_> = files(disk.0.path()).into_iter().collect();
+        let dir = TempDir::new().unwrap();
+        copy(disk.0.path(), dir.path());
+        let name = names[dice.random_range(0..names.len())].strip_prefix(disk.0.path()).unwrap();
+        let target = dir.path().join(name);
+        // Damage lands where bytes are: most of sled's file and of the register is padding.
+        let bytes = fs::read(&target).unwrap();
+        let used: Vec<_> = bytes.iter().enumerate().filter(|(_, byte)| **byte != 0).map(|(at, _)| at as u64).collect();
+        if used.is_empty() {
+            continue;
+        }
+        let mut place = || used[dice.random_range(0..used.len())];
+        match round / 2 % 3 {
+            0 => (0..3).for_each(|_| flip(&target, place())),
+            1 => truncate(&target, place()),
+            _ => OpenOptions::new().write(true).open(&target).unwrap().write_all_at(&[0; 512], place()).unwrap(),
+        }
+        let survivors = survives(dir.path(), log, &format!("round {round}: {}", name.display()));
+        shorter += usize::from(survivors < log.len());
+    }
+    println!("{shorter} logs came back shorter");
+    assert!(shorter > 5, "only {shorter} damages hit the log: the test tests nothing");
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "it measures the disk")]
+fn a_promise_costs_one_sync() {
+    let log = chain(400);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.open();
+    let mut micros: Vec<_> = log[1..]
+        .iter()
+        .map(|chosen| {
+            let start = std::time::Instant::now();
+            store.append(chosen).unwrap();
+            store.persist(&register(2, chosen.record.slot.0)).unwrap();
+            start.elapsed().as_micros()
+        })
+        .collect();
+    micros.sort_unstable();
+    println!("append+persist: p50 {} µs, p99 {} µs", micros[micros.len() / 2], micros[micros.len() * 99 / 100]);
+}
