@@ -1,4 +1,48 @@
 //! Files that people write, typed once at the edge: unknown keys are refused, units stand in the keys.
 
+pub mod genesis;
 pub mod node;
 pub mod rollout;
+
+/// Returns a parser's complaint about an unknown key with the nearest known one, where the complaint lists them.
+fn with_nearest_key(complaint: &str) -> String {
+    let Some(at) = complaint.find("unknown field") else { return complaint.to_string() };
+    let letters = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+    let mut words = complaint[at + "unknown field".len()..].split(letters).filter(|word| !word.is_empty());
+    let Some(found) = words.next() else { return complaint.to_string() };
+    let known = words.filter(|word| !["expected", "one", "of", "or"].contains(word));
+    let nearest = known.min_by_key(|known| distance(found, known));
+    match nearest.filter(|known| distance(found, known) <= 1 + found.len() / 3) {
+        Some(known) => format!("{complaint}; did you mean `{known}`?"),
+        None => complaint.to_string(),
+    }
+}
+
+/// Returns how many letters have to be added, dropped or changed to get from one word to the other.
+fn distance(from: &str, to: &str) -> usize {
+    let to: Vec<char> = to.chars().collect();
+    let mut row: Vec<usize> = (0..=to.len()).collect();
+    for (i, letter) in from.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, other) in to.iter().enumerate() {
+            let change = diagonal + usize::from(letter != *other);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[to.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_key_is_named() {
+        assert_eq!(distance("setWieght", "setWeight"), 2);
+        let complaint = "unknown field `setWieght`, expected one of `setWeight`, `weights`, `pause`";
+        assert!(with_nearest_key(complaint).ends_with("did you mean `setWeight`?"));
+        assert_eq!(with_nearest_key("unknown field `x`, expected `weights`"), "unknown field `x`, expected `weights`");
+    }
+}

@@ -1,1 +1,299 @@
+//! A node's file (TOML). Relative paths are relative to the working directory.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::domain::ids::{NodeId, ServiceId};
+use crate::protocol::Timings;
+
+/// A node's settings, checked.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// Where it was read from.
+    pub file: PathBuf,
+    /// `[node] id`: its name in the cluster; the lowest live one coordinates.
+    pub id: NodeId,
+    /// `[node] data_dir`: promises and journal, made by `aviary cluster init`.
+    pub data_dir: PathBuf,
+    /// `[listen]`.
+    pub listen: Listen,
+    /// `[peers.NAME]`: the other nodes.
+    pub peers: BTreeMap<NodeId, Peer>,
+    /// `[log] file`: JSON lines for people; none: only the console.
+    pub log_file: Option<PathBuf>,
+    /// `[log] level`: error, warn, info, debug or trace; default info.
+    pub log_level: String,
+    /// `[timings]`.
+    pub timings: Timings,
+    /// `[data]`.
+    pub data: DataLimits,
+    /// `[api] tokens_file`: bearer tokens; needed as soon as the API listens off loopback.
+    pub tokens_file: Option<PathBuf>,
+}
+
+/// Addresses to listen on, `host:port`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listen {
+    /// Clients: `/predict`.
+    pub data: String,
+    /// Operators.
+    pub api: String,
+    /// The other nodes. Loopback only, while it is plaintext.
+    pub control: String,
+}
+
+/// Where another node is, `host:port`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Peer {
+    /// Its control port.
+    pub control: String,
+    /// Its API port, for writes that it coordinates.
+    pub api: String,
+}
+
+/// Limits of the data plane.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataLimits {
+    /// Longest wait for a connection to an upstream; default 1000.
+    pub connect_timeout_ms: u64,
+    /// Longest wait for the first byte of an answer; default 30000.
+    pub first_byte_timeout_ms: u64,
+    /// Longest silence within an answer's body; default 60000.
+    pub idle_timeout_ms: u64,
+    /// Longest wait for a request's headers; default 5000.
+    pub header_timeout_ms: u64,
+    /// Connections at once; default 10000.
+    pub connections_max: usize,
+    /// Requests at once; default 5000.
+    pub requests_max: usize,
+    /// The service that `/predict` means; default the first by name.
+    pub default_service: Option<ServiceId>,
+}
+
+impl Default for DataLimits {
+    fn default() -> Self {
+        Self {
+            connect_timeout_ms: 1_000,
+            first_byte_timeout_ms: 30_000,
+            idle_timeout_ms: 60_000,
+            header_timeout_ms: 5_000,
+            connections_max: 10_000,
+            requests_max: 5_000,
+            default_service: None,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    node: NodePart,
+    listen: Listen,
+    control: ControlPart,
+    #[serde(default)]
+    peers: BTreeMap<NodeId, Peer>,
+    #[serde(default)]
+    log: LogPart,
+    #[serde(default)]
+    timings: TimingsPart,
+    #[serde(default)]
+    data: DataLimits,
+    #[serde(default)]
+    api: ApiPart,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NodePart {
+    id: NodeId,
+    data_dir: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ControlPart {
+    plaintext: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogPart {
+    file: Option<PathBuf>,
+    level: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TimingsPart {
+    heartbeat_ms: Option<u64>,
+    suspect_ms: Option<u64>,
+    vote_ms: Option<u64>,
+    resend_ms: Option<u64>,
+    snapshot_ms: Option<u64>,
+    evidence_age_ms_max: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ApiPart {
+    tokens_file: Option<PathBuf>,
+}
+
+/// Why a file is no node's.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {complaint}")]
+pub struct NodeFileError {
+    /// The file.
+    pub file: String,
+    /// What was expected and found.
+    pub complaint: String,
+}
+
+/// The shortest lease that a rollout may name.
+const LEASE_MS_MIN: u64 = 1_000;
+
+impl NodeConfig {
+    /// Reads and checks a node's file.
+    pub fn load(path: &Path) -> Result<Self, NodeFileError> {
+        let error = |complaint: String| NodeFileError { file: path.display().to_string(), complaint };
+        let text = fs::read_to_string(path).map_err(|e| error(e.to_string()))?;
+        Self::parse(&text, path).map_err(error)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, String> {
+        let file: File = toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
+            format!("line {line}: {}", super::with_nearest_key(e.message()))
+        })?;
+        let File { node, listen, control, peers, log, timings, data, api } = file;
+        for (key, address) in [("data", &listen.data), ("api", &listen.api), ("control", &listen.control)] {
+            checked_address(&format!("listen.{key}"), address)?;
+        }
+        if peers.contains_key(&node.id) {
+            return Err(format!("peers.{} is this node itself, expected the others", node.id));
+        }
+        for (name, peer) in &peers {
+            checked_address(&format!("peers.{name}.control"), &peer.control)?;
+            checked_address(&format!("peers.{name}.api"), &peer.api)?;
+        }
+        if !control.plaintext {
+            return Err("control.plaintext is false, expected true: mutual TLS is not available in this version".into());
+        }
+        let addresses = peers.values().map(|peer| &peer.control).chain([&listen.control]);
+        if let Some(open) = addresses.into_iter().find(|address| !is_loopback(address)) {
+            return Err(format!(
+                "control address {open:?} is off loopback, expected loopback: the control plane is plaintext"
+            ));
+        }
+        let level = log.level.unwrap_or_else(|| "info".into());
+        if !["error", "warn", "info", "debug", "trace"].contains(&level.as_str()) {
+            return Err(format!("log.level is {level:?}, expected error, warn, info, debug or trace"));
+        }
+        Ok(Self {
+            file: path.into(),
+            id: node.id,
+            data_dir: node.data_dir,
+            listen,
+            peers,
+            log_file: log.file,
+            log_level: level,
+            timings: checked_timings(&timings)?,
+            data,
+            tokens_file: api.tokens_file,
+        })
+    }
+}
+
+fn checked_timings(part: &TimingsPart) -> Result<Timings, String> {
+    let default = Timings::default();
+    let timings = Timings {
+        heartbeat_ms: part.heartbeat_ms.unwrap_or(default.heartbeat_ms),
+        suspect_ms: part.suspect_ms.unwrap_or(default.suspect_ms),
+        vote_ms: part.vote_ms.unwrap_or(default.vote_ms),
+        resend_ms: part.resend_ms.unwrap_or(default.resend_ms),
+        snapshot_ms: part.snapshot_ms.unwrap_or(default.snapshot_ms),
+        evidence_age_ms_max: part.evidence_age_ms_max.unwrap_or(default.evidence_age_ms_max),
+    };
+    let rules = [
+        ("heartbeat_ms", timings.heartbeat_ms, 20, LEASE_MS_MIN / 4),
+        ("suspect_ms", timings.suspect_ms, timings.heartbeat_ms * 2, 10_000),
+        ("vote_ms", timings.vote_ms, 100, 1_500),
+        ("resend_ms", timings.resend_ms, 20, timings.vote_ms),
+        ("snapshot_ms", timings.snapshot_ms, 50, 1_000),
+        ("evidence_age_ms_max", timings.evidence_age_ms_max, timings.snapshot_ms * 3, 30_000),
+    ];
+    match rules.iter().find(|(_, found, least, most)| !(least..=most).contains(&found)) {
+        Some((key, found, least, most)) => Err(format!("timings.{key} is {found}, expected {least} to {most}")),
+        None => Ok(timings),
+    }
+}
+
+fn checked_address(key: &str, address: &str) -> Result<(), String> {
+    match address.rsplit_once(':') {
+        None => Err(format!("{key}: {address:?} has no port, expected host:port")),
+        Some((host, port)) if host.is_empty() || port.parse::<u16>().is_err() => {
+            Err(format!("{key}: {address:?} is no address, expected host:port"))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// Returns true when `host:port` is this machine's loopback.
+pub fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+[node]
+id = "b"
+data_dir = "data/node-b"
+[listen]
+data = "127.0.0.1:8082"
+api = "127.0.0.1:50052"
+control = "127.0.0.1:7002"
+[control]
+plaintext = true
+[peers.a]
+control = "127.0.0.1:7001"
+api = "127.0.0.1:50051"
+[timings]
+heartbeat_ms = 200
+"#;
+
+    fn parse(text: &str) -> Result<NodeConfig, String> {
+        NodeConfig::parse(text, Path::new("b.toml"))
+    }
+
+    #[test]
+    fn a_file_is_read_with_its_defaults() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!((config.timings.heartbeat_ms, config.timings.vote_ms), (200, 1_000));
+        assert_eq!(config.data.connections_max, 10_000);
+    }
+
+    #[test]
+    fn a_mistake_names_what_was_found_and_expected() {
+        let complaint = |from: &str, to: &str| parse(&GOOD.replacen(from, to, 1)).unwrap_err();
+        assert_eq!(
+            complaint("api = \"127.0.0.1:50051\"", "api = \"10.0.0.3\""),
+            "peers.a.api: \"10.0.0.3\" has no port, expected host:port"
+        );
+        assert!(complaint("heartbeat_ms", "hartbeat_ms").ends_with("did you mean `heartbeat_ms`?"));
+        assert_eq!(complaint("= 200", "= 900"), "timings.heartbeat_ms is 900, expected 20 to 250");
+        assert!(complaint("[peers.a]", "[peers.b]").contains("is this node itself"));
+        assert!(complaint("control = \"127.0.0.1:7002\"", "control = \"0.0.0.0:7002\"").contains("off loopback"));
+        assert!(complaint("plaintext = true", "plaintext = false").contains("mutual TLS is not available"));
+    }
+}

@@ -1,1 +1,482 @@
+//! The rollout file: YAML (or JSON, which is YAML) in Argo Rollouts' and Flagger's words.
 
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer};
+
+use crate::domain::analysis::{Analysis, Limit, Metric, NoData, OnFailure, Statistic};
+use crate::domain::ids::{ServiceId, VersionId};
+use crate::domain::plan::{Backend, HashOn, Match, OnPartition, RolloutSpec, SpecError, Stage};
+use crate::domain::weights::{Weight, WeightError, Weights};
+
+/// Why a file is no rollout.
+#[derive(Debug, thiserror::Error)]
+pub enum RolloutError {
+    /// Not the shape of a rollout file.
+    #[error("{file}: {complaint}")]
+    Shape {
+        /// The file.
+        file: String,
+        /// What was expected and found, and where.
+        complaint: String,
+    },
+    /// A value that can't be.
+    #[error("{file}: {place}: {complaint}")]
+    Value {
+        /// The file.
+        file: String,
+        /// The key.
+        place: String,
+        /// What was expected and found.
+        complaint: String,
+    },
+    /// The parts don't make a rollout.
+    #[error("{file}: {error}")]
+    Whole {
+        /// The file.
+        file: String,
+        /// Why.
+        error: SpecError,
+    },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct File {
+    api_version: String,
+    kind: String,
+    metadata: Metadata,
+    spec: Spec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Metadata {
+    name: ServiceId,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Spec {
+    stable: Side,
+    canary: Side,
+    steps: Vec<Step>,
+    #[serde(default)]
+    bake: Option<Lasting>,
+    #[serde(default)]
+    routing: Routing,
+    #[serde(default)]
+    analysis: Option<AnalysisPart>,
+    #[serde(default)]
+    safety: Safety,
+    #[serde(default, deserialize_with = "maybe_duration")]
+    progress_deadline: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Side {
+    version: VersionId,
+    #[serde(default)]
+    url: Option<String>,
+    #[serde(default)]
+    urls: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Step {
+    #[serde(default)]
+    set_weight: Option<f64>,
+    #[serde(default)]
+    weights: Option<BTreeMap<VersionId, f64>>,
+    #[serde(default)]
+    pause: Option<Pause>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pause {
+    #[serde(default, deserialize_with = "maybe_duration")]
+    duration: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Lasting {
+    #[serde(deserialize_with = "duration")]
+    duration: u64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Routing {
+    #[serde(default)]
+    hash_on: Option<HashPart>,
+    #[serde(default, rename = "match")]
+    matches: Vec<MatchPart>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HashPart {
+    header: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MatchPart {
+    headers: BTreeMap<String, Exact>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Exact {
+    exact: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct AnalysisPart {
+    #[serde(default, deserialize_with = "maybe_duration")]
+    window: Option<u64>,
+    #[serde(default)]
+    metrics: Option<Vec<MetricPart>>,
+    #[serde(default)]
+    min_samples: Option<u64>,
+    #[serde(default)]
+    no_data: Option<NoDataPart>,
+    #[serde(default)]
+    on_inconclusive: Option<Inconclusive>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct MetricPart {
+    name: String,
+    #[serde(default = "threshold")]
+    strategy: String,
+    #[serde(default)]
+    statistic: Option<String>,
+    #[serde(default)]
+    threshold_range: Option<Range>,
+    #[serde(default)]
+    on_failure: Option<FailurePart>,
+}
+
+fn threshold() -> String {
+    "THRESHOLD".into()
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Range {
+    max: f64,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum FailurePart {
+    Rollback,
+    Pause,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum NoDataPart {
+    Hold,
+    Fail,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Inconclusive {
+    #[serde(deserialize_with = "duration")]
+    after: u64,
+    #[serde(default)]
+    #[expect(dead_code, reason = "pause is all there is; the key says so in the file")]
+    then: ThenPart,
+}
+
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ThenPart {
+    #[default]
+    Pause,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Safety {
+    #[serde(default, deserialize_with = "maybe_duration")]
+    lease: Option<u64>,
+    #[serde(default)]
+    on_partition: PartitionPart,
+}
+
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum PartitionPart {
+    #[default]
+    Stable,
+    Hold,
+}
+
+/// Reads `30s`, `5m`, `1h 30m` as milliseconds.
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let found = humantime::parse_duration(&text);
+    let found = found.map_err(|e| serde::de::Error::custom(format!("duration {text:?}: {e}, expected 30s, 5m, 1h")))?;
+    u64::try_from(found.as_millis()).map_err(serde::de::Error::custom)
+}
+
+fn maybe_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    duration(deserializer).map(Some)
+}
+
+/// Returns the rollout that `text` describes; errors begin with `file`.
+pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
+    let parsed: File = serde_saphyr::from_str(text).map_err(|error| RolloutError::Shape {
+        file: file.into(),
+        complaint: super::with_nearest_key(error.to_string().lines().next().unwrap_or_default()),
+    })?;
+    let value =
+        |place: &str, complaint: String| RolloutError::Value { file: file.into(), place: place.into(), complaint };
+    if parsed.api_version != "aviary/v1" {
+        return Err(value("apiVersion", format!("found {:?}, expected \"aviary/v1\"", parsed.api_version)));
+    }
+    if parsed.kind != "Rollout" {
+        return Err(value("kind", format!("found {:?}, expected \"Rollout\"", parsed.kind)));
+    }
+    let Spec { stable, canary, steps, bake, routing, analysis, safety, progress_deadline } = parsed.spec;
+    let stable = backend(stable).map_err(|why| value("spec.stable", why))?;
+    let canary = backend(canary).map_err(|why| value("spec.canary", why))?;
+    let stages = stages(steps, &stable.version, &canary.version).map_err(|why| value("spec.steps", why))?;
+    let analysis = match analysis {
+        Some(part) => self::analysis(part).map_err(|why| value("spec.analysis", why))?,
+        None => Analysis::default(),
+    };
+    let lower = |name: String| name.to_ascii_lowercase();
+    let spec = RolloutSpec {
+        service: parsed.metadata.name,
+        stable,
+        canary,
+        stages,
+        bake_ms: bake.map_or(60_000, |bake| bake.duration),
+        hash_on: routing.hash_on.map(|hash| HashOn::Header(lower(hash.header))),
+        matches: routing
+            .matches
+            .into_iter()
+            .map(|m| Match { headers: m.headers.into_iter().map(|(name, exact)| (lower(name), exact.exact)).collect() })
+            .collect(),
+        analysis,
+        lease_ms: safety.lease.unwrap_or(2_000),
+        on_partition: match safety.on_partition {
+            PartitionPart::Stable => OnPartition::Stable,
+            PartitionPart::Hold => OnPartition::Hold,
+        },
+        progress_deadline_ms: progress_deadline.unwrap_or(30 * 60 * 1000),
+    };
+    spec.checked().map_err(|error| RolloutError::Whole { file: file.into(), error })
+}
+
+fn backend(side: Side) -> Result<Backend, String> {
+    let urls = side.url.into_iter().chain(side.urls).map(|url| checked_url(&url)).collect::<Result<_, _>>()?;
+    Ok(Backend { version: side.version, urls })
+}
+
+fn checked_url(url: &str) -> Result<String, String> {
+    let uri: http::Uri = url.parse().map_err(|e| format!("url {url:?}: {e}, expected http://host:port"))?;
+    match uri.scheme_str() {
+        Some("http") => {}
+        Some("https") => return Err(format!("url {url:?} is https, expected http: upstream TLS is not available yet")),
+        _ => return Err(format!("url {url:?} has no scheme, expected http://host:port")),
+    }
+    if uri.path() != "/" && !uri.path().is_empty() || uri.query().is_some() {
+        return Err(format!("url {url:?} has a path, expected http://host:port: requests keep their own path"));
+    }
+    Ok(url.trim_end_matches('/').to_string())
+}
+
+/// Steps as their author wrote them, folded into stages: a pause belongs to the weight before it.
+fn stages(steps: Vec<Step>, stable: &VersionId, canary: &VersionId) -> Result<Vec<Stage>, String> {
+    let mut stages: Vec<Stage> = Vec::new();
+    for (i, step) in steps.into_iter().enumerate() {
+        let place = format!("step {}", i + 1);
+        let weight = match (step.set_weight, step.weights, step.pause) {
+            (Some(percent), None, None) => Weight::from_percent(percent).map_err(|e| format!("{place}: {e}"))?,
+            (None, Some(parts), None) => split(parts, stable, canary).map_err(|e| format!("{place}: {e}"))?,
+            (None, None, Some(pause)) => {
+                if stages.is_empty() {
+                    stages.push(Stage { weight: Weight::ZERO, hold_ms: 0, manual: false });
+                }
+                let stage = stages.last_mut().expect("a stage just pushed");
+                match pause.duration {
+                    Some(ms) => stage.hold_ms = stage.hold_ms.saturating_add(ms),
+                    None => stage.manual = true,
+                }
+                continue;
+            }
+            _ => return Err(format!("{place}: expected one of setWeight, weights and pause")),
+        };
+        stages.push(Stage { weight, hold_ms: 0, manual: false });
+    }
+    if stages.last().is_some_and(|last| last.weight < Weight::FULL && last.weight > Weight::ZERO) {
+        stages.push(Stage { weight: Weight::FULL, hold_ms: 0, manual: false });
+    }
+    Ok(stages)
+}
+
+fn split(parts: BTreeMap<VersionId, f64>, stable: &VersionId, canary: &VersionId) -> Result<Weight, String> {
+    let parts: Result<Vec<_>, WeightError> =
+        parts.into_iter().map(|(version, percent)| Ok((version, Weight::from_percent(percent)?))).collect();
+    let weights = parts.and_then(Weights::new).map_err(|e| e.to_string())?;
+    if let Some((stranger, _)) = weights.iter().find(|(version, _)| version != stable && version != canary) {
+        return Err(format!("weights name {stranger}, expected {stable} and {canary}"));
+    }
+    Ok(weights.of(canary))
+}
+
+fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
+    let default = Analysis::default();
+    let metrics = match part.metrics {
+        Some(metrics) => metrics.into_iter().map(metric).collect::<Result<_, _>>()?,
+        None => default.metrics,
+    };
+    Ok(Analysis {
+        window_ms: part.window.unwrap_or(default.window_ms),
+        min_samples: part.min_samples.unwrap_or(default.min_samples),
+        metrics,
+        no_data: match part.no_data {
+            Some(NoDataPart::Fail) => NoData::Fail,
+            Some(NoDataPart::Hold) | None => NoData::Hold,
+        },
+        inconclusive_after_ms: part.on_inconclusive.map(|inconclusive| inconclusive.after),
+    })
+}
+
+fn metric(part: MetricPart) -> Result<Metric, String> {
+    let MetricPart { name, strategy, statistic, threshold_range, on_failure } = part;
+    if strategy != "THRESHOLD" {
+        return Err(format!("metric {name}: strategy {strategy} is not available in this version, expected THRESHOLD"));
+    }
+    let max = threshold_range.ok_or_else(|| format!("metric {name} has no thresholdRange, expected {{ max: … }}"))?.max;
+    let (limit, default) = match name.as_str() {
+        "errors" => {
+            let max_bp = Weight::from_percent(max).map_err(|_| {
+                format!("metric errors: thresholdRange.max is {max}, expected 0 to 100 percent, two decimals")
+            })?;
+            (Limit::ErrorRate { max_bp: max_bp.bp() }, OnFailure::Rollback)
+        }
+        "latency" => {
+            let statistic = match statistic.as_deref() {
+                None | Some("mean") => Statistic::Mean,
+                Some("p50") => Statistic::Quantile(5_000),
+                Some("p95") => Statistic::Quantile(9_500),
+                Some("p99") => Statistic::Quantile(9_900),
+                Some(other) => {
+                    return Err(format!("metric latency: statistic is {other:?}, expected mean, p50, p95 or p99"));
+                }
+            };
+            if !(max > 0.0 && max <= 3_600_000.0) {
+                return Err(format!(
+                    "metric latency: thresholdRange.max is {max} ms, expected more than 0, at most an hour"
+                ));
+            }
+            (Limit::Latency { statistic, max_us: (max * 1000.0) as u64 }, OnFailure::Pause)
+        }
+        _ => return Err(format!("metric {name:?} is unknown, expected errors or latency")),
+    };
+    let on_failure = match on_failure {
+        Some(FailurePart::Rollback) => OnFailure::Rollback,
+        Some(FailurePart::Pause) => OnFailure::Pause,
+        None => default,
+    };
+    Ok(Metric { name, limit, on_failure })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+apiVersion: aviary/v1
+kind: Rollout
+metadata: { name: fraud-model }
+spec:
+  stable: { version: v1, url: "http://127.0.0.1:9101" }
+  canary: { version: v2, urls: ["http://127.0.0.1:9102/", "http://127.0.0.1:9103"] }
+  steps:
+    - pause: {}
+    - setWeight: 5
+    - pause: { duration: 30s }
+    - pause: { duration: 1m }
+    - weights: { v1: 80, v2: 20 }
+    - pause: {}
+  bake: { duration: 10s }
+  routing:
+    hashOn: { header: X-User-ID }
+    match: [ { headers: { X-Canary: { exact: always } } } ]
+  analysis:
+    window: 30s
+    metrics:
+      - { name: errors, strategy: THRESHOLD, thresholdRange: { max: 2.5 }, onFailure: rollback }
+      - { name: latency, statistic: p95, thresholdRange: { max: 250 } }
+    minSamples: 200
+    noData: fail
+    onInconclusive: { after: 10m, then: pause }
+  safety: { lease: 3s, onPartition: hold }
+  progressDeadline: 20m
+"#;
+
+    fn complaint(from: &str, to: &str) -> String {
+        assert!(GOOD.contains(from), "the case changes something");
+        parse(&GOOD.replacen(from, to, 1), "r.yaml").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_whole_file_reads_as_it_was_meant() {
+        let spec = parse(GOOD, "r.yaml").unwrap();
+        let stages: Vec<_> = spec.stages.iter().map(|s| (s.weight.bp(), s.hold_ms, s.manual)).collect();
+        assert_eq!(stages, [(0, 0, true), (500, 90_000, false), (2000, 0, true), (10_000, 0, false)]);
+        assert_eq!(spec.canary.urls, ["http://127.0.0.1:9102", "http://127.0.0.1:9103"]);
+        assert_eq!(spec.hash_on, Some(HashOn::Header("x-user-id".into())));
+        assert_eq!(spec.matches[0].headers, [("x-canary".to_string(), "always".to_string())]);
+        assert_eq!((spec.lease_ms, spec.bake_ms, spec.progress_deadline_ms), (3_000, 10_000, 1_200_000));
+        assert_eq!(spec.on_partition, OnPartition::Hold);
+        assert_eq!(spec.analysis.metrics[0].limit, Limit::ErrorRate { max_bp: 250 });
+        assert_eq!(
+            spec.analysis.metrics[1].limit,
+            Limit::Latency { statistic: Statistic::Quantile(9_500), max_us: 250_000 }
+        );
+        assert_eq!(spec.analysis.inconclusive_after_ms, Some(600_000));
+    }
+
+    #[test]
+    fn a_mistake_names_what_was_found_and_expected() {
+        let found = complaint("setWeight: 5", "setWieght: 5");
+        assert!(found.contains("setWieght") && found.ends_with("did you mean `setWeight`?"), "{found}");
+        assert!(found.contains("line 10"), "{found}");
+        assert_eq!(
+            complaint("{ v1: 80, v2: 20 }", "{ v1: 70, v2: 20 }"),
+            "r.yaml: spec.steps: step 5: weights sum to 9000 bp, expected 10000 bp"
+        );
+        assert_eq!(
+            complaint("setWeight: 5", "setWeight: 120"),
+            "r.yaml: spec.steps: step 2: weight is 120 %, expected 0 to 100 with at most two decimals"
+        );
+        assert_eq!(
+            complaint("setWeight: 5", "setWeight: 50"),
+            "r.yaml: step weight 20% follows 50%, expected weights that never fall"
+        );
+        assert!(complaint("duration: 30s", "duration: 30 parsecs").contains("30 parsecs"));
+        assert!(complaint("http://127.0.0.1:9101", "https://127.0.0.1:9101").contains("is https, expected http"));
+        assert!(complaint("strategy: THRESHOLD", "strategy: SEQUENTIAL").contains("not available in this version"));
+        assert_eq!(
+            complaint("version: v2", "version: v1"),
+            "r.yaml: spec.steps: step 5: weights name v2, expected v1 and v1"
+        );
+        assert!(complaint("kind: Rollout", "kind: Deployment").contains("expected \"Rollout\""));
+        assert!(complaint("lease: 3s", "lease: 100ms").contains("safety.lease is 100 ms, expected 1000 to 60000 ms"));
+    }
+}

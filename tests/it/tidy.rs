@@ -18,7 +18,16 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 
 /// Text that has no business in the pure rooms.
 const IMPURE: &[&str] = &[
-    "tokio", "async ", "Instant", "SystemTime::now", "HashMap", "HashSet", "rand::", "std::fs", "std::net", "std::thread",
+    "tokio",
+    "async ",
+    "Instant",
+    "SystemTime::now",
+    "HashMap",
+    "HashSet",
+    "rand::",
+    "std::fs",
+    "std::net",
+    "std::thread",
 ];
 
 fn sources(room: &Path) -> Vec<PathBuf> {

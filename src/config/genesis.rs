@@ -1,0 +1,109 @@
+//! Founding a cluster: its id, its members' identities, and the first record of every log.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rand::{Rng, RngExt};
+
+use crate::domain::ids::{ClusterId, Incarnation, NodeId, TxId};
+use crate::domain::time::Wall;
+use crate::protocol::record::{Act, Chosen, Hash, Intent, Member, Membership, Record, Register, Slot};
+
+use super::node::NodeConfig;
+
+/// A cluster that has not run yet.
+#[derive(Debug, Clone)]
+pub struct Founding {
+    /// Its id.
+    pub cluster: ClusterId,
+    /// The first record, the same on every node.
+    pub genesis: Chosen,
+    /// Each node's first promises.
+    pub registers: BTreeMap<NodeId, Register>,
+}
+
+/// Why files don't make a cluster.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FoundError {
+    /// Two files name one node.
+    #[error("{0} names node {1}, which another file names too; expected one file for each node")]
+    Twice(String, NodeId),
+    /// A file's peers aren't the other nodes.
+    #[error("{file}: peers are {found}, expected {expected}: the other nodes given to this command")]
+    Peers {
+        /// The file.
+        file: String,
+        /// The other nodes.
+        expected: String,
+        /// The peers in the file.
+        found: String,
+    },
+    /// A peer's address isn't where that peer listens.
+    #[error("{file}: peers.{peer}.{port} is {found}, expected {expected}, where {peer} listens")]
+    Address {
+        /// The file.
+        file: String,
+        /// The peer.
+        peer: NodeId,
+        /// Which port.
+        port: &'static str,
+        /// Where the peer listens.
+        expected: String,
+        /// What the file says.
+        found: String,
+    },
+}
+
+/// Founds a cluster of the given nodes.
+pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<Founding, FoundError> {
+    let mut nodes = BTreeMap::new();
+    for config in configs {
+        if nodes.insert(config.id.clone(), config).is_some() {
+            return Err(FoundError::Twice(config.file.display().to_string(), config.id.clone()));
+        }
+    }
+    nodes.values().try_for_each(|config| check_peers(config, &nodes))?;
+
+    let cluster = ClusterId(random.random());
+    let members: BTreeMap<_, _> = (nodes.keys())
+        .map(|node| (node.clone(), Member { incarnation: Incarnation(random.random()), benched: false }))
+        .collect();
+    let act = Act::Genesis { cluster, members: Membership(members.clone()) };
+    let tx = TxId::new("genesis").expect("a word is an id");
+    let intent = Intent { tx, digest: 0, at, act };
+    let record = Record { slot: Slot(0), prev_hash: Hash::default(), intent, state: None, certificate: None };
+    let head_hash = record.hash();
+    let register = |(node, member): (NodeId, Member)| {
+        let incarnation = member.incarnation;
+        let empty = (None, None, Slot(0));
+        let (promised, accepted, head) = empty;
+        (node.clone(), Register { cluster, node, incarnation, boot: 0, promised, accepted, head, head_hash })
+    };
+    Ok(Founding {
+        cluster,
+        genesis: Chosen { ballot: None, record },
+        registers: members.into_iter().map(register).collect(),
+    })
+}
+
+fn check_peers(config: &NodeConfig, nodes: &BTreeMap<NodeId, &NodeConfig>) -> Result<(), FoundError> {
+    let file = config.file.display().to_string();
+    let others: BTreeSet<_> = nodes.keys().filter(|node| **node != config.id).collect();
+    let peers: BTreeSet<_> = config.peers.keys().collect();
+    if others != peers {
+        let list = |names: &BTreeSet<&NodeId>| match names.is_empty() {
+            true => "none".to_string(),
+            false => names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", "),
+        };
+        return Err(FoundError::Peers { file, expected: list(&others), found: list(&peers) });
+    }
+    for (name, peer) in &config.peers {
+        let listen = &nodes[name].listen;
+        for (port, found, expected) in [("control", &peer.control, &listen.control), ("api", &peer.api, &listen.api)] {
+            if found != expected {
+                let (expected, found) = (expected.clone(), found.clone());
+                return Err(FoundError::Address { file, peer: name.clone(), port, expected, found });
+            }
+        }
+    }
+    Ok(())
+}
