@@ -1,3 +1,158 @@
-//! The operator's door: rollouts, the cluster, events and metrics over HTTP.
+//! The operators' door: rollouts, the cluster, events and metrics over HTTP.
+//!
+//! `write` takes changes (forwarding them to the coordinator), `show` tells what is, `events` streams what happens,
+//! `auth` says who may; `read` is shared with the data port.
 
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router, middleware};
+use http::StatusCode;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::domain::ids::NodeId;
+use crate::node::handle::NodeHandle;
+
+pub mod auth;
+mod events;
+pub mod metrics;
 pub mod read;
+mod show;
+mod write;
+
+use auth::Tokens;
+
+/// What the API's handlers share.
+#[derive(Clone)]
+pub struct ApiState {
+    node: NodeHandle,
+    /// The other nodes' API ports, `host:port`.
+    peers: Arc<BTreeMap<NodeId, String>>,
+    tokens: Option<Arc<Tokens>>,
+    metrics: PrometheusHandle,
+    client: Client<HttpConnector, http_body_util::Full<bytes::Bytes>>,
+    /// Cancelled when the API ends, so that streams do.
+    shutdown: CancellationToken,
+}
+
+/// Longest body of a request: a rollout file is a few kilobytes.
+const BODY_BYTES_MAX: usize = 256 * 1024;
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 1024;
+/// Longest wait for a request's headers.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for a connection to another node.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
+/// How long open requests may take to end after `shutdown`.
+const GRACE: Duration = Duration::from_secs(5);
+
+impl ApiState {
+    /// Returns the API of a node whose peers' APIs are at `peers` (`host:port`).
+    pub fn new(
+        node: NodeHandle,
+        peers: BTreeMap<NodeId, String>,
+        tokens: Option<Tokens>,
+        metrics: PrometheusHandle,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
+        Self { node, peers: Arc::new(peers), tokens: tokens.map(Arc::new), metrics, client, shutdown }
+    }
+}
+
+/// Serves operators until the state's shutdown, then lets open requests end.
+pub async fn serve(listener: TcpListener, state: ApiState) {
+    let shutdown = state.shutdown.clone();
+    let router = router(state);
+    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let graceful = GracefulShutdown::new();
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    builder.http2().timer(TokioTimer::new());
+    loop {
+        let place = tokio::select! {
+            () = shutdown.cancelled() => break,
+            place = connections.clone().acquire_owned() => place.expect("the semaphore is never closed"),
+        };
+        let (stream, peer) = tokio::select! {
+            () = shutdown.cancelled() => break,
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    warn!(%error, "a connection to the API can't be accepted");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                }
+            },
+        };
+        let _ = stream.set_nodelay(true);
+        let router = router.clone();
+        let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+            let router = router.clone();
+            async move {
+                let answer = tower::ServiceExt::oneshot(router, request.map(axum::body::Body::new)).await;
+                Ok::<_, Infallible>(answer.unwrap_or_else(|never| match never {}))
+            }
+        });
+        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%peer, error, "API connection ended");
+            }
+            drop(place);
+        });
+    }
+    drop(listener);
+    let _ = tokio::time::timeout(GRACE, graceful.shutdown()).await;
+}
+
+const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \
+    POST /v1/rollouts/{name}/{promote|pause|resume|abort|retry|undo}, GET /v1/events, GET /v1/cluster, \
+    POST /v1/cluster/{bench|unbench|readmit}, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
+
+fn router(state: ApiState) -> Router {
+    Router::new()
+        .route("/v1/rollouts", get(show::list).post(write::apply))
+        .route("/v1/rollouts/{name}", get(show::rollout))
+        .route("/v1/rollouts/{name}/history", get(show::history))
+        .route("/v1/rollouts/{name}/{verb}", post(write::change))
+        .route("/v1/events", get(events::follow))
+        .route("/v1/cluster", get(show::cluster))
+        .route("/v1/cluster/{verb}", post(write::configure))
+        .route("/metrics", get(metrics::scrape))
+        .fallback(fallback)
+        .method_not_allowed_fallback(async || error(StatusCode::METHOD_NOT_ALLOWED, format!("expected {ROUTES}")))
+        .layer(middleware::from_fn_with_state(state.clone(), auth::check))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(state)
+}
+
+async fn fallback(State(state): State<ApiState>, request: Request) -> Response {
+    match read::answer(&state.node, request.method(), request.uri()).await {
+        Some(answer) => answer.map(axum::body::Body::new),
+        None => error(StatusCode::NOT_FOUND, format!("{} is unknown, expected {ROUTES}", request.uri().path())),
+    }
+}
+
+/// Returns an error as all of the API's look.
+fn error(status: StatusCode, why: impl Into<String>) -> Response {
+    (status, Json(json!({"error": why.into()}))).into_response()
+}

@@ -1,5 +1,9 @@
 //! `aviary cluster`: makes a cluster, shows it, and changes whose votes count.
 
+use crate::adapters::clock::BootClock;
+use crate::adapters::disk::DiskStore;
+use crate::config::genesis;
+use crate::ports::Clock as _;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -66,9 +70,26 @@ fn incarnation(text: &str) -> Result<String, String> {
     }
 }
 
-/// Makes a cluster.
+/// Makes a cluster: an id, each node's identity and the genesis that all logs begin with.
 pub fn init(args: InitArgs) -> anyhow::Result<()> {
-    anyhow::bail!("{} files: this build makes no clusters", args.config.len())
+    let load = |file: &PathBuf| super::node::load(file, args.data_root.as_deref());
+    let configs: Vec<_> = args.config.iter().map(load).collect::<Result<_, _>>()?;
+    let founding = genesis::found(&configs, &mut rand::rng(), BootClock.now().wall)?;
+    // All or none: nothing is made where some directory is in use.
+    for config in &configs {
+        let entries = std::fs::read_dir(&config.data_dir).map(|mut entries| entries.next().is_some());
+        anyhow::ensure!(
+            !entries.unwrap_or(false),
+            "{} is not empty, expected a new directory: a cluster is made once",
+            config.data_dir.display()
+        );
+    }
+    println!("cluster {}", founding.cluster);
+    for config in &configs {
+        DiskStore::create(&config.data_dir, &founding.registers[&config.id], &founding.genesis)?;
+        println!("node {}: {}", config.id, config.data_dir.display());
+    }
+    Ok(())
 }
 
 /// Runs a verb that talks to a cluster.

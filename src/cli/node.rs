@@ -1,8 +1,33 @@
-//! `aviary node`: runs one node. Only the arguments live here; the node itself is put together by its own module.
+//! `aviary node`: puts one node together from its file and runs it until it is told to stop.
 
-use std::path::PathBuf;
+use std::fs::{self, OpenOptions};
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
+use anyhow::{Context as _, bail};
 use clap::Args;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
+
+use crate::adapters::clock::BootClock;
+use crate::adapters::disk::DiskStore;
+use crate::adapters::net::PlainNetwork;
+use crate::api::auth::Tokens;
+use crate::api::{self, ApiState};
+use crate::config::node::{NodeConfig, is_loopback};
+use crate::domain::ids::Incarnation;
+use crate::node::failpoint::Failpoint;
+use crate::node::run::{self, Parts, Running};
+use crate::ports::Recovered;
+use crate::protocol::Settings;
+use crate::protocol::record::Act;
+use crate::proxy::{self, ProxySettings};
 
 /// Arguments of `aviary node`.
 #[derive(Debug, Clone, Args)]
@@ -17,7 +42,152 @@ pub struct NodeArgs {
     pub data_root: Option<PathBuf>,
 }
 
-/// Runs the node until it is told to stop.
+/// Reads a node's file; `data_root` moves its data directory.
+pub fn load(file: &Path, data_root: Option<&Path>) -> anyhow::Result<NodeConfig> {
+    let mut config = NodeConfig::load(file)?;
+    if let Some(root) = data_root {
+        config.data_dir = root.join(config.id.as_str());
+    }
+    Ok(config)
+}
+
+/// Runs the node until SIGTERM or SIGINT, or until it must not go on.
 pub fn run(args: NodeArgs) -> anyhow::Result<()> {
-    anyhow::bail!("{}: this build holds no node", args.config.display())
+    let config = load(&args.config, args.data_root.as_deref())?;
+    start_log(&config)?;
+    let tokens = tokens(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(serve(config, tokens))
+}
+
+async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()> {
+    // Ports first: a taken one must not cost a start of the node itself.
+    let data = bind("data", &config.listen.data).await?;
+    let door = bind("api", &config.listen.api).await?;
+    let metrics = api::metrics::install();
+    let shutdown = CancellationToken::new();
+    let Running { handle, thread, .. } = start_node(&config, shutdown.clone())?;
+
+    let servers = tokio_util::task::TaskTracker::new();
+    servers.spawn(proxy::serve(data, handle.clone(), proxy_settings(&config), shutdown.clone()));
+    let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
+    let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
+    servers.spawn(api::serve(door, state));
+    tokio::spawn(api::metrics::count(handle));
+    servers.close();
+    info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");
+
+    let mut node = tokio::task::spawn_blocking(move || thread.join());
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let ended = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        ended = &mut node => Some(ended),
+    };
+    info!("stopping");
+    shutdown.cancel();
+    servers.wait().await;
+    let ended = match ended {
+        Some(ended) => ended,
+        None => node.await,
+    };
+    match ended? {
+        Ok(outcome) => outcome.with_context(|| format!("node {} stopped", config.id)),
+        Err(_) => bail!("node {} stopped: an invariant does not hold, see the log", config.id),
+    }
+}
+
+fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Result<Running> {
+    let Recovered { store, register, log, notes } = DiskStore::open(&config.data_dir)?;
+    notes.iter().for_each(|note| warn!("{note}"));
+    let Some(Act::Genesis { cluster, .. }) = log.first().map(|chosen| &chosen.record.intent.act) else {
+        bail!("{}: the log holds no genesis, expected one made by `aviary cluster init`", config.data_dir.display());
+    };
+    let cluster = *cluster;
+    if let Some(found) = register.as_ref().map(|register| &register.node).filter(|found| **found != config.id) {
+        let (dir, file) = (config.data_dir.display(), config.file.display());
+        bail!("{dir} belongs to node {found}, expected node {}, which {file} names", config.id);
+    }
+    if register.is_none() {
+        error!("this node's register is gone: it follows without a vote until an operator readmits it");
+    }
+    info!(records = log.len(), %cluster, "journal read");
+    let settings = Settings {
+        node: config.id.clone(),
+        cluster,
+        timings: config.timings,
+        seed: rand::random(),
+        fresh_incarnation: Incarnation(rand::random()),
+    };
+    run::start(
+        Parts {
+            settings,
+            store: Box::new(store),
+            register,
+            log,
+            network: Arc::new(PlainNetwork),
+            listen: config.listen.control.clone(),
+            peers: config.peers.iter().map(|(node, peer)| (node.clone(), peer.control.clone())).collect(),
+            clock: Arc::new(BootClock),
+            failpoint: Failpoint::from_environment()?,
+        },
+        shutdown,
+    )
+}
+
+fn proxy_settings(config: &NodeConfig) -> ProxySettings {
+    let data = config.data.clone();
+    ProxySettings {
+        default_service: data.default_service,
+        connect_timeout_ms: data.connect_timeout_ms,
+        first_byte_timeout_ms: data.first_byte_timeout_ms,
+        idle_timeout_ms: data.idle_timeout_ms,
+        header_timeout_ms: data.header_timeout_ms,
+        connections_max: data.connections_max,
+        requests_max: data.requests_max,
+    }
+}
+
+async fn bind(name: &str, address: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| match port_is_taken(address) {
+        true => format!("{name} port {address} is taken: another process listens there"),
+        false => format!("{name} port {address} can't be opened"),
+    })
+}
+
+fn port_is_taken(address: &str) -> bool {
+    std::net::TcpListener::bind(address).is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse)
+}
+
+fn tokens(config: &NodeConfig) -> anyhow::Result<Option<Tokens>> {
+    let Some(file) = &config.tokens_file else {
+        if is_loopback(&config.listen.api) {
+            return Ok(None);
+        }
+        let (file, address) = (config.file.display(), &config.listen.api);
+        bail!("{file}: listen.api is {address}, off loopback, expected api.tokens_file beside it");
+    };
+    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    Ok(Some(Tokens::parse(&text).with_context(|| file.display().to_string())?))
+}
+
+/// Log lines for people on the console, and as JSON in the node's file.
+fn start_log(config: &NodeConfig) -> anyhow::Result<()> {
+    let filter = || EnvFilter::new(format!("warn,aviary={}", config.log_level));
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let console = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).with_ansi(colours);
+    let file = match &config.log_file {
+        None => None,
+        Some(path) => {
+            if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+                fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            }
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            let file = file.with_context(|| path.display().to_string())?;
+            let json = tracing_subscriber::fmt::layer().json().flatten_event(true).with_target(false);
+            Some(json.with_writer(Mutex::new(file)).with_filter(filter()))
+        }
+    };
+    tracing_subscriber::registry().with(console.compact().with_filter(filter())).with(file).init();
+    Ok(())
 }

@@ -1,3 +1,4 @@
 //! One integration-test binary: the house rules, the parts over real sockets, whole clusters of real processes.
 
+mod cluster;
 mod tidy;

@@ -1,0 +1,85 @@
+//! Prometheus metrics: gauges from the view at each scrape, counters from announcements.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::header;
+use metrics::{counter, gauge, histogram};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::domain::routing::Status;
+use crate::node::handle::NodeHandle;
+use crate::protocol::Event;
+
+use super::ApiState;
+
+/// Upper bounds of duration histograms, in seconds.
+const BOUNDS: [f64; 16] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// Installs the process's metrics once and returns the way to scrape them.
+pub fn install() -> PrometheusHandle {
+    static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
+    let build = || {
+        let builder = PrometheusBuilder::new().set_buckets(&BOUNDS).expect("the bounds are not empty");
+        builder.install_recorder().expect("nothing else installs metrics")
+    };
+    INSTALLED.get_or_init(build).clone()
+}
+
+/// `GET /metrics`.
+pub async fn scrape(State(state): State<ApiState>) -> Response {
+    let view = state.node.published.view();
+    for (id, found) in &view.services {
+        let service = id.to_string();
+        let routing = &found.service.routing;
+        for (version, weight) in routing.weights.iter() {
+            let version = version.to_string();
+            gauge!("aviary_rollout_weight", "service" => service.clone(), "version" => version).set(weight.fraction());
+        }
+        let effective = f64::from(state.node.published.effective_bp(&found.serving)) / 10_000.0;
+        gauge!("aviary_effective_canary_weight", "service" => service.clone()).set(effective);
+        gauge!("aviary_routing_version", "service" => service.clone()).set(routing.version as f64);
+        for phase in ["Progressing", "Paused", "Baking", "Completed", "RolledBack"] {
+            let here = f64::from(u8::from(found.service.rollout.phase.to_string() == phase));
+            gauge!("aviary_rollout_phase", "service" => service.clone(), "phase" => phase).set(here);
+        }
+        let lease_ms = found.service.rollout.spec.lease_ms;
+        let left = state.node.published.lease_ms_left(lease_ms).unwrap_or(0) as f64 / 1000.0;
+        gauge!("aviary_lease_remaining_seconds", "service" => service).set(left);
+    }
+    state.metrics.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.metrics.render()).into_response()
+}
+
+/// Counts announcements until the node ends.
+pub async fn count(node: NodeHandle) {
+    let mut events = node.events();
+    loop {
+        let announcement = match events.recv().await {
+            Ok(announcement) => announcement,
+            Err(RecvError::Lagged(_)) => continue,
+            Err(RecvError::Closed) => return,
+        };
+        match &announcement.event {
+            Event::Routing { kind, state, took_ms, .. } if state.status != Status::Prepared => {
+                if state.status == Status::Aborted {
+                    counter!("aviary_rollout_aborts_total", "service" => state.service.to_string()).increment(1);
+                }
+                if let Some(ms) = took_ms {
+                    let (kind, outcome) = (kind.clone(), state.status.to_string());
+                    let seconds = Duration::from_millis(*ms).as_secs_f64();
+                    histogram!("aviary_commit_duration_seconds", "kind" => kind, "outcome" => outcome).record(seconds);
+                }
+            }
+            Event::Voted { vote, .. } => counter!("aviary_gate_votes_total", "vote" => vote.clone()).increment(1),
+            Event::Enforced { took_ms, .. } => {
+                histogram!("aviary_rollback_propagation_seconds").record(*took_ms as f64 / 1000.0);
+            }
+            _ => {}
+        }
+    }
+}

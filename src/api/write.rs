@@ -1,0 +1,213 @@
+//! Changes: by any node, through the coordinator, once for each key.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::info;
+
+use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
+use crate::domain::routing::RoutingState;
+use crate::node::log::weights_json;
+use crate::protocol::record::ConfigChange;
+use crate::protocol::{Op, Outcome};
+
+use super::{ApiState, BODY_BYTES_MAX, error};
+
+/// Set on a request that was forwarded once, with the node that did.
+const FORWARDED: &str = "x-aviary-forwarded";
+/// Longest wait for the coordinator's answer.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// `POST /v1/rollouts`: a rollout file, YAML or JSON.
+pub async fn apply(State(state): State<ApiState>, headers: HeaderMap, body: Bytes) -> Response {
+    let Ok(text) = std::str::from_utf8(&body) else {
+        return error(StatusCode::BAD_REQUEST, "the rollout is not UTF-8, expected a rollout file");
+    };
+    let file = headers.get("x-aviary-file").and_then(|name| name.to_str().ok()).unwrap_or("rollout");
+    match crate::config::rollout::parse(text, file) {
+        Ok(spec) => submit(&state, "/v1/rollouts", &headers, &body, Op::Apply(Arc::new(spec))).await,
+        Err(why) => error(StatusCode::BAD_REQUEST, why.to_string()),
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Details {
+    #[serde(default)]
+    full: bool,
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+/// Longest reason that is kept.
+const REASON_CHARACTERS_MAX: usize = 500;
+
+/// `POST /v1/rollouts/{name}/{verb}`.
+pub async fn change(
+    State(state): State<ApiState>,
+    Path((name, verb)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let service = match ServiceId::new(&name) {
+        Ok(service) => service,
+        Err(why) => return error(StatusCode::BAD_REQUEST, why.to_string()),
+    };
+    let details = if body.is_empty() { Ok(Details::default()) } else { serde_json::from_slice(&body) };
+    let Details { full, reason } = match details {
+        Ok(details) => details,
+        Err(why) => return error(StatusCode::BAD_REQUEST, format!("{why}; expected {{\"full\": …, \"reason\": …}}")),
+    };
+    let reason: String = reason.unwrap_or_default().chars().take(REASON_CHARACTERS_MAX).collect();
+    let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
+    let op = match verb.as_str() {
+        "promote" => Op::Promote { service, full },
+        "pause" => Op::Pause { service, reason },
+        "resume" => Op::Resume { service },
+        "abort" => Op::Abort { service, reason },
+        "retry" => Op::Retry { service },
+        "undo" => Op::Undo { service },
+        _ => {
+            let expected = "promote, pause, resume, abort, retry or undo";
+            return error(StatusCode::NOT_FOUND, format!("{verb:?} is unknown, expected {expected}"));
+        }
+    };
+    submit(&state, &format!("/v1/rollouts/{name}/{verb}"), &headers, &body, op).await
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Member {
+    node: NodeId,
+    #[serde(default)]
+    incarnation: Option<String>,
+}
+
+/// `POST /v1/cluster/{verb}`.
+pub async fn configure(
+    State(state): State<ApiState>,
+    Path(verb): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let Member { node, incarnation } = match serde_json::from_slice(&body) {
+        Ok(member) => member,
+        Err(why) => return error(StatusCode::BAD_REQUEST, format!("{why}; expected {{\"node\": …}}")),
+    };
+    let incarnation = incarnation.map(|text| u64::from_str_radix(&text, 16).map(Incarnation));
+    let change = match (verb.as_str(), incarnation) {
+        ("bench", None) => ConfigChange::Bench(node),
+        ("unbench", None) => ConfigChange::Unbench(node),
+        ("readmit", Some(Ok(incarnation))) => ConfigChange::Readmit(node, incarnation),
+        ("readmit", _) => {
+            return error(
+                StatusCode::BAD_REQUEST,
+                "readmit needs the incarnation that GET /v1/cluster shows, in hexadecimal",
+            );
+        }
+        _ => return error(StatusCode::NOT_FOUND, format!("{verb:?} is unknown, expected bench, unbench or readmit")),
+    };
+    submit(&state, &format!("/v1/cluster/{verb}"), &headers, &body, Op::Config(change)).await
+}
+
+/// Has a change decided, by the coordinator if it can be reached, else by this node: any node may run a ballot, and
+/// the key makes a repetition harmless.
+async fn submit(state: &ApiState, path: &str, headers: &HeaderMap, body: &Bytes, op: Op) -> Response {
+    let key = match headers.get("idempotency-key").map(|key| key.to_str()) {
+        None => random_key(),
+        Some(Ok(key)) => key.to_string(),
+        Some(Err(_)) => return error(StatusCode::BAD_REQUEST, "Idempotency-Key is not text"),
+    };
+    let tx = match TxId::new(&key) {
+        Ok(tx) => tx,
+        Err(why) => return error(StatusCode::BAD_REQUEST, format!("Idempotency-Key: {why}")),
+    };
+    if !headers.contains_key(FORWARDED) {
+        let coordinator = state.node.published.view().coordinator.clone();
+        if let Some(address) = state.peers.get(&coordinator) {
+            if let Some(answer) = forward(state, address, path, headers, body, &tx).await {
+                return answer;
+            }
+        }
+    }
+    info!(%tx, path, "write asked for");
+    let outcome = state.node.submit(tx.clone(), op).await;
+    answer(&tx, outcome)
+}
+
+fn random_key() -> String {
+    format!("tx-{:032x}", rand::random::<u128>())
+}
+
+/// Returns the coordinator's answer; none when it gave none.
+async fn forward(
+    state: &ApiState,
+    address: &str,
+    path: &str,
+    headers: &HeaderMap,
+    body: &Bytes,
+    tx: &TxId,
+) -> Option<Response> {
+    let node = state.node.published.view().node.clone();
+    let mut request = Request::post(format!("http://{address}{path}"))
+        .header("idempotency-key", tx.as_str())
+        .header(FORWARDED, node.as_str());
+    for name in [header::AUTHORIZATION, header::CONTENT_TYPE, http::HeaderName::from_static("x-aviary-file")] {
+        if let Some(value) = headers.get(&name) {
+            request = request.header(name, value);
+        }
+    }
+    let request = request.body(Full::from(body.clone())).ok()?;
+    let exchange = async {
+        let (head, body) = state.client.request(request).await.ok()?.into_parts();
+        let body = Limited::new(body, BODY_BYTES_MAX).collect().await.ok()?.to_bytes();
+        Some((head.status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
+    };
+    tokio::time::timeout(FORWARD_TIMEOUT, exchange).await.ok().flatten()
+}
+
+/// Returns a routing state as answers show it.
+fn state_json(state: &RoutingState) -> Value {
+    json!({
+        "service": state.service, "version": state.version, "stable_model_id": state.stable_model_id,
+        "canary_model_id": state.canary_model_id, "weights": weights_json(state), "status": state.status,
+        "txid": state.txid, "timestamp": state.timestamp.to_string(),
+    })
+}
+
+fn answer(tx: &TxId, outcome: Outcome) -> Response {
+    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+    let (status, body) = match outcome {
+        Outcome::Committed { slot, state, repeated } => {
+            let state = state.as_ref().map(state_json);
+            (StatusCode::OK, json!({"status": "COMMITTED", "slot": slot, "repeated": repeated, "state": state}))
+        }
+        Outcome::Aborted { slot, reasons, repeated } => {
+            let body = json!({"status": "ABORTED", "slot": slot, "repeated": repeated, "reasons": reasons});
+            (StatusCode::CONFLICT, body)
+        }
+        Outcome::Unchanged(state) => (StatusCode::OK, json!({"status": "UNCHANGED", "state": state_json(&state)})),
+        Outcome::Refused(why) => (StatusCode::CONFLICT, json!({"status": "REFUSED", "error": why})),
+        Outcome::KeyReused { slot } => {
+            let why = format!("this Idempotency-Key stands for another request, in slot {slot}");
+            (StatusCode::UNPROCESSABLE_ENTITY, json!({"error": why}))
+        }
+        Outcome::NoQuorum { reached, needed } => {
+            (unavailable, json!({"error": "no quorum", "reached": reached, "needed": needed}))
+        }
+        Outcome::InDoubt => (unavailable, json!({"error": "outcome unknown; repeat with the same Idempotency-Key"})),
+        Outcome::Busy => (StatusCode::TOO_MANY_REQUESTS, json!({"error": "too many requests are waiting; try again"})),
+        Outcome::Current(slot) => (StatusCode::OK, json!({"status": "CURRENT", "slot": slot})),
+    };
+    let mut body = body;
+    body["txid"] = json!(tx);
+    (status, Json(body)).into_response()
+}

@@ -1,0 +1,172 @@
+//! Any process may die at any moment.
+
+use std::time::{Duration, Instant};
+
+use super::harness::{Cluster, MANUAL, Traffic, Upstream, http, rollout, wait};
+
+fn with_rollout() -> (Upstream, Upstream, Cluster) {
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start();
+    cluster.apply(0, &rollout(&v1.url(), &v2.url(), MANUAL));
+    cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
+    (v1, v2, cluster)
+}
+
+/// Waits until a promotion would not be held for want of samples.
+fn gather_evidence(cluster: &Cluster) {
+    for _ in 0..200 {
+        for i in 0..3 {
+            let _ = http(cluster.nodes[i].data, "POST", "/predict", &[], "{}");
+        }
+    }
+    std::thread::sleep(Duration::from_millis(600));
+}
+
+#[test]
+fn a_coordinator_killed_at_any_point_leaves_one_outcome() {
+    let (v1, v2, mut cluster) = with_rollout();
+    let points = [
+        "before-prepare",
+        "after-prepare",
+        "before-propose",
+        "after-propose",
+        "before-chosen",
+        "after-chosen",
+        "after-append",
+    ];
+    for point in points {
+        cluster.kill(0);
+        cluster.spawn(0, Some(&format!("{point}:Promote")));
+        cluster.wait_ready(0);
+        // Every round begins with a rollout at its first stage.
+        let _ = cluster.post(1, "/v1/rollouts/svc/abort", None, "{}");
+        assert_eq!(cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status, 200, "{point}");
+        cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
+        gather_evidence(&cluster);
+        let key = format!("promote-{point}");
+        let asked = http(cluster.nodes[0].api, "POST", "/v1/rollouts/svc/promote", &[("idempotency-key", &key)], "{}");
+        let died = cluster.nodes[0].process.as_mut().unwrap().ended_within(Duration::from_secs(2));
+        assert!(died, "{point}: the failpoint was not reached: {asked:?}");
+        let began = Instant::now();
+        let told = asked.ok().map(|answer| answer.json()["status"].clone());
+
+        // A repetition on a survivor tells the outcome, and both survivors have it.
+        let answer = wait(&format!("{point}: an outcome"), Duration::from_millis(3500), || {
+            let answer = cluster.promote(1, Some(&key));
+            (answer.status != 503).then(|| answer.json())
+        });
+        let settled = cluster.agreed(&[1, 2], Duration::from_millis(3500).saturating_sub(began.elapsed()));
+        println!("{point}: told {told:?}, settled {} after {:?}", answer["status"], began.elapsed());
+        if let Some(told) = told {
+            assert_eq!(told, answer["status"], "{point}: what a client was told stays true");
+        }
+
+        cluster.nodes[0].process = None;
+        let began = Instant::now();
+        cluster.spawn(0, None);
+        cluster.wait_ready(0);
+        let state = cluster.agreed(&[0, 1, 2], Duration::from_secs(3).saturating_sub(began.elapsed()));
+        assert!(state["slot"].as_u64() >= settled["slot"].as_u64());
+        for i in 0..3 {
+            let records: Vec<_> = cluster.history(i).into_iter().filter(|r| r["txid"] == key.as_str()).collect();
+            assert_eq!(records.len(), 1, "{point}: one outcome on node {i}");
+            let promoted = records[0]["kind"] == "Promote";
+            assert_eq!(promoted, answer["status"] == "COMMITTED", "{point}: {records:?} against {answer}");
+        }
+    }
+    cluster.assert_no_panic();
+    drop((v1, v2));
+}
+
+#[test]
+fn a_dead_participant_stops_promotions_by_name_and_no_rollback() {
+    let (v1, v2, mut cluster) = with_rollout();
+    gather_evidence(&cluster);
+    cluster.kill(2);
+    let began = Instant::now();
+    let answer = cluster.promote(0, None);
+    let took = began.elapsed();
+    let json = answer.json();
+    assert_eq!((answer.status, &json["status"]), (409, &"ABORTED".into()), "{json}");
+    assert!(json["reasons"].to_string().contains("c:"), "the missing node is named: {json}");
+    assert!(took <= Duration::from_secs(2), "{took:?}");
+
+    let began = Instant::now();
+    assert_eq!(cluster.post(1, "/v1/rollouts/svc/abort", None, "{}").json()["status"], "COMMITTED");
+    assert!(began.elapsed() <= Duration::from_secs(1), "{:?}", began.elapsed());
+
+    // Benched, the dead node no longer stands in the way.
+    let answer = cluster.post(0, "/v1/cluster/bench", None, r#"{"node":"c"}"#);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(cluster.post(0, "/v1/rollouts/svc/retry", None, "{}").json()["status"], "COMMITTED");
+    gather_evidence(&cluster);
+    let answer = cluster.promote(0, None).json();
+    assert_eq!(answer["status"], "COMMITTED", "{answer}");
+
+    // Back, it follows, and serves stable while it is benched.
+    cluster.spawn(2, None);
+    cluster.wait_ready(2);
+    let state = cluster.agreed(&[0, 1, 2], Duration::from_secs(3));
+    assert_eq!(state["weights"]["v2"], 0.5);
+    for _ in 0..100 {
+        let answer = http(cluster.nodes[2].data, "POST", "/predict", &[], "{}").unwrap();
+        assert_eq!(answer.header("x-served-by"), Some("v1"));
+    }
+    drop((v1, v2));
+}
+
+#[test]
+fn a_lone_survivor_serves_stable_only_and_takes_no_writes() {
+    let (v1, v2, mut cluster) = with_rollout();
+    cluster.kill(0);
+    cluster.kill(2);
+    std::thread::sleep(Duration::from_millis(2100));
+    for _ in 0..200 {
+        let answer = http(cluster.nodes[1].data, "POST", "/predict", &[], "{}").unwrap();
+        assert_eq!((answer.status, answer.header("x-served-by")), (200, Some("v1")));
+    }
+    let answer = cluster.post(1, "/v1/rollouts/svc/abort", None, "{}");
+    assert_eq!((answer.status, &answer.json()["error"]), (503, &"no quorum".into()), "{answer:?}");
+
+    cluster.spawn(0, None);
+    cluster.spawn(2, None);
+    (0..3).for_each(|i| cluster.wait_ready(i));
+    assert_eq!(cluster.post(1, "/v1/rollouts/svc/abort", None, "{}").status, 200);
+    drop((v1, v2));
+}
+
+#[test]
+fn no_request_fails_because_a_node_restarts() {
+    let (v1, v2, mut cluster) = with_rollout();
+    let traffic = Traffic::start(&cluster, 100);
+    for i in 0..3 {
+        cluster.kill(i);
+        std::thread::sleep(Duration::from_millis(200));
+        cluster.spawn(i, None);
+        cluster.wait_ready(i);
+    }
+    let seen = traffic.stop();
+    // Connections to the dead node itself break or are refused; whatever is answered is answered well.
+    let answered: Vec<_> = seen.iter().filter(|s| s.status != 0).collect();
+    let bad: Vec<_> = answered.iter().filter(|s| s.status != 200).collect();
+    assert!(bad.is_empty(), "{} of {} answers were bad: {:?}", bad.len(), answered.len(), bad.first());
+    drop((v1, v2));
+}
+
+#[test]
+fn a_node_without_its_register_has_no_vote() {
+    let (v1, v2, mut cluster) = with_rollout();
+    cluster.kill(2);
+    std::fs::remove_file(cluster.data_dir(2).join("register")).unwrap();
+    cluster.spawn(2, None);
+    let port = cluster.nodes[0].api;
+    let members = wait("c shows why it doesn't count", Duration::from_secs(5), || {
+        let cluster = http(port, "GET", "/v1/cluster", &[], "").ok()?.json().to_string();
+        cluster.contains("its memory is gone").then_some(cluster)
+    });
+    assert!(members.contains("readmit"), "{members}");
+    cluster.kill(1);
+    let answer = cluster.post(0, "/v1/rollouts/svc/abort", None, "{}");
+    assert_eq!(answer.status, 503, "two votes of three are needed, and c's is none: {answer:?}");
+    drop((v1, v2));
+}

@@ -1,0 +1,413 @@
+//! Real processes: nodes and demo model servers on free loopback ports, ended by their pid when a test ends.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+pub const NAMES: [&str; 3] = ["a", "b", "c"];
+
+/// Returns a port that was free a moment ago.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// One answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|e| panic!("{e}: {} {}", self.status, String::from_utf8_lossy(&self.body)))
+    }
+}
+
+/// A keep-alive HTTP/1.1 connection, as plain as can be: it shares no code with what it tests.
+pub struct Http {
+    stream: BufReader<TcpStream>,
+}
+
+impl Http {
+    pub fn connect(port: u16) -> std::io::Result<Self> {
+        let stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(Duration::from_secs(15)))?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    pub fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> std::io::Result<Answer> {
+        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n", body.len());
+        headers.iter().for_each(|(name, value)| write!(head, "{name}: {value}\r\n").unwrap());
+        self.stream.get_mut().write_all(format!("{head}\r\n{body}").as_bytes())?;
+        let mut line = String::new();
+        self.stream.read_line(&mut line)?;
+        let bad = || std::io::Error::other(format!("status line {line:?}"));
+        let status = line.split(' ').nth(1).and_then(|s| s.parse().ok()).ok_or_else(bad)?;
+        let mut headers = Vec::new();
+        loop {
+            let mut line = String::new();
+            self.stream.read_line(&mut line)?;
+            let Some((name, value)) = line.trim_end().split_once(':') else { break };
+            headers.push((name.to_ascii_lowercase(), value.trim().to_string()));
+        }
+        let mut answer = Answer { status, headers, body: Vec::new() };
+        if let Some(length) = answer.header("content-length").map(|l| l.parse::<usize>().unwrap()) {
+            answer.body.resize(length, 0);
+            self.stream.read_exact(&mut answer.body)?;
+        } else if answer.header("transfer-encoding").is_some() {
+            loop {
+                let mut size = String::new();
+                self.stream.read_line(&mut size)?;
+                let size = usize::from_str_radix(size.trim(), 16).map_err(std::io::Error::other)?;
+                let mut chunk = vec![0; size + 2];
+                self.stream.read_exact(&mut chunk)?;
+                answer.body.extend_from_slice(&chunk[..size]);
+                if size == 0 {
+                    break;
+                }
+            }
+        }
+        Ok(answer)
+    }
+}
+
+/// Sends one request over a connection of its own.
+pub fn http(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> std::io::Result<Answer> {
+    Http::connect(port)?.send(method, path, headers, body)
+}
+
+/// A process that dies with its owner.
+pub struct Process(pub Child);
+
+impl Process {
+    /// SIGKILL, and wait for the end.
+    pub fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Waits for it to end by itself.
+    pub fn ended_within(&mut self, limit: Duration) -> bool {
+        let began = Instant::now();
+        while began.elapsed() < limit {
+            if self.0.try_wait().unwrap().is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub fn aviary() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aviary"));
+    command.stdin(Stdio::null()).env_remove("AVIARY_FAILPOINT").env_remove("AVIARY_API");
+    command
+}
+
+/// A demo model server.
+pub struct Upstream {
+    pub port: u16,
+    pub process: Process,
+}
+
+impl Upstream {
+    pub fn start(version: &str) -> Self {
+        let port = free_port();
+        let listen = format!("127.0.0.1:{port}");
+        let child = aviary()
+            .args(["upstream", "--listen", &listen, "--version", version])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let upstream = Self { port, process: Process(child) };
+        wait("an upstream", Duration::from_secs(5), || http(port, "GET", "/healthz", &[], "").ok().map(|_| ()));
+        upstream
+    }
+
+    pub fn fault(&self, body: &str) {
+        let headers = [("content-type", "application/json")];
+        let answer = http(self.port, "PUT", "/fault", &headers, body).unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+}
+
+/// One node's ports and, while it runs, its process.
+pub struct Node {
+    pub name: &'static str,
+    pub data: u16,
+    pub api: u16,
+    pub control: u16,
+    pub process: Option<Process>,
+}
+
+/// Three nodes.
+pub struct Cluster {
+    pub nodes: Vec<Node>,
+    pub dir: tempfile::TempDir,
+}
+
+/// Tries until it works, or fails the test.
+pub fn wait<T>(what: &str, limit: Duration, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = attempt() {
+            return found;
+        }
+        assert!(began.elapsed() < limit, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+impl Cluster {
+    /// Founds a cluster and starts its three nodes.
+    pub fn start() -> Self {
+        let mut cluster = Self::found();
+        (0..3).for_each(|i| cluster.spawn(i, None));
+        (0..3).for_each(|i| cluster.wait_ready(i));
+        cluster
+    }
+
+    /// Founds a cluster without starting anything.
+    pub fn found() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let nodes: Vec<_> = NAMES
+            .iter()
+            .map(|name| Node { name, data: free_port(), api: free_port(), control: free_port(), process: None })
+            .collect();
+        let cluster = Self { nodes, dir };
+        for i in 0..3 {
+            fs::write(cluster.config(i), cluster.config_text(i)).unwrap();
+        }
+        let mut init = aviary();
+        init.args(["cluster", "init"]);
+        (0..3).for_each(|i| drop(init.arg("--config").arg(cluster.config(i))));
+        let output = init.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        cluster
+    }
+
+    pub fn config(&self, i: usize) -> PathBuf {
+        self.dir.path().join(format!("{}.toml", NAMES[i]))
+    }
+
+    pub fn data_dir(&self, i: usize) -> PathBuf {
+        self.dir.path().join(format!("data-{}", NAMES[i]))
+    }
+
+    pub fn log(&self, i: usize) -> PathBuf {
+        self.dir.path().join(format!("{}.log", NAMES[i]))
+    }
+
+    fn config_text(&self, i: usize) -> String {
+        let Node { name, data, api, control, .. } = &self.nodes[i];
+        let (data_dir, log) = (self.data_dir(i), self.log(i));
+        let mut text = format!(
+            "[node]\nid = \"{name}\"\ndata_dir = {data_dir:?}\n\n[listen]\ndata = \"127.0.0.1:{data}\"\n\
+             api = \"127.0.0.1:{api}\"\ncontrol = \"127.0.0.1:{control}\"\n\n[control]\nplaintext = true\n\n\
+             [log]\nfile = {log:?}\n"
+        );
+        for peer in self.nodes.iter().filter(|peer| peer.name != *name) {
+            let Node { name, api, control, .. } = peer;
+            let (api, control) = (format!("127.0.0.1:{api}"), format!("127.0.0.1:{control}"));
+            write!(text, "\n[peers.{name}]\ncontrol = \"{control}\"\napi = \"{api}\"\n").unwrap();
+        }
+        text
+    }
+
+    /// Starts node `i`; with a failpoint it will abort itself there.
+    pub fn spawn(&mut self, i: usize, failpoint: Option<&str>) {
+        let path = self.dir.path().join(format!("{}.console", NAMES[i]));
+        let console = fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
+        let mut command = aviary();
+        command.arg("node").arg("--config").arg(self.config(i));
+        failpoint.map(|name| command.env("AVIARY_FAILPOINT", name));
+        let child = command.stdout(console.try_clone().unwrap()).stderr(console).spawn().unwrap();
+        self.nodes[i].process = Some(Process(child));
+    }
+
+    pub fn kill(&mut self, i: usize) {
+        self.nodes[i].process.take().expect("a running node").kill();
+    }
+
+    pub fn wait_ready(&self, i: usize) {
+        let port = self.nodes[i].data;
+        wait(&format!("node {} ready", NAMES[i]), Duration::from_secs(10), || {
+            http(port, "GET", "/readyz", &[], "").ok().filter(|answer| answer.status == 200).map(|_| ())
+        });
+    }
+
+    /// Writes to node `i`'s API.
+    pub fn post(&self, i: usize, path: &str, key: Option<&str>, body: &str) -> Answer {
+        let mut headers = vec![("content-type", "application/json")];
+        if let Some(key) = key {
+            headers.push(("idempotency-key", key));
+        }
+        http(self.nodes[i].api, "POST", path, &headers, body).unwrap()
+    }
+
+    /// Applies a rollout through node `i`, which must commit it.
+    pub fn apply(&self, i: usize, yaml: &str) {
+        let headers = [("content-type", "application/yaml")];
+        let answer = http(self.nodes[i].api, "POST", "/v1/rollouts", &headers, yaml).unwrap();
+        assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
+    }
+
+    pub fn promote(&self, i: usize, key: Option<&str>) -> Answer {
+        self.post(i, "/v1/rollouts/svc/promote", key, "{}")
+    }
+
+    /// Returns node `i`'s /routing/state.
+    pub fn state(&self, i: usize) -> Option<Value> {
+        let answer = http(self.nodes[i].data, "GET", "/routing/state", &[], "").ok()?;
+        (answer.status == 200).then(|| answer.json())
+    }
+
+    /// Returns what the given nodes agree on, once they do.
+    pub fn agreed(&self, nodes: &[usize], limit: Duration) -> Value {
+        wait("agreement", limit, || {
+            let states: Option<Vec<_>> = nodes.iter().map(|i| self.state(*i)).collect();
+            let states = states?;
+            let key = |s: &Value| ["version", "weights", "status", "slot", "hash", "phase"].map(|k| s[k].clone());
+            states.iter().all(|s| key(s) == key(&states[0])).then(|| states[0].clone())
+        })
+    }
+
+    /// Waits until node `i`'s state satisfies `condition`.
+    pub fn until(&self, i: usize, what: &str, limit: Duration, condition: impl Fn(&Value) -> bool) -> Value {
+        wait(what, limit, || self.state(i).filter(|state| condition(state)))
+    }
+
+    /// Returns the log of decisions about the service, as node `i` tells it.
+    pub fn history(&self, i: usize) -> Vec<Value> {
+        let answer = http(self.nodes[i].api, "GET", "/v1/rollouts/svc/history", &[], "").unwrap();
+        let json = answer.json();
+        let list = if json.is_array() { json.clone() } else { json["history"].clone() };
+        list.as_array().unwrap_or_else(|| panic!("no history in {json}")).clone()
+    }
+
+    /// Fails the test when any node's console or log holds a panic.
+    pub fn assert_no_panic(&self) {
+        for i in 0..3 {
+            for path in [self.log(i), self.dir.path().join(format!("{}.console", NAMES[i]))] {
+                let text = fs::read_to_string(&path).unwrap_or_default();
+                assert!(!text.contains("panicked"), "{}: {text}", path.display());
+            }
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for i in 0..3 {
+                let text =
+                    fs::read_to_string(self.dir.path().join(format!("{}.console", NAMES[i]))).unwrap_or_default();
+                let lines: Vec<_> = text.lines().collect();
+                let last = lines.len().saturating_sub(40);
+                eprintln!("--- node {}\n{}", NAMES[i], lines[last..].join("\n"));
+            }
+        }
+    }
+}
+
+/// A rollout of `svc` from v1 to v2 with the given steps (YAML list items) and few samples needed.
+pub fn rollout(stable: &str, canary: &str, steps: &str) -> String {
+    format!(
+        "apiVersion: aviary/v1\nkind: Rollout\nmetadata: {{ name: svc }}\nspec:\n  \
+         stable: {{ version: v1, url: \"{stable}\" }}\n  canary: {{ version: v2, url: \"{canary}\" }}\n  \
+         steps:\n{steps}\n  bake: {{ duration: 500ms }}\n  analysis:\n    window: 30s\n    minSamples: 20\n    metrics:\n      \
+         - {{ name: errors, strategy: THRESHOLD, thresholdRange: {{ max: 5 }}, onFailure: rollback }}\n      \
+         - {{ name: latency, strategy: THRESHOLD, statistic: mean, thresholdRange: {{ max: 500 }}, onFailure: pause }}\n"
+    )
+}
+
+/// Steps that each wait for an operator.
+pub const MANUAL: &str =
+    "    - setWeight: 20\n    - pause: {}\n    - setWeight: 50\n    - pause: {}\n    - setWeight: 100\n    - pause: {}";
+
+/// Steady traffic to all nodes from threads of its own, until it is dropped or stopped.
+pub struct Traffic {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<Vec<Seen>>>,
+}
+
+/// One answer of the traffic.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    pub at: Instant,
+    pub node: usize,
+    /// 0: the connection failed.
+    pub status: u16,
+    pub version: String,
+}
+
+impl Traffic {
+    /// About `rate` requests a second to each node.
+    pub fn start(cluster: &Cluster, rate: u64) -> Self {
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let threads = (0..3)
+            .map(|node| {
+                let (port, stop) = (cluster.nodes[node].data, stop.clone());
+                std::thread::spawn(move || {
+                    let mut seen = Vec::new();
+                    let mut connection = None;
+                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                        let mut open = connection.take().or_else(|| Http::connect(port).ok());
+                        let answer = open.as_mut().and_then(|http| http.send("POST", "/predict", &[], "{}").ok());
+                        let (status, version) = match &answer {
+                            Some(answer) => (answer.status, answer.header("x-served-by").unwrap_or("").to_string()),
+                            None => (0, String::new()),
+                        };
+                        seen.push(Seen { at: Instant::now(), node, status, version });
+                        connection = open.filter(|_| answer.is_some());
+                        std::thread::sleep(Duration::from_micros(1_000_000 / rate));
+                    }
+                    seen
+                })
+            })
+            .collect();
+        Self { stop, threads }
+    }
+
+    pub fn stop(mut self) -> Vec<Seen> {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.threads.drain(..).flat_map(|thread| thread.join().unwrap()).collect()
+    }
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+}
