@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -42,6 +43,9 @@ pub struct NodeArgs {
     pub data_root: Option<PathBuf>,
 }
 
+/// Longest wait for the peers' newest state before clients are served by what is on disk.
+const CATCH_UP_MAX: Duration = Duration::from_secs(2);
+
 /// Reads a node's file; `data_root` moves its data directory.
 pub fn load(file: &Path, data_root: Option<&Path>) -> anyhow::Result<NodeConfig> {
     let mut config = NodeConfig::load(file)?;
@@ -69,6 +73,8 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     let Running { handle, thread, .. } = start_node(&config, shutdown.clone())?;
 
     let servers = tokio_util::task::TaskTracker::new();
+    // Clients wait in the port's queue meanwhile.
+    handle.caught_up(CATCH_UP_MAX).await;
     servers.spawn(proxy::serve(data, handle.clone(), proxy_settings(&config), shutdown.clone()));
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());

@@ -150,6 +150,22 @@ impl NodeHandle {
         self.ask(Request::Read { reply }, answer).await
     }
 
+    /// Waits until this node knows what its majority knows, so that a restart shows nobody an older state; at most
+    /// `limit`, after which it serves by what it has, on stable.
+    pub async fn caught_up(&self, limit: Duration) {
+        let current = || {
+            let view = self.published.view();
+            let newest = view.members.values().filter_map(|member| member.head).max();
+            self.published.mode() == Mode::Normal && newest.is_none_or(|newest| view.head >= newest)
+        };
+        let wait = async {
+            while !current() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let _ = tokio::time::timeout(limit, wait).await;
+    }
+
     /// Hands over the data plane's counts; they are dropped when the loop is behind, which holds steps and no more.
     pub fn observed(&self, observations: Vec<Observation>) {
         let _ = self.requests.try_send(Request::Observed(observations));
