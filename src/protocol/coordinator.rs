@@ -225,6 +225,10 @@ impl Core {
             Wish::Settle(Some(intent)) if !self.ledger.settled.contains_key(&intent.tx) => intent.clone(),
             _ => Intent { tx: pending.tx.clone(), digest: pending.digest, at: self.now.wall, act },
         };
+        if let Err(error) = self.ledger.next_record(intent.clone(), None) {
+            self.reply(&pending, &Outcome::Refused(error.to_string()));
+            return;
+        }
         let promised = self.promised().map_or(0, |ballot| ballot.round);
         self.desk.round = self.desk.round.max(promised) + 1;
         let ballot = Ballot {

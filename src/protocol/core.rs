@@ -83,6 +83,8 @@ pub struct Core {
     /// When the register's accepted record was accepted.
     pub(super) accepted_at: Mono,
     pub(super) desk: Desk,
+    /// Chosen records that came before their predecessors.
+    pub(super) early: BTreeMap<Slot, Chosen>,
     pub(super) draws: Draws,
     pub(super) suspect_ms: u64,
     pub(super) coordinator: NodeId,
@@ -162,6 +164,7 @@ impl Core {
             prepared: None,
             accepted_at: now.mono,
             desk: Desk::default(),
+            early: BTreeMap::new(),
             draws,
             suspect_ms,
             coordinator,
@@ -252,19 +255,28 @@ impl Core {
     fn finish(&mut self) -> Vec<Output> {
         let stale = self.now.mono.millis_since(self.published_at) >= REFRESH_MS;
         if self.dirty || stale {
-            self.dirty = false;
-            self.published_at = self.now.mono;
-            let view = Arc::new(self.build_view());
-            if *view != *self.view {
-                self.view = view.clone();
-                // First of all: what is held back is held back before the disk answers, and who is told of a commit
-                // finds it served. Only a cluster of one decides on its own write, and publishes behind it.
-                let alone = self.ledger.membership.quorum() == 1;
-                let durable = self.out.iter().rposition(|output| alone && matches!(output, Output::Persist(_)));
-                self.out.insert(durable.map_or(0, |i| i + 1), Output::Publish(view));
-            }
+            // First of all: what is held back is held back before the disk answers, and who is told of a commit finds
+            // it served. Only a cluster of one decides on its own write, and publishes behind it.
+            let alone = self.ledger.membership.quorum() == 1;
+            let durable = self.out.iter().rposition(|output| alone && matches!(output, Output::Persist(_)));
+            self.publish_at(durable.map_or(0, |i| i + 1));
         }
         std::mem::take(&mut self.out)
+    }
+
+    /// Publishes what this node serves by at this point of its outputs.
+    pub(super) fn publish(&mut self) {
+        self.publish_at(self.out.len());
+    }
+
+    fn publish_at(&mut self, place: usize) {
+        self.dirty = false;
+        self.published_at = self.now.mono;
+        let view = Arc::new(self.build_view());
+        if *view != *self.view {
+            self.view = view.clone();
+            self.out.insert(place, Output::Publish(view));
+        }
     }
 
     // What the parts share.

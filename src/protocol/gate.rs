@@ -206,7 +206,7 @@ impl Core {
         }
         gate.brake = Some(reason.clone());
         gate.braked_at = now;
-        self.dirty = true;
+        self.publish();
         self.announce(Event::Braked { service: id.clone(), reason });
         self.send_snapshot(id);
         self.tick_autopilot();

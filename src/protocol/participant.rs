@@ -182,18 +182,28 @@ impl Core {
         if slot < self.ledger.head {
             return;
         }
-        if slot > self.ledger.head.next() {
-            self.beat_to(from);
-            return;
-        }
         if !self.counts(from, incarnation) && !catch_up {
             return;
         }
-        if let Err(error) = self.ledger.check(&chosen.record) {
-            self.reject(from, format!("record {slot}: {error}"));
+        if slot > self.ledger.head.next() {
+            self.beat_to(from);
+            if slot.0 - self.ledger.head.0 <= 2 * CATCH_UP_RECORDS {
+                self.early.insert(slot, chosen);
+            }
             return;
         }
-        self.learn(chosen);
+        let mut next = Some(chosen);
+        while let Some(chosen) = next {
+            if let Err(error) = self.ledger.check(&chosen.record) {
+                self.reject(from, format!("record {}: {error}", chosen.record.slot));
+                return;
+            }
+            self.learn(chosen);
+            let head = self.ledger.head;
+            self.early.retain(|early, _| *early > head);
+            next = self.early.remove(&head.next());
+        }
+        let slot = self.ledger.head;
         let behind = self.peers.get(from).is_some_and(|peer| peer.head > Some(slot));
         if catch_up && behind && (slot.0 + 1).is_multiple_of(CATCH_UP_RECORDS) {
             self.beat_to(from);
