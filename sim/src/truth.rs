@@ -272,8 +272,11 @@ impl Course {
             Change::Pause { .. } | Change::Resume => return Ok(next),
         }
         let weight = next.spec.as_ref().map_or(0, |spec| spec.stages[next.stage].weight.bp());
+        let completed = matches!(change, Change::Promote { to: Target::Complete, .. });
         next.ceiling = match (next.active, armed) {
             (_, false) => self.ceiling,
+            // Whoever learns later that this was decided in doubt serves the same version as the canary it was.
+            (false, true) if completed => self.ceiling,
             (false, true) => 0,
             (true, true) => weight,
         };
