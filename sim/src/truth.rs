@@ -208,6 +208,9 @@ pub struct Course {
     pub active: bool,
     /// What may be served of the canary.
     pub ceiling: u16,
+    /// What may be served of it by whoever learns later that the rollout's completion was decided in doubt: the same
+    /// version, as the canary it was.
+    pub in_doubt: u16,
 }
 
 /// The courses of all services along a log.
@@ -257,7 +260,7 @@ impl Course {
                 if self.active {
                     return Err("starts a rollout while one is in progress".into());
                 }
-                next = Self { spec: Some(spec.clone()), stage: 0, active: true, ceiling: 0 };
+                next = Self { spec: Some(spec.clone()), stage: 0, active: true, ceiling: 0, in_doubt: 0 };
             }
             _ if !self.active => return Err(format!("{} without a rollout in progress", change.name())),
             Change::Promote { to, full } => {
@@ -273,10 +276,9 @@ impl Course {
         }
         let weight = next.spec.as_ref().map_or(0, |spec| spec.stages[next.stage].weight.bp());
         let completed = matches!(change, Change::Promote { to: Target::Complete, .. });
+        next.in_doubt = if completed { self.ceiling } else { 0 };
         next.ceiling = match (next.active, armed) {
             (_, false) => self.ceiling,
-            // Whoever learns later that this was decided in doubt serves the same version as the canary it was.
-            (false, true) if completed => self.ceiling,
             (false, true) => 0,
             (true, true) => weight,
         };

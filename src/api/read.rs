@@ -29,10 +29,10 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
         "/livez" => json_response(StatusCode::OK, &json!({"status": "alive"})),
         "/readyz" => ready(node),
         _ => {
-            if parameter(uri, "consistency").as_deref() == Some("linearizable") {
-                if let Err(response) = caught_up(node).await {
-                    return Some(*response);
-                }
+            if parameter(uri, "consistency").as_deref() == Some("linearizable")
+                && let Err(response) = caught_up(node).await
+            {
+                return Some(*response);
             }
             match service_of(node, uri) {
                 Ok(service) if path == "/routing/state" => {

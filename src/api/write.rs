@@ -132,10 +132,10 @@ async fn submit(state: &ApiState, path: &str, headers: &HeaderMap, body: &Bytes,
     };
     if !headers.contains_key(FORWARDED) {
         let coordinator = state.node.published.view().coordinator.clone();
-        if let Some(address) = state.peers.get(&coordinator) {
-            if let Some(answer) = forward(state, address, path, headers, body, &tx).await {
-                return answer;
-            }
+        if let Some(address) = state.peers.get(&coordinator)
+            && let Some(answer) = forward(state, address, path, headers, body, &tx).await
+        {
+            return answer;
         }
     }
     info!(%tx, path, "write asked for");

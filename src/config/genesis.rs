@@ -27,6 +27,9 @@ pub enum FoundError {
     /// Two files name one node.
     #[error("{0} names node {1}, which another file names too; expected one file for each node")]
     Twice(String, NodeId),
+    /// Two files name one data directory.
+    #[error("{0} names data_dir {1}, which another file names too; expected one for each node")]
+    SharedDirectory(String, String),
     /// A file's peers aren't the other nodes.
     #[error("{file}: peers are {found}, expected {expected}: the other nodes given to this command")]
     Peers {
@@ -59,6 +62,13 @@ pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<
     for config in configs {
         if nodes.insert(config.id.clone(), config).is_some() {
             return Err(FoundError::Twice(config.file.display().to_string(), config.id.clone()));
+        }
+    }
+    let mut directories = BTreeSet::new();
+    for config in configs {
+        if !directories.insert(&config.data_dir) {
+            let (file, directory) = (config.file.display().to_string(), config.data_dir.display().to_string());
+            return Err(FoundError::SharedDirectory(file, directory));
         }
     }
     nodes.values().try_for_each(|config| check_peers(config, &nodes))?;
@@ -106,4 +116,54 @@ fn check_peers(config: &NodeConfig, nodes: &BTreeMap<NodeId, &NodeConfig>) -> Re
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn config(id: &str, peers: &[&str], dir: &str) -> NodeConfig {
+        let port = |id: &str, base: u32| base + u32::from(id.as_bytes()[0]);
+        let addresses = |id: &str| (port(id, 7000), port(id, 8000), port(id, 9000));
+        let (control, api, data) = addresses(id);
+        let mut text = format!(
+            "[node]\nid = \"{id}\"\ndata_dir = \"{dir}\"\n[control]\nplaintext = true\n[listen]\n\
+             control = \"127.0.0.1:{control}\"\napi = \"127.0.0.1:{api}\"\ndata = \"127.0.0.1:{data}\"\n"
+        );
+        for peer in peers {
+            let (control, api, _) = addresses(peer);
+            text += &format!("[peers.{peer}]\ncontrol = \"127.0.0.1:{control}\"\napi = \"127.0.0.1:{api}\"\n");
+        }
+        NodeConfig::parse(&text, Path::new("n.toml")).unwrap()
+    }
+
+    fn found_of(configs: &[NodeConfig]) -> Result<Founding, FoundError> {
+        found(configs, &mut rand::rng(), Wall(1))
+    }
+
+    #[test]
+    fn all_registers_remember_the_one_genesis() {
+        let founding = found_of(&[config("a", &["b"], "x"), config("b", &["a"], "y")]).unwrap();
+        let hash = founding.genesis.record.hash();
+        assert!(founding.registers.values().all(|register| register.head_hash == hash));
+        let lives: BTreeSet<_> = founding.registers.values().map(|register| register.incarnation).collect();
+        assert_eq!(lives.len(), 2);
+    }
+
+    #[test]
+    fn files_that_disagree_found_nothing() {
+        let peers = found_of(&[config("a", &["b"], "x"), config("b", &["a"], "y"), config("c", &["a", "b"], "z")]);
+        assert_eq!(
+            peers.unwrap_err().to_string(),
+            "n.toml: peers are b, expected b, c: the other nodes given to this command"
+        );
+        let shared = found_of(&[config("a", &["b"], "x"), config("b", &["a"], "x")]).unwrap_err();
+        assert_eq!(
+            shared.to_string(),
+            "n.toml names data_dir x, which another file names too; expected one for each node"
+        );
+        let twice = found_of(&[config("a", &[], "x"), config("a", &[], "y")]).unwrap_err();
+        assert!(matches!(twice, FoundError::Twice(..)), "{twice}");
+    }
 }

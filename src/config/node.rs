@@ -166,7 +166,7 @@ impl NodeConfig {
         Self::parse(&text, path).map_err(error)
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self, String> {
+    pub(super) fn parse(text: &str, path: &Path) -> Result<Self, String> {
         let file: File = toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
             format!("line {line}: {}", super::with_nearest_key(e.message()))
@@ -190,6 +190,17 @@ impl NodeConfig {
             return Err(format!(
                 "control address {open:?} is off loopback, expected loopback: the control plane is plaintext"
             ));
+        }
+        let limits = [
+            ("connect_timeout_ms", data.connect_timeout_ms),
+            ("first_byte_timeout_ms", data.first_byte_timeout_ms),
+            ("idle_timeout_ms", data.idle_timeout_ms),
+            ("header_timeout_ms", data.header_timeout_ms),
+            ("connections_max", data.connections_max as u64),
+            ("requests_max", data.requests_max as u64),
+        ];
+        if let Some((key, _)) = limits.iter().find(|(_, found)| *found == 0) {
+            return Err(format!("data.{key} is 0, expected at least 1"));
         }
         let level = log.level.unwrap_or_else(|| "info".into());
         if !["error", "warn", "info", "debug", "trace"].contains(&level.as_str()) {
@@ -222,11 +233,11 @@ fn checked_timings(part: &TimingsPart) -> Result<Timings, String> {
     };
     let rules = [
         ("heartbeat_ms", timings.heartbeat_ms, 20, LEASE_MS_MIN / 4),
-        ("suspect_ms", timings.suspect_ms, timings.heartbeat_ms * 2, 10_000),
+        ("suspect_ms", timings.suspect_ms, timings.heartbeat_ms.saturating_mul(2), 10_000),
         ("vote_ms", timings.vote_ms, 100, 1_500),
         ("resend_ms", timings.resend_ms, 20, timings.vote_ms),
         ("snapshot_ms", timings.snapshot_ms, 50, 1_000),
-        ("evidence_age_ms_max", timings.evidence_age_ms_max, timings.snapshot_ms * 3, 30_000),
+        ("evidence_age_ms_max", timings.evidence_age_ms_max, timings.snapshot_ms.saturating_mul(3), 30_000),
     ];
     match rules.iter().find(|(_, found, least, most)| !(least..=most).contains(&found)) {
         Some((key, found, least, most)) => Err(format!("timings.{key} is {found}, expected {least} to {most}")),

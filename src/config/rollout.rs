@@ -162,6 +162,11 @@ struct MetricPart {
     threshold_range: Option<Range>,
     #[serde(default)]
     on_failure: Option<FailurePart>,
+    /// Known of SEQUENTIAL metrics, so that the strategy is what is refused, not its keys.
+    #[serde(default)]
+    allowed_increase: Option<f64>,
+    #[serde(default)]
+    quantile: Option<f64>,
 }
 
 fn threshold() -> String {
@@ -238,7 +243,11 @@ fn maybe_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u
 pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
     let parsed: File = serde_saphyr::from_str(text).map_err(|error| RolloutError::Shape {
         file: file.into(),
-        complaint: super::with_nearest_key(error.to_string().lines().next().unwrap_or_default()),
+        complaint: {
+            let complaint = error.to_string();
+            let first = complaint.lines().next().unwrap_or_default();
+            super::with_nearest_key(first.strip_prefix("error: ").unwrap_or(first))
+        },
     })?;
     let value =
         |place: &str, complaint: String| RolloutError::Value { file: file.into(), place: place.into(), complaint };
@@ -256,19 +265,26 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
         Some(part) => self::analysis(part).map_err(|why| value("spec.analysis", why))?,
         None => Analysis::default(),
     };
-    let lower = |name: String| name.to_ascii_lowercase();
+    let header = |place: &str, name: &str| {
+        http::HeaderName::from_bytes(name.as_bytes())
+            .map(|name| name.as_str().to_string())
+            .map_err(|_| value(place, format!("header {name:?} is none, expected a header's name")))
+    };
+    let hash_on = routing.hash_on.map(|hash| header("spec.routing.hashOn", &hash.header).map(HashOn::Header));
+    let matches = routing.matches.into_iter().map(|part| {
+        let headers = part.headers.into_iter();
+        let headers = headers.map(|(name, exact)| Ok((header("spec.routing.match", &name)?, exact.exact)));
+        Ok(Match { headers: headers.collect::<Result<_, RolloutError>>()? })
+    });
+    let matches = matches.collect::<Result<_, RolloutError>>()?;
     let spec = RolloutSpec {
         service: parsed.metadata.name,
         stable,
         canary,
         stages,
         bake_ms: bake.map_or(60_000, |bake| bake.duration),
-        hash_on: routing.hash_on.map(|hash| HashOn::Header(lower(hash.header))),
-        matches: routing
-            .matches
-            .into_iter()
-            .map(|m| Match { headers: m.headers.into_iter().map(|(name, exact)| (lower(name), exact.exact)).collect() })
-            .collect(),
+        hash_on: hash_on.transpose()?,
+        matches,
         analysis,
         lease_ms: safety.lease.unwrap_or(2_000),
         on_partition: match safety.on_partition {
@@ -287,6 +303,10 @@ fn backend(side: Side) -> Result<Backend, String> {
 
 fn checked_url(url: &str) -> Result<String, String> {
     let uri: http::Uri = url.parse().map_err(|e| format!("url {url:?}: {e}, expected http://host:port"))?;
+    let plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
+    if uri.port_u16().is_none_or(|port| port == 0) || !plain || url.contains('#') {
+        return Err(format!("url {url:?} is no plain address, expected http://host:port"));
+    }
     match uri.scheme_str() {
         Some("http") => {}
         Some("https") => return Err(format!("url {url:?} is https, expected http: upstream TLS is not available yet")),
@@ -321,7 +341,7 @@ fn stages(steps: Vec<Step>, stable: &VersionId, canary: &VersionId) -> Result<Ve
         };
         stages.push(Stage { weight, hold_ms: 0, manual: false });
     }
-    if stages.last().is_some_and(|last| last.weight < Weight::FULL && last.weight > Weight::ZERO) {
+    if stages.last().is_some_and(|last| last.weight < Weight::FULL) {
         stages.push(Stage { weight: Weight::FULL, hold_ms: 0, manual: false });
     }
     Ok(stages)
@@ -356,9 +376,12 @@ fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
 }
 
 fn metric(part: MetricPart) -> Result<Metric, String> {
-    let MetricPart { name, strategy, statistic, threshold_range, on_failure } = part;
+    let MetricPart { name, strategy, statistic, threshold_range, on_failure, allowed_increase, quantile } = part;
     if strategy != "THRESHOLD" {
         return Err(format!("metric {name}: strategy {strategy} is not available in this version, expected THRESHOLD"));
+    }
+    if allowed_increase.is_some() || quantile.is_some() {
+        return Err(format!("metric {name}: allowedIncrease and quantile are SEQUENTIAL's, expected thresholdRange"));
     }
     let max = threshold_range.ok_or_else(|| format!("metric {name} has no thresholdRange, expected {{ max: … }}"))?.max;
     let (limit, default) = match name.as_str() {
@@ -477,6 +500,9 @@ spec:
             "r.yaml: spec.steps: step 5: weights name v2, expected v1 and v1"
         );
         assert!(complaint("kind: Rollout", "kind: Deployment").contains("expected \"Rollout\""));
+        assert!(complaint("{ X-Canary: { exact: always } }", "{}").contains("names no header"));
+        assert!(complaint("header: X-User-ID", "header: \"X User\"").contains("expected a header's name"));
+        assert!(complaint("http://127.0.0.1:9101", "http://127.0.0.1").contains("expected http://host:port"));
         assert!(complaint("lease: 3s", "lease: 100ms").contains("safety.lease is 100 ms, expected 1000 to 60000 ms"));
     }
 }

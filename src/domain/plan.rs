@@ -98,6 +98,9 @@ pub enum SpecError {
     /// The last weight isn't all.
     #[error("last step weight is {0}, expected 100%")]
     NotWhole(Weight),
+    /// Something that must be there isn't.
+    #[error("{0}")]
+    Missing(&'static str),
     /// More than fits in a record.
     #[error("{what}: found {found}, expected at most {max}")]
     TooMany {
@@ -140,6 +143,14 @@ impl RolloutSpec {
         at_most("urls of canary", self.canary.urls.len(), 64)?;
         at_most("routing matches", self.matches.len(), 32)?;
         at_most("metrics", self.analysis.metrics.len(), 32)?;
+        if self.matches.iter().any(|m| m.headers.is_empty()) {
+            return Err(SpecError::Missing(
+                "a routing match names no header, expected at least one: it would match everything",
+            ));
+        }
+        if self.analysis.metrics.is_empty() {
+            return Err(SpecError::Missing("analysis has no metrics, expected at least one: nothing would be judged"));
+        }
         let size = serde_json::to_vec(&self).map_or(usize::MAX, |json| json.len());
         at_most("bytes of the rollout", size, 24 * 1024)?;
         for pair in self.stages.windows(2) {

@@ -194,10 +194,10 @@ impl Core {
         if let Some(accepted) = &self.register.accepted {
             return overdue(&accepted.ballot, self.accepted_at).then(|| Some(accepted.record.intent.clone()));
         }
-        if let Some(prepared) = &self.prepared {
-            if overdue(&prepared.ballot, prepared.at) {
-                return Some(Some(prepared.intent.clone()));
-            }
+        if let Some(prepared) = &self.prepared
+            && overdue(&prepared.ballot, prepared.at)
+        {
+            return Some(Some(prepared.intent.clone()));
         }
         let open = self.peers.values().filter_map(|peer| peer.open.as_ref());
         open.into_iter().any(|(ballot, since)| overdue(ballot, *since)).then_some(None)

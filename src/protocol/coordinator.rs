@@ -54,7 +54,7 @@ struct Attempt {
 #[derive(Debug, Clone)]
 enum Stage {
     Preparing { votes: BTreeMap<NodeId, (Option<Accepted>, GateVote)>, refused: BTreeMap<NodeId, String> },
-    Proposing { record: Record, accepts: BTreeSet<NodeId> },
+    Proposing { record: Box<Record>, accepts: BTreeSet<NodeId> },
 }
 
 /// What this node coordinates.
@@ -410,7 +410,7 @@ impl Core {
         }
         attempt.began = self.now.mono;
         attempt.resend = resend;
-        attempt.stage = Stage::Proposing { record: record.clone(), accepts: BTreeSet::from([own]) };
+        attempt.stage = Stage::Proposing { record: Box::new(record.clone()), accepts: BTreeSet::from([own]) };
         self.broadcast(&Message::Decision(Decision::Propose(ballot.clone(), Box::new(record.clone()))));
         self.accept(ballot, record);
         self.try_choose();
@@ -423,7 +423,7 @@ impl Core {
         if accepts.len() < quorum {
             return;
         }
-        let chosen = Chosen { ballot: Some(attempt.ballot.clone()), record: record.clone() };
+        let chosen = Chosen { ballot: Some(attempt.ballot.clone()), record: (**record).clone() };
         self.tell_chosen(&chosen);
         self.learn(chosen);
     }
@@ -441,11 +441,11 @@ impl Core {
             let outcome = self.settled_outcome(&pending.tx, pending.digest).first_time();
             self.reply(&pending, &outcome);
         }
-        if record.intent.act.lowers_exposure() {
-            if let Some(id) = record.intent.act.service().cloned() {
-                let lease_ms = self.ledger.services[&id].service.rollout.spec.lease_ms;
-                self.enforce(id, record.slot, lease_ms);
-            }
+        if record.intent.act.lowers_exposure()
+            && let Some(id) = record.intent.act.service().cloned()
+        {
+            let lease_ms = self.ledger.services[&id].service.rollout.spec.lease_ms;
+            self.enforce(id, record.slot, lease_ms);
         }
     }
 
@@ -475,7 +475,7 @@ impl Core {
                 (Message::Prepare(self.prepare_of(attempt)), votes.keys().cloned().collect())
             }
             Stage::Proposing { record, accepts } => {
-                let decision = Decision::Propose(attempt.ballot.clone(), Box::new(record.clone()));
+                let decision = Decision::Propose(attempt.ballot.clone(), record.clone());
                 (Message::Decision(decision), accepts.clone())
             }
         };

@@ -140,11 +140,12 @@ impl Core {
             self.send(from, Message::Heartbeat(answer));
         }
         self.note_heartbeat(from, &heartbeat);
-        if counts && heartbeat.role == Role::Voter {
-            if let Some(acknowledgement) = heartbeat.acknowledges {
-                self.note_read(from, &heartbeat, acknowledgement.nonce);
-                self.on_acknowledged(from, acknowledgement);
-            }
+        if counts
+            && heartbeat.role == Role::Voter
+            && let Some(acknowledgement) = heartbeat.acknowledges
+        {
+            self.note_read(from, &heartbeat, acknowledgement.nonce);
+            self.on_acknowledged(from, acknowledgement);
         }
         if heartbeat.head < self.ledger.head {
             self.send_log(from, heartbeat.head.next());

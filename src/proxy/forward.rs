@@ -173,10 +173,10 @@ fn outgoing(head: &http::request::Parts, server: &Authority, body: Lent) -> Requ
 /// Makes a client's headers an upstream's.
 fn prepare(headers: &mut HeaderMap, uri: &Uri, peer: SocketAddr) {
     strip(headers);
-    if let Some(authority) = uri.authority().filter(|_| !headers.contains_key(HOST)) {
-        if let Ok(host) = HeaderValue::from_str(authority.as_str()) {
-            headers.insert(HOST, host);
-        }
+    if let Some(authority) = uri.authority().filter(|_| !headers.contains_key(HOST))
+        && let Ok(host) = HeaderValue::from_str(authority.as_str())
+    {
+        headers.insert(HOST, host);
     }
     if let Some(host) = headers.get(HOST).cloned() {
         headers.entry("x-forwarded-host").or_insert(host);

@@ -4,7 +4,6 @@
 //! `table` compiles the view, `forward` carries a request, `outcome` counts and trips the breaker.
 
 use std::convert::Infallible;
-use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,18 +108,16 @@ pub async fn serve(listener: TcpListener, node: NodeHandle, settings: ProxySetti
     let _ = drain.await;
 }
 
-fn drain(router: Arc<Router>, shutdown: CancellationToken) -> impl Future<Output = ()> {
-    async move {
-        let mut tick = tokio::time::interval(DRAIN);
-        loop {
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                _ = tick.tick() => {}
-            }
-            let observations = router.drain();
-            if !observations.is_empty() {
-                router.node.observed(observations);
-            }
+async fn drain(router: Arc<Router>, shutdown: CancellationToken) {
+    let mut tick = tokio::time::interval(DRAIN);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        let observations = router.drain();
+        if !observations.is_empty() {
+            router.node.observed(observations);
         }
     }
 }

@@ -44,7 +44,7 @@ impl Invariant for Ceiling {
             Fact::Served(served) if served.bp > 0 => {
                 let (node, bp) = (served.node, served.bp);
                 let courses = self.learned.get(node).ok_or("serves before it started")?;
-                let ceiling = courses.now.get(served.service).map_or(0, |course| course.ceiling);
+                let ceiling = courses.now.get(served.service).map_or(0, |course| course.ceiling.max(course.in_doubt));
                 if bp > ceiling {
                     return Err(format!(
                         "{node} serves {bp} bp of {}, its newest record allows {ceiling}",

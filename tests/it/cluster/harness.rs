@@ -100,11 +100,6 @@ impl Process {
         let _ = self.0.wait();
     }
 
-    pub fn signal(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap();
-        assert!(status.success());
-    }
-
     /// Waits for it to end by itself.
     pub fn ended_within(&mut self, limit: Duration) -> bool {
         let began = Instant::now();
@@ -133,7 +128,7 @@ pub fn aviary() -> Command {
 /// A demo model server.
 pub struct Upstream {
     pub port: u16,
-    pub process: Process,
+    _process: Process,
 }
 
 impl Upstream {
@@ -146,7 +141,7 @@ impl Upstream {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let upstream = Self { port, process: Process(child) };
+        let upstream = Self { port, _process: Process(child) };
         wait("an upstream", Duration::from_secs(5), || http(port, "GET", "/healthz", &[], "").ok().map(|_| ()));
         upstream
     }
@@ -211,7 +206,9 @@ impl Cluster {
         }
         let mut init = aviary();
         init.args(["cluster", "init"]);
-        (0..3).for_each(|i| drop(init.arg("--config").arg(cluster.config(i))));
+        for i in 0..3 {
+            init.arg("--config").arg(cluster.config(i));
+        }
         let output = init.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         cluster
@@ -318,8 +315,8 @@ impl Cluster {
 
     /// Fails the test when any node's console or log holds a panic.
     pub fn assert_no_panic(&self) {
-        for i in 0..3 {
-            for path in [self.log(i), self.dir.path().join(format!("{}.console", NAMES[i]))] {
+        for (i, name) in NAMES.iter().enumerate() {
+            for path in [self.log(i), self.dir.path().join(format!("{name}.console"))] {
                 let text = fs::read_to_string(&path).unwrap_or_default();
                 assert!(!text.contains("panicked"), "{}: {text}", path.display());
             }
@@ -335,7 +332,7 @@ impl Drop for Cluster {
                     fs::read_to_string(self.dir.path().join(format!("{}.console", NAMES[i]))).unwrap_or_default();
                 let lines: Vec<_> = text.lines().collect();
                 let last = lines.len().saturating_sub(40);
-                eprintln!("--- node {}\n{}", NAMES[i], lines[last..].join("\n"));
+                eprintln!("--- node {name}\n{}", lines[last..].join("\n"));
             }
         }
     }
@@ -366,7 +363,6 @@ pub struct Traffic {
 #[derive(Debug, Clone)]
 pub struct Seen {
     pub at: Instant,
-    pub node: usize,
     /// 0: the connection failed.
     pub status: u16,
     pub version: String,
@@ -389,7 +385,7 @@ impl Traffic {
                             Some(answer) => (answer.status, answer.header("x-served-by").unwrap_or("").to_string()),
                             None => (0, String::new()),
                         };
-                        seen.push(Seen { at: Instant::now(), node, status, version });
+                        seen.push(Seen { at: Instant::now(), status, version });
                         connection = open.filter(|_| answer.is_some());
                         std::thread::sleep(Duration::from_micros(1_000_000 / rate));
                     }
