@@ -58,7 +58,7 @@ impl Tokens {
 pub async fn check(State(state): State<ApiState>, request: Request, next: Next) -> Response {
     let Some(tokens) = &state.tokens else { return next.run(request).await };
     let path = request.uri().path();
-    let needed = match (request.method() == Method::GET, path) {
+    let needed = match (matches!(*request.method(), Method::GET | Method::HEAD), path) {
         (_, "/livez" | "/readyz") => return next.run(request).await,
         (true, _) => Role::Viewer,
         (false, path) if path.starts_with("/v1/cluster") => Role::Admin,

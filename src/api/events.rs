@@ -8,7 +8,8 @@ use axum::extract::State;
 use axum::response::sse::{Event as Sse, KeepAlive};
 use axum::response::{IntoResponse, Response};
 use http::HeaderMap;
-use tokio::sync::{broadcast::error::RecvError, mpsc};
+use tokio::sync::broadcast::{Receiver, error::RecvError};
+use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -16,6 +17,7 @@ use crate::protocol::record::{Act, Chosen, Slot};
 use crate::protocol::{Announcement, Event};
 
 use super::ApiState;
+use super::show::reasons;
 
 /// How often a silent stream says that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -29,10 +31,14 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
     let resume = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok()).map(Slot);
     let (sender, receiver) = mpsc::channel(WAITING_MAX);
     let shutdown = state.shutdown.clone();
+    // Before the answer: what is decided once a client knows that it is connected is told.
+    let live = state.node.events();
+    let told = resume.unwrap_or(state.node.published.view().head);
     tokio::spawn(async move {
         tokio::select! {
             () = shutdown.cancelled() => {}
-            _ = feed(&state, resume, &sender) => {}
+            () = sender.closed() => {}
+            _ = feed(&state, live, told, resume.is_some(), &sender) => {}
         }
     });
     let stream = ReceiverStream::new(receiver).map(Ok::<_, Infallible>);
@@ -42,10 +48,14 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
 
 /// Feeds one client until it goes away. Only its own queue fills when it is slow; what it missed meanwhile is read
 /// from the log.
-async fn feed(state: &ApiState, resume: Option<Slot>, client: &mpsc::Sender<Sse>) -> Option<()> {
-    let mut live = state.node.events();
-    let mut told = resume.unwrap_or(state.node.published.view().head);
-    if resume.is_some() {
+async fn feed(
+    state: &ApiState,
+    mut live: Receiver<Arc<Announcement>>,
+    mut told: Slot,
+    resumed: bool,
+    client: &mpsc::Sender<Sse>,
+) -> Option<()> {
+    if resumed {
         told = replay(state, told, client).await?;
     }
     loop {
@@ -64,12 +74,12 @@ async fn feed(state: &ApiState, resume: Option<Slot>, client: &mpsc::Sender<Sse>
     }
 }
 
-/// Sends the decisions after `told` from the log; returns the last slot sent.
+/// Sends the decisions after `told` from the log; returns the last slot sent, `told` when there is none.
 async fn replay(state: &ApiState, mut told: Slot, client: &mpsc::Sender<Sse>) -> Option<Slot> {
     loop {
         let (log, from) = (state.node.log.clone(), told.next());
         let records = tokio::task::spawn_blocking(move || log.read(from, BATCH)).await.ok()?.ok()?;
-        let last = records.last()?.record.slot;
+        let Some(last) = records.last().map(|chosen| chosen.record.slot) else { return Some(told) };
         for chosen in &records {
             if let Some(announcement) = retold(state, chosen) {
                 client.send(sse(&Arc::new(announcement), Some(chosen.record.slot))).await.ok()?;
@@ -96,15 +106,21 @@ fn retold(state: &ApiState, chosen: &Chosen) -> Option<Announcement> {
             slot: record.slot,
             kind: act.name().into(),
             state: record.state.clone()?,
-            phase: String::new(),
-            reasons: match act {
-                Act::Abort { reasons, .. } => reasons.clone(),
-                _ => Vec::new(),
-            },
+            phase: phase_after(state, chosen),
+            reasons: reasons(act),
             took_ms: None,
         },
     };
     Some(Announcement { at: record.intent.at, node: state.node.published.view().node.clone(), event })
+}
+
+/// Returns where the rollout stands when the record is the last one that concerned it; empty for earlier ones, as a
+/// record holds the routing only.
+fn phase_after(state: &ApiState, chosen: &Chosen) -> String {
+    let view = state.node.published.view();
+    let service = chosen.record.intent.act.service().and_then(|id| view.services.get(id));
+    let last = service.filter(|service| service.slot == chosen.record.slot);
+    last.map(|service| service.service.rollout.phase.to_string()).unwrap_or_default()
 }
 
 /// Returns the slot that an announcement says was decided.

@@ -1,6 +1,7 @@
 //! Prometheus metrics: gauges from the view at each scrape, counters from announcements.
 
-use std::sync::OnceLock;
+use std::collections::BTreeSet;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::extract::State;
@@ -10,9 +11,11 @@ use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::sync::broadcast::error::RecvError;
 
+use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::routing::Status;
+use crate::domain::weights::Weight;
 use crate::node::handle::NodeHandle;
-use crate::protocol::Event;
+use crate::protocol::{Event, View};
 
 use super::ApiState;
 
@@ -30,16 +33,28 @@ pub fn install() -> PrometheusHandle {
     INSTALLED.get_or_init(build).clone()
 }
 
+/// Series of `aviary_rollout_weight` told so far: a version that left the split falls to 0 instead of standing still.
+static WEIGHED: Mutex<BTreeSet<(ServiceId, VersionId)>> = Mutex::new(BTreeSet::new());
+
+fn tell_weights(view: &View) {
+    let mut weighed = WEIGHED.lock().unwrap_or_else(PoisonError::into_inner);
+    for (id, found) in &view.services {
+        weighed.extend(found.service.routing.weights.iter().map(|(version, _)| (id.clone(), version.clone())));
+    }
+    for (id, version) in weighed.iter() {
+        let weight = view.services.get(id).map_or(Weight::ZERO, |found| found.service.routing.weights.of(version));
+        let (service, version) = (id.to_string(), version.to_string());
+        gauge!("aviary_rollout_weight", "service" => service, "version" => version).set(weight.fraction());
+    }
+}
+
 /// `GET /metrics`.
 pub async fn scrape(State(state): State<ApiState>) -> Response {
     let view = state.node.published.view();
+    tell_weights(&view);
     for (id, found) in &view.services {
         let service = id.to_string();
         let routing = &found.service.routing;
-        for (version, weight) in routing.weights.iter() {
-            let version = version.to_string();
-            gauge!("aviary_rollout_weight", "service" => service.clone(), "version" => version).set(weight.fraction());
-        }
         let effective = f64::from(state.node.published.effective_bp(&found.serving)) / 10_000.0;
         gauge!("aviary_effective_canary_weight", "service" => service.clone()).set(effective);
         gauge!("aviary_routing_version", "service" => service.clone()).set(routing.version as f64);
@@ -55,11 +70,22 @@ pub async fn scrape(State(state): State<ApiState>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.metrics.render()).into_response()
 }
 
+/// How often measured durations are summed up: they would pile up at a node that nobody scrapes.
+const UPKEEP: Duration = Duration::from_secs(5);
+
 /// Counts announcements until the node ends.
 pub async fn count(node: NodeHandle) {
     let mut events = node.events();
+    let (metrics, mut upkeep) = (install(), tokio::time::interval(UPKEEP));
     loop {
-        let announcement = match events.recv().await {
+        let next = tokio::select! {
+            next = events.recv() => next,
+            _ = upkeep.tick() => {
+                metrics.run_upkeep();
+                continue;
+            }
+        };
+        let announcement = match next {
             Ok(announcement) => announcement,
             Err(RecvError::Lagged(_)) => continue,
             Err(RecvError::Closed) => return,

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -105,7 +106,10 @@ pub async fn serve(listener: TcpListener, state: ApiState) {
         };
         let _ = stream.set_nodelay(true);
         let router = router.clone();
+        let begun = Arc::new(AtomicBool::new(false));
+        let asked = begun.clone();
         let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+            asked.store(true, Ordering::Relaxed);
             let router = router.clone();
             async move {
                 let answer = tower::ServiceExt::oneshot(router, request.map(axum::body::Body::new)).await;
@@ -114,7 +118,14 @@ pub async fn serve(listener: TcpListener, state: ApiState) {
         });
         let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let mut connection = std::pin::pin!(connection);
+            // The header timeout begins once the HTTP version is known, which takes a first byte.
+            let ended = match tokio::time::timeout(HEADER_TIMEOUT, connection.as_mut()).await {
+                Ok(ended) => ended,
+                Err(_) if begun.load(Ordering::Relaxed) => connection.await,
+                Err(_) => Err("no request within the time for its headers".into()),
+            };
+            if let Err(error) = ended {
                 debug!(%peer, error, "API connection ended");
             }
             drop(place);
@@ -142,6 +153,7 @@ fn router(state: ApiState) -> Router {
         .method_not_allowed_fallback(async || error(StatusCode::METHOD_NOT_ALLOWED, format!("expected {ROUTES}")))
         .layer(middleware::from_fn_with_state(state.clone(), auth::check))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::map_response(as_json))
         .with_state(state)
 }
 
@@ -150,6 +162,18 @@ async fn fallback(State(state): State<ApiState>, request: Request) -> Response {
         Some(answer) => answer.map(axum::body::Body::new),
         None => error(StatusCode::NOT_FOUND, format!("{} is unknown, expected {ROUTES}", request.uri().path())),
     }
+}
+
+/// Returns the answer, with an error that the framework put in plain text as all of the API's look.
+async fn as_json(answer: Response) -> Response {
+    let status = answer.status();
+    let kind = answer.headers().get(http::header::CONTENT_TYPE);
+    let plain = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    if !plain || !(status.is_client_error() || status.is_server_error()) {
+        return answer;
+    }
+    let text = axum::body::to_bytes(answer.into_body(), BODY_BYTES_MAX).await.unwrap_or_default();
+    error(status, String::from_utf8_lossy(&text))
 }
 
 /// Returns an error as all of the API's look.

@@ -125,7 +125,7 @@ pub fn routing_state(node: &NodeHandle, service: &ServiceId) -> Option<Value> {
         "hash": hash.to_string(),
         "mode": node.published.mode(),
         "phase": rollout.phase.to_string(),
-        "stage": rollout.stage + 1,
+        "stage": rollout.stage,
         "stages": rollout.spec.stages.len(),
         "reason": rollout.reason,
         "waiting_for": waiting_for,

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::domain::ids::ServiceId;
 use crate::domain::plan::Stage;
+use crate::domain::rollout::Change;
 use crate::node::log::weights_json;
 use crate::protocol::record::{Act, Chosen, Slot};
 
@@ -87,15 +88,18 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
     }
 }
 
-fn record_json(chosen: &Chosen) -> Value {
-    let record = &chosen.record;
-    let reasons = match &record.intent.act {
+/// Returns why a record was decided, as far as it says.
+pub(super) fn reasons(act: &Act) -> Vec<String> {
+    match act {
         Act::Abort { reasons, .. } => reasons.clone(),
         Act::Revert { reason, .. } => vec![reason.clone()],
-        Act::Change(_, crate::domain::rollout::Change::Rollback { reason }) => vec![reason.clone()],
-        Act::Change(_, crate::domain::rollout::Change::Pause { reason }) => vec![reason.clone()],
-        _ => Vec::new(),
-    };
+        Act::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => vec![reason.clone()],
+        Act::Change(..) | Act::Genesis { .. } | Act::Config(_) => Vec::new(),
+    }
+}
+
+fn record_json(chosen: &Chosen) -> Value {
+    let record = &chosen.record;
     let state = record.state.as_ref();
     json!({
         "slot": record.slot,
@@ -106,7 +110,7 @@ fn record_json(chosen: &Chosen) -> Value {
         "version": state.map(|state| state.version),
         "weights": state.map(weights_json),
         "status": state.map(|state| state.status),
-        "reasons": reasons,
+        "reasons": reasons(&record.intent.act),
         "yes": record.certificate.as_ref().map(|certificate| &certificate.yes),
         "unarmed": chosen.is_unarmed(),
         "hash": record.hash().to_string(),

@@ -448,6 +448,7 @@ pub struct Announcement {
     /// When.
     pub at: Wall,
     /// Which node says so.
+    #[serde(rename = "reported_by")]
     pub node: NodeId,
     /// What.
     #[serde(flatten)]

@@ -1,4 +1,5 @@
 //! One integration-test binary: the house rules, the parts over real sockets, whole clusters of real processes.
 
+mod api;
 mod cluster;
 mod tidy;

@@ -327,9 +327,8 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            for i in 0..3 {
-                let text =
-                    fs::read_to_string(self.dir.path().join(format!("{}.console", NAMES[i]))).unwrap_or_default();
+            for name in NAMES {
+                let text = fs::read_to_string(self.dir.path().join(format!("{name}.console"))).unwrap_or_default();
                 let lines: Vec<_> = text.lines().collect();
                 let last = lines.len().saturating_sub(40);
                 eprintln!("--- node {name}\n{}", lines[last..].join("\n"));

@@ -1,0 +1,335 @@
+//! The API port over real sockets, with a made-up node loop behind it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use aviary::adapters::clock::BootClock;
+use aviary::adapters::memory::MemoryStore;
+use aviary::api::auth::Tokens;
+use aviary::api::{self, ApiState};
+use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
+use aviary::domain::rollout::{Change, Mark, Service};
+use aviary::domain::routing::RoutingState;
+use aviary::domain::time::Wall;
+use aviary::domain::window::Evidence;
+use aviary::node::handle::{NodeHandle, Published, Request};
+use aviary::ports::Store;
+use aviary::protocol::message::Role;
+use aviary::protocol::record::{Act, Chosen, Hash, Intent, Record, Slot};
+use aviary::protocol::{Announcement, Event, Op, Outcome, ServiceView, Serving, View};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
+    stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
+
+type Asked = Arc<Mutex<Vec<(TxId, Op)>>>;
+
+struct Node {
+    port: u16,
+    events: broadcast::Sender<Arc<Announcement>>,
+    handle: NodeHandle,
+    asked: Asked,
+    shutdown: CancellationToken,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+fn mark(slot: u64) -> Mark {
+    Mark { tx: TxId::new(format!("tx-{slot}")).unwrap(), at: Wall(slot) }
+}
+
+fn started() -> (Change, Service) {
+    let spec = aviary::config::rollout::parse(ROLLOUT, "rollout").unwrap_or_else(|e| panic!("{e}"));
+    let change = Change::Start(Arc::new(spec));
+    let service = Service::after(None, &id(), &change, &mark(1)).unwrap();
+    (change, service)
+}
+
+fn id() -> ServiceId {
+    ServiceId::new("svc").unwrap()
+}
+
+fn rollback() -> (Change, Service) {
+    let change = Change::Rollback { reason: "errors: 9 %".into() };
+    let service = Service::after(Some(&started().1), &id(), &change, &mark(2)).unwrap();
+    (change, service)
+}
+
+fn record(slot: u64, change: Change, state: RoutingState) -> Chosen {
+    let act = Act::Change(id(), change);
+    let intent = Intent { tx: mark(slot).tx, digest: 0, at: Wall(slot), act };
+    Chosen {
+        ballot: None,
+        record: Record { slot: Slot(slot), prev_hash: Hash([0; 32]), intent, state: Some(state), certificate: None },
+    }
+}
+
+fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View> {
+    let spec = service.rollout.spec.clone();
+    let serving = Serving {
+        routing_version: 1,
+        stable: service.stable.clone(),
+        canary: None,
+        lease_ms: None,
+        spec,
+        held_back: None,
+    };
+    let shown = ServiceView {
+        service,
+        slot: Slot(head),
+        hash: Hash([0; 32]),
+        serving,
+        local: Evidence::default(),
+        cluster: Evidence::default(),
+        verdict: None,
+        waiting_for: String::new(),
+        enforced: true,
+    };
+    Arc::new(View {
+        node: NodeId::new(name).unwrap(),
+        cluster: ClusterId([1; 16]),
+        incarnation: Incarnation(1),
+        role: Role::Voter,
+        head: Slot(head),
+        head_hash: Hash([0; 32]),
+        coordinator: NodeId::new(coordinator).unwrap(),
+        members: BTreeMap::new(),
+        services: BTreeMap::from([(id(), shown)]),
+    })
+}
+
+/// A log of genesis-like slot 0, a start in slot 1 and a rollback in slot 2.
+fn log() -> Vec<Chosen> {
+    let ((start, first), (back, second)) = (started(), rollback());
+    vec![
+        record(0, Change::Resume, first.routing.clone()),
+        record(1, start, first.routing),
+        record(2, back, second.routing),
+    ]
+}
+
+async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Option<&str>) -> Node {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let store = MemoryStore::new(None, log());
+    let published = Published::new(view(name, coordinator, 2, rollback().1), Arc::new(BootClock));
+    let (handle, mut requests, events) = NodeHandle::new(published, store.reader());
+    let asked = Asked::default();
+    let told = asked.clone();
+    tokio::spawn(async move {
+        while let Some(request) = requests.recv().await {
+            if let Request::Submit { tx, op, reply } = request {
+                told.lock().unwrap().push((tx, op));
+                let _ =
+                    reply.send(Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false });
+            }
+        }
+    });
+    let peers = peers.iter().map(|(n, p)| (NodeId::new(n).unwrap(), format!("127.0.0.1:{p}"))).collect();
+    let shutdown = CancellationToken::new();
+    let tokens = tokens.map(|text| Tokens::parse(text).unwrap());
+    let state = ApiState::new(handle.clone(), peers, tokens, api::metrics::install(), shutdown.clone());
+    tokio::spawn(api::serve(listener, state));
+    Node { port, events, handle, asked, shutdown }
+}
+
+async fn http(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, Value) {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let _ = stream.write_all(body.as_bytes()).await;
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text).await;
+    let status = text.split(' ').nth(1).map_or(0, |s| s.parse().unwrap());
+    let body = text.split_once("\r\n\r\n").map_or("", |(_, b)| b).to_string();
+    let json = serde_json::from_str(&body).unwrap_or(Value::Null);
+    (status, body, json)
+}
+
+/// What a stream says within `ms`, and whether it is still open then.
+async fn stream(stream: &mut TcpStream, ms: u64) -> (String, bool) {
+    let mut text = Vec::new();
+    let end = tokio::time::Instant::now() + Duration::from_millis(ms);
+    loop {
+        let mut bytes = [0; 4096];
+        match tokio::time::timeout_at(end, stream.read(&mut bytes)).await {
+            Err(_) => return (String::from_utf8(text).unwrap(), true),
+            Ok(Ok(0) | Err(_)) => return (String::from_utf8(text).unwrap(), false),
+            Ok(Ok(n)) => text.extend_from_slice(&bytes[..n]),
+        }
+        if text.ends_with(b"0\r\n\r\n") {
+            return (String::from_utf8(text).unwrap(), false);
+        }
+    }
+}
+
+async fn follow(port: u16, headers: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    stream.write_all(format!("GET /v1/events HTTP/1.1\r\nhost: x\r\n{headers}\r\n").as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn a_stream_resumed_at_the_head_stays_open() {
+    let a = node("a", "a", &[], None).await;
+    let mut open = follow(a.port, "last-event-id: 2\r\n").await;
+    let (text, alive) = stream(&mut open, 500).await;
+    assert!(alive, "ended at once: {text}");
+}
+
+#[tokio::test]
+async fn a_stream_resumes_after_the_slot_it_names_and_tells_each_decision_once() {
+    let a = node("a", "a", &[], None).await;
+    let mut open = follow(a.port, "last-event-id: 1\r\n").await;
+    let (text, _) = stream(&mut open, 300).await;
+    assert!(text.contains("id: 2") && !text.contains("id: 1\n"), "{text}");
+    let event = Event::Peer { node: NodeId::new("c").unwrap(), alive: false };
+    a.events.send(Arc::new(Announcement { at: Wall(1), node: NodeId::new("a").unwrap(), event })).unwrap();
+    let (text, alive) = stream(&mut open, 300).await;
+    assert!(alive && text.contains("\"peer\"") && !text.contains("id:"), "{text}");
+}
+
+#[tokio::test]
+async fn a_replayed_rollback_says_why_and_where_it_led() {
+    let a = node("a", "a", &[], None).await;
+    let mut open = follow(a.port, "last-event-id: 1\r\n").await;
+    let (text, _) = stream(&mut open, 300).await;
+    assert!(text.contains("errors: 9 %"), "no reason: {text}");
+    assert!(text.contains("RolledBack"), "no phase: {text}");
+}
+
+#[tokio::test]
+async fn a_follower_that_lagged_goes_on_though_nothing_was_decided_meanwhile() {
+    let a = node("a", "a", &[], None).await;
+    let mut open = follow(a.port, "").await;
+    let (_, alive) = stream(&mut open, 200).await;
+    assert!(alive);
+    for _ in 0..1500 {
+        let event = Event::Lease { held: true };
+        a.events.send(Arc::new(Announcement { at: Wall(1), node: NodeId::new("a").unwrap(), event })).unwrap();
+    }
+    let (text, alive) = stream(&mut open, 500).await;
+    assert!(alive, "ended: {} bytes", text.len());
+}
+
+#[tokio::test]
+async fn a_rolled_back_canary_has_no_weight_in_the_metrics() {
+    let a = node("a", "a", &[], None).await;
+    a.handle.published.publish(view("a", "a", 1, started().1));
+    let (_, before, _) = http(a.port, "GET", "/metrics", "", "").await;
+    assert!(before.contains(r#"version="v2"} 0.05"#), "{before}");
+    a.handle.published.publish(view("a", "a", 2, rollback().1));
+    let (_, after, _) = http(a.port, "GET", "/metrics", "", "").await;
+    assert!(!after.contains(r#"version="v2"} 0.05"#), "{after}");
+}
+
+#[tokio::test]
+async fn every_error_is_json() {
+    let a = node("a", "a", &[], None).await;
+    let large = "x".repeat(300 * 1024);
+    let cases = [
+        ("POST", "/v1/rollouts", large.as_str(), 413),
+        ("POST", "/v1/rollouts", "kind: nonsense", 400),
+        ("GET", "/v1/rollouts/%ff", "", 400),
+        ("GET", "/v1/rollouts/none", "", 404),
+        ("GET", "/nowhere", "", 404),
+        ("DELETE", "/v1/rollouts", "", 405),
+        ("POST", "/v1/rollouts/svc/explode", "", 404),
+        ("POST", "/v1/rollouts/svc/abort", "[]x", 400),
+        ("POST", "/v1/cluster/readmit", "{\"node\":\"c\"}", 400),
+    ];
+    let mut wrong = Vec::new();
+    for (method, path, body, expected) in cases {
+        let (status, text, json) = http(a.port, method, path, "", body).await;
+        if status != expected || !json["error"].is_string() {
+            wrong.push(format!("{method} {path}: {status}, expected {expected}: {text}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(a.asked.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_connection_that_says_nothing_is_closed() {
+    let a = node("a", "a", &[], None).await;
+    let mut silent = TcpStream::connect(("127.0.0.1", a.port)).await.unwrap();
+    let mut bytes = [0; 16];
+    let read = tokio::time::timeout(Duration::from_secs(8), silent.read(&mut bytes)).await;
+    assert!(read.is_ok(), "still open after 8 s");
+}
+
+#[tokio::test]
+async fn a_write_goes_to_the_coordinator_once_under_its_key() {
+    let a = node("a", "a", &[], None).await;
+    let b = node("b", "a", &[("a", a.port)], None).await;
+    let (status, _, json) = http(b.port, "POST", "/v1/rollouts/svc/abort", "idempotency-key: k1\r\n", "{}").await;
+    assert_eq!((status, &json["status"], &json["txid"]), (200, &json!("COMMITTED"), &json!("k1")));
+    assert_eq!((a.asked.lock().unwrap().len(), b.asked.lock().unwrap().len()), (1, 0));
+    let c = node("c", "b", &[("b", b.port)], None).await;
+    http(c.port, "POST", "/v1/rollouts/svc/abort", "", "{}").await;
+    assert_eq!((a.asked.lock().unwrap().len(), b.asked.lock().unwrap().len()), (1, 1), "forwarded twice");
+}
+
+#[tokio::test]
+async fn a_write_is_decided_here_when_the_coordinator_is_gone_or_breaks() {
+    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = gone.local_addr().unwrap().port();
+    drop(gone);
+    let b = node("b", "a", &[("a", port)], None).await;
+    let (status, _, json) = http(b.port, "POST", "/v1/rollouts/svc/abort", "idempotency-key: k1\r\n", "{}").await;
+    assert_eq!((status, &json["txid"]), (200, &json!("k1")));
+    let breaks = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = breaks.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = breaks.accept().await {
+            drop(stream)
+        }
+    });
+    let c = node("c", "a", &[("a", port)], None).await;
+    assert_eq!(http(c.port, "POST", "/v1/rollouts/svc/abort", "", "{}").await.0, 200);
+    assert_eq!((b.asked.lock().unwrap().len(), c.asked.lock().unwrap().len()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_role_may_what_it_may_and_no_more() {
+    let hash = |t: &str| blake3::hash(t.as_bytes());
+    let file = format!("viewer {}\noperator {}\nadmin {}\n", hash("v"), hash("o"), hash("a"));
+    let a = node("a", "a", &[], Some(&file)).await;
+    let cases = [
+        ("GET", "/v1/rollouts", "", 401),
+        ("GET", "/v1/rollouts", "nobody", 401),
+        ("GET", "/v1/rollouts", "v", 200),
+        ("HEAD", "/v1/rollouts", "v", 200),
+        ("POST", "/v1/rollouts/svc/abort", "v", 403),
+        ("POST", "/v1/rollouts/svc/abort", "o", 200),
+        ("POST", "/v1/cluster/bench", "o", 403),
+        ("POST", "/v1/cluster/bench", "a", 200),
+        ("GET", "/livez", "", 200),
+        ("GET", "/metrics", "", 401),
+        ("GET", "/nowhere", "", 401),
+        ("GET", "/v1/events", "", 401),
+    ];
+    let mut wrong = Vec::new();
+    for (method, path, token, expected) in cases {
+        let header = if token.is_empty() { String::new() } else { format!("authorization: Bearer {token}\r\n") };
+        let (status, text, _) = http(a.port, method, path, &header, "{\"node\":\"c\"}").await;
+        // `abort` takes no `node`: its 400 shows that the role was enough.
+        let enough = status == expected || (path.ends_with("abort") && expected == 200 && status == 400);
+        if !enough {
+            wrong.push(format!("{method} {path} as {token:?}: {status}, expected {expected}: {text}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
