@@ -255,27 +255,20 @@ impl Core {
     fn finish(&mut self) -> Vec<Output> {
         let stale = self.now.mono.millis_since(self.published_at) >= REFRESH_MS;
         if self.dirty || stale {
-            // First of all: what is held back is held back before the disk answers, and who is told of a commit finds
-            // it served. Only a cluster of one decides on its own write, and publishes behind it.
-            let alone = self.ledger.membership.quorum() == 1;
-            let durable = self.out.iter().rposition(|output| alone && matches!(output, Output::Persist(_)));
-            self.publish_at(durable.map_or(0, |i| i + 1));
+            self.publish();
         }
         std::mem::take(&mut self.out)
     }
 
-    /// Publishes what this node serves by at this point of its outputs.
+    /// Publishes what this node serves by, at this point of its outputs: a brake and an accepted lowering before the
+    /// disk answers, a decided record before anybody is told of it, everything else at the end of the call.
     pub(super) fn publish(&mut self) {
-        self.publish_at(self.out.len());
-    }
-
-    fn publish_at(&mut self, place: usize) {
         self.dirty = false;
         self.published_at = self.now.mono;
         let view = Arc::new(self.build_view());
         if *view != *self.view {
             self.view = view.clone();
-            self.out.insert(place, Output::Publish(view));
+            self.out.push(Output::Publish(view));
         }
     }
 
@@ -387,6 +380,7 @@ impl Core {
         self.cast = None;
         self.announce_record(&chosen);
         self.renew_gate(&chosen);
+        self.publish();
         self.settle(record);
         self.dirty = true;
         self.out.push(Output::Append(Box::new(chosen)));

@@ -163,8 +163,8 @@ impl Core {
         self.register.promised = Some(ballot.clone());
         self.register.accepted = Some(Accepted { ballot, record });
         self.accepted_at = self.now.mono;
+        self.publish();
         self.persist();
-        self.dirty = true;
     }
 
     pub(super) fn on_chosen(&mut self, from: &NodeId, incarnation: Incarnation, chosen: Chosen, catch_up: bool) {
