@@ -22,7 +22,7 @@ step "tests"
 cargo test --workspace --quiet
 
 step "simulation: ${SIM_SEEDS:-300} seeds, each 20 virtual seconds of faults, then healing"
-cargo build --quiet -p sim
+cargo build --quiet --workspace --bins
 ./target/debug/sim --seeds "${SIM_SEEDS:-300}"
 
 step "dependencies"
