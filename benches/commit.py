@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Latency of a commit, from the client's request to COMMITTED: three nodes on this machine, fsync on, health vote inside.
+
+    cargo build --release && benches/commit.py [ROUNDS]
+
+Where etcd is installed, three of its nodes are measured in the same run by the same client (puts of 256 bytes through
+its HTTP gateway to the leader). Also prints failover: SIGKILL of the coordinator to the next commit at a survivor.
+Everything listens on 127.0.0.1; all of it ends, and its directory is removed, with the script.
+"""
+import base64, http.client, json, os, shutil, socket, subprocess, sys, tempfile, time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+AVIARY = os.path.join(ROOT, "target", "release", "aviary")
+NODES = {name: (28080 + i, 28180 + i, 28280 + i) for i, name in enumerate("abc")}  # data, api, control
+ROLLOUT = """apiVersion: aviary/v1
+kind: Rollout
+metadata: { name: bench }
+spec:
+  stable: { version: v1 }
+  canary: { version: v2 }
+  steps: [ { setWeight: 5 }, { pause: {} }, { setWeight: 100 } ]
+"""
+
+
+def connect(port):
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    client.connect()
+    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def ask(client, method, path, body=""):
+    client.request(method, path, body)
+    answer = client.getresponse()
+    return answer.status, answer.read()
+
+
+def timed(client, path, body):
+    began = time.perf_counter()
+    status, answer = ask(client, "POST", path, body)
+    assert status == 200, (status, answer)
+    return (time.perf_counter() - began) * 1000
+
+
+def show(what, times):
+    times = sorted(times)
+    print(f"{what:34} p50 {times[len(times) // 2]:6.2f} ms   p99 {times[int(len(times) * 0.99)]:6.2f} ms   n {len(times)}")
+    return times[len(times) // 2]
+
+
+def ours(folder, rounds):
+    for name, (data, api, control) in NODES.items():
+        text = (f'[node]\nid = "{name}"\ndata_dir = "{folder}/{name}"\n[control]\nplaintext = true\n[log]\nlevel = "warn"\n'
+                f'[listen]\ndata = "127.0.0.1:{data}"\napi = "127.0.0.1:{api}"\ncontrol = "127.0.0.1:{control}"\n')
+        for peer, (_, papi, pcontrol) in NODES.items():
+            if peer != name:
+                text += f'[peers.{peer}]\ncontrol = "127.0.0.1:{pcontrol}"\napi = "127.0.0.1:{papi}"\n'
+        with open(f"{folder}/{name}.toml", "w") as file:
+            file.write(text)
+    files = [word for name in NODES for word in ("--config", f"{folder}/{name}.toml")]
+    subprocess.run([AVIARY, "cluster", "init", *files], check=True, stdout=subprocess.DEVNULL)
+    running = {}
+
+    def start(name):
+        with open(f"{folder}/{name}.err", "a") as log:
+            running[name] = subprocess.Popen([AVIARY, "node", "--config", f"{folder}/{name}.toml"], stderr=log)
+
+    def ready(name):
+        while True:
+            try:
+                if ask(connect(NODES[name][0]), "GET", "/readyz")[0] == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.005)
+
+    try:
+        for name in NODES:
+            start(name)
+        for name in NODES:
+            ready(name)
+        client = connect(NODES["a"][1])
+        timed(client, "/v1/rollouts", ROLLOUT)
+        times = {"abort": [], "retry": []}
+        for _ in range(rounds):
+            for verb, found in times.items():
+                found.append(timed(client, f"/v1/rollouts/bench/{verb}", "{}"))
+        lowering = show("rollback (majority)", times["abort"])
+        raising = show("start (every node's health vote)", times["retry"])
+        failovers = []
+        for i in range(10):
+            running["a"].kill()
+            began = time.perf_counter()
+            verb = "abort" if i % 2 == 0 else "retry"
+            while True:
+                try:
+                    if ask(connect(NODES["b"][1]), "POST", f"/v1/rollouts/bench/{verb}", "{}")[0] in (200, 409):
+                        break
+                except OSError:
+                    pass
+            failovers.append((time.perf_counter() - began) * 1000)
+            running["a"].wait()
+            start("a")
+            ready("a")
+            time.sleep(1.5)
+        show("failover, kill to next decision", failovers)
+        return lowering, raising
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def etcd(folder, rounds):
+    peers = ",".join(f"n{i}=http://127.0.0.1:{29380 + i}" for i in range(3))
+    running = []
+    try:
+        for i in range(3):
+            client, peer = f"http://127.0.0.1:{29370 + i}", f"http://127.0.0.1:{29380 + i}"
+            running.append(subprocess.Popen(
+                ["etcd", "--name", f"n{i}", "--data-dir", f"{folder}/etcd{i}", "--listen-client-urls", client,
+                 "--advertise-client-urls", client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+                 "--initial-cluster", peers], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        time.sleep(4)
+        for i in range(3):
+            client = connect(29370 + i)
+            status = json.loads(ask(client, "POST", "/v3/maintenance/status", "{}")[1])
+            if status["leader"] == status["header"]["member_id"]:
+                break
+        put = json.dumps({"key": base64.b64encode(b"k").decode(), "value": base64.b64encode(b"x" * 256).decode()})
+        return show("etcd put", [timed(client, "/v3/kv/put", put) for _ in range(2 * rounds)])
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def main():
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 400
+    if not os.path.exists(AVIARY):
+        sys.exit(f"{AVIARY} is missing: cargo build --release")
+    folder = tempfile.mkdtemp(prefix="aviary-bench-", dir=os.path.join(ROOT, "target"))
+    try:
+        lowering, raising = ours(folder, rounds)
+        if shutil.which("etcd"):
+            beside = etcd(folder, rounds)
+            print(f"ratio to etcd: rollback {lowering / beside:.2f}, start {raising / beside:.2f}")
+        else:
+            print("etcd is not installed: measured without it")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+main()
