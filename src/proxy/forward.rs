@@ -1,7 +1,8 @@
 //! One request, carried to an upstream and back, bodies streaming both ways.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -33,10 +34,47 @@ const HOP_BY_HOP: [&str; 8] = [
     "upgrade",
 ];
 
+/// What a request's body is doing, told by [`Lent`] to whoever waits for the answer.
+struct Upload {
+    /// The body, while no attempt has it.
+    body: Mutex<Option<Incoming>>,
+    /// One of `MOVING`, `AWAITED` and `CUT`.
+    state: AtomicU8,
+    /// When something last came from the client, in milliseconds since `began`.
+    moved_ms: AtomicU64,
+    began: Instant,
+}
+
+/// The upstream takes what comes, or everything came.
+const MOVING: u8 = 0;
+/// The client has more to send, and the upstream waits for it.
+const AWAITED: u8 = 1;
+/// The client broke off.
+const CUT: u8 = 2;
+
+impl Upload {
+    fn new(body: Incoming) -> Self {
+        let state = AtomicU8::new(MOVING);
+        Self { body: Mutex::new(Some(body)), state, moved_ms: AtomicU64::new(0), began: Instant::now() }
+    }
+
+    fn body(&self) -> std::sync::MutexGuard<'_, Option<Incoming>> {
+        self.body.lock().expect("nobody panics with a body in hand")
+    }
+
+    fn is(&self, state: u8) -> bool {
+        self.state.load(Relaxed) == state
+    }
+
+    fn moved(&self) -> Instant {
+        self.began + Duration::from_millis(self.moved_ms.load(Relaxed))
+    }
+}
+
 /// A request's body, lent to an attempt: it comes back when the attempt ends without having read from it.
 pub struct Lent {
     body: Option<Incoming>,
-    back: Arc<Mutex<Option<Incoming>>>,
+    upload: Arc<Upload>,
     read: bool,
 }
 
@@ -46,10 +84,18 @@ impl hyper::body::Body for Lent {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         self.read = true;
-        match &mut self.body {
-            Some(body) => Pin::new(body).poll_frame(cx),
-            None => Poll::Ready(None),
-        }
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let polled = Pin::new(body).poll_frame(cx);
+        let state = match &polled {
+            Poll::Pending => AWAITED,
+            Poll::Ready(Some(Err(_))) => CUT,
+            Poll::Ready(_) => {
+                self.upload.moved_ms.store(self.upload.began.elapsed().as_millis() as u64, Relaxed);
+                MOVING
+            }
+        };
+        self.upload.state.store(state, Relaxed);
+        polled
     }
 
     fn is_end_stream(&self) -> bool {
@@ -64,7 +110,8 @@ impl hyper::body::Body for Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         if !self.read {
-            *self.back.lock().expect("nobody panics with a body in hand") = self.body.take();
+            let body = self.body.take();
+            *self.upload.body() = body;
         }
     }
 }
@@ -77,6 +124,8 @@ enum Failure {
     Late,
     /// The upstream broke off.
     Broken(String),
+    /// The client broke off, or stopped sending: nobody's error.
+    Client(&'static str),
 }
 
 /// Carries a request to whoever serves it.
@@ -89,7 +138,7 @@ pub async fn forward(
     let mut pick = router.pick(route, request.headers());
     let (mut head, body) = request.into_parts();
     prepare(&mut head.headers, &head.uri, peer);
-    let lent = Arc::new(Mutex::new(Some(body)));
+    let upload = Arc::new(Upload::new(body));
     let began = now(router);
     loop {
         let pool = match (pick, &route.canary) {
@@ -99,11 +148,13 @@ pub async fn forward(
         if pool.servers.is_empty() {
             return answered_here(router, route, pool, pick, began);
         }
-        match attempt(router, pool, &head, &lent).await {
-            Ok(answer) => return passed_on(router, route, pool, pick, began, answer),
+        match attempt(router, pool, &head, &upload).await {
+            Ok(answer) => return passed_on(router, route, pool, pick, began, answer, upload),
             Err(failure) => {
-                count(router, route, pick, 502, began, true);
-                let untouched = lent.lock().expect("nobody panics with a body in hand").is_some();
+                if !matches!(failure, Failure::Client(_)) {
+                    count(router, route, pick, 502, began, true);
+                }
+                let untouched = upload.body().is_some();
                 if pick == Pick::Canary && untouched && matches!(failure, Failure::Unreachable(_)) {
                     // A canary that isn't there costs users nothing. Never the other way round.
                     pick = Pick::Stable;
@@ -118,6 +169,7 @@ pub async fn forward(
                         format!("{} sent no answer within {} ms", pool.version, router.settings.first_byte_timeout_ms),
                     ),
                     Failure::Broken(why) => (StatusCode::BAD_GATEWAY, format!("{} broke off: {why}", pool.version)),
+                    Failure::Client(why) => (StatusCode::REQUEST_TIMEOUT, why.to_string()),
                 };
                 let mut response = problem(status, json!({"error": error}));
                 mark(response.headers_mut(), route, pool);
@@ -132,22 +184,41 @@ async fn attempt(
     router: &Router,
     pool: &Pool,
     head: &http::request::Parts,
-    lent: &Arc<Mutex<Option<Incoming>>>,
+    upload: &Arc<Upload>,
 ) -> Result<Response<Incoming>, Failure> {
     let mut unreachable = String::new();
     for server in pool.in_turn() {
-        let body = lent.lock().expect("nobody panics with a body in hand").take();
-        let body = Lent { body, back: lent.clone(), read: false };
+        let body = upload.body().take();
+        let body = Lent { body, upload: upload.clone(), read: false };
         let request = outgoing(head, server, body);
         let limit = Duration::from_millis(router.settings.first_byte_timeout_ms);
-        match tokio::time::timeout(limit, router.client.request(request)).await {
-            Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(error)) if error.is_connect() => unreachable = format!("{server}: {}", root(&error)),
-            Ok(Err(error)) => return Err(Failure::Broken(root(&error))),
-            Err(_) => return Err(Failure::Late),
+        match in_time(limit, upload, router.client.request(request)).await {
+            Some(Ok(answer)) => return Ok(answer),
+            Some(Err(error)) if error.is_connect() => unreachable = format!("{server}: {}", root(&error)),
+            Some(Err(_)) if upload.is(CUT) => return Err(Failure::Client("the request's body broke off")),
+            Some(Err(error)) => return Err(Failure::Broken(root(&error))),
+            None if upload.is(AWAITED) => return Err(Failure::Client("the request's body stopped coming")),
+            None => return Err(Failure::Late),
         }
     }
     Err(Failure::Unreachable(unreachable))
+}
+
+/// Waits for an answer until `limit` after the later of this call and the last that came from the client; none when
+/// that passed.
+async fn in_time<T>(limit: Duration, upload: &Upload, answer: impl Future<Output = T>) -> Option<T> {
+    let mut answer = pin!(answer);
+    let mut until = Instant::now() + limit;
+    loop {
+        if let Ok(answer) = tokio::time::timeout_at(until, answer.as_mut()).await {
+            return Some(answer);
+        }
+        let later = upload.moved() + limit;
+        if later <= until {
+            return None;
+        }
+        until = later;
+    }
 }
 
 fn root(error: &dyn std::error::Error) -> String {
@@ -257,6 +328,7 @@ fn passed_on(
     pick: Pick,
     began: Mono,
     answer: Response<Incoming>,
+    upload: Arc<Upload>,
 ) -> Response<Body> {
     let (mut head, body) = answer.into_parts();
     strip(&mut head.headers);
@@ -272,7 +344,7 @@ fn passed_on(
         body,
         idle,
         silence: Box::pin(tokio::time::sleep(idle)),
-        outcome: Outcome { router: router.clone(), route: route.clone(), pick, status, began, counted },
+        outcome: Outcome { router: router.clone(), route: route.clone(), pick, status, began, counted, upload },
     };
     head.extensions.clear();
     Response::from_parts(head, passing.boxed_unsync())
@@ -286,6 +358,7 @@ struct Outcome {
     status: u16,
     began: Mono,
     counted: bool,
+    upload: Arc<Upload>,
 }
 
 impl Outcome {
@@ -322,7 +395,9 @@ impl hyper::body::Body for Passing {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
-                self.outcome.count(true);
+                // An upload that the client cuts takes the upstream's connection with it.
+                let upstreams = !self.outcome.upload.is(CUT);
+                self.outcome.count(upstreams);
                 Poll::Ready(Some(Err(error.into())))
             }
             Poll::Ready(None) => {

@@ -5,7 +5,9 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -90,14 +92,25 @@ pub async fn serve(listener: TcpListener, node: NodeHandle, settings: ProxySetti
         };
         let _ = stream.set_nodelay(true);
         let router = router.clone();
+        let asked = Arc::new(AtomicBool::new(false));
+        let first = asked.clone();
         let service = service_fn(move |request| {
+            first.store(true, Relaxed);
             let router = router.clone();
             async move { Ok::<_, Infallible>(answer(&router, request, peer).await) }
         });
         let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let mut connection = pin!(connection);
+            // hyper's own limit on headers begins once the protocol is known: a client that says nothing, or half of
+            // HTTP/2's preface, would keep its place for ever.
+            let ended = match tokio::time::timeout(header_timeout, connection.as_mut()).await {
+                Ok(ended) => ended,
+                Err(_) if asked.load(Relaxed) => connection.await,
+                Err(_) => Err("no request came in time".into()),
+            };
+            if let Err(error) = ended {
                 debug!(%peer, error, "connection ended");
             }
             drop(place);

@@ -1,0 +1,450 @@
+//! The data plane over real sockets, serving by a view built by hand: no consensus, no other process.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aviary::adapters::clock::BootClock;
+use aviary::adapters::memory::MemoryStore;
+use aviary::domain::analysis::Analysis;
+use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use aviary::domain::plan::{Backend, HashOn, OnPartition, RolloutSpec, Stage};
+use aviary::domain::rollout::{Change, Mark, Service};
+use aviary::domain::time::Wall;
+use aviary::domain::weights::Weight;
+use aviary::domain::window::Evidence;
+use aviary::node::handle::{NodeHandle, Published, Request};
+use aviary::ports::Store;
+use aviary::protocol::message::Role;
+use aviary::protocol::record::{Hash, Slot};
+use aviary::protocol::{ServiceView, Serving, View};
+use aviary::proxy::{self, ProxySettings};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// Longest wait for what must happen.
+const SOON: Duration = Duration::from_secs(10);
+const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+const FAILED: &str = "HTTP/1.1 500 Failed\r\ncontent-length: 2\r\n\r\nno";
+
+/// A proxy, its node's door, and what it told the node.
+struct World {
+    address: SocketAddr,
+    node: NodeHandle,
+    told: mpsc::Receiver<Request>,
+    _stop: DropGuard,
+}
+
+fn version(name: &str) -> VersionId {
+    VersionId::new(name).unwrap()
+}
+
+fn view(stable: Option<SocketAddr>, canary: Option<SocketAddr>, bp: u16) -> View {
+    let id = ServiceId::new("fraud").unwrap();
+    let backend = |name, at: Option<SocketAddr>| Backend {
+        version: version(name),
+        urls: at.iter().map(|address| format!("http://{address}")).collect(),
+    };
+    let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
+    let spec = Arc::new(RolloutSpec {
+        service: id.clone(),
+        stable: backend("v1", stable),
+        canary: backend("v2", canary),
+        stages: vec![stage(Weight::from_bp(bp).unwrap()), stage(Weight::FULL)],
+        bake_ms: 0,
+        hash_on: Some(HashOn::Header("x-user".into())),
+        matches: vec![],
+        analysis: Analysis::default(),
+        lease_ms: 2_000,
+        on_partition: OnPartition::Stable,
+        progress_deadline_ms: 60_000,
+    });
+    let mark = Mark { tx: TxId::new("tx-1").unwrap(), at: Wall(0) };
+    let service = Service::after(None, &id, &Change::Start(spec.clone()), &mark).unwrap();
+    let serving = Serving {
+        routing_version: service.routing.version,
+        stable: spec.stable.clone(),
+        canary: Some((spec.canary.clone(), bp)),
+        lease_ms: Some(2_000),
+        spec,
+        held_back: None,
+    };
+    let service = ServiceView {
+        service,
+        slot: Slot(1),
+        hash: Hash::default(),
+        serving,
+        local: Evidence::default(),
+        cluster: Evidence::default(),
+        verdict: None,
+        waiting_for: String::new(),
+        enforced: true,
+    };
+    let node = NodeId::new("a").unwrap();
+    View {
+        node: node.clone(),
+        cluster: ClusterId([0; 16]),
+        incarnation: Incarnation(1),
+        role: Role::Voter,
+        head: Slot(1),
+        head_hash: Hash::default(),
+        coordinator: node,
+        members: BTreeMap::new(),
+        services: BTreeMap::from([(id, service)]),
+    }
+}
+
+/// Starts a proxy that holds a lease, which nothing renews, for the whole of a short test.
+async fn world(view: View) -> World {
+    let published = Published::new(Arc::new(view), Arc::new(BootClock));
+    let (node, told, _) = NodeHandle::new(published, MemoryStore::default().reader());
+    hold_lease(&node);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let settings = ProxySettings {
+        default_service: None,
+        connect_timeout_ms: 500,
+        first_byte_timeout_ms: 600,
+        idle_timeout_ms: 600,
+        header_timeout_ms: 300,
+        connections_max: 64,
+        requests_max: 64,
+    };
+    tokio::spawn(proxy::serve(listener, node.clone(), settings, stop.clone()));
+    World { address, node, told, _stop: stop.drop_guard() }
+}
+
+fn hold_lease(node: &NodeHandle) {
+    let now = node.published.clock().now().mono;
+    node.published.set_lease(Some(now));
+}
+
+impl World {
+    /// Sends a GET with these extra header lines, and returns the whole answer.
+    async fn get(&self, path: &str, headers: &str) -> String {
+        self.raw(&format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n")).await
+    }
+
+    async fn raw(&self, request: &str) -> String {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        timeout(SOON, stream.read_to_end(&mut answer)).await.expect("an answer in time").unwrap();
+        String::from_utf8(answer).unwrap()
+    }
+
+    /// Returns what the node was told until `wait` passed: (canary's answers, its errors, breaker trips).
+    async fn told_within(&mut self, wait: Duration) -> (u64, u64, usize) {
+        let (mut count, mut errors, mut trips) = (0, 0, 0);
+        let _ = timeout(wait, async {
+            while let Some(request) = self.told.recv().await {
+                match request {
+                    Request::Observed(all) => {
+                        count += all.iter().map(|o| o.evidence.canary.count).sum::<u64>();
+                        errors += all.iter().map(|o| o.evidence.canary.errors).sum::<u64>();
+                    }
+                    Request::BreakerTripped { .. } => trips += 1,
+                    _ => {}
+                }
+            }
+        })
+        .await;
+        (count, errors, trips)
+    }
+}
+
+/// Starts an upstream that handles each connection by `handle`.
+async fn upstream<F>(handle: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(handle(stream));
+        }
+    });
+    address
+}
+
+/// Reads a request's head, whatever its length; what follows stays unread or is lost.
+async fn head(stream: &mut TcpStream) -> String {
+    let mut found = Vec::new();
+    let mut byte = [0];
+    while !found.ends_with(b"\r\n\r\n") {
+        if stream.read(&mut byte).await.unwrap_or(0) == 0 {
+            break;
+        }
+        found.push(byte[0]);
+    }
+    String::from_utf8_lossy(&found).into_owned()
+}
+
+/// Starts an upstream that gives this answer to each request without a body.
+async fn answering(answer: &'static str) -> SocketAddr {
+    upstream(move |mut stream| async move {
+        while !head(&mut stream).await.is_empty() {
+            if stream.write_all(answer.as_bytes()).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await
+}
+
+/// Returns an address that nothing listens on.
+async fn nowhere() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+}
+
+fn served_by(answer: &str) -> &str {
+    let line = answer.lines().find_map(|line| line.strip_prefix("x-served-by: "));
+    line.unwrap_or_else(|| panic!("no x-served-by in {answer}"))
+}
+
+#[tokio::test]
+async fn ten_thousand_draws_split_by_the_weight() {
+    let world = world(view(None, None, 2_000)).await;
+    let stream = TcpStream::connect(world.address).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let mut canary = 0;
+    for _ in 0..10_000 {
+        hold_lease(&world.node);
+        let request = http::Request::get("/predict").header("host", "x").body(Empty::<Bytes>::new()).unwrap();
+        let answer = sender.send_request(request).await.unwrap();
+        canary += usize::from(answer.headers()["x-served-by"] == "v2");
+        answer.into_body().collect().await.unwrap();
+    }
+    // One point is 2.5 standard deviations of this draw; 1.6 points are four, one run in 16 000.
+    assert!((1_840..=2_160).contains(&canary), "{canary} of 10000, expected about 2000");
+}
+
+#[tokio::test]
+async fn a_user_who_has_the_canary_keeps_it_when_the_weight_rises() {
+    let world = world(view(None, None, 1_000)).await;
+    let mut before = Vec::new();
+    for share in [1_000, 5_000, 9_000] {
+        world.node.published.publish(Arc::new(view(None, None, share)));
+        let mut found = Vec::new();
+        for user in 0..100 {
+            hold_lease(&world.node);
+            let answer = world.get("/predict", &format!("x-user: u{user}\r\n")).await;
+            found.push(served_by(&answer) == "v2");
+        }
+        assert!(before.iter().zip(&found).all(|(was, is)| !was || *is), "someone was sent back at {share} bp");
+        assert!(found.iter().filter(|is| **is).count() > before.iter().filter(|is| **is).count());
+        before = found;
+    }
+}
+
+#[tokio::test]
+async fn without_a_lease_everything_is_stable_at_once() {
+    let world = world(view(None, None, 10_000)).await;
+    assert_eq!(served_by(&world.get("/predict", "").await), "v2");
+    world.node.published.set_lease(None);
+    assert_eq!(served_by(&world.get("/predict", "").await), "v1");
+    assert_eq!(served_by(&world.get("/predict", "x-canary: always\r\n").await), "v1");
+}
+
+#[tokio::test]
+async fn five_failures_trip_the_breaker_for_good() {
+    let mut world = world(view(Some(answering(OK).await), Some(answering(FAILED).await), 10_000)).await;
+    for _ in 0..5 {
+        assert_eq!(served_by(&world.get("/predict", "").await), "v2");
+    }
+    for _ in 0..20 {
+        hold_lease(&world.node);
+        assert_eq!(served_by(&world.get("/predict", "x-canary: always\r\n").await), "v1");
+    }
+    // The same serving, published afresh with new evidence, as every 250 ms.
+    let again = (*world.node.published.view()).clone();
+    world.node.published.publish(Arc::new(again));
+    assert_eq!(served_by(&world.get("/predict", "").await), "v1");
+    assert_eq!(world.told_within(Duration::from_millis(400)).await, (5, 5, 1));
+}
+
+#[tokio::test]
+async fn a_dead_canary_costs_users_nothing() {
+    let mut world = world(view(Some(answering(OK).await), Some(nowhere().await), 10_000)).await;
+    for _ in 0..10 {
+        let answer = world.get("/predict", "").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert_eq!(served_by(&answer), "v1");
+    }
+    assert_eq!(world.told_within(Duration::from_millis(400)).await, (5, 5, 1));
+}
+
+#[tokio::test]
+async fn a_dead_stable_is_never_replaced_by_the_canary() {
+    let world = world(view(Some(nowhere().await), Some(answering(OK).await), 0)).await;
+    let answer = world.get("/predict", "").await;
+    assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+    assert_eq!(served_by(&answer), "v1");
+}
+
+#[tokio::test]
+async fn headers_of_one_connection_do_not_pass() {
+    let echo = upstream(|mut stream| async move {
+        let head = head(&mut stream).await.to_lowercase();
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\nconnection: close, x-inner\r\nx-inner: 1\r\nx-kept: 1\r\ncontent-length: {}\r\n\r\n{head}",
+            head.len()
+        );
+        let _ = stream.write_all(answer.as_bytes()).await;
+    });
+    let world = world(view(Some(echo.await), None, 0)).await;
+    let request = "GET /predict HTTP/1.1\r\nhost: x\r\nconnection: close, x-mine\r\nx-mine: 1\r\nx-yours: 1\r\n\r\n";
+    let answer = world.raw(request).await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains("x-kept: 1") && !head.contains("x-inner"), "{head}");
+    assert!(body.contains("x-yours: 1") && !body.contains("x-mine"), "{body}");
+    assert!(body.contains("x-forwarded-for: 127.0.0.1") && body.contains("via: 1.1"), "{body}");
+}
+
+#[tokio::test]
+async fn fifty_megabytes_stream_through() {
+    const LENGTH: usize = 50 << 20;
+    let large = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {LENGTH}\r\n\r\n");
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        let piece = vec![7; 1 << 20];
+        for _ in 0..50 {
+            stream.write_all(&piece).await.unwrap();
+        }
+    });
+    let world = world(view(Some(large.await), None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    stream.write_all(b"GET /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    timeout(Duration::from_secs(60), stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    let body = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap() + 4;
+    assert_eq!(answer.len() - body, LENGTH);
+    assert!(answer[body..].iter().all(|byte| *byte == 7));
+}
+
+#[tokio::test]
+async fn an_upstream_that_dies_mid_body_is_an_error() {
+    let dying = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\npart").await;
+    });
+    let mut world = world(view(None, Some(dying.await), 10_000)).await;
+    let answer = world.get("/predict", "").await;
+    assert!(answer.len() < answer.find("\r\n\r\n").unwrap() + 100, "cut short, not filled up: {answer}");
+    assert_eq!(world.told_within(Duration::from_millis(300)).await, (1, 1, 0));
+}
+
+#[tokio::test]
+async fn a_silent_upstream_is_a_504() {
+    let silent = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        std::future::pending::<()>().await;
+    });
+    let mut world = world(view(None, Some(silent.await), 10_000)).await;
+    let answer = world.get("/predict", "").await;
+    assert!(answer.starts_with("HTTP/1.1 504"), "{answer}");
+    assert_eq!(served_by(&answer), "v2");
+    assert_eq!(world.told_within(Duration::from_millis(300)).await, (1, 1, 0));
+}
+
+#[tokio::test]
+async fn http2_without_tls_is_served() {
+    let world = world(view(Some(answering(OK).await), None, 0)).await;
+    let stream = TcpStream::connect(world.address).await.unwrap();
+    let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (mut sender, connection) = handshake.await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::get("http://x/predict").body(Empty::<Bytes>::new()).unwrap();
+    let answer = timeout(SOON, sender.send_request(request)).await.unwrap().unwrap();
+    assert_eq!((answer.status().as_u16(), answer.version()), (200, http::Version::HTTP_2));
+    assert_eq!(answer.into_body().collect().await.unwrap().to_bytes(), "ok");
+}
+
+#[tokio::test]
+async fn slow_headers_are_cut() {
+    let world = world(view(None, None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    stream.write_all(b"GET /predict HTTP/1.1\r\nhost: ").await.unwrap();
+    let closed = timeout(Duration::from_secs(3), stream.read_to_end(&mut Vec::new())).await;
+    assert!(closed.is_ok(), "the connection is open long after header_timeout_ms");
+}
+
+#[tokio::test]
+async fn a_connection_that_says_nothing_is_cut() {
+    let world = world(view(None, None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    let closed = timeout(Duration::from_secs(3), stream.read_to_end(&mut Vec::new())).await;
+    assert!(closed.is_ok(), "the connection is open, and holds its place, long after header_timeout_ms");
+}
+
+/// Starts an upstream that reads whole bodies of `length` bytes before it answers.
+async fn reading(length: usize) -> SocketAddr {
+    upstream(move |mut stream| async move {
+        head(&mut stream).await;
+        if stream.read_exact(&mut vec![0; length]).await.is_ok() {
+            let _ = stream.write_all(OK.as_bytes()).await;
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn uploads_that_clients_abort_are_no_errors_of_the_canary() {
+    let mut world = world(view(Some(answering(OK).await), Some(reading(100).await), 10_000)).await;
+    for _ in 0..6 {
+        hold_lease(&world.node);
+        let mut stream = TcpStream::connect(world.address).await.unwrap();
+        let part = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\npart";
+        stream.write_all(part).await.unwrap();
+        // Long enough for the part to be on its way to the canary.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (_, errors, trips) = world.told_within(Duration::from_millis(400)).await;
+    assert_eq!((errors, trips), (0, 0), "(canary errors, breaker trips)");
+}
+
+#[tokio::test]
+async fn an_upload_that_is_slow_but_moving_is_no_error_of_the_canary() {
+    let mut world = world(view(None, Some(reading(100).await), 10_000)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    let part = b"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 100\r\n\r\n";
+    stream.write_all(part).await.unwrap();
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let _ = stream.write_all(&[b'x'; 10]).await;
+    }
+    let mut answer = Vec::new();
+    timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(world.told_within(Duration::from_millis(300)).await.1, 0, "canary errors");
+}
+
+#[tokio::test]
+async fn a_client_that_reads_slowly_is_no_error_of_the_upstream() {
+    let large = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 20971520\r\n\r\n").await;
+        let _ = stream.write_all(&vec![7; 20 << 20]).await;
+    });
+    let mut world = world(view(None, Some(large.await), 10_000)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    stream.write_all(b"GET /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let mut answer = Vec::new();
+    timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.len() > 20 << 20, "{} bytes, expected 20 MiB", answer.len());
+    assert_eq!(world.told_within(Duration::from_millis(300)).await.1, 0, "canary errors");
+}
