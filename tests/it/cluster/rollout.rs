@@ -11,6 +11,8 @@ fn a_rollout_goes_through_its_steps_by_itself_and_all_nodes_agree() {
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let cluster = Cluster::start();
     cluster.apply(0, &rollout(&v1.url(), &v2.url(), SHORT));
+    // A service is new to a node until it learns of its first rollout.
+    cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
     let traffic = Traffic::start(&cluster, 200);
     for weight in [0.2, 0.5, 1.0] {
         cluster.until(0, &format!("weight {weight}"), Duration::from_secs(15), |s| s["weights"]["v2"] == weight);
@@ -78,6 +80,7 @@ fn a_slow_canary_is_paused_and_an_operator_decides() {
         &rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: { duration: 3s }\n    - setWeight: 100"),
     );
     v2.fault(r#"{"latency_ms":600}"#);
+    cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
     let traffic = Traffic::start(&cluster, 200);
     let state = cluster.until(2, "a pause", Duration::from_secs(20), |s| s["phase"] == "Paused");
     assert!(state["reason"].as_str().unwrap().contains("limit 500 ms"), "{state}");
