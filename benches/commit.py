@@ -88,13 +88,13 @@ def ours(folder, rounds):
         lowering = show("rollback (majority)", times["abort"])
         raising = show("start (every node's health vote)", times["retry"])
         failovers = []
-        for i in range(10):
+        for _ in range(10):
             running["a"].kill()
             began = time.perf_counter()
-            verb = "abort" if i % 2 == 0 else "retry"
             while True:
                 try:
-                    if ask(connect(NODES["b"][1]), "POST", f"/v1/rollouts/bench/{verb}", "{}")[0] in (200, 409):
+                    status, answer = ask(connect(NODES["b"][1]), "POST", "/v1/rollouts/bench/abort", "{}")
+                    if status == 200 and json.loads(answer)["status"] == "COMMITTED":
                         break
                 except OSError:
                     pass
@@ -102,8 +102,9 @@ def ours(folder, rounds):
             running["a"].wait()
             start("a")
             ready("a")
-            time.sleep(1.5)
-        show("failover, kill to next decision", failovers)
+            while ask(connect(NODES["b"][1]), "POST", "/v1/rollouts/bench/retry", "{}")[0] != 200:
+                time.sleep(0.1)
+        show("failover, kill to next rollback", failovers)
         return lowering, raising
     finally:
         for process in running.values():
