@@ -200,7 +200,7 @@ impl Core {
             return Some(Some(prepared.intent.clone()));
         }
         let open = self.peers.values().filter_map(|peer| peer.open.as_ref());
-        open.into_iter().any(|(ballot, since)| overdue(ballot, *since)).then_some(None)
+        open.into_iter().any(|(ballot, _, since)| overdue(ballot, *since)).then_some(None)
     }
 
     /// Undoes a raise that was decided in doubt.

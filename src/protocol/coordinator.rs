@@ -62,6 +62,8 @@ enum Stage {
 pub(super) struct Desk {
     queue: VecDeque<Pending>,
     attempt: Option<Attempt>,
+    /// The ballot of the last attempt and its slot. It serves for later slots until a higher one is promised.
+    standing: Option<(Ballot, Slot)>,
     /// No ballot before this, after a duel.
     not_before: Mono,
     /// Highest round seen anywhere.
@@ -229,15 +231,8 @@ impl Core {
             self.reply(&pending, &Outcome::Refused(error.to_string()));
             return;
         }
-        let promised = self.promised().map_or(0, |ballot| ballot.round);
-        self.desk.round = self.desk.round.max(promised) + 1;
-        let ballot = Ballot {
-            round: self.desk.round,
-            node: self.settings.node.clone(),
-            incarnation: self.register.incarnation,
-            boot: self.register.boot,
-        };
         let slot = self.ledger.head.next();
+        let ballot = self.ballot_for(slot, matches!(pending.wish, Wish::Settle(_)));
         let now = self.now.mono;
         let hurry = self.desk.queue.front().is_some_and(|next| next.wish.lowers());
         let stage = Stage::Preparing { votes: BTreeMap::new(), refused: BTreeMap::new() };
@@ -249,6 +244,27 @@ impl Core {
         self.broadcast(&Message::Prepare(prepare.clone()));
         self.vote_myself(&prepare);
         self.try_propose();
+    }
+
+    /// Returns the ballot for an attempt at `slot`. The one before it serves again where it asked nothing in this slot
+    /// and this node promised no higher one since: who promised it has promised it for every later slot, and need not
+    /// write that again. An open slot is settled with a higher one, which makes what it completes in doubt.
+    fn ballot_for(&mut self, slot: Slot, settling: bool) -> Ballot {
+        let standing = self.desk.standing.take().filter(|(ballot, asked)| {
+            !settling && *asked < slot && self.promised() == Some(ballot) && ballot.round >= self.desk.round
+        });
+        let ballot = standing.map(|(ballot, _)| ballot).unwrap_or_else(|| {
+            let promised = self.promised().map_or(0, |ballot| ballot.round);
+            self.desk.round = self.desk.round.max(promised) + 1;
+            Ballot {
+                round: self.desk.round,
+                node: self.settings.node.clone(),
+                incarnation: self.register.incarnation,
+                boot: self.register.boot,
+            }
+        });
+        self.desk.standing = Some((ballot.clone(), slot));
+        ballot
     }
 
     fn prepare_of(&self, attempt: &Attempt) -> Prepare {
@@ -267,8 +283,7 @@ impl Core {
             true => GateVote::Abstain("settling an open slot".into()),
             false => self.gate_vote(&prepare.intent.act, prepare.evidence_age_ms_max),
         };
-        self.register.promised = Some(prepare.ballot.clone());
-        self.persist();
+        self.promise(&prepare.ballot);
         self.note_prepared(prepare, &gate);
         let accepted = self.register.accepted.clone();
         let own = self.settings.node.clone();

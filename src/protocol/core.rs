@@ -44,8 +44,8 @@ pub(super) struct Peer {
     pub head: Option<Slot>,
     /// Its role, by its own word.
     pub role: Option<Role>,
-    /// It accepted a record in its open slot, and since when this node knows.
-    pub open: Option<(Ballot, Mono)>,
+    /// It accepted a record in its open slot: the ballot, the slot, and since when this node knows.
+    pub open: Option<(Ballot, Slot, Mono)>,
     /// The records sent to it last, and when.
     pub sent_log: Option<(Slot, Mono)>,
     /// What was said about it last: alive or not.
@@ -76,7 +76,7 @@ pub struct Core {
     pub(super) peers: BTreeMap<NodeId, Peer>,
     pub(super) lease: Lease,
     pub(super) gates: BTreeMap<ServiceId, Gate>,
-    /// The vote given to the ballot promised last, to repeat it.
+    /// The vote given in the open slot, to repeat it.
     pub(super) cast: Option<Cast>,
     /// The intent voted on in the open slot.
     pub(super) prepared: Option<Prepared>,

@@ -159,8 +159,10 @@ impl Core {
         peer.role = Some(heartbeat.role);
         peer.head = Some(heartbeat.head);
         peer.open = match (&heartbeat.open, peer.open.take()) {
-            (Some(ballot), Some((known, since))) if *ballot == known => Some((known, since)),
-            (Some(ballot), _) if heartbeat.head == head => Some((ballot.clone(), now)),
+            (Some(ballot), Some((known, slot, since))) if *ballot == known && heartbeat.head.next() == slot => {
+                Some((known, slot, since))
+            }
+            (Some(ballot), _) if heartbeat.head == head => Some((ballot.clone(), head.next(), now)),
             _ => None,
         };
         self.dirty |= news;

@@ -10,10 +10,11 @@ use super::message::{Answer, Decision, GateVote, Message, Prepare, Refusal, Role
 use super::record::{Accepted, Ballot, Chosen, Intent, Record, Slot};
 use super::{Event, Output};
 
-/// The vote given to the ballot promised last.
+/// The vote given last, to repeat it.
 #[derive(Debug, Clone)]
 pub(super) struct Cast {
     ballot: Ballot,
+    slot: Slot,
     gate: GateVote,
 }
 
@@ -33,7 +34,7 @@ impl Core {
     pub(super) fn on_prepare(&mut self, from: &NodeId, incarnation: Incarnation, prepare: Prepare) {
         let answer = match self.refuse_prepare(from, incarnation, &prepare) {
             Some(refusal) => Answer::Refuse(refusal),
-            None => self.promise(&prepare),
+            None => self.vote(&prepare),
         };
         let vote = Vote { ballot: prepare.ballot, slot: prepare.slot, head: self.ledger.head, answer };
         self.send(from, Message::Vote(vote));
@@ -76,25 +77,31 @@ impl Core {
         None
     }
 
-    /// Promises the ballot, durably, and returns the vote.
-    fn promise(&mut self, prepare: &Prepare) -> Answer {
+    /// Promises the ballot and returns the vote; the same one for the same ballot and slot, as long as the process
+    /// lives. After a restart the gate is asked again: it knows less by then, and never says Yes on old evidence.
+    fn vote(&mut self, prepare: &Prepare) -> Answer {
         let accepted = self.register.accepted.clone().map(Box::new);
-        if self.promised() == Some(&prepare.ballot) {
-            let gate = match &self.cast {
-                Some(cast) if cast.ballot == prepare.ballot => cast.gate.clone(),
-                _ => GateVote::No("it restarted since it promised this ballot".into()),
-            };
-            return Answer::Gate { accepted, gate };
+        let cast = self.cast.as_ref().filter(|cast| cast.ballot == prepare.ballot && cast.slot == prepare.slot);
+        if let Some(cast) = cast {
+            return Answer::Gate { accepted, gate: cast.gate.clone() };
         }
         let gate = match prepare.recovery {
             true => GateVote::Abstain("settling an open slot".into()),
             false => self.gate_vote(&prepare.intent.act, prepare.evidence_age_ms_max),
         };
-        self.register.promised = Some(prepare.ballot.clone());
-        self.persist();
-        self.cast = Some(Cast { ballot: prepare.ballot.clone(), gate: gate.clone() });
+        self.promise(&prepare.ballot);
+        self.cast = Some(Cast { ballot: prepare.ballot.clone(), slot: prepare.slot, gate: gate.clone() });
         self.note_prepared(prepare, &gate);
         Answer::Gate { accepted, gate }
+    }
+
+    /// Promises a ballot, durably: no lower one gets a vote in any slot. Writes nothing when that was promised before.
+    pub(super) fn promise(&mut self, ballot: &Ballot) {
+        assert!(self.promised().is_none_or(|promised| promised <= ballot), "I6: a promise is kept");
+        if self.promised() != Some(ballot) {
+            self.register.promised = Some(ballot.clone());
+            self.persist();
+        }
     }
 
     /// Remembers, and tells people, what this node voted on.
@@ -156,7 +163,8 @@ impl Core {
     /// Accepts a record, durably. What lowers exposure is obeyed from here on.
     pub(super) fn accept(&mut self, ballot: Ballot, record: Record) {
         assert!(self.promised().is_none_or(|promised| *promised <= ballot), "I6: a promise is kept");
-        let same = self.register.accepted.as_ref().is_some_and(|a| a.ballot == ballot);
+        let accepted = self.register.accepted.as_ref();
+        let same = accepted.is_some_and(|a| a.ballot == ballot && a.record.slot == record.slot);
         if same {
             return;
         }

@@ -43,7 +43,8 @@ impl fmt::Debug for Hash {
     }
 }
 
-/// The number of an attempt to decide a slot; never used twice.
+/// The number of an attempt to decide a slot; never used for two attempts at the same slot. One ballot serves slot after
+/// slot until a node promises a higher one: a promise is about every slot that is open then or later.
 ///
 /// `boot` counts the starts of the process and is durable before the first message of a start: that alone makes a
 /// ballot unique, so that PREPARE need not wait for its own sender's disk.

@@ -1,4 +1,4 @@
-//! I6: promises never go down. I13: no ballot stands for two things.
+//! I6: promises never go down. I13: no ballot stands for two things in one slot.
 
 use std::collections::BTreeMap;
 
@@ -31,11 +31,11 @@ impl Invariant for Promises {
     }
 }
 
-/// I13, and at most one value proposed in a ballot.
+/// I13, and at most one value proposed in a ballot and slot.
 #[derive(Default)]
 pub struct Ballots {
-    asked: BTreeMap<Ballot, (Slot, Intent)>,
-    proposed: BTreeMap<Ballot, (Slot, Hash)>,
+    asked: BTreeMap<(Ballot, Slot), Intent>,
+    proposed: BTreeMap<(Ballot, Slot), Hash>,
 }
 
 impl Invariant for Ballots {
@@ -46,15 +46,16 @@ impl Invariant for Ballots {
     fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
         match fact {
             Fact::Sent(node, _, Message::Prepare(prepare)) => {
-                let what = (prepare.slot, prepare.intent.clone());
-                let before = self.asked.entry(prepare.ballot.clone()).or_insert_with(|| what.clone());
-                if *before != what || prepare.ballot.node != **node {
+                let what = &prepare.intent;
+                let key = (prepare.ballot.clone(), prepare.slot);
+                let before = self.asked.entry(key).or_insert_with(|| what.clone());
+                if before != what || prepare.ballot.node != **node {
                     return Err(format!("{node} uses {} for {what:?} and {before:?}", prepare.ballot));
                 }
             }
             Fact::Sent(node, _, Message::Decision(Decision::Propose(ballot, record))) => {
-                let what = (record.slot, record.hash());
-                let before = self.proposed.entry(ballot.clone()).or_insert(what);
+                let what = record.hash();
+                let before = self.proposed.entry((ballot.clone(), record.slot)).or_insert(what);
                 if *before != what || ballot.node != **node {
                     return Err(format!("{node} proposes two values in {ballot}: {before:?} and {what:?}"));
                 }

@@ -1,17 +1,17 @@
-//! I3: each chosen raise has every gate voter's Yes, given in the certificate's ballot.
+//! I3: each chosen raise has every gate voter's Yes, given in the certificate's ballot for that slot.
 
 use std::collections::BTreeSet;
 
 use aviary::domain::ids::NodeId;
 use aviary::protocol::message::{Answer, GateVote, Message};
-use aviary::protocol::record::Ballot;
+use aviary::protocol::record::{Ballot, Slot};
 
 use super::Invariant;
 use crate::truth::{Fact, Truth};
 
 /// I3.
 #[derive(Default)]
-pub struct Certificates(BTreeSet<(Ballot, NodeId)>);
+pub struct Certificates(BTreeSet<(Ballot, Slot, NodeId)>);
 
 impl Invariant for Certificates {
     fn name(&self) -> &'static str {
@@ -22,7 +22,7 @@ impl Invariant for Certificates {
         match fact {
             Fact::Sent(node, _, Message::Vote(vote)) => {
                 if matches!(&vote.answer, Answer::Gate { gate: GateVote::Yes(_), .. }) {
-                    self.0.insert((vote.ballot.clone(), (*node).clone()));
+                    self.0.insert((vote.ballot.clone(), vote.slot, (*node).clone()));
                 }
                 Ok(())
             }
@@ -42,7 +42,7 @@ impl Invariant for Certificates {
                         return Err(format!("slot {slot}: the certificate lacks {voter}'s Yes"));
                     }
                     let own = *voter == certificate.ballot.node;
-                    if !own && !self.0.contains(&(certificate.ballot.clone(), voter.clone())) {
+                    if !own && !self.0.contains(&(certificate.ballot.clone(), slot, voter.clone())) {
                         return Err(format!("slot {slot}: {voter} never said Yes in {}", certificate.ballot));
                     }
                 }
