@@ -48,37 +48,55 @@ def show(what, times):
     return times[len(times) // 2]
 
 
+def wait_ready(name):
+    while True:
+        try:
+            if ask(connect(NODES[name][0]), "GET", "/readyz")[0] == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.005)
+
+
+class cluster:
+    """Three nodes in `folder`, ready; they end with the block."""
+
+    def __init__(self, folder):
+        self.folder, self.running = folder, {}
+        for name, (data, api, control) in NODES.items():
+            text = (f'[node]\nid = "{name}"\ndata_dir = "{folder}/{name}"\n[control]\nplaintext = true\n[log]\nlevel = "warn"\n'
+                    f'[listen]\ndata = "127.0.0.1:{data}"\napi = "127.0.0.1:{api}"\ncontrol = "127.0.0.1:{control}"\n')
+            for peer, (_, papi, pcontrol) in NODES.items():
+                if peer != name:
+                    text += f'[peers.{peer}]\ncontrol = "127.0.0.1:{pcontrol}"\napi = "127.0.0.1:{papi}"\n'
+            with open(f"{folder}/{name}.toml", "w") as file:
+                file.write(text)
+        files = [word for name in NODES for word in ("--config", f"{folder}/{name}.toml")]
+        subprocess.run([AVIARY, "cluster", "init", *files], check=True, stdout=subprocess.DEVNULL)
+
+    def start(self, name):
+        with open(f"{self.folder}/{name}.err", "a") as log:
+            self.running[name] = subprocess.Popen([AVIARY, "node", "--config", f"{self.folder}/{name}.toml"], stderr=log)
+
+    def kill(self, name):
+        self.running[name].kill()
+
+    def __enter__(self):
+        for name in NODES:
+            self.start(name)
+        for name in NODES:
+            wait_ready(name)
+        return self
+
+    def __exit__(self, *_):
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            process.wait()
+
+
 def ours(folder, rounds):
-    for name, (data, api, control) in NODES.items():
-        text = (f'[node]\nid = "{name}"\ndata_dir = "{folder}/{name}"\n[control]\nplaintext = true\n[log]\nlevel = "warn"\n'
-                f'[listen]\ndata = "127.0.0.1:{data}"\napi = "127.0.0.1:{api}"\ncontrol = "127.0.0.1:{control}"\n')
-        for peer, (_, papi, pcontrol) in NODES.items():
-            if peer != name:
-                text += f'[peers.{peer}]\ncontrol = "127.0.0.1:{pcontrol}"\napi = "127.0.0.1:{papi}"\n'
-        with open(f"{folder}/{name}.toml", "w") as file:
-            file.write(text)
-    files = [word for name in NODES for word in ("--config", f"{folder}/{name}.toml")]
-    subprocess.run([AVIARY, "cluster", "init", *files], check=True, stdout=subprocess.DEVNULL)
-    running = {}
-
-    def start(name):
-        with open(f"{folder}/{name}.err", "a") as log:
-            running[name] = subprocess.Popen([AVIARY, "node", "--config", f"{folder}/{name}.toml"], stderr=log)
-
-    def ready(name):
-        while True:
-            try:
-                if ask(connect(NODES[name][0]), "GET", "/readyz")[0] == 200:
-                    return
-            except OSError:
-                pass
-            time.sleep(0.005)
-
-    try:
-        for name in NODES:
-            start(name)
-        for name in NODES:
-            ready(name)
+    with cluster(folder) as nodes:
         client = connect(NODES["a"][1])
         timed(client, "/v1/rollouts", ROLLOUT)
         times = {"abort": [], "retry": []}
@@ -89,7 +107,7 @@ def ours(folder, rounds):
         raising = show("start (every node's health vote)", times["retry"])
         failovers = []
         for _ in range(10):
-            running["a"].kill()
+            nodes.kill("a")
             began = time.perf_counter()
             while True:
                 try:
@@ -99,18 +117,13 @@ def ours(folder, rounds):
                 except OSError:
                     pass
             failovers.append((time.perf_counter() - began) * 1000)
-            running["a"].wait()
-            start("a")
-            ready("a")
+            nodes.running["a"].wait()
+            nodes.start("a")
+            wait_ready("a")
             while ask(connect(NODES["b"][1]), "POST", "/v1/rollouts/bench/retry", "{}")[0] != 200:
                 time.sleep(0.1)
         show("failover, kill to next rollback", failovers)
         return lowering, raising
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
 
 
 def etcd(folder, rounds):
@@ -154,4 +167,5 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -60,7 +60,7 @@ pub struct Peer {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataLimits {
-    /// Longest wait for a connection to an upstream; default 1000.
+    /// Longest wait for a connection to an upstream; default 3000, which forgives one lost SYN.
     pub connect_timeout_ms: u64,
     /// Longest wait for the first byte of an answer; default 30000.
     pub first_byte_timeout_ms: u64,
@@ -79,7 +79,7 @@ pub struct DataLimits {
 impl Default for DataLimits {
     fn default() -> Self {
         Self {
-            connect_timeout_ms: 1_000,
+            connect_timeout_ms: 3_000,
             first_byte_timeout_ms: 30_000,
             idle_timeout_ms: 60_000,
             header_timeout_ms: 5_000,
