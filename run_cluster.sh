@@ -113,11 +113,11 @@ forget() {
   pids=("${left[@]+"${left[@]}"}")
 }
 
-# wait_for NAME PID URL: until it answers, or 30 s, or its process ends.
+# wait_for NAME PID URL: until it answers, or 90 s (a port can be lent out for 65), or its process ends.
 wait_for() {
   local tries
   printf 'waiting for %s ' "$1"
-  for ((tries = 0; tries < 150; tries++)); do
+  for ((tries = 0; tries < 450; tries++)); do
     if curl -fsS -o /dev/null --max-time 1 "$3" 2>/dev/null; then
       say "ready"
       return
@@ -132,7 +132,7 @@ wait_for() {
   done
   say "not ready"
   tail -n 20 "$out/$1.out" >&2
-  fail "$1 did not answer $3 within 30 s; its last words are above"
+  fail "$1 did not answer $3 within 90 s; its last words are above"
 }
 
 field() { "$aviary" get "$service" --field "$1" 2>/dev/null || true; }

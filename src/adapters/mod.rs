@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod disk;
+pub mod listen;
 pub mod memory;
 pub mod net;
 

@@ -4,17 +4,13 @@
 //! for who is there. A transport with mutual TLS wraps these same sockets and fills that field in.
 
 use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::domain::ids::NodeId;
 use crate::ports::{Connection, Later, Listener, Network};
-
-/// Connections that may wait to be accepted.
-const BACKLOG: u32 = 1024;
 
 /// How long sent bytes may stay without the peer's acknowledgement before the connection counts as broken. Without it
 /// the system goes on for minutes at growing intervals, and a healed network would wait for the next one.
@@ -31,30 +27,10 @@ impl Network for PlainNetwork {
 
     fn listen<'a>(&'a self, address: &'a str) -> Later<'a, io::Result<Box<dyn Listener>>> {
         Box::pin(async move {
-            let listener = bind(address).await.map_err(|error| explained(address, error))?;
+            let listener = super::listen::listen("control", address).await?;
             Ok(Box::new(PlainListener(listener)) as Box<dyn Listener>)
         })
     }
-}
-
-async fn bind(address: &str) -> io::Result<TcpListener> {
-    let address = lookup_host(address).await?.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => TcpSocket::new_v6()?,
-    };
-    // A restarted node must not wait for its old connections to be forgotten.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
-}
-
-fn explained(address: &str, error: io::Error) -> io::Error {
-    let what = match error.kind() {
-        io::ErrorKind::AddrInUse => "is taken",
-        _ => "can't be bound",
-    };
-    io::Error::new(error.kind(), format!("control port {address} {what}: {error}"))
 }
 
 struct PlainListener(TcpListener);
@@ -86,21 +62,6 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[tokio::test]
-    async fn a_taken_port_says_which_one() {
-        let first = PlainNetwork.listen("127.0.0.1:0").await.unwrap();
-        let address = first.address().unwrap();
-        let error = PlainNetwork.listen(&address).await.err().unwrap();
-        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
-        assert!(error.to_string().starts_with(&format!("control port {address} is taken: ")), "{error}");
-    }
-
-    #[tokio::test]
-    async fn an_address_that_is_none_says_so() {
-        let error = PlainNetwork.listen("127.0.0.1:port").await.err().unwrap().to_string();
-        assert!(error.starts_with("control port 127.0.0.1:port can't be bound: "), "{error}");
-    }
-
-    #[tokio::test]
     async fn bytes_go_both_ways_and_nobody_is_authenticated() {
         let mut listener = PlainNetwork.listen("127.0.0.1:0").await.unwrap();
         let address = listener.address().unwrap();
@@ -115,18 +76,5 @@ mod tests {
         back.stream.write_all(b"pong").await.unwrap();
         out.stream.read_exact(&mut bytes).await.unwrap();
         assert_eq!(&bytes, b"pong");
-    }
-
-    #[tokio::test]
-    async fn a_port_is_free_again_while_its_old_connections_linger() {
-        let mut listener = PlainNetwork.listen("127.0.0.1:0").await.unwrap();
-        let address = listener.address().unwrap();
-        let mut out = PlainNetwork.connect(&NodeId::new("b").unwrap(), &address).await.unwrap();
-        let back = listener.accept().await.unwrap().await.unwrap();
-        drop((listener, back));
-        // The side that closed first is the one whose address lingers.
-        assert_eq!(out.stream.read(&mut [0; 1]).await.unwrap(), 0);
-        drop(out);
-        PlainNetwork.listen(&address).await.unwrap();
     }
 }

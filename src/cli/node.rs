@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -19,6 +18,7 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
 use crate::adapters::net::PlainNetwork;
+use crate::adapters::listen::listen;
 use crate::api::auth::Tokens;
 use crate::api::{self, ApiState};
 use crate::config::node::{NodeConfig, is_loopback};
@@ -66,8 +66,8 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 
 async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()> {
     // Ports first: a taken one must not cost a start of the node itself.
-    let data = bind("data", &config.listen.data).await?;
-    let door = bind("api", &config.listen.api).await?;
+    let data = listen("data", &config.listen.data).await?;
+    let door = listen("api", &config.listen.api).await?;
     let metrics = api::metrics::install();
     let shutdown = CancellationToken::new();
     let Running { handle, thread, .. } = start_node(&config, shutdown.clone())?;
@@ -152,17 +152,6 @@ fn proxy_settings(config: &NodeConfig) -> ProxySettings {
         connections_max: data.connections_max,
         requests_max: data.requests_max,
     }
-}
-
-async fn bind(name: &str, address: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| match port_is_taken(address) {
-        true => format!("{name} port {address} is taken: another process listens there"),
-        false => format!("{name} port {address} can't be opened"),
-    })
-}
-
-fn port_is_taken(address: &str) -> bool {
-    std::net::TcpListener::bind(address).is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse)
 }
 
 fn tokens(config: &NodeConfig) -> anyhow::Result<Option<Tokens>> {
