@@ -21,9 +21,8 @@ const TRY_AGAIN: Duration = Duration::from_millis(250);
 /// (ports above 32767 are lent out so, unless `net.ipv4.ip_local_reserved_ports` names them) is waited for: else a node
 /// that restarts could stay away because of one of its own closed connections.
 pub async fn listen(name: &str, address: &str) -> io::Result<TcpListener> {
-    let explained = |what: &str, error: io::Error| {
-        io::Error::new(error.kind(), format!("{name} port {address} {what}: {error}"))
-    };
+    let explained =
+        |what: &str, error: io::Error| io::Error::new(error.kind(), format!("{name} port {address} {what}: {error}"));
     let resolved = async { lookup_host(address).await?.next().ok_or(io::ErrorKind::AddrNotAvailable.into()) };
     let found = resolved.await.map_err(|error| explained("can't be opened", error))?;
     let until = Instant::now() + BORROWED_MAX;

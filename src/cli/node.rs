@@ -17,8 +17,8 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
-use crate::adapters::net::PlainNetwork;
 use crate::adapters::listen::listen;
+use crate::adapters::net::PlainNetwork;
 use crate::api::auth::Tokens;
 use crate::api::{self, ApiState};
 use crate::config::node::{NodeConfig, is_loopback};

@@ -38,6 +38,8 @@ pub mod ledger;
 pub mod message;
 mod participant;
 pub mod record;
+#[cfg(test)]
+mod tests;
 
 pub use core::{Core, Settings};
 

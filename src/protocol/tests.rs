@@ -1,0 +1,518 @@
+//! Stories of three cores, told as the whole list of what they put out; and many more by random delivery.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::message::{Answer, Decision, GateVote, Message, Refusal};
+use super::record::{Accepted, Act, Ballot, Chosen, Intent, Member, Membership, Record, Register, Slot};
+use super::{Command, Core, Event, Input, Op, Outcome, Output, RequestId, Settings, Timings};
+use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
+use crate::domain::plan::RolloutSpec;
+use crate::domain::time::{Mono, Now, Wall};
+
+const CLUSTER: ClusterId = ClusterId([7; 16]);
+
+fn node(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+fn service() -> ServiceId {
+    ServiceId::new("s").unwrap()
+}
+
+fn spec() -> Arc<RolloutSpec> {
+    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, \
+                canary: {version: v2}, steps: [{setWeight: 5}, {pause: {}}, {setWeight: 100}]}}";
+    Arc::new(crate::config::rollout::parse(text, "test").unwrap())
+}
+
+fn genesis() -> Chosen {
+    let member = |name| (node(name), Member { incarnation: Incarnation(1), benched: false });
+    let act = Act::Genesis { cluster: CLUSTER, members: Membership(["a", "b", "c"].map(member).into()) };
+    let intent = Intent { tx: TxId::new("genesis").unwrap(), digest: 0, at: Wall(0), act };
+    let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
+    Chosen { ballot: None, record }
+}
+
+/// Three cores, their disks, and the messages under way.
+struct Rig {
+    cores: BTreeMap<NodeId, Core>,
+    registers: BTreeMap<NodeId, Register>,
+    logs: BTreeMap<NodeId, Vec<Chosen>>,
+    wire: VecDeque<(NodeId, NodeId, Message)>,
+    now: u64,
+    /// What was put out, without heartbeats, leases, evidence and publications.
+    story: Vec<String>,
+    replies: BTreeMap<u64, Outcome>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let mut rig = Self {
+            cores: BTreeMap::new(),
+            registers: BTreeMap::new(),
+            logs: BTreeMap::new(),
+            wire: VecDeque::new(),
+            now: 1_000_000,
+            story: Vec::new(),
+            replies: BTreeMap::new(),
+        };
+        for name in ["a", "b", "c"].map(node) {
+            let register = Register {
+                cluster: CLUSTER,
+                node: name.clone(),
+                incarnation: Incarnation(1),
+                boot: 0,
+                promised: None,
+                accepted: None,
+                head: Slot(0),
+                head_hash: genesis().record.hash(),
+            };
+            rig.registers.insert(name.clone(), register);
+            rig.logs.insert(name.clone(), vec![genesis()]);
+            rig.restart(&name);
+        }
+        rig.run_for(600);
+        assert_eq!(rig.cores[&node("b")].view().coordinator, node("a"));
+        rig.story.clear();
+        rig
+    }
+
+    fn now(&self) -> Now {
+        Now { mono: Mono(self.now), wall: Wall(self.now / 1000) }
+    }
+
+    /// Ends a node's process, if it runs, and starts it from its disk.
+    fn restart(&mut self, name: &NodeId) {
+        let settings = Settings {
+            node: name.clone(),
+            cluster: CLUSTER,
+            timings: Timings::default(),
+            seed: 1,
+            fresh_incarnation: Incarnation(9),
+        };
+        let (register, log) = (self.registers.get(name).cloned(), self.logs[name].clone());
+        let (core, outputs) = Core::start(settings, register, log, self.now());
+        self.cores.insert(name.clone(), core);
+        self.carry_out(name, outputs);
+    }
+
+    fn kill(&mut self, name: &str) {
+        self.cores.remove(&node(name));
+        self.wire.retain(|(_, to, _)| *to != node(name));
+    }
+
+    fn handle(&mut self, name: &NodeId, input: Input) {
+        let now = self.now();
+        let Some(core) = self.cores.get_mut(name) else { return };
+        let outputs = core.handle(now, input);
+        self.carry_out(name, outputs);
+    }
+
+    fn carry_out(&mut self, name: &NodeId, outputs: Vec<Output>) {
+        for output in outputs {
+            if let Some(line) = told(&output) {
+                self.story.push(format!("{name} {line}"));
+            }
+            match output {
+                Output::Persist(register) => drop(self.registers.insert(name.clone(), *register)),
+                Output::Append(chosen) => self.logs.get_mut(name).unwrap().push(*chosen),
+                Output::Send { to, message } => self.wire.push_back((name.clone(), to, *message)),
+                Output::SendLog { to, from, through } => {
+                    for chosen in &self.logs[name][from.0 as usize..=through.0 as usize] {
+                        let message = Message::Decision(Decision::CatchUp(Box::new(chosen.clone())));
+                        self.wire.push_back((name.clone(), to.clone(), message));
+                    }
+                }
+                Output::Reply(request, outcome) => drop(self.replies.insert(request.0, outcome)),
+                Output::Publish(_) | Output::Lease(_) | Output::Announce(_) => {}
+            }
+        }
+    }
+
+    /// Delivers the message at a place of the wire.
+    fn deliver(&mut self, at: usize) {
+        let Some((from, to, message)) = self.wire.remove(at) else { return };
+        let input = Input::Received { from, incarnation: Incarnation(1), message: Box::new(message) };
+        self.handle(&to, input);
+    }
+
+    /// Delivers everything, in order, until nothing is under way.
+    fn settle(&mut self) {
+        while !self.wire.is_empty() {
+            self.deliver(0);
+        }
+    }
+
+    fn tick(&mut self) {
+        self.now += 20_000;
+        let names: Vec<_> = self.cores.keys().cloned().collect();
+        names.iter().for_each(|name| self.handle(name, Input::Tick));
+    }
+
+    fn run_for(&mut self, ms: u64) {
+        for _ in 0..ms / 20 {
+            self.tick();
+            self.settle();
+        }
+    }
+
+    /// Asks a node for something under request and transaction `number`.
+    fn ask(&mut self, name: &str, number: u64, op: Op) {
+        let tx = TxId::new(format!("t{number}")).unwrap();
+        self.handle(&node(name), Input::Operator(Command { request: RequestId(number), tx, op }));
+    }
+
+    fn asked(&mut self, name: &str, number: u64, op: Op) -> Outcome {
+        self.ask(name, number, op);
+        self.settle();
+        self.run_for(1_600);
+        self.replies[&number].clone()
+    }
+
+    fn abort(&self) -> Op {
+        Op::Abort { service: service(), reason: "test".into() }
+    }
+
+    fn canary_bp(&self, name: &str) -> u16 {
+        let view = self.cores[&node(name)].view();
+        view.services.get(&service()).and_then(|view| view.serving.canary.as_ref()).map_or(0, |(_, bp)| *bp)
+    }
+
+    fn take_story(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.story)
+    }
+
+    /// I1, I2 and I4 as far as the logs show them.
+    fn check(&self) {
+        let longest = self.logs.values().max_by_key(|log| log.len()).unwrap();
+        for log in self.logs.values() {
+            for (found, expected) in log.iter().zip(longest) {
+                assert_eq!(found.record, expected.record, "one record in a slot");
+            }
+        }
+        let mut seen = std::collections::BTreeSet::new();
+        for pair in longest.windows(2) {
+            assert_eq!(pair[1].record.prev_hash, pair[0].record.hash(), "chained");
+            assert!(seen.insert(pair[1].record.intent.tx.clone()), "one outcome for a transaction");
+        }
+    }
+}
+
+/// Tells an output in a line; none for what only keeps time.
+fn told(output: &Output) -> Option<String> {
+    let slot_of = |accepted: &Option<Accepted>| accepted.as_ref().map(|accepted| accepted.record.slot.0);
+    Some(match output {
+        Output::Persist(register) => {
+            let promised = register.promised.as_ref().map_or("-".into(), Ballot::to_string);
+            match slot_of(&register.accepted) {
+                Some(slot) => format!("persists: promised {promised}, accepted slot {slot}"),
+                None => format!("persists: promised {promised}"),
+            }
+        }
+        Output::Append(chosen) => format!("appends slot {} {}", chosen.record.slot, chosen.record.intent.act.name()),
+        Output::Send { to, message } => format!("to {to}: {}", said(message)?),
+        Output::SendLog { to, from, through } => format!("to {to}: log {from}..{through}"),
+        Output::Reply(request, outcome) => format!("replies {}: {}", request.0, outcome_in_short(outcome)),
+        Output::Announce(Event::Voted { vote, reason, .. }) => format!("votes {vote}: {reason}"),
+        Output::Announce(_) | Output::Publish(_) | Output::Lease(_) => return None,
+    })
+}
+
+fn said(message: &Message) -> Option<String> {
+    Some(match message {
+        Message::Prepare(prepare) => {
+            let act = prepare.intent.act.name();
+            format!("PREPARE {} slot {} {act}", prepare.ballot, prepare.slot)
+        }
+        Message::Vote(vote) => match &vote.answer {
+            Answer::Gate { accepted, gate } => {
+                let gate = match gate {
+                    GateVote::Yes(_) => "yes",
+                    GateVote::No(_) => "no",
+                    GateVote::Abstain(_) => "abstain",
+                };
+                let with = accepted.as_ref().map_or(String::new(), |a| format!(" with {}", a.record.intent.tx));
+                format!("VOTE {gate}{with}")
+            }
+            Answer::Accept => "VOTE accept".into(),
+            Answer::Refuse(Refusal::Stale(ballot)) => format!("VOTE refuse: promised {ballot}"),
+            Answer::Refuse(refusal) => format!("VOTE refuse: {refusal:?}"),
+        },
+        Message::Decision(Decision::Propose(ballot, record)) => {
+            format!("DECISION propose {ballot} slot {} {}", record.slot, record.intent.act.name())
+        }
+        Message::Decision(Decision::Chosen(chosen)) => format!("DECISION chosen slot {}", chosen.record.slot),
+        Message::Decision(Decision::CatchUp(chosen)) => format!("DECISION catch-up slot {}", chosen.record.slot),
+        Message::Heartbeat(_) | Message::HealthSnapshot(_) => return None,
+    })
+}
+
+fn outcome_in_short(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Committed { slot, repeated, .. } => format!("COMMITTED slot {slot} repeated {repeated}"),
+        Outcome::Aborted { slot, reasons, repeated } => format!("ABORTED slot {slot} {reasons:?} repeated {repeated}"),
+        other => format!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_first_commit_forces_two_writes_at_each_node_and_the_next_one_only_one() {
+    let mut rig = Rig::new();
+    rig.ask("a", 1, Op::Apply(spec()));
+    rig.settle();
+    let expected = "\
+a to b: PREPARE 1.a.1 slot 1 Start
+a to c: PREPARE 1.a.1 slot 1 Start
+a persists: promised 1.a.1
+a votes yes: no canary traffic yet
+b persists: promised 1.a.1
+b votes yes: no canary traffic yet
+b to a: VOTE yes
+c persists: promised 1.a.1
+c votes yes: no canary traffic yet
+c to a: VOTE yes
+a to b: DECISION propose 1.a.1 slot 1 Start
+a to c: DECISION propose 1.a.1 slot 1 Start
+a persists: promised 1.a.1, accepted slot 1
+b persists: promised 1.a.1, accepted slot 1
+b to a: VOTE accept
+c persists: promised 1.a.1, accepted slot 1
+c to a: VOTE accept
+a to b: DECISION chosen slot 1
+a to c: DECISION chosen slot 1
+a replies 1: COMMITTED slot 1 repeated false
+a appends slot 1 Start
+b appends slot 1 Start
+c appends slot 1 Start";
+    assert_eq!(rig.take_story().join("\n"), expected);
+
+    let abort = rig.abort();
+    rig.ask("a", 2, abort);
+    rig.settle();
+    let expected = "\
+a to b: PREPARE 1.a.1 slot 2 Rollback
+a to c: PREPARE 1.a.1 slot 2 Rollback
+a votes yes: needs no gate
+b votes yes: needs no gate
+b to a: VOTE yes
+c votes yes: needs no gate
+c to a: VOTE yes
+a to b: DECISION propose 1.a.1 slot 2 Rollback
+a to c: DECISION propose 1.a.1 slot 2 Rollback
+a persists: promised 1.a.1, accepted slot 2
+b persists: promised 1.a.1, accepted slot 2
+b to a: VOTE accept
+c persists: promised 1.a.1, accepted slot 2
+c to a: VOTE accept
+a to b: DECISION chosen slot 2
+a to c: DECISION chosen slot 2
+a replies 2: COMMITTED slot 2 repeated false
+a appends slot 2 Rollback
+b appends slot 2 Rollback
+c appends slot 2 Rollback";
+    assert_eq!(rig.take_story().join("\n"), expected);
+    rig.check();
+}
+
+#[test]
+fn a_raise_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor() {
+    let mut rig = Rig::new();
+    rig.ask("a", 1, Op::Apply(spec()));
+    // b and c promise and vote; the votes reach nobody.
+    rig.deliver(0);
+    rig.deliver(0);
+    rig.kill("a");
+    rig.wire.clear();
+    rig.run_for(3_500);
+    let (b, c) = (&rig.logs[&node("b")], &rig.logs[&node("c")]);
+    assert_eq!((b.len(), c.len()), (2, 2));
+    assert!(matches!(&b[1].record.intent.act, Act::Abort { refused, reasons, .. }
+        if refused == "Start" && reasons == &["its coordinator was lost"]));
+    let outcome = rig.asked("b", 1, Op::Apply(spec()));
+    assert!(matches!(outcome, Outcome::Aborted { slot: Slot(1), repeated: true, .. }), "{outcome:?}");
+    rig.check();
+}
+
+#[test]
+fn a_raise_that_a_later_ballot_completes_is_served_by_nobody_and_reverted() {
+    let mut rig = Rig::new();
+    rig.ask("a", 1, Op::Apply(spec()));
+    (0..4).for_each(|_| rig.deliver(0));
+    // The proposal reaches b alone; then a is gone.
+    let proposals = rig.wire.iter().filter(|(_, to, _)| *to == node("b")).count();
+    assert_eq!(proposals, 1);
+    rig.wire.retain(|(_, to, _)| *to == node("b"));
+    rig.deliver(0);
+    rig.kill("a");
+    rig.wire.clear();
+    for _ in 0..400 {
+        rig.tick();
+        rig.settle();
+        assert_eq!((rig.canary_bp("b"), rig.canary_bp("c")), (0, 0), "nobody serves what was decided in doubt");
+    }
+    let names: Vec<_> = rig.logs[&node("b")].iter().map(|chosen| chosen.record.intent.act.name()).collect();
+    assert_eq!(names, ["Genesis", "Start", "Revert"]);
+    assert!(rig.logs[&node("b")][1].is_unarmed());
+    rig.check();
+}
+
+#[test]
+fn a_repeated_prepare_gets_the_same_vote_and_costs_no_write() {
+    let mut rig = Rig::new();
+    rig.ask("a", 1, Op::Apply(spec()));
+    let prepare = rig.wire[0].clone();
+    rig.deliver(0);
+    rig.take_story();
+    rig.wire.push_front(prepare);
+    rig.deliver(0);
+    assert_eq!(rig.take_story(), ["b to a: VOTE yes"]);
+}
+
+#[test]
+fn a_higher_promise_refuses_a_lower_ballot() {
+    let mut rig = Rig::new();
+    rig.ask("a", 1, Op::Apply(spec()));
+    rig.ask("b", 2, Op::Apply(spec()));
+    // b's ballot 1.b.1 is above 1.a.1: c promises it first, then refuses a's.
+    rig.wire.retain(|(_, to, message)| *to == node("c") && matches!(message, Message::Prepare(_)));
+    rig.take_story();
+    rig.deliver(1);
+    rig.deliver(0);
+    let expected = [
+        "c persists: promised 1.b.1",
+        "c votes yes: no canary traffic yet",
+        "c to b: VOTE yes",
+        "c to a: VOTE refuse: promised 1.b.1",
+    ];
+    assert_eq!(rig.take_story(), expected);
+}
+
+#[test]
+fn a_node_without_its_register_neither_votes_nor_accepts() {
+    let mut rig = Rig::new();
+    rig.registers.remove(&node("c"));
+    rig.restart(&node("c"));
+    rig.run_for(600);
+    rig.take_story();
+    rig.ask("a", 1, Op::Apply(spec()));
+    rig.settle();
+    let by_c: Vec<_> = rig.take_story().into_iter().filter(|line| line.starts_with("c ")).collect();
+    assert_eq!(by_c[0], "c to a: VOTE refuse: NotVoter");
+    assert!(by_c.iter().all(|line| !line.contains("yes") && !line.contains("accept")), "{by_c:?}");
+    let Outcome::Aborted { reasons, .. } = &rig.replies[&1] else { panic!("{:?}", rig.replies[&1]) };
+    assert_eq!(reasons, &["c: it has no vote"]);
+}
+
+#[test]
+fn what_a_client_was_told_outlives_a_restart_of_everybody() {
+    let mut rig = Rig::new();
+    let first = rig.asked("a", 1, Op::Apply(spec()));
+    assert!(matches!(first, Outcome::Committed { slot: Slot(1), repeated: false, .. }), "{first:?}");
+    for name in ["a", "b", "c"].map(node) {
+        rig.restart(&name);
+    }
+    rig.run_for(600);
+    let again = rig.asked("c", 1, Op::Apply(spec()));
+    assert!(matches!(again, Outcome::Committed { slot: Slot(1), repeated: true, .. }), "{again:?}");
+    let abort = rig.abort();
+    assert_eq!(rig.asked("b", 1, abort), Outcome::KeyReused { slot: Slot(1) });
+    assert_eq!(rig.logs[&node("a")].len(), 2);
+}
+
+#[test]
+fn a_coordinator_that_restarts_uses_another_ballot() {
+    let mut rig = Rig::new();
+    rig.asked("a", 1, Op::Apply(spec()));
+    rig.restart(&node("a"));
+    rig.run_for(600);
+    rig.take_story();
+    let abort = rig.abort();
+    rig.asked("a", 2, abort);
+    let story = rig.take_story();
+    assert!(story.contains(&"a to b: PREPARE 2.a.2 slot 2 Rollback".to_string()), "{story:#?}");
+}
+
+#[test]
+fn without_a_majority_a_write_says_so_and_decides_nothing() {
+    let mut rig = Rig::new();
+    rig.asked("a", 1, Op::Apply(spec()));
+    rig.kill("b");
+    rig.kill("c");
+    let abort = rig.abort();
+    let outcome = rig.asked("a", 2, abort);
+    assert_eq!(outcome, Outcome::NoQuorum { reached: vec![node("a")], needed: 2 });
+    assert_eq!(rig.logs[&node("a")].len(), 2);
+}
+
+/// What happens next.
+#[derive(Debug, Clone)]
+enum Step {
+    Deliver(usize),
+    Lose(usize),
+    Repeat(usize),
+    Tick,
+    Restart(u8),
+    Ask(u8, u8),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        12 => (0usize..12).prop_map(Step::Deliver),
+        1 => (0usize..12).prop_map(Step::Lose),
+        1 => (0usize..12).prop_map(Step::Repeat),
+        4 => Just(Step::Tick),
+        1 => (0u8..3).prop_map(Step::Restart),
+        1 => (0u8..3, 0u8..4).prop_map(|(node, op)| Step::Ask(node, op)),
+    ];
+    proptest::collection::vec(step, 50..600)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_is_lost_repeated_reordered_or_restarted_there_is_one_log(steps in steps()) {
+        let mut rig = Rig::new();
+        let mut number = 0;
+        for step in steps {
+            let at = |i: usize| i % rig.wire.len().max(1);
+            match step {
+                Step::Deliver(i) => { let at = at(i); rig.deliver(at) }
+                Step::Lose(i) => drop(rig.wire.remove(at(i))),
+                Step::Repeat(i) => rig.wire.extend(rig.wire.get(at(i)).cloned()),
+                Step::Tick => rig.tick(),
+                Step::Restart(i) => rig.restart(&node(["a", "b", "c"][usize::from(i)])),
+                Step::Ask(i, op) => {
+                    number += 1;
+                    let op = match op {
+                        0 => Op::Apply(spec()),
+                        1 => rig.abort(),
+                        2 => Op::Retry { service: service() },
+                        _ => Op::Promote { service: service(), full: true },
+                    };
+                    rig.ask(["a", "b", "c"][usize::from(i)], number, op);
+                }
+            }
+            rig.check();
+        }
+        let told: Vec<_> = rig.replies.clone().into_iter().collect();
+        rig.run_for(6_000);
+        rig.check();
+        let heads: Vec<_> = rig.cores.values().map(|core| core.view().head).collect();
+        prop_assert!(heads.iter().all(|head| *head == heads[0]), "{:?}", heads);
+        for (number, outcome) in told {
+            let tx = TxId::new(format!("t{number}")).unwrap();
+            let record = rig.logs[&node("a")].iter().find(|chosen| chosen.record.intent.tx == tx);
+            let aborted = record.map(|chosen| matches!(chosen.record.intent.act, Act::Abort { .. }));
+            match outcome {
+                Outcome::Committed { .. } => prop_assert_eq!(aborted, Some(false), "t{} was answered COMMITTED", number),
+                Outcome::Aborted { .. } => prop_assert_eq!(aborted, Some(true), "t{} was answered ABORTED", number),
+                Outcome::Refused(_) | Outcome::Unchanged(_) => prop_assert_eq!(aborted, None, "t{} was refused", number),
+                _ => {}
+            }
+        }
+    }
+}
