@@ -442,13 +442,16 @@ fn without_a_majority_a_write_says_so_and_decides_nothing() {
     rig.kill("b");
     rig.kill("c");
     let abort = rig.abort();
-    let outcome = rig.asked("a", 2, abort);
-    assert_eq!(outcome, Outcome::NoQuorum { reached: vec![node("a")], needed: 2 });
+    rig.ask("a", 2, abort.clone());
+    while !rig.replies.contains_key(&2) {
+        rig.handle(&node("a"), Input::Tick);
+        rig.now += 20_000;
+    }
+    assert_eq!(rig.replies[&2], Outcome::NoQuorum { reached: vec![node("a")], needed: 2 });
     assert_eq!(rig.logs[&node("a")].len(), 2);
     // Votes for that attempt may still be under way: the next one in the same slot has a ballot of its own.
     rig.take_story();
-    let abort = rig.abort();
-    rig.asked("a", 3, abort);
+    rig.ask("a", 3, abort);
     assert_eq!(rig.take_story()[0], "a to b: PREPARE 2.a.1 slot 2 Rollback");
 }
 
