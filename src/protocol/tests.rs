@@ -449,10 +449,12 @@ fn without_a_majority_a_write_says_so_and_decides_nothing() {
     }
     assert_eq!(rig.replies[&2], Outcome::NoQuorum { reached: vec![node("a")], needed: 2 });
     assert_eq!(rig.logs[&node("a")].len(), 2);
-    // Votes for that attempt may still be under way: the next one in the same slot has a ballot of its own.
+    // Votes for that attempt may still be under way: whatever follows in the same slot has a ballot of its own.
+    rig.wire.clear();
     rig.take_story();
-    rig.ask("a", 3, abort);
-    assert_eq!(rig.take_story()[0], "a to b: PREPARE 2.a.1 slot 2 Rollback");
+    rig.asked("a", 3, abort);
+    let prepares = rig.take_story().into_iter().filter(|line| line.contains("PREPARE")).collect::<Vec<_>>();
+    assert!(!prepares.is_empty() && prepares.iter().all(|line| !line.contains(" 1.a.1 ")), "{prepares:#?}");
 }
 
 /// What happens next.
