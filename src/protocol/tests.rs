@@ -452,7 +452,8 @@ fn without_a_majority_a_write_says_so_and_decides_nothing() {
     // Votes for that attempt may still be under way: whatever follows in the same slot has a ballot of its own.
     rig.wire.clear();
     rig.take_story();
-    rig.asked("a", 3, abort);
+    rig.ask("a", 3, abort);
+    rig.run_for(2_500);
     let prepares = rig.take_story().into_iter().filter(|line| line.contains("PREPARE")).collect::<Vec<_>>();
     assert!(!prepares.is_empty() && prepares.iter().all(|line| !line.contains(" 1.a.1 ")), "{prepares:#?}");
 }
