@@ -9,6 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::domain::ids::NodeId;
 use crate::domain::time::Now;
+use crate::protocol::checkpoint::Checkpoint;
+use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Register, Slot};
 
 /// A store could not do what it must. The process stops: a promise that may not be on disk can't be made.
@@ -32,14 +34,25 @@ pub trait Store: Send {
     /// Appends the record of the next slot; it survives power loss once a later [`Store::persist`] returned.
     fn append(&mut self, chosen: &Chosen) -> Result<(), StoreError>;
 
+    /// Keeps a checkpoint that covers everything appended so far; records before `keep_from` may go. A node that
+    /// starts gets the checkpoint and the records after it.
+    fn checkpoint(&mut self, checkpoint: &Checkpoint, keep_from: Slot) -> Result<(), StoreError>;
+
+    /// Puts a peer's checkpoint, which goes beyond the log, in the log's place; on return it survives power loss.
+    fn install(&mut self, checkpoint: &Checkpoint) -> Result<(), StoreError>;
+
     /// Returns a reader of the log that other threads may use.
     fn reader(&self) -> Arc<dyn LogReader>;
 }
 
 /// Reads the log.
 pub trait LogReader: Send + Sync {
-    /// Returns up to `most` records from slot `from` on, in order; empty when there are none.
+    /// Returns up to `most` records from slot `from` on, in order; empty when there are none. Where `from` is no longer
+    /// kept, they begin with the first that is.
     fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError>;
+
+    /// Returns the newest checkpoint; none while the log is kept from its beginning.
+    fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError>;
 }
 
 /// What a store found at start.
@@ -48,7 +61,9 @@ pub struct Recovered<S> {
     pub store: S,
     /// The promises; none when no slot of the register is readable: the node's memory is gone.
     pub register: Option<Register>,
-    /// The log from genesis on: contiguous, the chain verified.
+    /// The sum of the log that the records build on: the checkpoint's, or that of genesis alone.
+    pub ledger: Ledger,
+    /// The records after it: contiguous, the chain verified.
     pub log: Vec<Chosen>,
     /// What was unusual, one sentence each, for the log.
     pub notes: Vec<String>,

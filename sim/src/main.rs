@@ -114,7 +114,7 @@ fn run(arguments: &Arguments, from: u64, count: u64, options: Options) -> anyhow
     }
     let (real, virtual_s) = (started.elapsed().as_secs_f64(), total.us as f64 / 1e6);
     println!(
-        "{count} seeds in {real:.1} s ({:.1} seeds/s, {:.0}x real time): {} slots, {} raises ({} unarmed), {} crashes, {} wipes, {} steps with canary traffic",
+        "{count} seeds in {real:.1} s ({:.1} seeds/s, {:.0}x real time): {} slots, {} raises ({} unarmed), {} crashes, {} wipes, {} installs, {} steps with canary traffic",
         count as f64 / real,
         virtual_s / real,
         total.slots,
@@ -122,6 +122,7 @@ fn run(arguments: &Arguments, from: u64, count: u64, options: Options) -> anyhow
         total.unarmed,
         total.crashes,
         total.wipes,
+        total.installs,
         total.exposed
     );
     for (invariant, seeds) in &failures {
@@ -137,6 +138,7 @@ fn add(total: &mut Summary, one: &Summary) {
     total.unarmed += one.unarmed;
     total.crashes += one.crashes;
     total.wipes += one.wipes;
+    total.installs += one.installs;
     total.exposed += one.exposed;
 }
 

@@ -2,8 +2,9 @@
 
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId};
 use aviary::domain::time::Now;
+use aviary::protocol::ledger::Ledger;
 use aviary::protocol::record::{Chosen, Register};
-use aviary::protocol::{Input, Output, Timings};
+use aviary::protocol::{Input, Output, Retention, Timings};
 
 /// What a node's process is started with.
 pub struct Setup {
@@ -17,21 +18,35 @@ pub struct Setup {
     pub seed: u64,
     /// The incarnation it takes if its memory is gone.
     pub fresh_incarnation: Incarnation,
+    /// What it keeps of its log.
+    pub retention: Retention,
 }
 
 /// One node's process.
 pub trait Subject: Sized {
-    /// Starts it on what its disk holds.
-    fn start(setup: Setup, register: Option<Register>, log: Vec<Chosen>, now: Now) -> (Self, Vec<Output>);
+    /// Starts it on what its disk holds: the register, and a ledger with the records after it.
+    fn start(
+        setup: Setup,
+        register: Option<Register>,
+        ledger: Ledger,
+        log: &[Chosen],
+        now: Now,
+    ) -> (Self, Vec<Output>);
     /// Hands it one input.
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output>;
 }
 
 impl Subject for aviary::protocol::Core {
-    fn start(setup: Setup, register: Option<Register>, log: Vec<Chosen>, now: Now) -> (Self, Vec<Output>) {
-        let Setup { node, cluster, timings, seed, fresh_incarnation } = setup;
-        let settings = aviary::protocol::Settings { node, cluster, timings, seed, fresh_incarnation };
-        Self::start(settings, register, log, now)
+    fn start(
+        setup: Setup,
+        register: Option<Register>,
+        ledger: Ledger,
+        log: &[Chosen],
+        now: Now,
+    ) -> (Self, Vec<Output>) {
+        let Setup { node, cluster, timings, seed, fresh_incarnation, retention } = setup;
+        let settings = aviary::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention };
+        Self::start(settings, register, ledger, log, now)
     }
 
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output> {

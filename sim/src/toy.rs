@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use aviary::domain::ids::NodeId;
 use aviary::domain::time::{Mono, Now};
 use aviary::protocol::message::{Answer, Decision, GateVote, Heartbeat, Message, Prepare, Role, Vote};
+use aviary::protocol::ledger::Ledger;
 use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Membership, Record, Register, Slot};
 use aviary::protocol::{Input, Output};
 
@@ -211,9 +212,15 @@ impl<const BUG: u8> Toy<BUG> {
 }
 
 impl<const BUG: u8> Subject for Toy<BUG> {
-    fn start(setup: Setup, register: Option<Register>, log: Vec<Chosen>, now: Now) -> (Self, Vec<Output>) {
-        let (genesis, last) = (&log[0].record, &log.last().expect("genesis").record);
-        let Act::Genesis { members, .. } = &genesis.intent.act else { panic!("a log without genesis") };
+    fn start(
+        setup: Setup,
+        register: Option<Register>,
+        ledger: Ledger,
+        log: &[Chosen],
+        now: Now,
+    ) -> (Self, Vec<Output>) {
+        let base = (ledger.head, ledger.head_hash);
+        let last = log.last().map_or(base, |last| (last.record.slot, last.record.hash()));
         let mut register = register.unwrap_or(Register {
             cluster: setup.cluster,
             node: setup.node,
@@ -221,13 +228,13 @@ impl<const BUG: u8> Subject for Toy<BUG> {
             boot: 0,
             promised: None,
             accepted: None,
-            head: genesis.slot,
-            head_hash: genesis.hash(),
+            head: base.0,
+            head_hash: base.1,
         });
         register.boot += 1;
-        register.accepted = register.accepted.filter(|accepted| accepted.record.slot > last.slot);
+        register.accepted = register.accepted.filter(|accepted| accepted.record.slot > last.0);
         let round = register.promised.as_ref().map_or(0, |ballot| ballot.round);
-        let (head, head_hash, members) = (last.slot, last.hash(), members.clone());
+        let ((head, head_hash), members) = (last, ledger.membership);
         let (attempt, out, beat) = (None, Vec::new(), now.mono);
         let mut toy = Self { register, members, head, head_hash, attempt, out, beat, round, now };
         toy.persist();

@@ -12,9 +12,13 @@ use aviary::domain::stats::Stats;
 use aviary::domain::time::{Mono, Now, Wall};
 use aviary::domain::weights::Weight;
 use aviary::domain::window::Evidence;
+use aviary::protocol::checkpoint::Checkpoint;
+use aviary::protocol::ledger::Ledger;
 use aviary::protocol::message::{Decision, Message};
 use aviary::protocol::record::{Act, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot};
-use aviary::protocol::{Command, Event, Input, Observation, Op, Outcome, Output, RequestId, Timings, View, codec};
+use aviary::protocol::{
+    Command, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Timings, View, codec,
+};
 
 use crate::dice::Dice;
 use crate::invariants::{self, Invariant};
@@ -61,6 +65,8 @@ pub struct Summary {
     pub crashes: u64,
     /// Wiped disks.
     pub wipes: u64,
+    /// Checkpoints taken over from a peer.
+    pub installs: u64,
     /// Chosen unarmed.
     pub unarmed: u64,
     /// Steps with canary traffic.
@@ -156,7 +162,12 @@ struct Process<S> {
 struct Node<S> {
     id: NodeId,
     register: Option<Register>,
+    /// The whole log as this node would have it, also what it keeps only the sum of.
     log: Vec<Chosen>,
+    /// The sum it starts from.
+    checkpoint: Option<Checkpoint>,
+    /// The first slot whose record it can still read.
+    first: usize,
     durable: usize,
     process: Option<Process<S>>,
     epoch: u64,
@@ -205,6 +216,7 @@ pub struct World<S> {
     dice: Dice,
     mix: Mix,
     timings: Timings,
+    retention: Retention,
     now: u64,
     sequence: u64,
     queue: BinaryHeap<Reverse<Entry>>,
@@ -230,6 +242,12 @@ fn broken(invariant: &'static str, what: impl Into<String>) -> Violation {
     Violation { invariant, what: what.into() }
 }
 
+/// Returns what the nodes of a seed keep of their logs: mostly so little that who lags needs the sum.
+fn retention_of(seed: u64) -> Retention {
+    let (checkpoint_every, history) = [(4_096, 16_384), (8, 8), (4, 2), (2, 0)][(seed % 4) as usize];
+    Retention { checkpoint_every, history }
+}
+
 impl<S: Subject> World<S> {
     /// Returns the world of a seed.
     pub fn new(options: Options) -> Self {
@@ -248,6 +266,7 @@ impl<S: Subject> World<S> {
             options,
             mix,
             timings,
+            retention: retention_of(options.seed),
             now: 0,
             sequence: 0,
             queue: BinaryHeap::new(),
@@ -283,6 +302,8 @@ impl<S: Subject> World<S> {
             id: name(index),
             register: Some(register),
             log: vec![genesis.clone()],
+            checkpoint: None,
+            first: 0,
             durable: 1,
             process: None,
             epoch: 0,
@@ -451,16 +472,25 @@ impl<S: Subject> World<S> {
             timings: self.timings,
             seed,
             fresh_incarnation,
+            retention: self.retention,
         };
         let incarnation = node.register.as_ref().map_or(fresh_incarnation, |register| register.incarnation);
         let (register, log, now) = (node.register.clone(), node.log.clone(), node.now(at));
+        let checkpoint = node.checkpoint.clone();
         self.trace.line(at, node.id.as_str(), "starts", || {
             let known = register
                 .as_ref()
                 .map(|r| format!("promised {:?} head {}", r.promised.as_ref().map(|b| b.to_string()), r.head));
             format!("{} records, register {known:?}", log.len())
         });
-        let (core, outputs) = guarded(|| S::start(setup, register, log.clone(), now))?;
+        let (core, outputs) = guarded(|| {
+            let ledger = match &checkpoint {
+                Some(checkpoint) => checkpoint.ledger().expect("a checkpoint that was kept"),
+                None => Ledger::new(&log[0]).expect("a log begins with its genesis"),
+            };
+            let after = ledger.head.0 as usize + 1;
+            S::start(setup, register, ledger, &log[after..], now)
+        })?;
         node.process = Some(Process {
             core,
             incarnation,
@@ -540,6 +570,19 @@ impl<S: Subject> World<S> {
                 self.nodes[i].log.push(*chosen);
             }
             Output::Send { to, message } => self.send(i, &to, *message)?,
+            Output::Checkpoint { checkpoint, keep_from } => {
+                self.trace.line(at, id.as_str(), "sums up", || format!("slot {}", checkpoint.slot));
+                let node = &mut self.nodes[i];
+                (node.checkpoint, node.first) = (Some(checkpoint), keep_from.0 as usize);
+                node.durable = node.log.len();
+            }
+            Output::Install(checkpoint) => self.install(i, checkpoint)?,
+            Output::SendLog { to, from, .. } if (from.0 as usize) < self.nodes[i].first => {
+                let parts = self.nodes[i].checkpoint.as_ref().map(Checkpoint::parts).unwrap_or_default();
+                for part in parts {
+                    self.send(i, &to, Message::Decision(Decision::Checkpoint(part)))?;
+                }
+            }
             Output::SendLog { to, from, through } => {
                 let most = from.0 + 64;
                 let records = self.nodes[i]
@@ -569,6 +612,32 @@ impl<S: Subject> World<S> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Takes a peer's checkpoint for what was really decided: it must sum that up.
+    fn install(&mut self, i: usize, checkpoint: Checkpoint) -> Step {
+        let id = self.nodes[i].id.clone();
+        self.trace.line(self.now, id.as_str(), "installs", || format!("slot {}", checkpoint.slot));
+        let ledger = checkpoint.ledger().expect("the core checked it");
+        let decided = self.truth.chosen(checkpoint.slot).map(|known| known.hash);
+        if decided != Some(ledger.head_hash) {
+            let what = format!("{id} installs a sum of slot {} that ends in {}", checkpoint.slot, ledger.head_hash);
+            return Err(broken("I2 chain", what));
+        }
+        for slot in self.nodes[i].log.len()..=checkpoint.slot.0 as usize {
+            let known = &self.truth.log[slot];
+            let voted = known.record.certificate.as_ref().map(|certificate| &certificate.ballot);
+            let ballot = voted.filter(|ballot| known.ballots.contains(ballot)).or(known.ballots.first()).cloned();
+            let chosen = Chosen { ballot, record: known.record.clone() };
+            self.fact(Fact::Appended(&id, &chosen))?;
+            self.nodes[i].log.push(chosen);
+        }
+        let node = &mut self.nodes[i];
+        node.first = node.log.len();
+        node.durable = node.log.len();
+        node.checkpoint = Some(checkpoint);
+        self.summary.installs += 1;
         Ok(())
     }
 
@@ -676,6 +745,7 @@ impl<S: Subject> World<S> {
         node.register = None;
         if !keeps_log {
             node.log.truncate(1);
+            (node.checkpoint, node.first) = (None, 0);
             node.durable = 1;
         }
         self.summary.wipes += 1;
@@ -1094,6 +1164,9 @@ fn brief(message: &Message) -> String {
         }
         Message::Decision(Decision::Chosen(c)) => {
             format!("CHOSEN slot {} {}", c.record.slot, c.record.intent.act.name())
+        }
+        Message::Decision(Decision::Checkpoint(part)) => {
+            format!("CHECKPOINT slot {} part {} of {}", part.slot, part.index, part.parts)
         }
         Message::Decision(Decision::CatchUp(c)) => {
             format!("CATCHUP slot {} {}", c.record.slot, c.record.intent.act.name())

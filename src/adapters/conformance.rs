@@ -3,6 +3,8 @@
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, TxId};
 use crate::domain::time::Wall;
 use crate::ports::Store;
+use crate::protocol::checkpoint::Checkpoint;
+use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Act, Ballot, Chosen, Hash, Intent, Membership, Record, Register, Slot};
 
 /// A kind of store whose content outlives the process that wrote it.
@@ -11,38 +13,91 @@ pub(crate) trait Subject: Sized {
     /// Makes the durable content of a node that never ran.
     fn create(register: &Register, genesis: &Chosen) -> Self;
     /// Starts a process on it.
-    fn open(&mut self) -> (Self::Store, Option<Register>, Vec<Chosen>);
+    fn open(&mut self) -> Found<Self::Store>;
     /// Ends that process.
     fn close(&mut self, store: Self::Store);
 }
 
+/// What a process finds at its start.
+pub(crate) struct Found<S> {
+    pub store: S,
+    pub register: Option<Register>,
+    pub ledger: Ledger,
+    pub log: Vec<Chosen>,
+}
+
 /// Checks the contract of [`Store`].
 pub(crate) fn check<S: Subject>() {
-    let log = chain(40);
+    let log = chain(60);
+    let genesis = Ledger::new(&log[0]).unwrap();
     let mut subject = S::create(&register(1, 0), &log[0]);
-    let (mut store, promises, found) = subject.open();
-    assert_eq!((promises, found), (Some(register(1, 0)), log[..1].to_vec()), "a fresh node holds genesis");
+    let mut found = subject.open();
+    assert_eq!((found.register, &found.ledger, found.log), (Some(register(1, 0)), &genesis, vec![]), "a fresh node");
 
-    let reader = store.reader();
-    for (chosen, boot) in log[1..].iter().zip(2..) {
-        store.append(chosen).unwrap();
+    let reader = found.store.reader();
+    assert_eq!(reader.read(Slot(0), 9).unwrap(), log[..1]);
+    assert_eq!(reader.checkpoint().unwrap(), None);
+    for (chosen, boot) in log[1..40].iter().zip(2..) {
+        found.store.append(chosen).unwrap();
         let seen = reader.read(chosen.record.slot, 9).unwrap();
         assert_eq!(seen, std::slice::from_ref(chosen), "readers see appended records at once");
         if boot % 3 == 0 {
-            store.persist(&register(boot, chosen.record.slot.0)).unwrap();
+            found.store.persist(&register(boot, chosen.record.slot.0)).unwrap();
         }
     }
-    store.persist(&register(99, 39)).unwrap();
+    found.store.persist(&register(99, 39)).unwrap();
     assert_eq!(reader.read(Slot(7), 5).unwrap(), log[7..12]);
     assert_eq!(reader.read(Slot(40), 5).unwrap(), []);
     assert_eq!(reader.read(Slot(0), 0).unwrap(), []);
     drop(reader);
-    subject.close(store);
+    subject.close(found.store);
 
-    let (store, promises, found) = subject.open();
-    assert_eq!((promises, found), (Some(register(99, 39)), log.clone()), "what was persisted survives");
-    assert_eq!(store.reader().read(Slot(0), 100).unwrap(), log);
-    subject.close(store);
+    let found = subject.open();
+    let expected = (Some(register(99, 39)), &genesis, log[1..40].to_vec());
+    assert_eq!((found.register, &found.ledger, found.log), expected, "what was persisted survives");
+    assert_eq!(found.store.reader().read(Slot(0), 100).unwrap(), log[..40]);
+    subject.close(found.store);
+
+    check_checkpoints(&mut subject, &log);
+}
+
+fn check_checkpoints<S: Subject>(subject: &mut S, log: &[Chosen]) {
+    let mut found = subject.open();
+    let summed = sum(&log[..40]);
+    found.store.checkpoint(&Checkpoint::of(&summed), Slot(30)).unwrap();
+    let reader = found.store.reader();
+    assert_eq!(reader.checkpoint().unwrap(), Some(Checkpoint::of(&summed)));
+    assert_eq!(reader.read(Slot(0), 3).unwrap(), log[30..33], "what is gone is gone");
+    found.store.append(&log[40]).unwrap();
+    found.store.persist(&register(100, 40)).unwrap();
+    drop(reader);
+    subject.close(found.store);
+
+    let mut found = subject.open();
+    let expected = (Some(register(100, 40)), &summed, log[40..41].to_vec());
+    assert_eq!((found.register, &found.ledger, found.log), expected, "a node starts from its checkpoint");
+    assert_eq!(found.store.reader().read(Slot(29), 100).unwrap(), log[30..41]);
+
+    let summed = sum(&log[..51]);
+    found.store.install(&Checkpoint::of(&summed)).unwrap();
+    assert_eq!(found.store.reader().read(Slot(0), 100).unwrap(), []);
+    found.store.append(&log[51]).unwrap();
+    found.store.append(&log[52]).unwrap();
+    found.store.persist(&register(101, 52)).unwrap();
+    subject.close(found.store);
+
+    let found = subject.open();
+    let expected = (Some(register(101, 52)), &summed, log[51..53].to_vec());
+    assert_eq!((found.register, &found.ledger, found.log), expected, "a peer's checkpoint takes the log's place");
+    assert_eq!(found.store.reader().read(Slot(0), 100).unwrap(), log[51..53]);
+    subject.close(found.store);
+}
+
+/// Returns the sum of a log.
+pub(crate) fn sum(log: &[Chosen]) -> Ledger {
+    let mut ledger = Ledger::new(&log[0]).unwrap();
+    log[1..].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
+    ledger
 }
 
 /// Returns a log of `length` records.

@@ -3,33 +3,63 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::ports::{LogReader, Store, StoreError};
+use crate::protocol::checkpoint::Checkpoint;
+use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Register, Slot};
 
 /// A store in memory; clones are handles of the same one.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryStore(Arc<Mutex<Contents>>);
 
-#[derive(Debug, Default)]
-struct Contents {
-    register: Option<Register>,
-    log: Vec<Chosen>,
+/// What a store holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Contents {
+    /// The promises.
+    pub register: Option<Register>,
+    /// The newest checkpoint.
+    pub checkpoint: Option<Checkpoint>,
+    /// The records that are kept: from genesis on, or around the checkpoint.
+    pub log: Vec<Chosen>,
     /// How many records the last persist covered.
     durable: usize,
+}
+
+impl Contents {
+    /// Returns what a node starts from: the ledger and the records after it. Panics on an empty store.
+    pub fn recovered(&self) -> (Ledger, &[Chosen]) {
+        let ledger = match &self.checkpoint {
+            Some(checkpoint) => checkpoint.ledger().expect("a checkpoint that was kept"),
+            None => Ledger::new(&self.log[0]).expect("a log begins with its genesis"),
+        };
+        let after = self.log.partition_point(|chosen| chosen.record.slot <= ledger.head);
+        (ledger, &self.log[after..])
+    }
+
+    fn next(&self) -> Slot {
+        let newest = self.log.last().map(|chosen| chosen.record.slot);
+        newest.max(self.checkpoint.as_ref().map(|checkpoint| checkpoint.slot)).map_or(Slot(0), Slot::next)
+    }
 }
 
 impl MemoryStore {
     /// Returns a store that holds what an earlier one left, all of it durable.
     pub fn new(register: Option<Register>, log: Vec<Chosen>) -> Self {
-        let durable = log.len();
-        Self(Arc::new(Mutex::new(Contents { register, log, durable })))
+        Self::of(Contents { register, checkpoint: None, durable: log.len(), log })
+    }
+
+    /// Returns a store with these contents, all of them durable.
+    pub fn of(contents: Contents) -> Self {
+        let durable = contents.log.len();
+        Self(Arc::new(Mutex::new(Contents { durable, ..contents })))
     }
 
     /// Returns what survives a power cut at this moment: the register as last persisted, the records appended before
     /// that, and the first `keep_unsynced` of those appended after.
-    pub fn survivors(&self, keep_unsynced: usize) -> (Option<Register>, Vec<Chosen>) {
-        let contents = self.contents();
-        let kept = contents.durable.saturating_add(keep_unsynced).min(contents.log.len());
-        (contents.register.clone(), contents.log[..kept].to_vec())
+    pub fn survivors(&self, keep_unsynced: usize) -> Contents {
+        let mut contents = self.contents().clone();
+        contents.log.truncate(contents.durable.saturating_add(keep_unsynced));
+        contents.durable = contents.log.len();
+        contents
     }
 
     fn contents(&self) -> MutexGuard<'_, Contents> {
@@ -46,9 +76,27 @@ impl Store for MemoryStore {
     }
 
     fn append(&mut self, chosen: &Chosen) -> Result<(), StoreError> {
-        let next = Slot(self.contents().log.len() as u64);
-        assert_eq!(chosen.record.slot, next, "the log grows by the record of the next slot");
-        self.contents().log.push(chosen.clone());
+        let mut contents = self.contents();
+        assert_eq!(chosen.record.slot, contents.next(), "the log grows by the record of the next slot");
+        contents.log.push(chosen.clone());
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, checkpoint: &Checkpoint, keep_from: Slot) -> Result<(), StoreError> {
+        let mut contents = self.contents();
+        assert_eq!(checkpoint.slot.next(), contents.next(), "a checkpoint covers the whole log");
+        contents.log.retain(|chosen| chosen.record.slot >= keep_from);
+        contents.durable = contents.log.len();
+        contents.checkpoint = Some(checkpoint.clone());
+        Ok(())
+    }
+
+    fn install(&mut self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        let mut contents = self.contents();
+        assert!(checkpoint.slot >= contents.next(), "an installed checkpoint goes beyond the log");
+        contents.log.clear();
+        contents.durable = 0;
+        contents.checkpoint = Some(checkpoint.clone());
         Ok(())
     }
 
@@ -59,31 +107,38 @@ impl Store for MemoryStore {
 
 impl LogReader for MemoryStore {
     fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError> {
-        let from = usize::try_from(from.0).unwrap_or(usize::MAX);
-        Ok(self.contents().log.iter().skip(from).take(most).cloned().collect())
+        let contents = self.contents();
+        let first = contents.log.partition_point(|chosen| chosen.record.slot < from);
+        Ok(contents.log[first..].iter().take(most).cloned().collect())
+    }
+
+    fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {
+        Ok(self.contents().checkpoint.clone())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapters::conformance::{self, Subject, chain, register};
+    use crate::adapters::conformance::{self, Found, Subject, chain, register};
 
     #[derive(Default)]
     struct Memory {
-        left: (Option<Register>, Vec<Chosen>),
+        left: Contents,
     }
 
     impl Subject for Memory {
         type Store = MemoryStore;
 
         fn create(register: &Register, genesis: &Chosen) -> Self {
-            Self { left: (Some(register.clone()), vec![genesis.clone()]) }
+            let (register, log) = (Some(register.clone()), vec![genesis.clone()]);
+            Self { left: Contents { register, log, ..Contents::default() } }
         }
 
-        fn open(&mut self) -> (MemoryStore, Option<Register>, Vec<Chosen>) {
-            let (register, log) = self.left.clone();
-            (MemoryStore::new(register.clone(), log.clone()), register, log)
+        fn open(&mut self) -> Found<MemoryStore> {
+            let (ledger, log) = self.left.recovered();
+            let (register, log) = (self.left.register.clone(), log.to_vec());
+            Found { store: MemoryStore::of(self.left.clone()), register, ledger, log }
         }
 
         fn close(&mut self, store: MemoryStore) {
@@ -104,8 +159,9 @@ mod tests {
         store.persist(&register(2, 1)).unwrap();
         store.append(&log[2]).unwrap();
         store.append(&log[3]).unwrap();
-        assert_eq!(store.survivors(0), (Some(register(2, 1)), log[..2].to_vec()));
-        assert_eq!(store.survivors(1).1, log[..3]);
-        assert_eq!(store.survivors(usize::MAX).1, log[..4]);
+        let left = store.survivors(0);
+        assert_eq!((left.register, left.log), (Some(register(2, 1)), log[..2].to_vec()));
+        assert_eq!(store.survivors(1).log, log[..3]);
+        assert_eq!(store.survivors(usize::MAX).log, log[..4]);
     }
 }

@@ -26,8 +26,7 @@ use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::run::{self, Parts, Running};
 use crate::ports::Recovered;
-use crate::protocol::Settings;
-use crate::protocol::record::Act;
+use crate::protocol::{Retention, Settings};
 use crate::proxy::{self, ProxySettings};
 
 /// Arguments of `aviary node`.
@@ -104,12 +103,9 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
 }
 
 fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Result<Running> {
-    let Recovered { store, register, log, notes } = DiskStore::open(&config.data_dir)?;
+    let Recovered { store, register, ledger, log, notes } = DiskStore::open(&config.data_dir)?;
     notes.iter().for_each(|note| warn!("{note}"));
-    let Some(Act::Genesis { cluster, .. }) = log.first().map(|chosen| &chosen.record.intent.act) else {
-        bail!("{}: the log holds no genesis, expected one made by `aviary cluster init`", config.data_dir.display());
-    };
-    let cluster = *cluster;
+    let cluster = ledger.cluster;
     if let Some(found) = register.as_ref().map(|register| &register.node).filter(|found| **found != config.id) {
         let (dir, file) = (config.data_dir.display(), config.file.display());
         bail!("{dir} belongs to node {found}, expected node {}, which {file} names", config.id);
@@ -117,19 +113,21 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
     if register.is_none() {
         error!("this node's register is gone: it follows without a vote until an operator readmits it");
     }
-    info!(records = log.len(), %cluster, "journal read");
+    info!(checkpoint = %ledger.head, records = log.len(), %cluster, "journal read");
     let settings = Settings {
         node: config.id.clone(),
         cluster,
         timings: config.timings,
         seed: rand::random(),
         fresh_incarnation: Incarnation(rand::random()),
+        retention: Retention::default(),
     };
     run::start(
         Parts {
             settings,
             store: Box::new(store),
             register,
+            ledger,
             log,
             network: Arc::new(PlainNetwork),
             listen: config.listen.control.clone(),

@@ -20,6 +20,7 @@ use crate::domain::ids::{ClusterId, Incarnation, NodeId};
 use crate::domain::rollout::Change;
 use crate::domain::stats::Stats;
 use crate::domain::weights::Weight;
+use crate::protocol::checkpoint::PART_BYTES;
 use crate::protocol::codec;
 use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, Vote};
 use crate::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Slot};
@@ -390,6 +391,10 @@ fn check(message: &Message) -> Result<(), FrameError> {
             check_record(record)
         }
         Message::Decision(Decision::Chosen(chosen) | Decision::CatchUp(chosen)) => check_chosen(chosen),
+        Message::Decision(Decision::Checkpoint(part)) => {
+            check_slot(part.slot)?;
+            at_most("checkpoint's part", part.bytes.len() as u64, PART_BYTES as u64)
+        }
         Message::Heartbeat(heartbeat) => {
             heartbeat.open.as_ref().map_or(Ok(()), check_ballot)?;
             check_slot(heartbeat.head)

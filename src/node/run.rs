@@ -16,6 +16,8 @@ use tracing::{error, info, warn};
 
 use crate::domain::ids::NodeId;
 use crate::ports::{Clock, LogReader, Network, Store};
+use crate::protocol::checkpoint::Checkpoint;
+use crate::protocol::ledger::Ledger;
 use crate::protocol::message::{Decision, Message};
 use crate::protocol::record::{Chosen, Register, Slot};
 use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, RequestId, Settings};
@@ -32,7 +34,9 @@ pub struct Parts {
     pub store: Box<dyn Store>,
     /// The promises on it.
     pub register: Option<Register>,
-    /// The log on it.
+    /// The sum of the log that `log` builds on.
+    pub ledger: Ledger,
+    /// The log on it, after that.
     pub log: Vec<Chosen>,
     /// The way to its peers.
     pub network: Arc<dyn Network>,
@@ -63,12 +67,13 @@ const INPUTS_MAX: usize = 1024;
 
 /// Starts a node; returns once its control port is bound. `shutdown` ends it.
 pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Running> {
-    let Parts { settings, store, register, log, network, listen, peers, clock, failpoint } = parts;
+    let Parts { settings, store, register, ledger, log, network, listen, peers, clock, failpoint } = parts;
     if let Some(failpoint) = &failpoint {
         warn!(?failpoint, "this process will abort itself: AVIARY_FAILPOINT is set");
     }
     let node = settings.node.clone();
-    let (core, outputs) = Core::start(settings, register, log, clock.now());
+    let (core, outputs) = Core::start(settings, register, ledger, &log, clock.now());
+    drop(log);
     let published = Published::new(core.view().clone(), clock.clone());
     let reader = store.reader();
     let (handle, requests, events) = NodeHandle::new(published.clone(), reader.clone());
@@ -201,6 +206,14 @@ impl Shell {
                     self.store.persist(&register).context("the register can't be written")?;
                 }
                 Output::Append(chosen) => self.store.append(&chosen).context("the log can't be written")?,
+                Output::Checkpoint { checkpoint, keep_from } => {
+                    self.store.checkpoint(&checkpoint, keep_from).context("the checkpoint can't be written")?;
+                    info!(slot = %checkpoint.slot, bytes = checkpoint.bytes.len(), "checkpoint written");
+                }
+                Output::Install(checkpoint) => {
+                    self.store.install(&checkpoint).context("a peer's checkpoint can't be written")?;
+                    info!(slot = %checkpoint.slot, bytes = checkpoint.bytes.len(), "a peer's checkpoint taken in");
+                }
                 Output::SendLog { to, from, through } => {
                     self.send_log(links, &to, from, through)?;
                     unsent = true;
@@ -231,6 +244,14 @@ impl Shell {
     fn send_log(&self, links: &Links, to: &NodeId, from: Slot, through: Slot) -> anyhow::Result<()> {
         let most = through.0.saturating_sub(from.0) + 1;
         let records = self.reader.read(from, most as usize).context("the log can't be read")?;
+        if records.first().is_none_or(|first| first.record.slot != from) {
+            // What the peer needs next is gone: it gets the sum, and asks for what follows by itself.
+            let checkpoint = self.reader.checkpoint().context("the checkpoint can't be read")?;
+            for part in checkpoint.iter().flat_map(Checkpoint::parts) {
+                links.send(to, Message::Decision(Decision::Checkpoint(part)));
+            }
+            return Ok(());
+        }
         for chosen in records {
             links.send(to, Message::Decision(Decision::CatchUp(Box::new(chosen))));
         }

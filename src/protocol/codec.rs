@@ -13,8 +13,13 @@ pub const VALUE_BYTES_MAX: usize = 64 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
     /// Too long to be read at all.
-    #[error("value has {0} bytes, expected at most {VALUE_BYTES_MAX}")]
-    Length(usize),
+    #[error("value has {found} bytes, expected at most {most}")]
+    Length {
+        /// Its length.
+        found: usize,
+        /// The limit.
+        most: usize,
+    },
     /// Not the shape of the expected type.
     #[error("malformed value: {0}")]
     Malformed(#[from] bincode::error::DecodeError),
@@ -31,10 +36,6 @@ pub enum DecodeError {
     NotCanonical,
 }
 
-fn configuration() -> impl bincode::config::Config {
-    bincode::config::standard().with_limit::<VALUE_BYTES_MAX>()
-}
-
 /// Returns the value's bytes.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     bincode::serde::encode_to_vec(value, bincode::config::standard()).expect("every value of ours can be encoded")
@@ -42,10 +43,16 @@ pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 
 /// Returns the value that `bytes` are the one encoding of, or why they are none.
 pub fn decode<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
-    if bytes.len() > VALUE_BYTES_MAX {
-        return Err(DecodeError::Length(bytes.len()));
+    decode_within::<T, VALUE_BYTES_MAX>(bytes)
+}
+
+/// Like [`decode`], for values of up to `MOST` bytes.
+pub fn decode_within<T: Serialize + DeserializeOwned, const MOST: usize>(bytes: &[u8]) -> Result<T, DecodeError> {
+    if bytes.len() > MOST {
+        return Err(DecodeError::Length { found: bytes.len(), most: MOST });
     }
-    let (value, used) = bincode::serde::decode_from_slice::<T, _>(bytes, configuration())?;
+    let configuration = bincode::config::standard().with_limit::<MOST>();
+    let (value, used) = bincode::serde::decode_from_slice::<T, _>(bytes, configuration)?;
     if used != bytes.len() {
         return Err(DecodeError::Trailing { used, total: bytes.len() });
     }

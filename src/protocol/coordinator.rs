@@ -445,12 +445,7 @@ impl Core {
 
     /// Follows up a record that was just added to the ledger: answers who waited for it, frees the desk.
     pub(super) fn settle(&mut self, record: &Record) {
-        if self.desk.attempt.as_ref().is_some_and(|attempt| attempt.slot <= record.slot) {
-            let attempt = self.desk.attempt.take().expect("an attempt just seen");
-            if !matches!(attempt.pending.wish, Wish::Settle(_)) {
-                self.desk.queue.push_front(attempt.pending);
-            }
-        }
+        self.release_desk(record.slot);
         if let Some(at) = self.desk.queue.iter().position(|pending| pending.tx == record.intent.tx) {
             let pending = self.desk.queue.remove(at).expect("a position just found");
             let outcome = self.settled_outcome(&pending.tx, pending.digest).first_time();
@@ -461,6 +456,16 @@ impl Core {
         {
             let lease_ms = self.ledger.services[&id].service.rollout.spec.lease_ms;
             self.enforce(id, record.slot, lease_ms);
+        }
+    }
+
+    /// Gives up the attempt at a slot that is decided; its wish waits for the next one.
+    pub(super) fn release_desk(&mut self, decided: Slot) {
+        if self.desk.attempt.as_ref().is_some_and(|attempt| attempt.slot <= decided) {
+            let attempt = self.desk.attempt.take().expect("an attempt just seen");
+            if !matches!(attempt.pending.wish, Wish::Settle(_)) {
+                self.desk.queue.push_front(attempt.pending);
+            }
         }
     }
 

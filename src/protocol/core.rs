@@ -7,6 +7,7 @@ use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
 use crate::domain::routing::{RoutingState, Status};
 use crate::domain::time::{Mono, Now};
 
+use super::checkpoint::{Checkpoint, Incoming, Part};
 use super::coordinator::Desk;
 use super::gate::Gate;
 use super::lease::Lease;
@@ -29,6 +30,23 @@ pub struct Settings {
     pub seed: u64,
     /// The incarnation it takes when its register is gone.
     pub fresh_incarnation: Incarnation,
+    /// What it keeps of its log.
+    pub retention: Retention,
+}
+
+/// What a node keeps of its log: disk and start-up stay bounded by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// A checkpoint is made every so many slots.
+    pub checkpoint_every: u64,
+    /// Records that stay readable before a checkpoint: for history, and for peers that lag.
+    pub history: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { checkpoint_every: 4_096, history: 16_384 }
+    }
 }
 
 /// What a node knows of another.
@@ -85,6 +103,8 @@ pub struct Core {
     pub(super) desk: Desk,
     /// Chosen records that came before their predecessors.
     pub(super) early: BTreeMap<Slot, Chosen>,
+    /// A peer's checkpoint, as far as it came.
+    pub(super) incoming: Incoming,
     pub(super) draws: Draws,
     pub(super) suspect_ms: u64,
     pub(super) coordinator: NodeId,
@@ -106,13 +126,20 @@ impl Core {
     /// Starts a node from what its disk holds. A missing `register` means that its memory is gone: it takes a fresh
     /// incarnation, follows as a learner, and has no vote. The outputs are the start's, to be carried out first.
     ///
-    /// Panics when `log` doesn't begin with a genesis record or isn't a chain; stores verify that when they open.
-    pub fn start(settings: Settings, register: Option<Register>, log: Vec<Chosen>, now: Now) -> (Self, Vec<Output>) {
-        let mut records = log.iter();
-        let genesis = records.next().expect("a log begins with its genesis");
-        let mut ledger = Ledger::new(genesis).expect("the first record is a genesis");
+    /// `ledger` is the newest checkpoint's, or genesis alone; `log` are the records after it. Panics when they are no
+    /// chain; stores verify that when they open.
+    pub fn start(
+        settings: Settings,
+        register: Option<Register>,
+        mut ledger: Ledger,
+        log: &[Chosen],
+        now: Now,
+    ) -> (Self, Vec<Output>) {
         assert_eq!(ledger.cluster, settings.cluster, "the log is this cluster's");
-        records.for_each(|chosen| ledger.apply(chosen).expect("a verified log is a chain of possible records"));
+        let (base, base_hash) = (ledger.head, ledger.head_hash);
+        for chosen in log {
+            ledger.apply(chosen).expect("a verified log is a chain of possible records");
+        }
 
         let mut register = register.unwrap_or_else(|| Register {
             cluster: settings.cluster,
@@ -121,8 +148,8 @@ impl Core {
             boot: 0,
             promised: None,
             accepted: None,
-            head: Slot(0),
-            head_hash: genesis.record.hash(),
+            head: base,
+            head_hash: base_hash,
         });
         assert_eq!(
             (&register.node, register.cluster),
@@ -131,8 +158,10 @@ impl Core {
         );
         register.boot += 1;
         let rebuilding = ledger.head < register.head;
-        if let (false, Some(at_head)) = (rebuilding, log.get(register.head.0 as usize)) {
-            assert_eq!(at_head.record.hash(), register.head_hash, "I2: the log holds what the register remembers");
+        let remembered = log.iter().find(|chosen| chosen.record.slot == register.head);
+        let remembered = remembered.map(|chosen| chosen.record.hash()).or((register.head == base).then_some(base_hash));
+        if let (false, Some(hash)) = (rebuilding, remembered) {
+            assert_eq!(hash, register.head_hash, "I2: the log holds what the register remembers");
         }
         let mut draws = Draws(settings.seed ^ register.boot.rotate_left(32) ^ register.incarnation.0);
         let suspect_ms = draws.between(settings.timings.suspect_ms, settings.timings.suspect_ms * 3 / 2);
@@ -165,6 +194,7 @@ impl Core {
             accepted_at: now.mono,
             desk: Desk::default(),
             early: BTreeMap::new(),
+            incoming: Incoming::default(),
             draws,
             suspect_ms,
             coordinator,
@@ -178,11 +208,7 @@ impl Core {
         };
         core.forget_settled_accept();
         core.persist();
-        for id in core.ledger.services.keys().cloned().collect::<Vec<_>>() {
-            let agreed = &core.ledger.services[&id];
-            let since = now.mono.before_ms(now.wall.0.saturating_sub(agreed.service.routing.timestamp.0));
-            core.gates.insert(id, Gate::new(agreed, since));
-        }
+        core.new_gates();
         core.beat();
         let outputs = core.finish();
         (core, outputs)
@@ -237,6 +263,7 @@ impl Core {
             }
             Message::Decision(Decision::Chosen(chosen)) => self.on_chosen(from, incarnation, *chosen, false),
             Message::Decision(Decision::CatchUp(chosen)) => self.on_chosen(from, incarnation, *chosen, true),
+            Message::Decision(Decision::Checkpoint(part)) => self.on_checkpoint(from, part),
             Message::Heartbeat(heartbeat) => self.on_heartbeat(from, incarnation, heartbeat),
             Message::HealthSnapshot(snapshot) => self.on_snapshot(from, incarnation, snapshot),
         }
@@ -384,6 +411,61 @@ impl Core {
         self.settle(record);
         self.dirty = true;
         self.out.push(Output::Append(Box::new(chosen)));
+        let Retention { checkpoint_every, history } = self.settings.retention;
+        if self.ledger.head.0.is_multiple_of(checkpoint_every) && !self.rebuilding {
+            let keep_from = Slot(self.ledger.head.0.saturating_sub(history) + 1);
+            self.out.push(Output::Checkpoint { checkpoint: Checkpoint::of(&self.ledger), keep_from });
+        }
+    }
+
+    /// Takes in a peer's checkpoint in place of the records that nobody has any more.
+    fn on_checkpoint(&mut self, from: &NodeId, part: Part) {
+        if part.slot <= self.ledger.head {
+            return;
+        }
+        let Some(checkpoint) = self.incoming.take(part) else { return };
+        let ledger = match checkpoint.ledger() {
+            Ok(ledger) if ledger.cluster == self.settings.cluster => ledger,
+            Ok(ledger) => {
+                self.reject(from, format!("its checkpoint is of cluster {}", ledger.cluster));
+                return;
+            }
+            Err(error) => {
+                self.reject(from, format!("its checkpoint: {error}"));
+                return;
+            }
+        };
+        let slot = ledger.head;
+        if slot == self.register.head && self.rebuilding {
+            assert_eq!(ledger.head_hash, self.register.head_hash, "I2: the checkpoint is of the log remembered");
+        }
+        self.rebuilding &= slot < self.register.head;
+        self.ledger = ledger;
+        self.early.retain(|early, _| *early > slot);
+        self.forget_settled_accept();
+        self.prepared = self.prepared.take().filter(|prepared| prepared.slot > slot);
+        self.cast = None;
+        self.new_gates();
+        self.out.push(Output::Install(checkpoint));
+        self.publish();
+        self.release_desk(slot);
+        self.beat_to(from);
+    }
+
+    /// Gives each service that has no gate for its routing version one that knows nothing yet.
+    fn new_gates(&mut self) {
+        let now = self.now;
+        let mut before = std::mem::take(&mut self.gates);
+        let gates = self.ledger.services.iter().map(|(id, agreed)| {
+            // A brake, and the evidence behind it, outlives a checkpoint that changes nothing about them.
+            let same = |gate: &Gate| gate.routing_version == agreed.service.routing.version;
+            if let Some(gate) = before.remove(id).filter(same) {
+                return (id.clone(), gate);
+            }
+            let since = now.mono.before_ms(now.wall.0.saturating_sub(agreed.service.routing.timestamp.0));
+            (id.clone(), Gate::new(agreed, since))
+        });
+        self.gates = gates.collect();
     }
 
     fn announce_record(&mut self, chosen: &Chosen) {

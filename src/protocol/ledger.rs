@@ -1,14 +1,20 @@
 //! What the log adds up to: who votes, every service as agreed, and the outcome of every transaction.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, NodeId, ServiceId, TxId};
 use crate::domain::rollout::{Change, ChangeError, Mark, Service};
 
 use super::record::{Accepted, Act, Chosen, ConfigChange, Hash, Intent, Member, Membership, Record, Slot};
 
+/// Transactions whose outcome is remembered: those of this many last slots. A key that comes back later than that is
+/// a new transaction.
+pub const SETTLED_MAX: usize = 16_384;
+
 /// How a transaction ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settled {
     /// Its only slot.
     pub slot: Slot,
@@ -19,7 +25,7 @@ pub struct Settled {
 }
 
 /// One service, as agreed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agreed {
     /// Its state.
     pub service: Service,
@@ -32,7 +38,7 @@ pub struct Agreed {
 }
 
 /// A rise in exposure that could still be undone.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Raise {
     /// Its slot.
     pub slot: Slot,
@@ -90,7 +96,7 @@ pub enum RecordError {
 }
 
 /// The sum of a log.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
     /// The cluster.
     pub cluster: ClusterId,
@@ -102,8 +108,10 @@ pub struct Ledger {
     pub membership: Membership,
     /// The services.
     pub services: BTreeMap<ServiceId, Agreed>,
-    /// Every transaction's outcome.
+    /// The outcomes of the last [`SETTLED_MAX`] transactions.
     pub settled: BTreeMap<TxId, Settled>,
+    /// The same transactions, oldest first.
+    order: VecDeque<TxId>,
     /// The last record that lowered some exposure; slot 0 when none did.
     pub last_lowering: Slot,
 }
@@ -130,6 +138,7 @@ impl Ledger {
             membership: members.clone(),
             services: BTreeMap::new(),
             settled: BTreeMap::new(),
+            order: VecDeque::new(),
             last_lowering: Slot(0),
         })
     }
@@ -199,6 +208,12 @@ impl Ledger {
         };
         let settled = Settled { slot: record.slot, digest: record.intent.digest, refused };
         self.settled.insert(record.intent.tx.clone(), settled);
+        self.order.push_back(record.intent.tx.clone());
+        if self.order.len() > SETTLED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.settled.remove(&oldest);
+        }
         if act.lowers_exposure() {
             self.last_lowering = record.slot;
         }

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::domain::ids::ServiceId;
 use crate::domain::window::Evidence;
 
+use super::checkpoint::Part;
 use super::record::{Accepted, Ballot, Chosen, Hash, Intent, Record, Slot};
 
 /// Everything a node says to another.
@@ -118,6 +119,8 @@ pub enum Decision {
     Chosen(Box<Chosen>),
     /// A majority accepted it some time ago, and you missed it.
     CatchUp(Box<Chosen>),
+    /// A piece of the sender's checkpoint, for a receiver whose next record is no longer in the sender's log.
+    Checkpoint(Part),
 }
 
 /// What a node counts as.

@@ -29,6 +29,7 @@ use crate::domain::time::{Mono, Wall};
 use crate::domain::window::Evidence;
 
 mod autopilot;
+pub mod checkpoint;
 pub mod codec;
 mod coordinator;
 mod core;
@@ -41,8 +42,9 @@ pub mod record;
 #[cfg(test)]
 mod tests;
 
-pub use core::{Core, Settings};
+pub use core::{Core, Retention, Settings};
 
+use checkpoint::Checkpoint;
 use message::{Message, Role};
 use record::{Chosen, ConfigChange, Hash, Register, Slot};
 
@@ -194,6 +196,15 @@ pub enum Output {
         /// What.
         message: Box<Message>,
     },
+    /// Keep this checkpoint, which covers the log so far, and let records before `keep_from` go.
+    Checkpoint {
+        /// The sum of the log.
+        checkpoint: Checkpoint,
+        /// The first record that must stay readable.
+        keep_from: Slot,
+    },
+    /// Put a peer's checkpoint in place of the log. A barrier like [`Output::Persist`].
+    Install(Checkpoint),
     /// Send a peer the log's records from `from`, each as [`message::Decision::CatchUp`], as many as fit in a second.
     SendLog {
         /// The peer.

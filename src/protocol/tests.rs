@@ -7,7 +7,9 @@ use proptest::prelude::*;
 
 use super::message::{Answer, Decision, GateVote, Message, Refusal};
 use super::record::{Accepted, Act, Ballot, Chosen, Intent, Member, Membership, Record, Register, Slot};
-use super::{Command, Core, Event, Input, Op, Outcome, Output, RequestId, Settings, Timings};
+use super::checkpoint::Checkpoint;
+use super::ledger::Ledger;
+use super::{Command, Core, Event, Input, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
 use crate::domain::time::{Mono, Now, Wall};
@@ -41,6 +43,10 @@ struct Rig {
     cores: BTreeMap<NodeId, Core>,
     registers: BTreeMap<NodeId, Register>,
     logs: BTreeMap<NodeId, Vec<Chosen>>,
+    checkpoints: BTreeMap<NodeId, Checkpoint>,
+    /// Every record that any log ever held.
+    decided: BTreeMap<Slot, Record>,
+    retention: Retention,
     wire: VecDeque<(NodeId, NodeId, Message)>,
     now: u64,
     /// What was put out, without heartbeats, leases, evidence and publications.
@@ -50,7 +56,14 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
+        Self::keeping(Retention::default())
+    }
+
+    fn keeping(retention: Retention) -> Self {
         let mut rig = Self {
+            retention,
+            checkpoints: BTreeMap::new(),
+            decided: BTreeMap::new(),
             cores: BTreeMap::new(),
             registers: BTreeMap::new(),
             logs: BTreeMap::new(),
@@ -92,9 +105,13 @@ impl Rig {
             timings: Timings::default(),
             seed: 1,
             fresh_incarnation: Incarnation(9),
+            retention: self.retention,
         };
-        let (register, log) = (self.registers.get(name).cloned(), self.logs[name].clone());
-        let (core, outputs) = Core::start(settings, register, log, self.now());
+        let register = self.registers.get(name).cloned();
+        let ledger = self.checkpoints.get(name).map(|checkpoint| checkpoint.ledger().unwrap());
+        let ledger = ledger.unwrap_or_else(|| Ledger::new(&genesis()).unwrap());
+        let log: Vec<_> = self.logs[name].iter().filter(|c| c.record.slot > ledger.head).cloned().collect();
+        let (core, outputs) = Core::start(settings, register, ledger, &log, self.now());
         self.cores.insert(name.clone(), core);
         self.carry_out(name, outputs);
     }
@@ -118,18 +135,35 @@ impl Rig {
             }
             match output {
                 Output::Persist(register) => drop(self.registers.insert(name.clone(), *register)),
-                Output::Append(chosen) => self.logs.get_mut(name).unwrap().push(*chosen),
+                Output::Append(chosen) => {
+                    let known = self.decided.entry(chosen.record.slot).or_insert_with(|| chosen.record.clone());
+                    assert_eq!(*known, chosen.record, "one record in a slot");
+                    self.logs.get_mut(name).unwrap().push(*chosen);
+                }
                 Output::Send { to, message } => self.wire.push_back((name.clone(), to, *message)),
-                Output::SendLog { to, from, through } => {
-                    for chosen in &self.logs[name][from.0 as usize..=through.0 as usize] {
-                        let message = Message::Decision(Decision::CatchUp(Box::new(chosen.clone())));
-                        self.wire.push_back((name.clone(), to.clone(), message));
-                    }
+                Output::SendLog { to, from, through } => self.send_log(name, &to, from, through),
+                Output::Checkpoint { checkpoint, keep_from } => {
+                    self.logs.get_mut(name).unwrap().retain(|chosen| chosen.record.slot >= keep_from);
+                    self.checkpoints.insert(name.clone(), checkpoint);
+                }
+                Output::Install(checkpoint) => {
+                    self.logs.get_mut(name).unwrap().clear();
+                    self.checkpoints.insert(name.clone(), checkpoint);
                 }
                 Output::Reply(request, outcome) => drop(self.replies.insert(request.0, outcome)),
                 Output::Publish(_) | Output::Lease(_) | Output::Announce(_) => {}
             }
         }
+    }
+
+    fn send_log(&mut self, name: &NodeId, to: &NodeId, from: Slot, through: Slot) {
+        let kept = self.logs[name].iter().filter(|c| (from..=through).contains(&c.record.slot));
+        let mut messages: Vec<_> = kept.map(|c| Decision::CatchUp(Box::new(c.clone()))).collect();
+        if !self.logs[name].iter().any(|c| c.record.slot == from) {
+            messages = self.checkpoints[name].parts().into_iter().map(Decision::Checkpoint).collect();
+        }
+        let addressed = |message| (name.clone(), to.clone(), Message::Decision(message));
+        self.wire.extend(messages.into_iter().map(addressed));
     }
 
     /// Delivers the message at a place of the wire.
@@ -185,18 +219,14 @@ impl Rig {
         std::mem::take(&mut self.story)
     }
 
-    /// I1, I2 and I4 as far as the logs show them.
+    /// I1 (asserted at each append), I2 and I4 as far as the logs show them.
     fn check(&self) {
-        let longest = self.logs.values().max_by_key(|log| log.len()).unwrap();
-        for log in self.logs.values() {
-            for (found, expected) in log.iter().zip(longest) {
-                assert_eq!(found.record, expected.record, "one record in a slot");
-            }
-        }
         let mut seen = std::collections::BTreeSet::new();
-        for pair in longest.windows(2) {
-            assert_eq!(pair[1].record.prev_hash, pair[0].record.hash(), "chained");
-            assert!(seen.insert(pair[1].record.intent.tx.clone()), "one outcome for a transaction");
+        let mut before = genesis().record.hash();
+        for record in self.decided.values() {
+            assert_eq!(record.prev_hash, before, "chained, without a hole");
+            assert!(seen.insert(record.intent.tx.clone()), "one outcome for a transaction");
+            before = record.hash();
         }
     }
 }
@@ -215,6 +245,10 @@ fn told(output: &Output) -> Option<String> {
         Output::Append(chosen) => format!("appends slot {} {}", chosen.record.slot, chosen.record.intent.act.name()),
         Output::Send { to, message } => format!("to {to}: {}", said(message)?),
         Output::SendLog { to, from, through } => format!("to {to}: log {from}..{through}"),
+        Output::Checkpoint { checkpoint, keep_from } => {
+            format!("keeps checkpoint {}, records from {keep_from}", checkpoint.slot)
+        }
+        Output::Install(checkpoint) => format!("installs checkpoint {}", checkpoint.slot),
         Output::Reply(request, outcome) => format!("replies {}: {}", request.0, outcome_in_short(outcome)),
         Output::Announce(Event::Voted { vote, reason, .. }) => format!("votes {vote}: {reason}"),
         Output::Announce(_) | Output::Publish(_) | Output::Lease(_) => return None,
@@ -246,6 +280,7 @@ fn said(message: &Message) -> Option<String> {
         }
         Message::Decision(Decision::Chosen(chosen)) => format!("DECISION chosen slot {}", chosen.record.slot),
         Message::Decision(Decision::CatchUp(chosen)) => format!("DECISION catch-up slot {}", chosen.record.slot),
+        Message::Decision(Decision::Checkpoint(part)) => format!("DECISION checkpoint {}", part.slot),
         Message::Heartbeat(_) | Message::HealthSnapshot(_) => return None,
     })
 }
@@ -458,6 +493,38 @@ fn without_a_majority_a_write_says_so_and_decides_nothing() {
     assert!(!prepares.is_empty() && prepares.iter().all(|line| !line.contains(" 1.a.1 ")), "{prepares:#?}");
 }
 
+#[test]
+fn a_node_that_lags_behind_what_its_peers_keep_starts_from_their_checkpoint() {
+    let mut rig = Rig::keeping(Retention { checkpoint_every: 8, history: 4 });
+    rig.asked("a", 1, Op::Apply(spec()));
+    rig.kill("c");
+    for number in 2..14 {
+        let pause = Op::Pause { service: service(), reason: "test".into() };
+        let op = if number % 2 == 0 { pause } else { Op::Resume { service: service() } };
+        rig.ask("a", number, op);
+        rig.settle();
+        rig.run_for(100);
+    }
+    assert_eq!(rig.logs[&node("a")][0].record.slot, Slot(5), "slots 1 to 4 are gone");
+    rig.restart(&node("c"));
+    rig.take_story();
+    rig.run_for(1_000);
+    let story = rig.take_story();
+    assert!(story.contains(&"c installs checkpoint 8".to_string()), "{story:#?}");
+    let (a, c) = (rig.cores[&node("a")].view(), rig.cores[&node("c")].view());
+    assert_eq!((c.head, c.head_hash), (a.head, a.head_hash));
+    assert_eq!(c.services[&service()].service, a.services[&service()].service);
+    // Its votes count again, and what it takes over survives its own restart.
+    rig.restart(&node("c"));
+    rig.run_for(600);
+    rig.kill("b");
+    let outcome = rig.asked("c", 3, Op::Resume { service: service() });
+    assert!(matches!(outcome, Outcome::Committed { slot: Slot(3), repeated: true, .. }), "{outcome:?}");
+    let abort = rig.abort();
+    let outcome = rig.asked("a", 99, abort);
+    assert!(matches!(outcome, Outcome::Committed { repeated: false, .. }), "{outcome:?}");
+}
+
 /// What happens next.
 #[derive(Debug, Clone)]
 enum Step {
@@ -486,7 +553,7 @@ proptest! {
 
     #[test]
     fn whatever_is_lost_repeated_reordered_or_restarted_there_is_one_log(steps in steps()) {
-        let mut rig = Rig::new();
+        let mut rig = Rig::keeping(Retention { checkpoint_every: 4, history: 2 });
         let mut number = 0;
         for step in steps {
             let at = |i: usize| i % rig.wire.len().max(1);
@@ -516,8 +583,8 @@ proptest! {
         prop_assert!(heads.iter().all(|head| *head == heads[0]), "{:?}", heads);
         for (number, outcome) in told {
             let tx = TxId::new(format!("t{number}")).unwrap();
-            let record = rig.logs[&node("a")].iter().find(|chosen| chosen.record.intent.tx == tx);
-            let aborted = record.map(|chosen| matches!(chosen.record.intent.act, Act::Abort { .. }));
+            let record = rig.decided.values().find(|record| record.intent.tx == tx);
+            let aborted = record.map(|record| matches!(record.intent.act, Act::Abort { .. }));
             match outcome {
                 Outcome::Committed { .. } => prop_assert_eq!(aborted, Some(false), "t{} was answered COMMITTED", number),
                 Outcome::Aborted { .. } => prop_assert_eq!(aborted, Some(true), "t{} was answered ABORTED", number),

@@ -13,8 +13,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::trouble;
-use crate::ports::{LogReader, StoreError};
+use crate::ports::StoreError;
 use crate::protocol::codec;
+use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Hash, Slot};
 
 /// First byte of each stored record.
@@ -87,14 +88,28 @@ impl Journal {
         let synced = self.data.sync_data().and_then(|()| self.directory.sync_all());
         synced.map_err(|e| trouble(&self.path, "sync the journal", e))
     }
-}
 
-impl LogReader for Journal {
-    fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError> {
+    /// Removes the records below `slot`. That they are gone need not survive a crash.
+    pub fn forget_before(&self, slot: Slot) -> Result<(), StoreError> {
+        let forgotten = guarded(|| {
+            for key in self.tree.range(..slot.0.to_be_bytes()).keys() {
+                self.tree.remove(key?)?;
+            }
+            Ok(())
+        });
+        forgotten.map_err(|e| trouble(&self.path, "remove old records from the journal", e))
+    }
+
+    /// Returns up to `most` records from the first one kept at or after `from`.
+    pub fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError> {
         let broken = |why: String| trouble(&self.path, "read the journal", io::Error::other(why));
-        let mut records = Vec::new();
-        for (entry, slot) in self.tree.range(from.0.to_be_bytes()..).take(most).zip(from.0..) {
+        let mut records: Vec<Chosen> = Vec::new();
+        for entry in self.tree.range(from.0.to_be_bytes()..).take(most) {
             let (key, value) = entry.map_err(|error| broken(error.to_string()))?;
+            let slot = match records.last() {
+                Some(before) => before.record.slot.next().0,
+                None => slot_of(&key).map_err(broken)?,
+            };
             records.push(decode_at(slot, &key, &value).map_err(broken)?);
         }
         Ok(records)
@@ -168,6 +183,11 @@ pub(super) fn decode_entry(entry: &[u8]) -> Result<Chosen, String> {
     codec::decode(body).map_err(|error| error.to_string())
 }
 
+fn slot_of(key: &[u8]) -> Result<u64, String> {
+    let key = key.try_into().map_err(|_| format!("found key {key:02x?}, expected 8 bytes"))?;
+    Ok(u64::from_be_bytes(key))
+}
+
 fn decode_at(slot: u64, key: &[u8], value: &[u8]) -> Result<Chosen, String> {
     if key != slot.to_be_bytes() {
         return Err(format!("slot {slot} is missing: the next key is {key:02x?}"));
@@ -182,14 +202,30 @@ fn decode_at(slot: u64, key: &[u8], value: &[u8]) -> Result<Chosen, String> {
 /// A log that grows by verified records only.
 #[derive(Default)]
 pub(super) struct Chain {
+    /// Slot of the first record.
+    first: Slot,
     log: Vec<Chosen>,
     head_hash: Hash,
 }
 
 impl Chain {
+    /// Returns a chain that continues what a checkpoint sums up.
+    pub fn after(ledger: &Ledger) -> Self {
+        Self { first: ledger.head.next(), log: Vec::new(), head_hash: ledger.head_hash }
+    }
+
+    /// Checks records that a checkpoint covers and returns the last one's slot and hash; none when there are none.
+    pub fn history(entries: &[RawEntry]) -> Result<Option<(Slot, Hash)>, String> {
+        let Some((key, value)) = entries.first() else { return Ok(None) };
+        let first = decode_at(slot_of(key)?, key, value)?;
+        let mut chain = Self { first: first.record.slot, log: Vec::new(), head_hash: first.record.prev_hash };
+        chain.extend(entries)?;
+        Ok(chain.log.last().map(|last| (last.record.slot, chain.head_hash)))
+    }
+
     /// Returns the slot that comes next.
     pub fn next(&self) -> Slot {
-        Slot(self.log.len() as u64)
+        Slot(self.first.0 + self.log.len() as u64)
     }
 
     /// Returns the verified records.
@@ -199,7 +235,7 @@ impl Chain {
 
     /// Returns the verified records from `from` on.
     pub fn since(&self, from: Slot) -> &[Chosen] {
-        let from = usize::try_from(from.0).unwrap_or(usize::MAX).min(self.log.len());
+        let from = usize::try_from(from.0.saturating_sub(self.first.0)).unwrap_or(usize::MAX).min(self.log.len());
         &self.log[from..]
     }
 

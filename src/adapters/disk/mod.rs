@@ -1,4 +1,5 @@
-//! A node's disk: promises in a register file, chosen records in a journal, genesis in a file of its own.
+//! A node's disk: promises in a register file, chosen records in a journal, their sum in a checkpoint, genesis in a
+//! file of its own.
 //!
 //! [`DiskStore::persist`] costs one write and one `fdatasync`, whatever was appended before: records that the journal
 //! has not synced yet travel in the register's slot. The journal follows on a thread of its own.
@@ -13,13 +14,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+mod checkpoint;
 mod journal;
 mod register;
 
 use super::clock::BootClock;
 use crate::ports::{Clock, LogReader, Recovered, Store, StoreError};
+use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::codec;
-use crate::protocol::record::{Chosen, Register, Slot};
+use crate::protocol::ledger::Ledger;
+use crate::protocol::record::{Act, Chosen, Register, Slot};
 use journal::{Chain, Journal, OpenFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
 use register::{RegisterFile, SLOT_BYTES, Saved, bytes_needed};
 
@@ -117,12 +121,14 @@ impl DiskStore {
         sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
         let (register, tail) = saved.map_or((None, Vec::new()), |Saved { register, tail, .. }| (Some(register), tail));
         let opening = Opening { paths: &paths, lock: &lock, patience };
-        let (journal, chain) = opening.recover(&tail, &mut notes)?;
+        let (journal, ledger, chain) = opening.recover(&tail, &mut notes)?;
         let (journal, next) = (Arc::new(journal), chain.next());
         let syncer = Syncer::start(journal.clone(), next);
         let syncer = syncer.map_err(|e| trouble(&paths.journal, "start the journal's thread", e))?;
         let store = Self { register: file, tail: VecDeque::new(), next, syncer, journal, failure: None, paths };
-        Ok(Recovered { store, register, log: chain.into_log(), notes })
+        let mut log = chain.into_log();
+        log.drain(..log.partition_point(|chosen| chosen.record.slot <= ledger.head));
+        Ok(Recovered { store, register, ledger, log, notes })
     }
 
     fn try_persist(&mut self, register: &Register) -> Result<(), StoreError> {
@@ -144,6 +150,28 @@ impl DiskStore {
         self.next = self.next.next();
         self.syncer.want(self.next);
         Ok(())
+    }
+
+    fn try_checkpoint(&mut self, checkpoint: &Checkpoint, keep_from: Slot) -> Result<(), StoreError> {
+        // What the checkpoint covers must not come back shorter than the checkpoint.
+        self.syncer.wait().map_err(|failure| self.behind(failure))?;
+        self.write_checkpoint(checkpoint)?;
+        self.journal.forget_before(keep_from)
+    }
+
+    fn try_install(&mut self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        self.write_checkpoint(checkpoint)?;
+        self.journal.forget_before(Slot(u64::MAX))?;
+        self.tail.clear();
+        self.next = checkpoint.slot.next();
+        self.syncer.want(self.next);
+        self.syncer.wait().map_err(|failure| self.behind(failure))
+    }
+
+    fn write_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        let path = &self.paths.checkpoint;
+        let written = checkpoint::write(path, checkpoint).and_then(|()| sync_directory(&self.paths.dir));
+        written.map_err(|e| trouble(path, "write a checkpoint", e))
     }
 
     fn fits(&self, register: usize) -> bool {
@@ -185,8 +213,41 @@ impl Store for DiskStore {
         self.unless_failed(|store| store.try_append(chosen))
     }
 
+    fn checkpoint(&mut self, checkpoint: &Checkpoint, keep_from: Slot) -> Result<(), StoreError> {
+        assert_eq!(checkpoint.slot.next(), self.next, "a checkpoint covers the whole log");
+        self.unless_failed(|store| store.try_checkpoint(checkpoint, keep_from))
+    }
+
+    fn install(&mut self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        assert!(checkpoint.slot >= self.next, "an installed checkpoint goes beyond the log");
+        self.unless_failed(|store| store.try_install(checkpoint))
+    }
+
     fn reader(&self) -> Arc<dyn LogReader> {
-        self.journal.clone()
+        Arc::new(Reader { journal: self.journal.clone(), checkpoint: self.paths.checkpoint.clone() })
+    }
+}
+
+/// Reads what the store wrote.
+struct Reader {
+    journal: Arc<Journal>,
+    checkpoint: PathBuf,
+}
+
+impl LogReader for Reader {
+    fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError> {
+        self.journal.read(from, most)
+    }
+
+    fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {
+        let found = checkpoint::read(&self.checkpoint).map_err(|e| trouble(&self.checkpoint, "read the checkpoint", e));
+        match found? {
+            checkpoint::Found::Nothing => Ok(None),
+            checkpoint::Found::Good(checkpoint, _) => Ok(Some(checkpoint)),
+            checkpoint::Found::Damaged(why) => {
+                Err(trouble(&self.checkpoint, "read the checkpoint", io::Error::new(ErrorKind::InvalidData, why)))
+            }
+        }
     }
 }
 
@@ -196,6 +257,7 @@ struct Paths {
     lock: PathBuf,
     register: PathBuf,
     genesis: PathBuf,
+    checkpoint: PathBuf,
     journal: PathBuf,
 }
 
@@ -207,12 +269,13 @@ impl Paths {
             lock: at("lock"),
             register: at("register"),
             genesis: at("genesis"),
+            checkpoint: at("checkpoint"),
             journal: at("journal"),
         }
     }
 }
 
-/// The recovery of a log from journal, genesis file and the register's tail.
+/// The recovery of a log from checkpoint, journal, genesis file and the register's tail.
 struct Opening<'a> {
     paths: &'a Paths,
     lock: &'a Arc<File>,
@@ -220,15 +283,17 @@ struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    /// Returns a journal that holds exactly the returned chain, durably.
-    fn recover(&self, tail: &[Vec<u8>], notes: &mut Vec<String>) -> Result<(Journal, Chain), OpenError> {
+    /// Returns a journal that holds exactly the returned chain, durably, and the ledger that the chain continues; where
+    /// there is no checkpoint, that is genesis alone, and the chain begins with it.
+    fn recover(&self, tail: &[Vec<u8>], notes: &mut Vec<String>) -> Result<(Journal, Ledger, Chain), OpenError> {
         let genesis = self.genesis(notes)?;
-        let mut chain = Chain::default();
-        let mut journal = match self.existing(genesis.as_ref(), &mut chain) {
+        let checkpoint = self.checkpoint(genesis.as_ref(), notes)?;
+        let mut chain = checkpoint.as_ref().map_or_else(Chain::default, Chain::after);
+        let mut journal = match self.existing(genesis.as_ref(), checkpoint.as_ref(), &mut chain) {
             Ok(journal) => Some(journal),
             Err(OpenFailure::Refused(error)) => return Err(self.unusable(error).into()),
             Err(OpenFailure::Broken(why)) => {
-                self.quarantine(&why, notes)?;
+                self.quarantine(&self.paths.journal, &why, notes)?;
                 None
             }
         };
@@ -241,21 +306,62 @@ impl Opening<'_> {
                 return Err(error.into());
             }
             journal = None;
-            self.quarantine(&error.to_string(), notes)?;
+            self.quarantine(&self.paths.journal, &error.to_string(), notes)?;
         }
         let journal = match journal {
             Some(journal) => journal,
             None => self.rebuild(&chain)?,
         };
-        Ok((journal, chain))
+        let ledger = checkpoint.or_else(|| Ledger::new(chain.since(Slot(0)).first()?));
+        let ledger = ledger.ok_or_else(|| self.unusable(io::Error::other("slot 0 holds no genesis")))?;
+        Ok((journal, ledger, chain))
+    }
+
+    /// Reads the checkpoint; one that is damaged, or another cluster's, is moved aside.
+    fn checkpoint(&self, genesis: Option<&Chosen>, notes: &mut Vec<String>) -> Result<Option<Ledger>, OpenError> {
+        let path = &self.paths.checkpoint;
+        let cluster = genesis.and_then(|chosen| match &chosen.record.intent.act {
+            Act::Genesis { cluster, .. } => Some(*cluster),
+            _ => None,
+        });
+        let why = match checkpoint::read(path).map_err(|e| trouble(path, "read the checkpoint", e))? {
+            checkpoint::Found::Nothing => return Ok(None),
+            checkpoint::Found::Good(_, ledger) => match cluster.filter(|expected| *expected != ledger.cluster) {
+                None => return Ok(Some(*ledger)),
+                Some(expected) => format!("it is of cluster {}, expected {expected}", ledger.cluster),
+            },
+            checkpoint::Found::Damaged(why) => why,
+        };
+        self.quarantine(path, &why, notes)?;
+        Ok(None)
     }
 
     /// Opens the journal in place and puts its good prefix into `chain`; an error when that is not all of it.
-    fn existing(&self, genesis: Option<&Chosen>, chain: &mut Chain) -> Result<Journal, OpenFailure> {
+    fn existing(
+        &self,
+        genesis: Option<&Chosen>,
+        checkpoint: Option<&Ledger>,
+        chain: &mut Chain,
+    ) -> Result<Journal, OpenFailure> {
         remove_unfinished_snapshots(&self.paths.journal)?;
         let (journal, entries) = Journal::open(&self.paths.journal, self.lock, self.patience)?;
-        chain.extend(&entries).map_err(OpenFailure::Broken)?;
-        if let (Some(file), Some(first)) = (genesis, chain.since(Slot(0)).first())
+        let covered = checkpoint.map_or(0, |ledger| entries.partition_point(|(key, _)| is_covered(key, ledger.head)));
+        let (history, after) = entries.split_at(covered);
+        chain.extend(after).map_err(OpenFailure::Broken)?;
+        if let Some(ledger) = checkpoint {
+            match Chain::history(history).map_err(OpenFailure::Broken)? {
+                // Nothing to go by, or what a crash left between a peer's checkpoint and the end of the old log.
+                None => {}
+                Some((last, _)) if last < ledger.head && after.is_empty() => {
+                    journal.forget_before(Slot(u64::MAX)).map_err(|error| OpenFailure::Refused(error.source))?;
+                }
+                Some(found) if found == (ledger.head, ledger.head_hash) => {}
+                Some((slot, _)) => {
+                    let why = format!("slot {slot} is not what the checkpoint of slot {} sums up", ledger.head);
+                    return Err(OpenFailure::Broken(why));
+                }
+            }
+        } else if let (Some(file), Some(first)) = (genesis, chain.since(Slot(0)).first())
             && file != first
         {
             *chain = Chain::default();
@@ -303,8 +409,8 @@ impl Opening<'_> {
         Ok(journal)
     }
 
-    /// Moves the journal aside, so that somebody may look at it later.
-    fn quarantine(&self, why: &str, notes: &mut Vec<String>) -> Result<(), StoreError> {
+    /// Moves what is damaged aside, so that somebody may look at it later.
+    fn quarantine(&self, path: &Path, why: &str, notes: &mut Vec<String>) -> Result<(), StoreError> {
         let mut time = BootClock.now().wall.0;
         let aside = loop {
             let aside = self.paths.dir.join(format!("quarantine-{time}"));
@@ -313,10 +419,10 @@ impl Opening<'_> {
             }
             time += 1;
         };
-        let moved = fs::rename(&self.paths.journal, &aside).and_then(|()| sync_directory(&self.paths.dir));
-        moved.map_err(|e| trouble(&self.paths.journal, "move the damaged journal aside", e))?;
-        let (journal, aside) = (self.paths.journal.display(), aside.display());
-        notes.push(format!("{journal}: {why}; moved to {aside}, rebuilt from what is verified"));
+        let moved = fs::rename(path, &aside).and_then(|()| sync_directory(&self.paths.dir));
+        moved.map_err(|e| trouble(path, "move what is damaged aside", e))?;
+        let (path, aside) = (path.display(), aside.display());
+        notes.push(format!("{path}: {why}; moved to {aside}, rebuilt from what is verified"));
         Ok(())
     }
 
@@ -343,6 +449,10 @@ impl Opening<'_> {
     fn unusable(&self, error: io::Error) -> StoreError {
         trouble(&self.paths.journal, "open the journal", error)
     }
+}
+
+fn is_covered(key: &[u8], head: Slot) -> bool {
+    key.try_into().is_ok_and(|key| u64::from_be_bytes(key) <= head.0)
 }
 
 /// Puts the chain's records from `held` on into the journal, and syncs all of it.

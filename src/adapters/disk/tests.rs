@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
 use super::*;
-use crate::adapters::conformance::{self, Subject, chain, chain_of, register};
+use crate::adapters::conformance::{self, Found, Subject, chain, chain_of, register, sum};
 
 /// A data directory that goes away with the test.
 struct Disk(TempDir);
@@ -22,13 +22,22 @@ impl Subject for Disk {
         Self(dir)
     }
 
-    fn open(&mut self) -> (DiskStore, Option<Register>, Vec<Chosen>) {
-        let recovered = DiskStore::open(self.0.path()).unwrap();
-        assert_eq!(recovered.notes, Vec::<String>::new());
-        (recovered.store, recovered.register, recovered.log)
+    fn open(&mut self) -> Found<DiskStore> {
+        let Recovered { store, register, ledger, log, notes } = DiskStore::open(self.0.path()).unwrap();
+        assert_eq!(notes, Vec::<String>::new());
+        Found { store, register, ledger, log }
     }
 
     fn close(&mut self, _: DiskStore) {}
+}
+
+impl Disk {
+    /// Starts a process on it; returns the log with its genesis.
+    fn begin(&mut self) -> (DiskStore, Option<Register>, Vec<Chosen>) {
+        let opened = open(self.0.path()).unwrap();
+        assert_eq!(opened.notes, Vec::<String>::new());
+        (opened.store, opened.register, opened.log)
+    }
 }
 
 #[test]
@@ -42,7 +51,7 @@ const RECORDS: u64 = 30;
 fn written() -> (Disk, Vec<Chosen>) {
     let log = chain(RECORDS);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
-    let (mut store, ..) = disk.open();
+    let (mut store, ..) = disk.begin();
     for chosen in &log[1..] {
         store.append(chosen).unwrap();
         store.persist(&register(chosen.record.slot.0 + 1, chosen.record.slot.0)).unwrap();
@@ -53,13 +62,24 @@ fn written() -> (Disk, Vec<Chosen>) {
 /// Like [`written`], with everything in the journal: the register's newest slot carries no records.
 fn settled() -> (Disk, Vec<Chosen>) {
     let (mut disk, log) = written();
-    let (mut store, ..) = disk.open();
+    let (mut store, ..) = disk.begin();
     store.persist(&register(RECORDS, RECORDS - 1)).unwrap();
     (disk, log)
 }
 
-fn open(dir: &Path) -> Result<Recovered<DiskStore>, OpenError> {
-    DiskStore::open_within(dir, Duration::from_secs(2))
+/// What was found, without a checkpoint: the log with its genesis.
+struct Opened {
+    store: DiskStore,
+    register: Option<Register>,
+    log: Vec<Chosen>,
+    notes: Vec<String>,
+}
+
+fn open(dir: &Path) -> Result<Opened, OpenError> {
+    let Recovered { store, register, ledger, log, notes } = DiskStore::open_within(dir, Duration::from_secs(2))?;
+    let whole = store.reader().read(Slot(0), usize::MAX).unwrap();
+    assert_eq!((&ledger, &log[..]), (&Ledger::new(&whole[0]).unwrap(), &whole[1..]));
+    Ok(Opened { store, register, log: whole, notes })
 }
 
 /// Copies everything but the lock, as a power cut would leave it that loses nothing written.
@@ -134,7 +154,7 @@ fn an_empty_directory_holds_no_genesis() {
 #[test]
 fn a_directory_in_use_is_refused_even_if_only_a_reader_is_left() {
     let (mut disk, log) = written();
-    let (store, ..) = disk.open();
+    let (store, ..) = disk.begin();
     assert!(matches!(open(disk.0.path()), Err(OpenError::Locked { .. })));
     let reader = store.reader();
     drop(store);
@@ -156,21 +176,21 @@ fn a_node_that_exists_is_never_created_again() {
 fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
     let log = chain(20);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
-    let (mut store, ..) = disk.open();
+    let (mut store, ..) = disk.begin();
     log[1..5].iter().for_each(|chosen| store.append(chosen).unwrap());
     drop(store);
     // The register carries records that the journal has, and records that never reached it.
     let mut file = RegisterFile::open(&disk.0.path().join("register")).unwrap().file;
     let tail: Vec<_> = log[3..].iter().map(encode_entry).collect();
     file.write(&codec::encode(&register(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
-    let (mut store, promises, found) = disk.open();
+    let (mut store, promises, found) = disk.begin();
     assert_eq!((promises, &found), (Some(register(2, 19)), &log));
     assert_eq!(store.reader().read(Slot(0), 99).unwrap(), log);
     // What was healed is in the journal: the next promise need not carry it.
     store.persist(&register(3, 19)).unwrap();
     assert!(store.tail.is_empty());
     drop(store);
-    assert_eq!(disk.open().2, log);
+    assert_eq!(disk.begin().2, log);
 }
 
 #[test]
@@ -188,7 +208,7 @@ fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
 fn records_too_big_for_the_register_wait_for_the_journal() {
     let log = chain_of(12, 50_000);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
-    let (mut store, ..) = disk.open();
+    let (mut store, ..) = disk.begin();
     log[1..].iter().for_each(|chosen| store.append(chosen).unwrap());
     store.persist(&register(2, 11)).unwrap();
     assert!(store.tail.len() <= 1, "the tail holds {} records of 50 kB", store.tail.len());
@@ -200,7 +220,7 @@ fn records_too_big_for_the_register_wait_for_the_journal() {
 fn a_value_that_could_not_be_read_back_is_refused() {
     let log = chain_of(2, 70_000);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
-    let (mut store, ..) = disk.open();
+    let (mut store, ..) = disk.begin();
     let error = store.append(&log[1]).unwrap_err().to_string();
     assert!(error.contains("expected at most 65536"), "{error}");
     let error = store.persist(&register(2, 0)).unwrap_err().to_string();
@@ -211,7 +231,7 @@ fn a_value_that_could_not_be_read_back_is_refused() {
 fn a_failed_background_sync_stops_the_store() {
     let log = chain(3);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
-    let (mut store, ..) = disk.open();
+    let (mut store, ..) = disk.begin();
     store.append(&log[1]).unwrap();
     store.syncer.fail("no such disk");
     let error = store.persist(&register(2, 1)).unwrap_err().to_string();
@@ -299,7 +319,7 @@ fn a_bad_record_cuts_the_log_before_it_and_is_named() {
             recovered.notes
         );
         drop(recovered.store);
-        assert_eq!(disk.open().2, log[..(slot as usize).max(1)]);
+        assert_eq!(disk.begin().2, log[..(slot as usize).max(1)]);
     }
 }
 
@@ -317,7 +337,7 @@ fn genesis_comes_from_its_file_or_from_the_journal() {
     assert!(error.to_string().contains("copy the file `genesis` from another node"), "{error}");
     fs::write(&genesis, saved).unwrap();
     fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
-    let (_, promises, found) = disk.open();
+    let (_, promises, found) = disk.begin();
     assert_eq!((promises, found), (Some(register(RECORDS, RECORDS - 1)), log[..1].to_vec()));
 }
 
@@ -378,7 +398,7 @@ fn random_damage_never_alters_a_record_nor_makes_a_hole() {
 fn a_promise_costs_one_sync() {
     let log = chain(400);
     let mut disk = Disk::create(&register(1, 0), &log[0]);
-    let (mut store, ..) = disk.open();
+    let (mut store, ..) = disk.begin();
     let mut micros: Vec<_> = log[1..]
         .iter()
         .map(|chosen| {
@@ -390,4 +410,82 @@ fn a_promise_costs_one_sync() {
         .collect();
     micros.sort_unstable();
     println!("append+persist: p50 {} µs, p99 {} µs", micros[micros.len() / 2], micros[micros.len() * 99 / 100]);
+}
+
+/// Like [`settled`], with a checkpoint at the last record and the five before it as history; then three more records.
+fn summed() -> (Disk, Vec<Chosen>) {
+    let (mut disk, _) = settled();
+    let log = chain(RECORDS + 3);
+    let (mut store, ..) = disk.begin();
+    let ledger = sum(&log[..RECORDS as usize]);
+    store.checkpoint(&Checkpoint::of(&ledger), Slot(RECORDS - 5)).unwrap();
+    for chosen in &log[RECORDS as usize..] {
+        store.append(chosen).unwrap();
+    }
+    store.persist(&register(RECORDS + 3, RECORDS + 2)).unwrap();
+    (disk, log)
+}
+
+#[test]
+fn whatever_is_damaged_beside_a_checkpoint_the_log_is_a_prefix_and_its_sum_is_right() {
+    let (disk, log) = summed();
+    let mut random = SmallRng::seed_from_u64(5);
+    let mut lengths = BTreeSet::new();
+    for path in files(disk.0.path()) {
+        let name = path.strip_prefix(disk.0.path()).unwrap();
+        let length = fs::metadata(&path).unwrap().len();
+        if name.ends_with("lock") || length == 0 {
+            continue;
+        }
+        for round in 0..12 {
+            let copied = TempDir::new().unwrap();
+            copy(disk.0.path(), copied.path());
+            let victim = copied.path().join(name);
+            let at = random.random_range(0..length);
+            let what = format!("{} round {round} at {at}", name.display());
+            match round % 3 {
+                0 => flip(&victim, at),
+                1 => truncate(&victim, at),
+                _ => fs::remove_file(&victim).unwrap(),
+            }
+            let found = DiskStore::open_within(copied.path(), Duration::from_secs(2));
+            let Recovered { mut store, ledger, log: after, .. } = found.unwrap_or_else(|e| panic!("{what}: {e}"));
+            let (base, length) = (ledger.head.0 as usize, ledger.head.0 as usize + 1 + after.len());
+            assert_eq!(ledger, sum(&log[..=base]), "{what}");
+            assert_eq!(after, log[base + 1..length], "{what}");
+            lengths.insert(length);
+            // What is missing can be taken over from a peer, and is there at the next start.
+            if length < log.len() {
+                store.install(&Checkpoint::of(&sum(&log))).unwrap();
+                drop(store);
+                let again = DiskStore::open_within(copied.path(), Duration::from_secs(2)).unwrap();
+                assert_eq!((again.ledger, again.log, again.notes), (sum(&log), vec![], vec![]), "{what}");
+            }
+        }
+    }
+    // Without the checkpoint, only genesis is left; without the journal, what the checkpoint sums up.
+    let whole = log.len();
+    assert!([1, whole].iter().all(|length| lengths.contains(length)), "{lengths:?}");
+}
+
+#[test]
+fn a_crash_while_a_peers_checkpoint_is_taken_over_leaves_the_checkpoint() {
+    let (disk, _) = settled();
+    let log = chain(RECORDS + 30);
+    let newer = Checkpoint::of(&sum(&log));
+    checkpoint::write(&disk.0.path().join("checkpoint"), &newer).unwrap();
+    let Recovered { store, ledger, log: after, notes, .. } = DiskStore::open(disk.0.path()).unwrap();
+    assert_eq!((ledger, after, notes), (sum(&log), vec![], vec![]));
+    assert_eq!(store.reader().read(Slot(0), 9).unwrap(), []);
+}
+
+#[test]
+fn another_clusters_checkpoint_is_moved_aside() {
+    let (disk, log) = settled();
+    let mut ledger = sum(&log);
+    ledger.cluster = crate::domain::ids::ClusterId([8; 16]);
+    checkpoint::write(&disk.0.path().join("checkpoint"), &Checkpoint::of(&ledger)).unwrap();
+    let opened = open(disk.0.path()).unwrap();
+    assert_eq!(opened.log, log);
+    assert!(opened.notes[0].contains("it is of cluster 0808"), "{:?}", opened.notes);
 }

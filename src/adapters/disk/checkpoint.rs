@@ -1,0 +1,66 @@
+//! The checkpoint file: magic and version, slot, BLAKE3, and the ledger's bytes. Replaced whole, never changed.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
+
+use crate::protocol::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint};
+use crate::protocol::ledger::Ledger;
+use crate::protocol::record::Slot;
+
+/// Format and version; another version gets another magic.
+const MAGIC: [u8; 8] = *b"aviaryC\x01";
+/// Magic, slot, hash.
+const HEADER_BYTES: usize = 8 + 8 + 32;
+
+/// What reading the file came to.
+pub(super) enum Found {
+    Nothing,
+    Good(Checkpoint, Box<Ledger>),
+    Damaged(String),
+}
+
+/// Writes a checkpoint durably, but for its directory's entry.
+pub(super) fn write(path: &Path, checkpoint: &Checkpoint) -> io::Result<()> {
+    let draft = path.with_extension("new");
+    let mut file = File::create(&draft)?;
+    file.write_all(&MAGIC)?;
+    file.write_all(&checkpoint.slot.0.to_le_bytes())?;
+    file.write_all(&checkpoint.hash().0)?;
+    file.write_all(&checkpoint.bytes)?;
+    file.sync_all()?;
+    fs::rename(&draft, path)
+}
+
+/// Reads and verifies the file.
+pub(super) fn read(path: &Path) -> io::Result<Found> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(error) => return Err(error),
+    };
+    Ok(match parse(&bytes) {
+        Ok((checkpoint, ledger)) => Found::Good(checkpoint, Box::new(ledger)),
+        Err(why) => Found::Damaged(why),
+    })
+}
+
+fn parse(bytes: &[u8]) -> Result<(Checkpoint, Ledger), String> {
+    if bytes.len() > HEADER_BYTES + CHECKPOINT_BYTES_MAX {
+        return Err(format!("it has {} bytes, expected at most {}", bytes.len(), HEADER_BYTES + CHECKPOINT_BYTES_MAX));
+    }
+    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or("it is shorter than its header")?;
+    if header[..7] != MAGIC[..7] {
+        return Err("it does not begin with a checkpoint's magic".into());
+    }
+    if header[7] != MAGIC[7] {
+        return Err(format!("it has version {}, expected {}", header[7], MAGIC[7]));
+    }
+    let slot = Slot(u64::from_le_bytes(header[8..16].try_into().expect("8 bytes")));
+    let checkpoint = Checkpoint { slot, bytes: body.to_vec().into() };
+    if checkpoint.hash().0 != header[16..] {
+        return Err("its content does not match its hash".into());
+    }
+    let ledger = checkpoint.ledger().map_err(|error| error.to_string())?;
+    Ok((checkpoint, ledger))
+}

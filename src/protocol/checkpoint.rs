@@ -1,0 +1,165 @@
+//! The sum of a log up to a slot, as bytes: what a node starts from, and what a peer gets whose next record is gone.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::codec::{self, DecodeError};
+use super::ledger::Ledger;
+use super::record::{Hash, Slot};
+
+/// Bytes of a part, as it crosses the wire: what fits into a frame with room to spare.
+pub const PART_BYTES: usize = 48 * 1024;
+/// Most bytes of a checkpoint.
+pub const CHECKPOINT_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// A ledger's encoding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The last slot it covers.
+    pub slot: Slot,
+    /// The ledger's canonical encoding.
+    pub bytes: Bytes,
+}
+
+/// Why bytes are no checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// They are no ledger.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// They are another slot's.
+    #[error("checkpoint covers slot {found}, expected slot {expected}")]
+    Slot {
+        /// The slot it was said to cover.
+        expected: Slot,
+        /// The ledger's head.
+        found: Slot,
+    },
+}
+
+impl Checkpoint {
+    /// Returns the checkpoint of a ledger as it stands.
+    pub fn of(ledger: &Ledger) -> Self {
+        Self { slot: ledger.head, bytes: codec::encode(ledger).into() }
+    }
+
+    /// Returns the ledger that it holds.
+    pub fn ledger(&self) -> Result<Ledger, CheckpointError> {
+        let ledger: Ledger = codec::decode_within::<_, CHECKPOINT_BYTES_MAX>(&self.bytes)?;
+        match ledger.head == self.slot {
+            true => Ok(ledger),
+            false => Err(CheckpointError::Slot { expected: self.slot, found: ledger.head }),
+        }
+    }
+
+    /// Returns the BLAKE3 of the bytes.
+    pub fn hash(&self) -> Hash {
+        Hash(*blake3::hash(&self.bytes).as_bytes())
+    }
+
+    /// Returns it in parts that fit into frames, in order.
+    pub fn parts(&self) -> Vec<Part> {
+        let (slot, hash) = (self.slot, self.hash());
+        let parts = self.bytes.len().div_ceil(PART_BYTES) as u32;
+        let cut = |index: u32| {
+            let begin = index as usize * PART_BYTES;
+            let bytes = self.bytes.slice(begin..(begin + PART_BYTES).min(self.bytes.len()));
+            Part { slot, hash, index, parts, bytes }
+        };
+        (0..parts).map(cut).collect()
+    }
+}
+
+/// A piece of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// The last slot the checkpoint covers.
+    pub slot: Slot,
+    /// BLAKE3 of the whole checkpoint.
+    pub hash: Hash,
+    /// Its place, from 0.
+    pub index: u32,
+    /// How many there are.
+    pub parts: u32,
+    /// At most [`PART_BYTES`].
+    pub bytes: Bytes,
+}
+
+/// A checkpoint that is coming in.
+#[derive(Debug, Clone, Default)]
+pub struct Incoming {
+    of: Option<(Slot, Hash, u32)>,
+    parts: Vec<Option<Bytes>>,
+    missing: usize,
+}
+
+impl Incoming {
+    /// Takes a part in; returns the checkpoint when it was the last one missing. Parts of another checkpoint than the
+    /// one before begin anew; what doesn't hash to what it should is dropped.
+    pub fn take(&mut self, part: Part) -> Option<Checkpoint> {
+        let Part { slot, hash, index, parts, bytes } = part;
+        let most = CHECKPOINT_BYTES_MAX / PART_BYTES;
+        if parts as usize > most || index >= parts || bytes.len() > PART_BYTES {
+            return None;
+        }
+        if self.of != Some((slot, hash, parts)) {
+            *self = Self {
+                of: Some((slot, hash, parts)),
+                parts: vec![None; parts as usize],
+                missing: parts as usize,
+            };
+        }
+        if self.parts[index as usize].replace(bytes).is_none() {
+            self.missing -= 1;
+        }
+        if self.missing > 0 {
+            return None;
+        }
+        let bytes: Vec<u8> = std::mem::take(self).parts.into_iter().flatten().flatten().collect();
+        let checkpoint = Checkpoint { slot, bytes: bytes.into() };
+        (checkpoint.hash() == hash).then_some(checkpoint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checkpoint() -> Checkpoint {
+        let bytes: Vec<u8> = (0..3 * PART_BYTES + 17).map(|i| (i % 251) as u8).collect();
+        Checkpoint { slot: Slot(7), bytes: bytes.into() }
+    }
+
+    #[test]
+    fn parts_in_any_order_and_more_than_once_make_the_whole() {
+        let whole = checkpoint();
+        let parts = whole.parts();
+        assert_eq!(parts.len(), 4);
+        let mut incoming = Incoming::default();
+        for index in [2, 0, 2, 3] {
+            assert_eq!(incoming.take(parts[index].clone()), None);
+        }
+        assert_eq!(incoming.take(parts[1].clone()), Some(whole));
+    }
+
+    #[test]
+    fn another_checkpoint_begins_anew_and_an_altered_one_is_dropped() {
+        let whole = checkpoint();
+        let mut parts = whole.parts();
+        let mut incoming = Incoming::default();
+        assert_eq!(incoming.take(parts[0].clone()), None);
+        let other = Checkpoint { slot: Slot(8), bytes: Bytes::from_static(b"x") };
+        assert_eq!(incoming.take(other.parts().remove(0)), Some(other));
+        parts[3].bytes = Bytes::from_static(b"something else");
+        assert!(parts.into_iter().all(|part| incoming.take(part).is_none()));
+    }
+
+    #[test]
+    fn a_part_that_promises_too_much_costs_nothing() {
+        let mut part = checkpoint().parts().remove(0);
+        part.parts = u32::MAX;
+        let mut incoming = Incoming::default();
+        assert_eq!(incoming.take(part), None);
+        assert!(incoming.parts.is_empty());
+    }
+}
