@@ -14,6 +14,37 @@ pub struct Scenario {
     pub nodes: Option<usize>,
 }
 
+const fn seed(name: &'static str, seed: u64, about: &'static str) -> Scenario {
+    Scenario { name, about, seed, ms: 20_000, nodes: None }
+}
+
 /// All of them.
-pub const ALL: &[Scenario] =
-    &[Scenario { name: "first", about: "a plain run; it pins no bug", seed: 1, ms: 20_000, nodes: None }];
+pub const ALL: &[Scenario] = &[
+    seed("first", 1, "a plain run; it pins no bug"),
+    seed("brake-and-checkpoint", 3, "a node that took over a peer's checkpoint forgot its own brake"),
+    seed("late-readmit", 1698, "a readmission overtaken by another wipe took the vote from a node that had it"),
+    seed("late-readmit-2", 3348, "the same, and the node's own incarnation could never count again"),
+    seed("old-disk", 4950, "an incarnation that was replaced could be readmitted, without what it had promised since"),
+    seed("catch-up-order", 42, "records that came out of order stalled a node that caught up"),
+    seed("single-brake", 55, "a brake was published behind the disk in a cluster of one"),
+    seed("single-brake-2", 673, "the same"),
+    seed("armed-late", 928, "a raise chosen in doubt first and by its own ballot after that"),
+    seed("completed-in-doubt", 3024, "a completion learned as decided in doubt, next to an aborted start"),
+    seed("start-in-doubt", 437, "a duel decided a start in doubt, and it was reverted"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::subject::Real;
+    use crate::world::{Options, World};
+
+    #[test]
+    fn what_was_found_once_stays_found() {
+        for Scenario { name, about, seed, ms, nodes } in ALL {
+            let options = Options { seed: *seed, ms: *ms, nodes: *nodes, words: false, print: false };
+            let outcome = World::<Real>::new(options).run();
+            assert!(outcome.is_ok(), "{name} ({about}): {:?}", outcome.err());
+        }
+    }
+}

@@ -25,13 +25,8 @@ pub struct Setup {
 /// One node's process.
 pub trait Subject: Sized {
     /// Starts it on what its disk holds: the register, and a ledger with the records after it.
-    fn start(
-        setup: Setup,
-        register: Option<Register>,
-        ledger: Ledger,
-        log: &[Chosen],
-        now: Now,
-    ) -> (Self, Vec<Output>);
+    fn start(setup: Setup, register: Option<Register>, ledger: Ledger, log: &[Chosen], now: Now)
+    -> (Self, Vec<Output>);
     /// Hands it one input.
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output>;
 }

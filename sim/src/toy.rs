@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use aviary::domain::ids::NodeId;
 use aviary::domain::time::{Mono, Now};
-use aviary::protocol::message::{Answer, Decision, GateVote, Heartbeat, Message, Prepare, Role, Vote};
 use aviary::protocol::ledger::Ledger;
+use aviary::protocol::message::{Answer, Decision, GateVote, Heartbeat, Message, Prepare, Role, Vote};
 use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Membership, Record, Register, Slot};
 use aviary::protocol::{Input, Output};
 

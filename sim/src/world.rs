@@ -8,6 +8,7 @@ use std::sync::Arc;
 use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
 use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary::domain::rollout::{Phase, Service};
 use aviary::domain::stats::Stats;
 use aviary::domain::time::{Mono, Now, Wall};
 use aviary::domain::weights::Weight;
@@ -879,7 +880,8 @@ impl<S: Subject> World<S> {
         let mut bp = 0;
         let mut stages = Vec::new();
         for n in 1..=count {
-            bp = if n == count { 10_000 } else { bp + self.dice.between(100, 3_000) as u16 };
+            bp =
+                if n == count { 10_000 } else { bp + self.dice.between(if short { 1_500 } else { 100 }, 3_000) as u16 };
             let hold_ms = if short { 200 } else { self.dice.between(200, 3_000) };
             let manual = !short && self.dice.chance(1_000);
             stages.push(Stage { weight: Weight::from_bp(bp).expect("in range"), hold_ms, manual });
@@ -1003,6 +1005,8 @@ impl<S: Subject> World<S> {
         let slack = self.mix.delay_us_max * 5 + self.mix.write_us_max;
         self.run_until(self.now + slack)?;
         self.within(4_500, "a healed cluster agrees and holds leases", |world| world.agree())?;
+        // What people asked for before may wait in a queue for as long as this, and would meddle.
+        self.run_until(self.now + 2_000_000)?;
         let mut tries = 0;
         while let Some((node, incarnation)) = self.unbound().first().cloned() {
             tries += 1;
@@ -1012,7 +1016,7 @@ impl<S: Subject> World<S> {
                     format!("{node} can't be readmitted: {:?}", self.replies.last_key_value()),
                 ));
             }
-            let helper = self.nodes.iter().position(|other| other.id != node).unwrap_or(0);
+            let helper = self.voter();
             self.decide(helper, Op::Config(ConfigChange::Readmit(node, incarnation)))?;
         }
         let benched: Vec<NodeId> =
@@ -1022,6 +1026,15 @@ impl<S: Subject> World<S> {
         }
         self.within(4_500, "readmitted nodes agree and hold leases", |world| world.agree())?;
         self.complete_a_rollout()
+    }
+
+    /// Returns a node whose vote counts.
+    fn voter(&self) -> usize {
+        let counts = |node: &Node<S>| {
+            let register = node.register.as_ref();
+            register.is_some_and(|register| self.truth.membership().counts(&node.id, register.incarnation))
+        };
+        self.nodes.iter().position(counts).unwrap_or(0)
     }
 
     fn complete_a_rollout(&mut self) -> Step {
@@ -1036,15 +1049,22 @@ impl<S: Subject> World<S> {
             if !matches!(self.replies.get(&request), Some(Outcome::Committed { .. })) {
                 continue;
             }
-            return self.within(20_000, "a healthy rollout completes", |world| {
-                world.nodes.iter().all(|node| {
-                    let view = node.process.as_ref().and_then(|process| process.view.as_ref());
-                    let shown = view.and_then(|view| view.services.get(&service));
-                    shown.is_some_and(|s| {
-                        s.service.stable.version == spec.canary.version && s.service.routing.canary_model_id.is_none()
-                    })
-                })
-            });
+            let shown = |node: &Node<S>| {
+                let view = node.process.as_ref()?.view.as_ref()?;
+                view.services.get(&service).map(|shown| shown.service.clone())
+            };
+            let completed = |service: &Service| {
+                service.stable.version == spec.canary.version && service.routing.canary_model_id.is_none()
+            };
+            // A duel may decide a start in doubt; it is reverted, and people start again.
+            let reverted = |service: &Service| service.rollout.phase == Phase::RolledBack;
+            self.within(20_000, "a healthy rollout completes", |world| {
+                let mut all = world.nodes.iter().map(shown);
+                all.clone().all(|s| s.as_ref().is_some_and(completed)) || all.any(|s| s.as_ref().is_some_and(reverted))
+            })?;
+            if self.nodes.iter().filter_map(shown).all(|service| completed(&service)) {
+                return Ok(());
+            }
         }
         Err(broken("liveness", format!("no rollout starts in 6 tries: {:?}", self.replies.last_key_value())))
     }

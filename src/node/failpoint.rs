@@ -107,7 +107,9 @@ fn moment(output: &Output) -> Option<(&str, Option<Point>, Option<Point>)> {
             Message::Decision(Decision::Chosen(chosen)) => {
                 Some((chosen.record.intent.act.name(), Some(Point::BeforeChosen), Some(Point::AfterChosen)))
             }
-            Message::Decision(Decision::CatchUp(_) | Decision::Checkpoint(_)) | Message::Heartbeat(_) | Message::HealthSnapshot(_) => None,
+            Message::Decision(Decision::CatchUp(_) | Decision::Checkpoint(_))
+            | Message::Heartbeat(_)
+            | Message::HealthSnapshot(_) => None,
         },
         _ => None,
     }

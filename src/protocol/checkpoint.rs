@@ -103,11 +103,7 @@ impl Incoming {
             return None;
         }
         if self.of != Some((slot, hash, parts)) {
-            *self = Self {
-                of: Some((slot, hash, parts)),
-                parts: vec![None; parts as usize],
-                missing: parts as usize,
-            };
+            *self = Self { of: Some((slot, hash, parts)), parts: vec![None; parts as usize], missing: parts as usize };
         }
         if self.parts[index as usize].replace(bytes).is_none() {
             self.missing -= 1;

@@ -568,8 +568,25 @@ impl Core {
             Wish::Settle(_) => {
                 Ok(Act::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
             }
-            Wish::Op(Op::Config(change)) => Ok(Act::Config(change.clone())),
+            Wish::Op(Op::Config(change)) => {
+                if let ConfigChange::Readmit(node, incarnation) = change {
+                    self.check_readmission(node, *incarnation).map_err(Obstacle::Refused)?;
+                }
+                Ok(Act::Config(change.clone()))
+            }
             Wish::Op(op) => self.change_for(op).map(|(id, change)| Act::Change(id, change)),
+        }
+    }
+
+    /// A node is readmitted as what it is now: a request that was overtaken by another wipe must not bind an
+    /// incarnation that is gone, nor take the vote from a node that has it.
+    fn check_readmission(&self, node: &NodeId, incarnation: Incarnation) -> Result<(), String> {
+        let own = *node == self.settings.node;
+        let heard = self.peers.get(node).filter(|_| self.is_alive(node)).and_then(|peer| peer.incarnation);
+        match if own { Some(self.register.incarnation) } else { heard } {
+            Some(found) if found == incarnation => Ok(()),
+            Some(found) => Err(format!("node {node} has incarnation {found}, expected {incarnation}, as asked")),
+            None => Err(format!("node {node} is not heard from: start it, then readmit it")),
         }
     }
 

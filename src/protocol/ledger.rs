@@ -1,10 +1,10 @@
 //! What the log adds up to: who votes, every service as agreed, and the outcome of every transaction.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::ids::{ClusterId, NodeId, ServiceId, TxId};
+use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::rollout::{Change, ChangeError, Mark, Service};
 
 use super::record::{Accepted, Act, Chosen, ConfigChange, Hash, Intent, Member, Membership, Record, Slot};
@@ -106,6 +106,9 @@ pub struct Ledger {
     pub head_hash: Hash,
     /// Who decides.
     pub membership: Membership,
+    /// Incarnations that another one replaced. What such a disk promised since is on another disk, or nowhere: its votes
+    /// never count again.
+    retired: BTreeSet<(NodeId, Incarnation)>,
     /// The services.
     pub services: BTreeMap<ServiceId, Agreed>,
     /// The outcomes of the last [`SETTLED_MAX`] transactions.
@@ -136,6 +139,7 @@ impl Ledger {
             head: Slot(0),
             head_hash: genesis.record.hash(),
             membership: members.clone(),
+            retired: BTreeSet::new(),
             services: BTreeMap::new(),
             settled: BTreeMap::new(),
             order: VecDeque::new(),
@@ -199,7 +203,13 @@ impl Ledger {
                 let raise = self.raise_after(chosen, &service);
                 self.services.insert(id.clone(), Agreed { service: *service, slot: record.slot, hash, raise });
             }
-            (Effect::Membership(membership), _) => self.membership = membership,
+            (Effect::Membership(membership), _) => {
+                for (node, member) in std::mem::replace(&mut self.membership, membership).0 {
+                    if !self.membership.counts(&node, member.incarnation) {
+                        self.retired.insert((node, member.incarnation));
+                    }
+                }
+            }
             (Effect::Nothing, _) | (Effect::Service(_), None) => {}
         }
         let refused = match act {
@@ -310,6 +320,12 @@ impl Ledger {
             }
             ConfigChange::Readmit(_, incarnation) if member.incarnation == *incarnation => {
                 return Err(RecordError::Member(node.clone(), "has that incarnation already"));
+            }
+            ConfigChange::Readmit(_, incarnation) if self.retired.contains(&(node.clone(), *incarnation)) => {
+                return Err(RecordError::Member(
+                    node.clone(),
+                    "had that incarnation before: an old disk never counts again",
+                ));
             }
             ConfigChange::Bench(_) => Member { benched: true, ..*member },
             ConfigChange::Unbench(_) => Member { benched: false, ..*member },

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::message::{Answer, Decision, GateVote, Message, Refusal};
-use super::record::{Accepted, Act, Ballot, Chosen, Intent, Member, Membership, Record, Register, Slot};
 use super::checkpoint::Checkpoint;
 use super::ledger::Ledger;
+use super::message::{Answer, Decision, GateVote, Message, Refusal};
+use super::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot};
 use super::{Command, Core, Event, Input, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
@@ -44,6 +44,8 @@ struct Rig {
     registers: BTreeMap<NodeId, Register>,
     logs: BTreeMap<NodeId, Vec<Chosen>>,
     checkpoints: BTreeMap<NodeId, Checkpoint>,
+    /// Of nodes whose incarnation isn't 1.
+    incarnations: BTreeMap<NodeId, Incarnation>,
     /// Every record that any log ever held.
     decided: BTreeMap<Slot, Record>,
     retention: Retention,
@@ -63,6 +65,7 @@ impl Rig {
         let mut rig = Self {
             retention,
             checkpoints: BTreeMap::new(),
+            incarnations: BTreeMap::new(),
             decided: BTreeMap::new(),
             cores: BTreeMap::new(),
             registers: BTreeMap::new(),
@@ -169,8 +172,8 @@ impl Rig {
     /// Delivers the message at a place of the wire.
     fn deliver(&mut self, at: usize) {
         let Some((from, to, message)) = self.wire.remove(at) else { return };
-        let input = Input::Received { from, incarnation: Incarnation(1), message: Box::new(message) };
-        self.handle(&to, input);
+        let incarnation = self.incarnations.get(&from).copied().unwrap_or(Incarnation(1));
+        self.handle(&to, Input::Received { from, incarnation, message: Box::new(message) });
     }
 
     /// Delivers everything, in order, until nothing is under way.
@@ -523,6 +526,63 @@ fn a_node_that_lags_behind_what_its_peers_keep_starts_from_their_checkpoint() {
     let abort = rig.abort();
     let outcome = rig.asked("a", 99, abort);
     assert!(matches!(outcome, Outcome::Committed { repeated: false, .. }), "{outcome:?}");
+}
+
+#[test]
+fn a_brake_outlives_a_checkpoint_taken_over_from_a_peer() {
+    let mut rig = Rig::keeping(Retention { checkpoint_every: 4, history: 0 });
+    rig.asked("a", 1, Op::Apply(spec()));
+    // c hears nothing more; it brakes by itself, and its peers go on without changing the weights.
+    let c = rig.cores.remove(&node("c")).unwrap();
+    for number in 2..10 {
+        let pause = Op::Pause { service: service(), reason: "test".into() };
+        let op = if number % 2 == 0 { pause } else { Op::Resume { service: service() } };
+        rig.ask("a", number, op);
+        rig.settle();
+        rig.run_for(100);
+    }
+    rig.cores.insert(node("c"), c);
+    let (service, reason) = (service(), "test".to_string());
+    rig.handle(&node("c"), Input::BreakerTripped { service, routing_version: 1, reason });
+    rig.wire.clear();
+    assert_eq!(rig.canary_bp("c"), 0);
+    rig.take_story();
+    let parts = rig.checkpoints[&node("a")].parts();
+    for part in parts {
+        let message = Box::new(Message::Decision(Decision::Checkpoint(part)));
+        let input = Input::Received { from: node("a"), incarnation: Incarnation(1), message };
+        rig.handle(&node("c"), input);
+        assert_eq!(rig.canary_bp("c"), 0);
+    }
+    assert!(rig.take_story().contains(&"c installs checkpoint 8".to_string()));
+}
+
+#[test]
+fn a_readmission_binds_what_the_node_is_now_and_never_an_old_disk() {
+    let mut rig = Rig::new();
+    let readmit = |incarnation| Op::Config(ConfigChange::Readmit(node("c"), Incarnation(incarnation)));
+    let old = rig.registers.remove(&node("c")).unwrap();
+    rig.incarnations.insert(node("c"), Incarnation(9));
+    rig.restart(&node("c"));
+    rig.run_for(600);
+    let told = |outcome: Outcome| match outcome {
+        Outcome::Refused(why) => why,
+        other => format!("{other:?}"),
+    };
+    let why = told(rig.asked("a", 1, readmit(8)));
+    assert!(why.starts_with("node c has incarnation 0000000000000009, expected 0000000000000008"), "{why}");
+    let outcome = rig.asked("a", 2, readmit(9));
+    assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
+    // Somebody brings the old disk back.
+    rig.registers.insert(node("c"), old);
+    rig.incarnations.remove(&node("c"));
+    rig.restart(&node("c"));
+    rig.run_for(600);
+    let why = told(rig.asked("a", 3, readmit(1)));
+    assert_eq!(why, "node c had that incarnation before: an old disk never counts again");
+    rig.kill("b");
+    let outcome = rig.asked("a", 4, Op::Config(ConfigChange::Bench(node("b"))));
+    assert!(matches!(outcome, Outcome::NoQuorum { .. }), "{outcome:?}");
 }
 
 /// What happens next.

@@ -1,6 +1,6 @@
 //! I9: once a lowering is chosen, nobody exceeds it for longer than a lease, cut off or not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use aviary::domain::ids::{NodeId, ServiceId, VersionId};
 use aviary::domain::plan::OnPartition;
@@ -20,6 +20,8 @@ struct Allowed {
 pub struct Enforcement {
     courses: Courses,
     seen: Slot,
+    /// Raises that so far were chosen in doubt only.
+    doubtful: BTreeSet<Slot>,
     allowed: BTreeMap<(ServiceId, VersionId), Vec<Allowed>>,
     benched: BTreeMap<NodeId, u64>,
 }
@@ -33,9 +35,15 @@ impl Enforcement {
     fn chosen(&mut self, record: &aviary::protocol::record::Record, truth: &Truth) {
         let armed = truth.chosen(record.slot).is_none_or(|known| known.armed);
         if record.slot <= self.seen {
+            if armed && self.doubtful.remove(&record.slot) {
+                self.armed_late(record, truth);
+            }
             return;
         }
         self.seen = record.slot;
+        if !armed {
+            self.doubtful.insert(record.slot);
+        }
         let before = self.courses.now.clone();
         if self.courses.follow(record, armed).is_err() {
             return;
@@ -74,6 +82,22 @@ impl Enforcement {
     }
 }
 
+impl Enforcement {
+    /// The ballot that voted on a raise reached its majority after a later one did: who learns of it so may serve it.
+    fn armed_late(&mut self, record: &aviary::protocol::record::Record, truth: &Truth) {
+        let Some(service) = record.intent.act.service() else { return };
+        let Some(course) = self.courses.now.get_mut(service) else { return };
+        let (Some(spec), Some(state)) = (&course.spec, &record.state) else { return };
+        let bp = state.canary_weight().bp();
+        let newest = record.slot == self.seen;
+        if newest && course.active {
+            course.ceiling = bp;
+        }
+        let ends = (!newest).then(|| truth.now + longest_us(spec.lease_ms));
+        self.allowed.entry((service.clone(), spec.canary.version.clone())).or_default().push(Allowed { bp, ends });
+    }
+}
+
 impl Invariant for Enforcement {
     fn name(&self) -> &'static str {
         "I9 enforcement"
@@ -90,7 +114,12 @@ impl Invariant for Enforcement {
                 let live = self.allowed.get(&key).into_iter().flatten();
                 let most =
                     live.filter(|a| a.ends.is_none_or(|ends| ends >= truth.now)).map(|a| a.bp).max().unwrap_or(0);
-                if served.bp > most {
+                // What is everybody's stable by now, and only this node still calls canary, exceeds nothing.
+                let stable = self.courses.now.get(served.service).is_some_and(|course| {
+                    let version = course.spec.as_ref().map(|spec| &spec.canary.version);
+                    !course.active && version == Some(served.canary) && served.bp <= course.in_doubt
+                });
+                if served.bp > most && !stable {
                     return Err(format!(
                         "{} serves {} bp of {} {}, at most {most} bp were chosen within a lease's length",
                         served.node, served.bp, served.service, served.canary
