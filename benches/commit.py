@@ -12,6 +12,8 @@ import base64, http.client, json, os, shutil, socket, subprocess, sys, tempfile,
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 AVIARY = os.path.join(ROOT, "target", "release", "aviary")
 NODES = {name: (28080 + i, 28180 + i, 28280 + i) for i, name in enumerate("abc")}  # data, api, control
+# Without mutual TLS: AVIARY_BENCH_PLAINTEXT=1.
+PLAINTEXT = "[control]\nplaintext = true\n" if os.environ.get("AVIARY_BENCH_PLAINTEXT") else ""
 ROLLOUT = """apiVersion: aviary/v1
 kind: Rollout
 metadata: { name: bench }
@@ -64,7 +66,7 @@ class cluster:
     def __init__(self, folder):
         self.folder, self.running = folder, {}
         for name, (data, api, control) in NODES.items():
-            text = (f'[node]\nid = "{name}"\ndata_dir = "{folder}/{name}"\n[control]\nplaintext = true\n[log]\nlevel = "warn"\n'
+            text = (f'[node]\nid = "{name}"\ndata_dir = "{folder}/{name}"\n{PLAINTEXT}[log]\nlevel = "warn"\n'
                     f'[listen]\ndata = "127.0.0.1:{data}"\napi = "127.0.0.1:{api}"\ncontrol = "127.0.0.1:{control}"\n')
             for peer, (_, papi, pcontrol) in NODES.items():
                 if peer != name:

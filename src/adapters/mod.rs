@@ -5,6 +5,7 @@ pub mod disk;
 pub mod listen;
 pub mod memory;
 pub mod net;
+pub mod tls;
 
 #[cfg(test)]
 mod conformance;

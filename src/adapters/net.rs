@@ -1,7 +1,7 @@
 //! The control plane's network: TCP, in plain text.
 //!
 //! Whoever reaches the port can speak: [`Connection::peer`] stays empty, and [`crate::node::link`] has only HELLO's word
-//! for who is there. A transport with mutual TLS wraps these same sockets and fills that field in.
+//! for who is there. [`super::tls`] fills that field in.
 
 use std::io;
 use std::time::Duration;
@@ -50,10 +50,15 @@ impl Listener for PlainListener {
 }
 
 fn connection(stream: TcpStream, address: String) -> io::Result<Connection> {
+    Ok(Connection { stream: Box::new(prepare(stream)?), peer: None, address })
+}
+
+/// Sets what every control connection needs.
+pub(super) fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
     #[cfg(target_os = "linux")]
     SockRef::from(&stream).set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
-    Ok(Connection { stream: Box::new(stream), peer: None, address })
+    Ok(stream)
 }
 
 #[cfg(test)]

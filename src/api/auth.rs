@@ -1,5 +1,7 @@
 //! Who may: bearer tokens with a role each, stored as hashes.
 
+use std::sync::Arc;
+
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -19,43 +21,78 @@ pub enum Role {
     Admin,
 }
 
+/// Who asks: the name beside the token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Actor {
+    /// The name; the role's where the tokens file gives none.
+    pub name: Arc<str>,
+    /// What the token allows.
+    pub role: Role,
+}
+
 /// The tokens' hashes.
 #[derive(Clone)]
-pub struct Tokens(Vec<(Role, blake3::Hash)>);
+pub struct Tokens(Vec<(Actor, blake3::Hash)>);
 
 /// A line of a tokens file is none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("tokens file, line {0}: expected \"<viewer|operator|admin> <blake3 of the token, 64 hexadecimal digits>\"")]
+#[error(
+    "tokens file, line {0}: expected \"<viewer|operator|admin> [name] <blake3 of the token, 64 hexadecimal digits>\"; \
+     `aviary token` makes one"
+)]
 pub struct TokensError(usize);
 
 impl Tokens {
-    /// Reads lines of a role and a hash; `#` begins a comment.
+    /// Reads lines of a role, a name and a hash; the name may be missing, `#` begins a comment.
     pub fn parse(text: &str) -> Result<Self, TokensError> {
         let lines = text.lines().enumerate().map(|(i, line)| (i + 1, line.split('#').next().unwrap_or("").trim()));
         let tokens = lines.filter(|(_, line)| !line.is_empty()).map(|(number, line)| {
-            let (role, hash) = line.split_once(char::is_whitespace).ok_or(TokensError(number))?;
-            let role = match role {
-                "viewer" => Role::Viewer,
-                "operator" => Role::Operator,
-                "admin" => Role::Admin,
+            let words: Vec<_> = line.split_whitespace().collect();
+            let (role, name, hash) = match words[..] {
+                [role, hash] => (role, role, hash),
+                [role, name, hash] => (role, name, hash),
                 _ => return Err(TokensError(number)),
             };
-            Ok((role, blake3::Hash::from_hex(hash.trim()).map_err(|_| TokensError(number))?))
+            let role = role.parse().map_err(|_| TokensError(number))?;
+            let hash = blake3::Hash::from_hex(hash).map_err(|_| TokensError(number))?;
+            Ok((Actor { name: name.into(), role }, hash))
         });
         Ok(Self(tokens.collect::<Result<_, _>>()?))
     }
 
-    /// Returns the role of a token; none when it is unknown. Takes as long for any token.
-    pub fn role_of(&self, token: &str) -> Option<Role> {
+    /// Returns whose a token is; none when it is unknown. Takes as long for any token.
+    pub fn actor_of(&self, token: &str) -> Option<&Actor> {
         let found = blake3::hash(token.as_bytes());
         let same = |hash: &blake3::Hash| bool::from(hash.as_bytes().ct_eq(found.as_bytes()));
-        self.0.iter().fold(None, |role, (other, hash)| if same(hash) { Some(*other) } else { role })
+        self.0.iter().fold(None, |actor, (other, hash)| if same(hash) { Some(other) } else { actor })
+    }
+}
+
+impl std::str::FromStr for Role {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "viewer" => Ok(Self::Viewer),
+            "operator" => Ok(Self::Operator),
+            "admin" => Ok(Self::Admin),
+            _ => Err(format!("found {text:?}, expected viewer, operator or admin")),
+        }
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+            Self::Admin => "admin",
+        })
     }
 }
 
 /// Lets a request through when its token's role is enough; everything passes where no tokens are configured, which is
 /// on loopback only.
-pub async fn check(State(state): State<ApiState>, request: Request, next: Next) -> Response {
+pub async fn check(State(state): State<ApiState>, mut request: Request, next: Next) -> Response {
     let Some(tokens) = &state.tokens else { return next.run(request).await };
     let path = request.uri().path();
     let needed = match (matches!(*request.method(), Method::GET | Method::HEAD), path) {
@@ -65,10 +102,15 @@ pub async fn check(State(state): State<ApiState>, request: Request, next: Next) 
         (false, _) => Role::Operator,
     };
     let token = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let role = token.and_then(|value| value.strip_prefix("Bearer ")).and_then(|token| tokens.role_of(token.trim()));
-    match role {
-        Some(role) if role >= needed => next.run(request).await,
-        Some(role) => error(StatusCode::FORBIDDEN, format!("the token's role is {role:?}, expected {needed:?}")),
+    let actor = token.and_then(|value| value.strip_prefix("Bearer ")).and_then(|token| tokens.actor_of(token.trim()));
+    match actor.cloned() {
+        Some(actor) if actor.role >= needed => {
+            request.extensions_mut().insert(actor);
+            next.run(request).await
+        }
+        Some(Actor { role, .. }) => {
+            error(StatusCode::FORBIDDEN, format!("the token's role is {role}, expected {needed}"))
+        }
         None => error(StatusCode::UNAUTHORIZED, "no known bearer token, expected header Authorization: Bearer …"),
     }
 }
@@ -79,10 +121,12 @@ mod tests {
 
     #[test]
     fn a_token_is_known_by_its_hash() {
-        let text = format!("# people\noperator {} # me\nviewer {}\n", blake3::hash(b"secret"), blake3::hash(b"look"));
-        let tokens = Tokens::parse(&text).unwrap();
-        assert_eq!((tokens.role_of("secret"), tokens.role_of("look")), (Some(Role::Operator), Some(Role::Viewer)));
-        assert_eq!(tokens.role_of("Secret"), None);
+        let (secret, look) = (blake3::hash(b"secret"), blake3::hash(b"look"));
+        let tokens = Tokens::parse(&format!("# people\noperator alice {secret} # on call\nviewer {look}\n")).unwrap();
+        let who = |token| tokens.actor_of(token).map(|actor| (&*actor.name, actor.role));
+        assert_eq!(who("secret"), Some(("alice", Role::Operator)));
+        assert_eq!(who("look"), Some(("viewer", Role::Viewer)));
+        assert_eq!(who("Secret"), None);
         assert_eq!(Tokens::parse("\nroot abc").err(), Some(TokensError(2)));
     }
 }

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use serde::Deserialize;
@@ -19,6 +19,7 @@ use crate::node::log::weights_json;
 use crate::protocol::record::ConfigChange;
 use crate::protocol::{Op, Outcome};
 
+use super::auth::Actor;
 use super::{ApiState, BODY_BYTES_MAX, error};
 
 /// Set on a request that was forwarded once, with the node that did.
@@ -27,13 +28,18 @@ const FORWARDED: &str = "x-aviary-forwarded";
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// `POST /v1/rollouts`: a rollout file, YAML or JSON.
-pub async fn apply(State(state): State<ApiState>, headers: HeaderMap, body: Bytes) -> Response {
+pub async fn apply(
+    State(state): State<ApiState>,
+    actor: Option<Extension<Actor>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let Ok(text) = std::str::from_utf8(&body) else {
         return error(StatusCode::BAD_REQUEST, "the rollout is not UTF-8, expected a rollout file");
     };
     let file = headers.get("x-aviary-file").and_then(|name| name.to_str().ok()).unwrap_or("rollout");
     match crate::config::rollout::parse(text, file) {
-        Ok(spec) => submit(&state, "/v1/rollouts", &headers, &body, Op::Apply(Arc::new(spec))).await,
+        Ok(spec) => submit(&state, actor.as_deref(), "/v1/rollouts", &headers, &body, Op::Apply(Arc::new(spec))).await,
         Err(why) => error(StatusCode::BAD_REQUEST, why.to_string()),
     }
 }
@@ -54,6 +60,7 @@ const REASON_CHARACTERS_MAX: usize = 500;
 pub async fn change(
     State(state): State<ApiState>,
     Path((name, verb)): Path<(String, String)>,
+    actor: Option<Extension<Actor>>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
@@ -68,6 +75,7 @@ pub async fn change(
     };
     let reason: String = reason.unwrap_or_default().chars().take(REASON_CHARACTERS_MAX).collect();
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
+    let reason = actor.as_ref().map_or_else(|| reason.clone(), |actor| format!("{reason} (by {})", actor.name));
     let op = match verb.as_str() {
         "promote" => Op::Promote { service, full },
         "pause" => Op::Pause { service, reason },
@@ -80,7 +88,7 @@ pub async fn change(
             return error(StatusCode::NOT_FOUND, format!("{verb:?} is unknown, expected {expected}"));
         }
     };
-    submit(&state, &format!("/v1/rollouts/{name}/{verb}"), &headers, &body, op).await
+    submit(&state, actor.as_deref(), &format!("/v1/rollouts/{name}/{verb}"), &headers, &body, op).await
 }
 
 #[derive(Debug, Deserialize)]
@@ -95,6 +103,7 @@ struct Member {
 pub async fn configure(
     State(state): State<ApiState>,
     Path(verb): Path<String>,
+    actor: Option<Extension<Actor>>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
@@ -115,12 +124,19 @@ pub async fn configure(
         }
         _ => return error(StatusCode::NOT_FOUND, format!("{verb:?} is unknown, expected bench, unbench or readmit")),
     };
-    submit(&state, &format!("/v1/cluster/{verb}"), &headers, &body, Op::Config(change)).await
+    submit(&state, actor.as_deref(), &format!("/v1/cluster/{verb}"), &headers, &body, Op::Config(change)).await
 }
 
 /// Has a change decided, by the coordinator if it can be reached, else by this node: any node may run a ballot, and
 /// the key makes a repetition harmless.
-async fn submit(state: &ApiState, path: &str, headers: &HeaderMap, body: &Bytes, op: Op) -> Response {
+async fn submit(
+    state: &ApiState,
+    actor: Option<&Actor>,
+    path: &str,
+    headers: &HeaderMap,
+    body: &Bytes,
+    op: Op,
+) -> Response {
     let key = match headers.get("idempotency-key").map(|key| key.to_str()) {
         None => random_key(),
         Some(Ok(key)) => key.to_string(),
@@ -138,7 +154,8 @@ async fn submit(state: &ApiState, path: &str, headers: &HeaderMap, body: &Bytes,
             return answer;
         }
     }
-    info!(%tx, path, "write asked for");
+    let who = actor.map_or("anybody on loopback", |actor| &actor.name);
+    info!(%tx, path, actor = who, "write asked for");
     let outcome = state.node.submit(tx.clone(), op).await;
     answer(&tx, outcome)
 }

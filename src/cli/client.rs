@@ -181,7 +181,10 @@ impl Api {
     /// Returns the API at these addresses; the token comes from the file, or from AVIARY_TOKEN.
     pub fn new(addresses: Vec<Address>, token_file: Option<&Path>) -> anyhow::Result<Self> {
         let token = match token_file {
-            Some(path) => Some(std::fs::read_to_string(path).with_context(|| path.display().to_string())?),
+            Some(path) => {
+                crate::adapters::tls::check_private(path)?;
+                Some(std::fs::read_to_string(path).with_context(|| path.display().to_string())?)
+            }
             None => std::env::var("AVIARY_TOKEN").ok(),
         };
         let token = token.map(|t| t.trim().to_owned()).filter(|t| !t.is_empty());

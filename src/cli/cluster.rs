@@ -2,14 +2,17 @@
 
 use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
+use crate::adapters::tls::authority::Authority;
 use crate::config::genesis;
 use crate::ports::Clock as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::client::Api;
+use super::node::identity_files;
 use super::output::{Format, facts, table};
 use super::write::{self, WriteArgs};
 use super::{Exit, read, show};
@@ -19,6 +22,8 @@ use super::{Exit, read, show};
 pub enum ClusterVerb {
     /// Make the nodes' identities and the first record of their log; run once, before the nodes.
     Init(InitArgs),
+    /// Make a node's certificate again, before it ends; a node that runs takes it up by itself.
+    Issue(IssueArgs),
     /// Show the members, who coordinates, and how far each one is.
     Status,
     /// Let rollouts go on without this node's Yes, while it is repaired; it serves stable only.
@@ -40,6 +45,50 @@ pub struct InitArgs {
     /// Makes each node's data in ROOT/<node id>, whatever the files say: for trials beside data that matters.
     #[arg(long, value_name = "ROOT")]
     pub data_root: Option<PathBuf>,
+    /// Where the cluster's certificate authority is made; default: `ca` beside the first node's data. Keep it, off the
+    /// nodes: whoever has its key can be any node.
+    #[arg(long, value_name = "DIR")]
+    pub ca: Option<PathBuf>,
+    /// How long the nodes' certificates are good for.
+    #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
+    pub valid: Duration,
+}
+
+/// Arguments of `aviary cluster issue`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:\n  aviary cluster issue --ca data/ca --config config/node-b.toml\n\n\
+    The old certificate stays good until it ends.")]
+pub struct IssueArgs {
+    /// The authority's directory, as `cluster init` made it.
+    #[arg(long, value_name = "DIR")]
+    ca: PathBuf,
+    /// The node's file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Where the node's data is, if `cluster init` was given it: ROOT/<node id>.
+    #[arg(long, value_name = "ROOT")]
+    data_root: Option<PathBuf>,
+    /// How long the certificate is good for.
+    #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
+    valid: Duration,
+}
+
+/// Makes a node's identity again.
+pub fn issue(args: &IssueArgs) -> anyhow::Result<()> {
+    let config = super::node::load(&args.config, args.data_root.as_deref())?;
+    let authority = Authority::load(&args.ca)?;
+    let Some(files) = identity_files(&config) else {
+        anyhow::bail!("{} has control.plaintext = true, expected a node with an identity", config.file.display());
+    };
+    authority.issue(&config.id, args.valid)?.install(&files)?;
+    let valid = humantime::format_duration(args.valid);
+    println!(
+        "node {} of cluster {}: {}, good for {valid}",
+        config.id,
+        authority.cluster(),
+        files.certificate.display()
+    );
+    Ok(())
 }
 
 /// A node, and how the change is sent.
@@ -84,10 +133,20 @@ pub fn init(args: InitArgs) -> anyhow::Result<()> {
             config.data_dir.display()
         );
     }
+    let beside = || configs[0].data_dir.parent().unwrap_or(Path::new("")).join("ca");
+    let ca = args.ca.clone().unwrap_or_else(beside);
+    let secured = configs.iter().any(|config| config.identity.is_some());
+    let authority = secured.then(|| Authority::create(&ca, founding.cluster)).transpose()?;
     println!("cluster {}", founding.cluster);
     for config in &configs {
         DiskStore::create(&config.data_dir, &founding.registers[&config.id], &founding.genesis)?;
+        if let (Some(authority), Some(files)) = (&authority, identity_files(config)) {
+            authority.issue(&config.id, args.valid)?.install(&files)?;
+        }
         println!("node {}: {}", config.id, config.data_dir.display());
+    }
+    if authority.is_some() {
+        println!("certificate authority: {} (keep it, off the nodes: its key can make any node)", ca.display());
     }
     Ok(())
 }
@@ -95,7 +154,7 @@ pub fn init(args: InitArgs) -> anyhow::Result<()> {
 /// Runs a verb that talks to a cluster.
 pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result<Exit> {
     match verb {
-        ClusterVerb::Init(_) => unreachable!("handled before the runtime starts"),
+        ClusterVerb::Init(_) | ClusterVerb::Issue(_) => unreachable!("handled before the runtime starts"),
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
         ClusterVerb::Bench(args) => change(api, "bench", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Unbench(args) => change(api, "unbench", json!({ "node": args.node }), args.write, format).await,

@@ -19,6 +19,7 @@ mod read;
 mod show;
 mod sse;
 mod status;
+mod token;
 mod upstream;
 mod watch;
 mod write;
@@ -145,6 +146,8 @@ enum Verb {
     Upstream(upstream::UpstreamArgs),
     /// Send steady traffic and count who answers.
     Load(load::LoadArgs),
+    /// Make a bearer token for the API, and the line that lets it in.
+    Token(token::TokenArgs),
     /// Print a shell's completion script.
     Completions {
         /// The shell.
@@ -176,7 +179,9 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.verb {
         Verb::Node(args) => node::run(args).map(|()| Exit::Done),
         Verb::Cluster(cluster::ClusterVerb::Init(args)) => cluster::init(args).map(|()| Exit::Done),
+        Verb::Cluster(cluster::ClusterVerb::Issue(args)) => cluster::issue(&args).map(|()| Exit::Done),
         Verb::Config(verb) => check::run(&verb),
+        Verb::Token(args) => Ok(token::run(&args)),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "aviary", &mut std::io::stdout());
             Ok(Exit::Done)
@@ -208,7 +213,9 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         Verb::Events(args) => events::run(&api()?, &args, format).await,
         Verb::Upstream(args) => upstream::run(args).await,
         Verb::Load(args) => load::run(args, format).await,
-        Verb::Node(_) | Verb::Config(_) | Verb::Completions { .. } => unreachable!("handled before the runtime starts"),
+        Verb::Node(_) | Verb::Config(_) | Verb::Token(_) | Verb::Completions { .. } => {
+            unreachable!("handled before the runtime starts")
+        }
     }
 }
 

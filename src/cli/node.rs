@@ -19,13 +19,14 @@ use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
 use crate::adapters::listen::listen;
 use crate::adapters::net::PlainNetwork;
+use crate::adapters::tls::{Files, TlsNetwork};
 use crate::api::auth::Tokens;
 use crate::api::{self, ApiState};
-use crate::config::node::{NodeConfig, is_loopback};
+use crate::config::node::{IdentityFiles, NodeConfig, is_loopback};
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::run::{self, Parts, Running};
-use crate::ports::Recovered;
+use crate::ports::{Network, Recovered};
 use crate::protocol::{Retention, Settings};
 use crate::proxy::{self, ProxySettings};
 
@@ -114,6 +115,10 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         error!("this node's register is gone: it follows without a vote until an operator readmits it");
     }
     info!(checkpoint = %ledger.head, records = log.len(), %cluster, "journal read");
+    let network: Arc<dyn Network> = match identity_files(config) {
+        Some(files) => Arc::new(TlsNetwork::new(files, config.id.clone(), cluster)?),
+        None => Arc::new(PlainNetwork),
+    };
     let settings = Settings {
         node: config.id.clone(),
         cluster,
@@ -129,7 +134,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
             register,
             ledger,
             log,
-            network: Arc::new(PlainNetwork),
+            network,
             listen: config.listen.control.clone(),
             peers: config.peers.iter().map(|(node, peer)| (node.clone(), peer.control.clone())).collect(),
             clock: Arc::new(BootClock),
@@ -137,6 +142,17 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         },
         shutdown,
     )
+}
+
+/// Returns where a node's identity is; none when the control plane is plaintext.
+pub fn identity_files(config: &NodeConfig) -> Option<Files> {
+    let made = Files::in_data_dir(&config.data_dir);
+    let IdentityFiles { ca, cert, key } = config.identity.clone()?;
+    Some(Files {
+        authority: ca.unwrap_or(made.authority),
+        certificate: cert.unwrap_or(made.certificate),
+        key: key.unwrap_or(made.key),
+    })
 }
 
 fn proxy_settings(config: &NodeConfig) -> ProxySettings {

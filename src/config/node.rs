@@ -32,6 +32,20 @@ pub struct NodeConfig {
     pub data: DataLimits,
     /// `[api] tokens_file`: bearer tokens; needed as soon as the API listens off loopback.
     pub tokens_file: Option<PathBuf>,
+    /// `[control] ca, cert, key`: mutual TLS between the nodes, by default with what `aviary cluster init` makes in the
+    /// data directory; none: `plaintext = true`, on loopback only.
+    pub identity: Option<IdentityFiles>,
+}
+
+/// Files of a node's identity, as far as its own file names them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IdentityFiles {
+    /// The authority's certificate; default `tls/ca.pem` in the data directory.
+    pub ca: Option<PathBuf>,
+    /// The node's certificate; default `tls/node.pem` there.
+    pub cert: Option<PathBuf>,
+    /// Its private key; default `tls/node.key` there.
+    pub key: Option<PathBuf>,
 }
 
 /// Addresses to listen on, `host:port`.
@@ -42,7 +56,7 @@ pub struct Listen {
     pub data: String,
     /// Operators.
     pub api: String,
-    /// The other nodes. Loopback only, while it is plaintext.
+    /// The other nodes. Loopback only, where it is plaintext.
     pub control: String,
 }
 
@@ -95,6 +109,7 @@ impl Default for DataLimits {
 struct File {
     node: NodePart,
     listen: Listen,
+    #[serde(default)]
     control: ControlPart,
     #[serde(default)]
     peers: BTreeMap<NodeId, Peer>,
@@ -115,10 +130,14 @@ struct NodePart {
     data_dir: PathBuf,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ControlPart {
+    #[serde(default)]
     plaintext: bool,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -182,15 +201,18 @@ impl NodeConfig {
             checked_address(&format!("peers.{name}.control"), &peer.control)?;
             checked_address(&format!("peers.{name}.api"), &peer.api)?;
         }
-        if !control.plaintext {
-            return Err("control.plaintext is false, expected true: mutual TLS is not available in this version".into());
-        }
         let addresses = peers.values().map(|peer| &peer.control).chain([&listen.control]);
-        if let Some(open) = addresses.into_iter().find(|address| !is_loopback(address)) {
+        if let Some(open) = addresses.into_iter().find(|address| control.plaintext && !is_loopback(address)) {
             return Err(format!(
-                "control address {open:?} is off loopback, expected loopback: the control plane is plaintext"
+                "control address {open:?} is off loopback, expected loopback with control.plaintext; \
+                 without that line the nodes speak mutual TLS"
             ));
         }
+        let ControlPart { plaintext, ca, cert, key } = control;
+        if plaintext && (ca.is_some() || cert.is_some() || key.is_some()) {
+            return Err("control names certificates beside plaintext = true, expected one or the other".into());
+        }
+        let identity = (!plaintext).then_some(IdentityFiles { ca, cert, key });
         let limits = [
             ("connect_timeout_ms", data.connect_timeout_ms),
             ("first_byte_timeout_ms", data.first_byte_timeout_ms),
@@ -217,6 +239,7 @@ impl NodeConfig {
             timings: checked_timings(&timings)?,
             data,
             tokens_file: api.tokens_file,
+            identity,
         })
     }
 }
@@ -305,6 +328,16 @@ heartbeat_ms = 200
         assert_eq!(complaint("= 200", "= 900"), "timings.heartbeat_ms is 900, expected 20 to 250");
         assert!(complaint("[peers.a]", "[peers.b]").contains("is this node itself"));
         assert!(complaint("control = \"127.0.0.1:7002\"", "control = \"0.0.0.0:7002\"").contains("off loopback"));
-        assert!(complaint("plaintext = true", "plaintext = false").contains("mutual TLS is not available"));
+        assert!(complaint("plaintext = true", "plaintext = true\nkey = \"k\"").contains("one or the other"));
+    }
+
+    #[test]
+    fn without_plaintext_the_nodes_have_identities() {
+        assert_eq!(parse(GOOD).unwrap().identity, None);
+        let open = GOOD.replace("plaintext = true", "").replace("\"127.0.0.1:7002\"", "\"0.0.0.0:7002\"");
+        let identity = parse(&open).unwrap().identity.unwrap();
+        assert_eq!(identity, IdentityFiles::default());
+        let named = parse(&open.replace("[control]", "[control]\nkey = \"/run/b.key\"")).unwrap().identity.unwrap();
+        assert_eq!(named.key.as_deref(), Some(Path::new("/run/b.key")));
     }
 }

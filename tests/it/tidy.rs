@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("domain", &["domain"]),
     ("protocol", &["domain", "protocol"]),
-    ("ports", &["domain", "protocol::record"]),
+    ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger"]),
     ("node", &["domain", "protocol", "ports", "node"]),
     ("config", &["domain", "protocol", "config"]),
     ("adapters", &["domain", "protocol", "ports", "adapters"]),

@@ -231,7 +231,7 @@ impl Cluster {
         let (data_dir, log) = (self.data_dir(i), self.log(i));
         let mut text = format!(
             "[node]\nid = \"{name}\"\ndata_dir = {data_dir:?}\n\n[listen]\ndata = \"127.0.0.1:{data}\"\n\
-             api = \"127.0.0.1:{api}\"\ncontrol = \"127.0.0.1:{control}\"\n\n[control]\nplaintext = true\n\n\
+             api = \"127.0.0.1:{api}\"\ncontrol = \"127.0.0.1:{control}\"\n\n\
              [log]\nfile = {log:?}\n"
         );
         for peer in self.nodes.iter().filter(|peer| peer.name != *name) {

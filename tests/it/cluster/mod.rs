@@ -3,5 +3,6 @@
 
 mod failure;
 mod harness;
+mod identity;
 mod input;
 mod rollout;

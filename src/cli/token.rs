@@ -1,0 +1,35 @@
+//! `aviary token`: makes a bearer token for the API.
+
+use clap::Args;
+
+use super::Exit;
+use crate::api::auth::Role;
+
+/// Arguments of `aviary token`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  aviary token --role operator --name alice\n\n\
+    Give the token to its owner, for AVIARY_TOKEN or a --token-file; put the line into every node's tokens_file.")]
+pub struct TokenArgs {
+    /// viewer looks, operator changes rollouts, admin changes the cluster too.
+    #[arg(long)]
+    role: Role,
+    /// Whose it is, as logs and records show it: letters, digits, '.', '_', '-' and '@'.
+    #[arg(long, value_parser = name)]
+    name: String,
+}
+
+fn name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || ".-_@".contains(c);
+    match !text.is_empty() && text.len() <= 64 && text.chars().all(fits) {
+        true => Ok(text.into()),
+        false => Err(format!("found {text:?}, expected 1 to 64 letters, digits, '.', '_', '-' or '@'")),
+    }
+}
+
+/// Prints a new token, once, and the line that lets it in.
+pub fn run(args: &TokenArgs) -> Exit {
+    let token = format!("avy_{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>());
+    println!("token: {token}");
+    println!("line:  {} {} {}", args.role, args.name, blake3::hash(token.as_bytes()));
+    Exit::Done
+}

@@ -1,0 +1,112 @@
+//! Who is who: certificates between the nodes, tokens at the API, and no secret where people look.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
+
+use super::harness::{Cluster, MANUAL, Upstream, aviary, http, rollout, wait};
+
+fn console(cluster: &Cluster, name: &str) -> String {
+    fs::read_to_string(cluster.dir.path().join(format!("{name}.console"))).unwrap_or_default()
+}
+
+fn issue(cluster: &Cluster, i: usize) {
+    let ca = cluster.dir.path().join("ca");
+    let mut command = aviary();
+    command.args(["cluster", "issue"]).arg("--ca").arg(ca).arg("--config").arg(cluster.config(i));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_certificate_made_again_is_taken_up_while_the_cluster_runs() {
+    let mut cluster = Cluster::start();
+    cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
+    issue(&cluster, 0);
+    std::thread::sleep(Duration::from_millis(2_100));
+    // A connection that begins now uses it, on both sides of it.
+    cluster.kill(2);
+    issue(&cluster, 2);
+    cluster.spawn(2, None);
+    cluster.wait_ready(2);
+    wait("the new certificate in use", Duration::from_secs(5), || {
+        console(&cluster, "a").contains("certificate taken up").then_some(())
+    });
+    assert_eq!(cluster.post(1, "/v1/rollouts/svc/abort", None, "{}").status, 200);
+    cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
+    cluster.assert_no_panic();
+}
+
+#[test]
+fn a_valid_certificate_in_another_nodes_place_gets_nowhere() {
+    let mut cluster = Cluster::found();
+    // b's files are c's: the authority's own, for another node.
+    for file in ["node.pem", "node.key"] {
+        fs::copy(cluster.data_dir(2).join("tls").join(file), cluster.data_dir(1).join("tls").join(file)).unwrap();
+    }
+    cluster.spawn(1, None);
+    let ended = cluster.nodes[1].process.as_mut().unwrap().ended_within(Duration::from_secs(5));
+    assert!(ended, "{}", console(&cluster, "b"));
+    assert!(console(&cluster, "b").contains("node.pem: is of node c, expected b"), "{}", console(&cluster, "b"));
+
+    // A key that others may read is refused.
+    let key = cluster.data_dir(0).join("tls/node.key");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    cluster.spawn(0, None);
+    assert!(cluster.nodes[0].process.as_mut().unwrap().ended_within(Duration::from_secs(5)));
+    assert!(console(&cluster, "a").contains("has mode 0644, expected 0600"), "{}", console(&cluster, "a"));
+}
+
+#[test]
+fn tokens_say_who_did_what_and_no_secret_is_told() {
+    let output = aviary().args(["token", "--role", "operator", "--name", "alice"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let word = |label: &str| text.lines().find_map(|line| line.strip_prefix(label)).unwrap().trim().to_string();
+    let (token, line) = (word("token:"), word("line:"));
+
+    let mut cluster = Cluster::found();
+    let tokens = cluster.dir.path().join("tokens");
+    fs::write(&tokens, format!("{line}\n")).unwrap();
+    for i in 0..3 {
+        let config = fs::read_to_string(cluster.config(i)).unwrap();
+        fs::write(cluster.config(i), format!("{config}\n[api]\ntokens_file = {tokens:?}\n")).unwrap();
+        cluster.spawn(i, None);
+    }
+    (0..3).for_each(|i| cluster.wait_ready(i));
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let bearer = format!("Bearer {token}");
+    let ask = |i: usize, path: &str, authorization: &str, body: &str| {
+        let headers = [("authorization", authorization), ("content-type", "application/yaml")];
+        http(cluster.nodes[i].api, "POST", path, &headers, body).unwrap()
+    };
+    let yaml = rollout(&v1.url(), &v2.url(), MANUAL);
+    assert_eq!(ask(0, "/v1/rollouts", "Bearer avy_wrong", &yaml).status, 401);
+    assert_eq!(ask(0, "/v1/rollouts", &bearer, &yaml).status, 200);
+    // Through a node that forwards it.
+    assert_eq!(ask(2, "/v1/rollouts/svc/abort", &bearer, "{\"reason\": \"looks wrong\"}").status, 200);
+    assert_eq!(ask(1, "/v1/cluster/bench", &bearer, "{\"node\": \"c\"}").status, 403);
+
+    let log = fs::read_to_string(cluster.log(0)).unwrap();
+    let asked: Vec<_> = log.lines().filter(|line| line.contains("write asked for")).collect();
+    assert_eq!(asked.len(), 2, "{log}");
+    assert!(asked.iter().all(|line| line.contains("\"actor\":\"alice\"")), "{asked:?}");
+    assert!(log.contains("looks wrong (by alice)"), "{log}");
+
+    // Nothing that people look at tells a secret.
+    let secret = token.strip_prefix("avy_").unwrap();
+    let keys: Vec<_> = (0..3)
+        .map(|i| fs::read_to_string(cluster.data_dir(i).join("tls/node.key")).unwrap())
+        .map(|pem| pem.lines().nth(1).unwrap().to_string())
+        .collect();
+    let check = aviary().args(["config", "check"]).args((0..3).map(|i| cluster.config(i))).output().unwrap();
+    let mut looked_at = vec![String::from_utf8(check.stdout).unwrap(), String::from_utf8(check.stderr).unwrap()];
+    for (i, name) in ["a", "b", "c"].iter().enumerate() {
+        looked_at.extend([console(&cluster, name), fs::read_to_string(cluster.log(i)).unwrap()]);
+        let pid = cluster.nodes[i].process.as_ref().unwrap().0.id();
+        looked_at.push(String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/cmdline")).unwrap()).into());
+    }
+    for text in looked_at {
+        assert!(!text.contains(secret), "the token shows in {text}");
+        assert!(keys.iter().all(|key| !text.contains(key.as_str())), "a key shows in {text}");
+    }
+}
