@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail, ensure};
 use arc_swap::ArcSwap;
@@ -18,13 +18,15 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Instant;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tracing::{info, warn};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
+use super::clock::BootClock;
 use super::net::prepare;
 use crate::domain::ids::{ClusterId, NodeId};
-use crate::ports::{Connection, Later, Listener, Network};
+use crate::ports::{Clock as _, Connection, Later, Listener, Network};
 
 pub mod authority;
 
@@ -221,11 +223,7 @@ fn load(files: &Files, node: &NodeId, cluster: ClusterId) -> anyhow::Result<Load
     ensure!(found == *node, "{path}: is of node {found}, expected {node}");
     let ends = X509Certificate::from_der(&chain[0])?.1.validity().not_after.timestamp();
     let ends = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(ends).unwrap_or(0));
-    ensure!(
-        ends > SystemTime::now(),
-        "{path}: ended {}, expected one that is good now",
-        humantime::format_rfc3339_seconds(ends)
-    );
+    ensure!(ends > wall(), "{path}: ended {}, expected one that is good now", humantime::format_rfc3339_seconds(ends));
 
     let mut roots = RootCertStore::empty();
     for authority in authorities {
@@ -256,6 +254,11 @@ fn missing_hint(path: &Path) -> String {
     format!("{} {hint}", path.display())
 }
 
+/// Returns the time by this machine's clock.
+fn wall() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(BootClock.now().wall.0)
+}
+
 /// Refuses a secret's file that others than its owner may read.
 pub fn check_private(path: &Path) -> anyhow::Result<()> {
     let metadata = fs::metadata(path).with_context(|| path.display().to_string())?;
@@ -270,7 +273,7 @@ pub fn check_private(path: &Path) -> anyhow::Result<()> {
 }
 
 fn notice_expiry(files: &Files, ends: SystemTime) {
-    let left = ends.duration_since(SystemTime::now()).unwrap_or_default();
+    let left = ends.duration_since(wall()).unwrap_or_default();
     if left < EXPIRY_NOTICE {
         let (path, days) = (files.certificate.display(), left.as_secs() / 86_400);
         warn!(
