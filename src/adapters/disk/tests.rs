@@ -489,3 +489,52 @@ fn another_clusters_checkpoint_is_moved_aside() {
     assert_eq!(opened.log, log);
     assert!(opened.notes[0].contains("it is of cluster 0808"), "{:?}", opened.notes);
 }
+
+/// Writes `count` records as a node does, with its checkpoints; returns the directory.
+fn grown(count: u64) -> Disk {
+    let retention = crate::protocol::Retention::default();
+    let log = chain(1);
+    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let (mut store, ..) = disk.begin();
+    let mut ledger = Ledger::new(&log[0]).unwrap();
+    for slot in 1..=count {
+        let act = Act::Abort { service: None, refused: "Start".into(), reasons: vec!["x".repeat(300)] };
+        let tx = crate::domain::ids::TxId::new(format!("tx-{slot}")).unwrap();
+        let at = crate::domain::time::Wall(slot);
+        let intent = crate::protocol::record::Intent { tx, digest: slot, at, act };
+        let record = ledger.next_record(intent, None).unwrap();
+        let chosen = Chosen { ballot: log[0].ballot.clone(), record };
+        ledger.apply(&chosen).unwrap();
+        store.append(&chosen).unwrap();
+        if slot % 64 == 0 {
+            store.persist(&register(slot, slot)).unwrap();
+        }
+        if slot % retention.checkpoint_every == 0 {
+            store.checkpoint(&Checkpoint::of(&ledger), Slot(slot.saturating_sub(retention.history) + 1)).unwrap();
+        }
+    }
+    disk
+}
+
+fn size(dir: &Path) -> u64 {
+    files(dir).iter().map(|path| fs::metadata(path).unwrap().len()).sum()
+}
+
+/// Prints bytes on disk and the time a start takes, for growing logs.
+#[test]
+#[ignore = "takes minutes; cargo test --release --lib bounded -- --ignored --nocapture"]
+fn disk_and_start_up_stay_bounded() {
+    let mut sizes = Vec::new();
+    for count in [20_000, 100_000, 1_000_000] {
+        let disk = grown(count);
+        let began = tokio::time::Instant::now();
+        let recovered = DiskStore::open(disk.0.path()).unwrap();
+        let took = began.elapsed();
+        assert_eq!(recovered.ledger.head.0 + recovered.log.len() as u64, count);
+        let bytes = size(disk.0.path());
+        println!("{count:>9} records: {:>6.1} MB on disk, start in {:.2} s", bytes as f64 / 1e6, took.as_secs_f64());
+        assert!(took < Duration::from_secs(2));
+        sizes.push(bytes);
+    }
+    assert!(sizes[2] < 3 * sizes[1], "{sizes:?}");
+}
