@@ -5,6 +5,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod domain;
+pub mod door;
 pub mod node;
 pub mod ports;
 pub mod protocol;

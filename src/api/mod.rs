@@ -4,9 +4,7 @@
 //! `auth` says who may; `read` is shared with the data port.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -16,17 +14,14 @@ use axum::{Json, Router, middleware};
 use http::StatusCode;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
 
 use crate::domain::ids::NodeId;
+use crate::door;
 use crate::node::handle::NodeHandle;
 
 pub mod auth;
@@ -53,14 +48,16 @@ pub struct ApiState {
 
 /// Longest body of a request: a rollout file is a few kilobytes.
 const BODY_BYTES_MAX: usize = 256 * 1024;
-/// Connections at once.
-const CONNECTIONS_MAX: usize = 1024;
-/// Longest wait for a request's headers.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for a connection to another node.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
-/// How long open requests may take to end after `shutdown`.
-const GRACE: Duration = Duration::from_secs(5);
+/// Bounds of the API's port: people and scripts, not traffic.
+const LIMITS: door::Limits = door::Limits {
+    name: "api",
+    connections_max: 1024,
+    half_open_max: 128,
+    header_timeout: Duration::from_secs(5),
+    grace: Duration::from_secs(5),
+};
 
 impl ApiState {
     /// Returns the API of a node whose peers' APIs are at `peers` (`host:port`).
@@ -83,56 +80,11 @@ impl ApiState {
 pub async fn serve(listener: TcpListener, state: ApiState) {
     let shutdown = state.shutdown.clone();
     let router = router(state);
-    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let graceful = GracefulShutdown::new();
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-    builder.http2().timer(TokioTimer::new());
-    loop {
-        let place = tokio::select! {
-            () = shutdown.cancelled() => break,
-            place = connections.clone().acquire_owned() => place.expect("the semaphore is never closed"),
-        };
-        let (stream, peer) = tokio::select! {
-            () = shutdown.cancelled() => break,
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    warn!(%error, "a connection to the API can't be accepted");
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                    continue;
-                }
-            },
-        };
-        let _ = stream.set_nodelay(true);
-        let router = router.clone();
-        let begun = Arc::new(AtomicBool::new(false));
-        let asked = begun.clone();
-        let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
-            asked.store(true, Ordering::Relaxed);
-            let router = router.clone();
-            async move {
-                let answer = tower::ServiceExt::oneshot(router, request.map(axum::body::Body::new)).await;
-                Ok::<_, Infallible>(answer.unwrap_or_else(|never| match never {}))
-            }
-        });
-        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
-        tokio::spawn(async move {
-            let mut connection = std::pin::pin!(connection);
-            // The header timeout begins once the HTTP version is known, which takes a first byte.
-            let ended = match tokio::time::timeout(HEADER_TIMEOUT, connection.as_mut()).await {
-                Ok(ended) => ended,
-                Err(_) if begun.load(Ordering::Relaxed) => connection.await,
-                Err(_) => Err("no request within the time for its headers".into()),
-            };
-            if let Err(error) = ended {
-                debug!(%peer, error, "API connection ended");
-            }
-            drop(place);
-        });
-    }
-    drop(listener);
-    let _ = tokio::time::timeout(GRACE, graceful.shutdown()).await;
+    let answer = move |request: http::Request<hyper::body::Incoming>, _| {
+        let answered = tower::ServiceExt::oneshot(router.clone(), request.map(axum::body::Body::new));
+        async { answered.await.unwrap_or_else(|never| match never {}) }
+    };
+    door::serve(listener, LIMITS, shutdown, answer).await;
 }
 
 const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \

@@ -12,8 +12,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("node", &["domain", "protocol", "ports", "node"]),
     ("config", &["domain", "protocol", "config"]),
     ("adapters", &["domain", "protocol", "ports", "adapters"]),
-    ("proxy", &["domain", "protocol", "ports", "node::handle", "proxy", "api::read"]),
-    ("api", &["domain", "protocol", "ports", "node::handle", "node::log", "api", "config::rollout"]),
+    ("door", &["door"]),
+    ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),
+    ("api", &["domain", "protocol", "ports", "node::handle", "node::log", "door", "api", "config::rollout"]),
 ];
 
 /// Text that has no business in the pure rooms.
