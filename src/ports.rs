@@ -15,15 +15,14 @@ use crate::protocol::record::{Chosen, Register, Slot};
 
 /// A store could not do what it must. The process stops: a promise that may not be on disk can't be made.
 #[derive(Debug, thiserror::Error)]
-#[error("{path}: {doing}: {source}")]
+#[error("{path}: {doing}: {cause}")]
 pub struct StoreError {
     /// The file or directory.
     pub path: String,
     /// What was tried, and what an operator can do.
     pub doing: String,
     /// The system's answer.
-    #[source]
-    pub source: io::Error,
+    pub cause: io::Error,
 }
 
 /// A node's durable memory.

@@ -263,6 +263,9 @@ impl Chain {
     }
 }
 
+/// What went wrong in the background.
+pub(super) type Failure = (ErrorKind, String);
+
 /// The thread that syncs the journal behind the writer's back.
 pub(super) struct Syncer {
     shared: Arc<Shared>,
@@ -282,7 +285,7 @@ struct State {
     synced: u64,
     urgent: bool,
     stop: bool,
-    failure: Option<String>,
+    failure: Option<Failure>,
 }
 
 impl Shared {
@@ -309,7 +312,7 @@ impl Syncer {
     }
 
     /// Returns the slot below which everything is on disk, or what went wrong.
-    pub fn synced(&self) -> Result<Slot, String> {
+    pub fn synced(&self) -> Result<Slot, Failure> {
         let state = self.shared.lock();
         state.failure.clone().map_or(Ok(Slot(state.synced)), Err)
     }
@@ -317,11 +320,11 @@ impl Syncer {
     /// Stands in for a disk that fails.
     #[cfg(test)]
     pub fn fail(&self, why: &str) {
-        self.shared.lock().failure = Some(why.into());
+        self.shared.lock().failure = Some((ErrorKind::Other, why.into()));
     }
 
     /// Waits until everything asked for is on disk.
-    pub fn wait(&self) -> Result<(), String> {
+    pub fn wait(&self) -> Result<(), Failure> {
         let mut state = self.shared.lock();
         let goal = state.wanted;
         while state.synced < goal {
@@ -354,7 +357,7 @@ fn sync_until_stopped(journal: &Journal, shared: &Shared) {
         let mut state = shared.lock();
         match result {
             Ok(()) => state.synced = goal,
-            Err(error) => state.failure = Some(error.to_string()),
+            Err(error) => state.failure = Some((error.cause.kind(), error.cause.to_string())),
         }
         let failed = state.failure.is_some();
         drop(state);

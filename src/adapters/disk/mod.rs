@@ -24,7 +24,7 @@ use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Act, Chosen, Register, Slot};
-use journal::{Chain, Journal, OpenFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
+use journal::{Chain, Failure, Journal, OpenFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
 use register::{RegisterFile, SLOT_BYTES, Saved, bytes_needed};
 
 /// How long sled may take to open before its directory counts as broken.
@@ -187,8 +187,8 @@ impl DiskStore {
         Ok(())
     }
 
-    fn behind(&self, failure: String) -> StoreError {
-        trouble(&self.paths.journal, "sync the journal in the background", io::Error::other(failure))
+    fn behind(&self, (kind, failure): Failure) -> StoreError {
+        trouble(&self.paths.journal, "sync the journal in the background", io::Error::new(kind, failure))
     }
 
     /// Runs an operation unless one has failed before: after a failed sync nobody knows what the disk holds.
@@ -298,11 +298,17 @@ impl Opening<'_> {
             }
         };
         let held = if journal.is_some() { chain.next() } else { Slot(0) };
+        let lost = genesis.is_none();
         self.complete(&mut chain, genesis, tail, notes)?;
+        if let (true, Some(first)) = (lost, chain.since(Slot(0)).first().filter(|first| first.record.slot == Slot(0))) {
+            let path = &self.paths.genesis;
+            let written = write_whole(path, &encode_entry(first)).and_then(|()| sync_directory(&self.paths.dir));
+            written.map_err(|e| trouble(path, "write genesis again", e))?;
+        }
         if let Some(kept) = &journal
             && let Err(error) = fill(kept, &chain, held)
         {
-            if !speaks_of_content(error.source.kind()) {
+            if !speaks_of_content(error.cause.kind()) {
                 return Err(error.into());
             }
             journal = None;
@@ -353,7 +359,7 @@ impl Opening<'_> {
                 // Nothing to go by, or what a crash left between a peer's checkpoint and the end of the old log.
                 None => {}
                 Some((last, _)) if last < ledger.head && after.is_empty() => {
-                    journal.forget_before(Slot(u64::MAX)).map_err(|error| OpenFailure::Refused(error.source))?;
+                    journal.forget_before(Slot(u64::MAX)).map_err(|error| OpenFailure::Refused(error.cause))?;
                 }
                 Some(found) if found == (ledger.head, ledger.head_hash) => {}
                 Some((slot, _)) => {
@@ -443,7 +449,7 @@ impl Opening<'_> {
     fn without_genesis(&self) -> StoreError {
         let source = io::Error::other("neither the journal nor the genesis file holds a readable genesis record");
         let doing = "recover genesis; copy the file `genesis` from another node of this cluster";
-        StoreError { path: self.paths.genesis.display().to_string(), doing: doing.into(), source }
+        StoreError { path: self.paths.genesis.display().to_string(), doing: doing.into(), cause: source }
     }
 
     fn unusable(&self, error: io::Error) -> StoreError {
@@ -499,7 +505,7 @@ fn encoded<T: serde::Serialize>(what: &str, path: &Path, value: &T) -> Result<Ve
     }
     let (found, max) = (bytes.len(), codec::VALUE_BYTES_MAX);
     let source = io::Error::new(ErrorKind::InvalidInput, format!("it has {found} bytes, expected at most {max}"));
-    Err(StoreError { path: path.display().to_string(), doing: format!("write a {what}"), source })
+    Err(StoreError { path: path.display().to_string(), doing: format!("write a {what}"), cause: source })
 }
 
 /// Replaces a file durably, but for its directory's entry.
@@ -523,15 +529,15 @@ fn sync_directory(dir: &Path) -> io::Result<()> {
 }
 
 /// Returns the error of an operation, with what an operator can do about it.
-fn trouble(path: &Path, doing: &str, source: io::Error) -> StoreError {
-    let cure = match source.kind() {
+fn trouble(path: &Path, doing: &str, cause: io::Error) -> StoreError {
+    let cure = match cause.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "the disk is full: free space, then start the node again",
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
             "let the node's user write here, then start it again"
         }
         _ => "check the disk and the kernel's log, then start the node again",
     };
-    StoreError { path: path.display().to_string(), doing: format!("could not {doing} ({cure})"), source }
+    StoreError { path: path.display().to_string(), doing: format!("could not {doing} ({cure})"), cause }
 }
 
 #[cfg(test)]

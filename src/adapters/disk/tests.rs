@@ -332,13 +332,15 @@ fn genesis_comes_from_its_file_or_from_the_journal() {
     let recovered = open(disk.0.path()).unwrap();
     assert_eq!((recovered.log, recovered.notes.len()), (log.clone(), 1));
     drop(recovered.store);
+    assert_eq!(fs::read(&genesis).unwrap(), saved, "the file is written again");
+    fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
+    let (store, promises, found) = disk.begin();
+    assert_eq!((promises, found), (Some(register(RECORDS, RECORDS - 1)), log[..1].to_vec()));
+    drop(store);
+    flip(&genesis, 9);
     fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
     let Err(error) = open(disk.0.path()) else { panic!("opened") };
     assert!(error.to_string().contains("copy the file `genesis` from another node"), "{error}");
-    fs::write(&genesis, saved).unwrap();
-    fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
-    let (_, promises, found) = disk.begin();
-    assert_eq!((promises, found), (Some(register(RECORDS, RECORDS - 1)), log[..1].to_vec()));
 }
 
 #[test]

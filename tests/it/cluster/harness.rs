@@ -103,13 +103,15 @@ impl Process {
     /// Waits for it to end by itself.
     pub fn ended_within(&mut self, limit: Duration) -> bool {
         let began = Instant::now();
-        while began.elapsed() < limit {
+        loop {
             if self.0.try_wait().unwrap().is_some() {
                 return true;
             }
+            if began.elapsed() >= limit {
+                return false;
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
-        false
     }
 }
 
