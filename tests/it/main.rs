@@ -2,5 +2,6 @@
 
 mod api;
 mod cluster;
+mod formats;
 mod proxy;
 mod tidy;

@@ -1,0 +1,173 @@
+//! What is on disks and wires stays readable: each format's bytes, as they were.
+//!
+//! A change that breaks these needs a new format version (`FRAME` versions, the magic of register and checkpoint, the
+//! journal's entry version) and a way to read the old one. `AVIARY_GOLDEN=write` writes the file anew.
+
+use std::collections::BTreeMap;
+use std::fmt::{Debug, Write as _};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
+use aviary::domain::rollout::Change;
+use aviary::domain::time::Wall;
+use aviary::protocol::checkpoint::{Checkpoint, Part};
+use aviary::protocol::codec;
+use aviary::protocol::ledger::Ledger;
+use aviary::protocol::message::{
+    Acknowledgement, Answer, Decision, GateVote, HealthSnapshot, Heartbeat, Message, Prepare, Refusal, Role, Vote,
+};
+use aviary::protocol::record::{
+    Accepted, Act, Ballot, Certificate, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+fn node(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+fn ballot(round: u64) -> Ballot {
+    Ballot { round, node: node("a"), incarnation: Incarnation(0xaaaa), boot: 3 }
+}
+
+fn intent(tx: &str, act: Act) -> Intent {
+    Intent { tx: TxId::new(tx).unwrap(), digest: 77, at: Wall(1_790_000_000_000), act }
+}
+
+/// A log with a record of each kind.
+fn log() -> Vec<Chosen> {
+    let member = |name, incarnation| (node(name), Member { incarnation: Incarnation(incarnation), benched: false });
+    let members = Membership([member("a", 0xaaaa), member("b", 0xbbbb), member("c", 0xcccc)].into());
+    let genesis = intent("genesis", Act::Genesis { cluster: ClusterId([7; 16]), members });
+    let first =
+        Record { slot: Slot(0), prev_hash: Default::default(), intent: genesis, state: None, certificate: None };
+    let mut log = vec![Chosen { ballot: None, record: first }];
+    let mut ledger = Ledger::new(&log[0]).unwrap();
+    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1, url: 'http://x:1'}, \
+                canary: {version: v2, urls: ['http://y:2', 'http://y:3']}, steps: [{setWeight: 5}, {pause: {duration: 30s}}, \
+                {setWeight: 100}], routing: {hashOn: {header: X-User-ID}, match: [{headers: {x-canary: {exact: always}}}]}}}";
+    let spec = Arc::new(aviary::config::rollout::parse(text, "test").unwrap());
+    let service = ServiceId::new("s").unwrap();
+    let yes: BTreeMap<_, _> = ["a", "b", "c"].map(|name| (node(name), "no canary traffic yet".to_string())).into();
+    let acts = [
+        (Act::Change(service.clone(), Change::Start(spec)), true),
+        (Act::Change(service.clone(), Change::Pause { reason: "lunch".into() }), false),
+        (Act::Change(service.clone(), Change::Resume), false),
+        (
+            Act::Abort { service: Some(service.clone()), refused: "Promote".into(), reasons: vec!["b: no".into()] },
+            false,
+        ),
+        (Act::Config(ConfigChange::Bench(node("c"))), false),
+        (Act::Config(ConfigChange::Readmit(node("c"), Incarnation(0xdddd))), false),
+        (Act::Change(service, Change::Rollback { reason: "errors".into() }), false),
+    ];
+    for (number, (act, votes)) in acts.into_iter().enumerate() {
+        let certificate = votes.then(|| Certificate { ballot: ballot(2), yes: yes.clone() });
+        let record = ledger.next_record(intent(&format!("t{number}"), act), certificate).unwrap();
+        let chosen = Chosen { ballot: Some(ballot(2)), record };
+        ledger.apply(&chosen).unwrap();
+        log.push(chosen);
+    }
+    log
+}
+
+/// The named encodings so far.
+#[derive(Default)]
+struct Golden(BTreeMap<String, String>, String);
+
+impl Golden {
+    /// Encodes a value; the bytes of the file must read as the same value.
+    fn add<T: Serialize + DeserializeOwned + PartialEq + Debug>(&mut self, name: &str, value: &T) {
+        let hex = codec::encode(value).iter().fold(String::new(), |mut hex, byte| {
+            write!(hex, "{byte:02x}").unwrap();
+            hex
+        });
+        writeln!(self.1, "{name} {hex}").unwrap();
+        if let Some(old) = self.0.get(name) {
+            let bytes: Vec<u8> =
+                (0..old.len() / 2).map(|i| u8::from_str_radix(&old[2 * i..2 * i + 2], 16).unwrap()).collect();
+            let read: T =
+                codec::decode(&bytes).unwrap_or_else(|error| panic!("{name} can't be read any more: {error}"));
+            assert_eq!(read, *value, "{name} reads as another value");
+        }
+    }
+}
+
+#[test]
+fn bytes_of_disk_and_wire_stay_as_they_were() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden.txt");
+    let text = fs::read_to_string(&path).unwrap_or_default();
+    let known = text.lines().filter_map(|line| line.split_once(' ')).map(|(n, hex)| (n.to_string(), hex.to_string()));
+    let mut golden = Golden(known.collect(), String::new());
+    let log = log();
+    for chosen in &log {
+        golden.add(&format!("record-{}", chosen.record.intent.act.name()), chosen);
+    }
+    let mut ledger = Ledger::new(&log[0]).unwrap();
+    log[1..].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
+    golden.add("ledger", &ledger);
+    let accepted = Accepted { ballot: ballot(4), record: log[7].record.clone() };
+    let register = Register {
+        cluster: ClusterId([7; 16]),
+        node: node("a"),
+        incarnation: Incarnation(0xaaaa),
+        boot: 3,
+        promised: Some(ballot(5)),
+        accepted: Some(accepted.clone()),
+        head: Slot(6),
+        head_hash: log[6].record.hash(),
+    };
+    golden.add("register", &register);
+
+    let vote = |answer| Message::Vote(Vote { ballot: ballot(4), slot: Slot(7), head: Slot(6), answer });
+    let heartbeat = Heartbeat {
+        nonce: Some(1),
+        acknowledges: Some(Acknowledgement { nonce: 2, granted: true }),
+        head: Slot(6),
+        head_hash: log[6].record.hash(),
+        unarmed: Some(Slot(1)),
+        open: Some(ballot(4)),
+        role: Role::Voter,
+    };
+    let snapshot = HealthSnapshot {
+        service: ServiceId::new("s").unwrap(),
+        routing_version: 2,
+        evidence: Default::default(),
+        brake: Some("errors".into()),
+        lease_ms_left: 1_500,
+        effective_bp: 500,
+    };
+    let part: Part = Checkpoint { slot: Slot(7), bytes: b"ledger".as_slice().into() }.parts().remove(0);
+    let prepare = Prepare {
+        ballot: ballot(4),
+        slot: Slot(7),
+        base_hash: log[6].record.hash(),
+        intent: log[7].record.intent.clone(),
+        recovery: false,
+        evidence_age_ms_max: 2_000,
+    };
+    let messages = [
+        ("prepare", Message::Prepare(prepare)),
+        ("vote-gate", vote(Answer::Gate { accepted: Some(Box::new(accepted)), gate: GateVote::No("errors".into()) })),
+        ("vote-accept", vote(Answer::Accept)),
+        ("vote-refuse", vote(Answer::Refuse(Refusal::Stale(ballot(9))))),
+        ("decision-propose", Message::Decision(Decision::Propose(ballot(4), Box::new(log[7].record.clone())))),
+        ("decision-chosen", Message::Decision(Decision::Chosen(Box::new(log[7].clone())))),
+        ("decision-catch-up", Message::Decision(Decision::CatchUp(Box::new(log[7].clone())))),
+        ("decision-checkpoint", Message::Decision(Decision::Checkpoint(part))),
+        ("heartbeat", Message::Heartbeat(heartbeat)),
+        ("health-snapshot", Message::HealthSnapshot(snapshot)),
+    ];
+    for (name, message) in &messages {
+        golden.add(name, message);
+    }
+    if std::env::var_os("AVIARY_GOLDEN").is_some_and(|value| value == "write") {
+        fs::write(&path, &golden.1).unwrap();
+    }
+    let expected = fs::read_to_string(&path).unwrap_or_default();
+    let differs = golden.1.lines().zip(expected.lines()).find(|(found, expected)| found != expected);
+    assert_eq!(differs, None, "a format changed without a new version");
+    assert_eq!(golden.1.lines().count(), expected.lines().count());
+}
