@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, bail, ensure};
 use arc_swap::ArcSwap;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::{TcpListener, TcpStream};
@@ -233,6 +233,11 @@ fn load(files: &Files, node: &NodeId, cluster: ClusterId) -> anyhow::Result<Load
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let only = &[&rustls::version::TLS13];
     let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
+    // What no peer would accept is better said here, by name.
+    let since = wall().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    clients
+        .verify_client_cert(&chain[0], &chain[1..], UnixTime::since_unix_epoch(since))
+        .with_context(|| format!("{path} does not go with {}", files.authority.display()))?;
     let server = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(only)?
         .with_client_cert_verifier(clients)

@@ -166,6 +166,13 @@ fn files_that_are_not_this_nodes_are_refused_with_the_reason() {
     fs::set_permissions(&files.key, fs::Permissions::from_mode(0o640)).unwrap();
     let open = why("a", CLUSTER);
     assert!(open.contains("has mode 0640, expected 0600") && open.contains("run chmod 600"), "{open}");
+    let other = TempDir::new().unwrap();
+    let stranger = self::authority(&other, CLUSTER);
+    let own = fs::read(&files.authority).unwrap();
+    fs::copy(other.path().join("ca/ca.pem"), &files.authority).unwrap();
+    fs::set_permissions(&files.key, fs::Permissions::from_mode(0o600)).unwrap();
+    assert!(why("a", stranger.cluster()).contains("node.pem does not go with "));
+    fs::write(&files.authority, own).unwrap();
     fs::remove_file(&files.certificate).unwrap();
     assert!(why("a", CLUSTER).contains("node.pem is missing: `aviary cluster init` makes it"));
     let ended = Authority::load(&dir.path().join("ca")).unwrap();
