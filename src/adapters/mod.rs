@@ -8,4 +8,4 @@ pub mod net;
 pub mod tls;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;

@@ -26,6 +26,7 @@ use crate::config::node::{IdentityFiles, NodeConfig, is_loopback};
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::run::{self, Parts, Running};
+use crate::node::scrub;
 use crate::ports::{Network, Recovered};
 use crate::protocol::{Retention, Settings};
 use crate::proxy::{self, ProxySettings};
@@ -79,6 +80,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
     servers.spawn(api::serve(door, state));
+    tokio::spawn(scrub::run(handle.log.clone(), shutdown.clone()));
     tokio::spawn(api::metrics::count(handle));
     servers.close();
     info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");

@@ -645,6 +645,33 @@ mod tests {
         assert_eq!(error, "malformed body: HEARTBEAT in a frame of kind 2, expected the kind to match");
     }
 
+    /// Frames whose bodies were altered and whose checksums fit again, so that the decoder sees them.
+    #[test]
+    #[ignore = "takes minutes; cargo test --release --lib ten_million -- --ignored --nocapture"]
+    fn ten_million_altered_frames_break_nothing() {
+        use proptest::strategy::{Strategy as _, ValueTree as _};
+        use rand::{RngExt as _, SeedableRng as _};
+        let mut runner = proptest::test_runner::TestRunner::deterministic();
+        let samples: Vec<_> = (0..500).map(|_| framed(&messages().new_tree(&mut runner).unwrap().current())).collect();
+        let mut random = rand::rngs::SmallRng::seed_from_u64(1);
+        let (mut taken, mut refused) = (0u64, 0u64);
+        for _ in 0..10_000_000 {
+            let mut bytes = samples[random.random_range(0..samples.len())].clone();
+            for _ in 0..random.random_range(1..4) {
+                let at = random.random_range(HEADER_BYTES..bytes.len());
+                bytes[at] = [0, 0xff, 0x7f, 0x80, 251, 252, 253, random.random()][random.random_range(0..8)];
+            }
+            let sum = checksum(&bytes[4..11], &bytes[HEADER_BYTES..]);
+            bytes[11..15].copy_from_slice(&sum.to_be_bytes());
+            match greeted().decode(&mut bytes) {
+                Ok(_) => taken += 1,
+                Err(_) => refused += 1,
+            }
+        }
+        println!("{taken} taken, {refused} refused");
+        assert!(refused > 1_000_000);
+    }
+
     proptest! {
         #[test]
         fn any_frame_reads_back_in_any_pieces(message in messages(), cut in any::<prop::sample::Index>()) {

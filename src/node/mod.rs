@@ -6,3 +6,4 @@ pub mod handle;
 pub mod link;
 pub mod log;
 pub mod run;
+pub mod scrub;

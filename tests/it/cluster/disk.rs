@@ -26,7 +26,7 @@ fn started() -> Cluster {
 /// Has one more record decided, through node `i`; returns its key and slot.
 fn decide(cluster: &Cluster, i: usize, number: usize) -> Option<(String, u64, &'static str)> {
     let key = format!("key-{number}");
-    let verb = if number % 2 == 0 { "pause" } else { "resume" };
+    let verb = if number.is_multiple_of(2) { "pause" } else { "resume" };
     let path = format!("/v1/rollouts/svc/{verb}");
     let answer = http(cluster.nodes[i].api, "POST", &path, &[("idempotency-key", &key)], "{}").ok()?;
     (answer.status == 200 && answer.json()["status"] == "COMMITTED")

@@ -1,0 +1,102 @@
+//! Reading everything again, now and then: a disk that loses what it holds should be found out before it is needed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error};
+
+use crate::ports::LogReader;
+use crate::protocol::record::{Hash, Slot};
+
+/// Time between two rounds.
+const EVERY: Duration = Duration::from_secs(3_600);
+/// Records read at once, and the pause between two reads: a round is slow on purpose.
+const BATCH: usize = 256;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Reads checkpoint and log every hour until `shutdown`; what can't be read is told, and counted as
+/// `aviary_scrub_failures_total`.
+pub async fn run(log: Arc<dyn LogReader>, shutdown: CancellationToken) {
+    let failures = metrics::counter!("aviary_scrub_failures_total");
+    let rounds = async {
+        loop {
+            tokio::time::sleep(EVERY).await;
+            match round(&log).await {
+                Ok(records) => debug!(records, "the disk was read again, all of it is good"),
+                Err(why) => {
+                    failures.increment(1);
+                    error!(
+                        "the disk does not hold what was written: {why}; restart this node: it moves what is damaged \
+                         aside and fetches it from its peers"
+                    );
+                }
+            }
+        }
+    };
+    let _ = shutdown.run_until_cancelled(rounds).await;
+}
+
+/// Reads all of it once; returns how many records there were.
+async fn round(log: &Arc<dyn LogReader>) -> Result<u64, String> {
+    let reader = log.clone();
+    let checkpoint = blocking(move || reader.checkpoint().map_err(|error| error.to_string())).await?;
+    if let Some(checkpoint) = checkpoint {
+        checkpoint.ledger().map_err(|error| format!("checkpoint: {error}"))?;
+    }
+    let mut last: Option<(Slot, Hash)> = None;
+    let mut records = 0;
+    loop {
+        let (reader, from) = (log.clone(), last.map_or(Slot(0), |(slot, _)| slot.next()));
+        let batch = blocking(move || reader.read(from, BATCH).map_err(|error| error.to_string())).await?;
+        for chosen in &batch {
+            let (slot, before) = (chosen.record.slot, chosen.record.prev_hash);
+            // What was let go between two reads is no hole.
+            if last.is_some_and(|(previous, hash)| previous.next() == slot && hash != before) {
+                return Err(format!("slot {slot} follows {before}, expected the hash of the one before it"));
+            }
+            last = Some((slot, chosen.record.hash()));
+        }
+        records += batch.len() as u64;
+        if batch.len() < BATCH {
+            return Ok(records);
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn blocking<T: Send + 'static>(read: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+    tokio::task::spawn_blocking(read).await.map_err(|error| error.to_string())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ports::StoreError;
+    use crate::protocol::checkpoint::Checkpoint;
+    use crate::protocol::record::Chosen;
+
+    /// A log whose third record follows another history, if `altered`.
+    struct Log(Vec<Chosen>);
+
+    impl LogReader for Log {
+        fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError> {
+            Ok(self.0.iter().filter(|chosen| chosen.record.slot >= from).take(most).cloned().collect())
+        }
+
+        fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {
+            Ok(None)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_log_is_read_to_its_end_and_an_altered_record_is_found() {
+        let log = crate::adapters::conformance::chain(600);
+        let reader: Arc<dyn LogReader> = Arc::new(Log(log.clone()));
+        assert_eq!(round(&reader).await, Ok(600));
+        let mut altered = log;
+        altered[300].record.intent.digest += 1;
+        let reader: Arc<dyn LogReader> = Arc::new(Log(altered));
+        assert!(round(&reader).await.unwrap_err().starts_with("slot 301 follows"));
+    }
+}
