@@ -40,7 +40,15 @@ impl Subject for aviary::protocol::Core {
         now: Now,
     ) -> (Self, Vec<Output>) {
         let Setup { node, cluster, timings, seed, fresh_incarnation, retention } = setup;
-        let settings = aviary::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention };
+        let settings = aviary::protocol::Settings {
+            node,
+            cluster,
+            timings,
+            seed,
+            fresh_incarnation,
+            retention,
+            peers: Default::default(),
+        };
         Self::start(settings, register, ledger, log, now)
     }
 

@@ -9,7 +9,9 @@ use aviary::protocol::Op;
 use aviary::protocol::Outcome;
 use aviary::protocol::RequestId;
 use aviary::protocol::message::Message;
-use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Hash, Membership, Record, Register, Slot};
+use aviary::protocol::record::{
+    Accepted, Act, Ballot, Chosen, ConfigChange, Hash, Member, Membership, Record, Register, Slot,
+};
 use std::sync::Arc;
 
 /// Something that happened.
@@ -188,12 +190,18 @@ impl Truth {
 }
 
 fn apply(members: &mut Membership, change: &ConfigChange) {
-    let (ConfigChange::Bench(node) | ConfigChange::Unbench(node) | ConfigChange::Readmit(node, _)) = change;
-    let Some(member) = members.0.get_mut(node) else { return };
+    if let ConfigChange::Add(node, incarnation) = change {
+        members.0.entry(node.clone()).or_insert(Member { incarnation: *incarnation, benched: false });
+    }
+    if let ConfigChange::Remove(node) = change {
+        members.0.remove(node);
+    }
+    let Some(member) = members.0.get_mut(change.node()) else { return };
     match change {
         ConfigChange::Bench(_) => member.benched = true,
         ConfigChange::Unbench(_) => member.benched = false,
         ConfigChange::Readmit(_, incarnation) => member.incarnation = *incarnation,
+        ConfigChange::Add(..) | ConfigChange::Remove(_) => {}
     }
 }
 

@@ -89,7 +89,7 @@ pub async fn serve(listener: TcpListener, state: ApiState) {
 
 const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \
     POST /v1/rollouts/{name}/{promote|pause|resume|abort|retry|undo}, GET /v1/events, GET /v1/cluster, \
-    POST /v1/cluster/{bench|unbench|readmit}, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
+    POST /v1/cluster/{bench|unbench|readmit|add|remove}, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
 
 fn router(state: ApiState) -> Router {
     Router::new()

@@ -115,14 +115,21 @@ pub async fn configure(
     let change = match (verb.as_str(), incarnation) {
         ("bench", None) => ConfigChange::Bench(node),
         ("unbench", None) => ConfigChange::Unbench(node),
+        ("remove", None) => ConfigChange::Remove(node),
         ("readmit", Some(Ok(incarnation))) => ConfigChange::Readmit(node, incarnation),
-        ("readmit", _) => {
+        ("add", Some(Ok(incarnation))) => ConfigChange::Add(node, incarnation),
+        ("readmit" | "add", _) => {
             return error(
                 StatusCode::BAD_REQUEST,
-                "readmit needs the incarnation that GET /v1/cluster shows, in hexadecimal",
+                "expected the incarnation too, in hexadecimal: GET /v1/cluster shows a member's, `aviary cluster join` a new node's",
             );
         }
-        _ => return error(StatusCode::NOT_FOUND, format!("{verb:?} is unknown, expected bench, unbench or readmit")),
+        _ => {
+            return error(
+                StatusCode::NOT_FOUND,
+                format!("{verb:?} is unknown, expected bench, unbench, readmit, add or remove"),
+            );
+        }
     };
     submit(&state, actor.as_deref(), &format!("/v1/cluster/{verb}"), &headers, &body, Op::Config(change)).await
 }

@@ -4,7 +4,9 @@ use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
 use crate::adapters::tls::authority::Authority;
 use crate::config::genesis;
+use crate::domain::ids::Incarnation;
 use crate::ports::Clock as _;
+use crate::protocol::record::{Act, Register, Slot};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,6 +26,12 @@ pub enum ClusterVerb {
     Init(InitArgs),
     /// Make a node's certificate again, before it ends; a node that runs takes it up by itself.
     Issue(IssueArgs),
+    /// Make a new node's data directory, for a cluster that runs.
+    Join(JoinArgs),
+    /// Make a node a voter; `join` shows its incarnation, and it must run.
+    Add(ReadmitArgs),
+    /// Go on without a node for good.
+    Remove(MemberArgs),
     /// Show the members, who coordinates, and how far each one is.
     Status,
     /// Let rollouts go on without this node's Yes, while it is repaired; it serves stable only.
@@ -71,6 +79,69 @@ pub struct IssueArgs {
     /// How long the certificate is good for.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
+}
+
+/// Arguments of `aviary cluster join`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example, for a fourth node d:\n  1. name d under [peers.d] in the other nodes' files, and restart them one by one\n  \
+    2. aviary cluster join --genesis data/node-a --ca data/ca --config config/node-d.toml\n  \
+    3. aviary node --config config/node-d.toml\n  4. aviary cluster add d --incarnation HEX"
+)]
+pub struct JoinArgs {
+    /// Data directory of a node of the cluster, or a directory with its file `genesis`.
+    #[arg(long, value_name = "DIR")]
+    genesis: PathBuf,
+    /// The authority's directory, as `cluster init` made it; not needed with control.plaintext = true.
+    #[arg(long, value_name = "DIR")]
+    ca: Option<PathBuf>,
+    /// The new node's file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// How long its certificate is good for.
+    #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
+    valid: Duration,
+}
+
+/// Makes a new node's data directory: the cluster's genesis, an identity, and a register that promised nothing.
+pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
+    let config = super::node::load(&args.config, None)?;
+    let genesis = DiskStore::read_genesis(&args.genesis)?;
+    let Act::Genesis { cluster, members } = &genesis.record.intent.act else {
+        anyhow::bail!("{}: its first record is no genesis", args.genesis.display());
+    };
+    let node = config.id.clone();
+    anyhow::ensure!(
+        !members.0.contains_key(&node),
+        "node {node} is one of the cluster's first nodes, expected a new one"
+    );
+    let issued = match (identity_files(&config), &args.ca) {
+        (None, _) => None,
+        (Some(_), None) => anyhow::bail!("--ca is missing: {} expects an identity", config.file.display()),
+        (Some(files), Some(ca)) => {
+            let authority = Authority::load(ca)?;
+            let found = authority.cluster();
+            anyhow::ensure!(found == *cluster, "{} is cluster {found}'s, expected {cluster}'s", ca.display());
+            Some((files, authority.issue(&node, args.valid)?))
+        }
+    };
+    let register = Register {
+        cluster: *cluster,
+        node: node.clone(),
+        incarnation: Incarnation(rand::random()),
+        boot: 0,
+        promised: None,
+        accepted: None,
+        head: Slot(0),
+        head_hash: genesis.record.hash(),
+    };
+    DiskStore::create(&config.data_dir, &register, &genesis)?;
+    if let Some((files, issued)) = issued {
+        issued.install(&files)?;
+    }
+    println!("node {node} of cluster {cluster}: {}", config.data_dir.display());
+    println!("start it, then: aviary cluster add {node} --incarnation {}", register.incarnation);
+    Ok(())
 }
 
 /// Makes a node's identity again.
@@ -154,10 +225,17 @@ pub fn init(args: InitArgs) -> anyhow::Result<()> {
 /// Runs a verb that talks to a cluster.
 pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result<Exit> {
     match verb {
-        ClusterVerb::Init(_) | ClusterVerb::Issue(_) => unreachable!("handled before the runtime starts"),
+        ClusterVerb::Init(_) | ClusterVerb::Issue(_) | ClusterVerb::Join(_) => {
+            unreachable!("handled before the runtime starts")
+        }
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
         ClusterVerb::Bench(args) => change(api, "bench", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Unbench(args) => change(api, "unbench", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Remove(args) => change(api, "remove", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Add(args) => {
+            let body = json!({ "node": args.node, "incarnation": args.incarnation });
+            change(api, "add", body, args.write, format).await
+        }
         ClusterVerb::Readmit(args) => {
             let body = json!({ "node": args.node, "incarnation": args.incarnation });
             change(api, "readmit", body, args.write, format).await

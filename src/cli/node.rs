@@ -128,6 +128,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         seed: rand::random(),
         fresh_incarnation: Incarnation(rand::random()),
         retention: Retention::default(),
+        peers: config.peers.keys().cloned().collect(),
     };
     run::start(
         Parts {

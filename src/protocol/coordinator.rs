@@ -96,7 +96,10 @@ impl Desk {
 impl Wish {
     fn lowers(&self) -> bool {
         match self {
-            Self::Op(op) => matches!(op, Op::Abort { .. } | Op::Undo { .. } | Op::Config(ConfigChange::Bench(_))),
+            Self::Op(op) => matches!(
+                op,
+                Op::Abort { .. } | Op::Undo { .. } | Op::Config(ConfigChange::Bench(_) | ConfigChange::Remove(_))
+            ),
             Self::Act(act) => act.lowers_exposure(),
             Self::Settle(_) => false,
         }
@@ -569,7 +572,7 @@ impl Core {
                 Ok(Act::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
             }
             Wish::Op(Op::Config(change)) => {
-                if let ConfigChange::Readmit(node, incarnation) = change {
+                if let ConfigChange::Readmit(node, incarnation) | ConfigChange::Add(node, incarnation) = change {
                     self.check_readmission(node, *incarnation).map_err(Obstacle::Refused)?;
                 }
                 Ok(Act::Config(change.clone()))
@@ -578,7 +581,7 @@ impl Core {
         }
     }
 
-    /// A node is readmitted as what it is now: a request that was overtaken by another wipe must not bind an
+    /// A node is added or readmitted as what it is now: a request that was overtaken by another wipe must not bind an
     /// incarnation that is gone, nor take the vote from a node that has it.
     fn check_readmission(&self, node: &NodeId, incarnation: Incarnation) -> Result<(), String> {
         let own = *node == self.settings.node;
@@ -586,7 +589,7 @@ impl Core {
         match if own { Some(self.register.incarnation) } else { heard } {
             Some(found) if found == incarnation => Ok(()),
             Some(found) => Err(format!("node {node} has incarnation {found}, expected {incarnation}, as asked")),
-            None => Err(format!("node {node} is not heard from: start it, then readmit it")),
+            None => Err(format!("node {node} is not heard from: start it, then ask again")),
         }
     }
 

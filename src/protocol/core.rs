@@ -1,6 +1,6 @@
 //! The protocol core of one node: its state, its door, and what follows from a decided record.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
@@ -32,6 +32,8 @@ pub struct Settings {
     pub fresh_incarnation: Incarnation,
     /// What it keeps of its log.
     pub retention: Retention,
+    /// Nodes it talks with beside the cluster's members: those that are to become members.
+    pub peers: BTreeSet<NodeId>,
 }
 
 /// What a node keeps of its log: disk and start-up stay bounded by it.
@@ -167,7 +169,7 @@ impl Core {
         let suspect_ms = draws.between(settings.timings.suspect_ms, settings.timings.suspect_ms * 3 / 2);
         // No other process of this node used these numbers: a late answer to one of them extends nothing here.
         let first_nonce = draws.between(1, 1 << 60);
-        let others = ledger.membership.0.keys().filter(|node| **node != settings.node);
+        let others = ledger.membership.0.keys().chain(&settings.peers).filter(|node| **node != settings.node);
         let peers = others.map(|node| (node.clone(), Peer { announced_alive: true, ..Peer::default() })).collect();
         let coordinator = settings.node.clone();
         let view = Arc::new(View {
@@ -371,6 +373,13 @@ impl Core {
         }
     }
 
+    /// Takes note of members that weren't known before.
+    fn meet_members(&mut self) {
+        for node in self.ledger.membership.0.keys().filter(|node| **node != self.settings.node) {
+            self.peers.entry(node.clone()).or_default();
+        }
+    }
+
     fn watch_peers(&mut self) {
         let changed: Vec<_> = (self.peers.iter())
             .map(|(node, peer)| (node.clone(), peer.announced_alive, self.is_alive(node)))
@@ -405,6 +414,7 @@ impl Core {
             self.prepared = None;
         }
         self.cast = None;
+        self.meet_members();
         self.announce_record(&chosen);
         self.renew_gate(&chosen);
         self.publish();
@@ -445,6 +455,7 @@ impl Core {
         self.forget_settled_accept();
         self.prepared = self.prepared.take().filter(|prepared| prepared.slot > slot);
         self.cast = None;
+        self.meet_members();
         self.new_gates();
         self.out.push(Output::Install(checkpoint));
         self.publish();

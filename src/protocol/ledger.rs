@@ -308,29 +308,32 @@ impl Ledger {
     fn membership_after(&self, change: &ConfigChange) -> Result<Membership, RecordError> {
         let mut members = self.membership.clone();
         let node = change.node();
-        let Some(member) = members.0.get_mut(node) else {
-            return Err(RecordError::Member(node.clone(), "is not a member, expected one of the cluster's"));
+        let error = |why| Err(RecordError::Member(node.clone(), why));
+        let retired = |incarnation: &Incarnation| self.retired.contains(&(node.clone(), *incarnation));
+        let member = members.0.get(node).copied();
+        let next = match (change, member) {
+            (ConfigChange::Add(..), Some(_)) => return error("is a member already"),
+            (ConfigChange::Add(_, incarnation) | ConfigChange::Readmit(_, incarnation), _) if retired(incarnation) => {
+                return error("had that incarnation before: an old disk never counts again");
+            }
+            (ConfigChange::Add(_, incarnation), None) => Some(Member { incarnation: *incarnation, benched: false }),
+            (_, None) => return error("is not a member, expected one of the cluster's"),
+            (ConfigChange::Bench(_), Some(member)) if member.benched => return error("is benched already"),
+            (ConfigChange::Unbench(_), Some(member)) if !member.benched => return error("is not benched"),
+            (ConfigChange::Readmit(_, incarnation), Some(member)) if member.incarnation == *incarnation => {
+                return error("has that incarnation already");
+            }
+            (ConfigChange::Bench(_), Some(member)) => Some(Member { benched: true, ..member }),
+            (ConfigChange::Unbench(_), Some(member)) => Some(Member { benched: false, ..member }),
+            (ConfigChange::Readmit(_, incarnation), Some(member)) => {
+                Some(Member { incarnation: *incarnation, ..member })
+            }
+            (ConfigChange::Remove(_), Some(_)) => None,
         };
-        *member = match change {
-            ConfigChange::Bench(_) if member.benched => {
-                return Err(RecordError::Member(node.clone(), "is benched already"));
-            }
-            ConfigChange::Unbench(_) if !member.benched => {
-                return Err(RecordError::Member(node.clone(), "is not benched"));
-            }
-            ConfigChange::Readmit(_, incarnation) if member.incarnation == *incarnation => {
-                return Err(RecordError::Member(node.clone(), "has that incarnation already"));
-            }
-            ConfigChange::Readmit(_, incarnation) if self.retired.contains(&(node.clone(), *incarnation)) => {
-                return Err(RecordError::Member(
-                    node.clone(),
-                    "had that incarnation before: an old disk never counts again",
-                ));
-            }
-            ConfigChange::Bench(_) => Member { benched: true, ..*member },
-            ConfigChange::Unbench(_) => Member { benched: false, ..*member },
-            ConfigChange::Readmit(_, incarnation) => Member { incarnation: *incarnation, ..*member },
-        };
+        match next {
+            Some(member) => drop(members.0.insert(node.clone(), member)),
+            None => drop(members.0.remove(node)),
+        }
         if members.gate_voters().next().is_none() {
             return Err(RecordError::Member(node.clone(), "is the last gate voter, expected one to remain"));
         }

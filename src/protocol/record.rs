@@ -110,12 +110,20 @@ pub enum ConfigChange {
     Unbench(NodeId),
     /// Count this incarnation's votes from here on.
     Readmit(NodeId, Incarnation),
+    /// Make this node, in this incarnation, a voter.
+    Add(NodeId, Incarnation),
+    /// Go on without this node for good; it serves stable only.
+    Remove(NodeId),
 }
 
 impl ConfigChange {
     /// Returns the node concerned.
     pub fn node(&self) -> &NodeId {
-        let (Self::Bench(node) | Self::Unbench(node) | Self::Readmit(node, _)) = self;
+        let (Self::Bench(node)
+        | Self::Unbench(node)
+        | Self::Readmit(node, _)
+        | Self::Add(node, _)
+        | Self::Remove(node)) = self;
         node
     }
 
@@ -125,6 +133,8 @@ impl ConfigChange {
             Self::Bench(_) => "Bench",
             Self::Unbench(_) => "Unbench",
             Self::Readmit(..) => "Readmit",
+            Self::Add(..) => "Add",
+            Self::Remove(_) => "Remove",
         }
     }
 }
@@ -193,7 +203,7 @@ impl Act {
     pub fn lowers_exposure(&self) -> bool {
         match self {
             Self::Change(_, change) => change.lowers_exposure(),
-            Self::Revert { .. } | Self::Config(ConfigChange::Bench(_)) => true,
+            Self::Revert { .. } | Self::Config(ConfigChange::Bench(_) | ConfigChange::Remove(_)) => true,
             Self::Genesis { .. } | Self::Abort { .. } | Self::Config(_) => false,
         }
     }

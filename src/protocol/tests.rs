@@ -1,6 +1,6 @@
 //! Stories of three cores, told as the whole list of what they put out; and many more by random delivery.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -44,6 +44,8 @@ struct Rig {
     registers: BTreeMap<NodeId, Register>,
     logs: BTreeMap<NodeId, Vec<Chosen>>,
     checkpoints: BTreeMap<NodeId, Checkpoint>,
+    /// Nodes that are configured beside the first three.
+    others: BTreeSet<NodeId>,
     /// Of nodes whose incarnation isn't 1.
     incarnations: BTreeMap<NodeId, Incarnation>,
     /// Every record that any log ever held.
@@ -65,6 +67,7 @@ impl Rig {
         let mut rig = Self {
             retention,
             checkpoints: BTreeMap::new(),
+            others: BTreeSet::new(),
             incarnations: BTreeMap::new(),
             decided: BTreeMap::new(),
             cores: BTreeMap::new(),
@@ -75,25 +78,28 @@ impl Rig {
             story: Vec::new(),
             replies: BTreeMap::new(),
         };
-        for name in ["a", "b", "c"].map(node) {
-            let register = Register {
-                cluster: CLUSTER,
-                node: name.clone(),
-                incarnation: Incarnation(1),
-                boot: 0,
-                promised: None,
-                accepted: None,
-                head: Slot(0),
-                head_hash: genesis().record.hash(),
-            };
-            rig.registers.insert(name.clone(), register);
-            rig.logs.insert(name.clone(), vec![genesis()]);
-            rig.restart(&name);
-        }
+        ["a", "b", "c"].map(node).iter().for_each(|name| rig.found(name));
         rig.run_for(600);
         assert_eq!(rig.cores[&node("b")].view().coordinator, node("a"));
         rig.story.clear();
         rig
+    }
+
+    /// Starts a node that never ran.
+    fn found(&mut self, name: &NodeId) {
+        let register = Register {
+            cluster: CLUSTER,
+            node: name.clone(),
+            incarnation: Incarnation(1),
+            boot: 0,
+            promised: None,
+            accepted: None,
+            head: Slot(0),
+            head_hash: genesis().record.hash(),
+        };
+        self.registers.insert(name.clone(), register);
+        self.logs.insert(name.clone(), vec![genesis()]);
+        self.restart(name);
     }
 
     fn now(&self) -> Now {
@@ -109,6 +115,7 @@ impl Rig {
             seed: 1,
             fresh_incarnation: Incarnation(9),
             retention: self.retention,
+            peers: self.others.clone(),
         };
         let register = self.registers.get(name).cloned();
         let ledger = self.checkpoints.get(name).map(|checkpoint| checkpoint.ledger().unwrap());
@@ -583,6 +590,62 @@ fn a_readmission_binds_what_the_node_is_now_and_never_an_old_disk() {
     rig.kill("b");
     let outcome = rig.asked("a", 4, Op::Config(ConfigChange::Bench(node("b"))));
     assert!(matches!(outcome, Outcome::NoQuorum { .. }), "{outcome:?}");
+}
+
+#[test]
+fn a_cluster_grows_and_shrinks_by_one_node_at_a_time() {
+    let mut rig = Rig::new();
+    rig.asked("a", 1, Op::Apply(spec()));
+    let abort = rig.abort();
+    let config = |change| Op::Config(change);
+    let add = |name, incarnation| config(ConfigChange::Add(node(name), Incarnation(incarnation)));
+    let why = |outcome: Outcome| match outcome {
+        Outcome::Refused(why) => why,
+        other => format!("{other:?}"),
+    };
+    assert_eq!(why(rig.asked("a", 2, add("d", 1))), "node d is not heard from: start it, then ask again");
+
+    // The others' files name d, and they are restarted; then d starts.
+    rig.others = BTreeSet::from(["a", "b", "c", "d"].map(node));
+    for name in ["a", "b", "c"].map(node) {
+        rig.restart(&name);
+        rig.run_for(600);
+    }
+    rig.found(&node("d"));
+    rig.run_for(600);
+    let heads = |rig: &Rig, name: &str| rig.cores[&node(name)].view().head;
+    assert_eq!(heads(&rig, "d"), heads(&rig, "a"), "it follows without a vote");
+    assert_eq!(rig.canary_bp("d"), 0);
+    assert!(matches!(rig.asked("a", 3, add("d", 1)), Outcome::Committed { .. }));
+    assert_eq!(rig.cores[&node("d")].view().members.len(), 4);
+
+    // Three of four decide; two don't. A raise needs all four.
+    rig.kill("a");
+    rig.run_for(2_000);
+    assert!(matches!(rig.asked("d", 4, abort.clone()), Outcome::Committed { .. }));
+    let outcome = rig.asked("b", 5, Op::Retry { service: service() });
+    assert!(matches!(&outcome, Outcome::Aborted { reasons, .. } if reasons[0].starts_with("a: ")), "{outcome:?}");
+    rig.kill("b");
+    rig.run_for(2_000);
+    rig.ask("c", 6, Op::Pause { service: service(), reason: "test".into() });
+    rig.run_for(3_000);
+    assert!(!matches!(rig.replies[&6], Outcome::Committed { .. }), "{:?}", rig.replies[&6]);
+
+    // Without a for good: three members, and two decide.
+    rig.restart(&node("b"));
+    rig.run_for(2_000);
+    assert!(matches!(rig.asked("b", 7, config(ConfigChange::Remove(node("a")))), Outcome::Committed { .. }));
+    rig.kill("c");
+    rig.run_for(2_000);
+    let outcome = rig.asked("d", 8, config(ConfigChange::Bench(node("c"))));
+    assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
+    assert!(matches!(rig.asked("d", 9, Op::Retry { service: service() }), Outcome::Committed { .. }));
+    // The removed node comes back: it learns that it is none, and its disk never counts again.
+    rig.restart(&node("a"));
+    rig.run_for(2_000);
+    assert_eq!((heads(&rig, "a"), rig.canary_bp("a")), (heads(&rig, "d"), 0));
+    assert!(why(rig.asked("d", 10, add("a", 1))).contains("an old disk never counts again"));
+    rig.check();
 }
 
 /// What happens next.

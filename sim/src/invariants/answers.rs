@@ -51,6 +51,8 @@ fn fits(op: &Op, act: &Act) -> bool {
     match (op, act) {
         (Op::Config(ConfigChange::Bench(a)), Act::Config(ConfigChange::Bench(b))) => a == b,
         (Op::Config(ConfigChange::Unbench(a)), Act::Config(ConfigChange::Unbench(b))) => a == b,
+        (Op::Config(ConfigChange::Remove(a)), Act::Config(ConfigChange::Remove(b))) => a == b,
+        (Op::Config(ConfigChange::Add(a, i)), Act::Config(ConfigChange::Add(b, j))) => a == b && i == j,
         (Op::Config(ConfigChange::Readmit(a, i)), Act::Config(ConfigChange::Readmit(b, j))) => a == b && i == j,
         (Op::Config(_), _) | (_, Act::Config(_)) => false,
         (Op::Apply(_) | Op::Retry { .. }, act) => act.name() == "Start",

@@ -106,6 +106,14 @@ impl DiskStore {
         Ok(parent.map_or(Ok(()), sync_directory).map_err(|e| trouble(dir, "sync the parent directory", e))?)
     }
 
+    /// Returns the genesis that a data directory keeps, for a new node of the same cluster.
+    pub fn read_genesis(dir: &Path) -> Result<Chosen, OpenError> {
+        let path = Paths::of(dir).genesis;
+        let bytes = fs::read(&path).map_err(|e| trouble(&path, "read genesis", e))?;
+        let decoded = decode_entry(&bytes).map_err(|why| io::Error::new(ErrorKind::InvalidData, why));
+        Ok(decoded.map_err(|e| trouble(&path, "read genesis", e))?)
+    }
+
     /// Opens a node's data directory and verifies everything in it.
     pub fn open(dir: &Path) -> Result<Recovered<Self>, OpenError> {
         Self::open_within(dir, OPEN_PATIENCE)

@@ -6,4 +6,5 @@ mod failure;
 mod harness;
 mod identity;
 mod input;
+mod membership;
 mod rollout;
