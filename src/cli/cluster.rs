@@ -5,8 +5,10 @@ use crate::adapters::disk::DiskStore;
 use crate::adapters::tls::authority::Authority;
 use crate::config::genesis;
 use crate::domain::ids::Incarnation;
-use crate::ports::Clock as _;
-use crate::protocol::record::{Act, Register, Slot};
+use crate::ports::{Clock as _, Recovered, Store as _};
+use crate::protocol::checkpoint::Checkpoint;
+use crate::protocol::ledger::Ledger;
+use crate::protocol::record::{Accepted, Act, Chosen, Register, Slot};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -26,6 +28,8 @@ pub enum ClusterVerb {
     Init(InitArgs),
     /// Make a node's certificate again, before it ends; a node that runs takes it up by itself.
     Issue(IssueArgs),
+    /// Found a new cluster from one node's data, when the majority's disks are lost for good; offline.
+    ForceNew(ForceNewArgs),
     /// Make a new node's data directory, for a cluster that runs.
     Join(JoinArgs),
     /// Make a node a voter; `join` shows its incarnation, and it must run.
@@ -79,6 +83,56 @@ pub struct IssueArgs {
     /// How long the certificate is good for.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
+}
+
+/// Arguments of `aviary cluster force-new`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "What the lost nodes decided and this one did not hear of is gone: that is why it asks. All canary traffic\n\
+    goes to stable, the cluster gets a new id, and nodes of the old one are refused. Stop the surviving node first.\n\n\
+    Example, after two of three disks were lost:\n  aviary cluster force-new --from data/node-a --config config/node-a.toml \\\n    \
+    --config config/node-b.toml --config config/node-c.toml --data-root data-new"
+)]
+pub struct ForceNewArgs {
+    /// The surviving node's data directory; it is read, and left as it is.
+    #[arg(long, value_name = "DIR")]
+    from: PathBuf,
+    #[command(flatten)]
+    init: InitArgs,
+}
+
+/// Founds a cluster from what one node of another still has.
+pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
+    let Recovered { ledger, log, register, notes, .. } = DiskStore::open(&args.from)?;
+    notes.iter().for_each(|note| eprintln!("note: {note}"));
+    let mut ledger = ledger;
+    for chosen in &log {
+        ledger.apply(chosen)?;
+    }
+    // What it accepted last may have been decided, and somebody may have been told so.
+    let accepted = register.as_ref().and_then(|register| register.accepted.clone());
+    if let Some(Accepted { ballot, record }) = accepted.filter(|accepted| accepted.record.slot == ledger.head.next()) {
+        ledger.apply(&Chosen { ballot: Some(ballot), record })?;
+    }
+    let old = ledger.cluster;
+    println!("{}: cluster {old}, {} slots, {} services", args.from.display(), ledger.head, ledger.services.len());
+    if let Some(lost) = register.as_ref().filter(|register| register.head > ledger.head) {
+        println!(
+            "slots {} to {} are lost: the register remembers them, the log does not hold them",
+            ledger.head.next(),
+            lost.head
+        );
+    }
+    println!("What this node did not hear of is gone for good. Type the cluster's id to found a new cluster from it:");
+    let mut typed = String::new();
+    std::io::stdin().read_line(&mut typed)?;
+    anyhow::ensure!(typed.trim() == old.to_string(), "found {:?}, expected {old}: nothing was done", typed.trim());
+    found(&args.init, |founding| {
+        let Act::Genesis { cluster, members } = &founding.genesis.record.intent.act else {
+            unreachable!("a founding begins with a genesis");
+        };
+        Ok(Some(ledger.refounded(*cluster, members.clone(), BootClock.now().wall)?))
+    })
 }
 
 /// Arguments of `aviary cluster join`.
@@ -192,6 +246,14 @@ fn incarnation(text: &str) -> Result<String, String> {
 
 /// Makes a cluster: an id, each node's identity and the genesis that all logs begin with.
 pub fn init(args: InitArgs) -> anyhow::Result<()> {
+    found(&args, |_| Ok(None))
+}
+
+/// Makes a cluster that begins with its genesis, or with a ledger that continues another one's.
+fn found(
+    args: &InitArgs,
+    continued: impl FnOnce(&genesis::Founding) -> anyhow::Result<Option<Ledger>>,
+) -> anyhow::Result<()> {
     let load = |file: &PathBuf| super::node::load(file, args.data_root.as_deref());
     let configs: Vec<_> = args.config.iter().map(load).collect::<Result<_, _>>()?;
     let founding = genesis::found(&configs, &mut rand::rng(), BootClock.now().wall)?;
@@ -208,9 +270,17 @@ pub fn init(args: InitArgs) -> anyhow::Result<()> {
     let ca = args.ca.clone().unwrap_or_else(beside);
     let secured = configs.iter().any(|config| config.identity.is_some());
     let authority = secured.then(|| Authority::create(&ca, founding.cluster)).transpose()?;
+    let ledger = continued(&founding)?;
     println!("cluster {}", founding.cluster);
     for config in &configs {
-        DiskStore::create(&config.data_dir, &founding.registers[&config.id], &founding.genesis)?;
+        let mut register = founding.registers[&config.id].clone();
+        if let Some(ledger) = &ledger {
+            (register.head, register.head_hash) = (ledger.head, ledger.head_hash);
+        }
+        DiskStore::create(&config.data_dir, &register, &founding.genesis)?;
+        if let Some(ledger) = ledger.as_ref().filter(|ledger| ledger.head > Slot(0)) {
+            DiskStore::open(&config.data_dir)?.store.install(&Checkpoint::of(ledger))?;
+        }
         if let (Some(authority), Some(files)) = (&authority, identity_files(config)) {
             authority.issue(&config.id, args.valid)?.install(&files)?;
         }
@@ -225,7 +295,7 @@ pub fn init(args: InitArgs) -> anyhow::Result<()> {
 /// Runs a verb that talks to a cluster.
 pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result<Exit> {
     match verb {
-        ClusterVerb::Init(_) | ClusterVerb::Issue(_) | ClusterVerb::Join(_) => {
+        ClusterVerb::Init(_) | ClusterVerb::Issue(_) | ClusterVerb::Join(_) | ClusterVerb::ForceNew(_) => {
             unreachable!("handled before the runtime starts")
         }
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),

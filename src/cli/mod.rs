@@ -179,6 +179,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.verb {
         Verb::Node(args) => node::run(args).map(|()| Exit::Done),
         Verb::Cluster(cluster::ClusterVerb::Init(args)) => cluster::init(args).map(|()| Exit::Done),
+        Verb::Cluster(cluster::ClusterVerb::ForceNew(args)) => cluster::force_new(args).map(|()| Exit::Done),
         Verb::Cluster(cluster::ClusterVerb::Join(args)) => cluster::join(&args).map(|()| Exit::Done),
         Verb::Cluster(cluster::ClusterVerb::Issue(args)) => cluster::issue(&args).map(|()| Exit::Done),
         Verb::Config(verb) => check::run(&verb),

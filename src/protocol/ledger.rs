@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::rollout::{Change, ChangeError, Mark, Service};
+use crate::domain::time::Wall;
 
 use super::record::{Accepted, Act, Chosen, ConfigChange, Hash, Intent, Member, Membership, Record, Slot};
 
@@ -230,6 +231,23 @@ impl Ledger {
         self.head = record.slot;
         self.head_hash = hash;
         Ok(())
+    }
+
+    /// Returns what another cluster begins with that takes over from this log, which lost its majority: the same services,
+    /// all of their traffic on stable, other members and another id.
+    pub fn refounded(mut self, cluster: ClusterId, members: Membership, at: Wall) -> Result<Self, RecordError> {
+        let active = self.services.iter().filter(|(_, agreed)| agreed.service.routing.canary_model_id.is_some());
+        for (number, id) in active.map(|(id, _)| id.clone()).collect::<Vec<_>>().into_iter().enumerate() {
+            let reason = "the cluster was founded anew from one node".to_string();
+            let tx = TxId::new(format!("refound-{cluster}-{number}")).expect("made of id characters");
+            let intent = Intent { tx, digest: 0, at, act: Act::Change(id, Change::Rollback { reason }) };
+            let record = self.next_record(intent, None)?;
+            self.apply(&Chosen { ballot: None, record })?;
+        }
+        self.cluster = cluster;
+        self.membership = members;
+        self.retired.clear();
+        Ok(self)
     }
 
     /// Notes that the raise at `slot`, if it is still some service's last, was completed by a later ballot.

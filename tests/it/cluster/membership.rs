@@ -1,6 +1,7 @@
 //! Clusters that grow and shrink while they run.
 
 use std::fs;
+use std::io::Write as _;
 use std::time::Duration;
 
 use super::harness::{Cluster, MANUAL, Process, aviary, free_port, http, rollout, wait};
@@ -65,6 +66,46 @@ fn a_fourth_node_joins_and_another_leaves() {
     assert_eq!(answer.json()["status"], "COMMITTED");
     wait("d knows", Duration::from_secs(1), || state().filter(|s| s["slot"] == answer.json()["slot"]));
     cluster.assert_no_panic();
+}
+
+#[test]
+fn one_survivor_founds_a_new_cluster_on_stable() {
+    let mut cluster = Cluster::start();
+    cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
+    let old = cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
+    (0..3).for_each(|i| cluster.kill(i));
+    let id = fs::read_to_string(cluster.dir.path().join("ca/cluster")).unwrap();
+    let root = cluster.dir.path().join("new");
+    let force_new = |typed: &str| {
+        let mut command = aviary();
+        command.args(["cluster", "force-new", "--from"]).arg(cluster.data_dir(0)).arg("--data-root").arg(&root);
+        for i in 0..3 {
+            command.arg("--config").arg(cluster.config(i));
+        }
+        let streams = [std::process::Stdio::piped(), std::process::Stdio::piped(), std::process::Stdio::piped()];
+        let [stdin, stdout, stderr] = streams;
+        let mut child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(typed.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let output = force_new("yes\n");
+    assert!(!output.status.success() && !root.exists());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nothing was done"));
+    let output = force_new(&id);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut nodes = Vec::new();
+    for i in 0..3 {
+        let console = fs::File::create(cluster.dir.path().join(format!("new-{i}.console"))).unwrap();
+        let mut command = aviary();
+        command.arg("node").arg("--config").arg(cluster.config(i)).arg("--data-root").arg(&root);
+        nodes.push(Process(command.stdout(console.try_clone().unwrap()).stderr(console).spawn().unwrap()));
+    }
+    (0..3).for_each(|i| cluster.wait_ready(i));
+    let state = cluster.agreed(&[0, 1, 2], Duration::from_secs(3));
+    assert_eq!(state["weights"], serde_json::json!({"v1": 1.0}), "everything is on stable");
+    assert!(state["version"].as_u64() > old["version"].as_u64());
+    assert_eq!(cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status, 200);
+    cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
 }
 
 /// Returns the port that a node's file listens on.
