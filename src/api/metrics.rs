@@ -92,8 +92,17 @@ pub async fn count(node: NodeHandle) {
         };
         match &announcement.event {
             Event::Routing { kind, state, took_ms, .. } if state.status != Status::Prepared => {
-                if state.status == Status::Aborted {
-                    counter!("aviary_rollout_aborts_total", "service" => state.service.to_string()).increment(1);
+                let ended = match (state.status == Status::Aborted, kind.as_str()) {
+                    (true, _) => Some("refused"),
+                    (false, "Revert") => Some("in_doubt"),
+                    // Nodes make up their own transactions' ids; people's come with the request.
+                    (false, "Rollback") if state.txid.as_str().starts_with("auto-") => Some("verdict"),
+                    (false, "Rollback") => Some("operator"),
+                    _ => None,
+                };
+                if let Some(reason) = ended {
+                    let service = state.service.to_string();
+                    counter!("aviary_rollout_aborts_total", "service" => service, "reason" => reason).increment(1);
                 }
                 if let Some(ms) = took_ms {
                     let (kind, outcome) = (kind.clone(), state.status.to_string());

@@ -112,6 +112,8 @@ impl Rejections {
     /// Counts a refusal, and logs it unless its class was logged less than a second ago.
     pub(super) fn refuse(&self, class: Class, peer: &str, why: &dyn std::fmt::Display) {
         self.counts[class as usize].fetch_add(1, Ordering::Relaxed);
+        metrics::counter!("aviary_connections_refused_total", "port" => "control", "class" => class.name())
+            .increment(1);
         let mut lines = self.lines.lock().expect("nothing panics while it holds the paces");
         let Some(suppressed) = lines[class as usize].line(Instant::now()) else { return };
         drop(lines);
