@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use super::harness::{Cluster, MANUAL, Traffic, Upstream, http, rollout, wait};
 
 fn with_rollout() -> (Upstream, Upstream, Cluster) {
@@ -22,59 +24,107 @@ fn gather_evidence(cluster: &Cluster) {
     std::thread::sleep(Duration::from_millis(600));
 }
 
+/// Where a coordinator passes in one commit, in order.
+const POINTS: [&str; 7] = [
+    "before-prepare",
+    "after-prepare",
+    "before-propose",
+    "after-propose",
+    "before-chosen",
+    "after-chosen",
+    "after-append",
+];
+
+/// Restarts the coordinator so that it dies at `point` of its next commit of `kind`, has `prepare` set the stage, asks
+/// it for that commit, and checks that one outcome comes of it: on the survivors in time, on all three afterwards, and
+/// never another one than a client was told.
+fn kill_coordinator(
+    cluster: &mut Cluster,
+    point: &str,
+    kind: &str,
+    (path, body): (&str, &str),
+    prepare: impl Fn(&Cluster),
+) -> Value {
+    // What the last round appended is synced by then: a record caught up with again would set off `after-append`.
+    std::thread::sleep(Duration::from_millis(200));
+    cluster.kill(0);
+    cluster.spawn(0, Some(&format!("{point}:{kind}")));
+    cluster.wait_ready(0);
+    prepare(cluster);
+    cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
+    let key = format!("{kind}-{point}");
+    let headers = [("idempotency-key", key.as_str()), ("content-type", "application/json")];
+    let asked = http(cluster.nodes[0].api, "POST", path, &headers, body);
+    let died = cluster.nodes[0].process.as_mut().unwrap().ended_within(Duration::from_secs(2));
+    assert!(died, "{key}: the failpoint was not reached: {asked:?}");
+    let began = Instant::now();
+    let told = asked.ok().map(|answer| answer.json()["status"].clone());
+
+    // A repetition on a survivor tells the outcome, and both survivors have it.
+    let answer = wait(&format!("{key}: an outcome"), Duration::from_millis(3500), || {
+        let answer = cluster.post(1, path, Some(&key), body);
+        (answer.status != 503).then(|| answer.json())
+    });
+    let settled = cluster.agreed(&[1, 2], Duration::from_millis(3500).saturating_sub(began.elapsed()));
+    println!("{key}: told {told:?}, settled {} after {:?}", answer["status"], began.elapsed());
+    if let Some(told) = told {
+        assert_eq!(told, answer["status"], "{key}: what a client was told stays true");
+    }
+
+    cluster.nodes[0].process = None;
+    let began = Instant::now();
+    cluster.spawn(0, None);
+    cluster.wait_ready(0);
+    let state = cluster.agreed(&[0, 1, 2], Duration::from_secs(3).saturating_sub(began.elapsed()));
+    assert!(state["slot"].as_u64() >= settled["slot"].as_u64());
+    for i in 0..3 {
+        let again = cluster.post(i, path, Some(&key), body).json();
+        let found = ["status", "slot", "repeated"].map(|name| &again[name]);
+        assert_eq!(found, [&answer["status"], &answer["slot"], &true.into()], "{key} at node {i}");
+    }
+    answer
+}
+
 #[test]
 fn a_coordinator_killed_at_any_point_leaves_one_outcome() {
     let (v1, v2, mut cluster) = with_rollout();
-    let points = [
-        "before-prepare",
-        "after-prepare",
-        "before-propose",
-        "after-propose",
-        "before-chosen",
-        "after-chosen",
-        "after-append",
-    ];
-    for point in points {
-        // What the last round appended is synced by then: a record caught up with again would set off `after-append`.
-        std::thread::sleep(Duration::from_millis(200));
-        cluster.kill(0);
-        cluster.spawn(0, Some(&format!("{point}:Promote")));
-        cluster.wait_ready(0);
-        // Every round begins with a rollout at its first stage.
-        let _ = cluster.post(1, "/v1/rollouts/svc/abort", None, "{}");
-        assert_eq!(cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status, 200, "{point}");
-        cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
-        gather_evidence(&cluster);
-        let key = format!("promote-{point}");
-        let asked = http(cluster.nodes[0].api, "POST", "/v1/rollouts/svc/promote", &[("idempotency-key", &key)], "{}");
-        let died = cluster.nodes[0].process.as_mut().unwrap().ended_within(Duration::from_secs(2));
-        assert!(died, "{point}: the failpoint was not reached: {asked:?}");
-        let began = Instant::now();
-        let told = asked.ok().map(|answer| answer.json()["status"].clone());
-
-        // A repetition on a survivor tells the outcome, and both survivors have it.
-        let answer = wait(&format!("{point}: an outcome"), Duration::from_millis(3500), || {
-            let answer = cluster.promote(1, Some(&key));
-            (answer.status != 503).then(|| answer.json())
+    for point in POINTS {
+        let promote = ("/v1/rollouts/svc/promote", "{}");
+        let answer = kill_coordinator(&mut cluster, point, "Promote", promote, |cluster| {
+            // Every round begins with a rollout at its first stage.
+            let _ = cluster.post(1, "/v1/rollouts/svc/abort", None, "{}");
+            assert_eq!(cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status, 200, "{point}");
+            gather_evidence(cluster);
         });
-        let settled = cluster.agreed(&[1, 2], Duration::from_millis(3500).saturating_sub(began.elapsed()));
-        println!("{point}: told {told:?}, settled {} after {:?}", answer["status"], began.elapsed());
-        if let Some(told) = told {
-            assert_eq!(told, answer["status"], "{point}: what a client was told stays true");
-        }
-
-        cluster.nodes[0].process = None;
-        let began = Instant::now();
-        cluster.spawn(0, None);
-        cluster.wait_ready(0);
-        let state = cluster.agreed(&[0, 1, 2], Duration::from_secs(3).saturating_sub(began.elapsed()));
-        assert!(state["slot"].as_u64() >= settled["slot"].as_u64());
         for i in 0..3 {
+            let key = format!("Promote-{point}");
             let records: Vec<_> = cluster.history(i).into_iter().filter(|r| r["txid"] == key.as_str()).collect();
             assert_eq!(records.len(), 1, "{point}: one outcome on node {i}");
             let promoted = records[0]["kind"] == "Promote";
             assert_eq!(promoted, answer["status"] == "COMMITTED", "{point}: {records:?} against {answer}");
         }
+    }
+    cluster.assert_no_panic();
+    drop((v1, v2));
+}
+
+#[test]
+fn a_coordinator_killed_while_it_starts_or_lowers_or_changes_members_leaves_one_outcome() {
+    let (v1, v2, mut cluster) = with_rollout();
+    for point in &POINTS[1..5] {
+        kill_coordinator(&mut cluster, point, "Start", ("/v1/rollouts/svc/retry", "{}"), |cluster| {
+            let _ = cluster.post(1, "/v1/rollouts/svc/abort", None, "{}");
+        });
+        let rollback = ("/v1/rollouts/svc/abort", r#"{"reason":"a test"}"#);
+        let answer = kill_coordinator(&mut cluster, point, "Rollback", rollback, |cluster| {
+            let _ = cluster.post(1, "/v1/rollouts/svc/retry", None, "{}");
+        });
+        assert_eq!(answer["status"], "COMMITTED", "{point}: nobody's permission is needed");
+        let config = ("/v1/cluster/bench", r#"{"node":"c"}"#);
+        let answer = kill_coordinator(&mut cluster, point, "Bench", config, |cluster| {
+            let _ = cluster.post(1, "/v1/cluster/unbench", None, r#"{"node":"c"}"#);
+        });
+        assert_eq!(answer["status"], "COMMITTED", "{point}");
     }
     cluster.assert_no_panic();
     drop((v1, v2));

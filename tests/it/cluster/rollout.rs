@@ -46,6 +46,7 @@ fn ten_thousand_requests_land_within_one_point_of_the_weight() {
         })
         .collect();
     let canary: usize = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
+    println!("{canary} of 10000 went to the canary");
     assert!((1900..=2100).contains(&canary), "{canary} of 10000 went to the canary, expected 2000 ± 100");
 }
 
