@@ -198,14 +198,28 @@ pub fn wait<T>(what: &str, limit: Duration, mut attempt: impl FnMut() -> Option<
 impl Cluster {
     /// Founds a cluster and starts its three nodes.
     pub fn start() -> Self {
-        let mut cluster = Self::found();
+        Self::found().started()
+    }
+
+    /// Like [`Cluster::start`], without TLS between the nodes.
+    pub fn start_plaintext() -> Self {
+        Self::found_with("\n[control]\nplaintext = true\n").started()
+    }
+
+    fn started(mut self) -> Self {
+        let cluster = &mut self;
         (0..3).for_each(|i| cluster.spawn(i, None));
         (0..3).for_each(|i| cluster.wait_ready(i));
-        cluster
+        self
     }
 
     /// Founds a cluster without starting anything.
     pub fn found() -> Self {
+        Self::found_with("")
+    }
+
+    /// Like [`Cluster::found`], with more lines in each node's file.
+    pub fn found_with(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let nodes: Vec<_> = NAMES
             .iter()
@@ -213,7 +227,7 @@ impl Cluster {
             .collect();
         let cluster = Self { nodes, dir };
         for i in 0..3 {
-            fs::write(cluster.config(i), cluster.config_text(i)).unwrap();
+            fs::write(cluster.config(i), cluster.config_text(i) + more).unwrap();
         }
         let mut init = aviary();
         init.args(["cluster", "init"]);

@@ -9,8 +9,17 @@ use super::harness::{Cluster, MANUAL, Upstream, aviary, http, rollout};
 
 #[test]
 fn garbage_on_the_control_port_changes_nothing() {
+    shrugs_garbage_off(Cluster::start(), &["transport"]);
+}
+
+#[test]
+fn garbage_on_a_plaintext_control_port_changes_nothing() {
+    shrugs_garbage_off(Cluster::start_plaintext(), &["magic", "version", "too_long", "checksum"]);
+}
+
+/// Sends garbage to all control ports; each must count it in the given classes, and commit as before.
+fn shrugs_garbage_off(cluster: Cluster, classes: &[&str]) {
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
-    let cluster = Cluster::start();
     let mut noise = 1u64;
     let mut kept = Vec::new();
     for round in 0..60 {
@@ -20,8 +29,13 @@ fn garbage_on_the_control_port_changes_nothing() {
         })
         .take(64)
         .collect();
-        if round % 3 == 0 {
-            bytes = vec![0xff; 64];
+        // What a stranger sends who knows how a frame begins: another version, a length, a body of noise.
+        match round / 3 % 5 {
+            0 => bytes = vec![0xff; 64],
+            1 => bytes.splice(..11, *b"AVRY\xff\xff\x00\x00\x00\x00\x31").for_each(drop),
+            2 => bytes.splice(..11, *b"AVRY\x00\x01\x00\xff\xff\xff\xff").for_each(drop),
+            3 => bytes.splice(..11, *b"AVRY\x00\x01\x00\x00\x00\x00\x31").for_each(drop),
+            _ => {}
         }
         let mut stream = TcpStream::connect(("127.0.0.1", cluster.nodes[round % 3].control)).unwrap();
         let _ = stream.write_all(&bytes);
@@ -29,6 +43,16 @@ fn garbage_on_the_control_port_changes_nothing() {
     }
     cluster.apply(0, &rollout(&v1.url(), &v2.url(), MANUAL));
     cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
+    for node in &cluster.nodes {
+        let metrics = http(node.api, "GET", "/metrics", &[], "").unwrap().body;
+        let metrics = String::from_utf8(metrics).unwrap();
+        for class in classes {
+            let series = format!("aviary_connections_refused_total{{port=\"control\",class=\"{class}\"}} ");
+            let found = metrics.lines().find_map(|line| line.strip_prefix(&series));
+            let count: u64 = found.unwrap_or_else(|| panic!("no {series} in {metrics}")).parse().unwrap();
+            assert!(count >= 4, "{class} at node {}: {count}", node.name);
+        }
+    }
     cluster.assert_no_panic();
 }
 
@@ -37,7 +61,7 @@ fn a_wrong_rollout_file_is_refused_with_what_was_expected() {
     let cluster = Cluster::start();
     let good = rollout("http://127.0.0.1:1", "http://127.0.0.1:1", MANUAL);
     let cases = [
-        (good.replace("setWeight: 20", "setWieght: 20"), "setWeight"),
+        (good.replace("setWeight: 20", "setWieght: 20"), "unknown field `setWieght`"),
         (good.replace("- setWeight: 20", "- weights: { v1: 85, v2: 5 }"), "weights sum to 9000 bp, expected 10000 bp"),
         (good.replace("setWeight: 20", "setWeight: 120"), "0 to 100"),
         (good.replace("version: v2", "version: v1"), "another version than stable"),
