@@ -97,8 +97,6 @@ impl DiskStore {
         let draft = dir.join("register.new");
         remove_if_there(&draft).map_err(|e| trouble(&draft, "remove an unfinished register", e))?;
         let mut found = RegisterFile::open(&draft)?;
-        // Both slots are written, so that an empty one is always damage.
-        found.file.write(&register, std::iter::empty())?;
         found.file.write(&register, std::iter::empty())?;
         let renamed = fs::rename(&draft, &paths.register).and_then(|()| sync_directory(dir));
         renamed.map_err(|e| trouble(&paths.register, "put the register in place", e))?;

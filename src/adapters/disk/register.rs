@@ -2,6 +2,12 @@
 //!
 //! One write and one `fdatasync` make a promise durable, *with* every record appended before it: records that the
 //! journal has not synced yet travel in the slot. A torn write ruins the slot being written, never the other one.
+//!
+//! A slot that can't be read is one of two things. Torn: the process died while it wrote, the promise in it was never
+//! made, and the other slot is the newest. Rotten: it may have been the newest, and the node can't know what it has
+//! promised. To tell them apart, each sector carries its own generation and checksum: a torn slot is made of whole
+//! sectors, old and new; a rotten one has a sector that nobody wrote. Disks write sectors of 512 bytes whole or not.
+//! A new file is full of sectors of generation 0, so that zeros are damage, and its length never changes.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,11 +23,17 @@ use crate::protocol::record::Register;
 pub(super) const SLOT_BYTES: usize = 128 * 1024;
 /// Bytes of the file.
 pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
-/// Format and version; another version gets another magic.
-const MAGIC: [u8; 8] = *b"aviaryR\x01";
-/// Magic, generation, payload length, CRC-32C.
-const HEADER_BYTES: usize = 8 + 8 + 4 + 4;
-const PAGE_BYTES: usize = 4096;
+/// What every sector begins with; the version of the format follows it.
+const MAGIC: [u8; 7] = *b"aviaryR";
+/// Version of the format.
+const VERSION: u8 = 2;
+const SECTOR_BYTES: usize = 512;
+/// Magic, version, generation, CRC-32C.
+const HEADER_BYTES: usize = 8 + 8 + 4;
+/// Bytes of payload in a sector.
+const ROOM_BYTES: usize = SECTOR_BYTES - HEADER_BYTES;
+/// Sectors written at least, so that no single bad one hides that a slot was written.
+const SECTORS_MIN: usize = 8;
 
 /// What one readable slot says.
 pub(super) struct Saved {
@@ -39,16 +51,32 @@ pub(super) struct RegisterFile {
     path: PathBuf,
     generation: u64,
     target: usize,
+    /// Neither slot holds promises: the first write goes to both, so that an empty slot is always damage.
+    fresh: bool,
 }
 
 /// What was found in the file at start.
 pub(super) struct Found {
     /// The file, ready to be written.
     pub file: RegisterFile,
-    /// The newest readable slot.
+    /// The newest promises; none when there are none, or when newer ones may have been lost.
     pub saved: Option<Saved>,
     /// What was unusual.
     pub notes: Vec<String>,
+}
+
+/// One slot, as it was found.
+enum Slot {
+    Good(Saved),
+    /// Whole sectors of several writes, the newest of this generation; 0 for a slot that was never written.
+    Torn {
+        newest: u64,
+    },
+    /// Damaged. `newest` is the last generation that wrote it, where that still shows.
+    Rotten {
+        why: String,
+        newest: Option<u64>,
+    },
 }
 
 impl RegisterFile {
@@ -58,33 +86,48 @@ impl RegisterFile {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(|e| trouble(path, "open the register", e))?;
         let (bytes, length) = read_all(&file).map_err(|e| trouble(path, "read the register", e))?;
+        check_version(&bytes).map_err(|e| trouble(path, "read the register", e))?;
         let mut notes = Vec::new();
+        let shown = path.display();
         if !existed {
-            notes.push(format!("{}: the register is missing; this node's promises are gone", path.display()));
+            notes.push(format!("{shown}: the register is missing; this node's promises are gone"));
         } else if length != FILE_BYTES as u64 {
-            notes.push(format!("{}: the register has {length} bytes, expected {FILE_BYTES}", path.display()));
+            notes.push(format!(
+                "{shown}: the register has {length} bytes, expected {FILE_BYTES}: what was promised may be lost"
+            ));
         }
-        fill(&file, length).map_err(|e| trouble(path, "write the register", e))?;
+        if length != FILE_BYTES as u64 {
+            format(&file).map_err(|e| trouble(path, "write the register", e))?;
+        }
         // What is read here may exist in memory alone, left by a process that died between write and sync.
         file.sync_all().map_err(|e| trouble(path, "sync the register", e))?;
-        let mut saved: Option<Saved> = None;
-        for slot in 0..2 {
-            match read_slot(&bytes[slot * SLOT_BYTES..][..SLOT_BYTES], slot) {
-                Ok(found) if saved.as_ref().is_none_or(|best| found.generation > best.generation) => {
-                    saved = Some(found);
-                }
-                Ok(_) => {}
-                Err(_) if !existed => {}
-                Err(why) => notes.push(format!("{}: slot {slot} of the register is damaged: {why}", path.display())),
-            }
-        }
-        let (generation, target) = saved.as_ref().map_or((1, 0), |best| (best.generation + 1, 1 - best.slot));
-        Ok(Found { file: Self { file, path: path.into(), generation, target }, saved, notes })
+        let slots = [0, 1].map(|slot| read_slot(&bytes[slot * SLOT_BYTES..][..SLOT_BYTES], slot));
+        let highest = slots.iter().map(Slot::newest).max().unwrap_or(0);
+        let saved = match length == FILE_BYTES as u64 {
+            true => newest_promises(slots, |slot, why| {
+                notes.push(format!("{shown}: slot {slot} of the register is damaged: {why}"));
+            }),
+            false => None,
+        };
+        let target = saved.as_ref().map_or(0, |best| 1 - best.slot);
+        let fresh = saved.is_none();
+        Ok(Found { file: Self { file, path: path.into(), generation: highest + 1, target, fresh }, saved, notes })
     }
 
     /// Writes register and tail; on return they survive power loss.
-    pub fn write<'a>(&mut self, register: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Result<(), StoreError> {
-        let bytes = slot_bytes(self.generation, register, tail);
+    pub fn write<'a>(
+        &mut self,
+        register: &[u8],
+        tail: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<(), StoreError> {
+        if std::mem::take(&mut self.fresh) {
+            self.write_slot(register, tail.clone())?;
+        }
+        self.write_slot(register, tail)
+    }
+
+    fn write_slot<'a>(&mut self, register: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Result<(), StoreError> {
+        let bytes = slot_bytes(self.generation, self.target, register, tail);
         assert!(bytes.len() <= SLOT_BYTES, "a slot has room for what the store puts there");
         let offset = (self.target * SLOT_BYTES) as u64;
         self.file.write_all_at(&bytes, offset).map_err(|e| trouble(&self.path, "write the register", e))?;
@@ -95,10 +138,61 @@ impl RegisterFile {
     }
 }
 
+impl Slot {
+    fn newest(&self) -> u64 {
+        match self {
+            Self::Good(saved) => saved.generation,
+            Self::Torn { newest } => *newest,
+            Self::Rotten { newest, .. } => newest.unwrap_or(0),
+        }
+    }
+}
+
+/// Returns the newest promises, unless newer ones may have been made and lost; says what is damaged.
+fn newest_promises(slots: [Slot; 2], mut damaged: impl FnMut(usize, String)) -> Option<Saved> {
+    let mut best: Option<Saved> = None;
+    let mut others = Vec::new();
+    for (at, slot) in slots.into_iter().enumerate() {
+        match slot {
+            Slot::Good(found) if best.as_ref().is_none_or(|best| found.generation > best.generation) => {
+                best = Some(found);
+            }
+            Slot::Good(_) => {}
+            other => others.push((at, other)),
+        }
+    }
+    let generation = best.as_ref().map(|best| best.generation);
+    let mut lost = false;
+    for (at, slot) in others {
+        match (slot, generation) {
+            (Slot::Torn { newest }, Some(best)) if newest == best + 1 => {
+                damaged(at, format!("write {newest} was cut off, and what it promised was never said"));
+            }
+            (Slot::Rotten { why, newest: Some(newest) }, Some(best)) if newest < best => {
+                damaged(at, format!("{why}; slot {} is newer", 1 - at));
+            }
+            (Slot::Torn { newest: 0 }, _) => {
+                lost = true;
+                damaged(at, "it is empty".into());
+            }
+            (Slot::Torn { newest }, _) => {
+                lost = true;
+                damaged(at, format!("write {newest} is incomplete, and no write before it is whole"));
+            }
+            (Slot::Rotten { why, .. }, _) => {
+                lost = true;
+                damaged(at, format!("{why}, so that the newest promise may be lost"));
+            }
+            (Slot::Good(_), _) => unreachable!("only damaged slots are left"),
+        }
+    }
+    best.filter(|_| !lost)
+}
+
 /// Returns the bytes that a slot needs for a register and records of these lengths.
 pub(super) fn bytes_needed(register: usize, tail: impl Iterator<Item = usize>) -> usize {
-    let payload = 4 + register + tail.map(|length| 4 + length).sum::<usize>();
-    (HEADER_BYTES + payload).next_multiple_of(PAGE_BYTES)
+    let payload = 4 + 4 + register + tail.map(|length| 4 + length).sum::<usize>();
+    payload.div_ceil(ROOM_BYTES).next_multiple_of(SECTORS_MIN) * SECTOR_BYTES
 }
 
 fn read_all(file: &File) -> io::Result<(Vec<u8>, u64)> {
@@ -109,24 +203,45 @@ fn read_all(file: &File) -> io::Result<(Vec<u8>, u64)> {
     Ok((bytes, length))
 }
 
-/// Writes zeros from the file's end on, so that no later write needs space that may not be there.
-fn fill(file: &File, length: u64) -> io::Result<()> {
-    let present = usize::try_from(length).unwrap_or(FILE_BYTES).min(FILE_BYTES);
-    file.write_all_at(&vec![0; FILE_BYTES - present], present as u64)
+/// Refuses a register that another version of the program wrote: its promises are there, and can't be read here.
+fn check_version(bytes: &[u8]) -> io::Result<()> {
+    let versions: Vec<_> =
+        bytes.chunks(SLOT_BYTES).filter(|slot| slot.starts_with(&MAGIC)).map(|slot| slot[7]).collect();
+    match versions.iter().find(|found| **found != VERSION) {
+        Some(found) if versions.iter().all(|other| other == found) => Err(io::Error::other(format!(
+            "it has format {found}, expected {VERSION}: start the version of the program that wrote it"
+        ))),
+        _ => Ok(()),
+    }
 }
 
-fn slot_bytes<'a>(generation: u64, register: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
-    let mut payload = Vec::with_capacity(PAGE_BYTES);
+/// Fills the file with sectors that hold nothing, so that no later write needs space that may not be there.
+fn format(file: &File) -> io::Result<()> {
+    let empty = vec![0; SLOT_BYTES / SECTOR_BYTES * ROOM_BYTES];
+    file.write_all_at(&[0, 1].map(|slot| sectors_of(0, slot, &empty)).concat(), 0)?;
+    file.set_len(FILE_BYTES as u64)
+}
+
+/// Returns what is written into a slot: the payload's length and the payload, spread over sectors.
+fn slot_bytes<'a>(generation: u64, slot: usize, register: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
+    let mut payload = vec![0; 4];
     put(&mut payload, register);
     tail.for_each(|entry| put(&mut payload, entry));
-    let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len() + PAGE_BYTES);
-    bytes.extend(MAGIC);
-    bytes.extend(generation.to_le_bytes());
-    bytes.extend(u32::try_from(payload.len()).expect("a payload fits into its slot").to_le_bytes());
-    let crc = checksum(&bytes, &payload);
-    bytes.extend(crc.to_le_bytes());
-    bytes.append(&mut payload);
-    bytes.resize(bytes.len().next_multiple_of(PAGE_BYTES), 0);
+    let length = u32::try_from(payload.len() - 4).expect("a payload fits into its slot");
+    payload[..4].copy_from_slice(&length.to_le_bytes());
+    payload.resize(payload.len().div_ceil(ROOM_BYTES).next_multiple_of(SECTORS_MIN) * ROOM_BYTES, 0);
+    sectors_of(generation, slot, &payload)
+}
+
+fn sectors_of(generation: u64, slot: usize, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(payload.len() / ROOM_BYTES * SECTOR_BYTES);
+    for (index, part) in payload.chunks(ROOM_BYTES).enumerate() {
+        bytes.extend(MAGIC);
+        bytes.push(VERSION);
+        bytes.extend(generation.to_le_bytes());
+        bytes.extend(checksum(generation, slot, index, part).to_le_bytes());
+        bytes.extend(part);
+    }
     bytes
 }
 
@@ -135,26 +250,54 @@ fn put(payload: &mut Vec<u8>, part: &[u8]) {
     payload.extend(part);
 }
 
-fn checksum(head: &[u8], payload: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(head), payload)
+/// Covers a sector's place too: one written to the wrong place is no sector.
+fn checksum(generation: u64, slot: usize, index: usize, part: &[u8]) -> u32 {
+    let place = ((slot as u64) << 32) | index as u64;
+    let head = [generation.to_le_bytes(), place.to_le_bytes()].concat();
+    crc32c::crc32c_append(crc32c::crc32c(&head), part)
 }
 
-fn read_slot(bytes: &[u8], slot: usize) -> Result<Saved, String> {
-    let (header, rest) = bytes.split_at(HEADER_BYTES);
-    if header[..8] != MAGIC {
-        return Err("it does not begin with the register's magic and version".into());
+/// Returns the generation that wrote a sector; 0 when it was never written.
+fn read_sector(sector: &[u8], slot: usize, index: usize) -> Result<u64, String> {
+    if sector[..7] != MAGIC || sector[7] != VERSION {
+        return Err(format!("sector {index} does not begin with the register's magic and version"));
     }
-    let generation = u64::from_le_bytes(header[8..16].try_into().expect("8 bytes"));
-    let length = u32_at(header, 16) as usize;
-    let payload = rest.get(..length).ok_or_else(|| format!("its length is {length}, above the slot's"))?;
-    let (expected, found) = (u32_at(header, 20), checksum(&header[..20], payload));
-    if expected != found {
-        return Err(format!("its checksum is {found:08x}, expected {expected:08x}"));
+    let generation = u64::from_le_bytes(sector[8..16].try_into().expect("8 bytes"));
+    let (expected, found) = (u32_at(sector, 16), checksum(generation, slot, index, &sector[HEADER_BYTES..]));
+    match expected == found {
+        true => Ok(generation),
+        false => Err(format!("the checksum of sector {index} is {found:08x}, expected {expected:08x}")),
     }
+}
+
+fn read_slot(bytes: &[u8], slot: usize) -> Slot {
+    let read = |(index, sector)| read_sector(sector, slot, index);
+    let sectors: Vec<_> = bytes.chunks(SECTOR_BYTES).enumerate().map(read).collect();
+    let newest = sectors.iter().flatten().copied().max().unwrap_or(0);
+    let whole = sectors.iter().take_while(|sector| **sector == Ok(newest)).count();
+    let payload: Vec<u8> = bytes.chunks(SECTOR_BYTES).take(whole).flat_map(|s| &s[HEADER_BYTES..]).copied().collect();
+    if newest > 0
+        && whole > 0
+        && let Some(payload) = payload[4..].get(..u32_at(&payload, 0) as usize)
+        // A write ends with a whole page: less than that was cut off.
+        && whole.is_multiple_of(SECTORS_MIN)
+    {
+        return match read_payload(payload) {
+            Ok((register, tail)) => Slot::Good(Saved { register, tail, generation: newest, slot }),
+            Err(why) => Slot::Rotten { why, newest: Some(newest) },
+        };
+    }
+    let Some(why) = sectors.iter().find_map(|sector| sector.as_ref().err()) else { return Slot::Torn { newest } };
+    // Every write goes over the first sectors: what is whole among them tells the last one.
+    let last = sectors[..SECTORS_MIN].iter().flatten().copied().max().filter(|last| *last > 0);
+    Slot::Rotten { why: why.clone(), newest: last.map(|last| last.max(newest)) }
+}
+
+fn read_payload(payload: &[u8]) -> Result<(Register, Vec<Vec<u8>>), String> {
     let mut parts = parts(payload)?.into_iter();
     let register = parts.next().ok_or("it has no register")?;
     let register = codec::decode(register).map_err(|error| error.to_string())?;
-    Ok(Saved { register, tail: parts.map(<[u8]>::to_vec).collect(), generation, slot })
+    Ok((register, parts.map(<[u8]>::to_vec).collect()))
 }
 
 fn parts(mut payload: &[u8]) -> Result<Vec<&[u8]>, String> {
@@ -170,4 +313,20 @@ fn parts(mut payload: &[u8]) -> Result<Vec<&[u8]>, String> {
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bytes_of_format_2_stay() {
+        let bytes = slot_bytes(3, 1, b"abc", [&b"de"[..]].into_iter());
+        assert_eq!(bytes.len(), SECTORS_MIN * SECTOR_BYTES);
+        let crc = checksum(3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
+        assert_eq!(crc, 1_078_649_338, "the checksum covers generation, place and payload");
+        let head = [&b"aviaryR\x02\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
+        assert_eq!(bytes[..HEADER_BYTES], head);
+        assert_eq!(bytes[HEADER_BYTES..][..17], *b"\x0d\0\0\0\x03\0\0\0abc\x02\0\0\0de");
+    }
 }

@@ -265,18 +265,87 @@ fn a_journal_is_not_blamed_for_the_machine() {
 }
 
 #[test]
-fn one_ruined_slot_leaves_the_other_and_two_leave_nothing() {
-    let (disk, log) = written();
-    let path = disk.0.path().join("register");
+fn a_rotten_slot_costs_the_vote_unless_the_other_is_surely_newer() {
     // create wrote both slots, so 29 promises later the newest one is in slot 0.
-    flip(&path, 40);
-    let recovered = open(disk.0.path()).unwrap();
-    assert_eq!(recovered.register, Some(register(RECORDS - 1, RECORDS - 2)));
-    assert!(recovered.notes[0].contains("slot 0 of the register is damaged: its checksum"), "{:?}", recovered.notes);
-    drop(recovered.store);
-    flip(&path, SLOT_BYTES as u64 + 40);
-    let recovered = open(disk.0.path()).unwrap();
-    assert_eq!((recovered.register, recovered.log, recovered.notes.len()), (None, log, 2));
+    let newest = register(RECORDS, RECORDS - 1);
+    for (at, expected) in [(40, None), (SLOT_BYTES as u64 + 40, Some(&newest)), (4000, None)] {
+        let (disk, log) = written();
+        flip(&disk.0.path().join("register"), at);
+        let recovered = open(disk.0.path()).unwrap();
+        assert_eq!((recovered.register.as_ref(), &recovered.log), (expected, &log), "byte {at}");
+        let notes = recovered.notes;
+        assert!(notes[0].contains("of the register is damaged: the checksum of sector"), "{notes:?}");
+        assert_eq!(notes[0].contains("the newest promise may be lost"), expected.is_none(), "{notes:?}");
+    }
+    // Where nothing shows what the damaged slot held, it may have been the newest; zeros and an end show nothing.
+    let slot = SLOT_BYTES as u64;
+    let ruins: [(u64, &[u8]); 4] =
+        [(slot, &[0xa5; SLOT_BYTES]), (slot, &[0; SLOT_BYTES]), (512, &[0; 512]), (slot, &[])];
+    for (at, ruin) in ruins {
+        let (disk, log) = written();
+        let file = OpenOptions::new().write(true).open(disk.0.path().join("register")).unwrap();
+        match ruin {
+            [] => file.set_len(at).unwrap(),
+            ruin => file.write_all_at(ruin, at).unwrap(),
+        }
+        let mut recovered = open(disk.0.path()).unwrap();
+        assert_eq!((recovered.register, &recovered.log), (None, &log), "{} bytes at {at}", ruin.len());
+        // The next promise makes both slots whole again.
+        recovered.store.persist(&register(70, RECORDS - 1)).unwrap();
+        drop(recovered.store);
+        let recovered = open(disk.0.path()).unwrap();
+        assert_eq!((recovered.register, recovered.notes), (Some(register(70, RECORDS - 1)), vec![]));
+    }
+}
+
+#[test]
+fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
+    let mut random = SmallRng::seed_from_u64(7);
+    // Small registers, and some that carry records over many sectors.
+    for bytes in [100, 9_000] {
+        let log = chain_of(6, bytes);
+        let mut disk = Disk::create(&register(1, 0), &log[0]);
+        let (mut store, ..) = disk.begin();
+        let path = disk.0.path().join("register");
+        for boot in 2..6u64 {
+            let before = fs::read(&path).unwrap();
+            store.append(&log[boot as usize - 1]).unwrap();
+            store.persist(&register(boot, boot - 1)).unwrap();
+            let after = fs::read(&path).unwrap();
+            let changed: Vec<_> =
+                (0..after.len() / 512).filter(|i| before[i * 512..][..512] != after[i * 512..][..512]).collect();
+            assert!(changed.len() >= 8, "{} sectors written", changed.len());
+            for round in 0..60 {
+                let mut torn = before.clone();
+                let kept = changed.iter().enumerate().filter(|(i, _)| match round {
+                    0..20 => *i < round * changed.len() / 20,
+                    20..40 => *i > (round - 20) * changed.len() / 20,
+                    _ => random.random(),
+                });
+                let kept: Vec<_> = kept.map(|(_, sector)| *sector).collect();
+                kept.iter().for_each(|i| torn[i * 512..][..512].copy_from_slice(&after[i * 512..][..512]));
+                let copy = TempDir::new().unwrap();
+                let copy = copy.path().join("register");
+                fs::write(&copy, torn).unwrap();
+                let found = RegisterFile::open(&copy).unwrap();
+                let whole = kept.len() == changed.len();
+                let expected = register(if whole { boot } else { boot - 1 }, boot - 1 - u64::from(!whole));
+                let found_register = found.saved.map(|saved| saved.register);
+                assert_eq!(found_register, Some(expected), "round {round}: {kept:?} of {changed:?}: {:?}", found.notes);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_register_of_another_format_is_refused_with_both_numbers() {
+    let (disk, _) = written();
+    let path = disk.0.path().join("register");
+    let mut bytes = fs::read(&path).unwrap();
+    (bytes[7], bytes[SLOT_BYTES + 7]) = (1, 1);
+    fs::write(&path, bytes).unwrap();
+    let Err(error) = open(disk.0.path()) else { panic!("opened") };
+    assert!(error.to_string().contains("it has format 1, expected 2"), "{error}");
 }
 
 #[test]
