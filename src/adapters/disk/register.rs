@@ -67,7 +67,7 @@ pub(super) struct Found {
 
 /// One slot, as it was found.
 enum Slot {
-    Good(Saved),
+    Good(Box<Saved>),
     /// Whole sectors of several writes, the newest of this generation; 0 for a slot that was never written.
     Torn {
         newest: u64,
@@ -155,7 +155,7 @@ fn newest_promises(slots: [Slot; 2], mut damaged: impl FnMut(usize, String)) -> 
     for (at, slot) in slots.into_iter().enumerate() {
         match slot {
             Slot::Good(found) if best.as_ref().is_none_or(|best| found.generation > best.generation) => {
-                best = Some(found);
+                best = Some(*found);
             }
             Slot::Good(_) => {}
             other => others.push((at, other)),
@@ -283,7 +283,7 @@ fn read_slot(bytes: &[u8], slot: usize) -> Slot {
         && whole.is_multiple_of(SECTORS_MIN)
     {
         return match read_payload(payload) {
-            Ok((register, tail)) => Slot::Good(Saved { register, tail, generation: newest, slot }),
+            Ok((register, tail)) => Slot::Good(Box::new(Saved { register, tail, generation: newest, slot })),
             Err(why) => Slot::Rotten { why, newest: Some(newest) },
         };
     }
