@@ -142,6 +142,9 @@ fn read_in(db: sled::Db, path: &Path, lock: Arc<File>) -> io::Result<(Journal, V
     let entries = tree.iter().map(|entry| entry.map(|(key, value)| (key.to_vec(), value.to_vec())));
     let entries = entries.collect::<sled::Result<Vec<_>>>()?;
     let (data, directory) = (File::open(path.join("db"))?, File::open(path)?);
+    // sled writes it once and never syncs it; without it nothing here can be read.
+    File::open(path.join("conf"))?.sync_all()?;
+    directory.sync_all()?;
     Ok((Journal { tree, db, data, directory, path: path.into(), _lock: lock }, entries))
 }
 

@@ -547,4 +547,6 @@ fn trouble(path: &Path, doing: &str, cause: io::Error) -> StoreError {
 }
 
 #[cfg(test)]
+mod power;
+#[cfg(test)]
 mod tests;
