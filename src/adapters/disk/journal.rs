@@ -145,6 +145,7 @@ fn read_in(db: sled::Db, path: &Path, lock: Arc<File>) -> io::Result<(Journal, V
     // sled writes it once and never syncs it; without it nothing here can be read.
     File::open(path.join("conf"))?.sync_all()?;
     directory.sync_all()?;
+    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())?;
     Ok((Journal { tree, db, data, directory, path: path.into(), _lock: lock }, entries))
 }
 
