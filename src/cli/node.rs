@@ -28,7 +28,7 @@ use crate::node::failpoint::Failpoint;
 use crate::node::run::{self, Parts, Running};
 use crate::node::scrub;
 use crate::ports::{Network, Recovered};
-use crate::protocol::{Retention, Settings};
+use crate::protocol::Settings;
 use crate::proxy::{self, ProxySettings};
 
 /// Arguments of `aviary node`.
@@ -127,7 +127,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         timings: config.timings,
         seed: rand::random(),
         fresh_incarnation: Incarnation(rand::random()),
-        retention: Retention::default(),
+        retention: config.retention,
         peers: config.peers.keys().cloned().collect(),
     };
     run::start(

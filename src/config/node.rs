@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::domain::ids::{NodeId, ServiceId};
-use crate::protocol::Timings;
+use crate::protocol::{Retention, Timings};
 
 /// A node's settings, checked.
 #[derive(Debug, Clone)]
@@ -28,6 +28,8 @@ pub struct NodeConfig {
     pub log_level: String,
     /// `[timings]`.
     pub timings: Timings,
+    /// `[history]`: what is kept of the log.
+    pub retention: Retention,
     /// `[data]`.
     pub data: DataLimits,
     /// `[api] tokens_file`: bearer tokens; needed as soon as the API listens off loopback.
@@ -118,6 +120,8 @@ struct File {
     #[serde(default)]
     timings: TimingsPart,
     #[serde(default)]
+    history: HistoryPart,
+    #[serde(default)]
     data: DataLimits,
     #[serde(default)]
     api: ApiPart,
@@ -160,6 +164,13 @@ struct TimingsPart {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
+struct HistoryPart {
+    records: Option<u64>,
+    checkpoint_every: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct ApiPart {
     tokens_file: Option<PathBuf>,
 }
@@ -190,7 +201,7 @@ impl NodeConfig {
             let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
             format!("line {line}: {}", super::with_nearest_key(e.message()))
         })?;
-        let File { node, listen, control, peers, log, timings, data, api } = file;
+        let File { node, listen, control, peers, log, timings, history, data, api } = file;
         for (key, address) in [("data", &listen.data), ("api", &listen.api), ("control", &listen.control)] {
             checked_address(&format!("listen.{key}"), address)?;
         }
@@ -237,6 +248,7 @@ impl NodeConfig {
             log_file: log.file,
             log_level: level,
             timings: checked_timings(&timings)?,
+            retention: checked_retention(&history)?,
             data,
             tokens_file: api.tokens_file,
             identity,
@@ -265,6 +277,17 @@ fn checked_timings(part: &TimingsPart) -> Result<Timings, String> {
     match rules.iter().find(|(_, found, least, most)| !(least..=most).contains(&found)) {
         Some((key, found, least, most)) => Err(format!("timings.{key} is {found}, expected {least} to {most}")),
         None => Ok(timings),
+    }
+}
+
+fn checked_retention(part: &HistoryPart) -> Result<Retention, String> {
+    let default = Retention::default();
+    let checkpoint_every = part.checkpoint_every.unwrap_or(default.checkpoint_every);
+    let records = part.records.unwrap_or(default.history);
+    let rules = [("checkpoint_every", checkpoint_every, 1, 1_000_000), ("records", records, 0, 10_000_000)];
+    match rules.iter().find(|(_, found, least, most)| !(least..=most).contains(&found)) {
+        Some((key, found, least, most)) => Err(format!("history.{key} is {found}, expected {least} to {most}")),
+        None => Ok(Retention { checkpoint_every, history: records }),
     }
 }
 
@@ -314,7 +337,7 @@ heartbeat_ms = 200
     fn a_file_is_read_with_its_defaults() {
         let config = parse(GOOD).unwrap();
         assert_eq!((config.timings.heartbeat_ms, config.timings.vote_ms), (200, 1_000));
-        assert_eq!(config.data.connections_max, 10_000);
+        assert_eq!((config.data.connections_max, config.retention), (10_000, Retention::default()));
     }
 
     #[test]
@@ -325,6 +348,10 @@ heartbeat_ms = 200
             "peers.a.api: \"10.0.0.3\" has no port, expected host:port"
         );
         assert!(complaint("heartbeat_ms", "hartbeat_ms").ends_with("did you mean `heartbeat_ms`?"));
+        assert_eq!(
+            complaint("[timings]", "[history]\ncheckpoint_every = 0\n[timings]"),
+            "history.checkpoint_every is 0, expected 1 to 1000000"
+        );
         assert_eq!(complaint("= 200", "= 900"), "timings.heartbeat_ms is 900, expected 20 to 250");
         assert!(complaint("[peers.a]", "[peers.b]").contains("is this node itself"));
         assert!(complaint("control = \"127.0.0.1:7002\"", "control = \"0.0.0.0:7002\"").contains("off loopback"));

@@ -18,9 +18,13 @@ fn rounds(default: usize) -> usize {
 
 fn started() -> Cluster {
     let cluster = Cluster::start();
+    begin(&cluster);
+    cluster
+}
+
+fn begin(cluster: &Cluster) {
     cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
     cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
-    cluster
 }
 
 /// Has one more record decided, through node `i`; returns its key and slot.
@@ -191,7 +195,17 @@ fn whatever_is_damaged_a_node_heals_or_says_why_and_never_votes_from_less() {
 
 #[test]
 fn processes_killed_at_any_moment_lose_nothing_that_was_acknowledged() {
-    let mut cluster = started();
+    kill_at_any_moment(Cluster::start());
+}
+
+/// With a checkpoint every few records, most of the deaths are in the middle of one, or of taking over a peer's.
+#[test]
+fn processes_killed_while_they_compact_lose_nothing_that_was_acknowledged() {
+    kill_at_any_moment(Cluster::start_with("\n[history]\nrecords = 4\ncheckpoint_every = 2\n"));
+}
+
+fn kill_at_any_moment(mut cluster: Cluster) {
+    begin(&cluster);
     let mut random = SmallRng::seed_from_u64(4);
     let mut acknowledged = Vec::new();
     let mut slowest = Duration::ZERO;

@@ -201,9 +201,9 @@ impl Cluster {
         Self::found().started()
     }
 
-    /// Like [`Cluster::start`], without TLS between the nodes.
-    pub fn start_plaintext() -> Self {
-        Self::found_with("\n[control]\nplaintext = true\n").started()
+    /// Like [`Cluster::start`], with more lines in each node's file.
+    pub fn start_with(more: &str) -> Self {
+        Self::found_with(more).started()
     }
 
     fn started(mut self) -> Self {

@@ -14,7 +14,10 @@ fn garbage_on_the_control_port_changes_nothing() {
 
 #[test]
 fn garbage_on_a_plaintext_control_port_changes_nothing() {
-    shrugs_garbage_off(Cluster::start_plaintext(), &["magic", "version", "too_long", "checksum"]);
+    shrugs_garbage_off(
+        Cluster::start_with("\n[control]\nplaintext = true\n"),
+        &["magic", "version", "too_long", "checksum"],
+    );
 }
 
 /// Sends garbage to all control ports; each must count it in the given classes, and commit as before.
