@@ -1,7 +1,10 @@
 //! Who is who: certificates between the nodes, tokens at the API, and no secret where people look.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::harness::{Cluster, MANUAL, Upstream, aviary, http, rollout, wait};
@@ -55,6 +58,87 @@ fn a_valid_certificate_in_another_nodes_place_gets_nowhere() {
     cluster.spawn(0, None);
     assert!(cluster.nodes[0].process.as_mut().unwrap().ended_within(Duration::from_secs(5)));
     assert!(console(&cluster, "a").contains("has mode 0644, expected 0600"), "{}", console(&cluster, "a"));
+}
+
+/// Passes connections on to a port, and keeps what the callers send.
+fn tap(to: u16) -> (u16, Arc<Mutex<Vec<Vec<u8>>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let calls: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+    let kept = calls.clone();
+    std::thread::spawn(move || {
+        for (call, caller) in listener.incoming().map_while(Result::ok).enumerate() {
+            kept.lock().unwrap().push(Vec::new());
+            let Ok(callee) = TcpStream::connect(("127.0.0.1", to)) else { continue };
+            let (mut from, mut into) = (caller.try_clone().unwrap(), callee.try_clone().unwrap());
+            let kept = kept.clone();
+            std::thread::spawn(move || {
+                let mut bytes = [0; 4096];
+                while let Ok(n @ 1..) = from.read(&mut bytes) {
+                    kept.lock().unwrap()[call].extend(&bytes[..n]);
+                    if into.write_all(&bytes[..n]).is_err() {
+                        break;
+                    }
+                }
+                let _ = into.shutdown(Shutdown::Both);
+            });
+            let (mut from, mut into) = (callee, caller);
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut into);
+                let _ = into.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    (port, calls)
+}
+
+#[test]
+fn what_a_node_once_said_can_be_said_again_by_a_stranger_without_effect() {
+    replay("");
+}
+
+#[test]
+fn replayed_frames_change_nothing_without_tls_either() {
+    replay("\n[control]\nplaintext = true\n");
+}
+
+fn replay(more: &str) {
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let mut cluster = Cluster::found_with(more);
+    let b = cluster.nodes[1].control;
+    let (port, calls) = tap(b);
+    let text = fs::read_to_string(cluster.config(0)).unwrap();
+    let old = format!("control = \"127.0.0.1:{b}\"");
+    assert!(text.contains(&old));
+    fs::write(cluster.config(0), text.replace(&old, &format!("control = \"127.0.0.1:{port}\""))).unwrap();
+    (0..3).for_each(|i| cluster.spawn(i, None));
+    (0..3).for_each(|i| cluster.wait_ready(i));
+    // A raise, its rollback, and a raise again: what went before must not come back.
+    cluster.apply(0, &rollout(&v1.url(), &v2.url(), MANUAL));
+    assert_eq!(cluster.post(0, "/v1/rollouts/svc/abort", None, "{}").status, 200);
+    assert_eq!(cluster.post(0, "/v1/rollouts/svc/retry", None, "{}").status, 200);
+    assert_eq!(cluster.post(0, "/v1/rollouts/svc/abort", None, "{}").status, 200);
+    let before = cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
+    let said = calls.lock().unwrap().concat();
+    assert!(said.len() > 2_000, "{} bytes recorded", said.len());
+    for part in [&said[..], &said[..said.len() / 2]] {
+        for _ in 0..20 {
+            let mut stream = TcpStream::connect(("127.0.0.1", b)).unwrap();
+            let _ = stream.write_all(part);
+            let _ = stream.read(&mut [0; 64]);
+        }
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let after = cluster.agreed(&[0, 1, 2], Duration::from_secs(3));
+    assert_eq!(
+        (&after["slot"], &after["hash"], &after["weights"]),
+        (&before["slot"], &before["hash"], &before["weights"])
+    );
+    let answer = wait("the next commit", Duration::from_secs(3), || {
+        Some(cluster.post(1, "/v1/rollouts/svc/retry", Some("next"), "{}")).filter(|answer| answer.status == 200)
+    });
+    assert_eq!(answer.json()["status"], "COMMITTED", "{answer:?}");
+    cluster.assert_no_panic();
 }
 
 #[test]

@@ -2,69 +2,132 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::time::Duration;
+
+use serde_json::Value;
 
 use super::harness::{Cluster, MANUAL, Process, aviary, free_port, http, rollout, wait};
 
-#[test]
-fn a_fourth_node_joins_and_another_leaves() {
-    let mut cluster = Cluster::found();
-    let (data, api, control) = (free_port(), free_port(), free_port());
-    let dir = cluster.dir.path().to_path_buf();
-    // The new node's file, and its name in the others'.
-    let mut text = format!(
-        "[node]\nid = \"d\"\ndata_dir = {:?}\n[listen]\ndata = \"127.0.0.1:{data}\"\napi = \"127.0.0.1:{api}\"\n\
-         control = \"127.0.0.1:{control}\"\n",
-        dir.join("data-d")
-    );
-    for i in 0..3 {
-        let node = &cluster.nodes[i];
-        let (name, control, api) = (node.name, node.control, node.api);
-        text += &format!("[peers.{name}]\ncontrol = \"127.0.0.1:{control}\"\napi = \"127.0.0.1:{api}\"\n");
-        let old = fs::read_to_string(cluster.config(i)).unwrap();
-        let peer = format!(
-            "[peers.d]\ncontrol = \"127.0.0.1:{}\"\napi = \"127.0.0.1:{}\"\n",
-            text_port(&text, "control"),
-            text_port(&text, "api")
-        );
-        fs::write(cluster.config(i), format!("{old}\n{peer}")).unwrap();
+/// A node that is to join: its ports, and its file.
+struct Joiner {
+    name: &'static str,
+    ports: [u16; 3],
+    config: PathBuf,
+}
+
+impl Joiner {
+    fn new(cluster: &Cluster, name: &'static str) -> Self {
+        let ports = [free_port(), free_port(), free_port()];
+        Self { name, ports, config: cluster.dir.path().join(format!("{name}.toml")) }
     }
-    let config = dir.join("d.toml");
-    fs::write(&config, text).unwrap();
+
+    /// Returns its entry in the others' files.
+    fn as_peer(&self) -> String {
+        let [_, api, control] = self.ports;
+        format!("[peers.{}]\ncontrol = \"127.0.0.1:{control}\"\napi = \"127.0.0.1:{api}\"\n", self.name)
+    }
+
+    fn state(&self) -> Option<Value> {
+        let answer = http(self.ports[0], "GET", "/routing/state", &[], "").ok()?;
+        (answer.status == 200).then(|| answer.json())
+    }
+
+    /// Prepares its data directory, starts it, waits until it follows, and has it added.
+    fn join(&self, cluster: &Cluster, slot: u64) -> Process {
+        let dir = cluster.dir.path();
+        let mut join = aviary();
+        join.args(["cluster", "join", "--genesis"]).arg(cluster.data_dir(0)).arg("--ca").arg(dir.join("ca"));
+        let output = join.arg("--config").arg(&self.config).output().unwrap();
+        let told = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let incarnation = told.trim().rsplit(' ').next().unwrap().to_string();
+        let console = fs::File::create(dir.join(format!("{}.console", self.name))).unwrap();
+        let mut command = aviary();
+        command.arg("node").arg("--config").arg(&self.config).stdout(console.try_clone().unwrap()).stderr(console);
+        let process = Process(command.spawn().unwrap());
+        let name = self.name;
+        let follows = wait(&format!("{name} follows"), Duration::from_secs(5), || {
+            self.state().filter(|state| state["slot"].as_u64() >= Some(slot))
+        });
+        assert_eq!(follows["mode"], "learner");
+        let answer = cluster.post(
+            0,
+            "/v1/cluster/add",
+            None,
+            &format!(r#"{{"node": "{name}", "incarnation": "{incarnation}"}}"#),
+        );
+        assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
+        wait(&format!("{name} votes"), Duration::from_secs(3), || self.state().filter(|s| s["mode"] == "normal"));
+        process
+    }
+}
+
+#[test]
+fn three_nodes_become_five_and_two_of_them_three_again() {
+    let mut cluster = Cluster::found();
+    let joiners = [Joiner::new(&cluster, "d"), Joiner::new(&cluster, "e")];
+    let peers: Vec<_> = (cluster.nodes.iter())
+        .map(|node| {
+            let (name, control, api) = (node.name, node.control, node.api);
+            format!("[peers.{name}]\ncontrol = \"127.0.0.1:{control}\"\napi = \"127.0.0.1:{api}\"\n")
+        })
+        .collect();
+    for i in 0..3 {
+        let old = fs::read_to_string(cluster.config(i)).unwrap();
+        fs::write(cluster.config(i), format!("{old}\n{}{}", joiners[0].as_peer(), joiners[1].as_peer())).unwrap();
+    }
+    for (joiner, other) in [(&joiners[0], &joiners[1]), (&joiners[1], &joiners[0])] {
+        let [data, api, control] = joiner.ports;
+        let text = format!(
+            "[node]\nid = \"{}\"\ndata_dir = {:?}\n[listen]\ndata = \"127.0.0.1:{data}\"\napi = \"127.0.0.1:{api}\"\n\
+             control = \"127.0.0.1:{control}\"\n{}{}",
+            joiner.name,
+            cluster.dir.path().join(format!("data-{}", joiner.name)),
+            peers.concat(),
+            other.as_peer()
+        );
+        fs::write(&joiner.config, text).unwrap();
+    }
     (0..3).for_each(|i| cluster.spawn(i, None));
     (0..3).for_each(|i| cluster.wait_ready(i));
     cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
+    let mut processes: Vec<_> = joiners.iter().map(|joiner| joiner.join(&cluster, 1)).collect();
 
-    let mut join = aviary();
-    join.args(["cluster", "join", "--genesis"]).arg(cluster.data_dir(0)).arg("--ca").arg(dir.join("ca"));
-    let output = join.arg("--config").arg(&config).output().unwrap();
-    let told = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let incarnation = told.trim().rsplit(' ').next().unwrap().to_string();
-    let console = fs::File::create(dir.join("d.console")).unwrap();
-    let mut command = aviary();
-    command.arg("node").arg("--config").arg(&config).stdout(console.try_clone().unwrap()).stderr(console);
-    let _d = Process(command.spawn().unwrap());
-    let state =
-        || http(data, "GET", "/routing/state", &[], "").ok().filter(|answer| answer.status == 200).map(|a| a.json());
-    let follows = wait("d follows", Duration::from_secs(5), || state().filter(|s| s["slot"] == 1));
-    assert_eq!(follows["mode"], "learner");
-
-    let body = format!("{{\"node\": \"d\", \"incarnation\": \"{incarnation}\"}}");
-    let answer = cluster.post(0, "/v1/cluster/add", None, &body);
-    assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
-    wait("d votes", Duration::from_secs(3), || state().filter(|s| s["mode"] == "normal"));
-    // Two of four decide nothing; three do.
-    let answer = cluster.post(0, "/v1/cluster/remove", None, "{\"node\": \"c\"}");
-    assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
-    cluster.kill(2);
+    // Any two of five may die.
     cluster.kill(1);
-    let answer = wait("a and d decide", Duration::from_secs(4), || {
-        Some(cluster.post(0, "/v1/rollouts/svc/abort", Some("abort-by-two"), "{}"))
-            .filter(|answer| answer.status == 200)
-    });
-    assert_eq!(answer.json()["status"], "COMMITTED");
-    wait("d knows", Duration::from_secs(1), || state().filter(|s| s["slot"] == answer.json()["slot"]));
+    cluster.kill(2);
+    let decide = |cluster: &Cluster, verb: &str, key: &str| {
+        let path = format!("/v1/rollouts/svc/{verb}");
+        wait(key, Duration::from_secs(4), || {
+            let answer = cluster.post(0, &path, Some(key), "{}");
+            Some(answer).filter(|answer| answer.status != 503).map(|a| a.json())
+        })
+    };
+    let decided = decide(&cluster, "abort", "by-three-of-five");
+    assert_eq!(decided["status"], "COMMITTED");
+    for joiner in &joiners {
+        wait(&format!("{} knows", joiner.name), Duration::from_secs(1), || {
+            joiner.state().filter(|s| s["slot"] == decided["slot"])
+        });
+    }
+
+    // Without the dead two, the other three are a cluster of three: any one of them may die.
+    for name in ["b", "c"] {
+        let answer = cluster.post(0, "/v1/cluster/remove", None, &format!(r#"{{"node": "{name}"}}"#));
+        assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
+    }
+    processes[0].kill();
+    assert_eq!(decide(&cluster, "retry", "by-two-of-three")["status"], "ABORTED", "a raise needs d, which is dead");
+    assert_eq!(cluster.post(0, "/v1/cluster/bench", None, r#"{"node": "d"}"#).status, 200);
+    assert_eq!(decide(&cluster, "retry", "without-d")["status"], "COMMITTED");
+    // A removed node that comes back has no say.
+    processes[1].kill();
+    cluster.spawn(1, None);
+    cluster.spawn(2, None);
+    std::thread::sleep(Duration::from_secs(2));
+    let answer = cluster.post(0, "/v1/rollouts/svc/abort", None, "{}");
+    assert_eq!(answer.status, 503, "one of three is no majority, whoever was removed: {answer:?}");
     cluster.assert_no_panic();
 }
 
@@ -106,10 +169,4 @@ fn one_survivor_founds_a_new_cluster_on_stable() {
     assert!(state["version"].as_u64() > old["version"].as_u64());
     assert_eq!(cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status, 200);
     cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
-}
-
-/// Returns the port that a node's file listens on.
-fn text_port(text: &str, key: &str) -> u16 {
-    let line = text.lines().find(|line| line.starts_with(&format!("{key} = "))).unwrap();
-    line.rsplit(':').next().unwrap().trim_end_matches('"').parse().unwrap()
 }

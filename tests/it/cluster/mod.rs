@@ -3,6 +3,7 @@
 
 mod disk;
 mod failure;
+mod flood;
 mod harness;
 mod identity;
 mod input;
