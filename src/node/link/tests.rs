@@ -42,11 +42,15 @@ struct Node {
 }
 
 async fn node(me: &str, listen: &str, peer: &str, address: &str) -> Node {
+    node_within(quick(), me, listen, peer, address).await
+}
+
+async fn node_within(limits: Limits, me: &str, listen: &str, peer: &str, address: &str) -> Node {
     let (sender, inputs) = mpsc::channel(64);
     let peers = [(id(peer), address.to_string())].into();
     let shutdown = CancellationToken::new();
     let network = Arc::new(PlainNetwork);
-    let links = Links::start_with(quick(), network, identity(me), listen, peers, sender, shutdown).await.unwrap();
+    let links = Links::start_with(limits, network, identity(me), listen, peers, sender, shutdown).await.unwrap();
     Node { links, inputs }
 }
 
@@ -173,6 +177,22 @@ async fn every_kind_of_bad_greeting_is_refused_by_its_class_and_peers_go_on() {
         assert_eq!(a.links.rejections().count(class), expected, "{class:?}");
     }
     b.reaches(&mut a, "a", 5).await;
+}
+
+#[tokio::test]
+async fn a_newer_node_speaks_the_older_ones_version_and_refuses_what_it_no_longer_knows() {
+    let newer = |min, max| Limits { versions: Versions { min, max }, ..quick() };
+    let address = free_address().await;
+    let mut a = node_within(newer(1, 2), "a", "127.0.0.1:0", "b", &address).await;
+    let mut b = node("b", &address, "a", a.links.address()).await;
+    a.reaches(&mut b, "b", 3).await;
+    b.reaches(&mut a, "a", 4).await;
+
+    let address = free_address().await;
+    let c = node_within(newer(2, 3), "c", "127.0.0.1:0", "d", &address).await;
+    let d = node("d", &address, "c", c.links.address()).await;
+    c.counts(Class::Version, 1).await;
+    d.counts(Class::Version, 1).await;
 }
 
 #[tokio::test]

@@ -136,6 +136,18 @@ pub fn aviary() -> Command {
     command
 }
 
+/// Returns the program that node `i` runs. `AVIARY_OTHER=PATH` is another version's binary: node c's, to see that the
+/// two work together in every test here.
+fn node_binary(i: usize) -> Command {
+    let mut command = aviary();
+    if let Some(other) = std::env::var_os("AVIARY_OTHER").filter(|_| i == 2) {
+        let environment: Vec<_> = command.get_envs().map(|(name, _)| name.to_owned()).collect();
+        command = Command::new(other);
+        environment.iter().for_each(|name| drop(command.env_remove(name)));
+    }
+    command
+}
+
 /// A demo model server.
 pub struct Upstream {
     pub port: u16,
@@ -271,7 +283,7 @@ impl Cluster {
     pub fn spawn(&mut self, i: usize, failpoint: Option<&str>) {
         let path = self.dir.path().join(format!("{}.console", NAMES[i]));
         let console = fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        let mut command = aviary();
+        let mut command = node_binary(i);
         command.arg("node").arg("--config").arg(self.config(i));
         failpoint.map(|name| command.env("AVIARY_FAILPOINT", name));
         let child = command.stdout(console.try_clone().unwrap()).stderr(console).spawn().unwrap();
