@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 
 use crate::domain::ids::NodeId;
 use crate::ports::{Clock, LogReader, Network, Store};
-use crate::protocol::checkpoint::Checkpoint;
+use crate::protocol::checkpoint::Outgoing;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::message::{Decision, Message};
 use crate::protocol::record::{Chosen, Register, Slot};
@@ -82,7 +82,8 @@ pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Runnin
         let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
         let view = core.view().clone();
         let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
-        let mut shell = Shell { core, store, reader, published, events, clock, replies: BTreeMap::new(), failpoint };
+        let (replies, outgoing) = (BTreeMap::new(), BTreeMap::new());
+        let mut shell = Shell { core, store, reader, published, events, clock, replies, outgoing, failpoint };
         // Nothing is sent before the start itself is durable: `boot` makes this process's ballots its own.
         let early = outputs.into_iter().partition::<Vec<_>, _>(|output| matches!(output, Output::Persist(_)));
         shell.carry_out_local(early.0)?;
@@ -127,6 +128,8 @@ struct Shell {
     events: broadcast::Sender<Arc<Announcement>>,
     clock: Arc<dyn Clock>,
     replies: BTreeMap<RequestId, oneshot::Sender<Outcome>>,
+    /// Checkpoints on their way to peers that lag.
+    outgoing: BTreeMap<NodeId, Outgoing>,
     failpoint: Option<Failpoint>,
 }
 
@@ -241,13 +244,14 @@ impl Shell {
         Ok(())
     }
 
-    fn send_log(&self, links: &Links, to: &NodeId, from: Slot, through: Slot) -> anyhow::Result<()> {
+    fn send_log(&mut self, links: &Links, to: &NodeId, from: Slot, through: Slot) -> anyhow::Result<()> {
         let most = through.0.saturating_sub(from.0) + 1;
         let records = self.reader.read(from, most as usize).context("the log can't be read")?;
         if records.first().is_none_or(|first| first.record.slot != from) {
             // What the peer needs next is gone: it gets the sum, and asks for what follows by itself.
             let checkpoint = self.reader.checkpoint().context("the checkpoint can't be read")?;
-            for part in checkpoint.iter().flat_map(Checkpoint::parts) {
+            let outgoing = self.outgoing.entry(to.clone()).or_default();
+            for part in checkpoint.iter().flat_map(|checkpoint| outgoing.turn(checkpoint)) {
                 links.send(to, Message::Decision(Decision::Checkpoint(part)));
             }
             return Ok(());

@@ -85,6 +85,27 @@ pub struct Part {
     pub bytes: Bytes,
 }
 
+/// Parts sent to a peer at once: a few megabytes, which its queue has room for.
+const PARTS_AT_ONCE: usize = 64;
+
+/// Where the parts of checkpoints to one peer go on. A large one goes out over several askings.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Outgoing {
+    next: usize,
+}
+
+impl Outgoing {
+    /// Returns the parts whose turn it is; after the last one, the first again.
+    pub fn turn(&mut self, checkpoint: &Checkpoint) -> Vec<Part> {
+        let mut parts = checkpoint.parts();
+        let count = parts.len();
+        parts.rotate_left(self.next % count.max(1));
+        parts.truncate(PARTS_AT_ONCE);
+        self.next = (self.next + parts.len()) % count.max(1);
+        parts
+    }
+}
+
 /// A checkpoint that is coming in.
 #[derive(Debug, Clone, Default)]
 pub struct Incoming {
@@ -136,6 +157,22 @@ mod tests {
             assert_eq!(incoming.take(parts[index].clone()), None);
         }
         assert_eq!(incoming.take(parts[1].clone()), Some(whole));
+    }
+
+    #[test]
+    fn a_large_checkpoint_arrives_over_several_turns_though_parts_are_lost() {
+        let whole = Checkpoint { slot: Slot(9), bytes: vec![7; 150 * PART_BYTES + 1].into() };
+        let (mut outgoing, mut incoming) = (Outgoing::default(), Incoming::default());
+        let mut sent = 0;
+        let arrived = (0..20).find_map(|_| {
+            outgoing.turn(&whole).into_iter().find_map(|part| {
+                sent += 1;
+                // One in seven is lost.
+                (sent % 7 != 0).then(|| incoming.take(part))?
+            })
+        });
+        assert_eq!(arrived, Some(whole));
+        assert!((151..=3 * 151).contains(&sent), "{sent} parts sent");
     }
 
     #[test]

@@ -143,7 +143,9 @@ fn node_binary(i: usize) -> Command {
     if let Some(other) = std::env::var_os("AVIARY_OTHER").filter(|_| i == 2) {
         let environment: Vec<_> = command.get_envs().map(|(name, _)| name.to_owned()).collect();
         command = Command::new(other);
-        environment.iter().for_each(|name| drop(command.env_remove(name)));
+        for name in environment {
+            command.env_remove(name);
+        }
     }
     command
 }
