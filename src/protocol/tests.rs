@@ -452,6 +452,34 @@ fn a_node_without_its_register_neither_votes_nor_accepts() {
 }
 
 #[test]
+fn nodes_whose_logs_came_back_shorter_decide_nothing_until_they_have_the_rest() {
+    let mut rig = Rig::new();
+    rig.asked("a", 1, Op::Apply(spec()));
+    let abort = rig.abort();
+    rig.asked("a", 2, abort);
+    rig.asked("a", 3, Op::Retry { service: service() });
+    // Two of three disks lose the end of their logs; the third node, which has it, is dead.
+    rig.kill("a");
+    for name in ["b", "c"].map(node) {
+        // The register remembers what the log held when it was written last; it has accepted slot 3 itself.
+        assert_eq!(rig.registers[&name].head, Slot(2));
+        rig.logs.get_mut(&name).unwrap().truncate(2);
+        rig.restart(&name);
+    }
+    rig.run_for(1_600);
+    let abort = rig.abort();
+    let outcome = rig.asked("b", 4, abort);
+    assert!(matches!(&outcome, Outcome::Refused(why) if why.contains("rebuilding its log")), "{outcome:?}");
+    assert_eq!((rig.canary_bp("b"), rig.canary_bp("c")), (0, 0), "nothing is served by half a log");
+    rig.restart(&node("a"));
+    rig.run_for(1_600);
+    let abort = rig.abort();
+    let outcome = rig.asked("c", 5, abort);
+    assert!(matches!(outcome, Outcome::Committed { slot: Slot(4), .. }), "{outcome:?}");
+    rig.check();
+}
+
+#[test]
 fn what_a_client_was_told_outlives_a_restart_of_everybody() {
     let mut rig = Rig::new();
     let first = rig.asked("a", 1, Op::Apply(spec()));
