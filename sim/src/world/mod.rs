@@ -1,0 +1,407 @@
+//! The simulated world: nodes with disks and clocks, a network between them, people, traffic and misfortune.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use aviary::domain::analysis::Analysis;
+use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary::domain::rollout::{Phase, Service};
+use aviary::domain::stats::Stats;
+use aviary::domain::time::{Mono, Now, Wall};
+use aviary::domain::weights::Weight;
+use aviary::domain::window::Evidence;
+use aviary::protocol::checkpoint::Checkpoint;
+use aviary::protocol::ledger::Ledger;
+use aviary::protocol::message::{Decision, Message};
+use aviary::protocol::record::{Act, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot};
+use aviary::protocol::{
+    Command, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Timings, View, codec,
+};
+
+use crate::dice::Dice;
+use crate::invariants::{self, Invariant};
+use crate::subject::{Setup, Subject};
+use crate::trace::Trace;
+use crate::truth::{Fact, Served, Truth};
+
+/// A broken rule.
+#[derive(Debug)]
+pub struct Violation {
+    /// Which.
+    pub invariant: &'static str,
+    /// How.
+    pub what: String,
+}
+
+/// What a run is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Everything follows from it.
+    pub seed: u64,
+    /// Length of the faulty part, in virtual milliseconds.
+    pub ms: u64,
+    /// Nodes; drawn from the seed when none.
+    pub nodes: Option<usize>,
+    /// Keep the trace's words.
+    pub words: bool,
+    /// Print them.
+    pub print: bool,
+}
+
+/// What a run came to.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Summary {
+    /// Hash of everything that happened.
+    pub hash: u64,
+    /// Virtual microseconds.
+    pub us: u64,
+    /// Chosen slots.
+    pub slots: u64,
+    /// Chosen raises.
+    pub raises: u64,
+    /// Crashes.
+    pub crashes: u64,
+    /// Wiped disks.
+    pub wipes: u64,
+    /// Checkpoints taken over from a peer.
+    pub installs: u64,
+    /// Chosen unarmed.
+    pub unarmed: u64,
+    /// Steps with canary traffic.
+    pub exposed: u64,
+}
+
+mod calm;
+mod faults;
+mod node;
+mod people;
+mod words;
+
+use faults::Mix;
+use node::{Node, node_now};
+use people::Mood;
+use words::{brief, brief_op};
+
+enum Happening {
+    Tick(usize, u64),
+    Deliver(usize, NodeId, Incarnation, Box<Message>),
+    Refused(usize, NodeId),
+    Written(usize, u64),
+    Telemetry,
+    Operator,
+    Fault,
+    Restart(usize),
+    Continue(usize, u64),
+    Heal(u64),
+}
+
+struct Entry(u64, u64, Happening);
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
+}
+impl Eq for Entry {}
+impl PartialOrd for Entry {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Entry {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0, self.1).cmp(&(other.0, other.1))
+    }
+}
+/// Returns the genesis of a cluster of this many nodes, and its members.
+pub fn genesis_of(nodes: usize) -> (Chosen, Membership) {
+    let member = |i: usize| (name(i), Member { incarnation: Incarnation(i as u64 + 1), benched: false });
+    let members = Membership((0..nodes).map(member).collect());
+    let act = Act::Genesis { cluster: ClusterId([7; 16]), members: members.clone() };
+    let intent = Intent { tx: TxId::new("genesis").expect("a valid name"), digest: 0, at: Wall(0), act };
+    let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
+    (Chosen { ballot: None, record }, members)
+}
+
+fn name(index: usize) -> NodeId {
+    NodeId::new(char::from(b'a' + index as u8).to_string()).expect("a valid name")
+}
+
+/// One run.
+pub struct World<S> {
+    options: Options,
+    dice: Dice,
+    mix: Mix,
+    timings: Timings,
+    retention: Retention,
+    now: u64,
+    sequence: u64,
+    queue: BinaryHeap<Reverse<Entry>>,
+    nodes: Vec<Node<S>>,
+    cut: BTreeSet<(usize, usize)>,
+    cut_number: u64,
+    truth: Truth,
+    invariants: Vec<Box<dyn Invariant>>,
+    /// What happened.
+    pub trace: Trace,
+    services: Vec<ServiceId>,
+    moods: Vec<Mood>,
+    requests: u64,
+    old: Vec<(TxId, Op)>,
+    replies: BTreeMap<u64, Outcome>,
+    calm: bool,
+    summary: Summary,
+}
+
+type Step = Result<(), Violation>;
+
+fn broken(invariant: &'static str, what: impl Into<String>) -> Violation {
+    Violation { invariant, what: what.into() }
+}
+
+/// Returns what the nodes of a seed keep of their logs: mostly so little that who lags needs the sum.
+fn retention_of(seed: u64) -> Retention {
+    let (checkpoint_every, history) = [(4_096, 16_384), (8, 8), (4, 2), (2, 0)][(seed % 4) as usize];
+    Retention { checkpoint_every, history }
+}
+
+impl<S: Subject> World<S> {
+    /// Returns the world of a seed.
+    pub fn new(options: Options) -> Self {
+        let mut dice = Dice::new(options.seed);
+        let drawn = [3, 3, 3, 3, 3, 5, 5, 1, 2, 4, 7][dice.below(11)];
+        let count = options.nodes.unwrap_or(drawn);
+        let mix = Mix::draw(&mut dice);
+        let (genesis, members) = genesis_of(count);
+        let heartbeat_ms = dice.between(100, 240);
+        let timings = Timings { heartbeat_ms, ..Timings::default() };
+        let nodes = (0..count).map(|i| Self::node(i, &genesis, &mut dice)).collect();
+        let services =
+            (0..dice.between(1, 3)).map(|i| ServiceId::new(format!("s{i}")).expect("valid")).collect::<Vec<_>>();
+        let moods = services.iter().map(|_| Mood::Healthy).collect();
+        Self {
+            options,
+            mix,
+            timings,
+            retention: retention_of(options.seed),
+            now: 0,
+            sequence: 0,
+            queue: BinaryHeap::new(),
+            nodes,
+            truth: Truth::new(genesis.record.clone(), members),
+            cut: BTreeSet::new(),
+            cut_number: 0,
+            invariants: invariants::all(),
+            trace: Trace::new(options.words, options.print),
+            services,
+            moods,
+            requests: 0,
+            old: Vec::new(),
+            replies: BTreeMap::new(),
+            calm: false,
+            summary: Summary::default(),
+            dice,
+        }
+    }
+
+    /// Runs to the end, safety first, then liveness.
+    pub fn run(&mut self) -> Result<Summary, Violation> {
+        for i in 0..self.nodes.len() {
+            let at = self.dice.between(0, 50_000);
+            self.plan(at, Happening::Restart(i));
+        }
+        self.plan(100_000, Happening::Telemetry);
+        self.plan(200_000, Happening::Operator);
+        let first = self.mix.fault_us;
+        self.plan(first, Happening::Fault);
+        self.run_until(self.options.ms * 1000)?;
+        self.liveness()?;
+        self.fact(Fact::Over)?;
+        self.summary.hash = self.trace.hash();
+        self.summary.us = self.now;
+        self.summary.slots = self.truth.head().0;
+        Ok(self.summary)
+    }
+
+    fn plan(&mut self, after: u64, happening: Happening) {
+        self.sequence += 1;
+        self.queue.push(Reverse(Entry(self.now + after, self.sequence, happening)));
+    }
+
+    fn run_until(&mut self, end: u64) -> Step {
+        while self.queue.peek().is_some_and(|Reverse(entry)| entry.0 <= end) {
+            let Reverse(Entry(at, _, happening)) = self.queue.pop().expect("peeked");
+            self.now = at;
+            self.truth.now = at;
+            self.trace.fold(at);
+            self.happen(happening)?;
+            self.look()?;
+        }
+        self.now = end;
+        self.truth.now = end;
+        Ok(())
+    }
+
+    fn fact(&mut self, fact: Fact) -> Step {
+        for invariant in &mut self.invariants {
+            invariant.see(&fact, &self.truth).map_err(|what| Violation { invariant: invariant.name(), what })?;
+        }
+        Ok(())
+    }
+
+    /// Looks at what every node would serve.
+    fn look(&mut self) -> Step {
+        for node in &self.nodes {
+            let Some(view) = node.process.as_ref().and_then(|process| process.view.as_ref()) else { continue };
+            for (service, shown) in &view.services {
+                let Some((canary, _)) = &shown.serving.canary else { continue };
+                let bp = node.effective_bp(self.now, &shown.serving);
+                self.summary.exposed += u64::from(bp > 0);
+                let served = Served {
+                    node: &node.id,
+                    service,
+                    canary: &canary.version,
+                    bp,
+                    leased: shown.serving.lease_ms.is_some(),
+                    on_partition: shown.serving.spec.on_partition,
+                };
+                let fact = Fact::Served(served);
+                for invariant in &mut self.invariants {
+                    invariant
+                        .see(&fact, &self.truth)
+                        .map_err(|what| Violation { invariant: invariant.name(), what })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn happen(&mut self, happening: Happening) -> Step {
+        match happening {
+            Happening::Tick(i, epoch) => {
+                if self.nodes[i].epoch == epoch && self.nodes[i].process.is_some() {
+                    let after = self.dice.between(self.mix.tick_us / 2, self.mix.tick_us);
+                    self.plan(after, Happening::Tick(i, epoch));
+                    let free = self.nodes[i].process.as_ref().is_some_and(|p| !p.paused && p.writing.is_none());
+                    return if free { self.give(i, Input::Tick) } else { Ok(()) };
+                }
+                Ok(())
+            }
+            Happening::Deliver(to, from, incarnation, message) => {
+                let at = self.now;
+                let node = &self.nodes[to];
+                self.trace.line(at, node.id.as_str(), "receives", || format!("from {from}: {}", brief(&message)));
+                self.give(to, Input::Received { from, incarnation, message })
+            }
+            Happening::Refused(to, peer) => self.give(to, Input::Unreachable(peer)),
+            Happening::Written(i, epoch) => {
+                if self.nodes[i].epoch != epoch {
+                    return Ok(());
+                }
+                self.written(i)?;
+                self.carry_out(i)
+            }
+            Happening::Telemetry => self.telemetry(),
+            Happening::Operator => {
+                if self.calm {
+                    return Ok(());
+                }
+                let after = self.dice.between(1, self.mix.operator_us * 2);
+                self.plan(after, Happening::Operator);
+                self.operate()
+            }
+            Happening::Fault => {
+                if self.calm {
+                    return Ok(());
+                }
+                let after = self.dice.between(1, self.mix.fault_us * 2);
+                self.plan(after, Happening::Fault);
+                self.misfortune()
+            }
+            Happening::Restart(i) => self.start(i),
+            Happening::Continue(i, epoch) => {
+                if self.nodes[i].epoch == epoch
+                    && let Some(process) = &mut self.nodes[i].process
+                {
+                    process.paused = false;
+                    self.trace.line(self.now, self.nodes[i].id.as_str(), "continues", String::new);
+                    return self.carry_out(i);
+                }
+                Ok(())
+            }
+            Happening::Heal(number) => {
+                if self.cut_number == number {
+                    self.cut.clear();
+                    self.trace.line(self.now, "*", "heals", String::new);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Returns how many slots were chosen so far.
+    #[cfg(test)]
+    pub fn slots(&self) -> u64 {
+        self.truth.head().0
+    }
+
+    /// Returns each node's state in words.
+    pub fn states(&self) -> Vec<String> {
+        let head = self.truth.head();
+        let mut lines = vec![format!(
+            "*    {} nodes, {} services, chosen head {head}, membership {:?}",
+            self.nodes.len(),
+            self.services.len(),
+            self.truth.membership()
+        )];
+        for node in &self.nodes {
+            let register = node.register.as_ref().map(|r| {
+                let accepted = r.accepted.as_ref().map(|a| format!("{} slot {}", a.ballot, a.record.slot));
+                format!(
+                    "boot {} promised {:?} accepted {accepted:?} head {}",
+                    r.boot,
+                    r.promised.as_ref().map(|b| b.to_string()),
+                    r.head
+                )
+            });
+            let process = match &node.process {
+                None => "down".into(),
+                Some(p) => {
+                    let view =
+                        p.view.as_ref().map(|v| format!("{:?} head {} coordinator {}", v.role, v.head, v.coordinator));
+                    let left = p
+                        .lease
+                        .map(|from| self.nodes.first().map_or(0, |_| node.now(self.now).mono.millis_since(from)));
+                    format!("paused {} inbox {} view {view:?} lease began {left:?} ms ago", p.paused, p.inbox.len())
+                }
+            };
+            lines.push(format!(
+                "{:<3}  log {} ({} durable) · {register:?} · {process}",
+                node.id,
+                node.log.len(),
+                node.durable
+            ));
+        }
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::subject::Real;
+
+    #[test]
+    fn the_same_seed_gives_the_same_trace_and_another_seed_another() {
+        let run = |seed| {
+            let options = Options { seed, ms: 3_000, nodes: Some(3), words: false, print: false };
+            let mut world = World::<Real>::new(options);
+            let _ = world.run();
+            world.trace.hash()
+        };
+        assert_eq!(run(4), run(4));
+        assert_ne!(run(4), run(5));
+    }
+}

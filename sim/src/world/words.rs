@@ -1,0 +1,48 @@
+//! Messages and operations in short words, for traces.
+
+use super::*;
+
+pub(super) fn brief_op(op: &Op) -> String {
+    match op {
+        Op::Apply(spec) => format!("Apply {} {} → {}", spec.service, spec.stable.version, spec.canary.version),
+        other => format!("{other:?}"),
+    }
+}
+
+pub(super) fn brief(message: &Message) -> String {
+    match message {
+        Message::Prepare(p) => format!(
+            "PREPARE {} slot {} {} {} recovery {}",
+            p.ballot,
+            p.slot,
+            p.intent.act.name(),
+            p.intent.tx,
+            p.recovery
+        ),
+        Message::Vote(v) => format!("VOTE {} slot {} {:?}", v.ballot, v.slot, v.answer),
+        Message::Decision(Decision::Propose(b, r)) => {
+            format!("PROPOSE {b} slot {} {} {}", r.slot, r.intent.act.name(), r.intent.tx)
+        }
+        Message::Decision(Decision::Chosen(c)) => {
+            format!("CHOSEN slot {} {}", c.record.slot, c.record.intent.act.name())
+        }
+        Message::Decision(Decision::Checkpoint(part)) => {
+            format!("CHECKPOINT slot {} part {} of {}", part.slot, part.index, part.parts)
+        }
+        Message::Decision(Decision::CatchUp(c)) => {
+            format!("CATCHUP slot {} {}", c.record.slot, c.record.intent.act.name())
+        }
+        Message::Heartbeat(h) => format!(
+            "HEARTBEAT nonce {:?} ack {:?} head {} open {:?} unarmed {:?} {:?}",
+            h.nonce,
+            h.acknowledges,
+            h.head,
+            h.open.as_ref().map(|b| b.to_string()),
+            h.unarmed,
+            h.role
+        ),
+        Message::HealthSnapshot(h) => {
+            format!("HEALTH v{} brake {:?} effective {} bp", h.routing_version, h.brake, h.effective_bp)
+        }
+    }
+}
