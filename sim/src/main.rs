@@ -1,17 +1,22 @@
 //! Runs the real protocol core in a simulated world and looks for broken invariants.
 //!
 //! Everything follows from one seed: network, disks, clocks, crashes, operators, traffic. `world` is the world, `truth`
-//! the omniscient observer, `invariants` what must hold after every step, `subject` the seam to the core.
+//! the omniscient observer, `invariants` what must hold after every step, `subject` the seam to the core, `coverage`
+//! what runs must reach, `teeth` the bugs that must be found, `shrink` what makes a failing run small.
 
-use std::process::ExitCode;
+use std::collections::BTreeMap;
+use std::process::{Command, ExitCode};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::Parser;
 
+mod coverage;
 mod dice;
 mod invariants;
 mod scenarios;
+mod shrink;
 mod subject;
+mod teeth;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -20,11 +25,17 @@ mod trace;
 mod truth;
 mod world;
 
+use coverage::Coverage;
 use subject::Real;
-use world::{Options, Summary, Violation, World};
+use world::{FAULTS, Options, Summary, Violation, World};
 
 /// Simulates clusters and checks the protocol's invariants after every step.
 #[derive(Parser)]
+#[command(after_help = "Examples:\n  \
+    cargo run --release -p sim -- --seed 42               one cluster's life, and what became of it\n  \
+    cargo run --release -p sim -- --seeds 10000           look for a seed that breaks a rule\n  \
+    cargo run --release -p sim -- --seed 42 --shrink      make a failing run small\n  \
+    cargo run --release -p sim -- --teeth                 would seeded bugs be found?")]
 struct Arguments {
     /// Run this one seed.
     #[arg(long)]
@@ -36,20 +47,35 @@ struct Arguments {
     #[arg(long, default_value_t = 1)]
     from: u64,
     /// Length of the faulty part, in virtual milliseconds; the liveness phase follows it.
-    #[arg(long, default_value_t = 20_000)]
+    #[arg(long, default_value_t = 60_000)]
     ms: u64,
     /// Nodes; drawn from each seed when absent.
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=7))]
     nodes: Option<u8>,
+    /// Leave these kinds of faults out.
+    #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(FAULTS))]
+    without: Vec<String>,
     /// Print everything that happens.
     #[arg(short, long)]
     verbose: bool,
-    /// Run each seed twice and compare.
+    /// Make the failing run smaller before it is reported.
     #[arg(long)]
-    twice: bool,
+    shrink: bool,
+    /// Run the seeds in two processes and compare the traces.
+    #[arg(long)]
+    determinism: bool,
+    /// Print each seed's trace hash, and nothing else.
+    #[arg(long)]
+    hashes: bool,
     /// Go on after a failure, and count failures by kind.
     #[arg(long)]
     keep_going: bool,
+    /// Fail unless everything that a long run must reach was reached.
+    #[arg(long)]
+    complete: bool,
+    /// Run seeded bugs until each is caught; one that lives fails.
+    #[arg(long)]
+    teeth: bool,
     /// Run this pinned scenario.
     #[arg(long)]
     scenario: Option<String>,
@@ -58,43 +84,93 @@ struct Arguments {
     list: bool,
 }
 
+/// Seeds that a seeded bug may live through.
+const TEETH_SEEDS: u64 = 2_000;
+
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     if arguments.list {
         scenarios::ALL.iter().for_each(|s| println!("{:<24} seed {:<8} {}", s.name, s.seed, s.about));
         return Ok(ExitCode::SUCCESS);
     }
-    let mut nodes = arguments.nodes.map(usize::from);
-    let (mut from, mut count, mut ms) = (arguments.from, arguments.seeds, arguments.ms);
+    std::panic::set_hook(Box::new(|_| {}));
+    let nodes = arguments.nodes.map(usize::from);
+    let place = |name: &String| FAULTS.iter().position(|fault| fault == name).expect("clap knows them");
+    let without = arguments.without.iter().fold(0, |bits, name| bits | 1 << place(name));
+    let mut options = Options { seed: 0, ms: arguments.ms, nodes, words: false, print: arguments.verbose, without };
+    let (mut from, mut count) = (arguments.from, arguments.seeds);
     if let Some(seed) = arguments.seed {
         (from, count) = (seed, 1);
     }
     if let Some(name) = &arguments.scenario {
         let found = scenarios::ALL.iter().find(|scenario| scenario.name == name);
         let scenario = found.with_context(|| format!("scenario {name:?} is unknown, expected one of --list"))?;
-        (from, count, ms) = (scenario.seed, 1, scenario.ms);
-        nodes = scenario.nodes;
+        options = Options { print: arguments.verbose, ..scenario.options() };
+        (from, count) = (scenario.seed, 1);
     }
-    std::panic::set_hook(Box::new(|info| eprintln!("panic: {info}")));
-    run(&arguments, from, count, Options { seed: 0, ms, nodes, words: false, print: arguments.verbose })
+    let seeds = from..from + count;
+    if arguments.hashes {
+        for seed in seeds {
+            println!("{seed} {:016x}", trace_of(Options { seed, ..options }));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if arguments.determinism {
+        return compare_processes(count);
+    }
+    refuse_chance(Options { seed: from, ms: 500, print: false, ..options })?;
+    if arguments.teeth {
+        return Ok(bite(options));
+    }
+    run(&arguments, seeds, options)
+}
+
+fn trace_of(options: Options) -> u64 {
+    let mut world = World::<Real>::new(options);
+    let _ = world.run();
+    world.trace.hash()
+}
+
+/// A build in which the same seed doesn't give the same run finds nothing that anybody could look at again.
+fn refuse_chance(options: Options) -> anyhow::Result<()> {
+    let (one, two) = (trace_of(options), trace_of(options));
+    ensure!(
+        one == two,
+        "this build isn't deterministic: seed {} gave the trace {one:016x}, then {two:016x}; \
+         something reads a clock, a random number or a map's order",
+        options.seed
+    );
+    Ok(())
+}
+
+/// Runs the same seeds in two processes, whose maps are ordered differently.
+fn compare_processes(count: u64) -> anyhow::Result<ExitCode> {
+    let mut arguments: Vec<_> = std::env::args().skip(1).filter(|argument| argument != "--determinism").collect();
+    arguments.push("--hashes".into());
+    let program = std::env::current_exe()?;
+    let run = || anyhow::Ok(Command::new(&program).args(&arguments).output()?.stdout);
+    let (one, two) = (String::from_utf8(run()?)?, String::from_utf8(run()?)?);
+    for (line, other) in one.lines().zip(two.lines()) {
+        ensure!(line == other, "the run isn't deterministic: one process found {line}, another {other}");
+    }
+    let found = one.lines().count() as u64;
+    ensure!(found == count && one == two, "{found} traces, expected {count}");
+    println!("{count} seeds: the same traces in two processes");
+    Ok(ExitCode::SUCCESS)
 }
 
 #[expect(clippy::disallowed_methods, reason = "seeds per second are real seconds; no run depends on them")]
-fn run(arguments: &Arguments, from: u64, count: u64, options: Options) -> anyhow::Result<ExitCode> {
+fn run(arguments: &Arguments, seeds: std::ops::Range<u64>, options: Options) -> anyhow::Result<ExitCode> {
     let started = std::time::Instant::now();
+    let count = seeds.end - seeds.start;
     let mut total = Summary::default();
-    let mut failures = std::collections::BTreeMap::<&str, Vec<u64>>::new();
-    for seed in from..from + count {
+    let mut coverage = Coverage::default();
+    let mut failures = BTreeMap::<&str, Vec<u64>>::new();
+    for seed in seeds {
         let options = Options { seed, ..options };
-        let result = World::<Real>::new(options).run();
-        if arguments.twice {
-            let again = World::<Real>::new(options).run();
-            if let (Ok(one), Ok(two)) = (&result, &again)
-                && one.hash != two.hash
-            {
-                bail!("seed {seed}: trace hash {:016x}, then {:016x}: the run isn't deterministic", one.hash, two.hash);
-            }
-        }
+        let mut world = World::<Real>::new(options);
+        let result = world.run();
+        coverage.add(&world.coverage);
         match result {
             Ok(summary) => {
                 if count <= 10 {
@@ -107,9 +183,14 @@ fn run(arguments: &Arguments, from: u64, count: u64, options: Options) -> anyhow
                 failures.entry(violation.invariant).or_default().push(seed);
             }
             Err(violation) => {
-                report(options, &violation);
+                report(options, violation, arguments.shrink);
                 return Ok(ExitCode::FAILURE);
             }
+        }
+        let done = total.us as f64 / 1e6;
+        if count > 500 && (seed + 1).is_multiple_of(1_000) {
+            let real = started.elapsed().as_secs_f64();
+            eprintln!("seed {seed}: {real:.0} s, {:.0}x real time", done / real);
         }
     }
     let (real, virtual_s) = (started.elapsed().as_secs_f64(), total.us as f64 / 1e6);
@@ -125,8 +206,15 @@ fn run(arguments: &Arguments, from: u64, count: u64, options: Options) -> anyhow
         total.installs,
         total.exposed
     );
+    if count >= 100 {
+        coverage.report().iter().for_each(|line| println!("{line}"));
+    }
     for (invariant, seeds) in &failures {
         println!("FAILED {invariant}: {} seeds: {:?}", seeds.len(), &seeds[..seeds.len().min(12)]);
+    }
+    let never = coverage.never();
+    if arguments.complete && !never.is_empty() {
+        bail!("{} moments were never reached, expected all in {count} seeds: {}", never.len(), never.join(", "));
     }
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -142,8 +230,38 @@ fn add(total: &mut Summary, one: &Summary) {
     total.exposed += one.exposed;
 }
 
+/// Lets each seeded bug loose, until it is caught.
+fn bite(options: Options) -> ExitCode {
+    println!("{:<52} {:>6}  BROKEN RULE", "SEEDED BUG", "SEEDS");
+    let mut alive = 0;
+    for tooth in &teeth::ALL {
+        match tooth.hunt(options, TEETH_SEEDS) {
+            Some((seeds, invariant, what)) => {
+                let short: String = what.chars().take(90).collect();
+                println!("{:<52} {seeds:>6}  {invariant}: {short}", tooth.name);
+            }
+            None => {
+                alive += 1;
+                println!("{:<52} {TEETH_SEEDS:>6}  NOT CAUGHT", tooth.name);
+            }
+        }
+    }
+    if alive > 0 {
+        println!("{alive} seeded bugs live, expected none");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
 /// Runs the failing seed again with words, and says all about it.
-fn report(options: Options, violation: &Violation) {
+fn report(options: Options, violation: Violation, shrink: bool) {
+    let (options, violation) = match shrink {
+        true => {
+            println!("{}: {}; looking for a smaller run", violation.invariant, violation.what);
+            shrink::shrink(options, violation)
+        }
+        false => (options, violation),
+    };
     let mut world = World::<Real>::new(Options { words: true, ..options });
     let again = world.run();
     world.trace.lines().for_each(|line| println!("{line}"));
@@ -152,6 +270,5 @@ fn report(options: Options, violation: &Violation) {
     if !again.is_err_and(|again| again.what == violation.what) {
         println!("(the second run differed: the run isn't deterministic)");
     }
-    let nodes = options.nodes.map(|nodes| format!(" --nodes {nodes}")).unwrap_or_default();
-    println!("REPRODUCE: cargo run -p sim -- --seed {} --ms {}{nodes}", options.seed, options.ms);
+    println!("REPRODUCE: cargo run --release -p sim -- {}", options.arguments());
 }

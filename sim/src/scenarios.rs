@@ -1,5 +1,7 @@
 //! Seeds that once found something, pinned.
 
+use crate::world::{LATER, Options};
+
 /// A pinned run.
 pub struct Scenario {
     /// Its name.
@@ -12,10 +14,20 @@ pub struct Scenario {
     pub ms: u64,
     /// Its nodes; drawn from the seed when none.
     pub nodes: Option<usize>,
+    /// The kinds of faults it is without.
+    pub without: u32,
+}
+
+impl Scenario {
+    /// Returns its run.
+    pub fn options(&self) -> Options {
+        let Self { seed, ms, nodes, without, .. } = *self;
+        Options { seed, ms, nodes, without, words: false, print: false }
+    }
 }
 
 const fn seed(name: &'static str, seed: u64, about: &'static str) -> Scenario {
-    Scenario { name, about, seed, ms: 20_000, nodes: None }
+    Scenario { name, about, seed, ms: 20_000, nodes: None, without: LATER }
 }
 
 /// All of them.
@@ -37,14 +49,13 @@ pub const ALL: &[Scenario] = &[
 mod tests {
     use super::*;
     use crate::subject::Real;
-    use crate::world::{Options, World};
+    use crate::world::World;
 
     #[test]
     fn what_was_found_once_stays_found() {
-        for Scenario { name, about, seed, ms, nodes } in ALL {
-            let options = Options { seed: *seed, ms: *ms, nodes: *nodes, words: false, print: false };
-            let outcome = World::<Real>::new(options).run();
-            assert!(outcome.is_ok(), "{name} ({about}): {:?}", outcome.err());
+        for scenario in ALL {
+            let outcome = World::<Real>::new(scenario.options()).run();
+            assert!(outcome.is_ok(), "{} ({}): {:?}", scenario.name, scenario.about, outcome.err());
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What is simulated: the seam between this world and the protocol core.
 
+use std::collections::BTreeSet;
+
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId};
 use aviary::domain::time::Now;
 use aviary::protocol::ledger::Ledger;
@@ -20,6 +22,8 @@ pub struct Setup {
     pub fresh_incarnation: Incarnation,
     /// What it keeps of its log.
     pub retention: Retention,
+    /// Everybody it may talk with.
+    pub peers: BTreeSet<NodeId>,
 }
 
 /// One node's process.
@@ -39,16 +43,8 @@ impl Subject for aviary::protocol::Core {
         log: &[Chosen],
         now: Now,
     ) -> (Self, Vec<Output>) {
-        let Setup { node, cluster, timings, seed, fresh_incarnation, retention } = setup;
-        let settings = aviary::protocol::Settings {
-            node,
-            cluster,
-            timings,
-            seed,
-            fresh_incarnation,
-            retention,
-            peers: Default::default(),
-        };
+        let Setup { node, cluster, timings, seed, fresh_incarnation, retention, peers } = setup;
+        let settings = aviary::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention, peers };
         Self::start(settings, register, ledger, log, now)
     }
 

@@ -4,8 +4,9 @@ use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
 use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
 use aviary::domain::rollout::Change;
+use aviary::domain::routing::{RoutingState, Status};
 use aviary::domain::time::Wall;
-use aviary::domain::weights::Weight;
+use aviary::domain::weights::{Weight, Weights};
 use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Register, Slot};
 use std::sync::Arc;
 
@@ -54,6 +55,20 @@ pub fn change(slot: u64, change: Change) -> Record {
     let mut record = pause(slot, &format!("t{slot}")).record;
     record.intent.act = Act::Change(service(), change);
     record
+}
+
+/// A routing of the service at a version.
+pub fn routing(routing_version: u64) -> RoutingState {
+    RoutingState {
+        service: service(),
+        version: routing_version,
+        stable_model_id: version("v1"),
+        canary_model_id: Some(version("v2")),
+        weights: Weights::between(version("v1"), version("v2"), Weight::from_bp(500).unwrap()),
+        status: Status::Committed,
+        txid: TxId::new("x").unwrap(),
+        timestamp: Wall(0),
+    }
 }
 
 /// A rollout from v1 to v2 at 5 % and 100 %, with a lease of 2 s.

@@ -263,12 +263,12 @@ impl<const BUG: u8> Subject for Toy<BUG> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::world::{Options, World};
+    use crate::world::{LATER, Options, World};
 
     /// Returns the first broken safety invariant of these seeds.
     fn first<const BUG: u8>(seeds: u64) -> Option<(u64, &'static str, String)> {
         (1..=seeds).find_map(|seed| {
-            let options = Options { seed, ms: 8_000, nodes: None, words: false, print: false };
+            let options = Options { ms: 8_000, without: LATER, ..Options::of(seed) };
             let violation = World::<Toy<BUG>>::new(options).run().err()?;
             (violation.invariant != "liveness" && !violation.what.contains("answered ABORTED at slot")).then_some((
                 seed,
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn a_sound_paxos_breaks_nothing() {
         assert_eq!(first::<SOUND>(60), None);
-        let options = Options { seed: 1, ms: 8_000, nodes: Some(3), words: false, print: false };
+        let options = Options { ms: 8_000, nodes: Some(3), without: LATER, ..Options::of(1) };
         let mut world = World::<Toy<SOUND>>::new(options);
         let _ = world.run();
         assert!(world.slots() > 0, "nothing was decided, so nothing was checked");

@@ -36,6 +36,8 @@ pub enum Fact<'a> {
     Braked(&'a NodeId, &'a ServiceId),
     /// What a node would serve at this moment.
     Served(Served<'a>),
+    /// Canary answers of a service at a routing version reached a node's gate: how many, and how many failed.
+    Observed(&'a ServiceId, u64, u64, u64),
     /// The run is over.
     Over,
 }
@@ -238,7 +240,7 @@ impl Courses {
             Act::Config(ConfigChange::Bench(node)) => {
                 self.benched.insert(node.clone());
             }
-            Act::Config(ConfigChange::Unbench(node)) => {
+            Act::Config(ConfigChange::Unbench(node) | ConfigChange::Remove(node)) => {
                 self.benched.remove(node);
             }
             _ => {}

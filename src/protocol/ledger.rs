@@ -346,6 +346,12 @@ impl Ledger {
             (ConfigChange::Readmit(_, incarnation), Some(member)) => {
                 Some(Member { incarnation: *incarnation, ..member })
             }
+            // The one that stays could not settle the removal alone, should it not have heard that it was decided.
+            (ConfigChange::Remove(_), Some(_)) if members.0.len() == 2 => {
+                return error(
+                    "is one of the last two: stop it, and found a cluster of one with `aviary cluster force-new`",
+                );
+            }
             (ConfigChange::Remove(_), Some(_)) => None,
         };
         match next {

@@ -1,6 +1,6 @@
 //! I4 and I5: one outcome for each transaction; what was answered is durable on a majority and stays so. I11: reads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use aviary::protocol::record::{Act, ConfigChange, Slot};
 use aviary::protocol::{Op, Outcome, RequestId};
@@ -14,6 +14,11 @@ pub struct Answers {
     asked: BTreeMap<RequestId, (String, Op)>,
     slots: BTreeMap<String, Slot>,
     answers: BTreeMap<String, (bool, Slot)>,
+    /// The last slot that anybody was told of, and what it was when each request was asked.
+    told: Slot,
+    told_before: BTreeMap<RequestId, Slot>,
+    /// Transactions that were asked more than once.
+    again: BTreeSet<String>,
 }
 
 impl Answers {
@@ -37,6 +42,13 @@ impl Answers {
         if own && committed && !fits(op, act) {
             return Err(format!("{tx} answered {word}: asked {op:?}, slot {slot} holds {}", act.name()));
         }
+        // Linearizable: what is decided first was asked before the answer to what is decided after it.
+        let least = self.told_before.get(&request).copied().unwrap_or_default();
+        let first = !self.answers.contains_key(tx) && !self.again.contains(tx);
+        if first && own && slot <= least {
+            return Err(format!("{tx} is in slot {slot}, and was asked after slot {least} was answered"));
+        }
+        self.told = self.told.max(slot);
         match self.answers.insert(tx.clone(), (committed, slot)) {
             Some((before, at)) if before != committed => {
                 Err(format!("{tx} answered {word} at slot {slot}, and otherwise before, at slot {at}"))
@@ -71,7 +83,15 @@ impl Invariant for Answers {
 
     fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
         match fact {
-            Fact::Asked(request, tx, op) => drop(self.asked.insert(*request, ((*tx).into(), (*op).clone()))),
+            Fact::Asked(request, tx, op) => {
+                // Asked twice, the first time is what counts.
+                if !self.asked.values().any(|(known, _)| known == tx) {
+                    self.told_before.insert(*request, self.told);
+                } else {
+                    self.again.insert((*tx).into());
+                }
+                self.asked.insert(*request, ((*tx).into(), (*op).clone()));
+            }
             Fact::Chosen(record, _) => {
                 let tx = record.intent.tx.as_str().to_string();
                 if let Some(before) = self.slots.insert(tx, record.slot)

@@ -8,6 +8,7 @@ mod ballots;
 mod ceiling;
 mod certificates;
 mod enforcement;
+mod evidence;
 mod stages;
 mod writes;
 
@@ -33,5 +34,6 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(enforcement::Enforcement::default()),
         Box::new(writes::Writes),
         Box::new(ballots::Ballots::default()),
+        Box::new(evidence::Observed::default()),
     ]
 }

@@ -11,7 +11,8 @@ impl<S: Subject> World<S> {
         self.moods.iter_mut().for_each(|mood| *mood = Mood::Healthy);
         self.trace.line(self.now, "*", "calm", String::new);
         for i in 0..self.nodes.len() {
-            self.nodes[i].crash_after = None;
+            (self.nodes[i].crash_after, self.nodes[i].crash_at) = (None, None);
+            self.nodes[i].write_fails = false;
             if let Some(process) = &mut self.nodes[i].process {
                 process.paused = false;
             }
@@ -19,7 +20,8 @@ impl<S: Subject> World<S> {
             self.carry_out(i)?;
         }
         // Messages already under way may be late by five of the largest delays.
-        let slack = self.mix.delay_us_max * 5 + self.mix.write_us_max;
+        let clogged = if self.clogged.is_empty() { 0 } else { CLOG_US_MAX };
+        let slack = self.mix.delay_us_max * 5 + self.mix.write_us_max + clogged;
         self.run_until(self.now + slack)?;
         self.within(4_500, "a healed cluster agrees and holds leases", |world| world.agree())?;
         // What people asked for before may wait in a queue for as long as this, and would meddle.
@@ -34,7 +36,18 @@ impl<S: Subject> World<S> {
                 ));
             }
             let helper = self.voter();
-            self.decide(helper, Op::Config(ConfigChange::Readmit(node, incarnation)))?;
+            if self.truth.membership().0.contains_key(&node) {
+                self.decide(helper, Op::Config(ConfigChange::Readmit(node, incarnation)))?;
+                continue;
+            }
+            let j = self.nodes.iter().position(|other| other.id == node).expect("a node just listed");
+            match self.added_as(j)? {
+                Some(incarnation) => drop(self.decide(helper, Op::Config(ConfigChange::Add(node, incarnation)))?),
+                None => {
+                    self.start(j)?;
+                    self.run_until(self.now + 2_000_000)?;
+                }
+            }
         }
         let benched: Vec<NodeId> =
             self.truth.membership().0.iter().filter(|(_, m)| m.benched).map(|(n, _)| n.clone()).collect();

@@ -1,6 +1,38 @@
 //! Misfortune: crashes, wiped disks, cuts, pauses, clocks.
 
 use super::*;
+use crate::coverage::MOMENTS;
+
+/// All kinds of faults; a run can be without some of them (`Options::without`, one bit each).
+pub const FAULTS: [&str; 20] = [
+    "crash",
+    "crash-mid",
+    "pause",
+    "wipe",
+    "cut",
+    "one-way",
+    "wall-jump",
+    "crash-all",
+    "false-reset",
+    "mood",
+    "lost-suffix",
+    "failed-write",
+    "clog",
+    "breaker",
+    "absurd",
+    "membership",
+    "crash-at",
+    "drop",
+    "twice",
+    "slow-write",
+];
+/// Longest delay on a clogged link, in microseconds.
+pub(super) const CLOG_US_MAX: u64 = 3_000_000;
+const WIPE: usize = 3;
+const LOST_SUFFIX: usize = 10;
+const MEMBERSHIP: usize = 15;
+/// The kinds that came later and have draws of their own: without them, a seed is what it was before them.
+pub const LATER: u32 = 0b111_1111 << LOST_SUFFIX;
 
 /// How bad the world is: drawn for each seed, so that seeds differ in kind and not only in detail.
 pub(super) struct Mix {
@@ -13,17 +45,20 @@ pub(super) struct Mix {
     pub faults: [u64; 10],
     pub operator_us: u64,
     pub tick_us: u64,
+    /// lost suffix, failed write, clogged link, breaker, absurd telemetry, membership, crash at a moment.
+    pub later: [u64; 7],
+    pub later_us: u64,
 }
 
 impl Mix {
-    pub fn draw(dice: &mut Dice) -> Self {
+    pub fn draw(dice: &mut Dice, more: &mut Dice, without: u32) -> Self {
         let mut faults = [0; 10];
         for weight in &mut faults {
             *weight = if dice.chance(6_000) { dice.between(1, 10) } else { 0 };
         }
         faults[9] = 6;
         faults[3] = faults[3].min(4);
-        Self {
+        let mut mix = Self {
             drop_bp: *dice.pick(&[0, 0, 10, 200, 1_000, 2_500]),
             twice_bp: *dice.pick(&[0, 50, 500, 2_000]),
             delay_us_max: *dice.pick(&[1_000, 5_000, 20_000, 200_000]),
@@ -32,6 +67,29 @@ impl Mix {
             faults,
             operator_us: *dice.pick(&[100_000, 300_000, 1_000_000]),
             tick_us: dice.between(5_000, 25_000),
+            later: [0; 7],
+            later_us: *more.pick(&[150_000, 500_000, 2_000_000]),
+        };
+        for weight in &mut mix.later {
+            *weight = if more.chance(5_000) { more.between(1, 10) } else { 0 };
+        }
+        // Who leaves and comes back with a new disk, beside disks that are lost, can be one loss too many.
+        let moves = more.chance(2_500);
+        mix.later[MEMBERSHIP - LOST_SUFFIX] = if moves { 8 } else { 0 };
+        if moves && without & 1 << MEMBERSHIP == 0 {
+            (mix.faults[WIPE], mix.later[0]) = (0, 0);
+        }
+        mix.leave_out(without);
+        mix
+    }
+
+    fn leave_out(&mut self, without: u32) {
+        let kinds = self.faults.iter_mut().chain(&mut self.later);
+        let rates = [&mut self.drop_bp, &mut self.twice_bp, &mut self.write_us_max];
+        for (place, rate) in kinds.chain(rates).enumerate() {
+            if without & 1 << place != 0 {
+                *rate = 0;
+            }
         }
     }
 }
@@ -91,6 +149,10 @@ impl<S: Subject> World<S> {
 
     pub(super) fn misfortune(&mut self) -> Step {
         let kind = self.dice.weighted(&self.mix.faults);
+        if self.mix.faults[kind] == 0 {
+            return Ok(());
+        }
+        *self.coverage.faults.entry(FAULTS[kind]).or_default() += 1;
         let count = self.nodes.len();
         let i = self.dice.below(count);
         match kind {
@@ -156,5 +218,124 @@ impl<S: Subject> World<S> {
             }
         }
         Ok(())
+    }
+
+    /// The kinds that have draws of their own.
+    pub(super) fn later_misfortune(&mut self) -> Step {
+        let kind = self.more.weighted(&self.mix.later);
+        if self.mix.later[kind] == 0 {
+            return Ok(());
+        }
+        *self.coverage.faults.entry(FAULTS[LOST_SUFFIX + kind]).or_default() += 1;
+        let count = self.nodes.len();
+        let i = self.more.below(count);
+        match kind {
+            0 => self.lose_suffix(i),
+            1 => {
+                self.nodes[i].write_fails = true;
+                Ok(())
+            }
+            2 => {
+                let j = self.more.below(count);
+                let until = self.now + self.more.between(100_000, 5_000_000);
+                self.clogged.insert((i, j), until);
+                self.trace.line(self.now, "*", "clogs", || format!("{} to {}", name(i), name(j)));
+                Ok(())
+            }
+            3 => self.trip(i),
+            4 => self.absurd_telemetry(i),
+            6 => {
+                self.nodes[i].crash_at = Some(self.more.below(MOMENTS));
+                Ok(())
+            }
+            _ => self.move_members(i),
+        }
+    }
+
+    /// A disk loses the end of its log, also what was synced; the register stays.
+    fn lose_suffix(&mut self, i: usize) -> Step {
+        self.mend();
+        let damaged = self.nodes.iter().enumerate().filter(|(j, node)| *j == i || node.damaged).count();
+        if damaged > (self.nodes.len() - 1) / 2 {
+            return Ok(());
+        }
+        self.crash(i)?;
+        let node = &mut self.nodes[i];
+        let least = node.checkpoint.as_ref().map_or(1, |checkpoint| checkpoint.slot.0 as usize + 1);
+        if least >= node.log.len() {
+            return Ok(());
+        }
+        let left = self.more.between(least as u64, node.log.len() as u64 - 1) as usize;
+        node.log.truncate(left);
+        node.durable = left;
+        node.damaged = true;
+        let shorter = node.register.as_ref().is_some_and(|register| register.head.0 >= left as u64);
+        self.trace.line(self.now, self.nodes[i].id.as_str(), "lost", || format!("all after {left} records"));
+        if shorter {
+            self.coverage.event("log rebuilt");
+        }
+        Ok(())
+    }
+
+    fn trip(&mut self, i: usize) -> Step {
+        let service = self.services[self.more.below(self.services.len())].clone();
+        let view = self.nodes[i].process.as_ref().and_then(|process| process.view.clone());
+        let Some(shown) = view.as_ref().and_then(|view| view.services.get(&service)) else { return Ok(()) };
+        let version = shown.service.routing.version;
+        // Sometimes it trips for a weight that is over by the time it is heard.
+        let routing_version = version.saturating_sub(u64::from(self.more.chance(3_000)));
+        self.give(i, Input::BreakerTripped { service, routing_version, reason: "canary answers failed".into() })
+    }
+
+    /// Evidence of unknown services, of weights that are over or yet to come, and of impossible size: nothing follows.
+    fn absurd_telemetry(&mut self, i: usize) -> Step {
+        let mut evidence = Evidence::default();
+        (0..self.more.between(1, 500)).for_each(|_| evidence.canary.record(u64::MAX >> 20, true));
+        let service = self.services[self.more.below(self.services.len())].clone();
+        let view = self.nodes[i].process.as_ref().and_then(|process| process.view.clone());
+        let version = view.and_then(|view| Some(view.services.get(&service)?.service.routing.version)).unwrap_or(0);
+        let unknown = ServiceId::new("nobody").expect("valid");
+        let observed = [(unknown, 1), (service.clone(), version + 7), (service, u64::MAX)];
+        let observe = |(service, routing_version)| Observation { service, routing_version, evidence: evidence.clone() };
+        self.give(i, Input::Telemetry(observed.map(observe).into()))
+    }
+
+    /// Operators take nodes out of the cluster, give them new disks, and add them again.
+    fn move_members(&mut self, i: usize) -> Step {
+        let members = self.truth.membership();
+        let outside = self.nodes.iter().position(|node| !members.0.contains_key(&node.id));
+        let op = match outside {
+            None if members.0.len() > 2 => ConfigChange::Remove(name(self.more.below(self.nodes.len()))),
+            None => return Ok(()),
+            Some(j) => match self.added_as(j)? {
+                Some(incarnation) => ConfigChange::Add(name(j), incarnation),
+                None => return Ok(()),
+            },
+        };
+        self.submit(i, Op::Config(op)).map(drop)
+    }
+
+    /// Returns the incarnation to add a node that is outside with; none while it has none that could count: then it
+    /// gets a new disk.
+    pub(super) fn added_as(&mut self, j: usize) -> Result<Option<Incarnation>, Violation> {
+        let id = self.nodes[j].id.clone();
+        let view = self.nodes[j].process.as_ref().and_then(|process| process.view.clone());
+        let Some(view) = view else { return Ok(None) };
+        let counted = self.truth.memberships.iter().any(|members| members.counts(&id, view.incarnation));
+        if !counted {
+            return Ok(Some(view.incarnation));
+        }
+        // People look at those who stay before they throw a disk away.
+        let others = self.nodes.iter().filter(|node| node.id != id && node.process.is_some());
+        let known = others.filter_map(|node| node.process.as_ref()?.view.as_ref());
+        if !known.clone().any(|view| !view.members.is_empty() && !view.members.contains_key(&id)) {
+            return Ok(None);
+        }
+        self.crash(j)?;
+        let node = &mut self.nodes[j];
+        (node.register, node.checkpoint, node.first, node.durable) = (None, None, 0, 1);
+        node.log.truncate(1);
+        self.trace.line(self.now, id.as_str(), "new disk", String::new);
+        Ok(None)
     }
 }

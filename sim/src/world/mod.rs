@@ -21,6 +21,7 @@ use aviary::protocol::{
     Command, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Timings, View, codec,
 };
 
+use crate::coverage::Coverage;
 use crate::dice::Dice;
 use crate::invariants::{self, Invariant};
 use crate::subject::{Setup, Subject};
@@ -49,6 +50,30 @@ pub struct Options {
     pub words: bool,
     /// Print them.
     pub print: bool,
+    /// Kinds of faults that don't happen: bits by their place in [`FAULTS`].
+    pub without: u32,
+}
+
+impl Options {
+    /// Returns the plain run of a seed.
+    #[cfg(test)]
+    pub fn of(seed: u64) -> Self {
+        Self { seed, ms: 20_000, nodes: None, words: false, print: false, without: 0 }
+    }
+
+    /// Returns the arguments that make this run again.
+    pub fn arguments(&self) -> String {
+        let mut text = format!("--seed {} --ms {}", self.seed, self.ms);
+        if let Some(nodes) = self.nodes {
+            text += &format!(" --nodes {nodes}");
+        }
+        let left_out = FAULTS.iter().enumerate().filter(|(place, _)| self.without & 1 << place != 0);
+        let left_out: Vec<_> = left_out.map(|(_, name)| *name).collect();
+        if !left_out.is_empty() {
+            text += &format!(" --without {}", left_out.join(","));
+        }
+        text
+    }
 }
 
 /// What a run came to.
@@ -80,8 +105,9 @@ mod node;
 mod people;
 mod words;
 
-use faults::Mix;
-use node::{Node, node_now};
+use faults::{CLOG_US_MAX, Mix};
+pub use faults::{FAULTS, LATER};
+use node::Node;
 use people::Mood;
 use words::{brief, brief_op};
 
@@ -93,6 +119,7 @@ enum Happening {
     Telemetry,
     Operator,
     Fault,
+    Later,
     Restart(usize),
     Continue(usize, u64),
     Heal(u64),
@@ -133,6 +160,8 @@ fn name(index: usize) -> NodeId {
 pub struct World<S> {
     options: Options,
     dice: Dice,
+    /// For what came later than the seeds that are pinned.
+    more: Dice,
     mix: Mix,
     timings: Timings,
     retention: Retention,
@@ -153,6 +182,10 @@ pub struct World<S> {
     replies: BTreeMap<u64, Outcome>,
     calm: bool,
     summary: Summary,
+    /// Links that are slow, until when.
+    clogged: BTreeMap<(usize, usize), u64>,
+    /// What was reached.
+    pub coverage: Coverage,
 }
 
 type Step = Result<(), Violation>;
@@ -173,7 +206,8 @@ impl<S: Subject> World<S> {
         let mut dice = Dice::new(options.seed);
         let drawn = [3, 3, 3, 3, 3, 5, 5, 1, 2, 4, 7][dice.below(11)];
         let count = options.nodes.unwrap_or(drawn);
-        let mix = Mix::draw(&mut dice);
+        let mut more = Dice::new(options.seed ^ 0x6d6f_7265_6661_756c);
+        let mix = Mix::draw(&mut dice, &mut more, options.without);
         let (genesis, members) = genesis_of(count);
         let heartbeat_ms = dice.between(100, 240);
         let timings = Timings { heartbeat_ms, ..Timings::default() };
@@ -202,7 +236,10 @@ impl<S: Subject> World<S> {
             replies: BTreeMap::new(),
             calm: false,
             summary: Summary::default(),
+            clogged: BTreeMap::new(),
+            coverage: Coverage::default(),
             dice,
+            more,
         }
     }
 
@@ -216,6 +253,9 @@ impl<S: Subject> World<S> {
         self.plan(200_000, Happening::Operator);
         let first = self.mix.fault_us;
         self.plan(first, Happening::Fault);
+        if self.mix.later.iter().any(|weight| *weight > 0) {
+            self.plan(self.mix.later_us, Happening::Later);
+        }
         self.run_until(self.options.ms * 1000)?;
         self.liveness()?;
         self.fact(Fact::Over)?;
@@ -320,6 +360,14 @@ impl<S: Subject> World<S> {
                 self.plan(after, Happening::Fault);
                 self.misfortune()
             }
+            Happening::Later => {
+                if self.calm {
+                    return Ok(());
+                }
+                let after = self.more.between(1, self.mix.later_us * 2);
+                self.plan(after, Happening::Later);
+                self.later_misfortune()
+            }
             Happening::Restart(i) => self.start(i),
             Happening::Continue(i, epoch) => {
                 if self.nodes[i].epoch == epoch
@@ -396,7 +444,7 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_trace_and_another_seed_another() {
         let run = |seed| {
-            let options = Options { seed, ms: 3_000, nodes: Some(3), words: false, print: false };
+            let options = Options { ms: 3_000, nodes: Some(3), ..Options::of(seed) };
             let mut world = World::<Real>::new(options);
             let _ = world.run();
             world.trace.hash()

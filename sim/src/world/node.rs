@@ -31,6 +31,10 @@ pub(super) struct Node<S> {
     pub wall: u64,
     pub crash_after: Option<u64>,
     pub damaged: bool,
+    /// The disk fails at the next write: the process ends, and nobody knows what is on the disk.
+    pub write_fails: bool,
+    /// The process ends just before it carries out this moment of a commit.
+    pub crash_at: Option<usize>,
 }
 
 impl<S> Node<S> {
@@ -77,6 +81,8 @@ impl<S: Subject> World<S> {
             wall: 1_790_000_000_000 + dice.between(0, 60_000),
             crash_after: None,
             damaged: false,
+            write_fails: false,
+            crash_at: None,
         }
     }
 
@@ -91,7 +97,7 @@ impl<S: Subject> World<S> {
             self.nodes[i].mono_base = self.dice.between(1_000_000, 1_000_000_000);
             self.nodes[i].mono_from = self.now;
         }
-        let at = self.now;
+        let (at, count) = (self.now, self.nodes.len());
         let node = &mut self.nodes[i];
         node.epoch += 1;
         node.crash_after = None;
@@ -102,6 +108,7 @@ impl<S: Subject> World<S> {
             seed,
             fresh_incarnation,
             retention: self.retention,
+            peers: (0..count).map(name).collect(),
         };
         let incarnation = node.register.as_ref().map_or(fresh_incarnation, |register| register.incarnation);
         let (register, log, now) = (node.register.clone(), node.log.clone(), node.now(at));
@@ -154,6 +161,12 @@ impl<S: Subject> World<S> {
                 return Ok(());
             }
             if let Some(output) = process.pending.pop_front() {
+                let coordinates = process.view.as_ref().is_some_and(|view| view.coordinator == node.id);
+                if node.crash_at.is_some_and(|moment| Coverage::is_at(moment, &output, coordinates)) {
+                    (node.crash_after, node.crash_at) = (Some(0), None);
+                }
+                let dies = node.crash_after == Some(0);
+                self.coverage.output(&output, coordinates, dies);
                 match &mut node.crash_after {
                     Some(0) => {
                         self.crash(i)?;
@@ -181,6 +194,10 @@ impl<S: Subject> World<S> {
                 let epoch = self.nodes[i].epoch;
                 let process = self.nodes[i].process.as_mut().expect("it acts");
                 process.writing = Some(register);
+                if std::mem::take(&mut self.nodes[i].write_fails) {
+                    self.trace.line(at, id.as_str(), "can't write", String::new);
+                    return self.crash(i);
+                }
                 if slow == 0 || self.calm {
                     return self.written(i);
                 }
@@ -236,6 +253,7 @@ impl<S: Subject> World<S> {
             }
             Output::Announce(event) => {
                 self.trace.line(at, id.as_str(), "announces", || format!("{event:?}"));
+                self.coverage.announced(&event);
                 if let Event::Braked { service, .. } = &event {
                     self.fact(Fact::Braked(&id, service))?;
                 }
@@ -267,6 +285,7 @@ impl<S: Subject> World<S> {
         node.durable = node.log.len();
         node.checkpoint = Some(checkpoint);
         self.summary.installs += 1;
+        self.coverage.event("checkpoint taken over");
         Ok(())
     }
 
@@ -294,12 +313,23 @@ impl<S: Subject> World<S> {
             let known = self.truth.chosen(record.slot).expect("just chosen");
             self.summary.raises += u64::from(record.intent.act.raises_exposure());
             self.summary.unarmed += u64::from(!known.armed);
+            if !known.armed {
+                self.coverage.event("raise chosen in doubt");
+            }
             self.trace.line(self.now, "*", "chosen", || {
                 format!("slot {} {} {} in {ballot}", record.slot, record.intent.act.name(), record.intent.tx)
             });
             self.fact(Fact::Chosen(&record, &ballot))?;
         }
         Ok(())
+    }
+
+    /// Returns how much longer a message takes on a clogged link, in microseconds.
+    fn clog(&mut self, from: usize, to: usize) -> u64 {
+        match self.clogged.get(&(from, to)) {
+            Some(until) if *until > self.now => self.more.between(0, CLOG_US_MAX),
+            _ => 0,
+        }
     }
 
     pub(super) fn send(&mut self, i: usize, to: &NodeId, message: Message) -> Step {
@@ -333,7 +363,7 @@ impl<S: Subject> World<S> {
         let copies = 1 + u64::from(self.dice.chance(self.mix.twice_bp));
         for copy in 0..copies {
             let most = if copy > 0 { self.mix.delay_us_max * 5 } else { self.mix.delay_us_max };
-            let delay = self.dice.between(100, most);
+            let delay = self.dice.between(100, most) + self.clog(i, target);
             self.plan(delay, Happening::Deliver(target, from.clone(), incarnation, Box::new(message.clone())));
         }
         Ok(())

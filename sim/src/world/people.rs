@@ -40,6 +40,9 @@ impl<S: Subject> World<S> {
                     let stats: &mut Stats = if canary { &mut evidence.canary } else { &mut evidence.stable };
                     stats.record(latency_us, bad);
                 }
+                let (count, errors) = (evidence.canary.count, evidence.canary.errors);
+                let version = shown.serving.routing_version;
+                self.fact(Fact::Observed(service, version, count, errors))?;
                 observations.push(Observation {
                     service: service.clone(),
                     routing_version: shown.serving.routing_version,

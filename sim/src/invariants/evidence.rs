@@ -1,0 +1,88 @@
+//! I14: a step goes on, without an operator's word, only by evidence that was observed at that step.
+
+use std::collections::BTreeMap;
+
+use aviary::domain::ids::ServiceId;
+use aviary::domain::rollout::Change;
+use aviary::protocol::record::{Act, Record, Slot};
+
+use super::Invariant;
+use crate::truth::{Courses, Fact, Truth};
+
+/// I14.
+#[derive(Default)]
+pub struct Observed {
+    /// Canary answers really given at each routing version, and errors among them.
+    seen: BTreeMap<(ServiceId, u64), (u64, u64)>,
+    courses: Courses,
+    through: Slot,
+}
+
+impl Observed {
+    fn promoted(&self, record: &Record) -> Result<(), String> {
+        let Act::Change(service, Change::Promote { full: false, .. }) = &record.intent.act else { return Ok(()) };
+        let (Some(course), Some(state)) = (self.courses.now.get(service), &record.state) else { return Ok(()) };
+        let Some(spec) = course.spec.as_ref().filter(|spec| spec.stages[course.stage].weight.bp() > 0) else {
+            return Ok(());
+        };
+        // The version is the one after the change; what it was judged by was seen at the one before.
+        let judged = (service.clone(), state.version.saturating_sub(1));
+        let (count, errors) = self.seen.get(&judged).copied().unwrap_or_default();
+        if count < spec.analysis.min_samples {
+            return Err(format!(
+                "slot {}: {service} goes on from version {} after {count} canary answers, {} are needed",
+                record.slot, judged.1, spec.analysis.min_samples
+            ));
+        }
+        if errors == count {
+            return Err(format!("slot {}: {service} goes on though all {count} canary answers failed", record.slot));
+        }
+        Ok(())
+    }
+}
+
+impl Invariant for Observed {
+    fn name(&self) -> &'static str {
+        "I14 evidence"
+    }
+
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+        match fact {
+            Fact::Observed(service, version, count, errors) => {
+                let seen = self.seen.entry(((*service).clone(), *version)).or_default();
+                seen.0 += count;
+                seen.1 += errors;
+                Ok(())
+            }
+            Fact::Chosen(record, _) if record.slot > self.through => {
+                self.through = record.slot;
+                self.promoted(record)?;
+                self.courses.follow(record, true)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use aviary::domain::rollout::Target;
+
+    #[test]
+    fn a_step_without_evidence_is_caught() {
+        let (mut observed, truth) = (Observed::default(), truth());
+        let mut start = change(1, Change::Start(spec()));
+        start.state = Some(routing(1));
+        observed.see(&Fact::Chosen(&start, &ballot("a", 1)), &truth).unwrap();
+        let mut promote = change(2, Change::Promote { to: Target::Stage(1), full: false });
+        promote.state = Some(routing(2));
+        let least = spec().analysis.min_samples;
+        observed.see(&Fact::Observed(&service(), 1, least - 1, 0), &truth).unwrap();
+        let error = observed.promoted(&promote).unwrap_err();
+        assert!(error.contains("99 canary answers, 100 are needed"), "{error}");
+        observed.see(&Fact::Observed(&service(), 1, 1, 0), &truth).unwrap();
+        observed.promoted(&promote).unwrap();
+    }
+}
