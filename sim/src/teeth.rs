@@ -7,7 +7,7 @@ use aviary::domain::time::Now;
 use aviary::protocol::ledger::Ledger;
 use aviary::protocol::message::{Answer, Decision, GateVote, Message};
 use aviary::protocol::record::{Chosen, Register};
-use aviary::protocol::{Core, Input, Output, View};
+use aviary::protocol::{Core, Input, Observation, Output, View};
 use std::sync::Arc;
 
 use crate::subject::{Setup, Subject};
@@ -69,6 +69,8 @@ impl Tooth {
 struct Toothed<const BUG: u8> {
     core: Core,
     view: Option<Arc<View>>,
+    /// The traffic it saw last.
+    seen: Vec<Observation>,
 }
 
 impl<const BUG: u8> Subject for Toothed<BUG> {
@@ -116,7 +118,7 @@ impl<const BUG: u8> Subject for Toothed<BUG> {
             (_, register) => register,
         };
         let (core, outputs) = <Core as Subject>::start(setup, register, ledger, log, now);
-        let mut toothed = Self { core, view: None };
+        let mut toothed = Self { core, view: None, seen: Vec::new() };
         let outputs = toothed.bend(now, outputs);
         (toothed, outputs)
     }
@@ -129,7 +131,10 @@ impl<const BUG: u8> Subject for Toothed<BUG> {
 }
 
 impl<const BUG: u8> Toothed<BUG> {
-    fn bend_input(&self, mut input: Input) -> Input {
+    fn bend_input(&mut self, mut input: Input) -> Input {
+        if let (STALE, Input::Telemetry(observations)) = (BUG, &mut input) {
+            self.add_stale(observations);
+        }
         let Input::Received { message, .. } = &mut input else { return input };
         match (BUG, &mut **message) {
             (IGNORED, Message::Vote(vote)) => {
@@ -149,15 +154,23 @@ impl<const BUG: u8> Toothed<BUG> {
                     chosen.ballot = Some(certificate.ballot.clone());
                 }
             }
-            (STALE, Message::HealthSnapshot(snapshot)) => {
-                let now = self.view.as_ref().and_then(|view| view.services.get(&snapshot.service));
-                if let Some(version) = now.map(|shown| shown.service.routing.version) {
-                    snapshot.routing_version = version;
-                }
-            }
             _ => {}
         }
         input
+    }
+
+    /// What was observed at the step before comes again, as if it were observed at this one.
+    fn add_stale(&mut self, observations: &mut Vec<Observation>) {
+        let Some(view) = &self.view else { return };
+        let now = |seen: &Observation| {
+            let routing_version = view.services.get(&seen.service)?.service.routing.version;
+            (routing_version == seen.routing_version + 1).then(|| Observation { routing_version, ..seen.clone() })
+        };
+        let stale: Vec<_> = self.seen.iter().filter_map(now).collect();
+        self.seen.extend(observations.iter().cloned());
+        let spare = self.seen.len().saturating_sub(32);
+        self.seen.drain(..spare);
+        observations.extend(stale);
     }
 
     fn bend(&mut self, now: Now, mut outputs: Vec<Output>) -> Vec<Output> {
