@@ -21,9 +21,13 @@ fi
 step "tests"
 cargo test --workspace --quiet
 
-step "simulation: ${SIM_SEEDS:-300} seeds, each 20 virtual seconds of faults, then healing"
-cargo build --quiet --workspace --bins
+step "simulation: ${SIM_SEEDS:-300} seeds, each a virtual minute of faults, then healing"
+cargo build --quiet --package sim
 ./target/debug/sim --seeds "${SIM_SEEDS:-300}"
+step "simulation: the same traces in two processes"
+./target/debug/sim --determinism --seeds 20 --ms 5000
+step "simulation: seeded bugs are caught"
+./target/debug/sim --teeth --ms 20000
 
 step "dependencies"
 if cargo deny --version >/dev/null 2>&1; then cargo deny check; else skipped+=("dependencies: cargo-deny is not installed (cargo install cargo-deny)"); fi
