@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::error::Error;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -21,7 +22,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use metrics::Counter;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -69,9 +71,30 @@ impl HalfOpen {
     }
 }
 
+/// Where connections come from: the machine's TCP, or a simulated network.
+pub trait Accept: Send {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    /// Returns the next connection, and who made it.
+    fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Stream, SocketAddr)>> + Send;
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr)> {
+        let (stream, peer) = TcpListener::accept(self).await?;
+        // Without it answers wait for more to send; a connection that refuses it is about to end.
+        let _ = stream.set_nodelay(true);
+        Ok((stream, peer))
+    }
+}
+
 /// Serves HTTP/1 and HTTP/2 with `answer` until `shutdown`, then lets open requests end.
-pub async fn serve<A, F, B>(listener: TcpListener, limits: Limits, shutdown: CancellationToken, answer: A)
+pub async fn serve<L, A, F, B>(mut listener: L, limits: Limits, shutdown: CancellationToken, answer: A)
 where
+    L: Accept,
     A: Fn(Request<Incoming>, SocketAddr) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
@@ -103,7 +126,6 @@ where
                 }
             },
         };
-        let _ = stream.set_nodelay(true);
         let (end, evicted) = half_open.admit(id, half_open_max);
         evictions.increment(u64::from(evicted));
         let asked = Arc::new(AtomicBool::new(false));

@@ -23,6 +23,7 @@ mod testing;
 mod toy;
 mod trace;
 mod truth;
+mod whole;
 mod world;
 
 use coverage::Coverage;
@@ -73,6 +74,9 @@ struct Arguments {
     /// Fail unless everything that a long run must reach was reached.
     #[arg(long)]
     complete: bool,
+    /// Run whole nodes (codec, links, shell, HTTP) on turmoil's network, instead of the bare core.
+    #[arg(long)]
+    whole: bool,
     /// Run seeded bugs until each is caught; one that lives fails.
     #[arg(long)]
     teeth: bool,
@@ -114,6 +118,9 @@ fn main() -> anyhow::Result<ExitCode> {
             println!("{seed} {:016x}", trace_of(Options { seed, ..options }));
         }
         return Ok(ExitCode::SUCCESS);
+    }
+    if arguments.whole {
+        return run_whole(seeds, arguments.ms);
     }
     if arguments.determinism {
         return compare_processes(count);
@@ -217,6 +224,44 @@ fn run(arguments: &Arguments, seeds: std::ops::Range<u64>, options: Options) -> 
         bail!("{} moments were never reached, expected all in {count} seeds: {}", never.len(), never.join(", "));
     }
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[expect(clippy::disallowed_methods, reason = "seeds per second are real seconds; no run depends on them")]
+fn run_whole(seeds: std::ops::Range<u64>, ms: u64) -> anyhow::Result<ExitCode> {
+    let started = std::time::Instant::now();
+    let count = seeds.end - seeds.start;
+    let mut total = whole::Summary::default();
+    for seed in seeds {
+        let one = match whole::run(seed, ms) {
+            Ok(one) => one,
+            Err(error) => {
+                println!("\nVIOLATION {error:#}");
+                println!("REPRODUCE: cargo run --release -p sim -- --whole --seed {seed} --ms {ms}");
+                return Ok(ExitCode::FAILURE);
+            }
+        };
+        total.ms += one.ms;
+        total.decided += one.decided;
+        total.undecided += one.undecided;
+        total.served += one.served;
+        total.canary += one.canary;
+        total.crashes += one.crashes;
+        total.cuts += one.cuts;
+    }
+    let real = started.elapsed().as_secs_f64();
+    println!(
+        "{count} seeds of whole nodes in {real:.1} s ({:.1} seeds/s, {:.0}x real time): {} changes decided, {} not, \
+         {} predictions ({} by the canary), {} crashes, {} cuts",
+        count as f64 / real,
+        total.ms as f64 / 1000.0 / real,
+        total.decided,
+        total.undecided,
+        total.served,
+        total.canary,
+        total.crashes,
+        total.cuts
+    );
+    Ok(ExitCode::SUCCESS)
 }
 
 fn add(total: &mut Summary, one: &Summary) {

@@ -17,11 +17,10 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::NodeId;
-use crate::door;
+use crate::door::{self, Accept};
 use crate::node::handle::NodeHandle;
 
 pub mod auth;
@@ -77,7 +76,7 @@ impl ApiState {
 }
 
 /// Serves operators until the state's shutdown, then lets open requests end.
-pub async fn serve(listener: TcpListener, state: ApiState) {
+pub async fn serve(listener: impl Accept, state: ApiState) {
     let shutdown = state.shutdown.clone();
     let router = router(state);
     let answer = move |request: http::Request<hyper::body::Incoming>, _| {

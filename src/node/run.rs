@@ -65,19 +65,22 @@ const TICK: Duration = Duration::from_millis(20);
 /// Messages that may wait for the loop; links wait beyond that.
 const INPUTS_MAX: usize = 1024;
 
-/// Starts a node; returns once its control port is bound. `shutdown` ends it.
-pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Running> {
+/// Prepares a node: its door, and its loop, which runs on whatever runtime polls it until `shutdown`. The loop says
+/// through `bound` at which address its control port is open, or why it isn't.
+pub fn prepare(
+    parts: Parts,
+    bound: impl FnOnce(std::io::Result<String>) + Send,
+    shutdown: CancellationToken,
+) -> (NodeHandle, impl Future<Output = anyhow::Result<()>> + Send) {
     let Parts { settings, store, register, ledger, log, network, listen, peers, clock, failpoint } = parts;
     if let Some(failpoint) = &failpoint {
         warn!(?failpoint, "this process will abort itself: AVIARY_FAILPOINT is set");
     }
-    let node = settings.node.clone();
     let (core, outputs) = Core::start(settings, register, ledger, &log, clock.now());
     drop(log);
     let published = Published::new(core.view().clone(), clock.clone());
     let reader = store.reader();
     let (handle, requests, events) = NodeHandle::new(published.clone(), reader.clone());
-    let (started, bound) = std::sync::mpsc::channel();
     let body = async move {
         let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
         let view = core.view().clone();
@@ -89,15 +92,27 @@ pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Runnin
         shell.carry_out_local(early.0)?;
         match Links::start(network, identity, &listen, peers, inputs, shutdown.clone()).await {
             Ok(links) => {
-                let _ = started.send(Ok(links.address().to_string()));
+                bound(Ok(links.address().to_string()));
                 shell.run(links, early.1, requests, receiver, shutdown).await
             }
             Err(error) => {
-                let _ = started.send(Err(error));
+                bound(Err(error));
                 Ok(())
             }
         }
     };
+    (handle, body)
+}
+
+/// Starts a node on a thread of its own; returns once its control port is bound. `shutdown` ends it.
+pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Running> {
+    let node = parts.settings.node.clone();
+    let (started, bound) = std::sync::mpsc::channel();
+    let tell = move |address| {
+        // Nobody waits any more when the start was given up.
+        let _ = started.send(address);
+    };
+    let (handle, body) = prepare(parts, tell, shutdown);
     let name = format!("control-{node}");
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

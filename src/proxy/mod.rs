@@ -13,11 +13,10 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::ServiceId;
-use crate::door;
+use crate::door::{self, Accept};
 use crate::node::handle::NodeHandle;
 
 mod forward;
@@ -58,7 +57,7 @@ const HALF_OPEN_MAX: usize = 256;
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Serves clients until `shutdown`, then lets open requests end.
-pub async fn serve(listener: TcpListener, node: NodeHandle, settings: ProxySettings, shutdown: CancellationToken) {
+pub async fn serve(listener: impl Accept, node: NodeHandle, settings: ProxySettings, shutdown: CancellationToken) {
     let limits = door::Limits {
         name: "data",
         connections_max: settings.connections_max,

@@ -1,0 +1,171 @@
+//! Operators, users, and the judge who asks again in the end.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::ensure;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::Request;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use turmoil::net::TcpStream;
+
+use super::house::{API, DATA};
+use super::{LEASE_MS, NAMES, Town};
+use crate::dice::Dice;
+
+/// A change that was asked for, and what came of it.
+#[derive(Debug, Clone)]
+pub struct Answered {
+    pub key: String,
+    pub verb: &'static str,
+    /// COMMITTED, ABORTED, or why neither: the HTTP status, 0 for no answer.
+    pub word: String,
+    pub slot: u64,
+    /// When it was asked and answered, in virtual milliseconds.
+    pub asked: u64,
+    pub told: u64,
+}
+
+impl Answered {
+    pub fn decided(&self) -> bool {
+        ["COMMITTED", "ABORTED"].contains(&self.word.as_str())
+    }
+}
+
+/// A `/predict` answer.
+#[derive(Debug, Clone)]
+pub struct Served {
+    pub at: u64,
+    pub node: &'static str,
+    pub version: String,
+}
+
+/// Longest wait for an answer.
+const PATIENCE: Duration = Duration::from_secs(4);
+
+const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
+    stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 20\n    - pause: {}\n    \
+    - setWeight: 50\n    - pause: {}\n    - setWeight: 100\n    - pause: {}\n  analysis:\n    window: 30s\n    \
+    minSamples: 5\n    metrics:\n      - { name: errors, strategy: THRESHOLD, thresholdRange: { max: 5 }, onFailure: rollback }\n";
+
+fn now() -> u64 {
+    turmoil::sim_elapsed().unwrap_or_default().as_millis() as u64
+}
+
+/// Sends one request; none without an answer in time.
+async fn call(
+    node: &str,
+    port: u16,
+    path: &str,
+    key: Option<&str>,
+    body: &str,
+) -> Option<(u16, hyper::HeaderMap, Bytes)> {
+    let exchange = async {
+        let stream = TcpStream::connect((node, port)).await.ok()?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.ok()?;
+        let connection = tokio::spawn(connection);
+        let kind = if body.starts_with("apiVersion") { "application/yaml" } else { "application/json" };
+        let mut request = Request::post(path).header("host", node).header("content-type", kind);
+        if let Some(key) = key {
+            request = request.header("idempotency-key", key);
+        }
+        let request = request.body(Full::new(Bytes::from(body.to_string()))).ok()?;
+        let (head, body) = sender.send_request(request).await.ok()?.into_parts();
+        let body = body.collect().await.ok()?.to_bytes();
+        connection.abort();
+        Some((head.status.as_u16(), head.headers, body))
+    };
+    tokio::time::timeout(PATIENCE, exchange).await.ok().flatten()
+}
+
+async fn change(node: &str, verb: &'static str, key: &str) -> Answered {
+    let (path, body) = match verb {
+        "apply" => ("/v1/rollouts".to_string(), ROLLOUT),
+        verb => (format!("/v1/rollouts/svc/{verb}"), "{}"),
+    };
+    let asked = now();
+    let answer = call(node, API, &path, Some(key), body).await;
+    let json: Value = answer.as_ref().and_then(|(_, _, body)| serde_json::from_slice(body).ok()).unwrap_or_default();
+    let status = answer.map_or(0, |(status, ..)| status);
+    let word = json["status"].as_str().map_or_else(|| status.to_string(), Into::into);
+    Answered { key: key.into(), verb, word, slot: json["slot"].as_u64().unwrap_or(0), asked, told: now() }
+}
+
+/// Changes things at random until it is quiet.
+pub async fn operate(town: Town) -> turmoil::Result {
+    let mut dice = Dice::new(town.seed ^ 0x6f70);
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    let mut number = 0;
+    while !town.quiet.load(Ordering::Relaxed) {
+        number += 1;
+        let verbs = ["apply", "apply", "retry", "promote", "abort", "pause", "resume", "abort", "retry"];
+        let verb: &'static str = dice.pick::<&'static str>(&verbs);
+        let answered = change(NAMES[dice.below(3)], verb, &format!("k{number}")).await;
+        town.answered.lock().expect("nobody panics with it").push(answered);
+        tokio::time::sleep(Duration::from_millis(dice.between(10, 700))).await;
+    }
+    Ok(())
+}
+
+/// Asks all nodes for predictions until the judge is done.
+pub async fn use_it(town: Town) -> turmoil::Result {
+    let mut dice = Dice::new(town.seed ^ 0x7573);
+    while !town.judged.load(Ordering::Relaxed) {
+        let node = NAMES[dice.below(3)];
+        if let Some((200, headers, _)) = call(node, DATA, "/predict", None, "{}").await {
+            let version = headers.get("x-served-by").and_then(|value| value.to_str().ok()).unwrap_or("").to_string();
+            town.served.lock().expect("nobody panics with it").push(Served { at: now(), node, version });
+        }
+        tokio::time::sleep(Duration::from_millis(dice.between(5, 40))).await;
+    }
+    Ok(())
+}
+
+/// Asks for everything again: what was told stays so, on every node; and a rollback and a start are decided in time.
+pub async fn judge(town: Town) -> turmoil::Result {
+    let answered = town.answered.lock().expect("nobody panics with it").clone();
+    for (n, before) in answered.iter().filter(|answer| answer.decided()).enumerate() {
+        let again = change(NAMES[n % 3], before.verb, &before.key).await;
+        if (&again.word, again.slot) != (&before.word, before.slot) {
+            return Err(format!("I5: told {before:?}, later {again:?}").into());
+        }
+    }
+    // Whatever is going on ends here; the answers say that nobody's permission was needed, or that nothing goes on.
+    let _ = change("a", "apply", "judge-apply").await;
+    let _ = change("a", "retry", "judge-retry").await;
+    let abort = change("b", "abort", "judge-abort").await;
+    if !["COMMITTED", "UNCHANGED", "409"].contains(&abort.word.as_str()) || abort.told - abort.asked > 3_500 {
+        return Err(format!("liveness: a rollback after healing came to {abort:?}").into());
+    }
+    let mut states = Vec::new();
+    for node in NAMES {
+        let stream = call(node, API, "/v1/rollouts/svc/abort", Some("judge-abort"), "{}").await;
+        states.push(stream.map(|(status, _, body)| (status, String::from_utf8_lossy(&body).into_owned())));
+    }
+    if states.iter().any(Option::is_none) {
+        return Err(format!("liveness: a healed node doesn't answer: {states:?}").into());
+    }
+    town.judged.store(true, Ordering::Relaxed);
+    Ok(())
+}
+
+/// I9, as users see it: once a rollback was told, nobody serves the canary for longer than a lease, until a later start.
+/// A rollout that completed makes the canary stable, and ends the audit.
+pub fn audit(answered: &[Answered], served: &[Served]) -> anyhow::Result<()> {
+    let committed: Vec<_> = answered.iter().filter(|answer| answer.word == "COMMITTED").collect();
+    let promotions = |before: u64| answered.iter().filter(|a| a.verb == "promote" && a.asked < before).count();
+    for rollback in committed.iter().filter(|answer| answer.verb == "abort") {
+        if promotions(rollback.told) >= 3 {
+            // It may have been completed by promotions whose answers were lost.
+            break;
+        }
+        let from = rollback.told + LEASE_MS * 101 / 100 + 50;
+        let starts = answered.iter().filter(|a| ["apply", "retry"].contains(&a.verb) && a.told > rollback.asked);
+        let until = starts.map(|start| start.asked).min().unwrap_or(u64::MAX).max(rollback.told);
+        let late = served.iter().find(|served| served.version == "v2" && served.at > from && served.at < until);
+        ensure!(late.is_none(), "I9: {late:?} after {rollback:?}");
+    }
+    Ok(())
+}
