@@ -24,6 +24,8 @@ cargo test --workspace --quiet
 step "simulation: ${SIM_SEEDS:-300} seeds, each a virtual minute of faults, then healing"
 cargo build --quiet --package sim
 ./target/debug/sim --seeds "${SIM_SEEDS:-300}"
+step "simulation: whole nodes on turmoil's network"
+./target/debug/sim --whole --seeds "${SIM_WHOLE_SEEDS:-20}" --ms 20000
 step "simulation: the same traces in two processes"
 ./target/debug/sim --determinism --seeds 20 --ms 5000
 step "simulation: seeded bugs are caught"

@@ -12,6 +12,7 @@ use clap::Parser;
 
 mod coverage;
 mod dice;
+mod exhaust;
 mod invariants;
 mod scenarios;
 mod shrink;
@@ -74,6 +75,13 @@ struct Arguments {
     /// Fail unless everything that a long run must reach was reached.
     #[arg(long)]
     complete: bool,
+    /// Go through every order of everything at small bounds: crashes, wipes, timeouts, questions, losses, such as
+    /// 1,1,1,2,0.
+    #[arg(long, value_name = "C,W,T,Q,L", value_delimiter = ',')]
+    exhaust: Option<Vec<u8>>,
+    /// States at which an exhaustive search stops.
+    #[arg(long, default_value_t = 3_000_000)]
+    states: usize,
     /// Run whole nodes (codec, links, shell, HTTP) on turmoil's network, instead of the bare core.
     #[arg(long)]
     whole: bool,
@@ -119,6 +127,9 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(bounds) = &arguments.exhaust {
+        return exhaust_all(bounds, arguments.states);
+    }
     if arguments.whole {
         return run_whole(seeds, arguments.ms);
     }
@@ -130,6 +141,22 @@ fn main() -> anyhow::Result<ExitCode> {
         return Ok(bite(options));
     }
     run(&arguments, seeds, options)
+}
+
+fn exhaust_all(bounds: &[u8], states: usize) -> anyhow::Result<ExitCode> {
+    let [crashes, wipes, timeouts, asks, losses] =
+        bounds.try_into().with_context(|| format!("found {} numbers, expected 5: C,W,T,Q,L", bounds.len()))?;
+    ensure!(asks <= 3, "{asks} questions, expected at most 3");
+    match exhaust::search(exhaust::Bounds { crashes, wipes, timeouts, asks, losses, states }) {
+        Ok(found) => {
+            println!("{found:?}");
+            Ok(if found.complete { ExitCode::SUCCESS } else { ExitCode::from(2) })
+        }
+        Err(what) => {
+            println!("VIOLATION {what}");
+            Ok(ExitCode::FAILURE)
+        }
+    }
 }
 
 fn trace_of(options: Options) -> u64 {

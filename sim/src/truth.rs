@@ -59,6 +59,7 @@ pub struct Served<'a> {
 }
 
 /// A chosen slot.
+#[derive(Clone)]
 pub struct Known {
     /// The record.
     pub record: Record,
@@ -71,6 +72,7 @@ pub struct Known {
 }
 
 /// Who durably accepted what.
+#[derive(Debug, Clone)]
 pub struct Support {
     /// The record's hash.
     pub hash: Hash,
@@ -79,6 +81,7 @@ pub struct Support {
 }
 
 /// What is really so.
+#[derive(Clone)]
 pub struct Truth {
     /// Microseconds since the run began.
     pub now: u64,

@@ -87,6 +87,7 @@ impl Draws {
 }
 
 /// One node's part in the protocol. See [`crate::protocol`] for the contract with its caller.
+#[derive(Debug, Clone)]
 pub struct Core {
     pub(super) settings: Settings,
     pub(super) register: Register,
@@ -232,6 +233,16 @@ impl Core {
         }
         self.pump();
         self.finish()
+    }
+
+    /// Returns a number that tells apart cores that may answer alike questions of a commit differently: what an
+    /// exhaustive search knows its states by. Evidence and leases are left out.
+    pub fn fingerprint(&self) -> u64 {
+        let known: Vec<_> =
+            self.peers.values().map(|p| (p.unreachable, p.incarnation, p.head, p.role, &p.open)).collect();
+        let state = (&self.register, self.ledger.head_hash, self.rebuilding, known, &self.coordinator);
+        let open = (&self.cast, &self.prepared, self.accepted_at, &self.desk, &self.early, &self.draws, self.now);
+        xxhash_rust::xxh3::xxh3_64(format!("{state:?} {open:?}").as_bytes())
     }
 
     /// Returns the latest published view.
