@@ -3,5 +3,6 @@
 mod api;
 mod cluster;
 mod formats;
+mod fuzz;
 mod proxy;
 mod tidy;

@@ -1,7 +1,6 @@
 //! A node as a host of the simulated network.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -53,66 +52,63 @@ pub fn log_of(disk: &MemoryStore) -> Vec<(Slot, Hash)> {
 }
 
 /// One life of a node's process: begins with what its disk kept, and ends only by an error.
-pub fn live(i: usize, town: Town) -> impl Future<Output = turmoil::Result> {
-    async move {
-        let elapsed = turmoil::sim_elapsed().unwrap_or_default().as_micros() as u64;
-        let mut dice = Dice::new(town.seed ^ elapsed.rotate_left(17) ^ i as u64);
-        // What was appended and not synced is there in part, or not at all.
-        let store = {
-            let mut disk = town.disks[i].lock().expect("nobody panics with it");
-            let kept = disk.survivors(dice.below(4));
-            *disk = MemoryStore::of(kept);
-            disk.clone()
-        };
-        let node = NodeId::new(NAMES[i])?;
-        let others = NAMES.iter().filter(|name| **name != NAMES[i]);
-        let peers: BTreeMap<_, _> = others
-            .map(|name| Ok((NodeId::new(*name)?, format!("{name}:{CONTROL}"))))
-            .collect::<turmoil::Result<_>>()?;
-        let contents = store.survivors(usize::MAX);
-        let (ledger, log) = contents.recovered();
-        let parts = Parts {
-            settings: Settings {
-                node,
-                cluster: ledger.cluster,
-                timings: Timings::default(),
-                seed: dice.any(),
-                fresh_incarnation: Incarnation(dice.any() | 1 << 63),
-                retention: Retention::default(),
-                peers: peers.keys().cloned().collect(),
-            },
-            register: contents.register.clone(),
-            log: log.to_vec(),
-            ledger,
-            store: Box::new(store),
-            network: Arc::new(Simulated),
-            listen: format!("0.0.0.0:{CONTROL}"),
-            peers,
-            clock: Arc::new(SimulatedClock),
-            failpoint: None,
-        };
-        let shutdown = CancellationToken::new();
-        let (handle, body) = run::prepare(parts, |_| {}, shutdown.clone());
-        let body = tokio::spawn(body);
-        let settings = ProxySettings {
-            default_service: None,
-            connect_timeout_ms: 1_000,
-            first_byte_timeout_ms: 5_000,
-            idle_timeout_ms: 5_000,
-            header_timeout_ms: 5_000,
-            connections_max: 1_000,
-            requests_max: 500,
-        };
-        let data = Door(TcpListener::bind(("0.0.0.0", DATA)).await?);
-        tokio::spawn(proxy::serve(data, handle.clone(), settings, shutdown.clone()));
-        let door = Door(TcpListener::bind(("0.0.0.0", API)).await?);
-        // Nobody forwards: any node may decide, and the network between operators and nodes is not the one that is cut.
-        let state = ApiState::new(handle, BTreeMap::new(), None, api::metrics::install(), shutdown);
-        tokio::spawn(api::serve(door, state));
-        match body.await {
-            Ok(outcome) => Err(format!("node {} ended: {outcome:?}", NAMES[i]).into()),
-            Err(panic) => Err(format!("node {} broke an invariant: {panic}", NAMES[i]).into()),
-        }
+pub async fn live(i: usize, town: Town) -> turmoil::Result {
+    let elapsed = turmoil::sim_elapsed().unwrap_or_default().as_micros() as u64;
+    let mut dice = Dice::new(town.seed ^ elapsed.rotate_left(17) ^ i as u64);
+    // What was appended and not synced is there in part, or not at all.
+    let store = {
+        let mut disk = town.disks[i].lock().expect("nobody panics with it");
+        let kept = disk.survivors(dice.below(4));
+        *disk = MemoryStore::of(kept);
+        disk.clone()
+    };
+    let node = NodeId::new(NAMES[i])?;
+    let others = NAMES.iter().filter(|name| **name != NAMES[i]);
+    let peers: BTreeMap<_, _> =
+        others.map(|name| Ok((NodeId::new(*name)?, format!("{name}:{CONTROL}")))).collect::<turmoil::Result<_>>()?;
+    let contents = store.survivors(usize::MAX);
+    let (ledger, log) = contents.recovered();
+    let parts = Parts {
+        settings: Settings {
+            node,
+            cluster: ledger.cluster,
+            timings: Timings::default(),
+            seed: dice.any(),
+            fresh_incarnation: Incarnation(dice.any() | 1 << 63),
+            retention: Retention::default(),
+            peers: peers.keys().cloned().collect(),
+        },
+        register: contents.register.clone(),
+        log: log.to_vec(),
+        ledger,
+        store: Box::new(store),
+        network: Arc::new(Simulated),
+        listen: format!("0.0.0.0:{CONTROL}"),
+        peers,
+        clock: Arc::new(SimulatedClock),
+        failpoint: None,
+    };
+    let shutdown = CancellationToken::new();
+    let (handle, body) = run::prepare(parts, |_| {}, shutdown.clone());
+    let body = tokio::spawn(body);
+    let settings = ProxySettings {
+        default_service: None,
+        connect_timeout_ms: 1_000,
+        first_byte_timeout_ms: 5_000,
+        idle_timeout_ms: 5_000,
+        header_timeout_ms: 5_000,
+        connections_max: 1_000,
+        requests_max: 500,
+    };
+    let data = Door(TcpListener::bind(("0.0.0.0", DATA)).await?);
+    tokio::spawn(proxy::serve(data, handle.clone(), settings, shutdown.clone()));
+    let door = Door(TcpListener::bind(("0.0.0.0", API)).await?);
+    // Nobody forwards: any node may decide, and the network between operators and nodes is not the one that is cut.
+    let state = ApiState::new(handle, BTreeMap::new(), None, api::metrics::install(), shutdown);
+    tokio::spawn(api::serve(door, state));
+    match body.await {
+        Ok(outcome) => Err(format!("node {} ended: {outcome:?}", NAMES[i]).into()),
+        Err(panic) => Err(format!("node {} broke an invariant: {panic}", NAMES[i]).into()),
     }
 }
 

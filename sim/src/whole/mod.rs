@@ -72,9 +72,9 @@ pub fn run(seed: u64, ms: u64) -> anyhow::Result<Summary> {
         judged: Arc::default(),
         seed,
     };
-    for i in 0..3 {
+    for (i, name) in NAMES.into_iter().enumerate() {
         let town = town.clone();
-        sim.host(NAMES[i], move || house::live(i, town.clone()));
+        sim.host(name, move || house::live(i, town.clone()));
     }
     sim.client("operators", people::operate(town.clone()));
     sim.client("users", people::use_it(town.clone()));

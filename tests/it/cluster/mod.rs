@@ -4,7 +4,7 @@
 mod disk;
 mod failure;
 mod flood;
-mod harness;
+pub mod harness;
 mod identity;
 mod input;
 mod membership;
