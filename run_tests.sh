@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
 # Everything a change must pass: format, lints, tests over real processes, simulation. Prints what it skipped, and why.
+# `./run_tests.sh nightly` does the same for about an hour: many more seeds, kills, cuts and damages, in release builds.
 set -euo pipefail
 cd "$(dirname "$0")"
+
+case "${1:-}" in
+  "") profile=(); sim=./target/debug/sim; seeds=300; whole=20; rounds=() ; exhaust=0,0,0,2,0 ;;
+  nightly) profile=(--release); sim=./target/release/sim; seeds=10000; whole=500; rounds=(AVIARY_ROUNDS=120); exhaust=1,1,0,2,0 ;;
+  *) echo "run_tests.sh: found $1, expected nothing or: nightly" >&2; exit 1 ;;
+esac
 
 skipped=()
 step() { printf '\n== %s\n' "$*"; }
@@ -19,17 +26,24 @@ else
 fi
 
 step "tests"
-cargo test --workspace --quiet
+env "${rounds[@]}" cargo test --workspace --quiet "${profile[@]}"
 
-step "simulation: ${SIM_SEEDS:-300} seeds, each a virtual minute of faults, then healing"
-cargo build --quiet --package sim
-./target/debug/sim --seeds "${SIM_SEEDS:-300}"
-step "simulation: whole nodes on turmoil's network"
-./target/debug/sim --whole --seeds "${SIM_WHOLE_SEEDS:-20}" --ms 20000
+step "simulation: $seeds seeds, each a virtual minute of faults, then healing"
+cargo build --quiet --package sim "${profile[@]}"
+if [ -n "${1:-}" ]; then complete=(--complete); else complete=(); fi
+"$sim" --seeds "$seeds" "${complete[@]}"
+step "simulation: whole nodes on turmoil's network, $whole seeds"
+"$sim" --whole --seeds "$whole" --ms 20000
+step "simulation: every order of everything, within $exhaust (crashes, wipes, timeouts, questions, losses)"
+"$sim" --exhaust "$exhaust" --states 12000000
 step "simulation: the same traces in two processes"
-./target/debug/sim --determinism --seeds 20 --ms 5000
+"$sim" --determinism --seeds 100 --ms 5000
 step "simulation: seeded bugs are caught"
-./target/debug/sim --teeth --ms 20000
+"$sim" --teeth --ms 20000
+
+if [ "$(id -u)" != 0 ] || ! command -v ip >/dev/null; then
+  skipped+=("tests in network namespaces, on a small tmpfs: they need root and the tool ip (iproute2)")
+fi
 
 step "dependencies"
 if cargo deny --version >/dev/null 2>&1; then cargo deny check; else skipped+=("dependencies: cargo-deny is not installed (cargo install cargo-deny)"); fi

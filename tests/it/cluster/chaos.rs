@@ -34,9 +34,11 @@ enum Mode {
     Slow,
     /// Connections break, now and again.
     Reset,
+    /// Pieces come twice, now and again.
+    Twice,
 }
 
-const MODES: [Mode; 5] = [Mode::Hole, Mode::Towards, Mode::Back, Mode::Slow, Mode::Reset];
+const MODES: [Mode; 6] = [Mode::Hole, Mode::Towards, Mode::Back, Mode::Slow, Mode::Reset, Mode::Twice];
 
 /// A proxy in front of one node, for one caller.
 struct Link {
@@ -87,6 +89,9 @@ fn pass(mut from: TcpStream, mut to: TcpStream, towards: bool, mode: &AtomicU8) 
         }
         if now == Mode::Slow as u8 {
             std::thread::sleep(Duration::from_millis((noise >> 33) % 250));
+        }
+        if now == Mode::Twice as u8 && (noise >> 33).is_multiple_of(8) && to.write_all(&bytes[..count]).is_err() {
+            break;
         }
         if now == Mode::Reset as u8 && (noise >> 33).is_multiple_of(8) || to.write_all(&bytes[..count]).is_err() {
             break;
