@@ -20,7 +20,7 @@ use aviary::protocol::{Command, Core, Input, Op, Outcome, Output, RequestId, Ret
 use std::sync::Arc;
 
 use crate::truth::Truth;
-use crate::world::genesis_of;
+use crate::world::{first_register, genesis_of, name};
 
 /// What a search goes through.
 #[derive(Debug, Clone, Copy)]
@@ -91,10 +91,6 @@ enum Move {
     Wipe(usize),
 }
 
-fn name(i: usize) -> NodeId {
-    NodeId::new(char::from(b'a' + i as u8).to_string()).expect("a valid name")
-}
-
 fn index(node: &NodeId) -> usize {
     usize::from(node.as_str().as_bytes()[0] - b'a')
 }
@@ -127,17 +123,7 @@ fn question(number: u8) -> (usize, Op) {
 impl State {
     fn new(bounds: Bounds) -> Self {
         let (genesis, members) = genesis_of(NODES);
-        let register = |i: usize| Register {
-            cluster: ClusterId([7; 16]),
-            node: name(i),
-            incarnation: Incarnation(i as u64 + 1),
-            boot: 0,
-            promised: None,
-            accepted: None,
-            head: Slot(0),
-            head_hash: genesis.record.hash(),
-        };
-        let disk = |i| Disk { register: Some(register(i)), log: vec![genesis.clone()], durable: 1 };
+        let disk = |i| Disk { register: Some(first_register(i, &genesis)), log: vec![genesis.clone()], durable: 1 };
         let mut state = Self {
             now_ms: 10_000,
             cores: Vec::new(),

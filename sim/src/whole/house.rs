@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use aviary::adapters::memory::MemoryStore;
 use aviary::api::{self, ApiState};
-use aviary::domain::ids::{ClusterId, Incarnation, NodeId};
+use aviary::domain::ids::{Incarnation, NodeId};
 use aviary::domain::time::{Mono, Now, Wall};
 use aviary::door::Accept;
 use aviary::node::run::{self, Parts};
 use aviary::ports::{Clock, Connection, Later, Listener, Network};
-use aviary::protocol::record::{Hash, Register, Slot};
+use aviary::protocol::record::{Hash, Slot};
 use aviary::protocol::{Retention, Settings, Timings};
 use aviary::proxy::{self, ProxySettings};
 use tokio_util::sync::CancellationToken;
@@ -20,7 +20,7 @@ use turmoil::net::{TcpListener, TcpStream};
 
 use super::{NAMES, Town};
 use crate::dice::Dice;
-use crate::world::genesis_of;
+use crate::world::{first_register, genesis_of};
 
 /// Ports, the same on each host.
 pub const DATA: u16 = 8080;
@@ -29,19 +29,9 @@ const CONTROL: u16 = 7001;
 
 /// Returns the disks of three nodes that never ran.
 pub fn new_disks() -> [Arc<Mutex<MemoryStore>>; 3] {
-    let (genesis, members) = genesis_of(3);
-    NAMES.map(|name| {
-        let node = NodeId::new(name).expect("a valid name");
-        let register = Register {
-            cluster: ClusterId([7; 16]),
-            incarnation: members.0[&node].incarnation,
-            node,
-            boot: 0,
-            promised: None,
-            accepted: None,
-            head: Slot(0),
-            head_hash: genesis.record.hash(),
-        };
+    let (genesis, _) = genesis_of(3);
+    [0, 1, 2].map(|i| {
+        let register = first_register(i, &genesis);
         Arc::new(Mutex::new(MemoryStore::new(Some(register), vec![genesis.clone()])))
     })
 }

@@ -152,7 +152,22 @@ pub fn genesis_of(nodes: usize) -> (Chosen, Membership) {
     (Chosen { ballot: None, record }, members)
 }
 
-fn name(index: usize) -> NodeId {
+/// Returns the register of a node that never ran.
+pub fn first_register(index: usize, genesis: &Chosen) -> Register {
+    Register {
+        cluster: ClusterId([7; 16]),
+        node: name(index),
+        incarnation: Incarnation(index as u64 + 1),
+        boot: 0,
+        promised: None,
+        accepted: None,
+        head: Slot(0),
+        head_hash: genesis.record.hash(),
+    }
+}
+
+/// Returns the name of a node: a, b, c…
+pub fn name(index: usize) -> NodeId {
     NodeId::new(char::from(b'a' + index as u8).to_string()).expect("a valid name")
 }
 

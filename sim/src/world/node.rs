@@ -56,19 +56,9 @@ impl<S> Node<S> {
 
 impl<S: Subject> World<S> {
     pub(super) fn node(index: usize, genesis: &Chosen, dice: &mut Dice) -> Node<S> {
-        let register = Register {
-            cluster: ClusterId([7; 16]),
-            node: name(index),
-            incarnation: Incarnation(index as u64 + 1),
-            boot: 0,
-            promised: None,
-            accepted: None,
-            head: Slot(0),
-            head_hash: genesis.record.hash(),
-        };
         Node {
             id: name(index),
-            register: Some(register),
+            register: Some(first_register(index, genesis)),
             log: vec![genesis.clone()],
             checkpoint: None,
             first: 0,
