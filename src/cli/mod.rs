@@ -15,6 +15,7 @@ mod events;
 mod load;
 pub mod node;
 mod output;
+mod proxy;
 mod read;
 mod show;
 mod sse;
@@ -142,6 +143,8 @@ enum Verb {
     /// Check files without a cluster.
     #[command(subcommand)]
     Config(check::ConfigVerb),
+    /// Run the data plane alone, with a fixed weight.
+    Proxy(proxy::ProxyArgs),
     /// Run a demo model server with adjustable latency and errors.
     Upstream(upstream::UpstreamArgs),
     /// Send steady traffic and count who answers.
@@ -184,6 +187,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Cluster(cluster::ClusterVerb::Issue(args)) => cluster::issue(&args).map(|()| Exit::Done),
         Verb::Config(verb) => check::run(&verb),
         Verb::Token(args) => Ok(token::run(&args)),
+        Verb::Proxy(args) => proxy::run(&args),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "aviary", &mut std::io::stdout());
             Ok(Exit::Done)
@@ -215,7 +219,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         Verb::Events(args) => events::run(&api()?, &args, format).await,
         Verb::Upstream(args) => upstream::run(args).await,
         Verb::Load(args) => load::run(args, format).await,
-        Verb::Node(_) | Verb::Config(_) | Verb::Token(_) | Verb::Completions { .. } => {
+        Verb::Node(_) | Verb::Config(_) | Verb::Token(_) | Verb::Proxy(_) | Verb::Completions { .. } => {
             unreachable!("handled before the runtime starts")
         }
     }

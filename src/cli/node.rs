@@ -22,7 +22,7 @@ use crate::adapters::net::PlainNetwork;
 use crate::adapters::tls::{Files, TlsNetwork};
 use crate::api::auth::Tokens;
 use crate::api::{self, ApiState};
-use crate::config::node::{IdentityFiles, NodeConfig, is_loopback};
+use crate::config::node::{DataLimits, IdentityFiles, NodeConfig, is_loopback};
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::run::{self, Parts, Running};
@@ -76,7 +76,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     let servers = tokio_util::task::TaskTracker::new();
     // Clients wait in the port's queue meanwhile.
     handle.caught_up(CATCH_UP_MAX).await;
-    servers.spawn(proxy::serve(data, handle.clone(), proxy_settings(&config), shutdown.clone()));
+    servers.spawn(proxy::serve(data, handle.clone(), proxy_settings(&config.data), shutdown.clone()));
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
     servers.spawn(api::serve(door, state));
@@ -158,8 +158,9 @@ pub fn identity_files(config: &NodeConfig) -> Option<Files> {
     })
 }
 
-fn proxy_settings(config: &NodeConfig) -> ProxySettings {
-    let data = config.data.clone();
+/// Returns the data plane's settings, as a node's file says them.
+pub(super) fn proxy_settings(data: &DataLimits) -> ProxySettings {
+    let data = data.clone();
     ProxySettings {
         default_service: data.default_service,
         connect_timeout_ms: data.connect_timeout_ms,

@@ -301,7 +301,8 @@ fn backend(side: Side) -> Result<Backend, String> {
     Ok(Backend { version: side.version, urls })
 }
 
-fn checked_url(url: &str) -> Result<String, String> {
+/// Returns a server's address as it is used, or what is wrong with it.
+pub fn checked_url(url: &str) -> Result<String, String> {
     let uri: http::Uri = url.parse().map_err(|e| format!("url {url:?}: {e}, expected http://host:port"))?;
     let plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
     if uri.port_u16().is_none_or(|port| port == 0) || !plain || url.contains('#') {

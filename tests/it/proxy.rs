@@ -448,3 +448,34 @@ async fn a_client_that_reads_slowly_is_no_error_of_the_upstream() {
     assert!(answer.len() > 20 << 20, "{} bytes, expected 20 MiB", answer.len());
     assert_eq!(world.told_within(Duration::from_millis(300)).await.1, 0, "canary errors");
 }
+
+#[test]
+fn the_data_plane_alone_splits_by_its_weight_and_says_what_is_wrong() {
+    use crate::cluster::harness::{Http, Process, Upstream, aviary, free_port, wait};
+    let (v1, v2) = (Upstream::start("one"), Upstream::start("two"));
+    let listen = format!("127.0.0.1:{}", free_port());
+    let address = listen.parse().unwrap();
+    let arguments = |stable: &str, weight: &str| {
+        let mut command = aviary();
+        command.args(["proxy", "--listen", &listen, "--canary", &v2.url(), "--workers", "1"]);
+        command.args(["--stable", stable, "--weight", weight]);
+        command
+    };
+    for (stable, weight, expected) in [("x", "5", "expected http://host:port"), (&v1.url(), "105", "0 to 100")] {
+        let output = arguments(stable, weight).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(64) && said.contains(expected), "{said}");
+    }
+    let null = std::process::Stdio::null;
+    let _proxy = Process(arguments(&v1.url(), "20").stdout(null()).stderr(null()).spawn().unwrap());
+    let mut http = wait("the proxy", std::time::Duration::from_secs(5), || Http::connect_to(address).ok());
+    let mut canary = 0;
+    for _ in 0..1_000 {
+        let answer = http.send("POST", "/predict", &[], "{}").unwrap();
+        let by = answer.header("x-served-by").unwrap();
+        assert_eq!(answer.json()["model"], if by == "canary" { "two" } else { "one" });
+        canary += usize::from(by == "canary");
+    }
+    // Five standard deviations around 200.
+    assert!((137..=263).contains(&canary), "{canary} of 1000 went to the canary");
+}

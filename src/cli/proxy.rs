@@ -1,0 +1,157 @@
+//! `aviary proxy`: the data plane alone, with a fixed weight: for trying it out, and for benchmarks.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::Exit;
+use super::node::proxy_settings;
+use crate::adapters::clock::BootClock;
+use crate::adapters::memory::MemoryStore;
+use crate::config::node::DataLimits;
+use crate::config::rollout::checked_url;
+use crate::domain::analysis::Analysis;
+use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use crate::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use crate::domain::rollout::{Change, Mark, Service};
+use crate::domain::time::Mono;
+use crate::domain::weights::Weight;
+use crate::domain::window::Evidence;
+use crate::node::handle::{NodeHandle, Published, Request};
+use crate::ports::{Clock, Store};
+use crate::protocol::message::Role;
+use crate::protocol::record::{Hash, Slot};
+use crate::protocol::{ServiceView, Serving, View};
+use crate::proxy;
+
+/// Arguments of `aviary proxy`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  aviary proxy --listen 127.0.0.1:8080 --stable http://127.0.0.1:9101 \
+    --canary http://127.0.0.1:9102 --weight 5\n\nThe same code path as in a node, without a cluster: nobody agrees on the weight, and \
+    nothing is promoted. A canary\nthat fails five times in a row is off until the next start.")]
+pub struct ProxyArgs {
+    /// Where to listen.
+    #[arg(long, value_name = "ADDRESS")]
+    listen: String,
+    /// The stable version's server; several, separated by commas, take turns.
+    #[arg(long, value_name = "URL[,URL…]", value_delimiter = ',', required = true, value_parser = checked_url)]
+    stable: Vec<String>,
+    /// The canary's.
+    #[arg(long, value_name = "URL[,URL…]", value_delimiter = ',', required = true, value_parser = checked_url)]
+    canary: Vec<String>,
+    /// The canary's share, in percent, such as 5 or 0.01.
+    #[arg(long, value_name = "PERCENT", value_parser = weight)]
+    weight: Weight,
+    /// Threads that carry requests; default one for each core.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
+}
+
+fn weight(text: &str) -> Result<Weight, String> {
+    let percent = text.trim_end_matches('%').parse().map_err(|_| format!("found {text:?}, expected 0 to 100"))?;
+    Weight::from_percent(percent).map_err(|error| error.to_string())
+}
+
+/// Serves until SIGINT or SIGTERM.
+pub fn run(args: &ProxyArgs) -> anyhow::Result<Exit> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).compact().init();
+    let mut builder = match args.workers {
+        Some(1) => tokio::runtime::Builder::new_current_thread(),
+        workers => {
+            let mut builder = tokio::runtime::Builder::new_multi_thread();
+            workers.map(|workers| builder.worker_threads(workers.into()));
+            builder
+        }
+    };
+    builder.enable_all().build()?.block_on(serve(args))
+}
+
+async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
+    let view = Arc::new(view_of(args)?);
+    let listener = crate::adapters::listen::listen("data", &args.listen).await?;
+    let published = Published::new(view, Arc::new(BootClock));
+    // Nobody takes this weight back: its lease has no end.
+    published.set_lease(Some(Mono(u64::MAX / 2)));
+    let log = MemoryStore::default().reader();
+    let (handle, mut requests, _events) = NodeHandle::new(published, log);
+    tokio::spawn(async move {
+        while let Some(request) = requests.recv().await {
+            if let Request::BreakerTripped { reason, .. } = request {
+                warn!("everything goes to stable until the next start: {reason}");
+            }
+        }
+    });
+    let shutdown = CancellationToken::new();
+    let ended = tokio::spawn(proxy::serve(listener, handle, proxy_settings(&DataLimits::default()), shutdown.clone()));
+    eprintln!("{}: {} to the canary, the rest to stable", args.listen, args.weight);
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    shutdown.cancel();
+    ended.await?;
+    Ok(Exit::Done)
+}
+
+/// Returns what a node would publish whose cluster had agreed on this weight.
+fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
+    let id = ServiceId::new("proxy")?;
+    let backend =
+        |version: &str, urls: &[String]| anyhow::Ok(Backend { version: VersionId::new(version)?, urls: urls.into() });
+    let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
+    let weights = [args.weight, Weight::FULL];
+    let from = usize::from(args.weight == Weight::FULL);
+    let spec = RolloutSpec {
+        service: id.clone(),
+        stable: backend("stable", &args.stable)?,
+        canary: backend("canary", &args.canary)?,
+        stages: weights[from..].iter().map(|weight| stage(*weight)).collect(),
+        bake_ms: 0,
+        hash_on: None,
+        matches: Vec::new(),
+        analysis: Analysis::default(),
+        lease_ms: 2_000,
+        on_partition: OnPartition::Hold,
+        progress_deadline_ms: 600_000,
+    };
+    let spec = Arc::new(spec.checked()?);
+    let mark = Mark { tx: TxId::new("proxy")?, at: BootClock.now().wall };
+    let service = Service::after(None, &id, &Change::Start(spec.clone()), &mark).context("a first rollout")?;
+    let serving = Serving {
+        routing_version: service.routing.version,
+        stable: spec.stable.clone(),
+        canary: Some((spec.canary.clone(), args.weight.bp())),
+        lease_ms: None,
+        spec,
+        held_back: None,
+    };
+    let shown = ServiceView {
+        service,
+        slot: Slot(0),
+        hash: Hash::default(),
+        serving,
+        local: Evidence::default(),
+        cluster: Evidence::default(),
+        verdict: None,
+        waiting_for: String::new(),
+        enforced: true,
+    };
+    let node = NodeId::new("proxy")?;
+    Ok(View {
+        node: node.clone(),
+        cluster: ClusterId([0; 16]),
+        incarnation: Incarnation(0),
+        role: Role::Voter,
+        head: Slot(0),
+        head_hash: Hash::default(),
+        coordinator: node,
+        members: BTreeMap::new(),
+        services: BTreeMap::from([(id, shown)]),
+    })
+}
