@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 
 case "${1:-}" in
   "") profile=(); sim=./target/debug/sim; seeds=300; whole=20; rounds=() ; exhaust=0,0,0,2,0 ;;
-  nightly) profile=(--release); sim=./target/release/sim; seeds=10000; whole=500; rounds=(AVIARY_ROUNDS=120); exhaust=1,1,0,2,0 ;;
+  nightly) profile=(--release); sim=./target/release/sim; seeds=10000; whole=500; rounds=(AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000); exhaust=1,1,0,2,0 ;;
   *) echo "run_tests.sh: found $1, expected nothing or: nightly" >&2; exit 1 ;;
 esac
 
@@ -26,6 +26,7 @@ else
 fi
 
 step "tests"
+if [ -n "${1:-}" ]; then ulimit -n 20000; fi
 env "${rounds[@]}" cargo test --workspace --quiet "${profile[@]}"
 
 step "simulation: $seeds seeds, each a virtual minute of faults, then healing"

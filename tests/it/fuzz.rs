@@ -1,7 +1,7 @@
 //! Bytes that nobody meant: what is read from disks, wires, files and sockets never panics, and what is taken is whole.
 //!
 //! The corpus is small and kept here: the golden bytes of each format, the example rollout, one request of each kind.
-//! `AVIARY_ROUNDS=100000` for longer runs. Frames have their own, beside the frame codec.
+//! `AVIARY_CASES=100000` for longer runs. Frames have their own, beside the frame codec.
 
 use std::cell::Cell;
 use std::fmt::Debug;
@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 use crate::cluster::harness::{Cluster, MANUAL, http, rollout as example};
 
 fn rounds(default: u32) -> u32 {
-    std::env::var("AVIARY_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    std::env::var("AVIARY_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 fn runner(default: u32) -> TestRunner {

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::harness::{Cluster, Http, MANUAL, Upstream, http, rollout};
 
-/// Connections to each port; `AVIARY_ROUNDS=10000` for the real thing (`ulimit -n` must allow them twice).
+/// Connections to each port; `AVIARY_CONNECTIONS=10000` for the real thing (`ulimit -n` must allow them).
 fn connections() -> usize {
-    std::env::var("AVIARY_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1_000)
+    std::env::var("AVIARY_CONNECTIONS").ok().and_then(|text| text.parse().ok()).unwrap_or(600)
 }
 
 /// Returns the resident memory of node `i` in MiB.
