@@ -21,7 +21,7 @@ const KINDS: [&str; 12] = [
 pub const MOMENTS: usize = POINTS.len() * KINDS.len() * ROLES.len() + OTHER_POINTS.len() * ROLES.len();
 
 /// Things that happen somewhere in enough runs.
-const EVENTS: [&str; 21] = [
+const EVENTS: [&str; 22] = [
     "committed",
     "committed, asked again",
     "aborted",
@@ -43,6 +43,7 @@ const EVENTS: [&str; 21] = [
     "checkpoint taken over",
     "raise chosen in doubt",
     "old ballot refused",
+    "bit flipped",
 ];
 
 /// What was reached how often.

@@ -25,6 +25,7 @@ use crate::api::{self, ApiState};
 use crate::config::node::{DataLimits, IdentityFiles, NodeConfig, is_loopback};
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
+use crate::node::frame::VERSIONS;
 use crate::node::run::{self, Parts, Running};
 use crate::node::scrub;
 use crate::ports::{Network, Recovered};
@@ -140,6 +141,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
             network,
             listen: config.listen.control.clone(),
             peers: config.peers.iter().map(|(node, peer)| (node.clone(), peer.control.clone())).collect(),
+            versions: VERSIONS,
             clock: Arc::new(BootClock),
             failpoint: Failpoint::from_environment()?,
         },

@@ -23,8 +23,9 @@ use crate::protocol::record::{Chosen, Register, Slot};
 use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, RequestId, Settings};
 
 use super::failpoint::Failpoint;
+use super::frame::Versions;
 use super::handle::{NodeHandle, Published, Request};
-use super::link::{Identity, Links};
+use super::link::{Identity, Limits, Links};
 
 /// What a node is put together from.
 pub struct Parts {
@@ -44,6 +45,8 @@ pub struct Parts {
     pub listen: String,
     /// Its peers' control ports.
     pub peers: BTreeMap<NodeId, String>,
+    /// The protocol versions that it speaks.
+    pub versions: Versions,
     /// Its clocks.
     pub clock: Arc<dyn Clock>,
     /// Where a test wants it to die.
@@ -72,7 +75,7 @@ pub fn prepare(
     bound: impl FnOnce(std::io::Result<String>) + Send,
     shutdown: CancellationToken,
 ) -> (NodeHandle, impl Future<Output = anyhow::Result<()>> + Send) {
-    let Parts { settings, store, register, ledger, log, network, listen, peers, clock, failpoint } = parts;
+    let Parts { settings, store, register, ledger, log, network, listen, peers, versions, clock, failpoint } = parts;
     if let Some(failpoint) = &failpoint {
         warn!(?failpoint, "this process will abort itself: AVIARY_FAILPOINT is set");
     }
@@ -84,13 +87,14 @@ pub fn prepare(
     let body = async move {
         let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
         let view = core.view().clone();
+        let limits = Limits { versions, ..Limits::default() };
         let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
         let (replies, outgoing) = (BTreeMap::new(), BTreeMap::new());
         let mut shell = Shell { core, store, reader, published, events, clock, replies, outgoing, failpoint };
         // Nothing is sent before the start itself is durable: `boot` makes this process's ballots its own.
         let early = outputs.into_iter().partition::<Vec<_>, _>(|output| matches!(output, Output::Persist(_)));
         shell.carry_out_local(early.0)?;
-        match Links::start(network, identity, &listen, peers, inputs, shutdown.clone()).await {
+        match Links::start(limits, network, identity, &listen, peers, inputs, shutdown.clone()).await {
             Ok(links) => {
                 bound(Ok(links.address().to_string()));
                 shell.run(links, early.1, requests, receiver, shutdown).await

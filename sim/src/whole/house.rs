@@ -75,6 +75,7 @@ pub async fn live(i: usize, town: Town) -> turmoil::Result {
         network: Arc::new(Simulated),
         listen: format!("0.0.0.0:{CONTROL}"),
         peers,
+        versions: town.versions[i],
         clock: Arc::new(SimulatedClock),
         failpoint: None,
     };

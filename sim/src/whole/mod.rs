@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use aviary::adapters::memory::MemoryStore;
+use aviary::node::frame::Versions;
 
 use crate::dice::Dice;
 
@@ -21,6 +22,8 @@ use people::{Answered, Served};
 
 /// The nodes' names, which are also their hosts'.
 const NAMES: [&str; 3] = ["a", "b", "c"];
+/// The protocol versions of an old release, of one that speaks the next version too, and of one on the way there.
+const RELEASES: [Versions; 3] = [Versions { min: 1, max: 1 }, Versions { min: 1, max: 2 }, Versions { min: 0, max: 9 }];
 /// Length of a lease, in milliseconds: what a rollout has that names none.
 const LEASE_MS: u64 = 2_000;
 
@@ -51,6 +54,8 @@ struct Town {
     served: Arc<Mutex<Vec<Served>>>,
     quiet: Arc<AtomicBool>,
     judged: Arc<AtomicBool>,
+    /// What each node speaks: nodes may be of different releases.
+    versions: [Versions; 3],
     seed: u64,
 }
 
@@ -70,6 +75,7 @@ pub fn run(seed: u64, ms: u64) -> anyhow::Result<Summary> {
         served: Arc::default(),
         quiet: Arc::default(),
         judged: Arc::default(),
+        versions: [(); 3].map(|()| *dice.pick(&RELEASES)),
         seed,
     };
     for (i, name) in NAMES.into_iter().enumerate() {

@@ -2,9 +2,10 @@
 
 use super::*;
 use crate::coverage::MOMENTS;
+use aviary::adapters::disk;
 
 /// All kinds of faults; a run can be without some of them (`Options::without`, one bit each).
-pub const FAULTS: [&str; 20] = [
+pub const FAULTS: [&str; 21] = [
     "crash",
     "crash-mid",
     "pause",
@@ -22,6 +23,7 @@ pub const FAULTS: [&str; 20] = [
     "absurd",
     "membership",
     "crash-at",
+    "bit-flip",
     "drop",
     "twice",
     "slow-write",
@@ -31,8 +33,9 @@ pub(super) const CLOG_US_MAX: u64 = 3_000_000;
 const WIPE: usize = 3;
 const LOST_SUFFIX: usize = 10;
 const MEMBERSHIP: usize = 15;
+const BIT_FLIP: usize = 17;
 /// The kinds that came later and have draws of their own: without them, a seed is what it was before them.
-pub const LATER: u32 = 0b111_1111 << LOST_SUFFIX;
+pub const LATER: u32 = 0b1111_1111 << LOST_SUFFIX;
 
 /// How bad the world is: drawn for each seed, so that seeds differ in kind and not only in detail.
 pub(super) struct Mix {
@@ -45,8 +48,8 @@ pub(super) struct Mix {
     pub faults: [u64; 10],
     pub operator_us: u64,
     pub tick_us: u64,
-    /// lost suffix, failed write, clogged link, breaker, absurd telemetry, membership, crash at a moment.
-    pub later: [u64; 7],
+    /// lost suffix, failed write, clogged link, breaker, absurd telemetry, membership, crash at a moment, bit flip.
+    pub later: [u64; 8],
     pub later_us: u64,
 }
 
@@ -67,7 +70,7 @@ impl Mix {
             faults,
             operator_us: *dice.pick(&[100_000, 300_000, 1_000_000]),
             tick_us: dice.between(5_000, 25_000),
-            later: [0; 7],
+            later: [0; 8],
             later_us: *more.pick(&[150_000, 500_000, 2_000_000]),
         };
         for weight in &mut mix.later {
@@ -77,7 +80,7 @@ impl Mix {
         let moves = more.chance(2_500);
         mix.later[MEMBERSHIP - LOST_SUFFIX] = if moves { 8 } else { 0 };
         if moves && without & 1 << MEMBERSHIP == 0 {
-            (mix.faults[WIPE], mix.later[0]) = (0, 0);
+            (mix.faults[WIPE], mix.later[0], mix.later[BIT_FLIP - LOST_SUFFIX]) = (0, 0, 0);
         }
         mix.leave_out(without);
         mix
@@ -118,9 +121,7 @@ impl<S: Subject> World<S> {
     }
 
     pub(super) fn wipe(&mut self, i: usize) -> Step {
-        self.mend();
-        let damaged = self.nodes.iter().enumerate().filter(|(j, node)| *j == i || node.damaged).count();
-        if damaged > (self.nodes.len() - 1) / 2 {
+        if !self.may_damage(i) {
             return Ok(());
         }
         self.crash(i)?;
@@ -248,15 +249,71 @@ impl<S: Subject> World<S> {
                 self.nodes[i].crash_at = Some(self.more.below(MOMENTS));
                 Ok(())
             }
+            7 => self.flip_bit(i),
             _ => self.move_members(i),
         }
     }
 
-    /// A disk loses the end of its log, also what was synced; the register stays.
-    fn lose_suffix(&mut self, i: usize) -> Step {
+    /// Returns whether this node's disk may be damaged too, which a majority survives.
+    fn may_damage(&mut self, i: usize) -> bool {
         self.mend();
         let damaged = self.nodes.iter().enumerate().filter(|(j, node)| *j == i || node.damaged).count();
-        if damaged > (self.nodes.len() - 1) / 2 {
+        damaged <= (self.nodes.len() - 1) / 2
+    }
+
+    /// One bit of a disk turns: in the register's file, or in an entry of the journal; in the bytes that a real disk
+    /// holds, read by what reads a real disk.
+    fn flip_bit(&mut self, i: usize) -> Step {
+        if !self.may_damage(i) {
+            return Ok(());
+        }
+        self.crash(i)?;
+        let node = &mut self.nodes[i];
+        let Some(register) = &node.register else { return Ok(()) };
+        let what;
+        if self.more.chance(5_000) {
+            let mut bytes = disk::image(node.older.as_ref().unwrap_or(register), register);
+            // What is in use is the beginning of each half.
+            let half = self.more.below(2) * (bytes.len() / 2);
+            let span = *self.more.pick(&[600, 4_096, bytes.len() / 2]);
+            let at = half + self.more.below(span);
+            bytes[at] ^= 1 << self.more.below(8);
+            let found = disk::promises(&bytes);
+            what = format!("byte {at} of its register, which is lost: {}", found.is_none());
+            if found.as_ref().is_some_and(|found| found != register) {
+                return Err(Violation {
+                    invariant: "disk",
+                    what: format!("{}: a flipped bit made {found:?}", node.id),
+                });
+            }
+            node.damaged |= found.is_none();
+            node.register = found;
+        } else {
+            let least = node.checkpoint.as_ref().map_or(1, |checkpoint| checkpoint.slot.0 as usize + 1);
+            if least >= node.log.len() {
+                return Ok(());
+            }
+            let slot = self.more.between(least as u64, node.log.len() as u64 - 1) as usize;
+            let mut bytes = disk::encode_entry(&node.log[slot]);
+            let at = self.more.below(bytes.len());
+            bytes[at] ^= 1 << self.more.below(8);
+            if let Ok(other) = disk::decode_entry(&bytes) {
+                let what = format!("{}: a flipped bit of slot {slot} made {other:?}", node.id);
+                return Err(Violation { invariant: "disk", what });
+            }
+            what = format!("byte {at} of slot {slot} of {}", node.log.len());
+            node.log.truncate(slot);
+            node.durable = slot;
+            node.damaged = true;
+        }
+        self.trace.line(self.now, self.nodes[i].id.as_str(), "bit flips", || what);
+        self.coverage.event("bit flipped");
+        Ok(())
+    }
+
+    /// A disk loses the end of its log, also what was synced; the register stays.
+    fn lose_suffix(&mut self, i: usize) -> Step {
+        if !self.may_damage(i) {
             return Ok(());
         }
         self.crash(i)?;

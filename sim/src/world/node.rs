@@ -16,6 +16,8 @@ pub(super) struct Process<S> {
 pub(super) struct Node<S> {
     pub id: NodeId,
     pub register: Option<Register>,
+    /// Those before the last write, which the file still holds.
+    pub older: Option<Register>,
     /// The whole log as this node would have it, also what it keeps only the sum of.
     pub log: Vec<Chosen>,
     /// The sum it starts from.
@@ -59,6 +61,7 @@ impl<S: Subject> World<S> {
         Node {
             id: name(index),
             register: Some(first_register(index, genesis)),
+            older: None,
             log: vec![genesis.clone()],
             checkpoint: None,
             first: 0,
@@ -282,7 +285,7 @@ impl<S: Subject> World<S> {
     pub(super) fn written(&mut self, i: usize) -> Step {
         let node = &mut self.nodes[i];
         let Some(register) = node.process.as_mut().and_then(|process| process.writing.take()) else { return Ok(()) };
-        node.register = Some((*register).clone());
+        node.older = node.register.replace((*register).clone());
         node.durable = node.log.len();
         let id = node.id.clone();
         self.trace.fold_bytes(&codec::encode(&*register));

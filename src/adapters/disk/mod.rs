@@ -24,8 +24,10 @@ use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Act, Chosen, Register, Slot};
-use journal::{Chain, Failure, Journal, OpenFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
+use journal::{Chain, Failure, Journal, OpenFailure, Syncer, speaks_of_content};
+pub use journal::{decode_entry, encode_entry};
 use register::{RegisterFile, SLOT_BYTES, Saved, bytes_needed};
+pub use register::{image, promises};
 
 /// How long sled may take to open before its directory counts as broken.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);

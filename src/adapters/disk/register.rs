@@ -101,7 +101,7 @@ impl RegisterFile {
         }
         // What is read here may exist in memory alone, left by a process that died between write and sync.
         file.sync_all().map_err(|e| trouble(path, "sync the register", e))?;
-        let slots = [0, 1].map(|slot| read_slot(&bytes[slot * SLOT_BYTES..][..SLOT_BYTES], slot));
+        let slots = read_slots(&bytes);
         let highest = slots.iter().map(Slot::newest).max().unwrap_or(0);
         let saved = match length == FILE_BYTES as u64 {
             true => newest_promises(slots, |slot, why| {
@@ -291,6 +291,27 @@ fn read_slot(bytes: &[u8], slot: usize) -> Slot {
     // Every write goes over the first sectors: what is whole among them tells the last one.
     let last = sectors[..SECTORS_MIN].iter().flatten().copied().max().filter(|last| *last > 0);
     Slot::Rotten { why: why.clone(), newest: last.map(|last| last.max(newest)) }
+}
+
+fn read_slots(bytes: &[u8]) -> [Slot; 2] {
+    [0, 1].map(|slot| read_slot(&bytes[slot * SLOT_BYTES..][..SLOT_BYTES], slot))
+}
+
+/// Returns the bytes of the file after these two were written, the newer one last.
+pub fn image(older: &Register, newer: &Register) -> Vec<u8> {
+    let mut bytes = vec![0; SLOT_BYTES / SECTOR_BYTES * ROOM_BYTES];
+    bytes = [0, 1].map(|slot| sectors_of(0, slot, &bytes)).concat();
+    for (slot, register) in [older, newer].into_iter().enumerate() {
+        let written = slot_bytes(slot as u64 + 1, slot, &codec::encode(register), std::iter::empty());
+        bytes[slot * SLOT_BYTES..][..written.len()].copy_from_slice(&written);
+    }
+    bytes
+}
+
+/// Returns the promises that the bytes of a file hold; none when the newest may be lost. Panics on another length.
+pub fn promises(bytes: &[u8]) -> Option<Register> {
+    assert_eq!(bytes.len(), FILE_BYTES, "a register file never changes its length");
+    newest_promises(read_slots(bytes), |_, _| {}).map(|saved| saved.register)
 }
 
 fn read_payload(payload: &[u8]) -> Result<(Register, Vec<Vec<u8>>), String> {

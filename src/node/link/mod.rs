@@ -115,18 +115,6 @@ impl Links {
     ///
     /// Fails only when the port can't be bound. Runs until `shutdown`.
     pub async fn start(
-        network: Arc<dyn Network>,
-        identity: Identity,
-        listen: &str,
-        peers: BTreeMap<NodeId, String>,
-        inputs: mpsc::Sender<Input>,
-        shutdown: CancellationToken,
-    ) -> io::Result<Self> {
-        Self::start_with(Limits::default(), network, identity, listen, peers, inputs, shutdown).await
-    }
-
-    /// Does what [`Links::start`] does, within other limits.
-    pub async fn start_with(
         limits: Limits,
         network: Arc<dyn Network>,
         identity: Identity,

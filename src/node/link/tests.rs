@@ -50,7 +50,7 @@ async fn node_within(limits: Limits, me: &str, listen: &str, peer: &str, address
     let peers = [(id(peer), address.to_string())].into();
     let shutdown = CancellationToken::new();
     let network = Arc::new(PlainNetwork);
-    let links = Links::start_with(limits, network, identity(me), listen, peers, sender, shutdown).await.unwrap();
+    let links = Links::start(limits, network, identity(me), listen, peers, sender, shutdown).await.unwrap();
     Node { links, inputs }
 }
 
