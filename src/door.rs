@@ -10,7 +10,7 @@ use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use metrics::Counter;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -49,27 +49,7 @@ const HEADER_BYTES_MAX: u32 = 64 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Connections without a request, oldest first.
-#[derive(Clone, Default)]
-struct HalfOpen(Arc<Mutex<BTreeMap<u64, CancellationToken>>>);
-
-impl HalfOpen {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
-        self.0.lock().expect("nothing panics while it holds the connections")
-    }
-
-    /// Adds a connection; returns its end, and true when an older one had to go.
-    fn admit(&self, id: u64, most: usize) -> (CancellationToken, bool) {
-        let mut open = self.lock();
-        let evicted = open.len() >= most && open.pop_first().map(|(_, oldest)| oldest.cancel()).is_some();
-        let end = CancellationToken::new();
-        open.insert(id, end.clone());
-        (end, evicted)
-    }
-
-    fn remove(&self, id: u64) {
-        self.lock().remove(&id);
-    }
-}
+type HalfOpen = Mutex<BTreeMap<u64, CancellationToken>>;
 
 /// Where connections come from: the machine's TCP, or a simulated network.
 pub trait Accept: Send {
@@ -91,6 +71,142 @@ impl Accept for TcpListener {
     }
 }
 
+/// A port's bounds in force, shared by all who accept on it.
+#[derive(Clone)]
+pub struct Door {
+    limits: Limits,
+    places: Arc<Semaphore>,
+    half_open: Arc<HalfOpen>,
+    next: Arc<AtomicU64>,
+    evictions: Counter,
+    late: Counter,
+}
+
+/// A connection's place. Dropping it gives the place back.
+pub struct Admitted {
+    /// Cancelled when the connection must end because it has asked for nothing, and others wait.
+    pub end: CancellationToken,
+    id: u64,
+    asked: AtomicBool,
+    half_open: Arc<HalfOpen>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Admitted {
+    /// Says that the connection has asked for something.
+    pub fn asked(&self) {
+        if !self.asked.swap(true, Relaxed) {
+            lock(&self.half_open).remove(&self.id);
+        }
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.asked();
+    }
+}
+
+fn lock(half_open: &HalfOpen) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
+    half_open.lock().expect("nothing panics while it holds the connections")
+}
+
+impl Door {
+    /// Returns a door within these limits.
+    pub fn new(limits: Limits) -> Self {
+        let refused =
+            |class| metrics::counter!("aviary_connections_refused_total", "port" => limits.name, "class" => class);
+        Self {
+            limits,
+            places: Arc::new(Semaphore::new(limits.connections_max)),
+            half_open: Arc::default(),
+            next: Arc::default(),
+            evictions: refused("half_open"),
+            late: refused("header_deadline"),
+        }
+    }
+
+    /// Returns its limits.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Returns the next connection, once there is a place for it; none at the shutdown.
+    pub async fn admit<L: Accept>(
+        &self,
+        listener: &mut L,
+        shutdown: &CancellationToken,
+    ) -> Option<(L::Stream, SocketAddr, Admitted)> {
+        loop {
+            let place = tokio::select! {
+                () = shutdown.cancelled() => return None,
+                place = self.places.clone().acquire_owned() => place.expect("the semaphore is never closed"),
+            };
+            let accepted = tokio::select! {
+                () = shutdown.cancelled() => return None,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, peer)) => return Some((stream, peer, self.admitted(place))),
+                Err(error) => {
+                    // Out of descriptors, mostly: those that are open must end first.
+                    warn!(port = self.limits.name, %error, "a connection can't be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn admitted(&self, place: OwnedSemaphorePermit) -> Admitted {
+        let (id, end) = (self.next.fetch_add(1, Relaxed), CancellationToken::new());
+        let mut open = lock(&self.half_open);
+        if open.len() >= self.limits.half_open_max
+            && let Some((_, oldest)) = open.pop_first()
+        {
+            oldest.cancel();
+            self.evictions.increment(1);
+        }
+        open.insert(id, end.clone());
+        drop(open);
+        let half_open = self.half_open.clone();
+        Admitted { end, id, asked: AtomicBool::new(false), half_open, _place: place }
+    }
+
+    /// Returns what serves HTTP/1 and HTTP/2 within these limits.
+    pub fn http(&self) -> auto::Builder<TokioExecutor> {
+        let mut builder = auto::Builder::new(TokioExecutor::new());
+        let http1 = &mut builder.http1();
+        http1.timer(TokioTimer::new()).header_read_timeout(self.limits.header_timeout).half_close(true);
+        http1.max_buf_size(HEADER_BYTES_MAX as usize);
+        builder.http2().timer(TokioTimer::new()).max_header_list_size(HEADER_BYTES_MAX);
+        builder
+    }
+
+    /// Lets a connection run that asks for something in time. hyper's own limit on headers begins once the protocol is
+    /// known: a client that says nothing, or half of HTTP/2's preface, would keep its place for ever.
+    pub async fn watch(
+        &self,
+        connection: impl Future<Output = Result<(), Box<dyn Error + Send + Sync>>>,
+        place: &Admitted,
+        peer: SocketAddr,
+    ) {
+        let mut connection = pin!(connection);
+        let served = async {
+            match tokio::time::timeout(self.limits.header_timeout, connection.as_mut()).await {
+                Ok(ended) => ended,
+                Err(_) if place.asked.load(Relaxed) => connection.await,
+                Err(_) => {
+                    self.late.increment(1);
+                    Err("no request came in time".into())
+                }
+            }
+        };
+        if let Some(Err(error)) = place.end.run_until_cancelled(served).await {
+            debug!(port = self.limits.name, %peer, error, "connection ended");
+        }
+    }
+}
+
 /// Serves HTTP/1 and HTTP/2 with `answer` until `shutdown`, then lets open requests end.
 pub async fn serve<L, A, F, B>(mut listener: L, limits: Limits, shutdown: CancellationToken, answer: A)
 where
@@ -99,76 +215,21 @@ where
     F: Future<Output = Response<B>> + Send + 'static,
     B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
 {
-    let Limits { name, connections_max, half_open_max, header_timeout, grace } = limits;
-    let places = Arc::new(Semaphore::new(connections_max));
-    let half_open = HalfOpen::default();
-    let refused = |class| metrics::counter!("aviary_connections_refused_total", "port" => name, "class" => class);
-    let (evictions, late) = (refused("half_open"), refused("header_deadline"));
+    let door = Door::new(limits);
     let graceful = GracefulShutdown::new();
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    let http1 = &mut builder.http1();
-    http1.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(HEADER_BYTES_MAX as usize);
-    builder.http2().timer(TokioTimer::new()).max_header_list_size(HEADER_BYTES_MAX);
-    for id in 0.. {
-        let place = tokio::select! {
-            () = shutdown.cancelled() => break,
-            place = places.clone().acquire_owned() => place.expect("the semaphore is never closed"),
-        };
-        let (stream, peer) = tokio::select! {
-            () = shutdown.cancelled() => break,
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    // Out of descriptors, mostly: those that are open must end first.
-                    warn!(port = name, %error, "a connection can't be accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            },
-        };
-        let (end, evicted) = half_open.admit(id, half_open_max);
-        evictions.increment(u64::from(evicted));
-        let asked = Arc::new(AtomicBool::new(false));
-        let (first, waiting, answer) = (asked.clone(), half_open.clone(), answer.clone());
+    let http = door.http();
+    while let Some((stream, peer, place)) = door.admit(&mut listener, &shutdown).await {
+        let (place, answer, door) = (Arc::new(place), answer.clone(), door.clone());
+        let asking = place.clone();
         let service = service_fn(move |request| {
-            if !first.swap(true, Relaxed) {
-                waiting.remove(id);
-            }
+            asking.asked();
             let answered = answer(request, peer);
             async move { Ok::<_, Infallible>(answered.await) }
         });
-        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);
-        let (half_open, late) = (half_open.clone(), late.clone());
-        tokio::spawn(async move {
-            let served = until_asked(connection, &asked, header_timeout, &late);
-            let ended = end.run_until_cancelled(served).await;
-            half_open.remove(id);
-            if let Some(Err(error)) = ended {
-                debug!(port = name, %peer, error, "connection ended");
-            }
-            drop(place);
-        });
+        tokio::spawn(async move { door.watch(connection, &place, peer).await });
     }
     drop(listener);
-    let _ = tokio::time::timeout(grace, graceful.shutdown()).await;
-}
-
-/// Serves a connection that asks for something in time. hyper's own limit on headers begins once the protocol is known:
-/// a client that says nothing, or half of HTTP/2's preface, would keep its place for ever.
-async fn until_asked(
-    connection: impl Future<Output = Result<(), Box<dyn Error + Send + Sync>>>,
-    asked: &AtomicBool,
-    limit: Duration,
-    late: &Counter,
-) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let mut connection = pin!(connection);
-    match tokio::time::timeout(limit, connection.as_mut()).await {
-        Ok(ended) => ended,
-        Err(_) if asked.load(Relaxed) => connection.await,
-        Err(_) => {
-            late.increment(1);
-            Err("no request came in time".into())
-        }
-    }
+    let _ = tokio::time::timeout(limits.grace, graceful.shutdown()).await;
 }

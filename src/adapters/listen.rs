@@ -28,7 +28,7 @@ pub async fn listen(name: &str, address: &str) -> io::Result<TcpListener> {
     let until = Instant::now() + BORROWED_MAX;
     let mut said = false;
     loop {
-        match open(found) {
+        match open(found, false) {
             Ok(listener) => return Ok(listener),
             Err(error) if error.kind() != io::ErrorKind::AddrInUse => return Err(explained("can't be opened", error)),
             Err(error) if TcpStream::connect(found).await.is_ok() => {
@@ -49,13 +49,26 @@ pub async fn listen(name: &str, address: &str) -> io::Result<TcpListener> {
     }
 }
 
-fn open(address: SocketAddr) -> io::Result<TcpListener> {
+/// Listens on `address` as [`listen`] does, with as many listeners, among which the system spreads the connections.
+pub async fn listen_many(name: &str, address: &str, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    // Alone at first: a port that others share would be shared silently, with another program too.
+    let alone = listen(name, address).await?;
+    if count < 2 {
+        return Ok(vec![alone.into_std()?]);
+    }
+    let address = alone.local_addr()?;
+    drop(alone);
+    (0..count).map(|_| open(address, true)?.into_std()).collect()
+}
+
+fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
     // A restarted node must not wait for its old connections to be forgotten.
     socket.set_reuseaddr(true)?;
+    socket.set_reuseport(shared)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }

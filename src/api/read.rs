@@ -13,10 +13,15 @@ use crate::node::handle::NodeHandle;
 use crate::node::log::weights_json;
 use crate::protocol::{Mode, Outcome, ServiceView};
 
+/// Returns true for the paths that [`answer`] answers.
+pub fn is_here(path: &str) -> bool {
+    matches!(path, "/routing/state" | "/health/snapshot" | "/livez" | "/readyz")
+}
+
 /// Answers `/routing/state`, `/health/snapshot`, `/livez` and `/readyz`; none for any other path.
 pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Response<Full<Bytes>>> {
     let path = uri.path();
-    if !matches!(path, "/routing/state" | "/health/snapshot" | "/livez" | "/readyz") {
+    if !is_here(path) {
         return None;
     }
     if *method != Method::GET && *method != Method::HEAD {

@@ -17,12 +17,12 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
-use crate::adapters::listen::listen;
+use crate::adapters::listen::{listen, listen_many};
 use crate::adapters::net::PlainNetwork;
 use crate::adapters::tls::{Files, TlsNetwork};
 use crate::api::auth::Tokens;
 use crate::api::{self, ApiState};
-use crate::config::node::{DataLimits, IdentityFiles, NodeConfig, is_loopback};
+use crate::config::node::{IdentityFiles, NodeConfig, is_loopback};
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::frame::VERSIONS;
@@ -30,7 +30,7 @@ use crate::node::run::{self, Parts, Running};
 use crate::node::scrub;
 use crate::ports::{Network, Recovered};
 use crate::protocol::Settings;
-use crate::proxy::{self, ProxySettings};
+use crate::proxy;
 
 /// Arguments of `aviary node`.
 #[derive(Debug, Clone, Args)]
@@ -68,7 +68,7 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 
 async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()> {
     // Ports first: a taken one must not cost a start of the node itself.
-    let data = listen("data", &config.listen.data).await?;
+    let data = listen_many("data", &config.listen.data, config.data.workers()).await?;
     let door = listen("api", &config.listen.api).await?;
     let metrics = api::metrics::install();
     let shutdown = CancellationToken::new();
@@ -77,7 +77,8 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     let servers = tokio_util::task::TaskTracker::new();
     // Clients wait in the port's queue meanwhile.
     handle.caught_up(CATCH_UP_MAX).await;
-    servers.spawn(proxy::serve(data, handle.clone(), proxy_settings(&config.data), shutdown.clone()));
+    let plane = proxy::serve(data, handle.clone(), config.data.clone(), shutdown.clone());
+    servers.spawn(async { plane.await.unwrap_or_else(|failure| error!("{failure:#}")) });
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
     servers.spawn(api::serve(door, state));
@@ -158,20 +159,6 @@ pub fn identity_files(config: &NodeConfig) -> Option<Files> {
         certificate: cert.unwrap_or(made.certificate),
         key: key.unwrap_or(made.key),
     })
-}
-
-/// Returns the data plane's settings, as a node's file says them.
-pub(super) fn proxy_settings(data: &DataLimits) -> ProxySettings {
-    let data = data.clone();
-    ProxySettings {
-        default_service: data.default_service,
-        connect_timeout_ms: data.connect_timeout_ms,
-        first_byte_timeout_ms: data.first_byte_timeout_ms,
-        idle_timeout_ms: data.idle_timeout_ms,
-        header_timeout_ms: data.header_timeout_ms,
-        connections_max: data.connections_max,
-        requests_max: data.requests_max,
-    }
 }
 
 fn tokens(config: &NodeConfig) -> anyhow::Result<Option<Tokens>> {

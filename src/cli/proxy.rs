@@ -10,10 +10,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Exit;
-use super::node::proxy_settings;
 use crate::adapters::clock::BootClock;
 use crate::adapters::memory::MemoryStore;
-use crate::config::node::DataLimits;
 use crate::config::rollout::checked_url;
 use crate::domain::analysis::Analysis;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
@@ -28,6 +26,7 @@ use crate::protocol::message::Role;
 use crate::protocol::record::{Hash, Slot};
 use crate::protocol::{ServiceView, Serving, View};
 use crate::proxy;
+use crate::proxy::settings::ProxySettings;
 
 /// Arguments of `aviary proxy`.
 #[derive(Debug, Args)]
@@ -60,20 +59,13 @@ fn weight(text: &str) -> Result<Weight, String> {
 /// Serves until SIGINT or SIGTERM.
 pub fn run(args: &ProxyArgs) -> anyhow::Result<Exit> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).compact().init();
-    let mut builder = match args.workers {
-        Some(1) => tokio::runtime::Builder::new_current_thread(),
-        workers => {
-            let mut builder = tokio::runtime::Builder::new_multi_thread();
-            workers.map(|workers| builder.worker_threads(workers.into()));
-            builder
-        }
-    };
-    builder.enable_all().build()?.block_on(serve(args))
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(args))
 }
 
 async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let view = Arc::new(view_of(args)?);
-    let listener = crate::adapters::listen::listen("data", &args.listen).await?;
+    let settings = ProxySettings { workers: args.workers, ..ProxySettings::default() };
+    let listeners = crate::adapters::listen::listen_many("data", &args.listen, settings.workers()).await?;
     let published = Published::new(view, Arc::new(BootClock));
     // Nobody takes this weight back: its lease has no end.
     published.set_lease(Some(Mono(u64::MAX / 2)));
@@ -87,7 +79,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
         }
     });
     let shutdown = CancellationToken::new();
-    let ended = tokio::spawn(proxy::serve(listener, handle, proxy_settings(&DataLimits::default()), shutdown.clone()));
+    let ended = tokio::spawn(proxy::serve(listeners, handle, settings, shutdown.clone()));
     eprintln!("{}: {} to the canary, the rest to stable", args.listen, args.weight);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -95,7 +87,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
         _ = interrupt.recv() => {}
     }
     shutdown.cancel();
-    ended.await?;
+    ended.await??;
     Ok(Exit::Done)
 }
 

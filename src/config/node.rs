@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::domain::ids::{NodeId, ServiceId};
+use crate::domain::ids::NodeId;
 use crate::protocol::{Retention, Timings};
+use crate::proxy::settings::ProxySettings;
 
 /// A node's settings, checked.
 #[derive(Debug, Clone)]
@@ -31,7 +32,7 @@ pub struct NodeConfig {
     /// `[history]`: what is kept of the log.
     pub retention: Retention,
     /// `[data]`.
-    pub data: DataLimits,
+    pub data: ProxySettings,
     /// `[api] tokens_file`: bearer tokens; needed as soon as the API listens off loopback.
     pub tokens_file: Option<PathBuf>,
     /// `[control] ca, cert, key`: mutual TLS between the nodes, by default with what `aviary cluster init` makes in the
@@ -72,40 +73,6 @@ pub struct Peer {
     pub api: String,
 }
 
-/// Limits of the data plane.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DataLimits {
-    /// Longest wait for a connection to an upstream; default 3000, which forgives one lost SYN.
-    pub connect_timeout_ms: u64,
-    /// Longest wait for the first byte of an answer; default 30000.
-    pub first_byte_timeout_ms: u64,
-    /// Longest silence within an answer's body; default 60000.
-    pub idle_timeout_ms: u64,
-    /// Longest wait for a request's headers; default 5000.
-    pub header_timeout_ms: u64,
-    /// Connections at once; default 10000.
-    pub connections_max: usize,
-    /// Requests at once; default 5000.
-    pub requests_max: usize,
-    /// The service that `/predict` means; default the first by name.
-    pub default_service: Option<ServiceId>,
-}
-
-impl Default for DataLimits {
-    fn default() -> Self {
-        Self {
-            connect_timeout_ms: 3_000,
-            first_byte_timeout_ms: 30_000,
-            idle_timeout_ms: 60_000,
-            header_timeout_ms: 5_000,
-            connections_max: 10_000,
-            requests_max: 5_000,
-            default_service: None,
-        }
-    }
-}
-
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -122,7 +89,7 @@ struct File {
     #[serde(default)]
     history: HistoryPart,
     #[serde(default)]
-    data: DataLimits,
+    data: ProxySettings,
     #[serde(default)]
     api: ApiPart,
 }

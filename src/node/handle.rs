@@ -52,6 +52,8 @@ pub enum Request {
 #[derive(Clone)]
 pub struct Published {
     view: Arc<ArcSwap<View>>,
+    /// Counts the views.
+    number: Arc<AtomicU64>,
     /// Microseconds of the lease's start on the node's clock; 0: no lease.
     lease_from: Arc<AtomicU64>,
     clock: Arc<dyn Clock>,
@@ -60,12 +62,18 @@ pub struct Published {
 impl Published {
     /// Returns a publication of `view`, without a lease.
     pub fn new(view: Arc<View>, clock: Arc<dyn Clock>) -> Self {
-        Self { view: Arc::new(ArcSwap::new(view)), lease_from: Arc::new(AtomicU64::new(0)), clock }
+        let (view, number, lease_from) = (Arc::new(ArcSwap::new(view)), Arc::default(), Arc::default());
+        Self { view, number, lease_from, clock }
     }
 
     /// Returns the view in force.
     pub fn view(&self) -> Arc<View> {
         self.view.load_full()
+    }
+
+    /// Returns how many views were put in force since the first: who remembers it sees by one load that nothing is new.
+    pub fn number(&self) -> u64 {
+        self.number.load(Ordering::Acquire)
     }
 
     /// Returns the clock that leases are measured by.
@@ -76,6 +84,7 @@ impl Published {
     /// Puts a view in force.
     pub fn publish(&self, view: Arc<View>) {
         self.view.store(view);
+        self.number.fetch_add(1, Ordering::Release);
     }
 
     /// Moves the lease's start.
@@ -85,17 +94,25 @@ impl Published {
 
     /// Returns the milliseconds left of a lease of `lease_ms`; none when it ended or never began.
     pub fn lease_ms_left(&self, lease_ms: u64) -> Option<u64> {
+        self.lease_ms_left_at(lease_ms, self.clock.now().mono)
+    }
+
+    fn lease_ms_left_at(&self, lease_ms: u64, now: Mono) -> Option<u64> {
         let from = self.lease_from.load(Ordering::Acquire);
         let end = Mono(from).after_ms(lease_ms);
-        let now = self.clock.now().mono;
         (from > 0 && now < end).then(|| end.millis_since(now))
     }
 
     /// Returns the canary's share that may be served at this moment, in basis points.
     pub fn effective_bp(&self, serving: &Serving) -> u16 {
+        self.effective_bp_at(serving, self.clock.now().mono)
+    }
+
+    /// Returns the canary's share that may be served at `now`, read from [`Published::clock`], in basis points.
+    pub fn effective_bp_at(&self, serving: &Serving, now: Mono) -> u16 {
         let Some((_, bp)) = &serving.canary else { return 0 };
         match serving.lease_ms {
-            Some(lease_ms) if self.lease_ms_left(lease_ms).is_none() => 0,
+            Some(lease_ms) if self.lease_ms_left_at(lease_ms, now).is_none() => 0,
             _ => *bp,
         }
     }

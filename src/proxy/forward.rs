@@ -1,5 +1,10 @@
-//! One request, carried to an upstream and back, bodies streaming both ways.
+//! The general way: whatever HTTP has, hyper on both sides, bodies streaming both ways.
+//!
+//! HTTP/2 (gRPC with its trailers), HTTP/1.0, upgrades such as WebSocket, this node's own pages. Plain requests go by
+//! [`super::relay`], which decides alike and costs less.
 
+use std::convert::Infallible;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
@@ -8,31 +13,154 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, HOST, HeaderName, VIA};
-use http::uri::{Authority, Scheme};
+use http::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, TE, UPGRADE, VIA};
+use http::uri::Scheme;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::service::service_fn;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
+use tokio_util::sync::CancellationToken;
 
 use crate::domain::time::Mono;
+use crate::door::{Admitted, Door};
 
-use super::outcome::FAILURES_MAX;
-use super::table::{Pick, Pool, Route, Router};
-use super::{Body, BodyError, problem};
+use super::table::{NoRoute, Pick, Place, Route, Router};
+use super::upstream::{Pool, Server, Visit};
+use super::wire::is_hop_by_hop;
+use super::{Body, BodyError, own, problem};
 
-/// Headers that concern one connection only (RFC 9110, 7.6.1).
-const HOP_BY_HOP: [&str; 8] = [
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "transfer-encoding",
-    "upgrade",
-];
+/// What a worker's general way needs.
+#[derive(Clone)]
+pub struct General {
+    router: Arc<Router>,
+    lane: usize,
+    http1: Client<HttpConnector, Lent>,
+    http2: Client<HttpConnector, Lent>,
+}
+
+impl General {
+    /// Returns the general way of the worker that counts in this lane.
+    pub fn new(router: Arc<Router>, lane: usize) -> Self {
+        let client = |http2| {
+            let mut connector = HttpConnector::new();
+            connector.set_nodelay(true);
+            connector.set_connect_timeout(Some(router.settings.connect_timeout()));
+            let idle = Duration::from_millis(router.settings.upstream_keep_alive_ms);
+            let mut builder = Client::builder(TokioExecutor::new());
+            builder.pool_timer(TokioTimer::new()).pool_idle_timeout(idle).http2_only(http2).build(connector)
+        };
+        Self { http1: client(false), http2: client(true), lane, router }
+    }
+
+    /// Serves a connection of which this much was read, until it ends; `shutdown` lets its open requests end.
+    pub async fn serve<S>(
+        &self,
+        ahead: Vec<u8>,
+        stream: S,
+        peer: SocketAddr,
+        place: Admitted,
+        door: &Door,
+        shutdown: &CancellationToken,
+    ) where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let service = service_fn(|request| {
+            place.asked();
+            let general = self.clone();
+            async move { Ok::<_, Infallible>(answer(&general, request, peer).await) }
+        });
+        let stream = TokioIo::new(Rewound { ahead: ahead.into(), stream });
+        let http = door.http();
+        let connection = async {
+            let mut connection = pin!(http.serve_connection_with_upgrades(stream, service));
+            tokio::select! {
+                ended = connection.as_mut() => return ended,
+                () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+            }
+            connection.await
+        };
+        door.watch(connection, &place, peer).await;
+    }
+
+    fn count(&self, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
+        if let Some(reason) = self.router.count(self.lane, route, pick, status, began, error) {
+            let (node, service, version) =
+                (self.router.node.clone(), route.service.clone(), route.serving.routing_version);
+            tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
+        }
+    }
+}
+
+/// A connection of which something was read already.
+struct Rewound<S> {
+    ahead: Bytes,
+    stream: S,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Rewound<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.ahead.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, into);
+        }
+        let length = self.ahead.len().min(into.remaining());
+        into.put_slice(&self.ahead.split_to(length));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Rewound<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+async fn answer(general: &General, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
+    let router = &general.router;
+    if let Some(response) = crate::api::read::answer(&router.node, request.method(), request.uri()).await {
+        return response.map(own);
+    }
+    let grpc = is_grpc(request.headers());
+    let Some(place) = router.place() else {
+        let mut response = problem(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once", grpc);
+        response.headers_mut().insert(http::header::RETRY_AFTER, HeaderValue::from_static("1"));
+        return response;
+    };
+    let table = router.table();
+    match table.route_of(&router.settings, request.uri().path(), request.headers()) {
+        Ok(route) => forward(general, route, request, peer, place).await,
+        Err(NoRoute { status, why }) => problem(StatusCode::from_u16(status).unwrap_or_default(), &why, grpc),
+    }
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
 
 /// What a request's body is doing, told by [`Lent`] to whoever waits for the answer.
 struct Upload {
@@ -129,30 +257,57 @@ enum Failure {
 }
 
 /// Carries a request to whoever serves it.
-pub async fn forward(
-    router: &Arc<Router>,
+async fn forward(
+    general: &General,
     route: &Arc<Route>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
     peer: SocketAddr,
+    place: Place,
 ) -> Response<Body> {
-    let mut pick = router.pick(route, request.headers());
+    let router = &general.router;
+    let began = router.now();
+    let mut pick = router.pick(route, request.headers(), began);
+    let grpc = is_grpc(request.headers());
+    let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
     prepare(&mut head.headers, &head.uri, peer);
     let upload = Arc::new(Upload::new(body));
-    let began = now(router);
     loop {
-        let pool = match (pick, &route.canary) {
-            (Pick::Canary, Some(canary)) => canary,
-            _ => &route.stable,
-        };
+        let pool = route.pool(pick);
         if pool.servers.is_empty() {
-            return answered_here(router, route, pool, pick, began);
+            return answered_here(general, route, pool, pick, began);
         }
-        match attempt(router, pool, &head, &upload).await {
-            Ok(answer) => return passed_on(router, route, pool, pick, began, answer, upload),
+        match attempt(general, pool, &head, &upload, began).await {
+            Ok((mut answer, visit)) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                general.count(route, pick, 101, began, false);
+                let Some(client) = upgrade else {
+                    return problem(StatusCode::BAD_GATEWAY, "found a switch of protocols that nobody asked for", grpc);
+                };
+                join(client, hyper::upgrade::on(&mut answer), place, visit);
+                let (mut head, _) = answer.into_parts();
+                mark(&mut head.headers, route, pool);
+                head.extensions.clear();
+                return Response::from_parts(head, own(Default::default()));
+            }
+            Ok((answer, visit)) => {
+                let counted = false;
+                let outcome = Outcome {
+                    general: general.clone(),
+                    route: route.clone(),
+                    pick,
+                    status: answer.status().as_u16(),
+                    began,
+                    counted,
+                    upload,
+                    visit,
+                    grpc,
+                    _place: place,
+                };
+                return passed_on(pool, answer, outcome);
+            }
             Err(failure) => {
                 if !matches!(failure, Failure::Client(_)) {
-                    count(router, route, pick, 502, began, true);
+                    general.count(route, pick, 502, began, true);
                 }
                 let untouched = upload.body().is_some();
                 if pick == Pick::Canary && untouched && matches!(failure, Failure::Unreachable(_)) {
@@ -171,7 +326,7 @@ pub async fn forward(
                     Failure::Broken(why) => (StatusCode::BAD_GATEWAY, format!("{} broke off: {why}", pool.version)),
                     Failure::Client(why) => (StatusCode::REQUEST_TIMEOUT, why.to_string()),
                 };
-                let mut response = problem(status, json!({"error": error}));
+                let mut response = problem(status, &error, grpc);
                 mark(response.headers_mut(), route, pool);
                 return response;
             }
@@ -179,22 +334,40 @@ pub async fn forward(
     }
 }
 
+/// Joins both sides of a connection that is HTTP no more.
+fn join(client: hyper::upgrade::OnUpgrade, upstream: hyper::upgrade::OnUpgrade, place: Place, visit: Visit) {
+    tokio::spawn(async move {
+        let _held = (place, visit);
+        if let (Ok(client), Ok(upstream)) = tokio::join!(client, upstream) {
+            let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(upstream)).await;
+        }
+    });
+}
+
 /// Tries a version's servers until one takes the request.
 async fn attempt(
-    router: &Router,
+    general: &General,
     pool: &Pool,
     head: &http::request::Parts,
     upload: &Arc<Upload>,
-) -> Result<Response<Incoming>, Failure> {
-    let mut unreachable = String::new();
-    for server in pool.in_turn() {
+    began: Mono,
+) -> Result<(Response<Incoming>, Visit), Failure> {
+    let (mut unreachable, mut tried) = (String::new(), Vec::new());
+    while let Some(visit) = pool.choose(began, &tried) {
+        let server = visit.server.clone();
+        tried.push(server.id);
         let body = upload.body().take();
         let body = Lent { body, upload: upload.clone(), read: false };
-        let request = outgoing(head, server, body);
-        let limit = Duration::from_millis(router.settings.first_byte_timeout_ms);
-        match in_time(limit, upload, router.client.request(request)).await {
-            Some(Ok(answer)) => return Ok(answer),
-            Some(Err(error)) if error.is_connect() => unreachable = format!("{server}: {}", root(&error)),
+        let request = outgoing(head, &server, body);
+        let limit = Duration::from_millis(general.router.settings.first_byte_timeout_ms);
+        let client = if server.http2 { &general.http2 } else { &general.http1 };
+        let answered = in_time(limit, upload, client.request(request)).await;
+        if !matches!(answered, Some(Ok(_))) && !upload.is(CUT) {
+            visit.ended(true, general.router.now());
+        }
+        match answered {
+            Some(Ok(answer)) => return Ok((answer, visit)),
+            Some(Err(error)) if error.is_connect() => unreachable = format!("{}: {}", server.authority, root(&error)),
             Some(Err(_)) if upload.is(CUT) => return Err(Failure::Client("the request's body broke off")),
             Some(Err(error)) => return Err(Failure::Broken(root(&error))),
             None if upload.is(AWAITED) => return Err(Failure::Client("the request's body stopped coming")),
@@ -229,13 +402,20 @@ fn root(error: &dyn std::error::Error) -> String {
     cause.to_string()
 }
 
-fn outgoing(head: &http::request::Parts, server: &Authority, body: Lent) -> Request<Lent> {
+fn outgoing(head: &http::request::Parts, server: &Server, body: Lent) -> Request<Lent> {
     let mut request = Request::new(body);
     *request.method_mut() = head.method.clone();
     *request.headers_mut() = head.headers.clone();
+    if server.http2 {
+        request.headers_mut().remove(CONNECTION);
+        request.headers_mut().remove(UPGRADE);
+        *request.version_mut() = http::Version::HTTP_2;
+    } else {
+        request.headers_mut().remove(TE);
+    }
     let mut uri = head.uri.clone().into_parts();
     uri.scheme = Some(Scheme::HTTP);
-    uri.authority = Some(server.clone());
+    uri.authority = Some(server.authority.clone());
     uri.path_and_query.get_or_insert_with(|| http::uri::PathAndQuery::from_static("/"));
     *request.uri_mut() = Uri::from_parts(uri).expect("a scheme, an authority and a path make a URI");
     request
@@ -243,7 +423,16 @@ fn outgoing(head: &http::request::Parts, server: &Authority, body: Lent) -> Requ
 
 /// Makes a client's headers an upstream's.
 fn prepare(headers: &mut HeaderMap, uri: &Uri, peer: SocketAddr) {
+    let upgrade = headers.get(UPGRADE).cloned();
+    let trailers = headers.get(TE).is_some_and(|te| te == "trailers");
     strip(headers);
+    if let Some(upgrade) = upgrade {
+        headers.insert(UPGRADE, upgrade);
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    if trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
     if let Some(authority) = uri.authority().filter(|_| !headers.contains_key(HOST))
         && let Ok(host) = HeaderValue::from_str(authority.as_str())
     {
@@ -253,8 +442,14 @@ fn prepare(headers: &mut HeaderMap, uri: &Uri, peer: SocketAddr) {
         headers.entry("x-forwarded-host").or_insert(host);
     }
     headers.entry("x-forwarded-proto").or_insert(HeaderValue::from_static("http"));
-    let before = headers.get("x-forwarded-for").and_then(|value| value.to_str().ok());
-    let through = before.map_or_else(|| peer.ip().to_string(), |before| format!("{before}, {}", peer.ip()));
+    let before = headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
+    let through = before.map(str::to_string).chain([peer.ip().to_string()]).collect::<Vec<_>>().join(", ");
+    if headers.contains_key("forwarded") {
+        let node = if peer.is_ipv6() { format!("\"[{}]\"", peer.ip()) } else { peer.ip().to_string() };
+        if let Ok(line) = HeaderValue::from_str(&format!("for={node};proto=http")) {
+            headers.append("forwarded", line);
+        }
+    }
     if let Ok(through) = HeaderValue::from_str(&through) {
         headers.insert("x-forwarded-for", through);
     }
@@ -269,7 +464,8 @@ fn strip(headers: &mut HeaderMap) {
         .filter_map(|name| name.trim().parse().ok())
         .collect();
     named.into_iter().for_each(|name| drop(headers.remove(name)));
-    HOP_BY_HOP.iter().for_each(|name| drop(headers.remove(*name)));
+    let hops: Vec<_> = headers.keys().filter(|name| is_hop_by_hop(name.as_str())).cloned().collect();
+    hops.into_iter().for_each(|name| drop(headers.remove(name)));
 }
 
 /// Says who served.
@@ -280,91 +476,60 @@ fn mark(headers: &mut HeaderMap, route: &Route, pool: &Pool) {
     headers.insert("x-routing-version", HeaderValue::from(route.serving.routing_version));
 }
 
-fn now(router: &Router) -> Mono {
-    router.node.published.clock().now().mono
-}
-
-fn count(router: &Router, route: &Arc<Route>, pick: Pick, status: u16, began: Mono, error: bool) {
-    let latency_us = now(router).0.saturating_sub(began.0);
-    count_at(router, route, pick, status, latency_us, error);
-}
-
-fn count_at(router: &Router, route: &Arc<Route>, pick: Pick, status: u16, latency_us: u64, error: bool) {
-    let track = &route.track;
-    match (pick, &track.canary) {
-        (Pick::Canary, Some(canary)) => {
-            canary.add(status, latency_us, error);
-            if track.breaker.canary(error) {
-                let reason = format!("the last {FAILURES_MAX} canary answers failed while stable's did not");
-                let (node, service, version) =
-                    (router.node.clone(), route.service.clone(), route.serving.routing_version);
-                tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
-            }
-        }
-        _ => {
-            track.stable.add(status, latency_us, error);
-            track.breaker.stable(error);
-        }
-    }
-}
-
 /// A version without servers: the node says who would have served.
-fn answered_here(router: &Router, route: &Arc<Route>, pool: &Pool, pick: Pick, began: Mono) -> Response<Body> {
-    let node = router.node.published.view().node.clone();
+fn answered_here(general: &General, route: &Route, pool: &Pool, pick: Pick, began: Mono) -> Response<Body> {
+    let node = general.router.node.published.view().node.clone();
     let body = json!({
         "service": route.service, "served_by": pool.version, "routing_version": route.serving.routing_version, "node": node,
     });
-    let mut response = problem(StatusCode::OK, body);
+    let mut response = Response::new(own(body.to_string().into()));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     mark(response.headers_mut(), route, pool);
-    count(router, route, pick, 200, began, false);
+    general.count(route, pick, 200, began, false);
     response
 }
 
 /// An upstream's answer, on its way to the client.
-fn passed_on(
-    router: &Arc<Router>,
-    route: &Arc<Route>,
-    pool: &Pool,
-    pick: Pick,
-    began: Mono,
-    answer: Response<Incoming>,
-    upload: Arc<Upload>,
-) -> Response<Body> {
+fn passed_on(pool: &Pool, answer: Response<Incoming>, mut outcome: Outcome) -> Response<Body> {
     let (mut head, body) = answer.into_parts();
     strip(&mut head.headers);
-    mark(&mut head.headers, route, pool);
-    let status = head.status.as_u16();
-    let counted = head.status.is_server_error();
-    if counted {
+    mark(&mut head.headers, &outcome.route, pool);
+    if head.status.is_server_error() || (outcome.grpc && grpc_failed(&head.headers)) {
         // At once, not at the body's end: the breaker is in a hurry.
-        count(router, route, pick, status, began, true);
+        outcome.count(true);
     }
-    let idle = Duration::from_millis(router.settings.idle_timeout_ms);
-    let passing = Passing {
-        body,
-        idle,
-        silence: Box::pin(tokio::time::sleep(idle)),
-        outcome: Outcome { router: router.clone(), route: route.clone(), pick, status, began, counted, upload },
-    };
+    let idle = Duration::from_millis(outcome.general.router.settings.idle_timeout_ms);
+    let passing = Passing { body, idle, silence: Box::pin(tokio::time::sleep(idle)), outcome };
     head.extensions.clear();
     Response::from_parts(head, passing.boxed_unsync())
 }
 
+/// Returns true for a gRPC status that blames the server, as a 5xx does: unknown, deadline exceeded, resource
+/// exhausted, internal, unavailable, data loss.
+fn grpc_failed(headers: &HeaderMap) -> bool {
+    let status = headers.get("grpc-status").map(HeaderValue::as_bytes);
+    matches!(status, Some(b"2" | b"4" | b"8" | b"13" | b"14" | b"15"))
+}
+
 /// What is to be counted when a body ends, breaks, or is dropped by a client that went away.
 struct Outcome {
-    router: Arc<Router>,
+    general: General,
     route: Arc<Route>,
     pick: Pick,
     status: u16,
     began: Mono,
     counted: bool,
     upload: Arc<Upload>,
+    visit: Visit,
+    grpc: bool,
+    _place: Place,
 }
 
 impl Outcome {
     fn count(&mut self, error: bool) {
         if !std::mem::replace(&mut self.counted, true) {
-            count(&self.router, &self.route, self.pick, self.status, self.began, error);
+            self.general.count(&self.route, self.pick, self.status, self.began, error);
+            self.visit.ended(error, self.began);
         }
     }
 }
@@ -390,6 +555,9 @@ impl hyper::body::Body for Passing {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
+                if self.outcome.grpc && frame.trailers_ref().is_some_and(grpc_failed) {
+                    self.outcome.count(true);
+                }
                 let until = Instant::now() + self.idle;
                 self.silence.as_mut().reset(until);
                 Poll::Ready(Some(Ok(frame)))
@@ -429,8 +597,7 @@ mod tests {
     #[test]
     fn headers_of_one_connection_stay_there() {
         let mut headers = HeaderMap::new();
-        for (name, value) in [("connection", "close, X-Secret"), ("x-secret", "1"), ("te", "trailers"), ("x-kept", "1")]
-        {
+        for (name, value) in [("connection", "close, X-Secret"), ("x-secret", "1"), ("te", "gzip"), ("x-kept", "1")] {
             headers.insert(name, HeaderValue::from_static(value));
         }
         let uri = "http://models.example/predict".parse().unwrap();

@@ -5,47 +5,81 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use metrics::{Counter, Histogram};
 
 use crate::domain::ids::{ServiceId, VersionId};
-use crate::domain::stats::{BUCKETS, Stats, bucket_of};
+use crate::domain::stats::{BUCKETS, Stats, bucket_of, middle_us};
 
-/// One version's answers since the last drain. Adding is wait-free.
+/// One version's answers since the last drain, each worker's in a lane of its own.
 pub struct Counts {
-    errors: AtomicU64,
-    latency_sum_us: AtomicU64,
-    histogram: Box<[AtomicU32]>,
+    lanes: Box<[Lane]>,
     by_class: [Counter; 5],
     durations: Histogram,
 }
 
+/// What one worker counted; nobody else writes here but the drain.
+#[repr(align(128))]
+struct Lane {
+    errors: AtomicU64,
+    latency_sum_us: AtomicU64,
+    by_class: [AtomicU32; 5],
+    histogram: Box<[AtomicU32]>,
+}
+
 impl Counts {
-    pub fn new(service: &ServiceId, version: &VersionId) -> Self {
+    pub fn new(service: &ServiceId, version: &VersionId, lanes: usize) -> Self {
         let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx"].map(|class| {
             metrics::counter!("aviary_requests_total", "service" => service.to_string(),
                 "version" => version.to_string(), "code_class" => class)
         });
         let durations = metrics::histogram!("aviary_request_duration_seconds", "service" => service.to_string(),
             "version" => version.to_string());
-        Self {
+        let lane = |_| Lane {
             errors: AtomicU64::new(0),
             latency_sum_us: AtomicU64::new(0),
+            by_class: Default::default(),
             histogram: (0..BUCKETS).map(|_| AtomicU32::new(0)).collect(),
-            by_class,
-            durations,
+        };
+        Self { lanes: (0..lanes).map(lane).collect(), by_class, durations }
+    }
+
+    /// Counts an answer of this worker's.
+    pub fn add(&self, lane: usize, status: u16, latency_us: u64, error: bool) {
+        let lane = &self.lanes[lane];
+        if error {
+            lane.errors.fetch_add(1, Relaxed);
         }
+        lane.latency_sum_us.fetch_add(latency_us, Relaxed);
+        lane.histogram[bucket_of(latency_us)].fetch_add(1, Relaxed);
+        lane.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Relaxed);
     }
 
-    pub fn add(&self, status: u16, latency_us: u64, error: bool) {
-        self.errors.fetch_add(u64::from(error), Relaxed);
-        self.latency_sum_us.fetch_add(latency_us, Relaxed);
-        self.histogram[bucket_of(latency_us)].fetch_add(1, Relaxed);
-        self.by_class[usize::from((status / 100).clamp(1, 5) - 1)].increment(1);
-        self.durations.record(latency_us as f64 / 1e6);
-    }
-
-    /// Returns what was counted since the last call.
+    /// Returns what was counted since the last call, and puts it into the metrics.
     pub fn take(&self) -> Stats {
+        let mut stats = Stats::default();
+        for lane in &self.lanes {
+            for (count, counter) in lane.by_class.iter().zip(&self.by_class) {
+                match count.swap(0, Relaxed) {
+                    0 => {}
+                    new => counter.increment(new.into()),
+                }
+            }
+            stats += &lane.take(&self.durations);
+        }
+        stats
+    }
+}
+
+impl Lane {
+    fn take(&self, durations: &Histogram) -> Stats {
         let errors = self.errors.swap(0, Relaxed);
         let sum = self.latency_sum_us.swap(0, Relaxed);
-        let histogram: Vec<u32> = self.histogram.iter().map(|bucket| bucket.swap(0, Relaxed)).collect();
+        let take = |(bucket, count): (usize, &AtomicU32)| {
+            if count.load(Relaxed) == 0 {
+                return 0;
+            }
+            let new = count.swap(0, Relaxed);
+            durations.record_many(middle_us(bucket) as f64 / 1e6, new as usize);
+            new
+        };
+        let histogram: Vec<u32> = self.histogram.iter().enumerate().map(take).collect();
         let count = histogram.iter().map(|n| u64::from(*n)).sum::<u64>();
         // An answer between two of these reads has its error here and its bucket in the next report.
         let early = errors.saturating_sub(count);
@@ -75,6 +109,10 @@ impl Breaker {
 
     pub fn stable(&self, error: bool) {
         let mask = (1 << STABLE_RESULTS) - 1;
+        if !error && self.stable.load(Relaxed) == 1 << STABLE_RESULTS {
+            // All well, as before.
+            return;
+        }
         let _ = self.stable.fetch_update(Relaxed, Relaxed, |results| {
             let seen = results.max(1);
             let next = (seen << 1) | u32::from(error);
@@ -123,9 +161,9 @@ mod tests {
 
     #[test]
     fn counts_are_taken_once() {
-        let counts = Counts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap());
-        counts.add(200, 1_000, false);
-        counts.add(502, 3_000, true);
+        let counts = Counts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2);
+        counts.add(0, 200, 1_000, false);
+        counts.add(1, 502, 3_000, true);
         let stats = counts.take();
         assert_eq!((stats.count, stats.errors, stats.mean_ms()), (2, 1, Some(2.0)));
         assert!(stats.is_consistent());

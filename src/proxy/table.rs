@@ -3,49 +3,22 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::uri::Authority;
-use http::{HeaderMap, Request, Response, StatusCode};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
-use serde_json::json;
-use tokio::sync::Semaphore;
+use http::HeaderMap;
 
-use crate::domain::ids::{ServiceId, VersionId};
-use crate::domain::plan::{Backend, HashOn};
+use crate::domain::ids::ServiceId;
+use crate::domain::plan::HashOn;
+use crate::domain::time::Mono;
 use crate::domain::weights::{Weight, sticky_ticket};
 use crate::domain::window::Evidence;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
-use super::forward::Lent;
-use super::outcome::{Breaker, Counts};
-use super::{Body, ProxySettings, problem};
-
-/// One version's servers.
-pub struct Pool {
-    pub version: VersionId,
-    /// Empty: the node answers itself.
-    pub servers: Vec<Authority>,
-    next: AtomicUsize,
-}
-
-impl Pool {
-    fn new(backend: &Backend) -> Self {
-        let authority = |url: &String| url.strip_prefix("http://").unwrap_or(url).parse().ok();
-        let servers = backend.urls.iter().filter_map(authority).collect();
-        Self { version: backend.version.clone(), servers, next: AtomicUsize::new(0) }
-    }
-
-    /// Returns the servers in the order in which to try them, beginning with another one each time.
-    pub fn in_turn(&self) -> impl Iterator<Item = &Authority> {
-        let first = if self.servers.len() > 1 { self.next.fetch_add(1, Relaxed) } else { 0 };
-        (0..self.servers.len()).map(move |i| &self.servers[(first + i) % self.servers.len()])
-    }
-}
+use super::outcome::{Breaker, Counts, FAILURES_MAX};
+use super::settings::ProxySettings;
+use super::upstream::{Pool, Servers};
+use super::wire;
 
 /// What outlives the views of one routing version.
 pub struct Track {
@@ -60,6 +33,8 @@ pub struct Route {
     pub serving: Serving,
     pub stable: Pool,
     pub canary: Option<Pool>,
+    /// All its servers can be reached by a plain relay.
+    pub plain: bool,
     pub track: Arc<Track>,
     salt: u64,
 }
@@ -71,43 +46,74 @@ pub enum Pick {
     Canary,
 }
 
+/// A request's fields, however they were read.
+pub trait Fields {
+    /// Returns the first value of a field, named in small letters.
+    fn value(&self, name: &str) -> Option<&[u8]>;
+}
+
+impl Fields for HeaderMap {
+    fn value(&self, name: &str) -> Option<&[u8]> {
+        self.get(name).map(|value| value.as_bytes())
+    }
+}
+
+impl Fields for wire::Fields<'_, '_> {
+    fn value(&self, name: &str) -> Option<&[u8]> {
+        wire::field(self, name)
+    }
+}
+
 impl Route {
-    fn new(service: &ServiceId, serving: &Serving, before: Option<&Route>) -> Self {
+    fn new(service: &ServiceId, serving: &Serving, before: Option<&Route>, shared: &Shared) -> Self {
         let same = before.filter(|before| before.serving.routing_version == serving.routing_version);
         let same = same.filter(|before| before.canary.is_some() == serving.canary.is_some());
+        let lanes = shared.lanes;
         let track = same.map(|before| before.track.clone()).unwrap_or_else(|| {
-            let canary = serving.canary.as_ref().map(|(backend, _)| Counts::new(service, &backend.version));
-            let stable = Counts::new(service, &serving.stable.version);
+            let canary = serving.canary.as_ref().map(|(backend, _)| Counts::new(service, &backend.version, lanes));
+            let stable = Counts::new(service, &serving.stable.version, lanes);
             Arc::new(Track { stable, canary, breaker: Breaker::default() })
         });
+        let pool = |backend| Pool::new(backend, serving.routing_version, &shared.servers);
+        let (stable, canary) = (pool(&serving.stable), serving.canary.as_ref().map(|(backend, _)| pool(backend)));
+        let plain = |pool: &Pool| !pool.servers.is_empty() && pool.servers.iter().all(|server| !server.http2);
         Self {
             service: service.clone(),
             serving: serving.clone(),
-            stable: Pool::new(&serving.stable),
-            canary: serving.canary.as_ref().map(|(backend, _)| Pool::new(backend)),
+            plain: plain(&stable) && canary.as_ref().is_none_or(plain),
+            stable,
+            canary,
             track,
             salt: xxhash_rust::xxh3::xxh3_64(service.as_str().as_bytes()),
         }
     }
 
+    /// Returns the servers of a role.
+    pub fn pool(&self, pick: Pick) -> &Pool {
+        match (pick, &self.canary) {
+            (Pick::Canary, Some(canary)) => canary,
+            _ => &self.stable,
+        }
+    }
+
     /// Returns who serves a request, given the canary's share at this moment.
-    fn pick(&self, effective_bp: u16, headers: &HeaderMap) -> Pick {
+    fn pick(&self, effective_bp: u16, fields: &impl Fields) -> Pick {
         if effective_bp == 0 || self.track.breaker.is_tripped() {
             return Pick::Stable;
         }
-        match headers.get("x-canary").map(|value| value.as_bytes()) {
+        match fields.value("x-canary") {
             Some(b"always") => return Pick::Canary,
             Some(b"never") => return Pick::Stable,
             _ => {}
         }
         let spec = &self.serving.spec;
-        let holds = |(name, value): &(String, String)| headers.get(name).is_some_and(|found| found == value.as_str());
+        let holds = |(name, value): &(String, String)| fields.value(name) == Some(value.as_bytes());
         if spec.matches.iter().any(|m| m.headers.iter().all(holds)) {
             return Pick::Canary;
         }
-        let key = spec.hash_on.as_ref().and_then(|HashOn::Header(name)| headers.get(name));
+        let key = spec.hash_on.as_ref().and_then(|HashOn::Header(name)| fields.value(name));
         let ticket = match key {
-            Some(key) => sticky_ticket(self.salt, key.as_bytes()),
+            Some(key) => sticky_ticket(self.salt, key),
             None => rand::random_range(0..Weight::WHOLE),
         };
         if ticket < effective_bp { Pick::Canary } else { Pick::Stable }
@@ -115,36 +121,63 @@ impl Route {
 }
 
 /// All services, as of one view.
-struct Table {
+pub struct Table {
     view: Arc<View>,
     routes: BTreeMap<ServiceId, Arc<Route>>,
+}
+
+/// What routes are made with.
+struct Shared {
+    servers: Servers,
+    /// Workers.
+    lanes: usize,
 }
 
 /// The data plane's state.
 pub struct Router {
     pub node: NodeHandle,
     pub settings: ProxySettings,
-    pub client: Client<HttpConnector, Lent>,
-    pub places: Semaphore,
+    open: AtomicUsize,
     table: ArcSwap<Table>,
     compiling: Mutex<()>,
+    shared: Shared,
+}
+
+/// A request's place among those that are open.
+pub struct Place(Arc<Router>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Why a request has no route.
+pub struct NoRoute {
+    /// 404, or 503 where nothing is known at all.
+    pub status: u16,
+    /// What to say.
+    pub why: String,
 }
 
 impl Router {
-    pub fn new(node: NodeHandle, settings: ProxySettings) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(Duration::from_millis(settings.connect_timeout_ms)));
-        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
+    pub fn new(node: NodeHandle, settings: ProxySettings, lanes: usize) -> Self {
+        let shared = Shared { servers: Servers::default(), lanes };
         let view = node.published.view();
-        let table = ArcSwap::from_pointee(Table { routes: compile(&view, &BTreeMap::new()), view });
-        let places = Semaphore::new(settings.requests_max);
-        Self { node, settings, client, places, table, compiling: Mutex::new(()) }
+        let routes = compile(&view, &BTreeMap::new(), &shared);
+        let table = ArcSwap::from_pointee(Table { routes, view });
+        Self { node, settings, open: AtomicUsize::new(0), table, compiling: Mutex::new(()), shared }
+    }
+
+    /// Takes a place for one more request, while there are any.
+    pub fn place(self: &Arc<Self>) -> Option<Place> {
+        let place = Place(self.clone());
+        (self.open.fetch_add(1, Relaxed) < self.settings.requests_max).then_some(place)
     }
 
     /// Returns the table of the view in force. Whoever first sees another view compiles it; the others wait for that,
     /// so that nobody serves by a view that is no longer in force.
-    fn table(&self) -> Arc<Table> {
+    pub fn table(&self) -> Arc<Table> {
         let view = self.node.published.view();
         let table = self.table.load();
         if Arc::ptr_eq(&table.view, &view) {
@@ -156,42 +189,46 @@ impl Router {
         if Arc::ptr_eq(&before.view, &view) {
             return before;
         }
-        let table = Arc::new(Table { routes: compile(&view, &before.routes), view });
+        let table = Arc::new(Table { routes: compile(&view, &before.routes, &self.shared), view });
         self.table.store(table.clone());
         table
     }
 
-    /// Returns the service that a request means and what serves it.
-    pub fn route_of<B>(&self, request: &Request<B>) -> Result<Arc<Route>, Box<Response<Body>>> {
-        let table = self.table();
-        let named = model_of(request.uri().path());
-        let named = named.or_else(|| request.headers().get("x-aviary-service")?.to_str().ok());
-        let found = match (named, &self.settings.default_service) {
-            (Some(name), _) => ServiceId::new(name).ok().and_then(|id| table.routes.get(&id)),
-            (None, Some(id)) => table.routes.get(id),
-            (None, None) => table.routes.values().next(),
-        };
-        found.cloned().ok_or_else(|| {
-            let known: Vec<_> = table.routes.keys().map(ServiceId::as_str).collect();
-            Box::new(match (known.is_empty(), named) {
-                (true, _) => problem(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    json!({"error": "no service is known here: apply a rollout first"}),
-                ),
-                (false, Some(name)) => problem(
-                    StatusCode::NOT_FOUND,
-                    json!({"error": format!("service {name:?} is unknown"), "known": known}),
-                ),
-                (false, None) => {
-                    problem(StatusCode::NOT_FOUND, json!({"error": "the default service is unknown", "known": known}))
-                }
-            })
-        })
+    /// Returns the time on the node's clock.
+    pub fn now(&self) -> Mono {
+        self.node.published.clock().now().mono
     }
 
     /// Returns who serves a request at this moment.
-    pub fn pick(&self, route: &Route, headers: &HeaderMap) -> Pick {
-        route.pick(self.node.published.effective_bp(&route.serving), headers)
+    pub fn pick(&self, route: &Route, fields: &impl Fields, now: Mono) -> Pick {
+        route.pick(self.node.published.effective_bp_at(&route.serving, now), fields)
+    }
+
+    /// Counts an answer that came to a client, or should have; returns what to tell the node when it was one failure of
+    /// the canary too many.
+    pub fn count(
+        &self,
+        lane: usize,
+        route: &Route,
+        pick: Pick,
+        status: u16,
+        began: Mono,
+        error: bool,
+    ) -> Option<String> {
+        let latency_us = self.now().0.saturating_sub(began.0);
+        let track = &route.track;
+        match (pick, &track.canary) {
+            (Pick::Canary, Some(canary)) => {
+                canary.add(lane, status, latency_us, error);
+                let tripped = track.breaker.canary(error);
+                tripped.then(|| format!("the last {FAILURES_MAX} canary answers failed while stable's did not"))
+            }
+            _ => {
+                track.stable.add(lane, status, latency_us, error);
+                track.breaker.stable(error);
+                None
+            }
+        }
     }
 
     /// Returns what was counted since the last call.
@@ -209,12 +246,38 @@ impl Router {
     }
 }
 
-fn compile(view: &View, before: &BTreeMap<ServiceId, Arc<Route>>) -> BTreeMap<ServiceId, Arc<Route>> {
+impl Table {
+    /// Returns the service that a request means and what serves it.
+    pub fn route_of(&self, settings: &ProxySettings, path: &str, fields: &impl Fields) -> Result<&Arc<Route>, NoRoute> {
+        let named = model_of(path);
+        let named = named.or_else(|| std::str::from_utf8(fields.value("x-aviary-service")?).ok());
+        let found = match (named, &settings.default_service) {
+            (Some(name), _) => self.routes.get(name),
+            (None, Some(id)) => self.routes.get(id),
+            (None, None) => self.routes.values().next(),
+        };
+        found.ok_or_else(|| {
+            let known: Vec<_> = self.routes.keys().map(ServiceId::as_str).collect();
+            let known = known.join(", ");
+            match (known.is_empty(), named) {
+                (true, _) => NoRoute { status: 503, why: "no service is known here: apply a rollout first".into() },
+                (false, Some(name)) => {
+                    NoRoute { status: 404, why: format!("service {name:?} is unknown, expected one of {known}") }
+                }
+                (false, None) => {
+                    NoRoute { status: 404, why: format!("the default service is unknown, expected one of {known}") }
+                }
+            }
+        })
+    }
+}
+
+fn compile(view: &View, before: &BTreeMap<ServiceId, Arc<Route>>, shared: &Shared) -> BTreeMap<ServiceId, Arc<Route>> {
     let routes = view.services.iter().map(|(id, service)| {
         let before = before.get(id);
         let route = match before {
             Some(before) if before.serving == service.serving => before.clone(),
-            _ => Arc::new(Route::new(id, &service.serving, before.map(|route| &**route))),
+            _ => Arc::new(Route::new(id, &service.serving, before.map(|route| &**route), shared)),
         };
         (id.clone(), route)
     });

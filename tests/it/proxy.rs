@@ -20,7 +20,8 @@ use aviary::ports::Store;
 use aviary::protocol::message::Role;
 use aviary::protocol::record::{Hash, Slot};
 use aviary::protocol::{ServiceView, Serving, View};
-use aviary::proxy::{self, ProxySettings};
+use aviary::proxy;
+use aviary::proxy::settings::ProxySettings;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -111,15 +112,15 @@ async fn world(view: View) -> World {
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
     let settings = ProxySettings {
-        default_service: None,
         connect_timeout_ms: 500,
         first_byte_timeout_ms: 600,
         idle_timeout_ms: 600,
         header_timeout_ms: 300,
         connections_max: 64,
         requests_max: 64,
+        ..ProxySettings::default()
     };
-    tokio::spawn(proxy::serve(listener, node.clone(), settings, stop.clone()));
+    tokio::spawn(proxy::serve(vec![listener.into_std().unwrap()], node.clone(), settings, stop.clone()));
     World { address, node, told, _stop: stop.drop_guard() }
 }
 

@@ -10,7 +10,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("protocol", &["domain", "protocol"]),
     ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger"]),
     ("node", &["domain", "protocol", "ports", "node"]),
-    ("config", &["domain", "protocol", "config"]),
+    ("config", &["domain", "protocol", "config", "proxy::settings"]),
     ("adapters", &["domain", "protocol", "ports", "adapters"]),
     ("door", &["door"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),

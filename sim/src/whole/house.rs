@@ -14,7 +14,8 @@ use aviary::node::run::{self, Parts};
 use aviary::ports::{Clock, Connection, Later, Listener, Network};
 use aviary::protocol::record::{Hash, Slot};
 use aviary::protocol::{Retention, Settings, Timings};
-use aviary::proxy::{self, ProxySettings};
+use aviary::proxy;
+use aviary::proxy::settings::ProxySettings;
 use tokio_util::sync::CancellationToken;
 use turmoil::net::{TcpListener, TcpStream};
 
@@ -83,16 +84,15 @@ pub async fn live(i: usize, town: Town) -> turmoil::Result {
     let (handle, body) = run::prepare(parts, |_| {}, shutdown.clone());
     let body = tokio::spawn(body);
     let settings = ProxySettings {
-        default_service: None,
         connect_timeout_ms: 1_000,
         first_byte_timeout_ms: 5_000,
         idle_timeout_ms: 5_000,
-        header_timeout_ms: 5_000,
         connections_max: 1_000,
         requests_max: 500,
+        ..ProxySettings::default()
     };
     let data = Door(TcpListener::bind(("0.0.0.0", DATA)).await?);
-    tokio::spawn(proxy::serve(data, handle.clone(), settings, shutdown.clone()));
+    tokio::task::spawn_local(proxy::serve_here(data, handle.clone(), settings, shutdown.clone()));
     let door = Door(TcpListener::bind(("0.0.0.0", API)).await?);
     // Nobody forwards: any node may decide, and the network between operators and nodes is not the one that is cut.
     let state = ApiState::new(handle, BTreeMap::new(), None, api::metrics::install(), shutdown);

@@ -1,0 +1,218 @@
+//! A version's servers: which one takes the next request, and which ones are left alone for a while.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use http::uri::Authority;
+use tokio::net::TcpStream;
+
+use crate::domain::ids::VersionId;
+use crate::domain::plan::Backend;
+use crate::domain::time::Mono;
+
+/// Failures in a row after which a server is left alone.
+const FAILURES_MAX: u32 = 5;
+/// How long, the first time; one more of it each time in a row.
+const LEFT_ALONE_MS: u64 = 10_000;
+/// The longest.
+const LEFT_ALONE_MS_MAX: u64 = 60_000;
+
+/// One server, the same object in every version, step and view that names its URL.
+pub struct Server {
+    /// Its place among all that were ever named.
+    pub id: usize,
+    /// `host:port`.
+    pub authority: Authority,
+    /// It speaks HTTP/2 (`h2c://`).
+    pub http2: bool,
+    address: Option<SocketAddr>,
+    /// Requests at it now; counted only where there is a choice.
+    open: AtomicU32,
+    failures: AtomicU32,
+    rounds: AtomicU32,
+    /// Until when it is left alone, in microseconds of the node's clock.
+    alone_until: AtomicU64,
+}
+
+impl Server {
+    /// Opens a connection.
+    pub async fn connect(&self, limit: Duration) -> io::Result<TcpStream> {
+        let connecting = async {
+            match self.address {
+                Some(address) => TcpStream::connect(address).await,
+                None => TcpStream::connect(self.authority.as_str()).await,
+            }
+        };
+        let late =
+            |_| io::Error::new(io::ErrorKind::TimedOut, format!("no connection within {} ms", limit.as_millis()));
+        let stream = tokio::time::timeout(limit, connecting).await.map_err(late)??;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    fn may_serve(&self, now: Mono) -> bool {
+        self.alone_until.load(Relaxed) <= now.0
+    }
+}
+
+/// All servers that were ever named.
+#[derive(Default)]
+pub struct Servers(Mutex<BTreeMap<String, Arc<Server>>>);
+
+impl Servers {
+    fn named(&self, url: &str) -> Option<Arc<Server>> {
+        let mut known = self.0.lock().expect("nothing panics while it holds the servers");
+        if let Some(server) = known.get(url) {
+            return Some(server.clone());
+        }
+        let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
+        let authority: Authority = rest.parse().ok()?;
+        let server = Arc::new(Server {
+            id: known.len(),
+            address: authority.as_str().parse().ok(),
+            authority,
+            http2: scheme == "h2c",
+            open: AtomicU32::new(0),
+            failures: AtomicU32::new(0),
+            rounds: AtomicU32::new(0),
+            alone_until: AtomicU64::new(0),
+        });
+        known.insert(url.into(), server.clone());
+        Some(server)
+    }
+}
+
+/// One version's servers.
+pub struct Pool {
+    /// The version.
+    pub version: VersionId,
+    /// Empty: the node answers itself.
+    pub servers: Vec<Arc<Server>>,
+    /// The header lines that say who served.
+    pub mark: Box<[u8]>,
+    next: AtomicUsize,
+}
+
+impl Pool {
+    /// Returns the servers of a backend, as of this routing version.
+    pub fn new(backend: &Backend, routing_version: u64, servers: &Servers) -> Self {
+        let mark = format!("x-served-by: {}\r\nx-routing-version: {routing_version}\r\n", backend.version);
+        Self {
+            version: backend.version.clone(),
+            servers: backend.urls.iter().filter_map(|url| servers.named(url)).collect(),
+            mark: mark.into_bytes().into(),
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    /// Returns true when the same request may be tried at another server.
+    pub fn has_choice(&self) -> bool {
+        self.servers.len() > 1
+    }
+
+    /// Returns the least loaded server that was not tried, of those that don't fail; of all, when all fail.
+    pub fn choose(&self, now: Mono, tried: &[usize]) -> Option<Visit> {
+        if !self.has_choice() {
+            let server = self.servers.first().filter(|server| !tried.contains(&server.id))?;
+            return Some(Visit { server: server.clone(), counted: false });
+        }
+        let first = self.next.fetch_add(1, Relaxed);
+        let count = self.servers.len();
+        let untried = || (0..count).map(|i| &self.servers[(first + i) % count]).filter(|s| !tried.contains(&s.id));
+        let least = |servers: &mut dyn Iterator<Item = &Arc<Server>>| {
+            servers.min_by_key(|server| server.open.load(Relaxed)).cloned()
+        };
+        let server = least(&mut untried().filter(|server| server.may_serve(now))).or_else(|| least(&mut untried()))?;
+        server.open.fetch_add(1, Relaxed);
+        Some(Visit { server, counted: true })
+    }
+}
+
+/// A request at a server.
+pub struct Visit {
+    /// The server.
+    pub server: Arc<Server>,
+    counted: bool,
+}
+
+impl Visit {
+    /// Says how it ended: with an error of the server's, or not.
+    pub fn ended(&self, error: bool, now: Mono) {
+        let server = &self.server;
+        if !self.counted {
+            return;
+        }
+        if !error {
+            if server.failures.load(Relaxed) > 0 {
+                server.failures.store(0, Relaxed);
+                server.rounds.store(0, Relaxed);
+            }
+            return;
+        }
+        if server.failures.fetch_add(1, Relaxed) + 1 >= FAILURES_MAX && server.may_serve(now) {
+            let rounds = u64::from(server.rounds.fetch_add(1, Relaxed)) + 1;
+            server.alone_until.store(now.after_ms((LEFT_ALONE_MS * rounds).min(LEFT_ALONE_MS_MAX)).0, Relaxed);
+            // One failure more is enough next time.
+            server.failures.store(FAILURES_MAX - 1, Relaxed);
+        }
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        if self.counted {
+            self.server.open.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(urls: &[&str]) -> Pool {
+        let version = VersionId::new("v1").unwrap();
+        Pool::new(&Backend { version, urls: urls.iter().map(|url| url.to_string()).collect() }, 7, &Servers::default())
+    }
+
+    #[test]
+    fn the_least_loaded_server_is_next() {
+        let pool = pool(&["http://a:1", "http://b:1", "http://c:1"]);
+        let first: Vec<_> = (0..3).map(|_| pool.choose(Mono(0), &[]).unwrap()).collect();
+        let mut ids: Vec<_> = first.iter().map(|visit| visit.server.id).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, [0, 1, 2]);
+        let free = first[1].server.id;
+        let kept = [&first[0], &first[2]].map(|visit| visit.server.clone());
+        for server in &kept {
+            server.open.fetch_add(1, Relaxed);
+        }
+        drop(first);
+        assert!((0..9).all(|_| pool.choose(Mono(0), &[]).unwrap().server.id == free));
+    }
+
+    #[test]
+    fn a_server_that_fails_is_left_alone_and_tried_again_later() {
+        let pool = pool(&["http://a:1", "http://b:1"]);
+        let bad = 0;
+        for _ in 0..5 {
+            let visit = pool.choose(Mono(0), &[1]).unwrap();
+            visit.ended(true, Mono(0));
+        }
+        let chosen = |at| pool.choose(Mono::from_millis(at), &[]).unwrap().server.id;
+        assert!((0..20).all(|_| chosen(9_999) != bad));
+        assert!((0..20).any(|_| chosen(10_001) == bad));
+        // It fails again: one failure is enough now, and it waits longer.
+        pool.choose(Mono::from_millis(10_001), &[1]).unwrap().ended(true, Mono::from_millis(10_001));
+        assert!((0..20).all(|_| chosen(30_000) != bad));
+        assert!((0..20).any(|_| chosen(30_002) == bad));
+        // All fail: all are tried.
+        (0..5).for_each(|_| pool.choose(Mono(0), &[0]).unwrap().ended(true, Mono::from_millis(11_000)));
+        assert!(pool.choose(Mono::from_millis(11_001), &[]).is_some());
+        assert!(pool.choose(Mono(0), &[0, 1]).is_none());
+    }
+}

@@ -1,0 +1,298 @@
+//! A worker: one thread's connections, buffers, kept upstream connections and deadlines. Nothing here is shared.
+
+use std::cell::{Cell, Ref, RefCell, RefMut};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+use std::time::{Duration, SystemTime};
+
+use serde_json::json;
+use slab::Slab;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::domain::time::Mono;
+use crate::door::{Accept, Admitted, Door};
+
+use super::forward::General;
+use super::relay;
+use super::settings::ProxySettings;
+use super::table::{Pick, Route, Router, Table};
+
+/// Bytes read at a time.
+const SCRATCH_BYTES: usize = 64 * 1024;
+/// Buffers kept for later, and the largest that is.
+const SPARE_MAX: usize = 64;
+const SPARE_BYTES_MAX: usize = 64 * 1024;
+/// How often deadlines are looked at.
+const SWEEP: Duration = Duration::from_millis(20);
+
+/// One thread's share of the data plane.
+pub struct Worker {
+    /// What all workers share.
+    pub router: Arc<Router>,
+    lane: usize,
+    general: General,
+    table: RefCell<(u64, Arc<Table>)>,
+    kept: RefCell<Vec<Vec<Kept>>>,
+    scratch: RefCell<Box<[u8]>>,
+    spare: RefCell<Vec<Vec<u8>>>,
+    date: RefCell<(u64, String)>,
+    clock: Rc<Clock>,
+    stopping: Cell<bool>,
+}
+
+/// An upstream's connection, and until when it is kept.
+struct Kept {
+    stream: TcpStream,
+    until_ms: u64,
+}
+
+/// The deadlines of a worker's connections.
+#[derive(Default)]
+struct Clock {
+    /// Milliseconds, as of the last sweep.
+    now_ms: Cell<u64>,
+    deadlines: RefCell<Slab<Rc<Deadline>>>,
+}
+
+struct Deadline {
+    at_ms: Cell<u64>,
+    waker: Waker,
+}
+
+/// A connection's deadline; to set it costs nothing. Dropping it ends it.
+pub struct Watch {
+    clock: Rc<Clock>,
+    key: usize,
+    deadline: Rc<Deadline>,
+    /// No deadline is later than this.
+    end_ms: Cell<u64>,
+}
+
+const RESTING: u64 = u64::MAX;
+
+impl Watch {
+    /// Takes the deadline away.
+    pub fn rest(&self) {
+        self.deadline.at_ms.set(RESTING);
+    }
+
+    /// Returns true without a deadline.
+    pub fn is_resting(&self) -> bool {
+        self.deadline.at_ms.get() == RESTING
+    }
+
+    /// Wakes the connection after `ms` milliseconds, and at most [`SWEEP`] later.
+    pub fn set(&self, ms: u64) {
+        let at = self.clock.now_ms.get().saturating_add(ms);
+        self.deadline.at_ms.set(at.min(self.end_ms.get()).min(RESTING - 1));
+    }
+
+    /// Does so unless there is a deadline.
+    pub fn set_if_resting(&self, ms: u64) {
+        if self.is_resting() {
+            self.set(ms);
+        }
+    }
+
+    /// Bounds all deadlines from now on; none: no more.
+    pub fn set_end(&self, ms: Option<u64>) {
+        self.end_ms.set(ms.map_or(RESTING, |ms| self.clock.now_ms.get().saturating_add(ms)));
+    }
+
+    /// Returns true once the deadline passed.
+    pub fn is_over(&self) -> bool {
+        self.deadline.at_ms.get() <= self.clock.now_ms.get()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.clock.deadlines.borrow_mut().remove(self.key);
+    }
+}
+
+impl Worker {
+    /// Returns the worker that counts in this lane.
+    pub fn new(router: Arc<Router>, lane: usize) -> Rc<Self> {
+        let general = General::new(router.clone(), lane);
+        let table = (router.node.published.number(), router.table());
+        Rc::new(Self {
+            lane,
+            general,
+            table: RefCell::new(table),
+            kept: RefCell::default(),
+            scratch: RefCell::new(vec![0; SCRATCH_BYTES].into()),
+            spare: RefCell::default(),
+            date: RefCell::default(),
+            clock: Rc::default(),
+            stopping: Cell::new(false),
+            router,
+        })
+    }
+
+    /// Serves a listener's clients until `shutdown`, then lets open requests end.
+    pub async fn serve<L: Accept>(self: Rc<Self>, mut listener: L, door: Door, shutdown: CancellationToken) {
+        self.sweep();
+        let sweeping = self.clone();
+        let sweeper = tokio::task::spawn_local(async move {
+            let mut tick = tokio::time::interval(SWEEP);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                tick.tick().await;
+                sweeping.sweep();
+            }
+        });
+        let connections = tokio_util::task::TaskTracker::new();
+        while let Some((stream, peer, place)) = door.admit(&mut listener, &shutdown).await {
+            let (worker, door, shutdown) = (self.clone(), door.clone(), shutdown.clone());
+            connections.spawn_local(async move { worker.connection(stream, peer, place, &door, &shutdown).await });
+        }
+        drop(listener);
+        self.stopping.set(true);
+        self.clock.deadlines.borrow().iter().for_each(|(_, deadline)| deadline.waker.wake_by_ref());
+        connections.close();
+        let _ = tokio::time::timeout(door.limits().grace, connections.wait()).await;
+        sweeper.abort();
+    }
+
+    async fn connection<S>(
+        self: Rc<Self>,
+        mut stream: S,
+        peer: SocketAddr,
+        place: Admitted,
+        door: &Door,
+        shutdown: &CancellationToken,
+    ) where
+        S: tokio::io::AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        if let Some(ahead) = relay::serve(&self, &mut stream, peer, &place).await {
+            debug!(%peer, "not a plain request: the general way");
+            self.general.serve(ahead, stream, peer, place, door, shutdown).await;
+        }
+    }
+
+    /// Looks at the time: wakes who waited too long, forgets old connections.
+    fn sweep(&self) {
+        let now = self.router.node.published.clock().now();
+        let now_ms = now.mono.0 / 1000;
+        self.clock.now_ms.set(now_ms);
+        for (_, deadline) in self.clock.deadlines.borrow().iter() {
+            if deadline.at_ms.get() <= now_ms {
+                deadline.waker.wake_by_ref();
+            }
+        }
+        for kept in self.kept.borrow_mut().iter_mut() {
+            kept.retain(|kept| kept.until_ms > now_ms);
+        }
+        let second = now.wall.0 / 1000;
+        if self.date.borrow().0 != second {
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(second);
+            *self.date.borrow_mut() = (second, httpdate::fmt_http_date(time));
+        }
+    }
+
+    /// Returns a deadline for the task that asks.
+    pub async fn watch(&self) -> Watch {
+        let waker = std::future::poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
+        let deadline = Rc::new(Deadline { at_ms: Cell::new(RESTING), waker });
+        let key = self.clock.deadlines.borrow_mut().insert(deadline.clone());
+        Watch { clock: self.clock.clone(), key, deadline, end_ms: Cell::new(RESTING) }
+    }
+
+    /// Returns the limits in force.
+    pub fn settings(&self) -> &ProxySettings {
+        &self.router.settings
+    }
+
+    /// Returns true once no connection should take another request.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.get()
+    }
+
+    /// Returns the table of the view in force: one atomic load while that stays the same.
+    pub fn table(&self) -> Ref<'_, Table> {
+        let number = self.router.node.published.number();
+        if self.table.borrow().0 != number {
+            *self.table.borrow_mut() = (number, self.router.table());
+        }
+        Ref::map(self.table.borrow(), |(_, table)| &**table)
+    }
+
+    /// Returns room to read into, for as long as nothing is waited for.
+    pub fn scratch(&self) -> RefMut<'_, [u8]> {
+        RefMut::map(self.scratch.borrow_mut(), |scratch| &mut scratch[..])
+    }
+
+    /// Returns an empty buffer.
+    pub fn buffer(&self) -> Vec<u8> {
+        self.spare.borrow_mut().pop().unwrap_or_default()
+    }
+
+    /// Takes a buffer back.
+    pub fn give_back(&self, mut buffer: Vec<u8>) {
+        let mut spare = self.spare.borrow_mut();
+        if spare.len() < SPARE_MAX && (1..=SPARE_BYTES_MAX).contains(&buffer.capacity()) {
+            buffer.clear();
+            spare.push(buffer);
+        }
+    }
+
+    /// Returns a server's connection that served before, and that the server has not closed.
+    pub fn kept(&self, server: usize) -> Option<TcpStream> {
+        let mut all = self.kept.borrow_mut();
+        let kept = all.get_mut(server)?;
+        while let Some(Kept { stream, .. }) = kept.pop() {
+            // Costs no system call unless something came, and nothing should have.
+            match stream.try_read(&mut [0; 1]) {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Some(stream),
+                _ => {}
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection for the next request.
+    pub fn keep(&self, server: usize, stream: TcpStream) {
+        let mut all = self.kept.borrow_mut();
+        if all.len() <= server {
+            all.resize_with(server + 1, Vec::new);
+        }
+        let until_ms = self.clock.now_ms.get() + self.settings().upstream_keep_alive_ms;
+        all[server].push(Kept { stream, until_ms });
+    }
+
+    /// Returns the time of day, as a Date field has it.
+    pub fn date(&self) -> Ref<'_, str> {
+        Ref::map(self.date.borrow(), |(_, date)| date.as_str())
+    }
+
+    /// Counts an answer; tells the node when the breaker trips.
+    pub fn count(&self, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
+        if let Some(reason) = self.router.count(self.lane, route, pick, status, began, error) {
+            let (node, service, version) =
+                (self.router.node.clone(), route.service.clone(), route.serving.routing_version);
+            tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
+        }
+    }
+
+    /// Sends an answer of this node's own; `mark` says who should have served.
+    pub async fn say<S: AsyncWrite + Unpin>(&self, stream: &mut S, status: u16, why: &str, mark: &[u8], close: bool) {
+        let reason = http::StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason());
+        let body = json!({"error": why}).to_string();
+        let mut out = self.buffer();
+        let head = format!("HTTP/1.1 {status} {}\r\ncontent-type: application/json\r\n", reason.unwrap_or(""));
+        out.extend_from_slice(head.as_bytes());
+        out.extend_from_slice(mark);
+        let close = if close { "connection: close\r\n" } else { "" };
+        let rest = format!("date: {}\r\n{close}content-length: {}\r\n\r\n{body}", self.date(), body.len());
+        out.extend_from_slice(rest.as_bytes());
+        // Whoever doesn't take it in time doesn't want it.
+        let _ = tokio::time::timeout(Duration::from_secs(5), stream.write_all(&out)).await;
+        self.give_back(out);
+    }
+}
