@@ -98,7 +98,7 @@ fn index(node: &NodeId) -> usize {
 /// The questions: a raise at one node, a change of members and a rollback at others, so that they meet.
 fn question(number: u8) -> (usize, Op) {
     let service = ServiceId::new("s").expect("valid");
-    let backend = |version: &str| Backend { version: VersionId::new(version).expect("valid"), urls: vec![] };
+    let backend = |version: &str| Backend::new(VersionId::new(version).expect("valid"), vec![]);
     let stage = |bp| Stage { weight: Weight::from_bp(bp).expect("in range"), hold_ms: 60_000, manual: true };
     let spec = RolloutSpec {
         service: service.clone(),
@@ -107,6 +107,7 @@ fn question(number: u8) -> (usize, Op) {
         stages: vec![stage(500), stage(10_000)],
         bake_ms: 0,
         hash_on: None,
+        mirror: Weight::ZERO,
         matches: vec![],
         analysis: Analysis::default(),
         lease_ms: 2_000,

@@ -73,7 +73,7 @@ pub fn routing(routing_version: u64) -> RoutingState {
 
 /// A rollout from v1 to v2 at 5 % and 100 %, with a lease of 2 s.
 pub fn spec() -> Arc<RolloutSpec> {
-    let backend = |name| Backend { version: version(name), urls: vec![] };
+    let backend = |name| Backend::new(version(name), vec![]);
     let stage = |bp| Stage { weight: Weight::from_bp(bp).unwrap(), hold_ms: 0, manual: false };
     Arc::new(RolloutSpec {
         service: service(),
@@ -82,6 +82,7 @@ pub fn spec() -> Arc<RolloutSpec> {
         stages: vec![stage(500), stage(10_000)],
         bake_ms: 0,
         hash_on: None,
+        mirror: Weight::ZERO,
         matches: vec![],
         analysis: Analysis::default(),
         lease_ms: 2_000,

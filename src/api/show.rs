@@ -7,7 +7,7 @@ use http::StatusCode;
 use serde_json::{Value, json};
 
 use crate::domain::ids::ServiceId;
-use crate::domain::plan::Stage;
+use crate::domain::plan::{Backend, Stage};
 use crate::domain::rollout::Change;
 use crate::node::log::weights_json;
 use crate::protocol::record::{Act, Chosen, Slot};
@@ -45,13 +45,16 @@ fn one(state: &ApiState, id: &ServiceId) -> Option<Value> {
     let step =
         |stage: &Stage| json!({"weight": stage.weight.fraction(), "pause_ms": stage.hold_ms, "manual": stage.manual});
     json["spec"] = json!({
-        "stable": {"version": spec.stable.version, "urls": spec.stable.urls},
-        "canary": {"version": spec.canary.version, "urls": spec.canary.urls},
+        "stable": backend(&spec.stable), "canary": backend(&spec.canary),
         "steps": spec.stages.iter().map(step).collect::<Vec<_>>(),
         "bake_ms": spec.bake_ms,
         "lease_ms": spec.lease_ms,
     });
     Some(json)
+}
+
+fn backend(backend: &Backend) -> Value {
+    json!({"version": backend.version, "urls": backend.urls})
 }
 
 /// Records read from the log at a time.

@@ -94,8 +94,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
 /// Returns what a node would publish whose cluster had agreed on this weight.
 fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
     let id = ServiceId::new("proxy")?;
-    let backend =
-        |version: &str, urls: &[String]| anyhow::Ok(Backend { version: VersionId::new(version)?, urls: urls.into() });
+    let backend = |version: &str, urls: &[String]| anyhow::Ok(Backend::new(VersionId::new(version)?, urls.into()));
     let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
     let weights = [args.weight, Weight::FULL];
     let from = usize::from(args.weight == Weight::FULL);
@@ -106,6 +105,7 @@ fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
         stages: weights[from..].iter().map(|weight| stage(*weight)).collect(),
         bake_ms: 0,
         hash_on: None,
+        mirror: Weight::ZERO,
         matches: Vec::new(),
         analysis: Analysis::default(),
         lease_ms: 2_000,

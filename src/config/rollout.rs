@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData, OnFailure, Statistic};
 use crate::domain::ids::{ServiceId, VersionId};
-use crate::domain::plan::{Backend, HashOn, Match, OnPartition, RolloutSpec, SpecError, Stage};
+use crate::domain::plan::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, SpecError, Stage};
 use crate::domain::weights::{Weight, WeightError, Weights};
 
 /// Why a file is no rollout.
@@ -74,13 +74,23 @@ struct Spec {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Side {
     version: VersionId,
     #[serde(default)]
     url: Option<String>,
     #[serde(default)]
     urls: Vec<String>,
+    #[serde(default)]
+    health_check: Option<HealthPart>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HealthPart {
+    path: String,
+    #[serde(default, deserialize_with = "maybe_duration")]
+    interval: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -115,12 +125,25 @@ struct Routing {
     hash_on: Option<HashPart>,
     #[serde(default, rename = "match")]
     matches: Vec<MatchPart>,
+    #[serde(default)]
+    mirror: Option<MirrorPart>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+struct MirrorPart {
+    percent: f64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct HashPart {
-    header: String,
+    #[serde(default)]
+    header: Option<String>,
+    #[serde(default)]
+    cookie: Option<String>,
+    #[serde(default)]
+    client_address: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -270,7 +293,14 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
             .map(|name| name.as_str().to_string())
             .map_err(|_| value(place, format!("header {name:?} is none, expected a header's name")))
     };
-    let hash_on = routing.hash_on.map(|hash| header("spec.routing.hashOn", &hash.header).map(HashOn::Header));
+    let hash_on = routing.hash_on.map(|hash| match (hash.header, hash.cookie, hash.client_address) {
+        (Some(name), None, false) => header("spec.routing.hashOn", &name).map(HashOn::Header),
+        // A cookie's name is a token, as a header's is, with large and small letters told apart.
+        (None, Some(name), false) => header("spec.routing.hashOn", &name).map(|_| HashOn::Cookie(name)),
+        (None, None, true) => Ok(HashOn::ClientAddress),
+        _ => Err(value("spec.routing.hashOn", "expected one of header, cookie and clientAddress: true".into())),
+    });
+    let mirror = routing.mirror.map_or(Ok(Weight::ZERO), |mirror| Weight::from_percent(mirror.percent));
     let matches = routing.matches.into_iter().map(|part| {
         let headers = part.headers.into_iter();
         let headers = headers.map(|(name, exact)| Ok((header("spec.routing.match", &name)?, exact.exact)));
@@ -285,6 +315,7 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
         bake_ms: bake.map_or(60_000, |bake| bake.duration),
         hash_on: hash_on.transpose()?,
         matches,
+        mirror: mirror.map_err(|why| value("spec.routing.mirror", why.to_string()))?,
         analysis,
         lease_ms: safety.lease.unwrap_or(2_000),
         on_partition: match safety.on_partition {
@@ -298,7 +329,9 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
 
 fn backend(side: Side) -> Result<Backend, String> {
     let urls = side.url.into_iter().chain(side.urls).map(|url| checked_url(&url)).collect::<Result<_, _>>()?;
-    Ok(Backend { version: side.version, urls })
+    let health_check =
+        side.health_check.map(|part| HealthCheck { path: part.path, interval_ms: part.interval.unwrap_or(5_000) });
+    Ok(Backend { version: side.version, urls, health_check })
 }
 
 /// Returns a server's address as it is used, or what is wrong with it.
@@ -309,7 +342,7 @@ pub fn checked_url(url: &str) -> Result<String, String> {
         return Err(format!("url {url:?} is no plain address, expected http://host:port"));
     }
     match uri.scheme_str() {
-        Some("http") => {}
+        Some("http" | "h2c") => {}
         Some("https") => return Err(format!("url {url:?} is https, expected http: upstream TLS is not available yet")),
         _ => return Err(format!("url {url:?} has no scheme, expected http://host:port")),
     }
@@ -465,6 +498,12 @@ spec:
         assert_eq!(stages, [(0, 0, true), (500, 90_000, false), (2000, 0, true), (10_000, 0, false)]);
         assert_eq!(spec.canary.urls, ["http://127.0.0.1:9102", "http://127.0.0.1:9103"]);
         assert_eq!(spec.hash_on, Some(HashOn::Header("x-user-id".into())));
+        let routed = |from: &str, to: &str| parse(&GOOD.replacen(from, to, 1), "r.yaml").unwrap();
+        assert_eq!(routed("header: X-User-ID", "cookie: Sid").hash_on, Some(HashOn::Cookie("Sid".into())));
+        assert_eq!(routed("header: X-User-ID", "clientAddress: true").hash_on, Some(HashOn::ClientAddress));
+        assert_eq!(routed("match: [", "mirror: { percent: 12.5 }\n    match: [").mirror.bp(), 1_250);
+        let well = routed("version: v1,", "version: v1, healthCheck: { path: /ok, interval: 2s },").stable.health_check;
+        assert_eq!(well, Some(HealthCheck { path: "/ok".into(), interval_ms: 2_000 }));
         assert_eq!(spec.matches[0].headers, [("x-canary".to_string(), "always".to_string())]);
         assert_eq!((spec.lease_ms, spec.bake_ms, spec.progress_deadline_ms), (3_000, 10_000, 1_200_000));
         assert_eq!(spec.on_partition, OnPartition::Hold);
@@ -504,6 +543,12 @@ spec:
         assert!(complaint("{ X-Canary: { exact: always } }", "{}").contains("names no header"));
         assert!(complaint("header: X-User-ID", "header: \"X User\"").contains("expected a header's name"));
         assert!(complaint("http://127.0.0.1:9101", "http://127.0.0.1").contains("expected http://host:port"));
+        assert!(complaint("header: X-User-ID", "header: a, cookie: b").contains("expected one of header, cookie"));
+        assert!(
+            complaint("version: v1,", "version: v1, healthCheck: { path: ok },")
+                .contains("expected one such as /healthz")
+        );
+        assert!(complaint("match: [", "mirror: { percent: 120 }\n    match: [").contains("weight is 120 %"));
         assert!(complaint("lease: 3s", "lease: 100ms").contains("safety.lease is 100 ms, expected 1000 to 60000 ms"));
     }
 }

@@ -13,8 +13,26 @@ use super::weights::Weight;
 pub struct Backend {
     /// The version's name.
     pub version: VersionId,
-    /// Base URLs (`http://host:port`); empty: the node answers the assignment itself, as JSON.
+    /// Base URLs (`http://host:port`, `h2c://host:port` for HTTP/2); empty: the node answers the assignment itself, as JSON.
     pub urls: Vec<String>,
+    /// How to see that a server is well, where there are several; none: by its answers alone.
+    pub health_check: Option<HealthCheck>,
+}
+
+/// A question that a server answers with 2xx while it is well.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// Path to GET.
+    pub path: String,
+    /// Time between two questions, in milliseconds.
+    pub interval_ms: u64,
+}
+
+impl Backend {
+    /// Returns a version that these servers serve.
+    pub fn new(version: VersionId, urls: Vec<String>) -> Self {
+        Self { version, urls, health_check: None }
+    }
 }
 
 /// A weight, and what must pass before the next one.
@@ -33,6 +51,10 @@ pub struct Stage {
 pub enum HashOn {
     /// The value of this request header (lower case); requests without it are drawn at random.
     Header(String),
+    /// The value of this cookie.
+    Cookie(String),
+    /// The address that the connection comes from.
+    ClientAddress,
 }
 
 /// Requests with all of these header values (name in lower case, exact value) are the canary's while it has traffic.
@@ -68,6 +90,8 @@ pub struct RolloutSpec {
     pub hash_on: Option<HashOn>,
     /// Requests that go to the canary whatever the draw.
     pub matches: Vec<Match>,
+    /// The share of stable's requests that the canary gets a copy of, its answers unused.
+    pub mirror: Weight,
     /// How evidence is judged.
     pub analysis: Analysis,
     /// How long canary traffic outlives the last contact with a majority, in milliseconds.
@@ -169,6 +193,14 @@ impl RolloutSpec {
         };
         within("safety.lease", self.lease_ms, 1_000, 60_000)?;
         within("bake.duration", self.bake_ms, 0, DURATION_MS_MAX)?;
+        for health in [&self.stable, &self.canary].into_iter().filter_map(|backend| backend.health_check.as_ref()) {
+            within("healthCheck.interval", health.interval_ms, 100, 3_600_000)?;
+            at_most("bytes of healthCheck.path", health.path.len(), 1_024)?;
+            let plain = health.path.starts_with('/') && health.path.bytes().all(|byte| byte.is_ascii_graphic());
+            if !plain {
+                return Err(SpecError::Missing("healthCheck.path is no path, expected one such as /healthz"));
+            }
+        }
         within("progressDeadline", self.progress_deadline_ms, 1_000, DURATION_MS_MAX)?;
         within("analysis.window", self.analysis.window_ms, 1_000, 3_600_000)?;
         for stage in &self.stages {

@@ -32,7 +32,7 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
 /// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 1, max: 1 };
+pub const VERSIONS: Versions = Versions { min: 2, max: 2 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most bytes of a body after HELLO.
@@ -609,7 +609,7 @@ mod tests {
     fn a_rollout_that_breaks_its_rules_is_malformed() {
         use crate::domain::plan::{Backend, OnPartition, RolloutSpec};
         use crate::protocol::message::Prepare;
-        let backend = |version: &str| Backend { version: version.parse().unwrap(), urls: vec![] };
+        let backend = |version: &str| Backend::new(version.parse().unwrap(), vec![]);
         let spec = RolloutSpec {
             service: "s".parse().unwrap(),
             stable: backend("v1"),
@@ -617,6 +617,7 @@ mod tests {
             stages: vec![],
             bake_ms: 0,
             hash_on: None,
+            mirror: Weight::ZERO,
             matches: vec![],
             analysis: Default::default(),
             lease_ms: 2_000,

@@ -266,7 +266,7 @@ async fn forward(
 ) -> Response<Body> {
     let router = &general.router;
     let began = router.now();
-    let mut pick = router.pick(route, request.headers(), began);
+    let mut pick = router.pick(route, request.headers(), &peer.ip().to_string(), began);
     let grpc = is_grpc(request.headers());
     let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();

@@ -2,7 +2,7 @@
 //!
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
 //! `worker` is one thread's share of it; `relay` carries plain requests, `forward` all others; `wire` is HTTP/1.1 as
-//! bytes; `table` compiles the view, `upstream` chooses servers, `outcome` counts and trips the breaker.
+//! bytes; `table` compiles the view, `upstream` chooses servers, `probe` asks them, `outcome` counts and trips the breaker.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,7 @@ use crate::node::handle::NodeHandle;
 
 mod forward;
 mod outcome;
+mod probe;
 mod relay;
 pub mod settings;
 mod table;
@@ -28,6 +29,7 @@ mod upstream;
 mod wire;
 mod worker;
 
+use probe::Prober;
 use settings::ProxySettings;
 use table::Router;
 use worker::Worker;
@@ -93,13 +95,16 @@ fn prepare(node: NodeHandle, settings: ProxySettings, lanes: usize) -> (Arc<Rout
     (Arc::new(Router::new(node, settings, lanes)), door)
 }
 
+/// Hands over what was counted, and asks servers whether they are well, until `shutdown`.
 async fn drain(router: &Router, shutdown: &CancellationToken) {
+    let prober = Prober::new(router.settings.connect_timeout());
     let mut tick = tokio::time::interval(DRAIN);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
             _ = tick.tick() => {}
         }
+        prober.ask(router);
         let observations = router.drain();
         if !observations.is_empty() {
             router.node.observed(observations);

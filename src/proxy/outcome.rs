@@ -7,6 +7,13 @@ use metrics::{Counter, Histogram};
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::stats::{BUCKETS, Stats, bucket_of, middle_us};
 
+/// Names of two metrics: how many, and how long.
+pub type Names = (&'static str, &'static str);
+/// Of answers that clients got.
+pub const ANSWERS: Names = ("aviary_requests_total", "aviary_request_duration_seconds");
+/// Of answers to mirrored requests.
+pub const COPIES: Names = ("aviary_mirrored_requests_total", "aviary_mirrored_request_duration_seconds");
+
 /// One version's answers since the last drain, each worker's in a lane of its own.
 pub struct Counts {
     lanes: Box<[Lane]>,
@@ -24,12 +31,12 @@ struct Lane {
 }
 
 impl Counts {
-    pub fn new(service: &ServiceId, version: &VersionId, lanes: usize) -> Self {
+    pub fn new(service: &ServiceId, version: &VersionId, lanes: usize, (total, seconds): Names) -> Self {
         let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx"].map(|class| {
-            metrics::counter!("aviary_requests_total", "service" => service.to_string(),
+            metrics::counter!(total, "service" => service.to_string(),
                 "version" => version.to_string(), "code_class" => class)
         });
-        let durations = metrics::histogram!("aviary_request_duration_seconds", "service" => service.to_string(),
+        let durations = metrics::histogram!(seconds, "service" => service.to_string(),
             "version" => version.to_string());
         let lane = |_| Lane {
             errors: AtomicU64::new(0),
@@ -161,7 +168,7 @@ mod tests {
 
     #[test]
     fn counts_are_taken_once() {
-        let counts = Counts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2);
+        let counts = Counts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2, ANSWERS);
         counts.add(0, 200, 1_000, false);
         counts.add(1, 502, 3_000, true);
         let stats = counts.take();

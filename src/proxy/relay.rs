@@ -55,8 +55,24 @@ struct Request {
     close: bool,
     route: Arc<Route>,
     pick: Pick,
+    /// Nobody waits for the answer.
+    is_copy: bool,
     began: Mono,
     _place: Place,
+}
+
+impl Request {
+    /// Returns a copy for the canary; none of a request that is not all there.
+    fn copy(&self, worker: &Worker) -> Option<Self> {
+        let _place = worker.router.place().filter(|_| self.whole)?;
+        let mut out = worker.buffer();
+        let head = self.out.windows(4).position(|four| four == b"\r\n\r\n")? + 2;
+        out.extend_from_slice(&self.out[..head]);
+        out.extend_from_slice(b"x-aviary-mirrored: true\r\n");
+        out.extend_from_slice(&self.out[head..]);
+        let route = self.route.clone();
+        Some(Self { out, route, pick: Pick::Canary, is_copy: true, close: true, _place, ..*self })
+    }
 }
 
 /// What a connection does next.
@@ -88,7 +104,12 @@ where
             place.asked();
         }
         let stays = match next {
-            Next::Ask(request) => carry(worker, &watch, &mut client, *request).await,
+            Next::Ask(request) => {
+                if request.pick == Pick::Stable && worker.router.is_mirrored(&request.route, request.began) {
+                    mirror(worker, &request);
+                }
+                carry(worker, &watch, &mut client, *request).await
+            }
             Next::Other => return Some(client.ahead),
             Next::Refuse(refusal) => {
                 worker.say(&mut client.stream, refusal.status, refusal.why, &[], true).await;
@@ -192,12 +213,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
             is_head: asked.method == "HEAD",
             is_idempotent: asked.is_idempotent(),
             close: asked.close,
-            pick: worker.router.pick(route, &asked.fields, began),
+            pick: worker.router.pick(route, &asked.fields, &self.address, began),
+            is_copy: false,
             route: route.clone(),
             began,
             _place: place,
         })))
     }
+}
+
+/// Sends a copy of a request to the canary, beside it.
+fn mirror(worker: &Rc<Worker>, request: &Request) {
+    let Some(copy) = request.copy(worker) else { return };
+    let worker = worker.clone();
+    tokio::task::spawn_local(async move {
+        let watch = worker.watch().await;
+        let mut nobody = Client { stream: tokio::io::empty(), ahead: Vec::new(), ended: true, address: String::new() };
+        carry(&worker, &watch, &mut nobody, copy).await;
+    });
 }
 
 /// Why an attempt brought no answer.
@@ -210,9 +243,12 @@ enum Failure {
     Late,
     /// The upstream broke off, or sent what is no answer.
     Broken(&'static str),
-    /// The client broke off, or stopped sending: nobody's error.
-    Client(&'static str),
+    /// The client broke off, stopped sending, or sent what is no body: nobody's error.
+    Client(Refusal),
 }
+
+const CUT: Refusal = Refusal { status: 408, why: "the request's body broke off" };
+const STOPPED: Refusal = Refusal { status: 408, why: "the request's body stopped coming" };
 
 /// How an exchange ended whose answer had begun.
 enum End {
@@ -258,9 +294,9 @@ where
                     continue;
                 }
                 if !matches!(failure, Failure::Client(_)) {
-                    worker.count(&route, request.pick, 502, request.began, true);
+                    count(worker, &request, 502, true);
                 }
-                if request.pick == Pick::Canary && unreachable {
+                if request.pick == Pick::Canary && unreachable && !request.is_copy {
                     // A canary that isn't there costs users nothing. Never the other way round.
                     (request.pick, tried) = (Pick::Stable, Vec::new());
                     continue;
@@ -278,7 +314,7 @@ where
         Failure::Stale => (502, format!("{version} broke off: it closed a connection that was to be used again")),
         Failure::Late => (504, format!("{version} sent no answer within {limit} ms")),
         Failure::Broken(why) => (502, format!("{version} broke off: {why}")),
-        Failure::Client(why) => (408, why.to_string()),
+        Failure::Client(Refusal { status, why }) => (status, why.to_string()),
     };
     let close = request.close || !request.body.has_ended();
     worker.say(&mut client.stream, status, &why, &pool.mark, close).await;
@@ -388,7 +424,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             }
             if before || self.watch.is_resting() {
                 self.watch.set(self.patience_ms());
-            } else if self.watch.is_over() {
+            }
+            if self.watch.is_over() {
                 return Poll::Ready(self.too_late());
             }
             return Poll::Pending;
@@ -436,7 +473,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
                 *moved = true;
                 let taken = match request.body.take(&scratch[..length]) {
                     Ok(taken) => taken,
-                    Err(refusal) => return Some(Err(Failure::Client(refusal.why))),
+                    Err(refusal) => return Some(Err(Failure::Client(refusal))),
                 };
                 self.client.ahead.extend_from_slice(&scratch[taken..length]);
                 request.whole = false;
@@ -550,9 +587,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
 
     fn count(&mut self, error: bool) {
         if !std::mem::replace(&mut self.counted, true) {
-            let (route, pick, began) = (&self.request.route, self.request.pick, self.request.began);
-            self.worker.count(route, pick, self.status, began, error);
-            self.visit.ended(error, began);
+            count(self.worker, self.request, self.status, error);
+            self.visit.ended(error, self.request.began);
         }
     }
 
@@ -572,7 +608,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
 
     fn client_gone(&mut self) -> Result<End, Failure> {
         match self.status {
-            0 => Err(Failure::Client("the request's body broke off")),
+            0 => Err(Failure::Client(CUT)),
             _ => Ok(End::Gone),
         }
     }
@@ -591,7 +627,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
         let awaited = self.sent == self.request.out.len() && !self.request.body.has_ended() && !self.deaf;
         match (self.returned < self.back.len(), self.status) {
             (true, _) => Ok(End::Gone),
-            (false, 0) if awaited => Err(Failure::Client("the request's body stopped coming")),
+            (false, 0) if awaited => Err(Failure::Client(STOPPED)),
             (false, 0) => Err(Failure::Late),
             (false, _) => Ok(End::Cut),
         }
@@ -612,6 +648,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             linger(self.worker, self.watch, self.client).await;
         }
         sent && !self.closes && (!self.client.ended || !self.client.ahead.is_empty())
+    }
+}
+
+fn count(worker: &Worker, request: &Request, status: u16, error: bool) {
+    let Request { route, pick, is_copy, began, .. } = request;
+    match is_copy {
+        true => worker.router.count_copy(worker.lane, route, status, *began, error),
+        false => worker.count(route, *pick, status, *began, error),
     }
 }
 

@@ -8,22 +8,24 @@ use arc_swap::ArcSwap;
 use http::HeaderMap;
 
 use crate::domain::ids::ServiceId;
-use crate::domain::plan::HashOn;
+use crate::domain::plan::{HashOn, HealthCheck};
 use crate::domain::time::Mono;
 use crate::domain::weights::{Weight, sticky_ticket};
 use crate::domain::window::Evidence;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
-use super::outcome::{Breaker, Counts, FAILURES_MAX};
+use super::outcome::{ANSWERS, Breaker, COPIES, Counts, FAILURES_MAX};
 use super::settings::ProxySettings;
-use super::upstream::{Pool, Servers};
+use super::upstream::{Pool, Server, Servers};
 use super::wire;
 
 /// What outlives the views of one routing version.
 pub struct Track {
     pub stable: Counts,
     pub canary: Option<Counts>,
+    /// Of requests that were mirrored to the canary.
+    pub copies: Option<Counts>,
     pub breaker: Breaker,
 }
 
@@ -50,17 +52,37 @@ pub enum Pick {
 pub trait Fields {
     /// Returns the first value of a field, named in small letters.
     fn value(&self, name: &str) -> Option<&[u8]>;
+
+    /// Returns a cookie's value.
+    fn cookie(&self, name: &str) -> Option<&[u8]>;
+}
+
+/// Returns the value of the cookie `name` in a Cookie field (RFC 6265, 4.2.1).
+fn cookie_in<'f>(field: &'f [u8], name: &str) -> Option<&'f [u8]> {
+    let mut pairs = field.split(|byte| *byte == b';').map(<[u8]>::trim_ascii);
+    pairs.find_map(|pair| pair.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
 }
 
 impl Fields for HeaderMap {
     fn value(&self, name: &str) -> Option<&[u8]> {
         self.get(name).map(|value| value.as_bytes())
     }
+
+    fn cookie(&self, name: &str) -> Option<&[u8]> {
+        // HTTP/2 may send each cookie in a field of its own.
+        self.get_all(http::header::COOKIE).iter().find_map(|value| cookie_in(value.as_bytes(), name))
+    }
 }
 
 impl Fields for wire::Fields<'_, '_> {
     fn value(&self, name: &str) -> Option<&[u8]> {
         wire::field(self, name)
+    }
+
+    fn cookie(&self, name: &str) -> Option<&[u8]> {
+        self.iter()
+            .filter(|field| field.name.eq_ignore_ascii_case("cookie"))
+            .find_map(|field| cookie_in(field.value, name))
     }
 }
 
@@ -70,9 +92,14 @@ impl Route {
         let same = same.filter(|before| before.canary.is_some() == serving.canary.is_some());
         let lanes = shared.lanes;
         let track = same.map(|before| before.track.clone()).unwrap_or_else(|| {
-            let canary = serving.canary.as_ref().map(|(backend, _)| Counts::new(service, &backend.version, lanes));
-            let stable = Counts::new(service, &serving.stable.version, lanes);
-            Arc::new(Track { stable, canary, breaker: Breaker::default() })
+            let canary = serving.canary.as_ref().map(|(backend, _)| &backend.version);
+            let mirrored = canary.filter(|_| serving.spec.mirror > Weight::ZERO);
+            Arc::new(Track {
+                stable: Counts::new(service, &serving.stable.version, lanes, ANSWERS),
+                canary: canary.map(|version| Counts::new(service, version, lanes, ANSWERS)),
+                copies: mirrored.map(|version| Counts::new(service, version, lanes, COPIES)),
+                breaker: Breaker::default(),
+            })
         });
         let pool = |backend| Pool::new(backend, serving.routing_version, &shared.servers);
         let (stable, canary) = (pool(&serving.stable), serving.canary.as_ref().map(|(backend, _)| pool(backend)));
@@ -97,7 +124,7 @@ impl Route {
     }
 
     /// Returns who serves a request, given the canary's share at this moment.
-    fn pick(&self, effective_bp: u16, fields: &impl Fields) -> Pick {
+    fn pick(&self, effective_bp: u16, fields: &impl Fields, peer: &str) -> Pick {
         if effective_bp == 0 || self.track.breaker.is_tripped() {
             return Pick::Stable;
         }
@@ -111,7 +138,11 @@ impl Route {
         if spec.matches.iter().any(|m| m.headers.iter().all(holds)) {
             return Pick::Canary;
         }
-        let key = spec.hash_on.as_ref().and_then(|HashOn::Header(name)| fields.value(name));
+        let key = spec.hash_on.as_ref().and_then(|hash_on| match hash_on {
+            HashOn::Header(name) => fields.value(name),
+            HashOn::Cookie(name) => fields.cookie(name),
+            HashOn::ClientAddress => Some(peer.as_bytes()),
+        });
         let ticket = match key {
             Some(key) => sticky_ticket(self.salt, key),
             None => rand::random_range(0..Weight::WHOLE),
@@ -199,9 +230,26 @@ impl Router {
         self.node.published.clock().now().mono
     }
 
-    /// Returns who serves a request at this moment.
-    pub fn pick(&self, route: &Route, fields: &impl Fields, now: Mono) -> Pick {
-        route.pick(self.node.published.effective_bp_at(&route.serving, now), fields)
+    /// Returns who serves the request of a client at `peer` (an IP address) at this moment.
+    pub fn pick(&self, route: &Route, fields: &impl Fields, peer: &str, now: Mono) -> Pick {
+        route.pick(self.node.published.effective_bp_at(&route.serving, now), fields, peer)
+    }
+
+    /// Returns true when the canary gets a copy of a request that stable serves.
+    pub fn is_mirrored(&self, route: &Route, now: Mono) -> bool {
+        let share = route.serving.spec.mirror.bp();
+        share > 0
+            && route.canary.is_some()
+            && self.node.published.effective_bp_at(&route.serving, now) > 0
+            && !route.track.breaker.is_tripped()
+            && rand::random_range(0..Weight::WHOLE) < share
+    }
+
+    /// Counts the answer to a copy: what nobody waits for is no evidence, and shows in metrics of its own.
+    pub fn count_copy(&self, lane: usize, route: &Route, status: u16, began: Mono, error: bool) {
+        if let Some(copies) = &route.track.copies {
+            copies.add(lane, status, self.now().0.saturating_sub(began.0), error);
+        }
     }
 
     /// Counts an answer that came to a client, or should have; returns what to tell the node when it was one failure of
@@ -234,6 +282,8 @@ impl Router {
     /// Returns what was counted since the last call.
     pub fn drain(&self) -> Vec<Observation> {
         let table = self.table();
+        let copies = table.routes.values().filter_map(|route| route.track.copies.as_ref());
+        copies.for_each(|copies| drop(copies.take()));
         let observed = table.routes.values().map(|route| Observation {
             service: route.service.clone(),
             routing_version: route.serving.routing_version,
@@ -247,6 +297,12 @@ impl Router {
 }
 
 impl Table {
+    /// Returns the servers that are to be asked now whether they are well.
+    pub fn due(&self, now: Mono) -> Vec<(Arc<Server>, HealthCheck)> {
+        let pools = self.routes.values().flat_map(|route| std::iter::once(&route.stable).chain(&route.canary));
+        pools.flat_map(|pool| pool.due(now)).collect()
+    }
+
     /// Returns the service that a request means and what serves it.
     pub fn route_of(&self, settings: &ProxySettings, path: &str, fields: &impl Fields) -> Result<&Arc<Route>, NoRoute> {
         let named = model_of(path);
@@ -295,6 +351,14 @@ fn model_of(path: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cookies_are_found_by_their_whole_name() {
+        let field = b"a=1; sid=me=you;  xsid=other; empty=";
+        assert_eq!(cookie_in(field, "sid"), Some(&b"me=you"[..]));
+        assert_eq!(cookie_in(field, "xsid"), Some(&b"other"[..]));
+        assert_eq!((cookie_in(field, "si"), cookie_in(field, "empty")), (None, Some(&b""[..])));
+    }
 
     #[test]
     fn inference_paths_name_the_model() {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use http::uri::Authority;
 use tokio::net::TcpStream;
 
 use crate::domain::ids::VersionId;
-use crate::domain::plan::Backend;
+use crate::domain::plan::{Backend, HealthCheck};
 use crate::domain::time::Mono;
 
 /// Failures in a row after which a server is left alone.
@@ -20,6 +20,8 @@ const FAILURES_MAX: u32 = 5;
 const LEFT_ALONE_MS: u64 = 10_000;
 /// The longest.
 const LEFT_ALONE_MS_MAX: u64 = 60_000;
+/// Failed probes in a row that make a server unwell; one that succeeds makes it well.
+const PROBES_FAILED_MAX: u32 = 3;
 
 /// One server, the same object in every version, step and view that names its URL.
 pub struct Server {
@@ -36,6 +38,11 @@ pub struct Server {
     rounds: AtomicU32,
     /// Until when it is left alone, in microseconds of the node's clock.
     alone_until: AtomicU64,
+    /// It failed the last probes.
+    unwell: AtomicBool,
+    probes_failed: AtomicU32,
+    /// When it is asked next, in microseconds of the node's clock.
+    probe_at: AtomicU64,
 }
 
 impl Server {
@@ -55,7 +62,17 @@ impl Server {
     }
 
     fn may_serve(&self, now: Mono) -> bool {
-        self.alone_until.load(Relaxed) <= now.0
+        self.alone_until.load(Relaxed) <= now.0 && !self.unwell.load(Relaxed)
+    }
+
+    /// Takes the result of a probe; returns true when it changed what is thought of the server.
+    pub fn probed(&self, well: bool) -> bool {
+        if well {
+            self.probes_failed.store(0, Relaxed);
+            return self.unwell.swap(false, Relaxed);
+        }
+        let failed = self.probes_failed.fetch_add(1, Relaxed) + 1;
+        failed >= PROBES_FAILED_MAX && !self.unwell.swap(true, Relaxed)
     }
 }
 
@@ -80,6 +97,9 @@ impl Servers {
             failures: AtomicU32::new(0),
             rounds: AtomicU32::new(0),
             alone_until: AtomicU64::new(0),
+            unwell: AtomicBool::new(false),
+            probes_failed: AtomicU32::new(0),
+            probe_at: AtomicU64::new(0),
         });
         known.insert(url.into(), server.clone());
         Some(server)
@@ -94,6 +114,7 @@ pub struct Pool {
     pub servers: Vec<Arc<Server>>,
     /// The header lines that say who served.
     pub mark: Box<[u8]>,
+    health_check: Option<HealthCheck>,
     next: AtomicUsize,
 }
 
@@ -105,6 +126,7 @@ impl Pool {
             version: backend.version.clone(),
             servers: backend.urls.iter().filter_map(|url| servers.named(url)).collect(),
             mark: mark.into_bytes().into(),
+            health_check: backend.health_check.clone(),
             next: AtomicUsize::new(0),
         }
     }
@@ -112,6 +134,18 @@ impl Pool {
     /// Returns true when the same request may be tried at another server.
     pub fn has_choice(&self) -> bool {
         self.servers.len() > 1
+    }
+
+    /// Returns the servers that are to be asked now whether they are well.
+    pub fn due(&self, now: Mono) -> impl Iterator<Item = (Arc<Server>, HealthCheck)> {
+        let check = self.health_check.as_ref().filter(|_| self.has_choice());
+        check.into_iter().flat_map(move |check| {
+            let due = self.servers.iter().filter(move |server| {
+                let at = server.probe_at.load(Relaxed);
+                at <= now.0 && server.probe_at.swap(now.after_ms(check.interval_ms).0, Relaxed) == at
+            });
+            due.map(|server| (server.clone(), check.clone()))
+        })
     }
 
     /// Returns the least loaded server that was not tried, of those that don't fail; of all, when all fail.
@@ -176,7 +210,7 @@ mod tests {
 
     fn pool(urls: &[&str]) -> Pool {
         let version = VersionId::new("v1").unwrap();
-        Pool::new(&Backend { version, urls: urls.iter().map(|url| url.to_string()).collect() }, 7, &Servers::default())
+        Pool::new(&Backend::new(version, urls.iter().map(|url| url.to_string()).collect()), 7, &Servers::default())
     }
 
     #[test]

@@ -34,7 +34,8 @@ const SWEEP: Duration = Duration::from_millis(20);
 pub struct Worker {
     /// What all workers share.
     pub router: Arc<Router>,
-    lane: usize,
+    /// Where it counts.
+    pub lane: usize,
     general: General,
     table: RefCell<(u64, Arc<Table>)>,
     kept: RefCell<Vec<Vec<Kept>>>,

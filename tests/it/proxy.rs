@@ -10,7 +10,7 @@ use aviary::adapters::clock::BootClock;
 use aviary::adapters::memory::MemoryStore;
 use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary::domain::plan::{Backend, HashOn, OnPartition, RolloutSpec, Stage};
+use aviary::domain::plan::{Backend, HashOn, HealthCheck, OnPartition, RolloutSpec, Stage};
 use aviary::domain::rollout::{Change, Mark, Service};
 use aviary::domain::time::Wall;
 use aviary::domain::weights::Weight;
@@ -49,25 +49,37 @@ fn version(name: &str) -> VersionId {
 }
 
 fn view(stable: Option<SocketAddr>, canary: Option<SocketAddr>, bp: u16) -> View {
+    view_of(stable, canary, bp, |_| {})
+}
+
+/// Returns a view whose rollout was made otherwise than usual. A role without a server has the other one's.
+fn view_of(
+    stable: Option<SocketAddr>,
+    canary: Option<SocketAddr>,
+    bp: u16,
+    change: impl FnOnce(&mut RolloutSpec),
+) -> View {
     let id = ServiceId::new("fraud").unwrap();
-    let backend = |name, at: Option<SocketAddr>| Backend {
-        version: version(name),
-        urls: at.iter().map(|address| format!("http://{address}")).collect(),
+    let backend = |name, at: Option<SocketAddr>| {
+        Backend::new(version(name), at.iter().map(|address| format!("http://{address}")).collect())
     };
     let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
-    let spec = Arc::new(RolloutSpec {
+    let mut spec = RolloutSpec {
         service: id.clone(),
-        stable: backend("v1", stable),
-        canary: backend("v2", canary),
+        stable: backend("v1", stable.or(canary)),
+        canary: backend("v2", canary.or(stable)),
         stages: vec![stage(Weight::from_bp(bp).unwrap()), stage(Weight::FULL)],
         bake_ms: 0,
         hash_on: Some(HashOn::Header("x-user".into())),
+        mirror: Weight::ZERO,
         matches: vec![],
         analysis: Analysis::default(),
         lease_ms: 2_000,
         on_partition: OnPartition::Stable,
         progress_deadline_ms: 60_000,
-    });
+    };
+    change(&mut spec);
+    let spec = Arc::new(spec);
     let mark = Mark { tx: TxId::new("tx-1").unwrap(), at: Wall(0) };
     let service = Service::after(None, &id, &Change::Start(spec.clone()), &mark).unwrap();
     let serving = Serving {
@@ -103,15 +115,8 @@ fn view(stable: Option<SocketAddr>, canary: Option<SocketAddr>, bp: u16) -> View
     }
 }
 
-/// Starts a proxy that holds a lease, which nothing renews, for the whole of a short test.
-async fn world(view: View) -> World {
-    let published = Published::new(Arc::new(view), Arc::new(BootClock));
-    let (node, told, _) = NodeHandle::new(published, MemoryStore::default().reader());
-    hold_lease(&node);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let stop = CancellationToken::new();
-    let settings = ProxySettings {
+fn settings() -> ProxySettings {
+    ProxySettings {
         connect_timeout_ms: 500,
         first_byte_timeout_ms: 600,
         idle_timeout_ms: 600,
@@ -119,7 +124,21 @@ async fn world(view: View) -> World {
         connections_max: 64,
         requests_max: 64,
         ..ProxySettings::default()
-    };
+    }
+}
+
+/// Starts a proxy that holds a lease, which nothing renews, for the whole of a short test.
+async fn world(view: View) -> World {
+    world_with(view, settings()).await
+}
+
+async fn world_with(view: View, settings: ProxySettings) -> World {
+    let published = Published::new(Arc::new(view), Arc::new(BootClock));
+    let (node, told, _) = NodeHandle::new(published, MemoryStore::default().reader());
+    hold_lease(&node);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
     tokio::spawn(proxy::serve(vec![listener.into_std().unwrap()], node.clone(), settings, stop.clone()));
     World { address, node, told, _stop: stop.drop_guard() }
 }
@@ -479,4 +498,371 @@ fn the_data_plane_alone_splits_by_its_weight_and_says_what_is_wrong() {
     }
     // Five standard deviations around 200.
     assert!((137..=263).contains(&canary), "{canary} of 1000 went to the canary");
+}
+
+/// Sends a GET on a connection that stays open, and returns the answer, whose body has a length.
+async fn ask(stream: &mut TcpStream, request: &str) -> String {
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = timeout(SOON, head(stream)).await.expect("a head in time");
+    let length = answer.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+    let mut body = vec![0; length.unwrap_or(0)];
+    stream.read_exact(&mut body).await.unwrap();
+    answer += std::str::from_utf8(&body).unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn users_stick_by_cookie_or_address() {
+    let by = |hash_on| view_of(None, None, 5_000, |spec| spec.hash_on = Some(hash_on));
+    let with_cookie = world(by(HashOn::Cookie("sid".into()))).await;
+    let mut versions = Vec::new();
+    for user in 0..20 {
+        hold_lease(&with_cookie.node);
+        let cookie = format!("cookie: a=1; sid=u{user}\r\n");
+        let first = with_cookie.get("/predict", &cookie).await;
+        let again = with_cookie.get("/predict", &format!("cookie: sid=u{user}\r\n")).await;
+        assert_eq!(served_by(&first), served_by(&again));
+        versions.push(served_by(&first).to_string());
+    }
+    assert!(versions.iter().any(|v| v == "v1") && versions.iter().any(|v| v == "v2"), "{versions:?}");
+    let by_address = world(by(HashOn::ClientAddress)).await;
+    let first = served_by(&by_address.get("/predict", "").await).to_string();
+    for _ in 0..20 {
+        hold_lease(&by_address.node);
+        assert_eq!(served_by(&by_address.get("/predict", "x-user: other\r\n").await), first);
+    }
+}
+
+#[tokio::test]
+async fn copies_go_to_the_canary_and_count_for_nothing() {
+    let (sender, mut copies) = mpsc::unbounded_channel();
+    let canary = upstream(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            loop {
+                let head = head(&mut stream).await;
+                if head.is_empty() {
+                    return;
+                }
+                let mut body = [0; 5];
+                stream.read_exact(&mut body).await.unwrap();
+                let _ = sender.send((head, body));
+                stream.write_all(FAILED.as_bytes()).await.unwrap();
+            }
+        }
+    });
+    let stable = reading(5).await;
+    let canary = canary.await;
+    let mut world = world(view_of(Some(stable), Some(canary), 1, |spec| spec.mirror = Weight::FULL)).await;
+    for _ in 0..20 {
+        hold_lease(&world.node);
+        let request = "POST /predict HTTP/1.1\r\nhost: x\r\nx-canary: never\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello";
+        let answer = world.raw(request).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && served_by(&answer) == "v1", "{answer}");
+    }
+    for _ in 0..20 {
+        let (head, body) = timeout(SOON, copies.recv()).await.unwrap().unwrap();
+        assert!(head.contains("x-aviary-mirrored: true") && &body == b"hello", "{head}");
+    }
+    // Twenty failures of the canary, and neither gate nor breaker heard of one.
+    assert_eq!(world.told_within(Duration::from_millis(300)).await, (0, 0, 0));
+}
+
+#[tokio::test]
+async fn a_server_that_fails_or_says_so_gets_no_requests() {
+    async fn counting(answer: &'static str, well: bool) -> (SocketAddr, Arc<std::sync::atomic::AtomicUsize>) {
+        let seen = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = seen.clone();
+        let address = upstream(move |mut stream| {
+            let count = count.clone();
+            async move {
+                loop {
+                    let head = head(&mut stream).await;
+                    if head.is_empty() {
+                        return;
+                    }
+                    let probe = head.starts_with("GET /healthz");
+                    count.fetch_add(usize::from(!probe), std::sync::atomic::Ordering::Relaxed);
+                    let answer = if probe && !well { FAILED } else { answer };
+                    if stream.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        (address.await, seen)
+    }
+    let seen_of = |seen: &Arc<std::sync::atomic::AtomicUsize>| seen.load(std::sync::atomic::Ordering::Relaxed);
+    let ((good, good_seen), (bad, bad_seen)) = (counting(OK, true).await, counting(FAILED, true).await);
+    let (unwell, unwell_seen) = counting(OK, false).await;
+    let urls = |all: &[SocketAddr]| all.iter().map(|address| format!("http://{address}")).collect::<Vec<_>>();
+    let failing =
+        world(view_of(Some(good), None, 0, |spec| spec.stable.urls = urls(&[good, bad, nowhere_now()]))).await;
+    for _ in 0..40 {
+        failing.get("/predict", "").await;
+    }
+    assert_eq!((seen_of(&good_seen), seen_of(&bad_seen)), (35, 5), "(good, bad) after five failures in a row");
+
+    let asked = world(view_of(Some(good), None, 0, |spec| {
+        spec.stable.urls = urls(&[good, unwell]);
+        spec.stable.health_check = Some(HealthCheck { path: "/healthz".into(), interval_ms: 100 });
+    }));
+    let asked = asked.await;
+    tokio::time::sleep(Duration::from_millis(900)).await;
+    let before = seen_of(&unwell_seen);
+    for _ in 0..20 {
+        assert!(asked.get("/predict", "").await.starts_with("HTTP/1.1 200"));
+    }
+    assert_eq!((seen_of(&unwell_seen) - before, seen_of(&good_seen)), (0, 55));
+}
+
+fn nowhere_now() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+#[tokio::test]
+async fn requests_that_can_be_read_in_two_ways_reach_nobody() {
+    let (sender, mut seen) = mpsc::unbounded_channel();
+    let curious = upstream(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            let _ = sender.send(head(&mut stream).await);
+            let _ = stream.write_all(OK.as_bytes()).await;
+        }
+    });
+    let world = world(view(Some(curious.await), None, 0)).await;
+    for (lines, status) in [
+        ("content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", "400"),
+        ("transfer-encoding: chunked\r\ntransfer-encoding: identity\r\n\r\n0\r\n\r\n", "400"),
+        ("transfer-encoding: xchunked\r\n\r\n0\r\n\r\n", "501"),
+        ("content-length: 4\r\ncontent-length: 5\r\n\r\nabcde", "400"),
+        ("content-length: 0x4\r\n\r\nabcd", "400"),
+        ("transfer-encoding: chunked\r\n\r\nzz\r\n", "400"),
+        ("x-bad: a\r\n b\r\n\r\n", "400"),
+        ("bad name: a\r\n\r\n", "400"),
+    ] {
+        let answer = world.raw(&format!("POST /predict HTTP/1.1\r\nhost: x\r\n{lines}")).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{lines:?}: {answer}");
+        assert!(answer.contains("connection: close"), "{answer}");
+    }
+    assert!(seen.try_recv().is_err(), "an upstream saw one of them");
+    // A chunk that goes wrong later ends the request, and the client's connection.
+    let late = "POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n";
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    stream.write_all(late.as_bytes()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let _ = stream.write_all(b"5 5\nGET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    let _ = timeout(SOON, stream.read_to_end(&mut Vec::new())).await.unwrap();
+    let heads: Vec<_> = std::iter::from_fn(|| seen.try_recv().ok()).collect();
+    assert!(heads.len() == 1 && !heads[0].contains("smuggled"), "{heads:?}");
+}
+
+#[tokio::test]
+async fn chunks_trailers_and_hints_pass_both_ways() {
+    let echo = upstream(|mut stream| async move {
+        let head = head(&mut stream).await;
+        assert!(head.contains("transfer-encoding: chunked"), "{head}");
+        let mut body = Vec::new();
+        while !body.ends_with(b"\r\n\r\n") {
+            body.push(stream.read_u8().await.unwrap());
+        }
+        let early = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n";
+        let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n";
+        for part in [early.as_bytes(), head.as_bytes(), &body[..3], &body[3..]] {
+            stream.write_all(part).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        std::future::pending::<()>().await;
+    });
+    let world = world(view(Some(echo.await), None, 0)).await;
+    let body = "3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nx-sum: 7\r\n\r\n";
+    let request =
+        format!("POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n{body}");
+    let answer = world.raw(&request).await;
+    let (early, rest) = answer.split_once("\r\n\r\n").unwrap();
+    assert_eq!(early, "HTTP/1.1 103 Early Hints\r\nlink: </a>");
+    let (head, found) = rest.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains("transfer-encoding: chunked") && head.contains("trailer: x-sum"), "{head}");
+    assert_eq!(found, body);
+}
+
+#[tokio::test]
+async fn a_client_that_asks_before_it_sends_gets_its_continue() {
+    let patient = upstream(|mut stream| async move {
+        let head = head(&mut stream).await;
+        assert!(head.to_lowercase().contains("expect: 100-continue"), "{head}");
+        stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.unwrap();
+        stream.read_exact(&mut [0; 4]).await.unwrap();
+        stream.write_all(OK.as_bytes()).await.unwrap();
+    });
+    let world = world(view(Some(patient.await), None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    let request = "POST /predict HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 4\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    assert_eq!(timeout(SOON, head(&mut stream)).await.unwrap(), "HTTP/1.1 100 Continue\r\n\r\n");
+    assert!(ask(&mut stream, "body").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn an_answer_before_the_whole_request_ends_the_connection_politely() {
+    let hasty = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        let _ = stream.write_all(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n\r\nno!").await;
+        tokio::time::sleep(SOON).await;
+    });
+    let world = world(view(Some(hasty.await), None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    stream.write_all(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let _ = stream.write_all(&[b'x'; 100_000]).await;
+    let mut answer = String::new();
+    timeout(SOON, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 413") && answer.ends_with("\r\n\r\nno!"), "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+}
+
+#[tokio::test]
+async fn requests_in_a_row_and_half_closed_ones_are_all_answered() {
+    let world = world(view(Some(answering(OK).await), None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    let three = "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n".repeat(3);
+    stream.write_all(three.as_bytes()).await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answers = String::new();
+    timeout(SOON, stream.read_to_string(&mut answers)).await.unwrap().unwrap();
+    assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 3, "{answers}");
+    // An older client, on the general way.
+    let old = world.raw("GET /predict HTTP/1.0\r\n\r\n").await;
+    assert!(old.starts_with("HTTP/1.0 200") && old.ends_with("ok"), "{old}");
+    // Answers without a body are answers without a body.
+    let silent = upstream(|mut stream| async move {
+        while !head(&mut stream).await.is_empty() {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n").await;
+        }
+    });
+    world.node.published.publish(Arc::new(view(Some(silent.await), None, 0)));
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    for _ in 0..3 {
+        stream.write_all(b"HEAD /predict HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let answer = timeout(SOON, head(&mut stream)).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("content-length: 2"), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_kept_connection_that_ended_costs_nothing() {
+    // Answers once on each connection, says it stays open, and closes it.
+    let fickle = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        let _ = stream.write_all(OK.as_bytes()).await;
+    });
+    let world = world(view(Some(fickle.await), None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    for _ in 0..50 {
+        let answer = ask(&mut stream, "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_websocket_passes() {
+    let socket = upstream(|mut stream| async move {
+        let head = head(&mut stream).await.to_lowercase();
+        assert!(head.contains("connection: upgrade") && head.contains("upgrade: websocket"), "{head}");
+        let accept = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+        stream.write_all(accept.as_bytes()).await.unwrap();
+        let (mut from, mut to) = stream.split();
+        let _ = tokio::io::copy(&mut from, &mut to).await;
+    });
+    let world = world(view(Some(socket.await), None, 0)).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    let request = "GET /predict HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let answer = timeout(SOON, head(&mut stream)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 101") && answer.contains("x-served-by: v1"), "{answer}");
+    for _ in 0..5 {
+        let mut back = [0; 5];
+        stream.write_all(b"\x81\x03abc").await.unwrap();
+        timeout(SOON, stream.read_exact(&mut back)).await.unwrap().unwrap();
+        assert_eq!(&back, b"\x81\x03abc");
+    }
+}
+
+/// Starts a server of HTTP/2 without TLS that ends each answer with this gRPC status, in trailers.
+async fn grpc(status: &'static str) -> SocketAddr {
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
+    upstream(move |stream| async move {
+        let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| async move {
+            assert_eq!(
+                (request.version(), &request.headers()["te"]),
+                (http::Version::HTTP_2, &"trailers".parse().unwrap())
+            );
+            let message = request.into_body().collect().await.unwrap().to_bytes();
+            let trailers = http::HeaderMap::from_iter([("grpc-status".parse().unwrap(), status.parse().unwrap())]);
+            let frames = [Frame::data(message), Frame::trailers(trailers)].map(Ok::<_, std::convert::Infallible>);
+            let mut response = http::Response::new(StreamBody::new(tokio_stream::iter(frames)));
+            response.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+            Ok::<_, std::convert::Infallible>(response)
+        });
+        let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+    })
+    .await
+}
+
+#[tokio::test]
+async fn grpc_passes_with_its_trailers_and_its_failures_count() {
+    let (good, bad) = (grpc("0").await, grpc("13").await);
+    let mut world = world(view_of(None, None, 10_000, |spec| {
+        (spec.stable.urls, spec.canary.urls) = (vec![format!("h2c://{good}")], vec![format!("h2c://{bad}")]);
+    }))
+    .await;
+    let stream = TcpStream::connect(world.address).await.unwrap();
+    let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (mut sender, connection) = handshake.await.unwrap();
+    tokio::spawn(connection);
+    for (canary, expected) in [("never", "0"), ("always", "13")] {
+        let request = http::Request::post("http://x/aviary.Test/Echo").header("content-type", "application/grpc");
+        let request = request.header("te", "trailers").header("x-canary", canary);
+        let request = request.body(http_body_util::Full::new(Bytes::from_static(b"\0\0\0\0\x02hi"))).unwrap();
+        let answer = timeout(SOON, sender.send_request(request)).await.unwrap().unwrap();
+        assert_eq!(answer.status(), 200);
+        let body = answer.into_body().collect().await.unwrap();
+        assert_eq!(body.trailers().unwrap()["grpc-status"], expected);
+        assert_eq!(body.to_bytes().as_ref(), b"\0\0\0\0\x02hi");
+    }
+    assert_eq!(
+        world.told_within(Duration::from_millis(300)).await,
+        (1, 1, 0),
+        "(answers, errors, trips) of the canary"
+    );
+    // A gRPC client understands an error of the proxy's own.
+    world.node.published.publish(Arc::new(view_of(None, None, 0, |spec| {
+        spec.stable.urls = vec![format!("h2c://{}", nowhere_now())];
+    })));
+    let request = http::Request::post("http://x/aviary.Test/Echo").header("content-type", "application/grpc");
+    let request = request.body(http_body_util::Full::new(Bytes::new())).unwrap();
+    let answer = timeout(SOON, sender.send_request(request)).await.unwrap().unwrap();
+    assert_eq!((answer.status().as_u16(), &answer.headers()["grpc-status"]), (200, &"14".parse().unwrap()));
+}
+
+#[tokio::test]
+async fn a_total_limit_ends_what_never_ends() {
+    let endless = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+        while stream.write_all(b"more").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let settings = ProxySettings { total_timeout_ms: 400, ..settings() };
+    let mut world = world_with(view(None, Some(endless.await), 10_000), settings).await;
+    let answer = timeout(Duration::from_secs(3), world.get("/predict", "")).await.expect("an end");
+    assert!(answer.ends_with("more"), "{answer}");
+    assert_eq!(
+        world.told_within(Duration::from_millis(300)).await,
+        (1, 1, 0),
+        "(answers, errors, trips) of the canary"
+    );
 }

@@ -23,7 +23,7 @@ use people::{Answered, Served};
 /// The nodes' names, which are also their hosts'.
 const NAMES: [&str; 3] = ["a", "b", "c"];
 /// The protocol versions of an old release, of one that speaks the next version too, and of one on the way there.
-const RELEASES: [Versions; 3] = [Versions { min: 1, max: 1 }, Versions { min: 1, max: 2 }, Versions { min: 0, max: 9 }];
+const RELEASES: [Versions; 3] = [Versions { min: 2, max: 2 }, Versions { min: 2, max: 3 }, Versions { min: 1, max: 9 }];
 /// Length of a lease, in milliseconds: what a rollout has that names none.
 const LEASE_MS: u64 = 2_000;
 

@@ -57,7 +57,7 @@ impl<S: Subject> World<S> {
     }
 
     pub(super) fn spec(&mut self, service: &ServiceId, stable: &VersionId, short: bool) -> Arc<RolloutSpec> {
-        let backend = |version: &str| Backend { version: VersionId::new(version).expect("valid"), urls: vec![] };
+        let backend = |version: &str| Backend::new(VersionId::new(version).expect("valid"), vec![]);
         let choices: Vec<&str> = ["v1", "v2", "v3"].into_iter().filter(|v| *v != stable.as_str()).collect();
         let canary = backend(choices[self.dice.below(choices.len())]);
         let count = if short { 2 } else { self.dice.between(2, 4) };
@@ -83,6 +83,7 @@ impl<S: Subject> World<S> {
             stages,
             bake_ms: if short { 200 } else { self.dice.between(0, 2_000) },
             hash_on: None,
+            mirror: Weight::ZERO,
             matches: vec![],
             analysis,
             lease_ms: self.dice.between(1_000, 3_000),

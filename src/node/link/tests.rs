@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::*;
 use crate::adapters::net::PlainNetwork;
 use crate::domain::ids::{ClusterId, Incarnation};
-use crate::node::frame::{self, HELLO_VERSION};
+use crate::node::frame;
 use crate::protocol::message::{Heartbeat, Role};
 use crate::protocol::record::{Hash, Slot};
 
@@ -183,13 +183,13 @@ async fn every_kind_of_bad_greeting_is_refused_by_its_class_and_peers_go_on() {
 async fn a_newer_node_speaks_the_older_ones_version_and_refuses_what_it_no_longer_knows() {
     let newer = |min, max| Limits { versions: Versions { min, max }, ..quick() };
     let address = free_address().await;
-    let mut a = node_within(newer(1, 2), "a", "127.0.0.1:0", "b", &address).await;
+    let mut a = node_within(newer(VERSIONS.min, VERSIONS.max + 1), "a", "127.0.0.1:0", "b", &address).await;
     let mut b = node("b", &address, "a", a.links.address()).await;
     a.reaches(&mut b, "b", 3).await;
     b.reaches(&mut a, "a", 4).await;
 
     let address = free_address().await;
-    let c = node_within(newer(2, 3), "c", "127.0.0.1:0", "d", &address).await;
+    let c = node_within(newer(VERSIONS.max + 1, VERSIONS.max + 2), "c", "127.0.0.1:0", "d", &address).await;
     let d = node("d", &address, "c", c.links.address()).await;
     c.counts(Class::Version, 1).await;
     d.counts(Class::Version, 1).await;
@@ -202,7 +202,7 @@ async fn a_message_in_another_name_or_incarnation_ends_the_connection() {
         [Identity { node: id("c"), ..identity("b") }, Identity { incarnation: Incarnation(1), ..identity("b") }]
     {
         let mut bytes = hello(&identity("b"), "a", VERSIONS);
-        frame::encode_message(&other, HELLO_VERSION, &heartbeat(1), &mut bytes).unwrap();
+        frame::encode_message(&other, VERSIONS.max, &heartbeat(1), &mut bytes).unwrap();
         refused(&a, &bytes).await;
     }
     a.counts(Class::Sender, 2).await;
@@ -212,7 +212,7 @@ async fn a_message_in_another_name_or_incarnation_ends_the_connection() {
 async fn a_frame_that_trickles_ends_the_connection() {
     let a = node("a", "127.0.0.1:0", "b", &free_address().await).await;
     let mut bytes = hello(&identity("b"), "a", VERSIONS);
-    frame::encode_message(&identity("b"), HELLO_VERSION, &heartbeat(1), &mut bytes).unwrap();
+    frame::encode_message(&identity("b"), VERSIONS.max, &heartbeat(1), &mut bytes).unwrap();
     refused(&a, &bytes[..bytes.len() - 1]).await;
     a.counts(Class::BodyDeadline, 1).await;
 }
