@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 case "${1:-}" in
-  "") profile=(); sim=./target/debug/sim; seeds=300; whole=20; rounds=() ; exhaust=0,0,0,2,0 ;;
-  nightly) profile=(--release); sim=./target/release/sim; seeds=10000; whole=500; rounds=(AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000); exhaust=1,1,0,2,0 ;;
+  "") profile=(); sim=./target/debug/sim; aviary=./target/debug/aviary; clients=(--big 64); seeds=300; whole=20; rounds=() ; exhaust=0,0,0,2,0 ;;
+  nightly) profile=(--release); sim=./target/release/sim; aviary=./target/release/aviary; clients=(--churn 10); seeds=10000; whole=500; rounds=(AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000); exhaust=1,1,0,2,0 ;;
   *) echo "run_tests.sh: found $1, expected nothing or: nightly" >&2; exit 1 ;;
 esac
 
@@ -28,6 +28,14 @@ fi
 step "tests"
 if [ -n "${1:-}" ]; then ulimit -n 20000; fi
 env "${rounds[@]}" cargo test --workspace --quiet "${profile[@]}"
+
+step "data plane under clients that nobody here wrote"
+if command -v python3 >/dev/null && command -v curl >/dev/null; then
+  cargo build --quiet "${profile[@]}"
+  python3 tests/clients.py --aviary "$aviary" "${clients[@]}"
+else
+  skipped+=("data plane under other clients: python3 or curl is not installed")
+fi
 
 step "simulation: $seeds seeds, each a virtual minute of faults, then healing"
 cargo build --quiet --package sim "${profile[@]}"

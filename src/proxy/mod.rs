@@ -20,13 +20,13 @@ use crate::door::{self, Accept, Door};
 use crate::node::handle::NodeHandle;
 
 mod forward;
-mod outcome;
+pub mod outcome;
 mod probe;
 mod relay;
 pub mod settings;
 mod table;
 mod upstream;
-mod wire;
+pub mod wire;
 mod worker;
 
 use probe::Prober;

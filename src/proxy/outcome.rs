@@ -31,6 +31,7 @@ struct Lane {
 }
 
 impl Counts {
+    /// Returns the counts of a version, in these metrics, with a lane for each worker.
     pub fn new(service: &ServiceId, version: &VersionId, lanes: usize, (total, seconds): Names) -> Self {
         let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx"].map(|class| {
             metrics::counter!(total, "service" => service.to_string(),
@@ -110,10 +111,12 @@ pub const FAILURES_MAX: u32 = 5;
 const STABLE_RESULTS: u32 = 20;
 
 impl Breaker {
+    /// Returns true once it tripped, for good.
     pub fn is_tripped(&self) -> bool {
         self.tripped.load(Relaxed)
     }
 
+    /// Counts a stable result.
     pub fn stable(&self, error: bool) {
         let mask = (1 << STABLE_RESULTS) - 1;
         if !error && self.stable.load(Relaxed) == 1 << STABLE_RESULTS {

@@ -177,7 +177,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
 
     /// Makes a request of what came; none when it is not all there. What lies behind it stays for later.
     fn begin(&mut self, worker: &Rc<Worker>, bytes: &[u8]) -> Option<Next> {
-        let mut room = Room::new();
+        let mut room = Room::default();
         let asked = match wire::request(bytes, &mut room) {
             Ok(Opening::Plain(asked)) => asked,
             Ok(Opening::Partial) if bytes.len() >= HEAD_BYTES_MAX => {
@@ -552,7 +552,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             self.back = self.worker.buffer();
         }
         loop {
-            let mut room = Room::new();
+            let mut room = Room::default();
             let found = wire::answer(bytes, self.request.is_head, &mut room);
             let Some(answered) = found.map_err(|refusal| Failure::Broken(refusal.why))? else {
                 if bytes.len() > HEAD_BYTES_MAX {

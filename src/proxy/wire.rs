@@ -19,9 +19,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Room for the fields of a head.
 pub struct Room<'b>([MaybeUninit<Header<'b>>; FIELDS_MAX]);
 
-impl Room<'_> {
-    /// Returns empty room.
-    pub const fn new() -> Self {
+impl Default for Room<'_> {
+    fn default() -> Self {
         Self([const { MaybeUninit::uninit() }; FIELDS_MAX])
     }
 }

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 /// Returns the head that an upstream gets, and what follows of the body.
 fn sent_on(request: &str) -> Result<(String, Body), Refusal> {
-    let mut room = Room::new();
+    let mut room = Room::default();
     match super::request(request.as_bytes(), &mut room)? {
         Opening::Plain(asked) => {
             let mut out = Vec::new();
@@ -59,9 +59,9 @@ fn what_is_no_plain_request_is_for_the_general_way() {
         "GET http://x/ HTTP/1.1\r\nHost: x\r\n\r\n",
         "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
     ] {
-        assert!(matches!(request(head.as_bytes(), &mut Room::new()), Ok(Opening::Other)), "{head}");
+        assert!(matches!(request(head.as_bytes(), &mut Room::default()), Ok(Opening::Other)), "{head}");
         for length in 0..head.len() {
-            let mut room = Room::new();
+            let mut room = Room::default();
             let found = request(&head.as_bytes()[..length], &mut room);
             assert!(matches!(found, Ok(Opening::Partial | Opening::Other)), "{found:?} for {length} bytes of {head}");
         }
@@ -69,7 +69,7 @@ fn what_is_no_plain_request_is_for_the_general_way() {
 }
 
 fn to_client(answer: &str, to_head: bool) -> Result<(String, Body, bool), Refusal> {
-    let mut room = Room::new();
+    let mut room = Room::default();
     let answered = super::answer(answer.as_bytes(), to_head, &mut room)?.expect("a whole head");
     let mut out = Vec::new();
     answered.write(Mark { lines: b"x-served-by: v2\r\n", date: b"now", close: false }, &mut out);
@@ -144,8 +144,8 @@ fn a_chunked_body_ends_where_it_ends() {
 proptest! {
     #[test]
     fn whatever_comes_is_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..400), size in 1usize..50) {
-        let _ = request(&bytes, &mut Room::new());
-        let _ = super::answer(&bytes, false, &mut Room::new());
+        let _ = request(&bytes, &mut Room::default());
+        let _ = super::answer(&bytes, false, &mut Room::default());
         let _ = chunked(&bytes, size);
     }
 
@@ -175,10 +175,10 @@ proptest! {
         fields.iter().for_each(|(name, value)| text += &format!("{name}: {}\r\n", value.trim()));
         text += &format!("Content-Length: {length}\r\n\r\n");
         for cut in 0..text.len() {
-            let partial = matches!(request(&text.as_bytes()[..cut], &mut Room::new()), Ok(Opening::Partial));
+            let partial = matches!(request(&text.as_bytes()[..cut], &mut Room::default()), Ok(Opening::Partial));
             prop_assert!(partial, "{} bytes", cut);
         }
-        let mut room = Room::new();
+        let mut room = Room::default();
         let Ok(Opening::Plain(asked)) = request(text.as_bytes(), &mut room) else { panic!("{text}") };
         prop_assert_eq!((asked.length, asked.body), (text.len(), Body::Length(length)));
     }

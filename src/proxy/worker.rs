@@ -28,7 +28,7 @@ const SCRATCH_BYTES: usize = 64 * 1024;
 const SPARE_MAX: usize = 64;
 const SPARE_BYTES_MAX: usize = 64 * 1024;
 /// How often deadlines are looked at.
-const SWEEP: Duration = Duration::from_millis(20);
+const SWEEP: Duration = Duration::from_millis(50);
 
 /// One thread's share of the data plane.
 pub struct Worker {

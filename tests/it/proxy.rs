@@ -866,3 +866,74 @@ async fn a_total_limit_ends_what_never_ends() {
         "(answers, errors, trips) of the canary"
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_weight_is_in_force_at_once_on_every_worker_and_costs_no_request() {
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+    let (v1, v2) = (answering(OK).await, answering(OK).await);
+    let numbered = move |number: u64, bp| {
+        let mut view = view(Some(v1), Some(v2), bp);
+        view.services.values_mut().for_each(|service| service.serving.routing_version = number);
+        Arc::new(view)
+    };
+    let published = Published::new(numbered(1, 5_000), Arc::new(BootClock));
+    let (node, _told, _) = NodeHandle::new(published, MemoryStore::default().reader());
+    let listeners = aviary::adapters::listen::listen_many("data", "127.0.0.1:0", 3).await.unwrap();
+    let address = listeners[0].local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(proxy::serve(listeners, node.clone(), settings(), stop.clone()));
+
+    let (current, answers) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicUsize::new(0)));
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..24 {
+        let (current, answers) = (current.clone(), answers.clone());
+        clients.spawn(async move {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            loop {
+                let at_least = current.load(Ordering::SeqCst);
+                let answer = ask(&mut stream, "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await;
+                assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+                let number = answer.lines().find_map(|line| line.strip_prefix("x-routing-version: ")).unwrap();
+                let number: u64 = number.parse().unwrap();
+                assert!(number >= at_least, "served by version {number} after {at_least} was in force");
+                // Odd versions give the canary half, even ones nothing.
+                assert!(!number.is_multiple_of(2) || served_by(&answer) == "v1", "{answer}");
+                answers.fetch_add(1, Ordering::Relaxed);
+                if at_least == 200 {
+                    return;
+                }
+            }
+        });
+    }
+    for number in 2..=200 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        hold_lease(&node);
+        node.published.publish(numbered(number, if !number.is_multiple_of(2) { 5_000 } else { 0 }));
+        current.store(number, Ordering::SeqCst);
+    }
+    while let Some(client) = clients.join_next().await {
+        client.unwrap();
+    }
+    stop.cancel();
+    timeout(SOON, serving).await.expect("idle connections don't hold the end up").unwrap().unwrap();
+    assert!(answers.load(Ordering::Relaxed) > 1_000, "{answers:?} answers under 199 changes");
+}
+
+#[tokio::test]
+async fn a_request_under_way_outlives_the_stop() {
+    let slow = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        let _ = stream.write_all(OK.as_bytes()).await;
+    });
+    let world = world(view(Some(slow.await), None, 0)).await;
+    let mut idle = TcpStream::connect(world.address).await.unwrap();
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    stream.write_all(b"GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drop(world);
+    assert_eq!(timeout(Duration::from_millis(200), idle.read(&mut [0; 1])).await.expect("ended at once").unwrap(), 0);
+    let mut answer = String::new();
+    timeout(SOON, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("connection: close"), "{answer}");
+}
