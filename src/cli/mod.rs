@@ -12,6 +12,7 @@ mod check;
 mod client;
 mod cluster;
 mod events;
+mod judge;
 mod load;
 pub mod node;
 mod output;
@@ -145,6 +146,8 @@ enum Verb {
     Config(check::ConfigVerb),
     /// Run the data plane alone, with a fixed weight.
     Proxy(proxy::ProxyArgs),
+    /// Judges recorded requests from standard input, by SEQUENTIAL.
+    Judge(judge::JudgeArgs),
     /// Run a demo model server with adjustable latency and errors.
     Upstream(upstream::UpstreamArgs),
     /// Send steady traffic and count who answers.
@@ -188,6 +191,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Config(verb) => check::run(&verb),
         Verb::Token(args) => Ok(token::run(&args)),
         Verb::Proxy(args) => proxy::run(&args),
+        Verb::Judge(args) => judge::run(&args),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "aviary", &mut std::io::stdout());
             Ok(Exit::Done)
@@ -219,7 +223,12 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         Verb::Events(args) => events::run(&api()?, &args, format).await,
         Verb::Upstream(args) => upstream::run(args).await,
         Verb::Load(args) => load::run(args, format).await,
-        Verb::Node(_) | Verb::Config(_) | Verb::Token(_) | Verb::Proxy(_) | Verb::Completions { .. } => {
+        Verb::Node(_)
+        | Verb::Config(_)
+        | Verb::Token(_)
+        | Verb::Proxy(_)
+        | Verb::Judge(_)
+        | Verb::Completions { .. } => {
             unreachable!("handled before the runtime starts")
         }
     }

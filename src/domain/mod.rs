@@ -8,6 +8,7 @@ pub mod ids;
 pub mod plan;
 pub mod rollout;
 pub mod routing;
+pub mod sequential;
 pub mod stats;
 pub mod time;
 pub mod weights;

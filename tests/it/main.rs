@@ -4,5 +4,6 @@ mod api;
 mod cluster;
 mod formats;
 mod fuzz;
+mod judge;
 mod proxy;
 mod tidy;

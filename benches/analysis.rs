@@ -1,0 +1,54 @@
+//! What judging costs: `cargo bench --bench analysis`.
+
+use std::hint::black_box;
+
+use aviary::domain::sequential::tally::{Side, Tally};
+use aviary::domain::sequential::{Policy, Sequential};
+use criterion::{Criterion, criterion_group, criterion_main};
+
+fn event(number: u64) -> (Side, bool, u64) {
+    let mixed = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20;
+    let side = if mixed.is_multiple_of(20) { Side::Canary } else { Side::Stable };
+    // The same second again and again must not add up to evidence of harm: the canary is a little better.
+    let (error, latency_us) = match side {
+        Side::Stable => (mixed.is_multiple_of(199), 20_000 + mixed % 300_000),
+        Side::Canary => (false, 20_000 + mixed % 250_000),
+    };
+    (side, error, latency_us)
+}
+
+fn analysis(criterion: &mut Criterion) {
+    let mut tally = Tally::default();
+    let mut number = 0;
+    criterion.bench_function("a request counted", |bencher| {
+        bencher.iter(|| {
+            number += 1;
+            let (side, error, latency_us) = event(number);
+            tally.record(side, error, black_box(latency_us));
+        });
+    });
+    for (name, requests, from) in [("warm", 200, 300), ("warm", 20_000, 300), ("cold", 200, 1)] {
+        let mut second = Tally::default();
+        (0..requests).map(event).for_each(|(side, error, latency_us)| second.record(side, error, latency_us));
+        let mut test = Sequential::new(Policy::default());
+        for at in 1..from {
+            test.advance(at * 1000, &second);
+        }
+        let test = test;
+        let mut running = test.clone();
+        let mut at = from;
+        criterion.bench_function(&format!("a verdict, {name}, {requests} requests a second"), |bencher| {
+            bencher.iter(|| {
+                if at > from + 25 {
+                    (running, at) = (test.clone(), from);
+                }
+                at += 1;
+                running.advance(at * 1000, black_box(&second))
+            });
+        });
+    }
+    println!("state of a service: {} bytes, and the bets in force", std::mem::size_of::<Sequential>());
+}
+
+criterion_group!(benches, analysis);
+criterion_main!(benches);

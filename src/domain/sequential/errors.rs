@@ -1,0 +1,143 @@
+//! The bets on errors: given that some request failed, was it the canary's?
+//!
+//! Under "no worse", a failing request of a block belongs to the canary with at most the probability that the canary's
+//! share of the block's requests gives it. What hits both versions alike says nothing about that, so it cancels. Each
+//! failing request, in a random but reproducible order, multiplies the wealth of each alternative by its likelihood there
+//! over its likelihood under the worst acceptable null. Wealth is an e-process, and P(it ever reaches 1/α) ≤ α (Ville).
+
+use super::{ALPHA_WEIGHT_ERRORS, Mixture, Policy};
+
+/// How much worse a canary may be under an alternative.
+#[derive(Debug, Clone, Copy)]
+enum Alternative {
+    /// Its odds of failing are so many times stable's.
+    Odds(f64),
+    /// This share of its requests fails.
+    Share(f64),
+}
+
+const ALTERNATIVES: [Alternative; 5] = [
+    Alternative::Odds(1.7),
+    Alternative::Odds(3.0),
+    Alternative::Odds(7.0),
+    Alternative::Share(0.12),
+    Alternative::Share(0.7),
+];
+/// Number of alternatives.
+pub(super) const COUNT: usize = ALTERNATIVES.len();
+
+/// What each of them gets: most the one that a handful of requests must be enough for.
+pub(super) const WEIGHTS: [f64; COUNT] = [0.17, 0.16, 0.15, 0.12, 0.4];
+
+/// A block's failing requests, still in the urn.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Urn {
+    /// Requests of the canary, and of stable.
+    pub requests: (u64, u64),
+    /// Those that failed.
+    pub errors: (u64, u64),
+}
+
+/// Stable's error rate, as far as it is known before a block is bet on.
+#[derive(Debug, Clone)]
+pub(super) struct Rate {
+    errors: f64,
+    requests: f64,
+    /// Overdispersion of stable's errors: failures in clumps say less than as many alone.
+    clumping: (f64, f64),
+    /// Power that bets are raised to for it, 0 to 1.
+    pub temper: f64,
+    before: (f64, f64),
+}
+
+impl Default for Rate {
+    fn default() -> Self {
+        Self { errors: 0.01, requests: 2.0, clumping: (10.0, 10.0), temper: 1.0, before: (0.0, 0.0) }
+    }
+}
+
+impl Rate {
+    /// Returns the rate, 0.0001 to 0.6.
+    pub fn value(&self) -> f64 {
+        (self.errors / self.requests).clamp(1e-4, 0.6)
+    }
+
+    /// Learns from a block that was bet on already: `seconds` long, with so many stable requests and errors.
+    pub fn learn(&mut self, seconds: f64, requests: f64, errors: f64) {
+        let (requests_before, errors_before) = self.before;
+        if requests_before > 0.0 && errors_before + errors > 0.0 {
+            let difference = errors_before * requests - errors * requests_before;
+            let surprise = difference.powi(2) / (requests_before * requests) / (errors_before + errors);
+            let keep = 1.0 - 1.0 / 300.0;
+            self.clumping = (self.clumping.0 * keep + surprise.min(12.0), self.clumping.1 * keep + 1.0);
+            let found = self.clumping.0 / self.clumping.1;
+            self.temper = if found < 1.2 { 1.0 } else { 1.0 / (2.0 * found - 1.0) };
+        }
+        self.before = (requests, errors);
+        let keep = (-(seconds / 60.0).min(requests / 3000.0)).exp2();
+        self.errors = self.errors * keep + errors;
+        self.requests = self.requests * keep + requests;
+        if self.requests < 50.0 {
+            self.errors = self.errors.max(0.01);
+        }
+    }
+}
+
+/// Bets on every failing request of a block; returns true when the e-value of the whole, to which latency adds
+/// `latency_part`, reached 1/α on the way.
+pub(super) fn bet(
+    wealth: &mut Mixture<COUNT>,
+    urn: Urn,
+    rate: &Rate,
+    policy: &Policy,
+    latency_part: f64,
+    mut chance: impl FnMut() -> f64,
+) -> bool {
+    let stable = rate.value();
+    let odds = stable / (1.0 - stable);
+    let mut ratios = [0.0; COUNT];
+    for (k, (ratio, alternative)) in ratios.iter_mut().zip(ALTERNATIVES).enumerate() {
+        *ratio = match alternative {
+            Alternative::Odds(times) => times,
+            Alternative::Share(share) => (share / (1.0 - share)).max(odds * (1.6 + 0.4 * k as f64)) / odds,
+        };
+    }
+    let margin = 1.0 + policy.error_margin + policy.error_allowance / stable;
+    let needed = 1.0 / policy.alpha;
+    let (mut canary, mut other) = (urn.requests.0 as f64, urn.requests.1 as f64);
+    let (mut failing, mut failing_other) = urn.errors;
+    let mut reached = false;
+    while failing + failing_other > 0 {
+        let is_canary = chance() * ((failing + failing_other) as f64) < failing as f64;
+        let null = (margin * canary / (margin * canary + other)).min(1.0 - 1e-12);
+        let (mut up, mut down) = ([1.0; COUNT], [1.0; COUNT]);
+        for k in 0..COUNT {
+            let likely = (ratios[k] * canary / (ratios[k] * canary + other)).max(null).min(1.0 - 1e-12);
+            if canary > 0.0 {
+                up[k] = power(likely / null, rate.temper);
+            }
+            down[k] = power((1.0 - likely) / (1.0 - null), rate.temper);
+        }
+        let mut lift = 1.0;
+        if canary > 0.0 && rate.temper >= 1.0 {
+            // What lies beyond 1/α is of no use there: it is spent on the other outcome.
+            let beyond = ALPHA_WEIGHT_ERRORS * wealth.value_with(&up) + latency_part - needed;
+            if beyond > 0.0 {
+                let kept = ALPHA_WEIGHT_ERRORS * wealth.invested_with(&down);
+                lift = (1.0 + null * beyond / ((1.0 - null) * kept.max(1e-300))).min(1e9);
+            }
+        }
+        wealth.multiply(&if is_canary { up } else { down.map(|factor| factor * lift) });
+        reached |= ALPHA_WEIGHT_ERRORS * wealth.value() + latency_part >= needed * (1.0 - 1e-12);
+        if is_canary {
+            (failing, canary) = (failing - 1, canary - 1.0);
+        } else {
+            (failing_other, other) = (failing_other - 1, other - 1.0);
+        }
+    }
+    reached
+}
+
+fn power(base: f64, exponent: f64) -> f64 {
+    if exponent >= 1.0 { base } else { base.powf(exponent) }
+}

@@ -1,0 +1,234 @@
+//! The bets on latency: of all successful requests of a block, are the slow ones the canary's?
+//!
+//! Stable's recent latencies, moved by what is tolerated, are the null; the same moved further, or with a heavier tail,
+//! are the alternatives. A bet is a factor for each bin, and is settled against the urn of both versions' requests.
+//!
+//! A canary may be slow while it warms up. What is tolerated then is not one schedule but any slowdown that goes away: the
+//! null is the union of those that begin at so and so much and decay. Each is bet against by itself, and the e-value is the
+//! least of them all: a slowness that stays is soon unlike every warm-up.
+
+use super::Policy;
+use super::tally::{BIN_RATIO, BINS};
+
+/// Fine bins in one of those that are bet on.
+const COARSENESS: usize = 7;
+/// Bins that are bet on; their edges are 1.23 apart.
+pub(super) const COARSE: usize = BINS / COARSENESS;
+/// A histogram of them.
+pub(super) type Coarse = [f64; COARSE];
+
+/// How much slower a canary may be under an alternative, beyond what is tolerated.
+#[derive(Debug, Clone, Copy)]
+enum Alternative {
+    /// Every request takes so many times as long.
+    Shift(f64),
+    /// This share of them does.
+    Tail(f64, f64),
+}
+
+const ALTERNATIVES: [Alternative; 7] = [
+    Alternative::Shift(1.02),
+    Alternative::Shift(1.07),
+    Alternative::Shift(1.17),
+    Alternative::Shift(1.6),
+    Alternative::Shift(3.5),
+    Alternative::Tail(0.012, 3.0),
+    Alternative::Tail(0.06, 2.5),
+];
+/// Number of alternatives.
+pub(super) const COUNT: usize = ALTERNATIVES.len();
+/// What each of them gets.
+pub(super) const WEIGHTS: [f64; COUNT] = [0.19, 0.11, 0.29, 0.11, 0.09, 0.105, 0.105];
+
+/// Returns a fine histogram, `by` bins slower, in coarse bins.
+pub(super) fn moved(fine: &[u32; BINS], by: usize) -> Coarse {
+    let mut coarse = [0.0; COARSE];
+    for (bin, count) in fine.iter().enumerate().filter(|(_, count)| **count > 0) {
+        coarse[(bin + by).min(BINS - 1) / COARSENESS] += f64::from(*count);
+    }
+    coarse
+}
+
+/// What warm-ups begin with: so much longer latencies, as a share of stable's.
+const WARM_UPS: [f64; 7] = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0];
+/// Number of nulls.
+pub(super) const NULLS: usize = WARM_UPS.len();
+
+/// Returns what each null tolerates so long after the start, in fine bins.
+pub(super) fn tolerances(seconds: f64, policy: &Policy) -> [usize; NULLS] {
+    WARM_UPS.map(|warm_up| {
+        let factor = 1.0 + policy.latency_margin + warm_up * (-seconds / policy.warm_up_seconds).exp();
+        (factor.ln() / BIN_RATIO.ln()).round() as usize
+    })
+}
+
+/// Stable's latencies, as far as they are known before a block is bet on.
+#[derive(Debug, Clone)]
+pub(super) struct Shape(pub Coarse);
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self(prior().map(|share| share * 5.0))
+    }
+}
+
+/// A wide guess: around 100 ms, a factor of 3.3 either way.
+fn prior() -> Coarse {
+    let mut prior = [0.0; COARSE];
+    for (bin, share) in prior.iter_mut().enumerate() {
+        let middle_ms = 0.25 * BIN_RATIO.powf((bin * COARSENESS) as f64 + COARSENESS as f64 / 2.0);
+        *share = (-0.5 * ((middle_ms.ln() - 100f64.ln()) / 1.2).powi(2)).exp();
+    }
+    normal(prior)
+}
+
+fn normal(mut shares: Coarse) -> Coarse {
+    let sum: f64 = shares.iter().sum();
+    shares.iter_mut().for_each(|share| *share /= sum);
+    shares
+}
+
+impl Shape {
+    /// Learns from a block that was bet on already.
+    pub fn learn(&mut self, seconds: f64, requests: f64, block: &Coarse) {
+        let keep = (-(seconds / 300.0).min(requests / 15_000.0)).exp2();
+        self.0.iter_mut().zip(block).for_each(|(sum, more)| *sum = *sum * keep + more);
+    }
+
+    /// Returns the share of answers that take at least as long as each coarse bin's lower edge.
+    pub fn survival(&self) -> Coarse {
+        survival(&normal(self.0))
+    }
+
+    /// Returns the bets against each null: `tolerated` are their tolerances, the first one that of a warm canary.
+    pub fn bets(&self, tolerated: &[usize; NULLS]) -> Bets {
+        let known = survival(&normal(self.0));
+        let null = |bins: usize| {
+            let shares = from_survival(&survival_moved(&known, bins as f64 / COARSENESS as f64));
+            let mut mixed = prior();
+            mixed.iter_mut().zip(shares).for_each(|(prior, share)| *prior = 0.999 * share + 0.001 * *prior);
+            normal(mixed)
+        };
+        let warm = null(tolerated[0]);
+        let mut all: Vec<(usize, Box<[Bet; COUNT]>)> = Vec::with_capacity(NULLS);
+        for bins in tolerated {
+            if all.iter().all(|(known, _)| known != bins) {
+                let cold = (*bins != tolerated[0]).then(|| null(*bins));
+                all.push((*bins, Box::new(ALTERNATIVES.map(|alternative| bet_on(alternative, &warm, cold.as_ref())))));
+            }
+        }
+        Bets(all)
+    }
+}
+
+/// Factors and their logarithms, for each coarse bin.
+#[derive(Debug, Clone)]
+struct Bet {
+    factors: Coarse,
+    logs: Coarse,
+}
+
+/// The bets in force, by the tolerance that they are against.
+#[derive(Debug, Clone)]
+pub(super) struct Bets(Vec<(usize, Box<[Bet; COUNT]>)>);
+
+fn survival(shares: &Coarse) -> Coarse {
+    let mut survival = [0.0; COARSE];
+    let mut sum = 0.0;
+    for bin in (0..COARSE).rev() {
+        sum += shares[bin];
+        survival[bin] = sum;
+    }
+    survival[0] = 1.0;
+    survival
+}
+
+fn from_survival(survival: &Coarse) -> Coarse {
+    let mut shares = [0.0; COARSE];
+    let mut least = 1.0f64;
+    for bin in 0..COARSE {
+        let here = least.min(survival[bin]);
+        let next = survival.get(bin + 1).map_or(0.0, |next| next.min(here));
+        shares[bin] = here - next;
+        least = here;
+    }
+    shares
+}
+
+/// Returns the survival of answers that take longer by so many coarse bins; between edges it is exponential.
+fn survival_moved(survival: &Coarse, bins: f64) -> Coarse {
+    let (whole, part) = (bins.floor() as isize, bins - bins.floor());
+    let at = |bin: isize| if bin <= 0 { 1.0 } else { survival[bin as usize] };
+    let mut moved = [1.0; COARSE];
+    for (bin, value) in moved.iter_mut().enumerate().skip(1) {
+        let (near, far) = (at(bin as isize - whole), at(bin as isize - whole - 1));
+        *value = ((1.0 - part) * near.max(1e-12).ln() + part * far.max(1e-12).ln()).exp();
+    }
+    moved
+}
+
+/// Returns the bet that a canary is so much slower than a `warm` one may be, against that one or against a `cold` one.
+fn bet_on(alternative: Alternative, warm: &Coarse, cold: Option<&Coarse>) -> Bet {
+    let coarse_ratio = BIN_RATIO.powi(COARSENESS as i32);
+    let before = survival(warm);
+    let moved_by = |factor: f64| survival_moved(&before, factor.ln() / coarse_ratio.ln());
+    let (after, most) = match alternative {
+        Alternative::Shift(factor) => (moved_by(factor), (4.0 * factor.ln() + 0.3).min(6.0).exp()),
+        Alternative::Tail(share, factor) => {
+            let mut mixed = moved_by(factor);
+            mixed.iter_mut().zip(&before).for_each(|(moved, before)| *moved = before.max(moved.min(share)));
+            (mixed, 5f64.exp())
+        }
+    };
+    let above = from_survival(&after);
+    let null = cold.unwrap_or(warm);
+    let (mut factors, most) = match cold {
+        // Whoever is faster than tolerated is no worse: a bet never falls towards slower answers.
+        None => (never_falling(&above, warm), most),
+        // A warm-up is a course, not a bound: slowness that stays may well be less than it at first.
+        Some(cold) => (std::array::from_fn(|bin| above[bin] / cold[bin]), 6f64.exp()),
+    };
+    factors.iter_mut().for_each(|factor| *factor = factor.clamp((-4f64).exp(), most));
+    let mean: f64 = factors.iter().zip(null).map(|(factor, share)| factor * share).sum();
+    let factors = factors.map(|factor| factor / mean);
+    Bet { factors, logs: factors.map(f64::ln) }
+}
+
+/// Returns `above ÷ below`, made never falling by pooling neighbours.
+fn never_falling(above: &Coarse, below: &Coarse) -> Coarse {
+    let mut pools: Vec<(f64, f64, usize)> = Vec::with_capacity(COARSE);
+    for (a, b) in above.iter().zip(below) {
+        let mut pool = (*a, *b, 1);
+        while let Some(last) = pools.last().filter(|last| last.0 * pool.1 >= pool.0 * last.1) {
+            pool = (pool.0 + last.0, pool.1 + last.1, pool.2 + last.2);
+            pools.pop();
+        }
+        pools.push(pool);
+    }
+    let mut factors = [0.0; COARSE];
+    let mut bin = 0;
+    for (a, b, count) in pools {
+        factors[bin..bin + count].fill(a / b);
+        bin += count;
+    }
+    factors
+}
+
+impl Bets {
+    /// Settles the bets against the null that tolerates so many bins: the canary's answers of a block against both
+    /// versions', stable's moved by as much. Returns what each alternative's wealth is multiplied by.
+    pub fn settle(&self, tolerated: usize, canary: &Coarse, stable: &Coarse) -> [f64; COUNT] {
+        let nearest = self.0.iter().min_by_key(|(bins, _)| bins.abs_diff(tolerated));
+        let (ours, theirs): (f64, f64) = (canary.iter().sum(), stable.iter().sum());
+        let Some((_, bets)) = nearest.filter(|_| ours > 0.0 && theirs > 0.0) else { return [1.0; COUNT] };
+        let share = ours / (ours + theirs);
+        std::array::from_fn(|k| {
+            let mut log = 0.0;
+            for bin in (0..COARSE).filter(|bin| canary[*bin] + stable[*bin] > 0.0) {
+                log -= (canary[bin] + stable[bin]) * (share * (bets[k].factors[bin] - 1.0)).ln_1p();
+                log += canary[bin] * bets[k].logs[bin];
+            }
+            log.clamp(-700.0, 300.0).exp()
+        })
+    }
+}

@@ -1,0 +1,374 @@
+//! SEQUENTIAL: a canary against the stable version that serves beside it, looked at as often as one likes.
+//!
+//! Traffic is cut into blocks: a tick of the clock, longer where there is little. Each block multiplies two e-processes,
+//! one that bets on errors and one on latency; their weighted mean stays below 1/α for ever with probability 1 − α while
+//! the canary is no worse than tolerated (Ville's inequality). Reaching it is evidence of harm. New wealth is started all
+//! the time, so that harm which begins late is found soon after. Promotion needs evidence of its own.
+//!
+//! Everything is counts (`tally`), so that three nodes which saw a third each decide as one that saw all.
+
+mod errors;
+mod latency;
+mod promote;
+pub mod tally;
+
+use errors::{Rate, Urn};
+use latency::{Bets, COARSE, Coarse, NULLS, Shape};
+use promote::Seen;
+use tally::Tally;
+
+/// The share of α that errors get; latency has the rest.
+const ALPHA_WEIGHT_ERRORS: f64 = 0.6;
+/// The share of wealth that is started at once, on errors and on latency; the rest is for harm that begins later.
+const START_SHARES: (f64, f64) = (0.75, 0.85);
+/// Requests of a block, at least, by how many of them failed: a failure says more the more requests it is one of. That a
+/// block is over must not depend on whose failures they are.
+const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 38, 20];
+
+/// What is tolerated, and how sure a verdict must be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    /// Probability of ever rolling back a canary that is no worse than tolerated, at most.
+    pub alpha: f64,
+    /// The same for a pause.
+    pub alpha_pause: f64,
+    /// Probability of promoting a canary that is worse than the margins below, at most.
+    pub alpha_promote: f64,
+    /// A rollout's expected length, in seconds: restarts are spread over it.
+    pub horizon_seconds: f64,
+    /// Tolerated: error rates so much higher, as a share of stable's.
+    pub error_margin: f64,
+    /// And so much higher in absolute terms.
+    pub error_allowance: f64,
+    /// Tolerated: latencies so much longer, as a share.
+    pub latency_margin: f64,
+    /// How fast a warm-up's slowness goes away: to 1/e of it in so many seconds.
+    pub warm_up_seconds: f64,
+    /// For promotion: an error rate higher by less than this.
+    pub promote_error_increase: f64,
+    /// And a share of answers beyond stable's median higher by less than this.
+    pub promote_median_increase: f64,
+    /// The same for stable's 95th percentile.
+    pub promote_tail_increase: f64,
+    /// Nothing is promoted before so many seconds.
+    pub promote_after_seconds: f64,
+    /// Decides the order in which failing requests of a block are looked at.
+    pub seed: u64,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            alpha: 0.01,
+            alpha_pause: 0.05,
+            alpha_promote: 0.05,
+            horizon_seconds: 3_600.0,
+            error_margin: 0.02,
+            error_allowance: 0.0001,
+            latency_margin: 0.03,
+            warm_up_seconds: 8.0,
+            promote_error_increase: 0.005,
+            promote_median_increase: 0.05,
+            promote_tail_increase: 0.025,
+            promote_after_seconds: 30.0,
+            seed: 1,
+        }
+    }
+}
+
+/// Wealth spread over alternatives, and what is kept for later.
+#[derive(Debug, Clone)]
+struct Mixture<const K: usize> {
+    /// Of each alternative.
+    wealth: [f64; K],
+    /// The share that was started; the rest waits.
+    started: f64,
+}
+
+impl<const K: usize> Default for Mixture<K> {
+    fn default() -> Self {
+        Self { wealth: [0.0; K], started: 0.0 }
+    }
+}
+
+impl<const K: usize> Mixture<K> {
+    /// Starts so much more of the whole, spread by `weights`, which sum to 1.
+    fn start(&mut self, share: f64, weights: &[f64; K]) {
+        let share = share.min(1.0 - self.started);
+        self.started += share;
+        self.wealth.iter_mut().zip(weights).for_each(|(wealth, weight)| *wealth += share * weight);
+    }
+
+    fn multiply(&mut self, factors: &[f64; K]) {
+        for (wealth, factor) in self.wealth.iter_mut().zip(factors) {
+            *wealth = (*wealth * factor).min(1e200);
+        }
+    }
+
+    /// Returns the e-value.
+    fn value(&self) -> f64 {
+        self.value_with(&[1.0; K])
+    }
+
+    /// Returns the e-value that these factors would lead to.
+    fn value_with(&self, factors: &[f64; K]) -> f64 {
+        self.invested_with(factors) + 1.0 - self.started
+    }
+
+    fn invested_with(&self, factors: &[f64; K]) -> f64 {
+        self.wealth.iter().zip(factors).map(|(wealth, factor)| wealth * factor).sum()
+    }
+}
+
+/// What the evidence says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// As good as stable, within the margins.
+    Promote,
+    /// Not enough evidence of anything.
+    Hold,
+    /// Probably worse.
+    Pause,
+    /// Worse.
+    Rollback,
+}
+
+/// A decision and what it rests on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Finding {
+    /// The decision.
+    pub decision: Decision,
+    /// The e-value of harm: 1/α rolls back.
+    pub e: f64,
+    /// Its part from errors.
+    pub e_errors: f64,
+    /// Its part from latency.
+    pub e_latency: f64,
+    /// The e-values for promotion, as logarithms: errors, median, 95th percentile; ln(1/α) is enough.
+    pub promotion: [f64; 3],
+    /// Requests seen, of stable and of the canary.
+    pub requests: (u64, u64),
+    /// Those that failed.
+    pub errors: (u64, u64),
+}
+
+/// The test of one rollout. Its state is of one size, however many requests there are.
+#[derive(Debug, Clone)]
+pub struct Sequential {
+    policy: Policy,
+    at_ms: u64,
+    block: Block,
+    errors: Mixture<{ errors::COUNT }>,
+    /// Against each null.
+    latency: [Mixture<{ latency::COUNT }>; NULLS],
+    rate: Rate,
+    shape: Shape,
+    bets: Option<Bets>,
+    tolerated: [usize; NULLS],
+    bets_until_ms: u64,
+    promotion: [f64; 3],
+    started: bool,
+    weight_changed: bool,
+    e: f64,
+    e_latency: f64,
+    rolled_back: bool,
+    requests: (u64, u64),
+    failed: (u64, u64),
+}
+
+/// What was counted since the last block was closed.
+#[derive(Debug, Clone)]
+struct Block {
+    requests: (u64, u64),
+    errors: (u64, u64),
+    canary: Coarse,
+    /// Stable's, as they would be at the edge of what is tolerated.
+    tolerated: [Coarse; NULLS],
+    stable: Coarse,
+}
+
+impl Default for Block {
+    fn default() -> Self {
+        let empty = [0.0; COARSE];
+        Self { requests: (0, 0), errors: (0, 0), canary: empty, tolerated: [empty; NULLS], stable: empty }
+    }
+}
+
+impl Sequential {
+    /// Returns the test of a rollout that begins now, at 0 ms.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            at_ms: 0,
+            block: Block::default(),
+            errors: Mixture::default(),
+            latency: Default::default(),
+            rate: Rate::default(),
+            shape: Shape::default(),
+            bets: None,
+            tolerated: [0; NULLS],
+            bets_until_ms: 0,
+            promotion: [0.0; 3],
+            started: false,
+            weight_changed: false,
+            e: 1.0,
+            e_latency: 1.0,
+            rolled_back: false,
+            requests: (0, 0),
+            failed: (0, 0),
+        }
+    }
+
+    /// Says that the canary's share changes from here on: promotion needs evidence at the new one.
+    pub fn weight_changed(&mut self) {
+        self.weight_changed = true;
+    }
+
+    /// Takes everything that happened since the last call, up to `at_ms` after the start; returns what it says.
+    pub fn advance(&mut self, at_ms: u64, tally: &Tally) -> Finding {
+        if self.rolled_back {
+            return self.finding();
+        }
+        let (since, seconds) = (self.at_ms as f64 / 1000.0, at_ms.saturating_sub(self.at_ms) as f64 / 1000.0);
+        let now = at_ms as f64 / 1000.0;
+        self.tolerated = latency::tolerances(since, &self.policy);
+        self.add(tally);
+        self.start_wealth(since, seconds);
+        let block = &self.block;
+        let (requests, failed) = (block.requests.0 + block.requests.1, block.errors.0 + block.errors.1);
+        let closes =
+            requests >= BLOCK_REQUESTS_MIN[failed.min(3) as usize] && block.requests.0 > 0 && block.requests.1 > 0;
+        if at_ms >= self.bets_until_ms {
+            self.bets = Some(self.shape.bets(&self.tolerated));
+            let wait = if now < 60.0 {
+                0
+            } else if now < 120.0 {
+                10_000
+            } else {
+                30_000
+            };
+            self.bets_until_ms = at_ms + wait;
+        }
+        if closes {
+            self.close(at_ms, seconds);
+        }
+        self.at_ms = at_ms;
+        self.finding()
+    }
+
+    fn add(&mut self, tally: &Tally) {
+        let (stable, canary, block) = (&tally.stable, &tally.canary, &mut self.block);
+        for (sum, more) in [
+            (&mut block.requests, (canary.requests, stable.requests)),
+            (&mut block.errors, (canary.errors, stable.errors)),
+        ] {
+            (sum.0, sum.1) = (sum.0 + more.0, sum.1 + more.1);
+        }
+        self.requests = (self.requests.0 + stable.requests, self.requests.1 + canary.requests);
+        self.failed = (self.failed.0 + stable.errors, self.failed.1 + canary.errors);
+        let add = |sum: &mut Coarse, more: Coarse| sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        add(&mut block.canary, latency::moved(&canary.latency, 0));
+        add(&mut block.stable, latency::moved(&stable.latency, 0));
+        for (sum, bins) in block.tolerated.iter_mut().zip(self.tolerated) {
+            add(sum, latency::moved(&stable.latency, bins));
+        }
+    }
+
+    fn start_wealth(&mut self, since: f64, seconds: f64) {
+        let horizon = self.policy.horizon_seconds;
+        let spread = if since <= horizon { 0.7 * seconds / horizon } else { 0.3 * seconds * horizon / (since * since) };
+        let (errors, latency) = START_SHARES;
+        let (mut errors, mut latency) = match std::mem::replace(&mut self.started, true) {
+            false => (errors, latency),
+            true => ((1.0 - errors) * spread, (1.0 - latency) * spread),
+        };
+        if std::mem::take(&mut self.weight_changed) {
+            errors += 0.1 * (1.0 - self.errors.started);
+            latency += 0.1 * (1.0 - self.latency[0].started);
+            self.promotion = [0.0; 3];
+        }
+        self.errors.start(errors, &errors::WEIGHTS);
+        self.latency.iter_mut().for_each(|wealth| wealth.start(latency, &latency::WEIGHTS));
+    }
+
+    fn close(&mut self, at_ms: u64, seconds: f64) {
+        let block = std::mem::take(&mut self.block);
+        let urn = Urn { requests: block.requests, errors: block.errors };
+        let latency_part = (1.0 - ALPHA_WEIGHT_ERRORS) * self.e_latency;
+        let mut state = self.policy.seed.wrapping_mul(1_000_003).wrapping_add(at_ms);
+        let chance = move || chance(&mut state);
+        self.rolled_back |= errors::bet(&mut self.errors, urn, &self.rate, &self.policy, latency_part, chance);
+        if let Some(bets) = &self.bets {
+            let nulls = self.latency.iter_mut().zip(&block.tolerated).zip(self.tolerated);
+            for ((wealth, stable), tolerated) in nulls {
+                wealth.multiply(&bets.settle(tolerated, &block.canary, stable));
+            }
+        }
+        self.e_latency = self.latency.iter().map(Mixture::value).fold(f64::INFINITY, f64::min);
+        self.e = ALPHA_WEIGHT_ERRORS * self.errors.value() + (1.0 - ALPHA_WEIGHT_ERRORS) * self.e_latency;
+        if at_ms as f64 / 1000.0 > self.policy.promote_after_seconds {
+            self.promotion_grows(&block);
+        }
+        let stable = (block.requests.1 as f64, block.errors.1 as f64);
+        self.rate.learn(seconds, stable.0, stable.1);
+        self.shape.learn(seconds, stable.0, &block.stable);
+    }
+
+    fn promotion_grows(&mut self, block: &Block) {
+        let yes_no = |all: u64, yes: u64| (yes as f64, (all - yes) as f64);
+        let seen =
+            Seen { canary: yes_no(block.requests.0, block.errors.0), stable: yes_no(block.requests.1, block.errors.1) };
+        let share = block.requests.0 as f64 / (block.requests.0 + block.requests.1) as f64;
+        self.promotion[0] += promote::factors(self.rate.value(), share, self.policy.promote_error_increase).of(seen);
+        let sum = |bins: &[f64]| bins.iter().sum::<f64>();
+        let (canary, stable) = (sum(&block.canary), sum(&block.stable));
+        if canary == 0.0 || stable == 0.0 {
+            return;
+        }
+        let survival = self.shape.survival();
+        let margins = [(0.5, self.policy.promote_median_increase), (0.05, self.policy.promote_tail_increase)];
+        for (e, (quantile, margin)) in self.promotion[1..].iter_mut().zip(margins) {
+            let distance = |bin: &usize| (survival[*bin] - quantile).abs();
+            let edge = (0..COARSE).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0);
+            let (above, above_stable) = (sum(&block.canary[edge..]), sum(&block.stable[edge..]));
+            let seen = Seen { canary: (above, canary - above), stable: (above_stable, stable - above_stable) };
+            let rate = survival[edge].clamp(1e-3, 0.9);
+            *e += promote::factors(rate, canary / (canary + stable), margin).of(seen);
+        }
+    }
+
+    fn finding(&mut self) -> Finding {
+        self.rolled_back |= self.e >= 1.0 / self.policy.alpha;
+        let enough = (1.0 / self.policy.alpha_promote).ln();
+        let decision = if self.rolled_back {
+            Decision::Rollback
+        } else if self.e >= 1.0 / self.policy.alpha_pause {
+            Decision::Pause
+        } else if self.promotion.iter().all(|e| *e >= enough) {
+            Decision::Promote
+        } else {
+            Decision::Hold
+        };
+        Finding {
+            decision,
+            e: self.e,
+            e_errors: self.errors.value(),
+            e_latency: self.e_latency,
+            promotion: self.promotion,
+            requests: self.requests,
+            errors: self.failed,
+        }
+    }
+}
+
+/// Returns a number in 0 to 1 that looks random and is the same each time (splitmix64).
+fn chance(state: &mut u64) -> f64 {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut mixed = *state;
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    (mixed ^ (mixed >> 31)) as f64 / 2f64.powi(64)
+}
+
+#[cfg(test)]
+mod tests;
