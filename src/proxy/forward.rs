@@ -171,6 +171,8 @@ struct Upload {
     /// When something last came from the client, in milliseconds since `began`.
     moved_ms: AtomicU64,
     began: Instant,
+    /// When everything must be over.
+    end: Option<Instant>,
 }
 
 /// The upstream takes what comes, or everything came.
@@ -181,9 +183,16 @@ const AWAITED: u8 = 1;
 const CUT: u8 = 2;
 
 impl Upload {
-    fn new(body: Incoming) -> Self {
-        let state = AtomicU8::new(MOVING);
-        Self { body: Mutex::new(Some(body)), state, moved_ms: AtomicU64::new(0), began: Instant::now() }
+    /// Returns a request's body that has just begun; request and answer may take `total_ms`, 0 for ever.
+    fn new(body: Incoming, total_ms: u64) -> Self {
+        let (state, began) = (AtomicU8::new(MOVING), Instant::now());
+        let end = (total_ms > 0).then(|| began + Duration::from_millis(total_ms));
+        Self { body: Mutex::new(Some(body)), state, moved_ms: AtomicU64::new(0), began, end }
+    }
+
+    /// Returns `until`, or the end of everything when that is sooner.
+    fn bounded(&self, until: Instant) -> Instant {
+        self.end.map_or(until, |end| end.min(until))
     }
 
     fn body(&self) -> std::sync::MutexGuard<'_, Option<Incoming>> {
@@ -271,7 +280,7 @@ async fn forward(
     let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
     prepare(&mut head.headers, &head.uri, peer);
-    let upload = Arc::new(Upload::new(body));
+    let upload = Arc::new(Upload::new(body, router.settings.total_timeout_ms));
     loop {
         let pool = route.pool(pick);
         if pool.servers.is_empty() {
@@ -381,12 +390,12 @@ async fn attempt(
 /// that passed.
 async fn in_time<T>(limit: Duration, upload: &Upload, answer: impl Future<Output = T>) -> Option<T> {
     let mut answer = pin!(answer);
-    let mut until = Instant::now() + limit;
+    let mut until = upload.bounded(Instant::now() + limit);
     loop {
         if let Ok(answer) = tokio::time::timeout_at(until, answer.as_mut()).await {
             return Some(answer);
         }
-        let later = upload.moved() + limit;
+        let later = upload.bounded(upload.moved() + limit);
         if later <= until {
             return None;
         }
@@ -499,7 +508,8 @@ fn passed_on(pool: &Pool, answer: Response<Incoming>, mut outcome: Outcome) -> R
         outcome.count(true);
     }
     let idle = Duration::from_millis(outcome.general.router.settings.idle_timeout_ms);
-    let passing = Passing { body, idle, silence: Box::pin(tokio::time::sleep(idle)), outcome };
+    let silence = Box::pin(tokio::time::sleep_until(outcome.upload.bounded(Instant::now() + idle)));
+    let passing = Passing { body, idle, silence, outcome };
     head.extensions.clear();
     Response::from_parts(head, passing.boxed_unsync())
 }
@@ -558,7 +568,12 @@ impl hyper::body::Body for Passing {
                 if self.outcome.grpc && frame.trailers_ref().is_some_and(grpc_failed) {
                     self.outcome.count(true);
                 }
-                let until = Instant::now() + self.idle;
+                let now = Instant::now();
+                if self.outcome.upload.end.is_some_and(|end| end <= now) {
+                    self.outcome.count(true);
+                    return Poll::Ready(Some(Err("the answer took too long".into())));
+                }
+                let until = self.outcome.upload.bounded(now + self.idle);
                 self.silence.as_mut().reset(until);
                 Poll::Ready(Some(Ok(frame)))
             }
