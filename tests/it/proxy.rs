@@ -764,10 +764,27 @@ async fn a_kept_connection_that_ended_costs_nothing() {
     });
     let world = world(view(Some(fickle.await), None, 0)).await;
     let mut stream = TcpStream::connect(world.address).await.unwrap();
-    for _ in 0..50 {
-        let answer = ask(&mut stream, "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    for i in 0..50 {
+        // Nothing can be sent twice here: the connection's end is seen before anything is sent.
+        let method = if i < 25 { "GET" } else { "POST" };
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let answer =
+            ask(&mut stream, &format!("{method} /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
+    // Ends a connection when the second request is there: what can be repeated is, once, on another one.
+    let unkind = upstream(|mut stream| async move {
+        head(&mut stream).await;
+        let _ = stream.write_all(OK.as_bytes()).await;
+        head(&mut stream).await;
+    });
+    world.node.published.publish(Arc::new(view(Some(unkind.await), None, 0)));
+    let answer = ask(&mut stream, "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let again = ask(&mut stream, "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(again.starts_with("HTTP/1.1 200"), "{again}");
+    let once = ask(&mut stream, "POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n").await;
+    assert!(once.starts_with("HTTP/1.1 502"), "{once}");
 }
 
 #[tokio::test]
