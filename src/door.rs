@@ -176,7 +176,7 @@ impl Door {
     pub fn http(&self) -> auto::Builder<TokioExecutor> {
         let mut builder = auto::Builder::new(TokioExecutor::new());
         let http1 = &mut builder.http1();
-        http1.timer(TokioTimer::new()).header_read_timeout(self.limits.header_timeout).half_close(true);
+        http1.timer(TokioTimer::new()).header_read_timeout(self.limits.header_timeout);
         http1.max_buf_size(HEADER_BYTES_MAX as usize);
         builder.http2().timer(TokioTimer::new()).max_header_list_size(HEADER_BYTES_MAX);
         builder

@@ -76,7 +76,9 @@ impl General {
             async move { Ok::<_, Infallible>(answer(&general, request, peer).await) }
         });
         let stream = TokioIo::new(Rewound { ahead: ahead.into(), stream });
-        let http = door.http();
+        let mut http = door.http();
+        // A client that only ends its side is answered.
+        http.http1().half_close(true);
         let connection = async {
             let mut connection = pin!(http.serve_connection_with_upgrades(stream, service));
             tokio::select! {
@@ -89,11 +91,7 @@ impl General {
     }
 
     fn count(&self, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
-        if let Some(reason) = self.router.count(self.lane, route, pick, status, began, error) {
-            let (node, service, version) =
-                (self.router.node.clone(), route.service.clone(), route.serving.routing_version);
-            tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
-        }
+        self.router.count(self.lane, route, pick, status, began, error);
     }
 }
 

@@ -108,7 +108,11 @@ where
                 if request.pick == Pick::Stable && worker.router.is_mirrored(&request.route, request.began) {
                     mirror(worker, &request);
                 }
-                carry(worker, &watch, &mut client, *request).await
+                let stays = carry(worker, &watch, &mut client, *request).await;
+                // What was its time is not the next one's.
+                watch.set_end(None);
+                watch.rest();
+                stays
             }
             Next::Other => return Some(client.ahead),
             Next::Refuse(refusal) => {
@@ -165,7 +169,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                 }
                 Poll::Ready(Ok(length)) => self.ahead.extend_from_slice(&scratch[..length]),
                 Poll::Pending => {
-                    watch.set_if_resting(idle_ms);
+                    let begun = !self.ahead.is_empty();
+                    watch.set_if_resting(if begun { worker.settings().header_timeout_ms } else { idle_ms });
                     if worker.is_stopping() && self.ahead.is_empty() {
                         return Poll::Ready(Next::Close);
                     }
@@ -655,7 +660,7 @@ fn count(worker: &Worker, request: &Request, status: u16, error: bool) {
     let Request { route, pick, is_copy, began, .. } = request;
     match is_copy {
         true => worker.router.count_copy(worker.lane, route, status, *began, error),
-        false => worker.count(route, *pick, status, *began, error),
+        false => worker.router.count(worker.lane, route, *pick, status, *began, error),
     }
 }
 

@@ -252,30 +252,20 @@ impl Router {
         }
     }
 
-    /// Counts an answer that came to a client, or should have; returns what to tell the node when it was one failure of
-    /// the canary too many.
-    pub fn count(
-        &self,
-        lane: usize,
-        route: &Route,
-        pick: Pick,
-        status: u16,
-        began: Mono,
-        error: bool,
-    ) -> Option<String> {
+    /// Counts an answer that came to a client, or should have; tells the node when it was one failure of the canary too
+    /// many.
+    pub fn count(&self, lane: usize, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
         let latency_us = self.now().0.saturating_sub(began.0);
         let track = &route.track;
-        match (pick, &track.canary) {
-            (Pick::Canary, Some(canary)) => {
-                canary.add(lane, status, latency_us, error);
-                let tripped = track.breaker.canary(error);
-                tripped.then(|| format!("the last {FAILURES_MAX} canary answers failed while stable's did not"))
-            }
-            _ => {
-                track.stable.add(lane, status, latency_us, error);
-                track.breaker.stable(error);
-                None
-            }
+        let (Pick::Canary, Some(canary)) = (pick, &track.canary) else {
+            track.stable.add(lane, status, latency_us, error);
+            return track.breaker.stable(error);
+        };
+        canary.add(lane, status, latency_us, error);
+        if track.breaker.canary(error) {
+            let reason = format!("the last {FAILURES_MAX} canary answers failed while stable's did not");
+            let (node, service, version) = (self.node.clone(), route.service.clone(), route.serving.routing_version);
+            tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
         }
     }
 

@@ -320,6 +320,20 @@ fn put(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
+/// Writes a field unless it concerns one connection only.
+fn pass_on(name: &str, value: &[u8], fields: Fields<'_, '_>, named: bool, out: &mut Vec<u8>) {
+    let stays = is_hop_by_hop(name) || (named && is_named(fields, name));
+    if !stays {
+        put(out, name.as_bytes(), value);
+    }
+}
+
+fn put_framing(body: Body, out: &mut Vec<u8>) {
+    if matches!(body, Body::Chunked(_)) {
+        out.extend_from_slice(b"transfer-encoding: chunked\r\n");
+    }
+}
+
 impl Asked<'_, '_> {
     /// Writes the head that an upstream gets, on behalf of the client at `peer` (an IP address).
     pub fn write(&self, peer: &str, out: &mut Vec<u8>) {
@@ -342,14 +356,9 @@ impl Asked<'_, '_> {
                 17 if is(name, "x-forwarded-proto") => has_proto = true,
                 _ => {}
             }
-            if is_hop_by_hop(name) || (self.named && is_named(self.fields, name)) {
-                continue;
-            }
-            put(out, name.as_bytes(), value);
+            pass_on(name, value, self.fields, self.named, out);
         }
-        if matches!(self.body, Body::Chunked(_)) {
-            out.extend_from_slice(b"transfer-encoding: chunked\r\n");
-        }
+        put_framing(self.body, out);
         if !has_host {
             put(out, b"x-forwarded-host", host);
         }
@@ -452,14 +461,9 @@ impl Answered<'_, '_> {
                 17 if is(name, "x-routing-version") => continue,
                 _ => {}
             }
-            if is_hop_by_hop(name) || (self.named && is_named(self.fields, name)) {
-                continue;
-            }
-            put(out, name.as_bytes(), value);
+            pass_on(name, value, self.fields, self.named, out);
         }
-        if matches!(self.body, Body::Chunked(_)) {
-            out.extend_from_slice(b"transfer-encoding: chunked\r\n");
-        }
+        put_framing(self.body, out);
         if !self.is_interim() {
             out.extend_from_slice(mark.lines);
             if !dated {

@@ -14,13 +14,12 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::domain::time::Mono;
 use crate::door::{Accept, Admitted, Door};
 
 use super::forward::General;
 use super::relay;
 use super::settings::ProxySettings;
-use super::table::{Pick, Route, Router, Table};
+use super::table::{Router, Table};
 
 /// Bytes read at a time.
 const SCRATCH_BYTES: usize = 64 * 1024;
@@ -270,15 +269,6 @@ impl Worker {
     /// Returns the time of day, as a Date field has it.
     pub fn date(&self) -> Ref<'_, str> {
         Ref::map(self.date.borrow(), |(_, date)| date.as_str())
-    }
-
-    /// Counts an answer; tells the node when the breaker trips.
-    pub fn count(&self, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
-        if let Some(reason) = self.router.count(self.lane, route, pick, status, began, error) {
-            let (node, service, version) =
-                (self.router.node.clone(), route.service.clone(), route.serving.routing_version);
-            tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
-        }
     }
 
     /// Sends an answer of this node's own; `mark` says who should have served.

@@ -788,6 +788,21 @@ async fn a_kept_connection_that_ended_costs_nothing() {
 }
 
 #[tokio::test]
+async fn a_clients_connection_waits_for_its_next_request_as_long_as_it_may() {
+    // Longer than any limit of the request before it, which must not go on counting.
+    let settings = ProxySettings { keep_alive_timeout_ms: 1_500, total_timeout_ms: 500, ..settings() };
+    let world = world_with(view(Some(answering(OK).await), None, 0), settings).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    for _ in 0..2 {
+        let answer = ask(&mut stream, "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        tokio::time::sleep(Duration::from_millis(1_000)).await;
+    }
+    let ended = timeout(Duration::from_secs(2), stream.read(&mut [0; 1])).await;
+    assert_eq!(ended.expect("no longer than it may").unwrap(), 0);
+}
+
+#[tokio::test]
 async fn a_websocket_passes() {
     let socket = upstream(|mut stream| async move {
         let head = head(&mut stream).await.to_lowercase();
