@@ -43,6 +43,14 @@ pub struct Worker {
     date: RefCell<(u64, String)>,
     clock: Rc<Clock>,
     stopping: Cell<bool>,
+    pulse: Pulse,
+}
+
+/// That something was read, for who polls instead of sleeping.
+#[derive(Default)]
+struct Pulse {
+    reads: Cell<u64>,
+    waker: Cell<Option<Waker>>,
 }
 
 /// An upstream's connection, and until when it is kept.
@@ -131,6 +139,7 @@ impl Worker {
             date: RefCell::default(),
             clock: Rc::default(),
             stopping: Cell::new(false),
+            pulse: Pulse::default(),
             router,
         })
     }
@@ -147,6 +156,7 @@ impl Worker {
                 sweeping.sweep();
             }
         });
+        let poller = tokio::task::spawn_local(self.clone().poll_busily());
         let connections = tokio_util::task::TaskTracker::new();
         while let Some((stream, peer, place)) = door.admit(&mut listener, &shutdown).await {
             let (worker, door, shutdown) = (self.clone(), door.clone(), shutdown.clone());
@@ -158,6 +168,7 @@ impl Worker {
         connections.close();
         let _ = tokio::time::timeout(door.limits().grace, connections.wait()).await;
         sweeper.abort();
+        poller.abort();
     }
 
     async fn connection<S>(
@@ -173,6 +184,34 @@ impl Worker {
         if let Some(ahead) = relay::serve(&self, &mut stream, peer, &place).await {
             debug!(%peer, "not a plain request: the general way");
             self.general.serve(ahead, stream, peer, place, door, shutdown).await;
+        }
+    }
+
+    /// Keeps the thread awake for `busy_poll_us` after each read: what comes then needn't wake it.
+    async fn poll_busily(self: Rc<Self>) {
+        let (clock, budget) = (self.router.node.published.clock(), self.settings().busy_poll_us);
+        if budget == 0 {
+            return;
+        }
+        let (mut seen, mut until) = (0, 0);
+        loop {
+            let (reads, now) = (self.pulse.reads.get(), clock.now().mono.0);
+            if reads != seen {
+                (seen, until) = (reads, now + budget);
+            }
+            if now < until {
+                // The runtime looks for events, without waiting, before it runs this again.
+                tokio::task::yield_now().await;
+            } else {
+                std::future::poll_fn(|cx| {
+                    if self.pulse.reads.get() != seen {
+                        return Poll::Ready(());
+                    }
+                    self.pulse.waker.set(Some(cx.waker().clone()));
+                    Poll::Pending
+                })
+                .await;
+            }
         }
     }
 
@@ -225,6 +264,10 @@ impl Worker {
 
     /// Returns room to read into, for as long as nothing is waited for.
     pub fn scratch(&self) -> RefMut<'_, [u8]> {
+        self.pulse.reads.set(self.pulse.reads.get().wrapping_add(1));
+        if let Some(waker) = self.pulse.waker.take() {
+            waker.wake();
+        }
         RefMut::map(self.scratch.borrow_mut(), |scratch| &mut scratch[..])
     }
 

@@ -925,7 +925,8 @@ async fn a_new_weight_is_in_force_at_once_on_every_worker_and_costs_no_request()
     let listeners = aviary::adapters::listen::listen_many("data", "127.0.0.1:0", 3).await.unwrap();
     let address = listeners[0].local_addr().unwrap();
     let stop = CancellationToken::new();
-    let serving = tokio::spawn(proxy::serve(listeners, node.clone(), settings(), stop.clone()));
+    let settings = ProxySettings { busy_poll_us: 50, ..settings() };
+    let serving = tokio::spawn(proxy::serve(listeners, node.clone(), settings, stop.clone()));
 
     let (current, answers) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicUsize::new(0)));
     let mut clients = tokio::task::JoinSet::new();
