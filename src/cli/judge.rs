@@ -9,8 +9,8 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::Exit;
-use crate::domain::sequential::tally::{Side, Tally};
 use crate::domain::sequential::{Decision, Finding, Policy, Sequential};
+use crate::domain::window::Tally;
 
 /// Arguments of `aviary judge`.
 #[derive(Debug, Args)]
@@ -129,11 +129,6 @@ impl Judge {
             return Ok(true);
         }
         let event: Event = serde_json::from_str(line)?;
-        let side = match event.version {
-            "stable" => Side::Stable,
-            "canary" => Side::Canary,
-            other => bail!("version is {other:?}, expected \"stable\" or \"canary\""),
-        };
         let sane = event.latency_ms.is_finite() && event.latency_ms >= 0.0 && event.timestamp_ms >= 0.0;
         if !sane {
             bail!("latency {} ms at {} ms, expected both to be at least 0", event.latency_ms, event.timestamp_ms);
@@ -143,8 +138,13 @@ impl Judge {
             self.second += 1;
             self.close(self.second * 1000, output)?;
         }
+        let counts = match event.version {
+            "stable" => &mut self.tally.stable,
+            "canary" => &mut self.tally.canary,
+            other => bail!("version is {other:?}, expected \"stable\" or \"canary\""),
+        };
         if event.id.is_none_or(|id| self.seen.is_new(id)) {
-            self.tally.record(side, event.status >= 500, (event.latency_ms * 1000.0) as u64);
+            counts.record((event.latency_ms * 1000.0) as u64, event.status >= 500);
         }
         Ok(true)
     }
@@ -155,10 +155,8 @@ impl Judge {
     }
 
     fn close(&mut self, at_ms: u64, output: &mut impl Write) -> anyhow::Result<()> {
-        let tally = std::mem::take(&mut self.tally);
-        let found = self.test().advance(at_ms, &tally);
-        self.tally = tally;
-        self.tally.clear();
+        let evidence = self.tally.take();
+        let found = self.test().advance(at_ms, &evidence);
         let said = writeln!(output, "{}", line(at_ms, &found)).and_then(|()| output.flush());
         said.context("standard output")
     }

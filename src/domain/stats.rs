@@ -1,42 +1,34 @@
 //! Mergeable statistics of one version's answers: counts, errors, latency.
 
 use std::ops::AddAssign;
+use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
-/// Buckets in an octave; the middle of a bucket is at most 1/32 (3.2 %) from any latency in it.
-const PER_OCTAVE: u32 = 16;
-/// Latencies below this many microseconds share the first bucket.
-const FLOOR_US: u64 = 64;
-const FLOOR_BITS: u32 = FLOOR_US.trailing_zeros();
-/// Octaves above the floor: up to 64 µs × 2^21 = 134 s; longer latencies share the last bucket.
-const OCTAVES: u32 = 21;
-/// Number of buckets of a latency histogram.
-pub const BUCKETS: usize = (OCTAVES * PER_OCTAVE) as usize + 2;
+/// Factor between two neighbouring bins: 3 %. A tolerance on latency is a whole number of bins, so that moving a histogram
+/// by it is exact.
+pub const BIN_RATIO: f64 = 1.03;
+/// Upper edge of the first bin, in microseconds: 250 × 1.03^-98.
+pub const FIRST_US: f64 = 13.800_409_949_271_673;
+/// Number of bins of a latency histogram: up to 13.8 µs × 1.03^545 = 137 s; slower answers share the last one.
+pub const BINS: usize = 546;
 
-/// Returns the histogram bucket of a latency in microseconds, `0..BUCKETS`.
-pub fn bucket_of(latency_us: u64) -> usize {
-    if latency_us < FLOOR_US {
+/// Returns the bin of a latency in microseconds, `0..BINS`.
+pub fn bin_of(latency_us: u64) -> usize {
+    let latency = latency_us as f64;
+    if latency < FIRST_US {
         return 0;
     }
-    let octave = latency_us.ilog2() - FLOOR_BITS;
-    if octave >= OCTAVES {
-        return BUCKETS - 1;
-    }
-    let within = (latency_us >> (octave + FLOOR_BITS - PER_OCTAVE.ilog2())) - u64::from(PER_OCTAVE);
-    1 + (octave * PER_OCTAVE) as usize + within as usize
+    let bin = 1.0 + (latency / FIRST_US).ln() * (1.0 / 0.029_558_802_241_544_4);
+    (bin as usize).min(BINS - 1)
 }
 
-/// Returns the latency in microseconds in the middle of a bucket.
-pub fn middle_us(bucket: usize) -> u64 {
-    assert!(bucket < BUCKETS, "bucket {bucket} out of range");
-    let Some(index) = bucket.checked_sub(1) else { return FLOOR_US / 2 };
-    if bucket == BUCKETS - 1 {
-        return FLOOR_US << OCTAVES;
-    }
-    let (octave, within) = (index as u32 / PER_OCTAVE, (index as u32 % PER_OCTAVE) as u64);
-    let width = (FLOOR_US << octave) / u64::from(PER_OCTAVE);
-    (FLOOR_US << octave) + width * within + width / 2
+static MIDDLES_US: LazyLock<Vec<u64>> =
+    LazyLock::new(|| (0..BINS).map(|bin| (FIRST_US * BIN_RATIO.powf(bin as f64 - 0.5)) as u64).collect());
+
+/// Returns the latency in microseconds in the middle of a bin: within 1.5 % of any in it.
+pub fn middle_us(bin: usize) -> u64 {
+    MIDDLES_US[bin]
 }
 
 /// Counts of one version's answers. Adding two is exact, in any order: three nodes' sums are what one node that saw
@@ -47,37 +39,48 @@ pub struct Stats {
     pub count: u64,
     /// Answers that were errors (5xx, time-outs, connections refused or broken).
     pub errors: u64,
-    /// Sum of latencies, in microseconds.
+    /// Sum of all answers' latencies, in microseconds.
     pub latency_sum_us: u64,
-    /// Answers by latency: (bucket, answers), ascending, without zeros; see [`bucket_of`].
+    /// Answers that were no errors by latency: (bin, answers), ascending, without zeros; see [`bin_of`]. Errors are often
+    /// fast, and must not make a version look so.
     histogram: Vec<(u16, u32)>,
 }
 
 impl Stats {
-    /// Returns statistics from raw counters; `histogram` holds one count for each of [`BUCKETS`].
-    pub fn from_counts(count: u64, errors: u64, latency_sum_us: u64, histogram: impl IntoIterator<Item = u32>) -> Self {
-        let histogram = histogram.into_iter().zip(0u16..).filter(|(n, _)| *n > 0).map(|(n, b)| (b, n)).collect();
+    /// Returns statistics from raw counters; `histogram` holds, for each of [`BINS`], the answers that were no errors.
+    pub fn from_counts(errors: u64, latency_sum_us: u64, histogram: impl IntoIterator<Item = u32>) -> Self {
+        let histogram: Vec<_> =
+            histogram.into_iter().zip(0u16..).filter(|(n, _)| *n > 0).map(|(n, b)| (b, n)).collect();
+        let count = errors + histogram.iter().map(|(_, n)| u64::from(*n)).sum::<u64>();
         Self { count, errors, latency_sum_us, histogram }
     }
 
-    /// Counts one answer.
+    /// Counts one answer. See [`Counts`] for many.
     pub fn record(&mut self, latency_us: u64, error: bool) {
         self.count += 1;
         self.errors += u64::from(error);
         self.latency_sum_us += latency_us;
-        let bucket = bucket_of(latency_us) as u16;
-        match self.histogram.binary_search_by_key(&bucket, |(b, _)| *b) {
-            Ok(i) => self.histogram[i].1 += 1,
-            Err(i) => self.histogram.insert(i, (bucket, 1)),
+        if error {
+            return;
         }
+        let bin = bin_of(latency_us) as u16;
+        match self.histogram.binary_search_by_key(&bin, |(b, _)| *b) {
+            Ok(i) => self.histogram[i].1 += 1,
+            Err(i) => self.histogram.insert(i, (bin, 1)),
+        }
+    }
+
+    /// Returns the answers that were no errors by latency: (bin, answers), ascending.
+    pub fn histogram(&self) -> &[(u16, u32)] {
+        &self.histogram
     }
 
     /// Returns true when the parts agree, as they do in everything this program counted; a peer's bytes may not.
     pub fn is_consistent(&self) -> bool {
         let ascending = self.histogram.windows(2).all(|pair| pair[0].0 < pair[1].0);
-        let in_range = self.histogram.iter().all(|(b, n)| usize::from(*b) < BUCKETS && *n > 0);
+        let in_range = self.histogram.iter().all(|(b, n)| usize::from(*b) < BINS && *n > 0);
         let sum: u64 = self.histogram.iter().map(|(_, n)| u64::from(*n)).sum();
-        ascending && in_range && sum == self.count && self.errors <= self.count
+        ascending && in_range && self.errors.checked_add(sum) == Some(self.count)
     }
 
     /// Returns errors ÷ answers, 0.0 to 1.0; none without answers.
@@ -90,15 +93,16 @@ impl Stats {
         (self.count > 0).then(|| self.latency_sum_us as f64 / self.count as f64 / 1000.0)
     }
 
-    /// Returns the latency in milliseconds that a share `q` (0.0 to 1.0) of answers stays at or below; within 3.2 %.
+    /// Returns the latency in milliseconds that a share `q` (0.0 to 1.0) of the answers that were no errors stays at or below,
+    /// within 1.5 %; none without such answers.
     pub fn quantile_ms(&self, q: f64) -> Option<f64> {
         let total: u64 = self.histogram.iter().map(|(_, n)| u64::from(*n)).sum();
         let rank = ((total as f64 * q).ceil() as u64).clamp(1, total.max(1));
         let mut seen = 0;
-        for (bucket, n) in &self.histogram {
+        for (bin, n) in &self.histogram {
             seen += u64::from(*n);
             if seen >= rank {
-                return Some(middle_us(usize::from(*bucket)) as f64 / 1000.0);
+                return Some(middle_us(usize::from(*bin)) as f64 / 1000.0);
             }
         }
         None
@@ -129,6 +133,40 @@ impl AddAssign<&Stats> for Stats {
     }
 }
 
+/// A counter for many answers at once; [`Counts::take`] makes statistics of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counts {
+    errors: u64,
+    latency_sum_us: u64,
+    histogram: Box<[u32; BINS]>,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self { errors: 0, latency_sum_us: 0, histogram: Box::new([0; BINS]) }
+    }
+}
+
+impl Counts {
+    /// Counts one answer.
+    pub fn record(&mut self, latency_us: u64, error: bool) {
+        self.latency_sum_us += latency_us;
+        if error {
+            self.errors += 1;
+        } else {
+            self.histogram[bin_of(latency_us)] += 1;
+        }
+    }
+
+    /// Returns what was counted since the last call.
+    pub fn take(&mut self) -> Stats {
+        let stats = Stats::from_counts(self.errors, self.latency_sum_us, self.histogram.iter().copied());
+        (self.errors, self.latency_sum_us) = (0, 0);
+        self.histogram.fill(0);
+        stats
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,7 +183,7 @@ mod tests {
         let stats = of(&(1..=1000).map(|ms| (ms * 1000, false)).collect::<Vec<_>>());
         for (q, expected) in [(0.5, 500.0), (0.95, 950.0), (0.99, 990.0), (1.0, 1000.0)] {
             let found = stats.quantile_ms(q).unwrap();
-            assert!((found / expected - 1.0).abs() <= 0.032 + 0.002, "p{q}: {found}, expected about {expected}");
+            assert!((found / expected - 1.0).abs() <= 0.015 + 0.002, "p{q}: {found}, expected about {expected}");
         }
         assert_eq!(stats.mean_ms(), Some(500.5));
     }
@@ -158,11 +196,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn buckets_hold_their_middle_and_ascend(us in 0u64..1 << 40) {
-            let bucket = bucket_of(us);
-            prop_assert!(bucket < BUCKETS);
-            prop_assert_eq!(bucket_of(middle_us(bucket)), bucket);
-            prop_assert!(bucket_of(us + 1) >= bucket);
+        fn bins_ascend_and_are_narrow(us in 0u64..1 << 40) {
+            let bin = bin_of(us);
+            prop_assert!(bin < BINS);
+            prop_assert!(bin_of(us + 1) >= bin);
+            let middle = middle_us(bin) as f64;
+            prop_assert!(!(1_000..130_000_000).contains(&us) || (middle / us as f64 - 1.0).abs() < 0.0155, "{us} in {middle}");
         }
 
         #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::stats::Stats;
+use super::stats::{Counts, Stats};
 use super::time::Mono;
 
 /// What one service's two versions did: the evidence that gates and verdicts judge.
@@ -19,6 +19,22 @@ impl Evidence {
     pub fn merge(&mut self, other: &Evidence) {
         self.stable += &other.stable;
         self.canary += &other.canary;
+    }
+}
+
+/// A counter of both versions' answers.
+#[derive(Debug, Clone, Default)]
+pub struct Tally {
+    /// The stable version's.
+    pub stable: Counts,
+    /// The canary's.
+    pub canary: Counts,
+}
+
+impl Tally {
+    /// Returns what was counted since the last call.
+    pub fn take(&mut self) -> Evidence {
+        Evidence { stable: self.stable.take(), canary: self.canary.take() }
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use metrics::{Counter, Histogram};
 
 use crate::domain::ids::{ServiceId, VersionId};
-use crate::domain::stats::{BUCKETS, Stats, bucket_of, middle_us};
+use crate::domain::stats::{BINS, Stats, bin_of, middle_us};
 
 /// Names of two metrics: how many, and how long.
 pub type Names = (&'static str, &'static str);
@@ -24,10 +24,10 @@ pub struct Counts {
 /// What one worker counted; nobody else writes here but the drain.
 #[repr(align(128))]
 struct Lane {
-    errors: AtomicU64,
     latency_sum_us: AtomicU64,
     by_class: [AtomicU32; 5],
-    histogram: Box<[AtomicU32]>,
+    /// Answers by latency: those that were no errors, and those that were.
+    histograms: [Box<[AtomicU32]>; 2],
 }
 
 impl Counts {
@@ -40,10 +40,9 @@ impl Counts {
         let durations = metrics::histogram!(seconds, "service" => service.to_string(),
             "version" => version.to_string());
         let lane = |_| Lane {
-            errors: AtomicU64::new(0),
             latency_sum_us: AtomicU64::new(0),
             by_class: Default::default(),
-            histogram: (0..BUCKETS).map(|_| AtomicU32::new(0)).collect(),
+            histograms: [(); 2].map(|()| (0..BINS).map(|_| AtomicU32::new(0)).collect()),
         };
         Self { lanes: (0..lanes).map(lane).collect(), by_class, durations }
     }
@@ -51,11 +50,8 @@ impl Counts {
     /// Counts an answer of this worker's.
     pub fn add(&self, lane: usize, status: u16, latency_us: u64, error: bool) {
         let lane = &self.lanes[lane];
-        if error {
-            lane.errors.fetch_add(1, Relaxed);
-        }
         lane.latency_sum_us.fetch_add(latency_us, Relaxed);
-        lane.histogram[bucket_of(latency_us)].fetch_add(1, Relaxed);
+        lane.histograms[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
         lane.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Relaxed);
     }
 
@@ -77,22 +73,18 @@ impl Counts {
 
 impl Lane {
     fn take(&self, durations: &Histogram) -> Stats {
-        let errors = self.errors.swap(0, Relaxed);
         let sum = self.latency_sum_us.swap(0, Relaxed);
-        let take = |(bucket, count): (usize, &AtomicU32)| {
+        let take = |(bin, count): (usize, &AtomicU32)| {
             if count.load(Relaxed) == 0 {
                 return 0;
             }
             let new = count.swap(0, Relaxed);
-            durations.record_many(middle_us(bucket) as f64 / 1e6, new as usize);
+            durations.record_many(middle_us(bin) as f64 / 1e6, new as usize);
             new
         };
-        let histogram: Vec<u32> = self.histogram.iter().enumerate().map(take).collect();
-        let count = histogram.iter().map(|n| u64::from(*n)).sum::<u64>();
-        // An answer between two of these reads has its error here and its bucket in the next report.
-        let early = errors.saturating_sub(count);
-        self.errors.fetch_add(early, Relaxed);
-        Stats::from_counts(count, errors - early, sum, histogram)
+        let [fine, errors] = &self.histograms;
+        let errors = errors.iter().enumerate().map(take).map(u64::from).sum();
+        Stats::from_counts(errors, sum, fine.iter().enumerate().map(take))
     }
 }
 

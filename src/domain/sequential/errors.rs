@@ -21,13 +21,13 @@ const ALTERNATIVES: [Alternative; 5] = [
     Alternative::Odds(3.0),
     Alternative::Odds(7.0),
     Alternative::Share(0.12),
-    Alternative::Share(0.7),
+    Alternative::Share(0.8),
 ];
 /// Number of alternatives.
 pub(super) const COUNT: usize = ALTERNATIVES.len();
 
 /// What each of them gets: most the one that a handful of requests must be enough for.
-pub(super) const WEIGHTS: [f64; COUNT] = [0.17, 0.16, 0.15, 0.12, 0.4];
+pub(super) const WEIGHTS: [f64; COUNT] = [0.17, 0.16, 0.12, 0.09, 0.46];
 
 /// A block's failing requests, still in the urn.
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@
 //! least of them all: a slowness that stays is soon unlike every warm-up.
 
 use super::Policy;
-use super::tally::{BIN_RATIO, BINS};
+use crate::domain::stats::{BIN_RATIO, BINS, FIRST_US};
 
 /// Fine bins in one of those that are bet on.
 const COARSENESS: usize = 7;
@@ -41,10 +41,10 @@ pub(super) const COUNT: usize = ALTERNATIVES.len();
 pub(super) const WEIGHTS: [f64; COUNT] = [0.19, 0.11, 0.29, 0.11, 0.09, 0.105, 0.105];
 
 /// Returns a fine histogram, `by` bins slower, in coarse bins.
-pub(super) fn moved(fine: &[u32; BINS], by: usize) -> Coarse {
+pub(super) fn moved(fine: &[(u16, u32)], by: usize) -> Coarse {
     let mut coarse = [0.0; COARSE];
-    for (bin, count) in fine.iter().enumerate().filter(|(_, count)| **count > 0) {
-        coarse[(bin + by).min(BINS - 1) / COARSENESS] += f64::from(*count);
+    for (bin, count) in fine {
+        coarse[(usize::from(*bin) + by).min(BINS - 1) / COARSENESS] += f64::from(*count);
     }
     coarse
 }
@@ -76,7 +76,7 @@ impl Default for Shape {
 fn prior() -> Coarse {
     let mut prior = [0.0; COARSE];
     for (bin, share) in prior.iter_mut().enumerate() {
-        let middle_ms = 0.25 * BIN_RATIO.powf((bin * COARSENESS) as f64 + COARSENESS as f64 / 2.0);
+        let middle_ms = FIRST_US / 1000.0 * BIN_RATIO.powf((bin * COARSENESS) as f64 + COARSENESS as f64 / 2.0);
         *share = (-0.5 * ((middle_ms.ln() - 100f64.ln()) / 1.2).powi(2)).exp();
     }
     normal(prior)

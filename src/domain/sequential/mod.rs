@@ -5,25 +5,29 @@
 //! the canary is no worse than tolerated (Ville's inequality). Reaching it is evidence of harm. New wealth is started all
 //! the time, so that harm which begins late is found soon after. Promotion needs evidence of its own.
 //!
-//! Everything is counts (`tally`), so that three nodes which saw a third each decide as one that saw all.
+//! Everything is counts ([`Stats`](super::stats::Stats)), so that three nodes which saw a third each decide as one that saw all.
 
 mod errors;
 mod latency;
 mod promote;
-pub mod tally;
 
 use errors::{Rate, Urn};
 use latency::{Bets, COARSE, Coarse, NULLS, Shape};
 use promote::Seen;
-use tally::Tally;
+
+use super::window::Evidence;
 
 /// The share of α that errors get; latency has the rest.
-const ALPHA_WEIGHT_ERRORS: f64 = 0.6;
+const ALPHA_WEIGHT_ERRORS: f64 = 0.7;
 /// The share of wealth that is started at once, on errors and on latency; the rest is for harm that begins later.
-const START_SHARES: (f64, f64) = (0.75, 0.85);
+const START_SHARES: (f64, f64) = (0.8, 0.85);
 /// Requests of a block, at least, by how many of them failed: a failure says more the more requests it is one of. That a
 /// block is over must not depend on whose failures they are.
-const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 38, 20];
+const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 30, 20];
+/// And of those that come once bets on errors did well: a little more may be enough.
+const BLOCK_REQUESTS_MIN_WARNED: [u64; 4] = [60, 20, 20, 20];
+/// The e-value that this begins at.
+const WARNED: f64 = 5.0;
 
 /// What is tolerated, and how sure a verdict must be.
 #[derive(Debug, Clone, PartialEq)]
@@ -225,19 +229,19 @@ impl Sequential {
     }
 
     /// Takes everything that happened since the last call, up to `at_ms` after the start; returns what it says.
-    pub fn advance(&mut self, at_ms: u64, tally: &Tally) -> Finding {
+    pub fn advance(&mut self, at_ms: u64, evidence: &Evidence) -> Finding {
         if self.rolled_back {
             return self.finding();
         }
         let (since, seconds) = (self.at_ms as f64 / 1000.0, at_ms.saturating_sub(self.at_ms) as f64 / 1000.0);
         let now = at_ms as f64 / 1000.0;
         self.tolerated = latency::tolerances(since, &self.policy);
-        self.add(tally);
+        self.add(evidence);
         self.start_wealth(since, seconds);
         let block = &self.block;
         let (requests, failed) = (block.requests.0 + block.requests.1, block.errors.0 + block.errors.1);
-        let closes =
-            requests >= BLOCK_REQUESTS_MIN[failed.min(3) as usize] && block.requests.0 > 0 && block.requests.1 > 0;
+        let least = if self.errors.value() >= WARNED { BLOCK_REQUESTS_MIN_WARNED } else { BLOCK_REQUESTS_MIN };
+        let closes = requests >= least[failed.min(3) as usize] && block.requests.0 > 0 && block.requests.1 > 0;
         if at_ms >= self.bets_until_ms {
             self.bets = Some(self.shape.bets(&self.tolerated));
             let wait = if now < 60.0 {
@@ -256,21 +260,20 @@ impl Sequential {
         self.finding()
     }
 
-    fn add(&mut self, tally: &Tally) {
-        let (stable, canary, block) = (&tally.stable, &tally.canary, &mut self.block);
-        for (sum, more) in [
-            (&mut block.requests, (canary.requests, stable.requests)),
-            (&mut block.errors, (canary.errors, stable.errors)),
-        ] {
+    fn add(&mut self, evidence: &Evidence) {
+        let (stable, canary, block) = (&evidence.stable, &evidence.canary, &mut self.block);
+        for (sum, more) in
+            [(&mut block.requests, (canary.count, stable.count)), (&mut block.errors, (canary.errors, stable.errors))]
+        {
             (sum.0, sum.1) = (sum.0 + more.0, sum.1 + more.1);
         }
-        self.requests = (self.requests.0 + stable.requests, self.requests.1 + canary.requests);
+        self.requests = (self.requests.0 + stable.count, self.requests.1 + canary.count);
         self.failed = (self.failed.0 + stable.errors, self.failed.1 + canary.errors);
         let add = |sum: &mut Coarse, more: Coarse| sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
-        add(&mut block.canary, latency::moved(&canary.latency, 0));
-        add(&mut block.stable, latency::moved(&stable.latency, 0));
+        add(&mut block.canary, latency::moved(canary.histogram(), 0));
+        add(&mut block.stable, latency::moved(stable.histogram(), 0));
         for (sum, bins) in block.tolerated.iter_mut().zip(self.tolerated) {
-            add(sum, latency::moved(&stable.latency, bins));
+            add(sum, latency::moved(stable.histogram(), bins));
         }
     }
 

@@ -1,5 +1,5 @@
-use super::tally::{BIN_RATIO, BINS, Side, bin_of};
 use super::*;
+use crate::domain::window::Tally;
 use proptest::prelude::*;
 
 /// Traffic drawn from a seed.
@@ -16,33 +16,24 @@ impl Traffic {
     }
 
     /// Returns a second of requests: so many, the canary's share, both versions' error rates, the canary's slowness.
-    fn second(&mut self, requests: u64, share: f64, errors: (f64, f64), slowness: f64) -> Tally {
+    fn second(&mut self, requests: u64, share: f64, errors: (f64, f64), slowness: f64) -> Evidence {
         let mut tally = Tally::default();
         for _ in 0..requests {
             let is_canary = self.chance() < share;
-            let (side, rate, times) =
-                if is_canary { (Side::Canary, errors.1, slowness) } else { (Side::Stable, errors.0, 1.0) };
+            let (counts, rate, times) =
+                if is_canary { (&mut tally.canary, errors.1, slowness) } else { (&mut tally.stable, errors.0, 1.0) };
             let latency = 80_000.0 * (0.6 * self.normal()).exp() * times;
             let failed = self.chance() < rate;
-            tally.record(side, failed, latency as u64);
+            counts.record(latency as u64, failed);
         }
-        tally
+        tally.take()
     }
 }
 
 /// Returns the first second at which the test said so; each second of traffic comes from `next`.
-fn first(policy: &Policy, seconds: u64, decision: Decision, mut next: impl FnMut(u64) -> Tally) -> Option<u64> {
+fn first(policy: &Policy, seconds: u64, decision: Decision, mut next: impl FnMut(u64) -> Evidence) -> Option<u64> {
     let mut test = Sequential::new(policy.clone());
     (1..=seconds).find(|second| test.advance(second * 1000, &next(*second)).decision == decision)
-}
-
-#[test]
-fn bins_are_three_percent_apart() {
-    assert_eq!((bin_of(0), bin_of(249), bin_of(250), bin_of(u64::MAX)), (0, 0, 1, BINS - 1));
-    for bin in 1..BINS - 1 {
-        let edge = 250.0 * BIN_RATIO.powi(bin as i32 - 1);
-        assert_eq!(bin_of((edge * 1.015) as u64), bin, "bin {bin}");
-    }
 }
 
 #[test]
@@ -90,7 +81,7 @@ fn a_healthy_canary_is_promoted_and_a_silent_one_is_not() {
     let policy = Policy::default();
     let healthy = first(&policy, 600, Decision::Promote, |_| traffic.second(200, 0.2, (0.005, 0.005), 1.0));
     assert!(healthy.is_some_and(|second| second > 30), "{healthy:?}");
-    assert_eq!(first(&policy, 600, Decision::Promote, |_| Tally::default()), None);
+    assert_eq!(first(&policy, 600, Decision::Promote, |_| Evidence::default()), None);
     assert_eq!(first(&policy, 600, Decision::Promote, |_| traffic.second(200, 0.0, (0.005, 0.0), 1.0)), None);
 }
 
@@ -130,10 +121,10 @@ proptest! {
         let mut traffic = Traffic(seed);
         for (second, order) in (1..).zip(&orders) {
             let parts = [0, 1, 2].map(|_| traffic.second(30, 0.2, (0.02, 0.05), 1.1));
-            let mut whole = Tally::default();
-            parts.iter().for_each(|part| whole += part);
-            let mut merged = Tally::default();
-            ORDERS[*order].iter().for_each(|node| merged += &parts[*node]);
+            let mut whole = Evidence::default();
+            parts.iter().for_each(|part| whole.merge(part));
+            let mut merged = Evidence::default();
+            ORDERS[*order].iter().for_each(|node| merged.merge(&parts[*node]));
             prop_assert_eq!(&whole, &merged);
             let (found, again) = (one.advance(second * 1000, &whole), three.advance(second * 1000, &merged));
             prop_assert_eq!(found, again);
