@@ -18,6 +18,8 @@ pub mod node;
 mod output;
 mod proxy;
 mod read;
+mod recording;
+mod replay;
 mod show;
 mod sse;
 mod status;
@@ -146,8 +148,10 @@ enum Verb {
     Config(check::ConfigVerb),
     /// Run the data plane alone, with a fixed weight.
     Proxy(proxy::ProxyArgs),
-    /// Judges recorded requests from standard input, by SEQUENTIAL.
+    /// Judge requests from standard input, tick by tick.
     Judge(judge::JudgeArgs),
+    /// Judge a recording again: the decisions, and why.
+    Replay(replay::ReplayArgs),
     /// Run a demo model server with adjustable latency and errors.
     Upstream(upstream::UpstreamArgs),
     /// Send steady traffic and count who answers.
@@ -192,6 +196,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Token(args) => Ok(token::run(&args)),
         Verb::Proxy(args) => proxy::run(&args),
         Verb::Judge(args) => judge::run(&args),
+        Verb::Replay(args) => replay::run(&args),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "aviary", &mut std::io::stdout());
             Ok(Exit::Done)
@@ -228,6 +233,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         | Verb::Token(_)
         | Verb::Proxy(_)
         | Verb::Judge(_)
+        | Verb::Replay(_)
         | Verb::Completions { .. } => {
             unreachable!("handled before the runtime starts")
         }

@@ -134,6 +134,7 @@ fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
         local: Evidence::default(),
         cluster: Evidence::default(),
         verdict: None,
+        odds: None,
         waiting_for: String::new(),
         enforced: true,
     };

@@ -1,6 +1,6 @@
 //! The rollout file: YAML (or JSON, which is YAML) in Argo Rollouts' and Flagger's words.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Deserializer};
 
@@ -166,6 +166,8 @@ struct AnalysisPart {
     #[serde(default)]
     metrics: Option<Vec<MetricPart>>,
     #[serde(default)]
+    alpha: Option<f64>,
+    #[serde(default)]
     min_samples: Option<u64>,
     #[serde(default)]
     no_data: Option<NoDataPart>,
@@ -185,7 +187,7 @@ struct MetricPart {
     threshold_range: Option<Range>,
     #[serde(default)]
     on_failure: Option<FailurePart>,
-    /// Known of SEQUENTIAL metrics, so that the strategy is what is refused, not its keys.
+    /// SEQUENTIAL's.
     #[serde(default)]
     allowed_increase: Option<f64>,
     #[serde(default)]
@@ -397,7 +399,16 @@ fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
         Some(metrics) => metrics.into_iter().map(metric).collect::<Result<_, _>>()?,
         None => default.metrics,
     };
+    let names: BTreeSet<&str> = metrics.iter().map(|metric| metric.name.as_str()).collect();
+    if names.len() < metrics.len() {
+        return Err("two metrics have one name, expected a name for each, such as errors and errors-vs-stable".into());
+    }
+    let alpha = part.alpha.unwrap_or(f64::from(default.alpha_ppm) / 1e6);
+    if !(0.0001..=0.5).contains(&alpha) {
+        return Err(format!("alpha is {alpha}, expected 0.0001 to 0.5"));
+    }
     Ok(Analysis {
+        alpha_ppm: (alpha * 1e6).round() as u32,
         window_ms: part.window.unwrap_or(default.window_ms),
         min_samples: part.min_samples.unwrap_or(default.min_samples),
         metrics,
@@ -410,39 +421,81 @@ fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
 }
 
 fn metric(part: MetricPart) -> Result<Metric, String> {
-    let MetricPart { name, strategy, statistic, threshold_range, on_failure, allowed_increase, quantile } = part;
-    if strategy != "THRESHOLD" {
-        return Err(format!("metric {name}: strategy {strategy} is not available in this version, expected THRESHOLD"));
+    let kind = part.name.split('-').next().unwrap_or_default();
+    if kind != "errors" && kind != "latency" {
+        let name = &part.name;
+        return Err(format!(
+            "metric {name:?} is unknown, expected errors, latency, or one of them with more after a dash"
+        ));
     }
+    match part.strategy.as_str() {
+        "THRESHOLD" => threshold_metric(part),
+        "SEQUENTIAL" => sequential_metric(part),
+        other => Err(format!("metric {}: strategy is {other:?}, expected THRESHOLD or SEQUENTIAL", part.name)),
+    }
+}
+
+/// What must be ruled out, when a file doesn't say: errors 0.5 % of all answers more, the 95th percentile 10 % more.
+const INCREASES: (f64, f64) = (0.005, 0.1);
+
+fn sequential_metric(part: MetricPart) -> Result<Metric, String> {
+    let MetricPart { name, statistic, threshold_range, on_failure, allowed_increase, quantile, .. } = part;
+    if statistic.is_some() || threshold_range.is_some() || on_failure.is_some() {
+        return Err(format!(
+            "metric {name}: statistic, thresholdRange and onFailure are THRESHOLD's, expected allowedIncrease and quantile"
+        ));
+    }
+    let errors = name.starts_with("errors");
+    let increase = allowed_increase.unwrap_or(if errors { INCREASES.0 } else { INCREASES.1 });
+    let most = if errors { 0.5 } else { 10.0 };
+    if !(0.0001..=most).contains(&increase) {
+        return Err(format!("metric {name}: allowedIncrease is {increase}, expected 0.0001 to {most}"));
+    }
+    let increase_ppm = (increase * 1e6).round() as u32;
+    if errors {
+        return match quantile {
+            Some(_) => Err(format!("metric {name}: quantile is for latency, expected allowedIncrease alone")),
+            None => Ok(Metric { name, limit: Limit::ErrorsVsStable { increase_ppm }, on_failure: OnFailure::Rollback }),
+        };
+    }
+    let quantile = quantile.unwrap_or(0.95);
+    if !(0.05..=0.999).contains(&quantile) {
+        return Err(format!("metric {name}: quantile is {quantile}, expected 0.05 to 0.999"));
+    }
+    let limit = Limit::LatencyVsStable { quantile_bp: (quantile * 1e4).round() as u16, increase_ppm };
+    Ok(Metric { name, limit, on_failure: OnFailure::Rollback })
+}
+
+fn threshold_metric(part: MetricPart) -> Result<Metric, String> {
+    let MetricPart { name, statistic, threshold_range, on_failure, allowed_increase, quantile, .. } = part;
     if allowed_increase.is_some() || quantile.is_some() {
         return Err(format!("metric {name}: allowedIncrease and quantile are SEQUENTIAL's, expected thresholdRange"));
     }
     let max = threshold_range.ok_or_else(|| format!("metric {name} has no thresholdRange, expected {{ max: … }}"))?.max;
-    let (limit, default) = match name.as_str() {
-        "errors" => {
-            let max_bp = Weight::from_percent(max).map_err(|_| {
-                format!("metric errors: thresholdRange.max is {max}, expected 0 to 100 percent, two decimals")
-            })?;
-            (Limit::ErrorRate { max_bp: max_bp.bp() }, OnFailure::Rollback)
+    let (limit, default) = if name.starts_with("errors") {
+        if statistic.is_some() {
+            return Err(format!("metric {name}: statistic is for latency, expected thresholdRange alone"));
         }
-        "latency" => {
-            let statistic = match statistic.as_deref() {
-                None | Some("mean") => Statistic::Mean,
-                Some("p50") => Statistic::Quantile(5_000),
-                Some("p95") => Statistic::Quantile(9_500),
-                Some("p99") => Statistic::Quantile(9_900),
-                Some(other) => {
-                    return Err(format!("metric latency: statistic is {other:?}, expected mean, p50, p95 or p99"));
-                }
-            };
-            if !(max > 0.0 && max <= 3_600_000.0) {
-                return Err(format!(
-                    "metric latency: thresholdRange.max is {max} ms, expected more than 0, at most an hour"
-                ));
+        let max_bp = Weight::from_percent(max).map_err(|_| {
+            format!("metric {name}: thresholdRange.max is {max}, expected 0 to 100 percent, two decimals")
+        })?;
+        (Limit::ErrorRate { max_bp: max_bp.bp() }, OnFailure::Rollback)
+    } else {
+        let statistic = match statistic.as_deref() {
+            None | Some("mean") => Statistic::Mean,
+            Some("p50") => Statistic::Quantile(5_000),
+            Some("p95") => Statistic::Quantile(9_500),
+            Some("p99") => Statistic::Quantile(9_900),
+            Some(other) => {
+                return Err(format!("metric {name}: statistic is {other:?}, expected mean, p50, p95 or p99"));
             }
-            (Limit::Latency { statistic, max_us: (max * 1000.0) as u64 }, OnFailure::Pause)
+        };
+        if !(max > 0.0 && max <= 3_600_000.0) {
+            return Err(format!(
+                "metric {name}: thresholdRange.max is {max} ms, expected more than 0, at most an hour"
+            ));
         }
-        _ => return Err(format!("metric {name:?} is unknown, expected errors or latency")),
+        (Limit::Latency { statistic, max_us: (max * 1000.0) as u64 }, OnFailure::Pause)
     };
     let on_failure = match on_failure {
         Some(FailurePart::Rollback) => OnFailure::Rollback,
@@ -516,6 +569,27 @@ spec:
     }
 
     #[test]
+    fn a_canary_may_be_compared_with_stable() {
+        let metric = "{ name: latency, statistic: p95, thresholdRange: { max: 250 } }";
+        let compared = "{ name: latency-vs-stable, strategy: SEQUENTIAL, quantile: 0.9, allowedIncrease: 0.05 }";
+        let text = GOOD.replace(metric, compared).replace("minSamples: 200", "alpha: 0.02");
+        let analysis = parse(&text, "r.yaml").unwrap().analysis;
+        let limit = Limit::LatencyVsStable { quantile_bp: 9_000, increase_ppm: 50_000 };
+        assert_eq!((analysis.metrics[1].limit, analysis.alpha_ppm), (limit, 20_000));
+        let policy = analysis.sequential(7_200_000).unwrap();
+        assert_eq!((policy.errors_share, policy.alpha, policy.horizon_seconds), (0.0, 0.02, 10_800.0));
+        assert!(
+            complaint(metric, "{ name: errors-vs-stable, strategy: SEQUENTIAL, quantile: 0.9 }")
+                .contains("is for latency")
+        );
+        assert!(
+            complaint(metric, "{ name: latency-p, strategy: SEQUENTIAL, allowedIncrease: 0 }")
+                .contains("expected 0.0001 to 10")
+        );
+        assert_eq!(parse(GOOD, "r.yaml").unwrap().analysis.sequential(1), None);
+    }
+
+    #[test]
     fn a_mistake_names_what_was_found_and_expected() {
         let found = complaint("setWeight: 5", "setWieght: 5");
         assert!(found.contains("setWieght") && found.ends_with("did you mean `setWeight`?"), "{found}");
@@ -534,7 +608,19 @@ spec:
         );
         assert!(complaint("duration: 30s", "duration: 30 parsecs").contains("30 parsecs"));
         assert!(complaint("http://127.0.0.1:9101", "https://127.0.0.1:9101").contains("is https, expected http"));
-        assert!(complaint("strategy: THRESHOLD", "strategy: SEQUENTIAL").contains("not available in this version"));
+        assert!(
+            complaint("strategy: THRESHOLD", "strategy: SEQUENTIAL")
+                .contains("thresholdRange and onFailure are THRESHOLD's")
+        );
+        assert!(
+            complaint("strategy: THRESHOLD", "strategy: GUESS").contains("\"GUESS\", expected THRESHOLD or SEQUENTIAL")
+        );
+        assert!(
+            complaint("minSamples: 200", "minSamples: 200\n    alpha: 2")
+                .contains("alpha is 2, expected 0.0001 to 0.5")
+        );
+        assert!(complaint("name: errors, strategy", "name: latency, strategy").contains("two metrics have one name"));
+        assert!(complaint("name: latency", "name: cpu").contains("metric \"cpu\" is unknown"));
         assert_eq!(
             complaint("version: v2", "version: v1"),
             "r.yaml: spec.steps: step 5: weights name v2, expected v1 and v1"

@@ -1,12 +1,13 @@
 //! From evidence to a verdict.
 //!
-//! The policy here is THRESHOLD: each metric of the canary against a fixed limit, over a sliding window. No data and
-//! too little data hold the step; they never promote and never roll back.
+//! THRESHOLD metrics hold the canary against a fixed limit, over a window; SEQUENTIAL ones hold it against stable, over the
+//! whole rollout ([`super::sequential`]). No data and too little data hold the step; they never promote and never roll back.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::sequential::{Allowed, ERRORS_SHARE, Harm, Policy, Required};
 use super::stats::Stats;
 use super::window::Evidence;
 
@@ -75,7 +76,7 @@ impl fmt::Display for Statistic {
     }
 }
 
-/// A limit that a canary must stay within.
+/// What a metric compares, and with what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Limit {
     /// Share of errors, in basis points (500 = 5 %).
@@ -90,6 +91,18 @@ pub enum Limit {
         /// Highest healthy latency.
         max_us: u64,
     },
+    /// SEQUENTIAL: the share of errors beside stable's.
+    ErrorsVsStable {
+        /// What must be ruled out before a promotion: a rate higher by this much, in millionths of all answers.
+        increase_ppm: u32,
+    },
+    /// SEQUENTIAL: latency beside stable's.
+    LatencyVsStable {
+        /// The quantile that a promotion looks at, in basis points.
+        quantile_bp: u16,
+        /// What must be ruled out before a promotion: a quantile higher by this much, in millionths of stable's.
+        increase_ppm: u32,
+    },
 }
 
 /// What a broken limit leads to.
@@ -101,7 +114,7 @@ pub enum OnFailure {
     Pause,
 }
 
-/// One metric of the THRESHOLD policy.
+/// One metric.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metric {
     /// The name its author gave it.
@@ -132,6 +145,8 @@ pub struct Analysis {
     pub metrics: Vec<Metric>,
     /// What silence means.
     pub no_data: NoData,
+    /// Probability of ever rolling back a canary that is no worse than stable, by SEQUENTIAL metrics, in millionths.
+    pub alpha_ppm: u32,
     /// How long a due step may hold before the rollout is paused, in milliseconds; none: for ever.
     pub inconclusive_after_ms: Option<u64>,
 }
@@ -152,6 +167,7 @@ impl Default for Analysis {
                 Metric { name: "latency".into(), limit: latency, on_failure: OnFailure::Pause },
             ],
             no_data: NoData::Hold,
+            alpha_ppm: 10_000,
             inconclusive_after_ms: None,
         }
     }
@@ -169,6 +185,33 @@ impl Analysis {
         self.judge_with(&node.canary, self.min_samples.min(LOCAL_SAMPLES_MIN))
     }
 
+    /// Returns true when some metric has a fixed limit.
+    pub fn has_limits(&self) -> bool {
+        self.metrics.iter().any(|metric| metric.required().is_none())
+    }
+
+    /// Returns true when some metric compares the canary with stable.
+    pub fn compares(&self) -> bool {
+        self.metrics.iter().any(|metric| metric.required().is_some())
+    }
+
+    /// Returns how the canary is compared with stable in a rollout that is planned to last so long; none when no metric
+    /// does.
+    pub fn sequential(&self, planned_ms: u64) -> Option<Policy> {
+        let required: Vec<_> = self.metrics.iter().filter_map(Metric::required).collect();
+        let errors = required.iter().filter(|required| matches!(required.harm, Harm::Errors(_))).count();
+        let errors_share = match (errors, required.len() - errors) {
+            (0, 0) => return None,
+            (0, _) => 0.0,
+            (_, 0) => 1.0,
+            _ => ERRORS_SHARE,
+        };
+        let alpha = f64::from(self.alpha_ppm) / 1e6;
+        let horizon_seconds = (planned_ms as f64 / 1000.0 * 1.5).clamp(600.0, 86_400.0);
+        let alpha_pause = (5.0 * alpha).min(0.5);
+        Some(Policy { alpha, alpha_pause, errors_share, required, horizon_seconds, ..Policy::default() })
+    }
+
     fn judge_with(&self, canary: &Stats, min_samples: u64) -> Verdict {
         if canary.count < min_samples.max(1) {
             return Verdict::Hold(format!("{} of {} canary samples", canary.count, min_samples.max(1)));
@@ -179,6 +222,19 @@ impl Analysis {
 }
 
 impl Metric {
+    /// Returns what a SEQUENTIAL metric must rule out; none for one with a fixed limit.
+    fn required(&self) -> Option<Required> {
+        let share = |ppm: u32| f64::from(ppm) / 1e6;
+        let harm = match self.limit {
+            Limit::ErrorsVsStable { increase_ppm } => Harm::Errors(share(increase_ppm)),
+            Limit::LatencyVsStable { quantile_bp, increase_ppm } => {
+                Harm::Latency(f64::from(quantile_bp) / 1e4, Allowed::Increase(share(increase_ppm)))
+            }
+            Limit::ErrorRate { .. } | Limit::Latency { .. } => return None,
+        };
+        Some(Required { name: self.name.clone(), harm })
+    }
+
     /// Returns the verdict that breaking this metric's limit leads to; none while it holds.
     fn broken(&self, canary: &Stats) -> Option<Verdict> {
         let name = &self.name;
@@ -195,6 +251,7 @@ impl Metric {
                 let max = max_us as f64 / 1000.0;
                 (found > max).then(|| format!("{name}: {statistic} {found:.1} ms, limit {max} ms"))
             }
+            Limit::ErrorsVsStable { .. } | Limit::LatencyVsStable { .. } => None,
         }?;
         Some(match self.on_failure {
             OnFailure::Rollback => Verdict::Rollback(why),

@@ -11,5 +11,7 @@ pub mod routing;
 pub mod sequential;
 pub mod stats;
 pub mod time;
+pub mod timeline;
+pub mod trial;
 pub mod weights;
 pub mod window;

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::analysis::Analysis;
+use super::analysis::{Analysis, Limit};
 use super::ids::{ServiceId, VersionId};
 use super::weights::Weight;
 
@@ -175,6 +175,18 @@ impl RolloutSpec {
         if self.analysis.metrics.is_empty() {
             return Err(SpecError::Missing("analysis has no metrics, expected at least one: nothing would be judged"));
         }
+        let comparable = self.analysis.metrics.iter().all(|metric| match metric.limit {
+            Limit::ErrorsVsStable { increase_ppm } => (100..=500_000).contains(&increase_ppm),
+            Limit::LatencyVsStable { quantile_bp, increase_ppm } => {
+                (500..=9_990).contains(&quantile_bp) && (100..=10_000_000).contains(&increase_ppm)
+            }
+            Limit::ErrorRate { .. } | Limit::Latency { .. } => true,
+        });
+        if !comparable || !(100..=500_000).contains(&self.analysis.alpha_ppm) {
+            return Err(SpecError::Missing(
+                "analysis names an alpha, an allowedIncrease or a quantile out of range, expected 0.0001 to 0.5 for alpha",
+            ));
+        }
         let size = serde_json::to_vec(&self).map_or(usize::MAX, |json| json.len());
         at_most("bytes of the rollout", size, 24 * 1024)?;
         for pair in self.stages.windows(2) {
@@ -207,6 +219,11 @@ impl RolloutSpec {
             within("pause.duration", stage.hold_ms, 0, DURATION_MS_MAX)?;
         }
         Ok(self)
+    }
+
+    /// Returns how long it takes by plan, in milliseconds; pauses that wait for an operator count as nothing.
+    pub fn planned_ms(&self) -> u64 {
+        self.stages.iter().fold(self.bake_ms, |sum, stage| sum.saturating_add(stage.hold_ms))
     }
 
     /// Returns the rollout the other way round: what `undo` starts.

@@ -56,6 +56,10 @@ pub struct Rollout {
     pub stage: usize,
     /// Why it is paused or rolled back; empty otherwise.
     pub reason: String,
+    /// The routing version that it began with.
+    pub since_version: u64,
+    /// When it began.
+    pub since: Wall,
 }
 
 /// One service: its routing, what serves it, and its last rollout.
@@ -203,7 +207,14 @@ impl Service {
             txid: mark.tx.clone(),
             timestamp: mark.at,
         };
-        let rollout = Rollout { spec: spec.clone(), phase: Phase::RolledBack, stage: 0, reason: String::new() };
+        let rollout = Rollout {
+            spec: spec.clone(),
+            phase: Phase::RolledBack,
+            stage: 0,
+            reason: String::new(),
+            since_version: 0,
+            since: mark.at,
+        };
         Self { routing, stable: spec.stable.clone(), rollout }
     }
 
@@ -296,6 +307,7 @@ impl Service {
             }
             service.routing.version = current.routing.version;
         }
+        service.rollout.since_version = service.routing.version + 1;
         Ok(service.at_stage(0, mark))
     }
 

@@ -20,6 +20,7 @@ use crate::domain::ids::{ClusterId, Incarnation, NodeId};
 use crate::domain::rollout::Change;
 use crate::domain::stats::Stats;
 use crate::domain::weights::Weight;
+use crate::domain::window::Evidence;
 use crate::protocol::checkpoint::PART_BYTES;
 use crate::protocol::codec;
 use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, Vote};
@@ -32,7 +33,7 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
 /// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 2, max: 2 };
+pub const VERSIONS: Versions = Versions { min: 3, max: 3 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most bytes of a body after HELLO.
@@ -464,13 +465,26 @@ fn check_intent(intent: &Intent) -> Result<(), FrameError> {
     }
 }
 
+/// Sightings in a snapshot.
+const SIGHTINGS_MAX: u64 = 64;
+
 fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
     at_most("effective weight in basis points", snapshot.effective_bp.into(), Weight::WHOLE.into())?;
     at_most("routing version", snapshot.routing_version, NUMBER_MAX)?;
-    for (version, stats) in [("stable", &snapshot.evidence.stable), ("canary", &snapshot.evidence.canary)] {
-        check_stats(version, stats)?;
+    at_most("routing version", snapshot.since_version, NUMBER_MAX)?;
+    at_most("sightings", snapshot.sightings.len() as u64, SIGHTINGS_MAX)?;
+    check_evidence(&snapshot.evidence)?;
+    for (tick, sighting) in &snapshot.sightings {
+        at_most("tick", *tick, NUMBER_MAX)?;
+        at_most("routing version", sighting.version, NUMBER_MAX)?;
+        check_evidence(&sighting.evidence)?;
     }
     Ok(())
+}
+
+fn check_evidence(evidence: &Evidence) -> Result<(), FrameError> {
+    check_stats("stable", &evidence.stable)?;
+    check_stats("canary", &evidence.canary)
 }
 
 fn check_stats(version: &str, stats: &Stats) -> Result<(), FrameError> {
@@ -486,9 +500,9 @@ fn check_stats(version: &str, stats: &Stats) -> Result<(), FrameError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::timeline::Sighting;
     use proptest::prelude::*;
 
-    use crate::domain::window::Evidence;
     use crate::protocol::message::{GateVote, Heartbeat, Role};
     use crate::protocol::record::Hash;
 
@@ -514,6 +528,8 @@ mod tests {
 
     fn snapshot(evidence: Evidence) -> Message {
         Message::HealthSnapshot(HealthSnapshot {
+            since_version: 3,
+            sightings: vec![(17, Sighting { version: 4, evidence: evidence.clone() })],
             service: "s".parse().unwrap(),
             routing_version: 1,
             evidence,

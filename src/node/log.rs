@@ -5,6 +5,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::domain::analysis::Verdict;
 use crate::domain::routing::{RoutingState, Status};
+use crate::domain::trial::Judgement;
 use crate::protocol::{Announcement, Event};
 
 /// Writes one announcement to the log.
@@ -38,6 +39,15 @@ pub fn write(announcement: &Announcement) {
             } else {
                 warn!(%service, version = routing_version, verdict, reason, samples, "verdict");
             }
+        }
+        Event::Judged { service, judgement, .. } => {
+            let Judgement { from_ms, to_ms, verdict, stable, canary, odds } = judgement;
+            let e_value = odds.map(|odds| odds.e_value);
+            let word = verdict.word();
+            info!(
+                %service, from_ms, to_ms, verdict = word, reason = verdict.reason(), canary = canary.count,
+                canary_errors = canary.errors, stable = stable.count, stable_errors = stable.errors, e_value, "judged"
+            );
         }
         Event::Braked { service, reason } => warn!(%service, reason, "canary stopped on this node"),
         Event::Enforced { service, slot, took_ms } => {

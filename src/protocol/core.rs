@@ -15,6 +15,7 @@ use super::ledger::{Agreed, Ledger};
 use super::message::{Decision, Message, Role};
 use super::participant::{Cast, Prepared};
 use super::record::{Act, Ballot, Chosen, Record, Register, Slot};
+use super::watch::Watch;
 use super::{Event, Input, MemberView, Output, ServiceView, Serving, Timings, View};
 
 /// What a node is told about itself.
@@ -97,6 +98,7 @@ pub struct Core {
     pub(super) peers: BTreeMap<NodeId, Peer>,
     pub(super) lease: Lease,
     pub(super) gates: BTreeMap<ServiceId, Gate>,
+    pub(super) watches: BTreeMap<ServiceId, Watch>,
     /// The vote given in the open slot, to repeat it.
     pub(super) cast: Option<Cast>,
     /// The intent voted on in the open slot.
@@ -192,6 +194,7 @@ impl Core {
             peers,
             lease: Lease::starting_at(first_nonce),
             gates: BTreeMap::new(),
+            watches: BTreeMap::new(),
             cast: None,
             prepared: None,
             accepted_at: now.mono,
@@ -488,6 +491,10 @@ impl Core {
             (id.clone(), Gate::new(agreed, since))
         });
         self.gates = gates.collect();
+        self.watches.retain(|id, _| self.gates.contains_key(id));
+        for id in self.gates.keys().cloned().collect::<Vec<_>>() {
+            self.renew_watch(&id);
+        }
     }
 
     fn announce_record(&mut self, chosen: &Chosen) {
@@ -586,6 +593,7 @@ impl Core {
             local: gate.local(),
             cluster: self.cluster_evidence(gate),
             verdict: active.then(|| gate.verdict.clone()).flatten(),
+            odds: self.watches.get(id).and_then(Watch::odds),
             waiting_for: self.waiting_for(id, agreed, gate),
             enforced: self.lease.is_enforced(id),
         }

@@ -16,6 +16,7 @@ use super::core::Core;
 use super::ledger::Agreed;
 use super::message::{GateVote, HealthSnapshot, Message};
 use super::record::{Act, Chosen};
+use super::watch::Watch;
 use super::{Event, Observation};
 
 /// One service's evidence at its present routing version, and what follows from it.
@@ -91,6 +92,9 @@ impl Core {
             if gate.routing_version == *routing_version {
                 gate.window.add(self.now.mono, evidence);
             }
+            if let Some(watch) = self.watches.get_mut(service) {
+                watch.observe(*routing_version, evidence);
+            }
         }
         self.judge_all();
     }
@@ -98,6 +102,9 @@ impl Core {
     pub(super) fn on_snapshot(&mut self, from: &NodeId, incarnation: Incarnation, snapshot: HealthSnapshot) {
         let counts = self.counts(from, incarnation);
         let Some(gate) = self.gates.get_mut(&snapshot.service).filter(|_| counts) else { return };
+        if let Some(watch) = self.watches.get_mut(&snapshot.service) {
+            watch.hear(from, &snapshot);
+        }
         if snapshot.routing_version != gate.routing_version {
             return;
         }
@@ -117,6 +124,7 @@ impl Core {
     }
 
     pub(super) fn tick_gates(&mut self) {
+        self.tick_watches();
         let (now, interval) = (self.now.mono, self.settings.timings.snapshot_ms);
         for (id, gate) in &mut self.gates {
             let agreed = &self.ledger.services[id];
@@ -141,6 +149,7 @@ impl Core {
         }
         let lease_ms_left = self.lease.ms_left(self.now.mono, agreed.service.rollout.spec.lease_ms);
         let leased = serving.lease_ms.is_none() || lease_ms_left > 0;
+        let (since_version, sightings) = self.watches.get(id).map(Watch::sightings).unwrap_or_default();
         let snapshot = HealthSnapshot {
             service: id.clone(),
             routing_version: gate.routing_version,
@@ -148,11 +157,13 @@ impl Core {
             brake: gate.brake.clone(),
             lease_ms_left,
             effective_bp: serving.canary.map_or(0, |(_, bp)| if leased { bp } else { 0 }),
+            since_version,
+            sightings,
         };
         self.broadcast(&Message::HealthSnapshot(snapshot));
     }
 
-    fn judge_all(&mut self) {
+    pub(super) fn judge_all(&mut self) {
         for id in self.gates.keys().cloned().collect::<Vec<_>>() {
             self.judge(&id);
         }
@@ -185,14 +196,20 @@ impl Core {
         }
     }
 
-    /// The cluster's verdict, or this node's own where that is a veto.
+    /// The worst of: the limits on what the cluster saw, the limits on what this node saw where that is a veto, and the
+    /// comparison with stable.
     fn verdict(&self, gate: &Gate, agreed: &Agreed, cluster: &Evidence) -> Verdict {
         let analysis = &agreed.service.rollout.spec.analysis;
         let alone = match analysis.judge_alone(&gate.local()) {
             veto @ (Verdict::Rollback(_) | Verdict::Pause(_)) => veto,
             Verdict::Promote | Verdict::Hold(_) => Verdict::Promote,
         };
-        analysis.judge(cluster).or_worse(alone)
+        let compared = match self.compared(agreed) {
+            // At 100 % there is no stable traffic left to compare with: the limits alone watch the canary.
+            Verdict::Hold(_) if agreed.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
+            verdict => verdict,
+        };
+        analysis.judge(cluster).or_worse(alone).or_worse(compared)
     }
 
     /// Stops this node's canary traffic at once, and tells everybody.
@@ -245,6 +262,7 @@ impl Core {
     /// Begins evidence anew where a decided record changed the weights.
     pub(super) fn renew_gate(&mut self, chosen: &Chosen) {
         let Some(id) = chosen.record.intent.act.service() else { return };
+        self.renew_watch(id);
         let Some(agreed) = self.ledger.services.get(id) else { return };
         let now = self.now.mono;
         let version = agreed.service.routing.version;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::ServiceId;
+use crate::domain::timeline::Sighting;
 use crate::domain::window::Evidence;
 
 use super::checkpoint::Part;
@@ -175,4 +176,8 @@ pub struct HealthSnapshot {
     pub lease_ms_left: u64,
     /// The canary share the sender serves, in basis points.
     pub effective_bp: u16,
+    /// The routing version that its rollout began with.
+    pub since_version: u64,
+    /// What the sender saw lately, by ticks since the rollout began; each is final.
+    pub sightings: Vec<(u64, Sighting)>,
 }

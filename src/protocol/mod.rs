@@ -26,6 +26,7 @@ use crate::domain::plan::{Backend, RolloutSpec};
 use crate::domain::rollout::Service;
 use crate::domain::routing::RoutingState;
 use crate::domain::time::{Mono, Wall};
+use crate::domain::trial::{Judgement, Odds};
 use crate::domain::window::Evidence;
 
 mod autopilot;
@@ -41,6 +42,7 @@ mod participant;
 pub mod record;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 pub use core::{Core, Retention, Settings};
 
@@ -183,7 +185,7 @@ pub enum Input {
 }
 
 /// What the shell is to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Output {
     /// Write the register durably, and with it everything appended before.
     Persist(Box<Register>),
@@ -299,7 +301,7 @@ pub struct Serving {
 }
 
 /// One service as this node sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ServiceView {
     /// What is agreed.
     pub service: Service,
@@ -315,6 +317,8 @@ pub struct ServiceView {
     pub cluster: Evidence,
     /// What the analysis says, when the canary has traffic.
     pub verdict: Option<Verdict>,
+    /// The comparison's reckoning; none without one.
+    pub odds: Option<Odds>,
     /// What the rollout waits for, in words; empty when it waits for nothing.
     pub waiting_for: String,
     /// The last lowering: true once every voter obeys it or every lease it could outlive has ended.
@@ -337,7 +341,7 @@ pub struct MemberView {
 }
 
 /// Everything this node serves by and shows.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct View {
     /// The node.
     pub node: NodeId,
@@ -360,7 +364,7 @@ pub struct View {
 }
 
 /// What people may want to know.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// A transaction of one service was prepared, committed or aborted; the state carries which.
@@ -413,6 +417,15 @@ pub enum Event {
         /// Canary answers it rests on.
         samples: u64,
     },
+    /// A window was closed, or the comparison with stable changed its mind: each once.
+    Judged {
+        /// The service.
+        service: ServiceId,
+        /// The routing version that its rollout began with.
+        since_version: u64,
+        /// What was decided, and what that rests on.
+        judgement: Judgement,
+    },
     /// This node stopped its canary traffic by itself.
     Braked {
         /// The service.
@@ -456,7 +469,7 @@ pub enum Event {
 }
 
 /// A moment and what happened: the shell adds the time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Announcement {
     /// When.
     pub at: Wall,

@@ -91,6 +91,7 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
         local: Evidence::default(),
         cluster: Evidence::default(),
         verdict: None,
+        odds: None,
         waiting_for: String::new(),
         enforced: true,
     };

@@ -138,6 +138,8 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         brake: Some("errors".into()),
         lease_ms_left: 1_500,
         effective_bp: 500,
+        since_version: 1,
+        sightings: vec![(17, Default::default())],
     };
     let part: Part = Checkpoint { slot: Slot(7), bytes: b"ledger".as_slice().into() }.parts().remove(0);
     let prepare = Prepare {

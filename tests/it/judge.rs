@@ -1,4 +1,4 @@
-//! `aviary judge`, as another program would use it.
+//! `aviary judge` and `aviary replay`, as other programs and people would use them.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -70,10 +70,7 @@ fn what_is_no_request_is_named_by_its_line() {
             "{\"timestamp_ms\":1,\"version\":\"beta\",\"status\":200,\"latency_ms\":1}",
             "expected \"stable\" or \"canary\"",
         ),
-        (
-            "{\"timestamp_ms\":1,\"version\":\"canary\",\"status\":200,\"latency_ms\":-1}",
-            "expected both to be at least 0",
-        ),
+        ("{\"timestamp_ms\":1,\"version\":\"canary\",\"status\":200,\"latency_ms\":-1}", "expected both to be 0 to"),
         ("{\"timestamp_ms\":1,\"version\":\"canary\"}", "missing field"),
         ("{\"type\":\"stop\"}", "unknown variant"),
         ("nothing", "expected"),
@@ -83,4 +80,56 @@ fn what_is_no_request_is_named_by_its_line() {
     }
     let (code, _, complaint) = judge(&["--alpha", "2"], "");
     assert!(code != Some(0) && complaint.contains("expected 0.0001 to 0.5"), "{complaint}");
+}
+
+const ROLLOUT: &str = "apiVersion: aviary/v1
+kind: Rollout
+metadata: { name: svc }
+spec:
+  stable: { version: v1, url: 'http://127.0.0.1:1' }
+  canary: { version: v2, url: 'http://127.0.0.1:2' }
+  steps: [ { setWeight: 20 }, { pause: { duration: 10m } }, { setWeight: 100 } ]
+  analysis:
+    minSamples: 50
+    window: 10s
+    metrics:
+      - { name: errors, strategy: THRESHOLD, thresholdRange: { max: 5 } }
+      - { name: errors-vs-stable, strategy: SEQUENTIAL, allowedIncrease: 0.01 }
+";
+
+#[test]
+fn a_recording_is_judged_by_a_rollouts_own_rules_the_same_each_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (rollout, recording) = (dir.path().join("rollout.yaml"), dir.path().join("recording.ndjson"));
+    std::fs::write(&rollout, ROLLOUT).unwrap();
+    std::fs::write(&recording, requests(30, 20, false)).unwrap();
+    let replay = |more: &[&str]| {
+        let output = aviary().arg("replay").arg("-f").arg(&rollout).args(more).arg(&recording).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let json = replay(&["--json"]);
+    assert_eq!(replay(&["--json"]), json, "the same each time");
+    let lines: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let windows: Vec<_> = lines.iter().filter(|line| line["odds"].is_null() && line["from_ms"].is_u64()).collect();
+    let spans: Vec<_> = windows.iter().map(|line| (line["from_ms"].as_u64(), line["to_ms"].as_u64())).collect();
+    assert_eq!(
+        spans,
+        [(Some(0), Some(10_000)), (Some(10_000), Some(20_000)), (Some(20_000), Some(30_000))],
+        "each once"
+    );
+    assert_eq!(windows[1]["verdict"], "Promote");
+    assert_eq!(windows[2]["verdict"]["Rollback"], "errors: 100.00 % of 200 answers, limit 5 %");
+    let found = lines.iter().find(|line| line["odds"].is_object() && line["verdict"]["Rollback"].is_string()).unwrap();
+    let reason = found["verdict"]["Rollback"].as_str().unwrap();
+    assert!(reason.contains("errors-vs-stable") && reason.contains("20 of 420 failed, stable's 0 of 1680"), "{reason}");
+    assert_eq!((&found["to_ms"], &found["odds"]["bound"]), (&21_000.into(), &100.0.into()));
+    let text = replay(&[]);
+    assert!(text.contains("00:00:20-00:00:30  ROLLBACK errors: 100.00 %"), "{text}");
+    // `judge -f` decides by the same rules, window by window.
+    let (_, judged, _) = judge(&["-f", rollout.to_str().unwrap()], &requests(30, 20, true));
+    assert_eq!((&judged[8]["decision"], &judged[9]["decision"]), (&"HOLD".into(), &"HOLD".into()));
+    assert_eq!((&judged[20]["decision"], judged.len()), (&"ROLLBACK".into(), 30));
+    let (code, _, complaint) = judge(&["-f", "/nowhere.yaml"], "");
+    assert!(code == Some(1) && complaint.contains("/nowhere.yaml"), "{complaint}");
 }

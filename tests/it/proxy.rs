@@ -98,6 +98,7 @@ fn view_of(
         local: Evidence::default(),
         cluster: Evidence::default(),
         verdict: None,
+        odds: None,
         waiting_for: String::new(),
         enforced: true,
     };

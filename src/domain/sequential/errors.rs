@@ -5,7 +5,7 @@
 //! failing request, in a random but reproducible order, multiplies the wealth of each alternative by its likelihood there
 //! over its likelihood under the worst acceptable null. Wealth is an e-process, and P(it ever reaches 1/α) ≤ α (Ville).
 
-use super::{ALPHA_WEIGHT_ERRORS, Mixture, Policy};
+use super::{Mixture, Policy};
 
 /// How much worse a canary may be under an alternative.
 #[derive(Debug, Clone, Copy)]
@@ -121,14 +121,14 @@ pub(super) fn bet(
         let mut lift = 1.0;
         if canary > 0.0 && rate.temper >= 1.0 {
             // What lies beyond 1/α is of no use there: it is spent on the other outcome.
-            let beyond = ALPHA_WEIGHT_ERRORS * wealth.value_with(&up) + latency_part - needed;
+            let beyond = policy.errors_share * wealth.value_with(&up) + latency_part - needed;
             if beyond > 0.0 {
-                let kept = ALPHA_WEIGHT_ERRORS * wealth.invested_with(&down);
+                let kept = policy.errors_share * wealth.invested_with(&down);
                 lift = (1.0 + null * beyond / ((1.0 - null) * kept.max(1e-300))).min(1e9);
             }
         }
         wealth.multiply(&if is_canary { up } else { down.map(|factor| factor * lift) });
-        reached |= ALPHA_WEIGHT_ERRORS * wealth.value() + latency_part >= needed * (1.0 - 1e-12);
+        reached |= policy.errors_share * wealth.value() + latency_part >= needed * (1.0 - 1e-12);
         if is_canary {
             (failing, canary) = (failing - 1, canary - 1.0);
         } else {

@@ -7,7 +7,7 @@
 //! null is the union of those that begin at so and so much and decay. Each is bet against by itself, and the e-value is the
 //! least of them all: a slowness that stays is soon unlike every warm-up.
 
-use super::Policy;
+use super::{Allowed, Policy};
 use crate::domain::stats::{BIN_RATIO, BINS, FIRST_US};
 
 /// Fine bins in one of those that are bet on.
@@ -212,6 +212,25 @@ fn never_falling(above: &Coarse, below: &Coarse) -> Coarse {
         bin += count;
     }
     factors
+}
+
+/// Returns where a promotion compares answers, and by how much a larger share of the canary's may be beyond that: given
+/// stable's survival, the first coarse bin beyond, and the margin.
+pub(super) fn edge(survival: &Coarse, quantile: f64, allowed: Allowed) -> (usize, f64) {
+    let beyond = 1.0 - quantile;
+    let nearest = |curve: &Coarse, share: f64| {
+        let distance = |bin: &usize| (curve[*bin] - share).abs();
+        (0..COARSE).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0)
+    };
+    match allowed {
+        Allowed::Share(margin) => (nearest(survival, beyond), margin),
+        Allowed::Increase(increase) => {
+            // A canary whose quantile is that much higher has `beyond` of its answers beyond the moved one.
+            let moved = survival_moved(survival, (1.0 + increase).ln() / (BIN_RATIO.ln() * COARSENESS as f64));
+            let edge = nearest(&moved, beyond);
+            (edge, (moved[edge] - survival[edge]).max(1e-3))
+        }
+    }
 }
 
 impl Bets {

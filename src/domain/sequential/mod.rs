@@ -17,10 +17,10 @@ use promote::Seen;
 
 use super::window::Evidence;
 
-/// The share of α that errors get; latency has the rest.
-const ALPHA_WEIGHT_ERRORS: f64 = 0.7;
+/// The share of α that errors get where both are compared; latency has the rest.
+pub const ERRORS_SHARE: f64 = 0.65;
 /// The share of wealth that is started at once, on errors and on latency; the rest is for harm that begins later.
-const START_SHARES: (f64, f64) = (0.8, 0.85);
+const START_SHARES: (f64, f64) = (0.8, 0.9);
 /// Requests of a block, at least, by how many of them failed: a failure says more the more requests it is one of. That a
 /// block is over must not depend on whose failures they are.
 const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 30, 20];
@@ -28,6 +28,39 @@ const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 30, 20];
 const BLOCK_REQUESTS_MIN_WARNED: [u64; 4] = [60, 20, 20, 20];
 /// The e-value that this begins at.
 const WARNED: f64 = 5.0;
+
+/// What must be ruled out before a promotion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Required {
+    /// What its author calls it.
+    pub name: String,
+    /// What it is.
+    pub harm: Harm,
+}
+
+impl Required {
+    fn new(name: &str, harm: Harm) -> Self {
+        Self { name: name.into(), harm }
+    }
+}
+
+/// How a canary may be worse.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Harm {
+    /// An error rate higher by this much, as a share of all requests.
+    Errors(f64),
+    /// That so much fewer answers stay within stable's quantile (0.0 to 1.0).
+    Latency(f64, Allowed),
+}
+
+/// How much slower.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Allowed {
+    /// More answers beyond stable's quantile, as a share of all.
+    Share(f64),
+    /// A quantile higher by this much, as a share of stable's.
+    Increase(f64),
+}
 
 /// What is tolerated, and how sure a verdict must be.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,12 +81,10 @@ pub struct Policy {
     pub latency_margin: f64,
     /// How fast a warm-up's slowness goes away: to 1/e of it in so many seconds.
     pub warm_up_seconds: f64,
-    /// For promotion: an error rate higher by less than this.
-    pub promote_error_increase: f64,
-    /// And a share of answers beyond stable's median higher by less than this.
-    pub promote_median_increase: f64,
-    /// The same for stable's 95th percentile.
-    pub promote_tail_increase: f64,
+    /// The share of α that errors get, 0.0 to 1.0; latency has the rest.
+    pub errors_share: f64,
+    /// What a promotion needs evidence of.
+    pub required: Vec<Required>,
     /// Nothing is promoted before so many seconds.
     pub promote_after_seconds: f64,
     /// Decides the order in which failing requests of a block are looked at.
@@ -71,9 +102,12 @@ impl Default for Policy {
             error_allowance: 0.0001,
             latency_margin: 0.03,
             warm_up_seconds: 8.0,
-            promote_error_increase: 0.005,
-            promote_median_increase: 0.05,
-            promote_tail_increase: 0.025,
+            errors_share: ERRORS_SHARE,
+            required: vec![
+                Required::new("errors", Harm::Errors(0.005)),
+                Required::new("median", Harm::Latency(0.5, Allowed::Share(0.05))),
+                Required::new("p95", Harm::Latency(0.95, Allowed::Share(0.025))),
+            ],
             promote_after_seconds: 30.0,
             seed: 1,
         }
@@ -138,7 +172,7 @@ pub enum Decision {
 }
 
 /// A decision and what it rests on.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Finding {
     /// The decision.
     pub decision: Decision,
@@ -148,8 +182,10 @@ pub struct Finding {
     pub e_errors: f64,
     /// Its part from latency.
     pub e_latency: f64,
-    /// The e-values for promotion, as logarithms: errors, median, 95th percentile; ln(1/α) is enough.
-    pub promotion: [f64; 3],
+    /// The e-values for promotion, as logarithms, in the order of what is required; ln(1/α) is enough.
+    pub promotion: Vec<f64>,
+    /// The share of α that was put into bets so far, times α.
+    pub alpha_spent: f64,
     /// Requests seen, of stable and of the canary.
     pub requests: (u64, u64),
     /// Those that failed.
@@ -170,7 +206,7 @@ pub struct Sequential {
     bets: Option<Bets>,
     tolerated: [usize; NULLS],
     bets_until_ms: u64,
-    promotion: [f64; 3],
+    promotion: Vec<f64>,
     started: bool,
     weight_changed: bool,
     e: f64,
@@ -202,6 +238,7 @@ impl Sequential {
     /// Returns the test of a rollout that begins now, at 0 ms.
     pub fn new(policy: Policy) -> Self {
         Self {
+            promotion: vec![0.0; policy.required.len()],
             policy,
             at_ms: 0,
             block: Block::default(),
@@ -212,7 +249,6 @@ impl Sequential {
             bets: None,
             tolerated: [0; NULLS],
             bets_until_ms: 0,
-            promotion: [0.0; 3],
             started: false,
             weight_changed: false,
             e: 1.0,
@@ -221,6 +257,11 @@ impl Sequential {
             requests: (0, 0),
             failed: (0, 0),
         }
+    }
+
+    /// Returns what it goes by.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
     }
 
     /// Says that the canary's share changes from here on: promotion needs evidence at the new one.
@@ -288,7 +329,7 @@ impl Sequential {
         if std::mem::take(&mut self.weight_changed) {
             errors += 0.1 * (1.0 - self.errors.started);
             latency += 0.1 * (1.0 - self.latency[0].started);
-            self.promotion = [0.0; 3];
+            self.promotion.fill(0.0);
         }
         self.errors.start(errors, &errors::WEIGHTS);
         self.latency.iter_mut().for_each(|wealth| wealth.start(latency, &latency::WEIGHTS));
@@ -297,7 +338,8 @@ impl Sequential {
     fn close(&mut self, at_ms: u64, seconds: f64) {
         let block = std::mem::take(&mut self.block);
         let urn = Urn { requests: block.requests, errors: block.errors };
-        let latency_part = (1.0 - ALPHA_WEIGHT_ERRORS) * self.e_latency;
+        let share = self.policy.errors_share;
+        let latency_part = (1.0 - share) * self.e_latency;
         let mut state = self.policy.seed.wrapping_mul(1_000_003).wrapping_add(at_ms);
         let chance = move || chance(&mut state);
         self.rolled_back |= errors::bet(&mut self.errors, urn, &self.rate, &self.policy, latency_part, chance);
@@ -308,7 +350,7 @@ impl Sequential {
             }
         }
         self.e_latency = self.latency.iter().map(Mixture::value).fold(f64::INFINITY, f64::min);
-        self.e = ALPHA_WEIGHT_ERRORS * self.errors.value() + (1.0 - ALPHA_WEIGHT_ERRORS) * self.e_latency;
+        self.e = share * self.errors.value() + (1.0 - share) * self.e_latency;
         if at_ms as f64 / 1000.0 > self.policy.promote_after_seconds {
             self.promotion_grows(&block);
         }
@@ -322,21 +364,42 @@ impl Sequential {
         let seen =
             Seen { canary: yes_no(block.requests.0, block.errors.0), stable: yes_no(block.requests.1, block.errors.1) };
         let share = block.requests.0 as f64 / (block.requests.0 + block.requests.1) as f64;
-        self.promotion[0] += promote::factors(self.rate.value(), share, self.policy.promote_error_increase).of(seen);
         let sum = |bins: &[f64]| bins.iter().sum::<f64>();
         let (canary, stable) = (sum(&block.canary), sum(&block.stable));
-        if canary == 0.0 || stable == 0.0 {
-            return;
-        }
         let survival = self.shape.survival();
-        let margins = [(0.5, self.policy.promote_median_increase), (0.05, self.policy.promote_tail_increase)];
-        for (e, (quantile, margin)) in self.promotion[1..].iter_mut().zip(margins) {
-            let distance = |bin: &usize| (survival[*bin] - quantile).abs();
-            let edge = (0..COARSE).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0);
-            let (above, above_stable) = (sum(&block.canary[edge..]), sum(&block.stable[edge..]));
-            let seen = Seen { canary: (above, canary - above), stable: (above_stable, stable - above_stable) };
-            let rate = survival[edge].clamp(1e-3, 0.9);
-            *e += promote::factors(rate, canary / (canary + stable), margin).of(seen);
+        for (e, required) in self.promotion.iter_mut().zip(&self.policy.required) {
+            match required.harm {
+                Harm::Errors(increase) => *e += promote::factors(self.rate.value(), share, increase).of(seen),
+                Harm::Latency(..) if canary == 0.0 || stable == 0.0 => {}
+                Harm::Latency(quantile, allowed) => {
+                    let (edge, margin) = latency::edge(&survival, quantile, allowed);
+                    let (above, above_stable) = (sum(&block.canary[edge..]), sum(&block.stable[edge..]));
+                    let seen = Seen { canary: (above, canary - above), stable: (above_stable, stable - above_stable) };
+                    let rate = survival[edge].clamp(1e-3, 0.9);
+                    *e += promote::factors(rate, canary / (canary + stable), margin).of(seen);
+                }
+            }
+        }
+    }
+
+    /// Returns what a finding means, in words: the metric, the evidence and what it rests on.
+    pub fn reason(&self, found: &Finding) -> String {
+        let Policy { required, errors_share, alpha, alpha_promote, .. } = &self.policy;
+        let by_errors = errors_share * found.e_errors >= (1.0 - errors_share) * found.e_latency;
+        let named = |errors: bool| required.iter().find(|required| matches!(required.harm, Harm::Errors(_)) == errors);
+        let (requests, errors) = (found.requests, found.errors);
+        let counts = format!("{} of {} failed, stable's {} of {}", errors.1, requests.1, errors.0, requests.0);
+        match found.decision {
+            Decision::Promote => String::new(),
+            Decision::Hold => {
+                let least = found.promotion.iter().zip(required).min_by(|a, b| a.0.total_cmp(b.0));
+                let (e, name) = least.map_or((0.0, ""), |(e, required)| (e.exp(), &required.name));
+                format!("{name}: evidence {e:.2} of {:.0} that the canary is as good; {counts}", 1.0 / alpha_promote)
+            }
+            Decision::Pause | Decision::Rollback => {
+                let name = named(by_errors).or(named(!by_errors)).map_or("", |required| &required.name);
+                format!("{name}: evidence {:.0} of {:.0} that the canary is worse; {counts}", found.e, 1.0 / alpha)
+            }
         }
     }
 
@@ -352,12 +415,14 @@ impl Sequential {
         } else {
             Decision::Hold
         };
+        let share = self.policy.errors_share;
         Finding {
             decision,
             e: self.e,
             e_errors: self.errors.value(),
             e_latency: self.e_latency,
-            promotion: self.promotion,
+            promotion: self.promotion.clone(),
+            alpha_spent: self.policy.alpha * (share * self.errors.started + (1.0 - share) * self.latency[0].started),
             requests: self.requests,
             errors: self.failed,
         }

@@ -10,3 +10,4 @@ mod identity;
 mod input;
 mod membership;
 mod rollout;
+mod sequential;

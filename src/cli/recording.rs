@@ -1,0 +1,196 @@
+//! Recorded or live requests, as lines of JSON, and the trial they are fed to.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde::Deserialize;
+
+use crate::config;
+use crate::domain::analysis::Analysis;
+use crate::domain::sequential::Policy;
+use crate::domain::timeline::Sighting;
+use crate::domain::trial::{Judgement, Trial};
+use crate::domain::window::Tally;
+
+/// The lines, for `--help`.
+pub const LINES: &str = "  \
+    {\"type\":\"start\",\"tick_ms\":1000,\"horizon_ms\":3600000}\n  \
+    {\"id\":17,\"timestamp_ms\":12,\"version\":\"stable\",\"status\":200,\"latency_ms\":81.2}\n  \
+    {\"type\":\"weight\",\"timestamp_ms\":900000,\"canary_share\":0.2}\n  \
+    {\"type\":\"tick\",\"timestamp_ms\":1000}\n  {\"type\":\"end\"}\n\n\
+    Only requests are needed. A status of 500 or more is an error. A request that comes twice (same id) counts once; one that comes \
+    late counts\nin the tick that is open.";
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Control {
+    Start { tick_ms: Option<u64>, horizon_ms: Option<u64> },
+    Weight {},
+    Tick { timestamp_ms: u64 },
+    End,
+}
+
+#[derive(Deserialize)]
+struct Request<'l> {
+    #[serde(default)]
+    id: Option<u64>,
+    timestamp_ms: f64,
+    version: &'l str,
+    status: u16,
+    latency_ms: f64,
+}
+
+/// Ids that are remembered to know a request that comes again.
+const IDS_MAX: usize = 1 << 20;
+/// Length of a tick when nobody says, in milliseconds.
+const TICK_MS: u64 = 1_000;
+/// The latest time that a recording may reach, in milliseconds: a year.
+const AT_MS_MAX: u64 = 365 * 24 * 3_600_000;
+
+#[derive(Default)]
+struct Seen {
+    ids: BTreeSet<u64>,
+    order: VecDeque<u64>,
+}
+
+impl Seen {
+    /// Returns true the first time.
+    fn is_new(&mut self, id: u64) -> bool {
+        if !self.ids.insert(id) {
+            return false;
+        }
+        self.order.push_back(id);
+        if self.order.len() > IDS_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+        true
+    }
+}
+
+/// How a recording is judged.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    analysis: Analysis,
+    policy: Option<Policy>,
+}
+
+impl Rules {
+    /// Returns a rollout file's rules; without a file: SEQUENTIAL, errors, median and 95th percentile, at this `alpha`.
+    pub fn load(file: Option<&Path>, alpha: Option<f64>) -> anyhow::Result<Self> {
+        if let Some(alpha) = alpha.filter(|alpha| !(0.0001..=0.5).contains(alpha)) {
+            bail!("--alpha is {alpha}, expected 0.0001 to 0.5");
+        }
+        let Some(file) = file else {
+            let (analysis, policy) = (Analysis { metrics: Vec::new(), ..Analysis::default() }, Policy::default());
+            let alpha = alpha.unwrap_or(policy.alpha);
+            return Ok(Self { analysis, policy: Some(Policy { alpha, ..policy }) });
+        };
+        let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        let spec = config::rollout::parse(&text, &file.display().to_string())?;
+        let mut policy = spec.analysis.sequential(spec.planned_ms());
+        if let (Some(policy), Some(alpha)) = (&mut policy, alpha) {
+            policy.alpha = alpha;
+        }
+        Ok(Self { analysis: spec.analysis, policy })
+    }
+}
+
+/// What a line of a recording may lead to.
+pub enum Step {
+    /// A tick ended, so many milliseconds after the start, with these judgements.
+    Tick(u64, Vec<Judgement>),
+    /// The recording says that it is over.
+    End,
+}
+
+/// A recording on its way into a trial.
+pub struct Feed {
+    rules: Rules,
+    pub trial: Trial<()>,
+    tally: Tally,
+    version: u64,
+    seen: Seen,
+    /// True once the recording says itself when a tick is over.
+    ticks: bool,
+    /// The end of the tick that is open.
+    open_ms: u64,
+}
+
+impl Feed {
+    /// Returns one that begins at 0 ms.
+    pub fn new(rules: Rules) -> Self {
+        let trial = Trial::new(rules.analysis.clone(), rules.policy.clone(), TICK_MS, 0);
+        Self {
+            rules,
+            trial,
+            tally: Tally::default(),
+            version: 1,
+            seen: Seen::default(),
+            ticks: false,
+            open_ms: TICK_MS,
+        }
+    }
+
+    /// Takes a line.
+    pub fn take(&mut self, line: &str) -> anyhow::Result<Vec<Step>> {
+        let mut steps = Vec::new();
+        if line.trim().is_empty() {
+            return Ok(steps);
+        }
+        if line.contains("\"type\"") {
+            match serde_json::from_str(line)? {
+                Control::Start { tick_ms, horizon_ms } => self.start(tick_ms.unwrap_or(TICK_MS), horizon_ms)?,
+                Control::Weight {} => self.version += 1,
+                Control::Tick { timestamp_ms } => {
+                    self.ticks = true;
+                    self.open_ms = timestamp_ms;
+                    steps.push(self.turn());
+                }
+                Control::End => steps.push(Step::End),
+            }
+            return Ok(steps);
+        }
+        let request: Request = serde_json::from_str(line)?;
+        let Request { timestamp_ms: at, latency_ms: latency, .. } = request;
+        if !(0.0..=AT_MS_MAX as f64).contains(&at) || !(0.0..=AT_MS_MAX as f64).contains(&latency) {
+            bail!("latency {latency} ms at {at} ms, expected both to be 0 to {AT_MS_MAX}");
+        }
+        while !self.ticks && at >= self.open_ms as f64 {
+            steps.push(self.turn());
+        }
+        let counts = match request.version {
+            "stable" => &mut self.tally.stable,
+            "canary" => &mut self.tally.canary,
+            other => bail!("version is {other:?}, expected \"stable\" or \"canary\""),
+        };
+        if request.id.is_none_or(|id| self.seen.is_new(id)) {
+            counts.record((latency * 1000.0) as u64, request.status >= 500);
+        }
+        Ok(steps)
+    }
+
+    /// Closes the tick that is open, as after the last line.
+    pub fn turn(&mut self) -> Step {
+        let (at_ms, tick_ms) = (self.open_ms, self.trial.tick_ms());
+        self.open_ms += tick_ms;
+        let sighting = Sighting { version: self.version, evidence: self.tally.take() };
+        self.trial.put(&(), (at_ms / tick_ms).saturating_sub(1), &sighting);
+        Step::Tick(at_ms, self.trial.advance(at_ms, [].iter()))
+    }
+
+    fn start(&mut self, tick_ms: u64, horizon_ms: Option<u64>) -> anyhow::Result<()> {
+        if !(10..=60_000).contains(&tick_ms) {
+            bail!("tick_ms is {tick_ms}, expected 10 to 60000");
+        }
+        let mut policy = self.rules.policy.clone();
+        if let (Some(policy), Some(horizon_ms)) = (&mut policy, horizon_ms) {
+            policy.horizon_seconds = (horizon_ms as f64 / 1000.0).max(1.0);
+        }
+        self.trial = Trial::new(self.rules.analysis.clone(), policy, tick_ms, 0);
+        self.open_ms = tick_ms;
+        Ok(())
+    }
+}

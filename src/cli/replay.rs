@@ -1,0 +1,87 @@
+//! `aviary replay`: a recording through the code that nodes judge by; prints what would have been decided, and why.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::json;
+
+use super::Exit;
+use super::recording::{Feed, LINES, Rules, Step};
+use crate::domain::trial::{Judgement, Summary};
+
+/// Arguments of `aviary replay`.
+#[derive(Debug, Args)]
+#[command(after_help = format!("The recording, one object a line, in the order of arrival:\n{LINES}\n\nThe same recording and rollout give \
+    the same decisions, each time.\n\nExample:\n  aviary replay -f config/rollout.yaml yesterday.ndjson"))]
+pub struct ReplayArgs {
+    /// The rollout file with the rules; without one: SEQUENTIAL, by errors, median and 95th percentile.
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Probability of ever rolling back a canary that is no worse than tolerated, 0.0001 to 0.5; default the file's, or 0.01.
+    #[arg(long, value_name = "P")]
+    alpha: Option<f64>,
+    /// Print lines of JSON.
+    #[arg(long)]
+    json: bool,
+    /// The recording; `-` for standard input.
+    #[arg(value_name = "RECORDING")]
+    recording: PathBuf,
+}
+
+/// Replays a recording.
+pub fn run(args: &ReplayArgs) -> anyhow::Result<Exit> {
+    let mut feed = Feed::new(Rules::load(args.file.as_deref(), args.alpha)?);
+    let name = args.recording.display().to_string();
+    let input: Box<dyn BufRead> = match name.as_str() {
+        "-" => Box::new(std::io::stdin().lock()),
+        _ => Box::new(BufReader::new(File::open(&args.recording).with_context(|| name.clone())?)),
+    };
+    let mut last = 0;
+    'lines: for (number, line) in input.lines().enumerate() {
+        let line = line.with_context(|| name.clone())?;
+        for step in feed.take(&line).with_context(|| format!("{name}: line {}", number + 1))? {
+            match step {
+                Step::Tick(at_ms, judgements) => {
+                    last = at_ms;
+                    judgements.iter().for_each(|judgement| print(judgement, args.json));
+                }
+                Step::End => break 'lines,
+            }
+        }
+    }
+    if let Step::Tick(at_ms, judgements) = feed.turn() {
+        last = at_ms.max(last);
+        judgements.iter().for_each(|judgement| print(judgement, args.json));
+    }
+    let verdict = feed.trial.overall();
+    if args.json {
+        println!("{}", json!({"end_ms": last, "verdict": verdict}));
+    } else {
+        println!("end {}: {} {}", clock(last), verdict.word(), verdict.reason());
+    }
+    Ok(Exit::Done)
+}
+
+fn print(judgement: &Judgement, as_json: bool) {
+    if as_json {
+        println!("{}", json!(judgement));
+        return;
+    }
+    let Judgement { from_ms, to_ms, verdict, stable, canary, odds } = judgement;
+    let side = |summary: &Summary| {
+        let p95 = summary.p95_ms.map_or("-".into(), |ms| format!("{ms:.1} ms"));
+        format!("{} answers, {} errors, p95 {p95}", summary.count, summary.errors)
+    };
+    let by = odds.map_or("THRESHOLD".into(), |odds| {
+        format!("SEQUENTIAL e {:.2} of {:.0}, α spent {:.4}", odds.e_value, odds.bound, odds.alpha_spent)
+    });
+    println!("{}-{}  {:8} {}", clock(*from_ms), clock(*to_ms), verdict.word(), verdict.reason());
+    println!("                   canary {}; stable {}; {by}", side(canary), side(stable));
+}
+
+fn clock(ms: u64) -> String {
+    format!("{:02}:{:02}:{:02}", ms / 3_600_000, ms / 60_000 % 60, ms / 1_000 % 60)
+}

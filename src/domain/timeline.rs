@@ -1,0 +1,181 @@
+//! What several sources saw, tick by tick, put together in whatever order it arrives.
+//!
+//! A sighting (of one source, in one tick) counts once, however often it comes. A tick is closed when all who are expected have said
+//! what they saw in it, or have had time to; what comes later counts in the tick that is open then. Within that, neither
+//! order nor repetition changes anything: three sources that saw a third each come to exactly what one that saw all has.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::window::Evidence;
+
+/// Ticks that a source has to say what it saw.
+const GRACE: u64 = 8;
+/// Ticks that a sighting may be late, and that a source may be ahead.
+const MEMORY: u64 = 480;
+
+/// What one source saw in one tick.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Sighting {
+    /// The latest routing version at which some of it was observed; 0 without traffic.
+    pub version: u64,
+    /// The answers.
+    pub evidence: Evidence,
+}
+
+impl Sighting {
+    /// Adds another source's, or more of this one.
+    pub fn merge(&mut self, other: &Sighting) {
+        self.version = self.version.max(other.version);
+        self.evidence.merge(&other.evidence);
+    }
+}
+
+/// What became of a sighting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placed {
+    /// It counts in its own tick.
+    InTime,
+    /// Its tick was closed: it counts in the next one.
+    Late,
+    /// It came before.
+    Duplicate,
+    /// Too old or too far ahead to count.
+    Dropped,
+}
+
+/// Ticks that aren't closed yet, of sources `S`.
+#[derive(Debug, Clone)]
+pub struct Timeline<S> {
+    open: BTreeMap<u64, (Sighting, BTreeSet<S>)>,
+    /// The first tick that isn't closed.
+    next: u64,
+    /// Ticks that each source has told of, as far back as it matters.
+    told: BTreeMap<S, BTreeSet<u64>>,
+}
+
+impl<S: Ord + Clone> Timeline<S> {
+    /// Returns a timeline that begins at this tick.
+    pub fn new(first: u64) -> Self {
+        Self { open: BTreeMap::new(), next: first, told: BTreeMap::new() }
+    }
+
+    /// Returns the first tick that isn't closed.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Takes what a source saw in a tick.
+    pub fn put(&mut self, source: &S, tick: u64, sighting: &Sighting) -> Placed {
+        if tick + MEMORY < self.next || tick > self.next + MEMORY {
+            return Placed::Dropped;
+        }
+        let told = self.told.entry(source.clone()).or_default();
+        if !told.insert(tick) {
+            return Placed::Duplicate;
+        }
+        let (merged, sources) = self.open.entry(tick.max(self.next)).or_default();
+        merged.merge(sighting);
+        if tick >= self.next {
+            sources.insert(source.clone());
+            Placed::InTime
+        } else {
+            Placed::Late
+        }
+    }
+
+    /// Closes the next tick, if it can be closed at the beginning of tick `now`; returns its number, and what all saw.
+    pub fn close<'s>(&mut self, now: u64, mut expected: impl Iterator<Item = &'s S>) -> Option<(u64, Sighting)>
+    where
+        S: 's,
+    {
+        if now > self.next + MEMORY {
+            // Asleep for minutes: what was open then is all there is.
+            let sighting = self.open.values().fold(Sighting::default(), |mut sum, (sighting, _)| {
+                sum.merge(sighting);
+                sum
+            });
+            self.open.clear();
+            return Some((self.pass(now - 1), sighting));
+        }
+        let told = |source: &S| self.open.get(&self.next).is_some_and(|(_, sources)| sources.contains(source));
+        if now <= self.next || (now <= self.next + GRACE && !expected.all(told)) {
+            return None;
+        }
+        let sighting = self.open.remove(&self.next).map(|(sighting, _)| sighting).unwrap_or_default();
+        Some((self.pass(self.next), sighting))
+    }
+
+    fn pass(&mut self, tick: u64) -> u64 {
+        self.next = tick + 1;
+        for told in self.told.values_mut() {
+            *told = told.split_off(&self.next.saturating_sub(MEMORY));
+        }
+        self.told.retain(|_, told| !told.is_empty());
+        tick
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sighting(canary: u64) -> Sighting {
+        let mut sighting = Sighting { version: canary, ..Sighting::default() };
+        (0..canary).for_each(|i| sighting.evidence.canary.record(1_000 * i, i % 3 == 0));
+        sighting
+    }
+
+    #[test]
+    fn a_tick_waits_for_all_who_are_expected_but_not_for_ever() {
+        let mut timeline = Timeline::new(10);
+        let close = |timeline: &mut Timeline<u8>, now| {
+            timeline.close(now, [1, 2].iter()).map(|(tick, sighting)| (tick, sighting.version))
+        };
+        assert_eq!(timeline.put(&1, 10, &sighting(3)), Placed::InTime);
+        assert_eq!(close(&mut timeline, 11), None);
+        assert_eq!(timeline.put(&2, 10, &sighting(5)), Placed::InTime);
+        assert_eq!(close(&mut timeline, 10), None, "not over yet");
+        assert_eq!(close(&mut timeline, 11), Some((10, 5)));
+        assert_eq!(timeline.put(&2, 10, &sighting(5)), Placed::Duplicate);
+        assert_eq!(timeline.put(&1, 11, &sighting(1)), Placed::InTime);
+        assert_eq!(close(&mut timeline, 19), None);
+        assert_eq!(close(&mut timeline, 20), Some((11, 1)), "source 2 had its time");
+        assert_eq!(timeline.put(&2, 11, &sighting(7)), Placed::Late);
+        assert_eq!(timeline.put(&2, 11, &sighting(7)), Placed::Duplicate);
+        assert_eq!(close(&mut timeline, 21), Some((12, 7)));
+        assert_eq!(timeline.put(&2, 10_000, &sighting(7)), Placed::Dropped);
+        assert_eq!(close(&mut timeline, 5_000), Some((4_999, 0)), "time that was slept through is one tick");
+        assert_eq!(timeline.put(&2, 13, &sighting(7)), Placed::Dropped);
+        assert_eq!(timeline.told.len(), 0, "nothing is remembered for ever");
+    }
+
+    proptest! {
+        #[test]
+        fn order_and_repetition_change_nothing(
+            sightings in prop::collection::vec((0u8..3, 0u64..6, 0u64..9), 1..40),
+            swaps in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..80),
+        ) {
+            let unique: BTreeMap<(u8, u64), u64> = sightings.iter().map(|(source, tick, n)| ((*source, *tick), *n)).collect();
+            let mut shuffled: Vec<_> = unique.iter().chain(unique.iter()).collect();
+            for (a, b) in swaps {
+                let (a, b) = (a.index(shuffled.len()), b.index(shuffled.len()));
+                shuffled.swap(a, b);
+            }
+            let (mut one, mut three) = (Timeline::new(0), Timeline::new(0));
+            for ((source, tick), n) in shuffled {
+                three.put(source, *tick, &sighting(*n));
+            }
+            for tick in 0..6 {
+                let mut all = Sighting::default();
+                unique.iter().filter(|((_, at), _)| *at == tick).for_each(|(_, n)| all.merge(&sighting(*n)));
+                one.put(&9, tick, &all);
+            }
+            for tick in 0..6 {
+                prop_assert_eq!(one.close(tick + 20, [].iter()), three.close(tick + 20, [].iter()));
+            }
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! The trial of one canary: what all nodes saw goes in, tick by tick; judgements with what they rest on come out.
+//!
+//! A node, `aviary judge` and `aviary replay` run this same code. Two nodes with the same sightings come to the same judgements.
+
+use serde::{Deserialize, Serialize};
+
+use super::analysis::{Analysis, Verdict};
+use super::sequential::{Decision, Finding, Policy, Sequential};
+use super::stats::Stats;
+use super::timeline::{Placed, Sighting, Timeline};
+use super::window::Evidence;
+
+/// One version's answers in a few numbers.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Summary {
+    /// Answers.
+    pub count: u64,
+    /// Answers that were errors.
+    pub errors: u64,
+    /// Median latency of the others, in milliseconds.
+    pub p50_ms: Option<f64>,
+    /// 95th percentile.
+    pub p95_ms: Option<f64>,
+    /// 99th percentile.
+    pub p99_ms: Option<f64>,
+}
+
+impl From<&Stats> for Summary {
+    fn from(stats: &Stats) -> Self {
+        let quantile = |q| stats.quantile_ms(q);
+        let [p50_ms, p95_ms, p99_ms] = [0.5, 0.95, 0.99].map(quantile);
+        Self { count: stats.count, errors: stats.errors, p50_ms, p95_ms, p99_ms }
+    }
+}
+
+/// What a SEQUENTIAL judgement was reckoned from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Odds {
+    /// The e-value of harm.
+    pub e_value: f64,
+    /// What rolls back: 1/α.
+    pub bound: f64,
+    /// Its part from errors.
+    pub e_errors: f64,
+    /// Its part from latency.
+    pub e_latency: f64,
+    /// Of α, what was put into bets so far.
+    pub alpha_spent: f64,
+}
+
+/// What was decided at one moment, and what that rests on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// The first millisecond looked at, since the rollout's start.
+    pub from_ms: u64,
+    /// The first one not looked at.
+    pub to_ms: u64,
+    /// What it says.
+    pub verdict: Verdict,
+    /// The stable version's answers in that time.
+    pub stable: Summary,
+    /// The canary's.
+    pub canary: Summary,
+    /// SEQUENTIAL's reckoning; none where it was THRESHOLD's.
+    pub odds: Option<Odds>,
+}
+
+/// What is known of one rollout's canary. `S` names the sources: nodes, or one for a recording.
+#[derive(Debug, Clone)]
+pub struct Trial<S> {
+    analysis: Analysis,
+    tick_ms: u64,
+    timeline: Timeline<S>,
+    /// When this node began to look, in milliseconds since the rollout's start.
+    began_ms: u64,
+    version: u64,
+    total: Evidence,
+    /// Of the window that is open.
+    window: Evidence,
+    /// What the last closed one said.
+    closed: Option<Verdict>,
+    sequential: Option<Sequential>,
+    finding: Option<Finding>,
+}
+
+impl<S: Ord + Clone> Trial<S> {
+    /// Returns a trial by these limits and this comparison, in ticks of `tick_ms`, from `at_ms` after the rollout's start on.
+    pub fn new(analysis: Analysis, policy: Option<Policy>, tick_ms: u64, at_ms: u64) -> Self {
+        let first = at_ms / tick_ms;
+        Self {
+            tick_ms,
+            timeline: Timeline::new(first),
+            began_ms: first * tick_ms,
+            version: 0,
+            total: Evidence::default(),
+            window: Evidence::default(),
+            closed: None,
+            sequential: policy.map(Sequential::new),
+            finding: None,
+            analysis,
+        }
+    }
+
+    /// Returns the length of a tick, in milliseconds.
+    pub fn tick_ms(&self) -> u64 {
+        self.tick_ms
+    }
+
+    /// Takes what a source saw in a tick.
+    pub fn put(&mut self, source: &S, tick: u64, sighting: &Sighting) -> Placed {
+        self.timeline.put(source, tick, sighting)
+    }
+
+    /// Closes all ticks that can be closed at `at_ms` after the start, when these sources are expected; returns what was
+    /// decided by them: every closed window once (THRESHOLD), and every change of mind (SEQUENTIAL).
+    pub fn advance<'s>(&mut self, at_ms: u64, expected: impl Iterator<Item = &'s S> + Clone) -> Vec<Judgement>
+    where
+        S: 's,
+    {
+        let mut judgements = Vec::new();
+        while let Some((tick, sighting)) = self.timeline.close(at_ms / self.tick_ms, expected.clone()) {
+            self.take(tick, &sighting, &mut judgements);
+        }
+        judgements
+    }
+
+    fn take(&mut self, tick: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
+        let to_ms = (tick + 1) * self.tick_ms;
+        self.total.merge(&sighting.evidence);
+        if self.analysis.has_limits() {
+            self.window.merge(&sighting.evidence);
+            let length = self.analysis.window_ms;
+            if to_ms / length > tick * self.tick_ms / length {
+                let window = std::mem::take(&mut self.window);
+                let to_ms = to_ms / length * length;
+                let (from_ms, verdict) = (to_ms - length, self.analysis.judge(&window));
+                let (stable, canary) = ((&window.stable).into(), (&window.canary).into());
+                // A window that was seen in part only is nobody's to decide.
+                if from_ms >= self.began_ms {
+                    self.closed = Some(verdict.clone());
+                    judgements.push(Judgement { from_ms, to_ms, verdict, stable, canary, odds: None });
+                }
+            }
+        }
+        let Some(test) = &mut self.sequential else { return };
+        if sighting.version > self.version {
+            if self.version > 0 {
+                test.weight_changed();
+            }
+            self.version = sighting.version;
+        }
+        let found = test.advance(to_ms - self.began_ms, &sighting.evidence);
+        let before = self.finding.replace(found).map(|found| found.decision);
+        if before != self.finding.as_ref().map(|found| found.decision) {
+            judgements.extend(self.compared(to_ms));
+        }
+    }
+
+    /// Returns what the last closed window and the comparison say at the moment, the worse of the two.
+    pub fn overall(&self) -> Verdict {
+        let open = || Verdict::Hold("the first window is open".into());
+        let limits = self.analysis.has_limits().then(|| self.closed.clone().unwrap_or_else(open));
+        let compared =
+            self.sequential.is_some().then(|| self.verdict().unwrap_or_else(|| Verdict::Hold(String::new())));
+        limits.into_iter().chain(compared).reduce(Verdict::or_worse).unwrap_or(Verdict::Promote)
+    }
+
+    /// Returns what the comparison with stable says at the moment; none without one, or before the first tick is closed.
+    pub fn verdict(&self) -> Option<Verdict> {
+        let (test, found) = (self.sequential.as_ref()?, self.finding.as_ref()?);
+        let why = test.reason(found);
+        Some(match found.decision {
+            Decision::Promote => Verdict::Promote,
+            Decision::Hold => Verdict::Hold(why),
+            Decision::Pause => Verdict::Pause(why),
+            Decision::Rollback => Verdict::Rollback(why),
+        })
+    }
+
+    /// Returns the comparison's reckoning at the moment.
+    pub fn odds(&self) -> Option<Odds> {
+        let (test, found) = (self.sequential.as_ref()?, self.finding.as_ref()?);
+        Some(Odds {
+            e_value: found.e,
+            bound: 1.0 / test.policy().alpha,
+            e_errors: found.e_errors,
+            e_latency: found.e_latency,
+            alpha_spent: found.alpha_spent,
+        })
+    }
+
+    /// Returns what the comparison found last.
+    pub fn finding(&self) -> Option<(&Policy, &Finding)> {
+        Some((self.sequential.as_ref()?.policy(), self.finding.as_ref()?))
+    }
+
+    fn compared(&self, to_ms: u64) -> Option<Judgement> {
+        Some(Judgement {
+            from_ms: self.began_ms,
+            to_ms,
+            verdict: self.verdict()?,
+            stable: (&self.total.stable).into(),
+            canary: (&self.total.canary).into(),
+            odds: self.odds(),
+        })
+    }
+}
