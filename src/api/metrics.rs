@@ -64,7 +64,11 @@ pub async fn scrape(State(state): State<ApiState>) -> Response {
         }
         let lease_ms = found.service.rollout.spec.lease_ms;
         let left = state.node.published.lease_ms_left(lease_ms).unwrap_or(0) as f64 / 1000.0;
-        gauge!("aviary_lease_remaining_seconds", "service" => service).set(left);
+        gauge!("aviary_lease_remaining_seconds", "service" => service.clone()).set(left);
+        if let Some(odds) = &found.odds {
+            gauge!("aviary_analysis_e_value", "service" => service.clone()).set(odds.e_value);
+            gauge!("aviary_analysis_alpha_spent", "service" => service).set(odds.alpha_spent);
+        }
     }
     state.metrics.run_upkeep();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.metrics.render()).into_response()
@@ -109,6 +113,12 @@ pub async fn count(node: NodeHandle) {
                     let seconds = Duration::from_millis(*ms).as_secs_f64();
                     histogram!("aviary_commit_duration_seconds", "kind" => kind, "outcome" => outcome).record(seconds);
                 }
+            }
+            Event::Judged { service, judgement, .. } => {
+                let strategy = if judgement.odds.is_some() { "SEQUENTIAL" } else { "THRESHOLD" };
+                let (service, verdict) = (service.to_string(), judgement.verdict.word());
+                counter!("aviary_judgements_total", "service" => service, "strategy" => strategy, "verdict" => verdict)
+                    .increment(1);
             }
             Event::Voted { vote, .. } => counter!("aviary_gate_votes_total", "vote" => vote.clone()).increment(1),
             Event::Enforced { took_ms, .. } => {

@@ -164,6 +164,7 @@ pub fn health_snapshot(node: &NodeHandle, service: &ServiceId) -> Option<Value> 
         "cluster": versions(&found.cluster),
         "verdict": found.verdict.as_ref().map(|verdict| verdict.word()),
         "verdict_reason": found.verdict.as_ref().map(|verdict| verdict.reason()),
+        "odds": found.odds,
     }))
 }
 

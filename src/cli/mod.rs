@@ -16,6 +16,7 @@ mod judge;
 mod load;
 pub mod node;
 mod output;
+mod plan;
 mod proxy;
 mod read;
 mod recording;
@@ -150,6 +151,8 @@ enum Verb {
     Proxy(proxy::ProxyArgs),
     /// Judge requests from standard input, tick by tick.
     Judge(judge::JudgeArgs),
+    /// What a rollout's analysis can find with this traffic, and how long that takes.
+    Plan(plan::PlanArgs),
     /// Judge a recording again: the decisions, and why.
     Replay(replay::ReplayArgs),
     /// Run a demo model server with adjustable latency and errors.
@@ -226,6 +229,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         Verb::History(args) => read::history(&api()?, &args, format).await,
         Verb::Watch(args) => watch::run(&api()?, &args).await,
         Verb::Events(args) => events::run(&api()?, &args, format).await,
+        Verb::Plan(args) => plan::run(api, &args, format).await,
         Verb::Upstream(args) => upstream::run(args).await,
         Verb::Load(args) => load::run(args, format).await,
         Verb::Node(_)

@@ -79,6 +79,7 @@ pub fn rollout(json: &Value) -> String {
         ("weights", show::weights_of(json, "weights")),
         ("effective", show::weights_of(json, "effective_weights")),
         ("verdict", show::verdict(json)),
+        ("compared", show::evidence(json)),
         ("waits for", text("waiting_for")),
         ("held back", text("held_back")),
         ("reason", text("reason")),

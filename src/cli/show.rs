@@ -127,6 +127,15 @@ pub fn event(event: &Value) -> String {
             verdict(event),
             number(event, "samples").map(|n| format!("{n} samples")).unwrap_or_default(),
         ],
+        "judged" => vec![
+            "judged".into(),
+            text(event, "service"),
+            verdict(event),
+            span(event).unwrap_or_default(),
+            seek(event, "canary").map(|canary| format!("canary {}", failed(canary))).unwrap_or_default(),
+            seek(event, "stable").map(|stable| format!("stable {}", failed(stable))).unwrap_or_default(),
+            evidence(event),
+        ],
         "enforced" => vec![slot, "enforced everywhere".into(), text(event, "service"), took],
         _ => {
             let mut parts = vec![name, slot];
@@ -137,6 +146,24 @@ pub fn event(event: &Value) -> String {
         }
     };
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
+}
+
+/// Returns the time that a judgement looked at, in seconds since the rollout's start.
+fn span(event: &Value) -> Option<String> {
+    let seconds = |key: &str| Some(number(event, key)? as f64 / 1000.0);
+    Some(format!("{}-{} s", seconds("from_ms")?, seconds("to_ms")?))
+}
+
+fn failed(side: &Value) -> String {
+    format!("{} of {} failed", text(side, "errors"), text(side, "count"))
+}
+
+/// Returns the comparison's reckoning in words; empty without one.
+pub fn evidence(value: &Value) -> String {
+    let Some(odds) = seek(value, "odds").filter(|odds| odds.is_object()) else { return String::new() };
+    let number = |key: &str| odds[key].as_f64().unwrap_or_default();
+    let (e_value, bound, spent) = (number("e_value"), number("bound"), number("alpha_spent"));
+    format!("e {e_value:.2} of {bound:.0}, α spent {spent:.4}")
 }
 
 /// Returns a verdict in words: a plain word, or the one key of an object and its reason.

@@ -10,6 +10,7 @@ pub mod rollout;
 pub mod routing;
 pub mod sequential;
 pub mod stats;
+pub mod synthetic;
 pub mod time;
 pub mod timeline;
 pub mod trial;

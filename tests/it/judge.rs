@@ -133,3 +133,28 @@ fn a_recording_is_judged_by_a_rollouts_own_rules_the_same_each_time() {
     let (code, _, complaint) = judge(&["-f", "/nowhere.yaml"], "");
     assert!(code == Some(1) && complaint.contains("/nowhere.yaml"), "{complaint}");
 }
+
+#[test]
+fn a_plan_says_what_a_rollout_can_find() {
+    let dir = tempfile::tempdir().unwrap();
+    let rollout = dir.path().join("rollout.yaml");
+    std::fs::write(&rollout, ROLLOUT.replace("10m", "2m")).unwrap();
+    let plan = |rps: &str| {
+        let mut command = aviary();
+        command.args(["plan", "-o", "json", "--runs", "10", "--error-rate", "1", "--rps", rps, "-f"]).arg(&rollout);
+        let output = command.output().unwrap();
+        (output.status.success(), output.stdout, String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let steps = |rps: &str| {
+        let (_, stdout, complaint) = plan(rps);
+        let plan: Value = serde_json::from_slice(&stdout).unwrap_or_else(|error| panic!("{error}: {complaint}"));
+        plan["steps"].as_array().unwrap().clone()
+    };
+    let (busy, quiet) = (steps("200"), steps("2"));
+    assert_eq!((busy.len(), &busy[0]["stopped_though_healthy"], &busy[0]["runs"]), (2, &0.into(), &10.into()));
+    let found = |steps: &[Value]| steps[0]["errors_found"]["size"].as_f64().unwrap_or(2.0);
+    assert!(found(&busy) <= 0.02 && found(&quiet) > found(&busy), "{busy:?} {quiet:?}");
+    assert!(busy[0]["ready_seconds"].as_u64() < Some(100) && quiet[0]["ready_seconds"].is_null(), "{busy:?} {quiet:?}");
+    let (ok, _, complaint) = plan("0");
+    assert!(!ok && complaint.contains("expected 0.001 to 10000000"), "{complaint}");
+}
