@@ -102,35 +102,29 @@ impl Shape {
 
     /// Returns the bets against each null: `tolerated` are their tolerances, the first one that of a warm canary.
     pub fn bets(&self, tolerated: &[usize; NULLS]) -> Bets {
-        let known = survival(&normal(self.0));
+        let (known, prior) = (Moving::new(&normal(self.0)), prior());
         let null = |bins: usize| {
-            let shares = from_survival(&survival_moved(&known, bins as f64 / COARSENESS as f64));
-            let mut mixed = prior();
-            mixed.iter_mut().zip(shares).for_each(|(prior, share)| *prior = 0.999 * share + 0.001 * *prior);
-            normal(mixed)
+            let shares = from_survival(&known.by(bins as f64 / COARSENESS as f64));
+            normal(std::array::from_fn(|bin| 0.999 * shares[bin] + 0.001 * prior[bin]))
         };
         let warm = null(tolerated[0]);
-        let mut all: Vec<(usize, Box<[Bet; COUNT]>)> = Vec::with_capacity(NULLS);
+        let moving = Moving::new(&warm);
+        let above = ALTERNATIVES.map(|alternative| slower(alternative, &moving));
+        let mut all: Vec<(usize, Box<[Coarse; COUNT]>)> = Vec::with_capacity(NULLS);
         for bins in tolerated {
             if all.iter().all(|(known, _)| known != bins) {
                 let cold = (*bins != tolerated[0]).then(|| null(*bins));
-                all.push((*bins, Box::new(ALTERNATIVES.map(|alternative| bet_on(alternative, &warm, cold.as_ref())))));
+                let bet = |k: usize| bet_on(ALTERNATIVES[k], &above[k], &warm, cold.as_ref());
+                all.push((*bins, Box::new(std::array::from_fn(bet))));
             }
         }
         Bets(all)
     }
 }
 
-/// Factors and their logarithms, for each coarse bin.
+/// The bets in force: a factor for each coarse bin, by the tolerance that they are against.
 #[derive(Debug, Clone)]
-struct Bet {
-    factors: Coarse,
-    logs: Coarse,
-}
-
-/// The bets in force, by the tolerance that they are against.
-#[derive(Debug, Clone)]
-pub(super) struct Bets(Vec<(usize, Box<[Bet; COUNT]>)>);
+pub(super) struct Bets(Vec<(usize, Box<[Coarse; COUNT]>)>);
 
 fn survival(shares: &Coarse) -> Coarse {
     let mut survival = [0.0; COARSE];
@@ -155,43 +149,54 @@ fn from_survival(survival: &Coarse) -> Coarse {
     shares
 }
 
-/// Returns the survival of answers that take longer by so many coarse bins; between edges it is exponential.
-fn survival_moved(survival: &Coarse, bins: f64) -> Coarse {
-    let (whole, part) = (bins.floor() as isize, bins - bins.floor());
-    let at = |bin: isize| if bin <= 0 { 1.0 } else { survival[bin as usize] };
-    let mut moved = [1.0; COARSE];
-    for (bin, value) in moved.iter_mut().enumerate().skip(1) {
-        let (near, far) = (at(bin as isize - whole), at(bin as isize - whole - 1));
-        *value = ((1.0 - part) * near.max(1e-12).ln() + part * far.max(1e-12).ln()).exp();
-    }
-    moved
+/// A survival that can be moved towards slower answers; between edges it is exponential.
+struct Moving {
+    survival: Coarse,
+    logs: Coarse,
 }
 
-/// Returns the bet that a canary is so much slower than a `warm` one may be, against that one or against a `cold` one.
-fn bet_on(alternative: Alternative, warm: &Coarse, cold: Option<&Coarse>) -> Bet {
-    let coarse_ratio = BIN_RATIO.powi(COARSENESS as i32);
-    let before = survival(warm);
-    let moved_by = |factor: f64| survival_moved(&before, factor.ln() / coarse_ratio.ln());
-    let (after, most) = match alternative {
-        Alternative::Shift(factor) => (moved_by(factor), (4.0 * factor.ln() + 0.3).min(6.0).exp()),
+impl Moving {
+    fn new(shares: &Coarse) -> Self {
+        Self::of(survival(shares))
+    }
+
+    fn of(survival: Coarse) -> Self {
+        Self { survival, logs: survival.map(|share| share.max(1e-12).ln()) }
+    }
+
+    /// Returns the survival of answers that take longer by so many coarse bins.
+    fn by(&self, bins: f64) -> Coarse {
+        let (whole, part) = (bins.floor() as usize, bins - bins.floor());
+        let at = |bin: usize, less: usize| if bin <= less { 0.0 } else { self.logs[bin - less] };
+        let moved = |bin: usize| ((1.0 - part) * at(bin, whole) + part * at(bin, whole + 1)).exp();
+        std::array::from_fn(|bin| if bin == 0 { 1.0 } else { moved(bin) })
+    }
+}
+
+/// Returns what a canary's answers are like that is so much slower.
+fn slower(alternative: Alternative, warm: &Moving) -> Coarse {
+    let moved_by = |factor: f64| warm.by(factor.ln() / (BIN_RATIO.ln() * COARSENESS as f64));
+    from_survival(&match alternative {
+        Alternative::Shift(factor) => moved_by(factor),
         Alternative::Tail(share, factor) => {
-            let mut mixed = moved_by(factor);
-            mixed.iter_mut().zip(&before).for_each(|(moved, before)| *moved = before.max(moved.min(share)));
-            (mixed, 5f64.exp())
+            let moved = moved_by(factor);
+            std::array::from_fn(|bin| warm.survival[bin].max(moved[bin].min(share)))
         }
-    };
-    let above = from_survival(&after);
-    let null = cold.unwrap_or(warm);
-    let (mut factors, most) = match cold {
+    })
+}
+
+/// Returns the bet that a canary is like `above`, against a `warm` one or against a `cold` one.
+fn bet_on(alternative: Alternative, above: &Coarse, warm: &Coarse, cold: Option<&Coarse>) -> Coarse {
+    let (mut factors, most) = match (cold, alternative) {
         // Whoever is faster than tolerated is no worse: a bet never falls towards slower answers.
-        None => (never_falling(&above, warm), most),
+        (None, Alternative::Shift(factor)) => (never_falling(above, warm), (4.0 * factor.ln() + 0.3).min(6.0).exp()),
+        (None, Alternative::Tail(..)) => (never_falling(above, warm), 5f64.exp()),
         // A warm-up is a course, not a bound: slowness that stays may well be less than it at first.
-        Some(cold) => (std::array::from_fn(|bin| above[bin] / cold[bin]), 6f64.exp()),
+        (Some(cold), _) => (std::array::from_fn(|bin| above[bin] / cold[bin]), 6f64.exp()),
     };
     factors.iter_mut().for_each(|factor| *factor = factor.clamp((-4f64).exp(), most));
-    let mean: f64 = factors.iter().zip(null).map(|(factor, share)| factor * share).sum();
-    let factors = factors.map(|factor| factor / mean);
-    Bet { factors, logs: factors.map(f64::ln) }
+    let mean: f64 = factors.iter().zip(cold.unwrap_or(warm)).map(|(factor, share)| factor * share).sum();
+    factors.map(|factor| factor / mean)
 }
 
 /// Returns `above ÷ below`, made never falling by pooling neighbours.
@@ -226,7 +231,7 @@ pub(super) fn edge(survival: &Coarse, quantile: f64, allowed: Allowed) -> (usize
         Allowed::Share(margin) => (nearest(survival, beyond), margin),
         Allowed::Increase(increase) => {
             // A canary whose quantile is that much higher has `beyond` of its answers beyond the moved one.
-            let moved = survival_moved(survival, (1.0 + increase).ln() / (BIN_RATIO.ln() * COARSENESS as f64));
+            let moved = Moving::of(*survival).by((1.0 + increase).ln() / (BIN_RATIO.ln() * COARSENESS as f64));
             let edge = nearest(&moved, beyond);
             (edge, (moved[edge] - survival[edge]).max(1e-3))
         }
@@ -241,13 +246,15 @@ impl Bets {
         let (ours, theirs): (f64, f64) = (canary.iter().sum(), stable.iter().sum());
         let Some((_, bets)) = nearest.filter(|_| ours > 0.0 && theirs > 0.0) else { return [1.0; COUNT] };
         let share = ours / (ours + theirs);
-        std::array::from_fn(|k| {
-            let mut log = 0.0;
-            for bin in (0..COARSE).filter(|bin| canary[*bin] + stable[*bin] > 0.0) {
-                log -= (canary[bin] + stable[bin]) * (share * (bets[k].factors[bin] - 1.0)).ln_1p();
-                log += canary[bin] * bets[k].logs[bin];
+        let mut logs = [0.0; COUNT];
+        for bin in (0..COARSE).filter(|bin| canary[*bin] + stable[*bin] > 0.0) {
+            for (log, factors) in logs.iter_mut().zip(bets.iter()) {
+                *log -= (canary[bin] + stable[bin]) * (1.0 + share * (factors[bin] - 1.0)).ln();
+                if canary[bin] > 0.0 {
+                    *log += canary[bin] * factors[bin].ln();
+                }
             }
-            log.clamp(-700.0, 300.0).exp()
-        })
+        }
+        logs.map(|log| log.clamp(-700.0, 300.0).exp())
     }
 }

@@ -286,7 +286,7 @@ impl Sequential {
         if at_ms >= self.bets_until_ms {
             self.bets = Some(self.shape.bets(&self.tolerated));
             let wait = if now < 60.0 {
-                0
+                1_000
             } else if now < 120.0 {
                 10_000
             } else {
@@ -344,9 +344,15 @@ impl Sequential {
         let chance = move || chance(&mut state);
         self.rolled_back |= errors::bet(&mut self.errors, urn, &self.rate, &self.policy, latency_part, chance);
         if let Some(bets) = &self.bets {
+            let mut settled: Option<(usize, &Coarse, [f64; latency::COUNT])> = None;
             let nulls = self.latency.iter_mut().zip(&block.tolerated).zip(self.tolerated);
             for ((wealth, stable), tolerated) in nulls {
-                wealth.multiply(&bets.settle(tolerated, &block.canary, stable));
+                // Once warm, all nulls tolerate the same.
+                let same = settled.filter(|(before, counts, _)| *before == tolerated && *counts == stable);
+                let factors =
+                    same.map_or_else(|| bets.settle(tolerated, &block.canary, stable), |(_, _, factors)| factors);
+                settled = Some((tolerated, stable, factors));
+                wealth.multiply(&factors);
             }
         }
         self.e_latency = self.latency.iter().map(Mixture::value).fold(f64::INFINITY, f64::min);
