@@ -10,3 +10,4 @@ pub mod node;
 pub mod ports;
 pub mod protocol;
 pub mod proxy;
+pub mod telemetry;

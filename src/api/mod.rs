@@ -22,12 +22,14 @@ use tokio_util::sync::CancellationToken;
 use crate::domain::ids::NodeId;
 use crate::door::{self, Accept};
 use crate::node::handle::NodeHandle;
+use crate::telemetry::Intake;
 
 pub mod auth;
 mod events;
 pub mod metrics;
 pub mod read;
 mod show;
+mod telemetry;
 mod write;
 
 use auth::Tokens;
@@ -40,6 +42,7 @@ pub struct ApiState {
     peers: Arc<BTreeMap<NodeId, String>>,
     tokens: Option<Arc<Tokens>>,
     metrics: PrometheusHandle,
+    intake: Intake,
     client: Client<HttpConnector, http_body_util::Full<bytes::Bytes>>,
     /// Cancelled when the API ends, so that streams do.
     shutdown: CancellationToken,
@@ -71,13 +74,15 @@ impl ApiState {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
         let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
-        Self { node, peers: Arc::new(peers), tokens: tokens.map(Arc::new), metrics, client, shutdown }
+        let intake = Intake::new(node.clone(), "http");
+        Self { node, peers: Arc::new(peers), tokens: tokens.map(Arc::new), metrics, intake, client, shutdown }
     }
 }
 
 /// Serves operators until the state's shutdown, then lets open requests end.
 pub async fn serve(listener: impl Accept, state: ApiState) {
     let shutdown = state.shutdown.clone();
+    tokio::spawn(state.intake.clone().run(shutdown.clone()));
     let router = router(state);
     let answer = move |request: http::Request<hyper::body::Incoming>, _| {
         let answered = tower::ServiceExt::oneshot(router.clone(), request.map(axum::body::Body::new));
@@ -88,7 +93,7 @@ pub async fn serve(listener: impl Accept, state: ApiState) {
 
 const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \
     POST /v1/rollouts/{name}/{promote|pause|resume|abort|retry|undo}, GET /v1/events, GET /v1/cluster, \
-    POST /v1/cluster/{bench|unbench|readmit|add|remove}, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
+    POST /v1/cluster/{bench|unbench|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
 
 fn router(state: ApiState) -> Router {
     Router::new()
@@ -99,6 +104,7 @@ fn router(state: ApiState) -> Router {
         .route("/v1/events", get(events::follow))
         .route("/v1/cluster", get(show::cluster))
         .route("/v1/cluster/{verb}", post(write::configure))
+        .route("/v1/telemetry", post(telemetry::report).layer(DefaultBodyLimit::max(telemetry::BATCH_BYTES_MAX)))
         .route("/metrics", get(metrics::scrape))
         .fallback(fallback)
         .method_not_allowed_fallback(async || error(StatusCode::METHOD_NOT_ALLOWED, format!("expected {ROUTES}")))

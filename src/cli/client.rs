@@ -226,6 +226,13 @@ impl Api {
         self.send(request, READ_MAX).await.map_err(Failure::text)
     }
 
+    /// Reports a batch of events, as lines of JSON, to one node.
+    pub async fn report(&self, address: &Address, lines: String) -> Result<Answer, String> {
+        let request = self.request(Method::POST, address, "/v1/telemetry");
+        let request = request.header(header::CONTENT_TYPE, "application/x-ndjson").body(Full::from(lines));
+        self.send(request.map_err(|e| e.to_string())?, READ_MAX).await.map_err(Failure::text)
+    }
+
     /// Writes, and repeats it under the same key while its outcome is open and there is time.
     pub async fn write(&self, write: &Write) -> Result<Answer, Unreachable> {
         let end = Instant::now() + write.patience;

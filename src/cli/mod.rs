@@ -24,6 +24,7 @@ mod replay;
 mod show;
 mod sse;
 mod status;
+mod telemetry;
 mod token;
 mod upstream;
 mod watch;
@@ -157,6 +158,9 @@ enum Verb {
     Replay(replay::ReplayArgs),
     /// Run a demo model server with adjustable latency and errors.
     Upstream(upstream::UpstreamArgs),
+    /// Report made-up events.
+    #[command(subcommand)]
+    Telemetry(telemetry::TelemetryVerb),
     /// Send steady traffic and count who answers.
     Load(load::LoadArgs),
     /// Make a bearer token for the API, and the line that lets it in.
@@ -231,6 +235,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         Verb::Events(args) => events::run(&api()?, &args, format).await,
         Verb::Plan(args) => plan::run(api, &args, format).await,
         Verb::Upstream(args) => upstream::run(args).await,
+        Verb::Telemetry(verb) => telemetry::run(&api()?, verb).await,
         Verb::Load(args) => load::run(args, format).await,
         Verb::Node(_)
         | Verb::Config(_)

@@ -1,6 +1,5 @@
 //! `aviary proxy`: the data plane alone, with a fixed weight: for trying it out, and for benchmarks.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -14,17 +13,14 @@ use crate::adapters::clock::BootClock;
 use crate::adapters::memory::MemoryStore;
 use crate::config::rollout::checked_url;
 use crate::domain::analysis::Analysis;
-use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use crate::domain::ids::{NodeId, ServiceId, TxId, VersionId};
 use crate::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
 use crate::domain::rollout::{Change, Mark, Service};
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
-use crate::domain::window::Evidence;
 use crate::node::handle::{NodeHandle, Published, Request};
 use crate::ports::{Clock, Store};
-use crate::protocol::message::Role;
-use crate::protocol::record::{Hash, Slot};
-use crate::protocol::{ServiceView, Serving, View};
+use crate::protocol::View;
 use crate::proxy;
 use crate::proxy::settings::ProxySettings;
 
@@ -54,7 +50,8 @@ pub struct ProxyArgs {
     busy_poll_us: u64,
 }
 
-fn weight(text: &str) -> Result<Weight, String> {
+/// Reads a share in percent.
+pub fn weight(text: &str) -> Result<Weight, String> {
     let percent = text.trim_end_matches('%').parse().map_err(|_| format!("found {text:?}, expected 0 to 100"))?;
     Weight::from_percent(percent).map_err(|error| error.to_string())
 }
@@ -118,36 +115,5 @@ fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
     let spec = Arc::new(spec.checked()?);
     let mark = Mark { tx: TxId::new("proxy")?, at: BootClock.now().wall };
     let service = Service::after(None, &id, &Change::Start(spec.clone()), &mark).context("a first rollout")?;
-    let serving = Serving {
-        routing_version: service.routing.version,
-        stable: spec.stable.clone(),
-        canary: Some((spec.canary.clone(), args.weight.bp())),
-        lease_ms: None,
-        spec,
-        held_back: None,
-    };
-    let shown = ServiceView {
-        service,
-        slot: Slot(0),
-        hash: Hash::default(),
-        serving,
-        local: Evidence::default(),
-        cluster: Evidence::default(),
-        verdict: None,
-        odds: None,
-        waiting_for: String::new(),
-        enforced: true,
-    };
-    let node = NodeId::new("proxy")?;
-    Ok(View {
-        node: node.clone(),
-        cluster: ClusterId([0; 16]),
-        incarnation: Incarnation(0),
-        role: Role::Voter,
-        head: Slot(0),
-        head_hash: Hash::default(),
-        coordinator: node,
-        members: BTreeMap::new(),
-        services: BTreeMap::from([(id, shown)]),
-    })
+    Ok(View::fixed(NodeId::new("proxy")?, service))
 }

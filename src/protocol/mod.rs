@@ -363,6 +363,46 @@ pub struct View {
     pub services: BTreeMap<ServiceId, ServiceView>,
 }
 
+impl View {
+    /// Returns the view of a node by itself, of one service whose weights nobody changes any more, and no lease ends.
+    pub fn fixed(node: NodeId, service: Service) -> Self {
+        let (spec, routing) = (service.rollout.spec.clone(), &service.routing);
+        let canary = routing.canary_model_id.as_ref().map(|_| (spec.canary.clone(), routing.canary_weight().bp()));
+        let serving = Serving {
+            routing_version: routing.version,
+            stable: service.stable.clone(),
+            canary,
+            lease_ms: None,
+            spec,
+            held_back: None,
+        };
+        let id = routing.service.clone();
+        let shown = ServiceView {
+            service,
+            slot: Slot(0),
+            hash: Hash::default(),
+            serving,
+            local: Evidence::default(),
+            cluster: Evidence::default(),
+            verdict: None,
+            odds: None,
+            waiting_for: String::new(),
+            enforced: true,
+        };
+        Self {
+            node: node.clone(),
+            cluster: ClusterId([0; 16]),
+            incarnation: Incarnation(0),
+            role: Role::Voter,
+            head: Slot(0),
+            head_hash: Hash::default(),
+            coordinator: node,
+            members: BTreeMap::new(),
+            services: BTreeMap::from([(id, shown)]),
+        }
+    }
+}
+
 /// What people may want to know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]

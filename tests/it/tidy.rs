@@ -14,7 +14,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("adapters", &["domain", "protocol", "ports", "adapters"]),
     ("door", &["door"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),
-    ("api", &["domain", "protocol", "ports", "node::handle", "node::log", "door", "api", "config::rollout"]),
+    ("telemetry", &["domain", "protocol", "node::handle", "telemetry"]),
+    (
+        "api",
+        &["domain", "protocol", "ports", "node::handle", "node::log", "door", "api", "config::rollout", "telemetry"],
+    ),
 ];
 
 /// Text that has no business in the pure rooms.

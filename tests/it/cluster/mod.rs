@@ -11,3 +11,4 @@ mod input;
 mod membership;
 mod rollout;
 mod sequential;
+mod telemetry;

@@ -1,0 +1,57 @@
+//! `POST /v1/telemetry`: a batch of events, as JSON or JSON lines.
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode, header};
+use serde::Deserialize;
+use serde_json::json;
+use serde_json::value::RawValue;
+
+use super::{ApiState, error};
+use crate::telemetry::Receipt;
+use crate::telemetry::event::Event;
+
+/// Longest batch, in bytes.
+pub const BATCH_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Batch<'b> {
+    #[serde(borrow)]
+    events: Vec<&'b RawValue>,
+}
+
+/// Returns the events of a list, or of an object that holds one.
+fn events_of(body: &[u8]) -> serde_json::Result<Vec<&RawValue>> {
+    match body.trim_ascii_start().first() {
+        Some(b'[') => serde_json::from_slice(body),
+        _ => serde_json::from_slice(body).map(|Batch { events }| events),
+    }
+}
+
+/// Counts a batch of events. A batch in which nothing counts is answered 422, any other 200: with how many counted, and why
+/// others did not.
+pub async fn report(State(state): State<ApiState>, headers: HeaderMap, body: Bytes) -> Response {
+    let kind = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |kind| kind.as_bytes());
+    let receipt = if kind.starts_with(b"application/x-ndjson") {
+        let lines = body.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
+        state.intake.take(lines.map(Event::from_json))
+    } else {
+        match events_of(&body) {
+            Ok(events) => state.intake.take(events.iter().map(|event| Event::from_json(event.get().as_bytes()))),
+            Err(why) => {
+                let expected = "expected a list of events, {\"events\": […]}, or lines (application/x-ndjson)";
+                return error(StatusCode::BAD_REQUEST, format!("{why}, {expected}"));
+            }
+        }
+    };
+    let Receipt { accepted, rejected, first } = &receipt;
+    let first: Vec<_> = first.iter().map(|(place, why)| json!({"event": place, "error": why})).collect();
+    let status = match (*accepted, rejected.is_empty()) {
+        (0, false) => StatusCode::UNPROCESSABLE_ENTITY,
+        _ => StatusCode::OK,
+    };
+    (status, Json(json!({"accepted": accepted, "rejected": rejected, "first_rejected": first}))).into_response()
+}
