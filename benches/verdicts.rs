@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 
 use aviary::domain::analysis::Analysis;
 use aviary::domain::sequential::{Decision, Policy, Sequential};
-use aviary::domain::synthetic::{Profile, Regression, Traffic};
 use aviary::domain::window::Evidence;
+use aviary::synthetic::{Profile, Regression, Traffic};
 
 /// How long a run lasts, in seconds.
 const SECONDS: u64 = 1_800;

@@ -10,4 +10,5 @@ pub mod node;
 pub mod ports;
 pub mod protocol;
 pub mod proxy;
+pub mod synthetic;
 pub mod telemetry;

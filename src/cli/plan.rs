@@ -12,12 +12,12 @@ use super::output::{self, Format};
 use crate::config;
 use crate::domain::analysis::Verdict;
 use crate::domain::plan::RolloutSpec;
-use crate::domain::synthetic::{Profile, Regression, Traffic};
 use crate::domain::time::Mono;
 use crate::domain::timeline::Sighting;
 use crate::domain::trial::Trial;
 use crate::domain::weights::Weight;
 use crate::domain::window::Window;
+use crate::synthetic::{Profile, Regression, Traffic};
 
 /// Arguments of `aviary plan`.
 #[derive(Debug, Args)]

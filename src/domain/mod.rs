@@ -10,7 +10,6 @@ pub mod rollout;
 pub mod routing;
 pub mod sequential;
 pub mod stats;
-pub mod synthetic;
 pub mod time;
 pub mod timeline;
 pub mod trial;

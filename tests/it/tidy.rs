@@ -14,6 +14,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("adapters", &["domain", "protocol", "ports", "adapters"]),
     ("door", &["door"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),
+    ("synthetic", &["domain"]),
     ("telemetry", &["domain", "protocol", "node::handle", "telemetry"]),
     (
         "api",

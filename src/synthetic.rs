@@ -4,7 +4,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Distribution, LogNormal, Poisson};
 
-use super::window::{Evidence, Tally};
+use crate::domain::window::{Evidence, Tally};
 
 /// What a service's traffic looks like.
 #[derive(Debug, Clone, Copy, PartialEq)]
