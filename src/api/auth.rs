@@ -90,6 +90,9 @@ impl std::fmt::Display for Role {
     }
 }
 
+/// gRPC services that change nothing, though all of gRPC is POST.
+const LOOKING: [&str; 2] = ["/aviary.v1.DecisionService/", "/grpc.reflection.v1.ServerReflection/"];
+
 /// Lets a request through when its token's role is enough; everything passes where no tokens are configured, which is
 /// on loopback only.
 pub async fn check(State(state): State<ApiState>, mut request: Request, next: Next) -> Response {
@@ -97,6 +100,8 @@ pub async fn check(State(state): State<ApiState>, mut request: Request, next: Ne
     let path = request.uri().path();
     let needed = match (matches!(*request.method(), Method::GET | Method::HEAD), path) {
         (_, "/livez" | "/readyz") => return next.run(request).await,
+        (_, path) if path.starts_with("/grpc.health.v1.Health/") => return next.run(request).await,
+        (_, path) if LOOKING.iter().any(|service| path.starts_with(service)) => Role::Viewer,
         (true, _) => Role::Viewer,
         (false, path) if path.starts_with("/v1/cluster") => Role::Admin,
         (false, _) => Role::Operator,

@@ -38,7 +38,7 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = sender.closed() => {}
-            _ = feed(&state, live, told, resume.is_some(), &sender) => {}
+            _ = feed(&state, live, told, resume.is_some(), &sender, |event, slot| Some(sse(event, slot))) => {}
         }
     });
     let stream = ReceiverStream::new(receiver).map(Ok::<_, Infallible>);
@@ -46,17 +46,18 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
     axum::response::Sse::new(stream).keep_alive(keep_alive).into_response()
 }
 
-/// Feeds one client until it goes away. Only its own queue fills when it is slow; what it missed meanwhile is read
-/// from the log.
-async fn feed(
+/// Feeds one client until it goes away, with what `item` makes of each announcement: none for what it doesn't want. Only its
+/// own queue fills when it is slow; what it missed meanwhile is read from the log.
+pub(super) async fn feed<T>(
     state: &ApiState,
     mut live: Receiver<Arc<Announcement>>,
     mut told: Slot,
     resumed: bool,
-    client: &mpsc::Sender<Sse>,
+    client: &mpsc::Sender<T>,
+    item: impl Fn(&Announcement, Option<Slot>) -> Option<T>,
 ) -> Option<()> {
     if resumed {
-        told = replay(state, told, client).await?;
+        told = replay(state, told, client, &item).await?;
     }
     loop {
         match live.recv().await {
@@ -65,24 +66,32 @@ async fn feed(
                 if slot.is_some_and(|slot| slot <= told) {
                     continue;
                 }
-                client.send(sse(&announcement, slot)).await.ok()?;
+                if let Some(item) = item(&announcement, slot) {
+                    client.send(item).await.ok()?;
+                }
                 told = slot.unwrap_or(told);
             }
-            Err(RecvError::Lagged(_)) => told = replay(state, told, client).await?,
+            Err(RecvError::Lagged(_)) => told = replay(state, told, client, &item).await?,
             Err(RecvError::Closed) => return None,
         }
     }
 }
 
 /// Sends the decisions after `told` from the log; returns the last slot sent, `told` when there is none.
-async fn replay(state: &ApiState, mut told: Slot, client: &mpsc::Sender<Sse>) -> Option<Slot> {
+async fn replay<T>(
+    state: &ApiState,
+    mut told: Slot,
+    client: &mpsc::Sender<T>,
+    item: &impl Fn(&Announcement, Option<Slot>) -> Option<T>,
+) -> Option<Slot> {
     loop {
         let (log, from) = (state.node.log.clone(), told.next());
         let records = tokio::task::spawn_blocking(move || log.read(from, BATCH)).await.ok()?.ok()?;
         let Some(last) = records.last().map(|chosen| chosen.record.slot) else { return Some(told) };
         for chosen in &records {
-            if let Some(announcement) = retold(state, chosen) {
-                client.send(sse(&Arc::new(announcement), Some(chosen.record.slot))).await.ok()?;
+            let announcement = retold(state, chosen);
+            if let Some(item) = announcement.and_then(|announcement| item(&announcement, Some(chosen.record.slot))) {
+                client.send(item).await.ok()?;
             }
         }
         told = last;

@@ -26,6 +26,7 @@ use crate::telemetry::Intake;
 
 pub mod auth;
 mod events;
+pub mod grpc;
 pub mod metrics;
 pub mod read;
 mod show;
@@ -96,7 +97,7 @@ const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/ro
     POST /v1/cluster/{bench|unbench|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
 
 fn router(state: ApiState) -> Router {
-    Router::new()
+    let router = Router::new()
         .route("/v1/rollouts", get(show::list).post(write::apply))
         .route("/v1/rollouts/{name}", get(show::rollout))
         .route("/v1/rollouts/{name}/history", get(show::history))
@@ -108,10 +109,11 @@ fn router(state: ApiState) -> Router {
         .route("/metrics", get(metrics::scrape))
         .fallback(fallback)
         .method_not_allowed_fallback(async || error(StatusCode::METHOD_NOT_ALLOWED, format!("expected {ROUTES}")))
+        .with_state(state.clone());
+    grpc::routes(router, &state)
         .layer(middleware::from_fn_with_state(state.clone(), auth::check))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::map_response(as_json))
-        .with_state(state)
 }
 
 async fn fallback(State(state): State<ApiState>, request: Request) -> Response {

@@ -156,6 +156,19 @@ impl<'b> Event<'b> {
         Self::checked(fields, at_ms)
     }
 
+    /// Returns the event of these fields; the time is in milliseconds since 1970.
+    pub fn new(
+        service: &'b str,
+        version: &'b str,
+        status: u64,
+        latency_ms: f64,
+        at_ms: u64,
+        id: &'b str,
+    ) -> Result<Self, Rejection> {
+        let [service, version, event_id] = [service, version, id].map(Cow::Borrowed);
+        Self::checked(Fields { service, version, status, latency_ms, event_id, ..Fields::default() }, at_ms)
+    }
+
     fn checked(fields: Fields<'b>, at_ms: u64) -> Result<Self, Rejection> {
         let Fields { service, version, status, latency_ms, event_id: id, .. } = fields;
         for (name, text) in [("service", &service), ("version", &version), ("event_id", &id)] {

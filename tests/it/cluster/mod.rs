@@ -5,6 +5,7 @@ mod chaos;
 mod disk;
 mod failure;
 mod flood;
+mod grpc;
 pub mod harness;
 mod identity;
 mod input;

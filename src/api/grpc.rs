@@ -1,0 +1,189 @@
+//! gRPC on the API port: decisions to follow, telemetry to report, health and reflection. The schema is in `proto/`.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::time::Duration;
+
+use axum::Router;
+use prost_types::Timestamp;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{ApiState, events};
+use crate::domain::ids::ServiceId;
+use crate::protocol::record::Slot;
+use crate::protocol::{Announcement, Event};
+use crate::telemetry::event::{Event as Reported, Rejection};
+
+/// The generated code.
+#[allow(missing_docs, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("aviary.v1");
+    /// The schema itself, for reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/aviary.bin"));
+}
+
+use v1::decision_service_server::{DecisionService, DecisionServiceServer};
+use v1::telemetry_service_server::{TelemetryService, TelemetryServiceServer};
+use v1::watch_decisions_response::Event as Told;
+use v1::{Decision, DecisionKind, Heartbeat, ReportTelemetryRequest, ReportTelemetryResponse};
+use v1::{WatchDecisionsRequest, WatchDecisionsResponse};
+
+/// How often a stream says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Decisions that wait for one slow client; the rest waits in the log.
+const WAITING_MAX: usize = 64;
+
+/// Adds the services to the API's routes.
+pub fn routes(router: Router, state: &ApiState) -> Router {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    tokio::spawn(async move {
+        reporter.set_serving::<DecisionServiceServer<Decisions>>().await;
+        reporter.set_serving::<TelemetryServiceServer<Telemetry>>().await;
+    });
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .expect("the schema was compiled with the program");
+    router
+        .route_service("/aviary.v1.DecisionService/{method}", DecisionServiceServer::new(Decisions(state.clone())))
+        .route_service("/aviary.v1.TelemetryService/{method}", TelemetryServiceServer::new(Telemetry(state.clone())))
+        .route_service("/grpc.health.v1.Health/{method}", health)
+        .route_service("/grpc.reflection.v1.ServerReflection/{method}", reflection)
+}
+
+/// Tells what is decided.
+struct Decisions(ApiState);
+
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl DecisionService for Decisions {
+    type WatchDecisionsStream = Streamed<WatchDecisionsResponse>;
+
+    async fn watch_decisions(
+        &self,
+        request: Request<WatchDecisionsRequest>,
+    ) -> Result<Response<Self::WatchDecisionsStream>, Status> {
+        let WatchDecisionsRequest { service, after_sequence } = request.into_inner();
+        if !service.is_empty() {
+            ServiceId::new(&service).map_err(|why| Status::invalid_argument(format!("service: {why}")))?;
+        }
+        let state = self.0.clone();
+        // Before the answer: what is decided once a client knows that it is connected is told.
+        let live = state.node.events();
+        let head = state.node.published.view().head;
+        if let Some(after) = after_sequence {
+            self.kept_since(Slot(after), head).await?;
+        }
+        let told = after_sequence.map_or(head, Slot);
+        let (sender, receiver) = mpsc::channel(WAITING_MAX);
+        let response = |told| Ok(WatchDecisionsResponse { event: Some(told) });
+        tokio::spawn(async move {
+            let wanted = move |announcement: &Announcement, slot: Option<Slot>| {
+                let decision = decision(announcement, slot?)?;
+                (service.is_empty() || decision.service == service).then(|| response(Told::Decision(decision)))
+            };
+            let beat = async {
+                let mut tick = tokio::time::interval(HEARTBEAT);
+                loop {
+                    tick.tick().await;
+                    let sequence = state.node.published.view().head.0;
+                    // A client that has decisions waiting needs no sign of life.
+                    let _ = sender.try_send(response(Told::Heartbeat(Heartbeat { sequence })));
+                }
+            };
+            tokio::select! {
+                () = state.shutdown.cancelled() => {}
+                () = sender.closed() => {}
+                () = beat => {}
+                _ = events::feed(&state, live, told, after_sequence.is_some(), &sender, wanted) => {}
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+impl Decisions {
+    /// Refuses to go on after a place whose successors are no longer in the log, or that nobody has reached.
+    async fn kept_since(&self, after: Slot, head: Slot) -> Result<(), Status> {
+        if after > head {
+            let why = format!("after_sequence is {after}, expected at most {head}, the last one that this node knows");
+            return Err(Status::out_of_range(why));
+        }
+        let (log, next) = (self.0.node.log.clone(), after.next());
+        let read = tokio::task::spawn_blocking(move || log.read(next, 1)).await;
+        let first = match read {
+            Ok(Ok(records)) => records.first().map(|chosen| chosen.record.slot),
+            Ok(Err(why)) => return Err(Status::internal(why.to_string())),
+            Err(why) => return Err(Status::internal(why.to_string())),
+        };
+        if after < head && first != Some(next) {
+            let first = first.map_or_else(|| head.to_string(), |slot| slot.to_string());
+            let why = format!("decisions after {after} are no longer in this node's log, which begins at {first}");
+            return Err(Status::out_of_range(why));
+        }
+        Ok(())
+    }
+}
+
+fn decision(announcement: &Announcement, slot: Slot) -> Option<Decision> {
+    let Event::Routing { kind, state, reasons, .. } = &announcement.event else { return None };
+    let kind = match kind.as_str() {
+        "Start" => DecisionKind::Start,
+        "Promote" => DecisionKind::Promote,
+        "Pause" => DecisionKind::Pause,
+        "Resume" => DecisionKind::Resume,
+        "Rollback" => DecisionKind::Rollback,
+        aborted if aborted.starts_with("Abort") => DecisionKind::Abort,
+        "Revert" => DecisionKind::Revert,
+        _ => DecisionKind::Unspecified,
+    };
+    let at_ms = state.timestamp.0;
+    Some(Decision {
+        sequence: slot.0,
+        service: state.service.to_string(),
+        kind: kind.into(),
+        transaction_id: state.txid.to_string(),
+        routing_version: state.version,
+        stable_version: state.stable_model_id.to_string(),
+        canary_version: state.canary_model_id.as_ref().map(ToString::to_string).unwrap_or_default(),
+        canary_weight_bp: state.canary_weight().bp().into(),
+        reasons: reasons.clone(),
+        decision_time: Some(Timestamp { seconds: (at_ms / 1000) as i64, nanos: (at_ms % 1000 * 1_000_000) as i32 }),
+    })
+}
+
+/// Takes events.
+struct Telemetry(ApiState);
+
+#[tonic::async_trait]
+impl TelemetryService for Telemetry {
+    async fn report_telemetry(
+        &self,
+        request: Request<Streaming<ReportTelemetryRequest>>,
+    ) -> Result<Response<ReportTelemetryResponse>, Status> {
+        let mut batches = request.into_inner();
+        let (mut accepted, mut rejected) = (0, BTreeMap::new());
+        while let Some(batch) = batches.next().await {
+            let receipt = self.0.intake.take(batch?.events.iter().map(reported));
+            accepted += receipt.accepted;
+            for (kind, count) in receipt.rejected {
+                *rejected.entry(kind.to_string()).or_default() += count;
+            }
+        }
+        Ok(Response::new(ReportTelemetryResponse { accepted, rejected }))
+    }
+}
+
+fn reported(event: &v1::TelemetryEvent) -> Result<Reported<'_>, Rejection> {
+    let at_ms = event.event_time.as_ref().and_then(|time| {
+        let millis = u64::try_from(time.seconds).ok()?.checked_mul(1000)?;
+        millis.checked_add(u64::try_from(time.nanos).ok()? / 1_000_000)
+    });
+    let at_ms = at_ms.ok_or_else(|| Rejection::Malformed("no event_time, expected one since 1970".into()))?;
+    Reported::new(&event.service, &event.version, event.status.into(), event.latency_ms, at_ms, &event.event_id)
+}

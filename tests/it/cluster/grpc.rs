@@ -1,0 +1,125 @@
+//! The API's gRPC services, through a client made from the schema.
+
+use std::time::Duration;
+
+use aviary::api::grpc::v1::decision_service_client::DecisionServiceClient;
+use aviary::api::grpc::v1::telemetry_service_client::TelemetryServiceClient;
+use aviary::api::grpc::v1::watch_decisions_response::Event;
+use aviary::api::grpc::v1::{Decision, DecisionKind, ReportTelemetryRequest, TelemetryEvent, WatchDecisionsRequest};
+use tokio_stream::StreamExt as _;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Streaming};
+
+use super::harness::{Cluster, MANUAL, Upstream, rollout};
+
+async fn channel(cluster: &Cluster, node: usize) -> Channel {
+    let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
+    Endpoint::from_shared(address).unwrap().timeout(Duration::from_secs(20)).connect().await.unwrap()
+}
+
+async fn watch(
+    cluster: &Cluster,
+    node: usize,
+    after_sequence: Option<u64>,
+) -> Result<Streaming<aviary::api::grpc::v1::WatchDecisionsResponse>, tonic::Status> {
+    let mut client = DecisionServiceClient::new(channel(cluster, node).await);
+    let request = WatchDecisionsRequest { service: "svc".into(), after_sequence };
+    Ok(client.watch_decisions(request).await?.into_inner())
+}
+
+/// Returns the next so many decisions, and how many signs of life came before them.
+async fn decisions(
+    stream: &mut Streaming<aviary::api::grpc::v1::WatchDecisionsResponse>,
+    count: usize,
+) -> (Vec<Decision>, usize) {
+    let (mut found, mut beats) = (Vec::new(), 0);
+    while found.len() < count {
+        match stream.next().await.expect("the stream goes on").unwrap().event.unwrap() {
+            Event::Decision(decision) => found.push(decision),
+            Event::Heartbeat(_) => beats += 1,
+        }
+    }
+    (found, beats)
+}
+
+#[test]
+fn decisions_are_followed_on_any_node_and_from_any_place() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let mut cluster = Cluster::start();
+    let mut live = runtime.block_on(watch(&cluster, 1, None)).unwrap();
+    cluster.apply(0, &rollout(&v1.url(), &v2.url(), MANUAL));
+    assert_eq!(cluster.promote(1, None).status, 409, "no evidence yet");
+    assert_eq!(cluster.post(1, "/v1/rollouts/svc/promote", None, r#"{"full":true}"#).status, 200);
+    assert_eq!(cluster.post(2, "/v1/rollouts/svc/abort", None, r#"{"reason":"lunch"}"#).status, 200);
+    let (seen, beats) = runtime.block_on(decisions(&mut live, 4));
+    assert!(beats >= 1, "a sign of life came first");
+    let kinds: Vec<_> = seen.iter().map(|decision| decision.kind()).collect();
+    assert_eq!(kinds, [DecisionKind::Start, DecisionKind::Abort, DecisionKind::Promote, DecisionKind::Rollback]);
+    let weights: Vec<_> = seen.iter().map(|decision| decision.canary_weight_bp).collect();
+    assert_eq!(
+        (weights, &*seen[3].reasons, &*seen[3].stable_version),
+        (vec![2_000, 2_000, 10_000, 0], &["lunch".to_string()][..], "v1")
+    );
+    // On another node, and after it was killed, from the beginning and from the middle: the same.
+    cluster.kill(2);
+    cluster.spawn(2, None);
+    cluster.wait_ready(2);
+    for (node, after, from) in [(2, 0, 0), (0, seen[0].sequence, 1), (2, seen[1].sequence, 2)] {
+        let mut stream = runtime.block_on(watch(&cluster, node, Some(after))).unwrap();
+        let (again, _) = runtime.block_on(decisions(&mut stream, 4 - from));
+        assert_eq!(again, seen[from..], "node {node} after {after}");
+    }
+    let ahead = runtime.block_on(watch(&cluster, 0, Some(1_000))).unwrap_err();
+    assert!(ahead.code() == Code::OutOfRange && ahead.message().contains("expected at most"), "{ahead:?}");
+    // A client that doesn't read holds up nobody, and misses nothing.
+    let mut slow = runtime.block_on(watch(&cluster, 0, Some(0))).unwrap();
+    for round in 0..100 {
+        let answer = cluster.post(round % 3, "/v1/rollouts/svc/retry", None, "{}");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(cluster.post(round % 3, "/v1/rollouts/svc/abort", None, "{}").status, 200);
+    }
+    let (all, _) = runtime.block_on(decisions(&mut slow, 204));
+    assert!(all.windows(2).all(|pair| pair[0].sequence < pair[1].sequence), "each once, in order");
+    let kinds = all[4..]
+        .chunks(2)
+        .all(|pair| pair[0].kind() == DecisionKind::Start && pair[1].kind() == DecisionKind::Rollback);
+    let told: Vec<_> = all.iter().map(|one| (one.sequence, one.kind())).collect();
+    assert!(kinds, "{told:?}");
+    cluster.assert_no_panic();
+}
+
+#[test]
+fn telemetry_is_reported_as_a_stream_and_health_and_schema_can_be_asked_for() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start();
+    cluster.apply(0, &rollout(&v1.url(), &v2.url(), MANUAL));
+    cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
+    let seconds = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs() as i64;
+    let event = |i: u64, version: &str, latency_ms| TelemetryEvent {
+        service: "svc".into(),
+        version: version.into(),
+        status: 200,
+        latency_ms,
+        event_time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+        event_id: format!("e{i}"),
+    };
+    runtime.block_on(async {
+        let channel = channel(&cluster, 1).await;
+        let mut client = TelemetryServiceClient::new(channel.clone());
+        let batch = |first: u64| ReportTelemetryRequest {
+            events: (first..first + 100).map(|i| event(i, "v2", if i == 7 { f64::NAN } else { 3.0 })).collect(),
+        };
+        let batches =
+            tokio_stream::iter([batch(0), batch(50), ReportTelemetryRequest { events: vec![event(999, "v9", 1.0)] }]);
+        let answer = client.report_telemetry(batches).await.unwrap().into_inner();
+        assert_eq!(answer.accepted, 149, "{answer:?}");
+        let kinds = ["bad_latency", "duplicate", "unknown_version"].map(|kind| answer.rejected.get(kind).copied());
+        assert_eq!(kinds, [Some(1), Some(50), Some(1)], "{answer:?}");
+        let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+        let request = tonic_health::pb::HealthCheckRequest { service: "aviary.v1.DecisionService".into() };
+        assert_eq!(health.check(request).await.unwrap().into_inner().status, 1, "serving");
+    });
+    cluster.assert_no_panic();
+}
