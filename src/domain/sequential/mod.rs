@@ -18,12 +18,12 @@ use promote::Seen;
 use super::window::Evidence;
 
 /// The share of α that errors get where both are compared; latency has the rest.
-pub const ERRORS_SHARE: f64 = 0.65;
-/// The share of wealth that is started at once, on errors and on latency; the rest is for harm that begins later.
-const START_SHARES: (f64, f64) = (0.8, 0.9);
+pub const ERRORS_SHARE: f64 = 0.68;
+/// The share of wealth that is started at once on latency; the rest is for harm that begins later.
+const LATENCY_START: f64 = 0.9;
 /// Requests of a block, at least, by how many of them failed: a failure says more the more requests it is one of. That a
 /// block is over must not depend on whose failures they are.
-const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 30, 20];
+const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 28, 20];
 /// And of those that come once bets on errors did well: a little more may be enough.
 const BLOCK_REQUESTS_MIN_WARNED: [u64; 4] = [60, 20, 20, 20];
 /// The e-value that this begins at.
@@ -321,17 +321,18 @@ impl Sequential {
     fn start_wealth(&mut self, since: f64, seconds: f64) {
         let horizon = self.policy.horizon_seconds;
         let spread = if since <= horizon { 0.7 * seconds / horizon } else { 0.3 * seconds * horizon / (since * since) };
-        let (errors, latency) = START_SHARES;
-        let (mut errors, mut latency) = match std::mem::replace(&mut self.started, true) {
-            false => (errors, latency),
-            true => ((1.0 - errors) * spread, (1.0 - latency) * spread),
-        };
+        let at_once: f64 = errors::START.iter().sum();
+        let (mut errors, mut latency) = ((1.0 - at_once) * spread, (1.0 - LATENCY_START) * spread);
+        if !std::mem::replace(&mut self.started, true) {
+            self.errors.start(at_once, &errors::START.map(|share| share / at_once));
+            (errors, latency) = (0.0, LATENCY_START);
+        }
         if std::mem::take(&mut self.weight_changed) {
             errors += 0.1 * (1.0 - self.errors.started);
             latency += 0.1 * (1.0 - self.latency[0].started);
             self.promotion.fill(0.0);
         }
-        self.errors.start(errors, &errors::WEIGHTS);
+        self.errors.start(errors, &errors::RESTART);
         self.latency.iter_mut().for_each(|wealth| wealth.start(latency, &latency::WEIGHTS));
     }
 
