@@ -25,6 +25,9 @@ else
   skipped+=("lints: clippy is not installed (rustup component add clippy)")
 fi
 
+step "schema"
+if command -v buf >/dev/null; then buf lint proto; else skipped+=("schema: buf is not installed (https://buf.build)"); fi
+
 step "tests"
 if [ -n "${1:-}" ]; then ulimit -n 20000; fi
 env "${rounds[@]}" cargo test --workspace --quiet "${profile[@]}"
