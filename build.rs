@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-const FILES: [&str; 2] = ["proto/aviary/v1/decision.proto", "proto/aviary/v1/telemetry.proto"];
+const FILES: [&str; 3] =
+    ["proto/aviary/v1/decision.proto", "proto/aviary/v1/rollout.proto", "proto/aviary/v1/telemetry.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");

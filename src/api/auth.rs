@@ -91,7 +91,12 @@ impl std::fmt::Display for Role {
 }
 
 /// gRPC services that change nothing, though all of gRPC is POST.
-const LOOKING: [&str; 2] = ["/aviary.v1.DecisionService/", "/grpc.reflection.v1.ServerReflection/"];
+const LOOKING: [&str; 4] = [
+    "/aviary.v1.DecisionService/",
+    "/aviary.v1.RolloutService/GetRollout",
+    "/aviary.v1.RolloutService/ListRollouts",
+    "/grpc.reflection.v1.ServerReflection/",
+];
 
 /// Lets a request through when its token's role is enough; everything passes where no tokens are configured, which is
 /// on loopback only.

@@ -3,8 +3,13 @@
 use std::time::Duration;
 
 use aviary::api::grpc::v1::decision_service_client::DecisionServiceClient;
+use aviary::api::grpc::v1::rollout_service_client::RolloutServiceClient;
 use aviary::api::grpc::v1::telemetry_service_client::TelemetryServiceClient;
 use aviary::api::grpc::v1::watch_decisions_response::Event;
+use aviary::api::grpc::v1::{
+    AbortRolloutRequest, ApplyRolloutRequest, GetRolloutRequest, ListRolloutsRequest, PauseRolloutRequest,
+    PromoteRolloutRequest, ResumeRolloutRequest, RetryRolloutRequest, RolloutPhase,
+};
 use aviary::api::grpc::v1::{Decision, DecisionKind, ReportTelemetryRequest, TelemetryEvent, WatchDecisionsRequest};
 use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
@@ -120,6 +125,58 @@ fn telemetry_is_reported_as_a_stream_and_health_and_schema_can_be_asked_for() {
         let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
         let request = tonic_health::pb::HealthCheckRequest { service: "aviary.v1.DecisionService".into() };
         assert_eq!(health.check(request).await.unwrap().into_inner().status, 1, "serving");
+    });
+    cluster.assert_no_panic();
+}
+
+#[test]
+fn rollouts_are_changed_once_for_each_key_and_refusals_are_statuses() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start();
+    let file = rollout(&v1.url(), &v2.url(), MANUAL);
+    runtime.block_on(async {
+        // By a node that doesn't coordinate.
+        let mut client = RolloutServiceClient::new(channel(&cluster, 2).await);
+        let apply =
+            |key: &str, rollout: &str| ApplyRolloutRequest { rollout: rollout.into(), idempotency_key: key.into() };
+        let wrong = client.apply_rollout(apply("k0", &file.replace("steps:", "stebs:"))).await.unwrap_err();
+        assert!(wrong.code() == Code::InvalidArgument && wrong.message().contains("did you mean `steps`"), "{wrong:?}");
+        let first = client.apply_rollout(apply("k1", &file)).await.unwrap().into_inner().result.unwrap();
+        assert_eq!(
+            (&*first.transaction_id, first.sequence, first.repeated, first.routing_version),
+            ("k1", Some(1), false, 1)
+        );
+        let mut other = RolloutServiceClient::new(channel(&cluster, 0).await);
+        let again = other.apply_rollout(apply("k1", &file)).await.unwrap().into_inner().result.unwrap();
+        assert_eq!((again.sequence, again.repeated), (Some(1), true));
+
+        let service = || "svc".to_string();
+        let promote = PromoteRolloutRequest { service: service(), ..Default::default() };
+        let refused = client.promote_rollout(promote).await.unwrap_err();
+        assert!(refused.code() == Code::Aborted && refused.message().contains("of 20 canary samples"), "{refused:?}");
+        let pause = PauseRolloutRequest { service: service(), idempotency_key: "k2".into(), reason: "lunch".into() };
+        client.pause_rollout(pause).await.unwrap();
+        let get = || GetRolloutRequest { service: service() };
+        let shown = client.get_rollout(get()).await.unwrap().into_inner().rollout.unwrap();
+        assert_eq!(
+            (shown.phase(), shown.canary_weight_bp, &*shown.reason, shown.step),
+            (RolloutPhase::Paused, 2_000, "lunch", 1)
+        );
+        let abort =
+            |key: &str| AbortRolloutRequest { service: service(), idempotency_key: key.into(), ..Default::default() };
+        let reused = client.abort_rollout(abort("k2")).await.unwrap_err();
+        assert_eq!(reused.code(), Code::AlreadyExists, "{reused:?}");
+        client.resume_rollout(ResumeRolloutRequest { service: service(), ..Default::default() }).await.unwrap();
+        client.abort_rollout(abort("k3")).await.unwrap();
+        let late =
+            client.resume_rollout(ResumeRolloutRequest { service: service(), ..Default::default() }).await.unwrap_err();
+        assert_eq!(late.code(), Code::FailedPrecondition, "{late:?}");
+        client.retry_rollout(RetryRolloutRequest { service: service(), ..Default::default() }).await.unwrap();
+        let all = client.list_rollouts(ListRolloutsRequest {}).await.unwrap().into_inner().rollouts;
+        assert_eq!((all.len(), all[0].phase(), &*all[0].canary_version), (1, RolloutPhase::Progressing, "v2"));
+        let unknown = client.get_rollout(GetRolloutRequest { service: "nobody".into() }).await.unwrap_err();
+        assert_eq!(unknown.code(), Code::NotFound);
     });
     cluster.assert_no_panic();
 }

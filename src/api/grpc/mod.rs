@@ -1,4 +1,4 @@
-//! gRPC on the API port: decisions to follow, telemetry to report, health and reflection. The schema is in `proto/`.
+//! gRPC on the API port: rollouts, decisions to follow, telemetry to report, health and reflection. The schema is in `proto/`.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -10,6 +10,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
+
+mod rollouts;
 
 use super::{ApiState, events};
 use crate::domain::ids::ServiceId;
@@ -25,7 +27,9 @@ pub mod v1 {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/aviary.bin"));
 }
 
+use rollouts::Rollouts;
 use v1::decision_service_server::{DecisionService, DecisionServiceServer};
+use v1::rollout_service_server::RolloutServiceServer;
 use v1::telemetry_service_server::{TelemetryService, TelemetryServiceServer};
 use v1::watch_decisions_response::Event as Told;
 use v1::{Decision, DecisionKind, Heartbeat, ReportTelemetryRequest, ReportTelemetryResponse};
@@ -42,6 +46,7 @@ pub fn routes(router: Router, state: &ApiState) -> Router {
     tokio::spawn(async move {
         reporter.set_serving::<DecisionServiceServer<Decisions>>().await;
         reporter.set_serving::<TelemetryServiceServer<Telemetry>>().await;
+        reporter.set_serving::<RolloutServiceServer<Rollouts>>().await;
     });
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
@@ -49,6 +54,7 @@ pub fn routes(router: Router, state: &ApiState) -> Router {
         .build_v1()
         .expect("the schema was compiled with the program");
     router
+        .route_service("/aviary.v1.RolloutService/{method}", RolloutServiceServer::new(Rollouts(state.clone())))
         .route_service("/aviary.v1.DecisionService/{method}", DecisionServiceServer::new(Decisions(state.clone())))
         .route_service("/aviary.v1.TelemetryService/{method}", TelemetryServiceServer::new(Telemetry(state.clone())))
         .route_service("/grpc.health.v1.Health/{method}", health)
