@@ -1,6 +1,6 @@
 //! Recorded or live requests, as lines of JSON, and the trial they are fed to.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -20,13 +20,13 @@ pub const LINES: &str = "  \
     {\"type\":\"weight\",\"timestamp_ms\":900000,\"canary_share\":0.2}\n  \
     {\"type\":\"tick\",\"timestamp_ms\":1000}\n  {\"type\":\"end\"}\n\n\
     Only requests are needed. A status of 500 or more is an error. A request that comes twice (same id) counts once; one that comes \
-    late counts\nin the tick that is open.";
+    late counts\nin its own tick as long as that is open, else in the next one; ticks stay open for as long as requests come late.";
 
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 enum Control {
     Start { tick_ms: Option<u64>, horizon_ms: Option<u64> },
-    Weight {},
+    Weight { timestamp_ms: u64 },
     Tick { timestamp_ms: u64 },
     End,
 }
@@ -70,6 +70,35 @@ impl Seen {
     }
 }
 
+/// How late requests come, in ticks. Failures that belong together must be judged together, so that a tick stays open for as long as
+/// requests came late in the last minute; where none do, it is closed at once.
+#[derive(Default)]
+struct Lateness {
+    /// The most of the ticks that are over, and of the one that is open.
+    recent: VecDeque<u64>,
+    open: u64,
+}
+
+/// Ticks that lateness is remembered for.
+const LATENESS_TICKS: usize = 60;
+/// Most ticks that stay open for who is late.
+const LATENESS_MAX: u64 = 10;
+
+impl Lateness {
+    fn seen(&mut self, ticks: u64) {
+        self.open = self.open.max(ticks.min(LATENESS_MAX));
+    }
+
+    /// Ends a tick; returns the most of late.
+    fn turn(&mut self) -> u64 {
+        self.recent.push_back(std::mem::take(&mut self.open));
+        if self.recent.len() > LATENESS_TICKS {
+            self.recent.pop_front();
+        }
+        self.recent.iter().copied().max().unwrap_or(0)
+    }
+}
+
 /// How a recording is judged.
 #[derive(Debug, Clone)]
 pub struct Rules {
@@ -110,8 +139,11 @@ pub enum Step {
 pub struct Feed {
     rules: Rules,
     pub trial: Trial<()>,
-    tally: Tally,
-    version: u64,
+    /// Ticks that aren't closed yet, by the requests' own time.
+    open: BTreeMap<u64, Tally>,
+    /// The tick in which each weight but the first came into force.
+    weights: Vec<u64>,
+    lateness: Lateness,
     seen: Seen,
     /// True once the recording says itself when a tick is over.
     ticks: bool,
@@ -126,8 +158,9 @@ impl Feed {
         Self {
             rules,
             trial,
-            tally: Tally::default(),
-            version: 1,
+            open: BTreeMap::new(),
+            weights: Vec::new(),
+            lateness: Lateness::default(),
             seen: Seen::default(),
             ticks: false,
             open_ms: TICK_MS,
@@ -143,7 +176,7 @@ impl Feed {
         if line.contains("\"type\"") {
             match serde_json::from_str(line)? {
                 Control::Start { tick_ms, horizon_ms } => self.start(tick_ms.unwrap_or(TICK_MS), horizon_ms)?,
-                Control::Weight {} => self.version += 1,
+                Control::Weight { timestamp_ms } => self.weights.push(timestamp_ms / self.trial.tick_ms()),
                 Control::Tick { timestamp_ms } => {
                     self.ticks = true;
                     self.open_ms = timestamp_ms;
@@ -161,24 +194,44 @@ impl Feed {
         while !self.ticks && at >= self.open_ms as f64 {
             steps.push(self.turn());
         }
-        let counts = match request.version {
-            "stable" => &mut self.tally.stable,
-            "canary" => &mut self.tally.canary,
+        let is_canary = match request.version {
+            "stable" => false,
+            "canary" => true,
             other => bail!("version is {other:?}, expected \"stable\" or \"canary\""),
         };
         if request.id.is_none_or(|id| self.seen.is_new(id)) {
+            let now = (self.open_ms / self.trial.tick_ms()).saturating_sub(1);
+            let tick = (at as u64 / self.trial.tick_ms()).min(now);
+            self.lateness.seen(now - tick);
+            // Whose tick is closed counts in the first one that isn't.
+            let tally = self.open.entry(tick.max(self.trial.next_tick())).or_default();
+            let counts = if is_canary { &mut tally.canary } else { &mut tally.stable };
             counts.record((latency * 1000.0) as u64, request.status >= 500);
         }
         Ok(steps)
     }
 
-    /// Closes the tick that is open, as after the last line.
+    /// Ends the tick that is open, as after the last line, and closes those that nobody is late for any more.
     pub fn turn(&mut self) -> Step {
         let (at_ms, tick_ms) = (self.open_ms, self.trial.tick_ms());
         self.open_ms += tick_ms;
-        let sighting = Sighting { version: self.version, evidence: self.tally.take() };
-        self.trial.put(&(), (at_ms / tick_ms).saturating_sub(1), &sighting);
-        Step::Tick(at_ms, self.trial.advance(at_ms, [].iter()))
+        let end = (at_ms / tick_ms).saturating_sub(self.lateness.turn());
+        Step::Tick(at_ms, self.close(end))
+    }
+
+    /// Closes all that is open, as at the end; returns what was decided by it.
+    pub fn finish(&mut self) -> Vec<Judgement> {
+        self.close(self.open_ms / self.trial.tick_ms())
+    }
+
+    /// Closes the ticks before `end`.
+    fn close(&mut self, end: u64) -> Vec<Judgement> {
+        let later = self.open.split_off(&end);
+        for (tick, mut tally) in std::mem::replace(&mut self.open, later) {
+            let version = 1 + self.weights.iter().filter(|since| **since <= tick).count() as u64;
+            self.trial.put(&(), tick, &Sighting { version, evidence: tally.take() });
+        }
+        self.trial.advance(end * self.trial.tick_ms(), [].iter())
     }
 
     fn start(&mut self, tick_ms: u64, horizon_ms: Option<u64>) -> anyhow::Result<()> {

@@ -54,7 +54,7 @@ pub fn run(args: &ReplayArgs) -> anyhow::Result<Exit> {
     }
     if let Step::Tick(at_ms, judgements) = feed.turn() {
         last = at_ms.max(last);
-        judgements.iter().for_each(|judgement| print(judgement, args.json));
+        judgements.iter().chain(&feed.finish()).for_each(|judgement| print(judgement, args.json));
     }
     let verdict = feed.trial.overall();
     if args.json {

@@ -106,6 +106,11 @@ impl<S: Ord + Clone> Trial<S> {
         self.tick_ms
     }
 
+    /// Returns the first tick that isn't closed.
+    pub fn next_tick(&self) -> u64 {
+        self.timeline.next()
+    }
+
     /// Takes what a source saw in a tick.
     pub fn put(&mut self, source: &S, tick: u64, sighting: &Sighting) -> Placed {
         self.timeline.put(source, tick, sighting)

@@ -158,3 +158,36 @@ fn a_plan_says_what_a_rollout_can_find() {
     let (ok, _, complaint) = plan("0");
     assert!(!ok && complaint.contains("expected 0.001 to 10000000"), "{complaint}");
 }
+
+#[test]
+fn requests_that_come_late_are_judged_with_those_of_their_own_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let rollout = dir.path().join("rollout.yaml");
+    std::fs::write(&rollout, ROLLOUT).unwrap();
+    let windows = |name: &str, recording: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, recording).unwrap();
+        let output = aviary().arg("replay").arg("-f").arg(&rollout).arg("--json").arg(&path).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let lines: Vec<Value> =
+            String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let closed = lines.into_iter().filter(|line| line["odds"].is_null() && line["from_ms"].is_u64());
+        closed.map(|line| (line["canary"].clone(), line["stable"].clone())).collect::<Vec<_>>()
+    };
+    let all = requests(40, 25, false);
+    let in_order = windows("in-order", all.clone());
+    let mut late: Vec<(u64, &str)> = all
+        .lines()
+        .filter(|line| line.contains("\"id\""))
+        .map(|line| {
+            let request: Value = serde_json::from_str(line).unwrap();
+            let (id, at) = (request["id"].as_u64().unwrap(), request["timestamp_ms"].as_u64().unwrap());
+            (at + id * 7_919 % 3_000, line)
+        })
+        .collect();
+    late.sort();
+    let messy = windows("late", late.iter().map(|(_, line)| format!("{line}\n")).collect());
+    assert_eq!((in_order.len(), messy.len()), (4, 4));
+    // The first seconds pass before anybody knows how late requests come.
+    assert_eq!(messy[1..], in_order[1..]);
+}

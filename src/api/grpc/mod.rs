@@ -83,7 +83,7 @@ impl DecisionService for Decisions {
         let live = state.node.events();
         let head = state.node.published.view().head;
         if let Some(after) = after_sequence {
-            self.kept_since(Slot(after), head).await?;
+            self.kept_since(Slot(after)).await?;
         }
         let told = after_sequence.map_or(head, Slot);
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
@@ -115,7 +115,13 @@ impl DecisionService for Decisions {
 
 impl Decisions {
     /// Refuses to go on after a place whose successors are no longer in the log, or that nobody has reached.
-    async fn kept_since(&self, after: Slot, head: Slot) -> Result<(), Status> {
+    async fn kept_since(&self, after: Slot) -> Result<(), Status> {
+        let head = || self.0.node.published.view().head;
+        if after > head() {
+            // Another node may have told what this one is about to learn.
+            self.0.node.read().await;
+        }
+        let head = head();
         if after > head {
             let why = format!("after_sequence is {after}, expected at most {head}, the last one that this node knows");
             return Err(Status::out_of_range(why));

@@ -15,7 +15,7 @@ use super::v1::rollout_service_server::RolloutService;
 use super::v1::*;
 use crate::domain::ids::ServiceId;
 use crate::domain::rollout::Phase;
-use crate::protocol::ServiceView;
+use crate::protocol::{Outcome, ServiceView};
 
 /// Changes rollouts, and shows them.
 pub struct Rollouts(pub ApiState);
@@ -56,6 +56,22 @@ impl Rollouts {
         headers.insert(header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
         let path = Path((service, verb.to_string()));
         result(write::change(State(self.0.clone()), path, actor, headers, body).await).await
+    }
+
+    /// Waits, where that is asked for, until this node knows every change answered so far.
+    async fn caught_up(&self, current: bool) -> Result<(), Status> {
+        if !current {
+            return Ok(());
+        }
+        match self.0.node.read().await {
+            Outcome::Current(_) => Ok(()),
+            Outcome::NoQuorum { reached, needed } => {
+                let reached = reached.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                Err(Status::unavailable(format!("no quorum: reached {reached}, expected {needed} nodes")))
+            }
+            Outcome::Refused(why) => Err(Status::unavailable(why)),
+            _ => Err(Status::unavailable("the read could not be confirmed; try again")),
+        }
     }
 
     fn shown(&self, found: &ServiceView) -> Rollout {
@@ -185,14 +201,19 @@ impl RolloutService for Rollouts {
     }
 
     async fn get_rollout(&self, request: Request<GetRolloutRequest>) -> Result<Response<GetRolloutResponse>, Status> {
-        let name = request.into_inner().service;
+        let GetRolloutRequest { service: name, current } = request.into_inner();
+        self.caught_up(current).await?;
         let view = self.0.node.published.view();
         let found = ServiceId::new(&name).ok().and_then(|id| view.services.get(&id));
         let found = found.ok_or_else(|| Status::not_found(format!("rollout {name:?} is unknown")))?;
         Ok(Response::new(GetRolloutResponse { rollout: Some(self.shown(found)) }))
     }
 
-    async fn list_rollouts(&self, _: Request<ListRolloutsRequest>) -> Result<Response<ListRolloutsResponse>, Status> {
+    async fn list_rollouts(
+        &self,
+        request: Request<ListRolloutsRequest>,
+    ) -> Result<Response<ListRolloutsResponse>, Status> {
+        self.caught_up(request.into_inner().current).await?;
         let view = self.0.node.published.view();
         let rollouts = view.services.values().map(|found| self.shown(found)).collect();
         Ok(Response::new(ListRolloutsResponse { rollouts }))

@@ -157,7 +157,7 @@ fn rollouts_are_changed_once_for_each_key_and_refusals_are_statuses() {
         assert!(refused.code() == Code::Aborted && refused.message().contains("of 20 canary samples"), "{refused:?}");
         let pause = PauseRolloutRequest { service: service(), idempotency_key: "k2".into(), reason: "lunch".into() };
         client.pause_rollout(pause).await.unwrap();
-        let get = || GetRolloutRequest { service: service() };
+        let get = || GetRolloutRequest { service: service(), current: true };
         let shown = client.get_rollout(get()).await.unwrap().into_inner().rollout.unwrap();
         assert_eq!(
             (shown.phase(), shown.canary_weight_bp, &*shown.reason, shown.step),
@@ -173,9 +173,10 @@ fn rollouts_are_changed_once_for_each_key_and_refusals_are_statuses() {
             client.resume_rollout(ResumeRolloutRequest { service: service(), ..Default::default() }).await.unwrap_err();
         assert_eq!(late.code(), Code::FailedPrecondition, "{late:?}");
         client.retry_rollout(RetryRolloutRequest { service: service(), ..Default::default() }).await.unwrap();
-        let all = client.list_rollouts(ListRolloutsRequest {}).await.unwrap().into_inner().rollouts;
+        let all = client.list_rollouts(ListRolloutsRequest { current: true }).await.unwrap().into_inner().rollouts;
         assert_eq!((all.len(), all[0].phase(), &*all[0].canary_version), (1, RolloutPhase::Progressing, "v2"));
-        let unknown = client.get_rollout(GetRolloutRequest { service: "nobody".into() }).await.unwrap_err();
+        let unknown =
+            client.get_rollout(GetRolloutRequest { service: "nobody".into(), current: false }).await.unwrap_err();
         assert_eq!(unknown.code(), Code::NotFound);
     });
     cluster.assert_no_panic();
