@@ -208,8 +208,7 @@ impl Analysis {
         };
         let alpha = f64::from(self.alpha_ppm) / 1e6;
         let horizon_seconds = (planned_ms as f64 / 1000.0 * 1.5).clamp(600.0, 86_400.0);
-        let alpha_pause = (5.0 * alpha).min(0.5);
-        Some(Policy { alpha, alpha_pause, errors_share, required, horizon_seconds, ..Policy::default() })
+        Some(Policy { alpha, errors_share, required, horizon_seconds, ..Policy::default() })
     }
 
     fn judge_with(&self, canary: &Stats, min_samples: u64) -> Verdict {

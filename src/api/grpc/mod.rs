@@ -20,7 +20,7 @@ use crate::protocol::{Announcement, Event};
 use crate::telemetry::event::{Event as Reported, Rejection};
 
 /// The generated code.
-#[allow(missing_docs, clippy::all)]
+#[allow(missing_docs, clippy::all, reason = "what is generated, and how well, is the generator's")]
 pub mod v1 {
     tonic::include_proto!("aviary.v1");
     /// The schema itself, for reflection.

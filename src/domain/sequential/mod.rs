@@ -26,7 +26,9 @@ const LATENCY_START: f64 = 0.9;
 const BLOCK_REQUESTS_MIN: [u64; 4] = [60, 60, 28, 20];
 /// And of those that come once bets on errors did well: a little more may be enough.
 const BLOCK_REQUESTS_MIN_WARNED: [u64; 4] = [60, 20, 20, 20];
-/// The e-value that this begins at.
+/// A pause may be wrong so many times as often as a rollback, and at most every other time.
+const PAUSE_TIMES: f64 = 5.0;
+/// The e-value that the smaller blocks begin at.
 const WARNED: f64 = 5.0;
 
 /// What must be ruled out before a promotion.
@@ -67,8 +69,6 @@ pub enum Allowed {
 pub struct Policy {
     /// Probability of ever rolling back a canary that is no worse than tolerated, at most.
     pub alpha: f64,
-    /// The same for a pause.
-    pub alpha_pause: f64,
     /// Probability of promoting a canary that is worse than the margins below, at most.
     pub alpha_promote: f64,
     /// A rollout's expected length, in seconds: restarts are spread over it.
@@ -95,7 +95,6 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             alpha: 0.01,
-            alpha_pause: 0.05,
             alpha_promote: 0.05,
             horizon_seconds: 3_600.0,
             error_margin: 0.02,
@@ -415,7 +414,7 @@ impl Sequential {
         let enough = (1.0 / self.policy.alpha_promote).ln();
         let decision = if self.rolled_back {
             Decision::Rollback
-        } else if self.e >= 1.0 / self.policy.alpha_pause {
+        } else if self.e >= 1.0 / (PAUSE_TIMES * self.policy.alpha).min(0.5) {
             Decision::Pause
         } else if self.promotion.iter().all(|e| *e >= enough) {
             Decision::Promote
