@@ -153,7 +153,7 @@ impl<'a> Source<'a> {
     fn batch(&mut self, happens: bool) -> (u64, String) {
         let ProduceArgs { service, stable, canary, share, profile, .. } = self.args;
         let count = self.count.sample(&mut self.random) as u64;
-        let now = humantime::format_rfc3339_millis(wall()).to_string();
+        let now = super::wall_ms();
         let mut lines = String::with_capacity(count as usize * 160);
         for _ in 0..count {
             let is_canary = self.random.random::<f64>() < share.fraction();
@@ -170,16 +170,10 @@ impl<'a> Source<'a> {
             let _ = writeln!(
                 lines,
                 "{{\"service\":\"{service}\",\"version\":\"{version}\",\"status\":{status},\"latency_ms\":{latency_ms:.3},\
-                 \"event_time\":\"{now}\",\"event_id\":\"{:x}-{}\"}}",
+                 \"event_time\":{now},\"event_id\":\"{:x}-{}\"}}",
                 self.run, self.next_id
             );
         }
         (count, lines)
     }
-}
-
-fn wall() -> std::time::SystemTime {
-    use crate::ports::Clock as _;
-    let now = crate::adapters::clock::BootClock.now().wall.0;
-    std::time::UNIX_EPOCH + Duration::from_millis(now)
 }
