@@ -7,6 +7,8 @@
 //! null is the union of those that begin at so and so much and decay. Each is bet against by itself, and the e-value is the
 //! least of them all: a slowness that stays is soon unlike every warm-up.
 
+use std::sync::LazyLock;
+
 use super::{Allowed, Policy};
 use crate::domain::stats::{BIN_RATIO, BINS, FIRST_US};
 
@@ -40,13 +42,11 @@ pub(super) const COUNT: usize = ALTERNATIVES.len();
 /// What each of them gets.
 pub(super) const WEIGHTS: [f64; COUNT] = [0.11, 0.11, 0.37, 0.11, 0.09, 0.105, 0.105];
 
-/// Returns a fine histogram, `by` bins slower, in coarse bins.
-pub(super) fn moved(fine: &[(u16, u32)], by: usize) -> Coarse {
-    let mut coarse = [0.0; COARSE];
+/// Adds a fine histogram, `by` bins slower, in coarse bins.
+pub(super) fn add_moved(sum: &mut Coarse, fine: &[(u16, u32)], by: usize) {
     for (bin, count) in fine {
-        coarse[(usize::from(*bin) + by).min(BINS - 1) / COARSENESS] += f64::from(*count);
+        sum[(usize::from(*bin) + by).min(BINS - 1) / COARSENESS] += f64::from(*count);
     }
-    coarse
 }
 
 /// What warm-ups begin with: so much longer latencies, as a share of stable's.
@@ -68,23 +68,23 @@ pub(super) struct Shape(pub Coarse);
 
 impl Default for Shape {
     fn default() -> Self {
-        Self(prior().map(|share| share * 5.0))
+        Self(PRIOR.map(|share| share * 5.0))
     }
 }
 
 /// A wide guess: around 100 ms, a factor of 3.3 either way.
-fn prior() -> Coarse {
+static PRIOR: LazyLock<Coarse> = LazyLock::new(|| {
     let mut prior = [0.0; COARSE];
     for (bin, share) in prior.iter_mut().enumerate() {
         let middle_ms = FIRST_US / 1000.0 * BIN_RATIO.powf((bin * COARSENESS) as f64 + COARSENESS as f64 / 2.0);
         *share = (-0.5 * ((middle_ms.ln() - 100f64.ln()) / 1.2).powi(2)).exp();
     }
     normal(prior)
-}
+});
 
 fn normal(mut shares: Coarse) -> Coarse {
-    let sum: f64 = shares.iter().sum();
-    shares.iter_mut().for_each(|share| *share /= sum);
+    let scale = 1.0 / shares.iter().sum::<f64>();
+    shares.iter_mut().for_each(|share| *share *= scale);
     shares
 }
 
@@ -102,7 +102,7 @@ impl Shape {
 
     /// Returns the bets against each null: `tolerated` are their tolerances, the first one that of a warm canary.
     pub fn bets(&self, tolerated: &[usize; NULLS]) -> Bets {
-        let (known, prior) = (Moving::new(&normal(self.0)), prior());
+        let (known, prior) = (Moving::new(&normal(self.0)), &*PRIOR);
         let null = |bins: usize| {
             let shares = from_survival(&known.by(bins as f64 / COARSENESS as f64));
             normal(std::array::from_fn(|bin| 0.999 * shares[bin] + 0.001 * prior[bin]))
@@ -113,9 +113,12 @@ impl Shape {
         let mut all: Vec<(usize, Box<[Coarse; COUNT]>)> = Vec::with_capacity(NULLS);
         for bins in tolerated {
             if all.iter().all(|(known, _)| known != bins) {
-                let cold = (*bins != tolerated[0]).then(|| null(*bins));
-                let bet = |k: usize| bet_on(ALTERNATIVES[k], &above[k], &warm, cold.as_ref());
-                all.push((*bins, Box::new(std::array::from_fn(bet))));
+                let cold = (*bins != tolerated[0]).then(|| Cold::new(null(*bins)));
+                let mut bets = Box::new([[0.0; COARSE]; COUNT]);
+                for (k, factors) in bets.iter_mut().enumerate() {
+                    bet_on(factors, ALTERNATIVES[k], &above[k], &warm, cold.as_ref());
+                }
+                all.push((*bins, bets));
             }
         }
         Bets(all)
@@ -138,15 +141,8 @@ fn survival(shares: &Coarse) -> Coarse {
 }
 
 fn from_survival(survival: &Coarse) -> Coarse {
-    let mut shares = [0.0; COARSE];
-    let mut least = 1.0f64;
-    for bin in 0..COARSE {
-        let here = least.min(survival[bin]);
-        let next = survival.get(bin + 1).map_or(0.0, |next| next.min(here));
-        shares[bin] = here - next;
-        least = here;
-    }
-    shares
+    let next = |bin: usize| survival.get(bin + 1).map_or(0.0, |next| *next);
+    std::array::from_fn(|bin| (survival[bin] - next(bin)).max(0.0))
 }
 
 /// A survival that can be moved towards slower answers; between edges it is exponential.
@@ -185,38 +181,73 @@ fn slower(alternative: Alternative, warm: &Moving) -> Coarse {
     })
 }
 
-/// Returns the bet that a canary is like `above`, against a `warm` one or against a `cold` one.
-fn bet_on(alternative: Alternative, above: &Coarse, warm: &Coarse, cold: Option<&Coarse>) -> Coarse {
-    let (mut factors, most) = match (cold, alternative) {
-        // Whoever is faster than tolerated is no worse: a bet never falls towards slower answers.
-        (None, Alternative::Shift(factor)) => (never_falling(above, warm), (4.0 * factor.ln() + 0.3).min(6.0).exp()),
-        (None, Alternative::Tail(..)) => (never_falling(above, warm), 5f64.exp()),
-        // A warm-up is a course, not a bound: slowness that stays may well be less than it at first.
-        (Some(cold), _) => (std::array::from_fn(|bin| above[bin] / cold[bin]), 6f64.exp()),
-    };
-    factors.iter_mut().for_each(|factor| *factor = factor.clamp((-4f64).exp(), most));
-    let mean: f64 = factors.iter().zip(cold.unwrap_or(warm)).map(|(factor, share)| factor * share).sum();
-    factors.map(|factor| factor / mean)
+/// The null of a canary that warms up.
+struct Cold {
+    shares: Coarse,
+    /// 1 ÷ each share.
+    inverse: Coarse,
 }
 
-/// Returns `above ÷ below`, made never falling by pooling neighbours.
-fn never_falling(above: &Coarse, below: &Coarse) -> Coarse {
-    let mut pools: Vec<(f64, f64, usize)> = Vec::with_capacity(COARSE);
+impl Cold {
+    fn new(shares: Coarse) -> Self {
+        Self { shares, inverse: shares.map(|share| 1.0 / share) }
+    }
+}
+
+/// Makes `factors` the bet that a canary is like `above`, against a `warm` one or against a `cold` one.
+fn bet_on(factors: &mut Coarse, alternative: Alternative, above: &Coarse, warm: &Coarse, cold: Option<&Cold>) {
+    let most = match (cold, alternative) {
+        // Whoever is faster than tolerated is no worse: a bet never falls towards slower answers.
+        (None, alternative) => {
+            never_falling(factors, above, warm);
+            match alternative {
+                Alternative::Shift(factor) => (4.0 * factor.ln() + 0.3).min(6.0).exp(),
+                Alternative::Tail(..) => 5f64.exp(),
+            }
+        }
+        // A warm-up is a course, not a bound: slowness that stays may well be less than it at first.
+        (Some(cold), _) => {
+            for ((factor, above), inverse) in factors.iter_mut().zip(above).zip(&cold.inverse) {
+                *factor = above * inverse;
+            }
+            6f64.exp()
+        }
+    };
+    let least = (-4f64).exp();
+    factors.iter_mut().for_each(|factor| *factor = factor.max(least).min(most));
+    let scale = 1.0 / dot(factors, cold.map_or(warm, |cold| &cold.shares));
+    factors.iter_mut().for_each(|factor| *factor *= scale);
+}
+
+/// Returns the sum of products, in four sums that don't wait for each other.
+fn dot(a: &Coarse, b: &Coarse) -> f64 {
+    let mut sums = [0.0; 4];
+    for (a, b) in a.chunks(4).zip(b.chunks(4)) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
+}
+
+/// Makes `factors` `above ÷ below`, made never falling by pooling neighbours.
+fn never_falling(factors: &mut Coarse, above: &Coarse, below: &Coarse) {
+    let mut pools = [(0.0, 0.0, 0); COARSE];
+    let mut count = 0;
     for (a, b) in above.iter().zip(below) {
         let mut pool = (*a, *b, 1);
-        while let Some(last) = pools.last().filter(|last| last.0 * pool.1 >= pool.0 * last.1) {
-            pool = (pool.0 + last.0, pool.1 + last.1, pool.2 + last.2);
-            pools.pop();
+        while count > 0 && pools[count - 1].0 * pool.1 >= pool.0 * pools[count - 1].1 {
+            count -= 1;
+            pool = (pool.0 + pools[count].0, pool.1 + pools[count].1, pool.2 + pools[count].2);
         }
-        pools.push(pool);
+        pools[count] = pool;
+        count += 1;
     }
-    let mut factors = [0.0; COARSE];
     let mut bin = 0;
-    for (a, b, count) in pools {
-        factors[bin..bin + count].fill(a / b);
-        bin += count;
+    for (a, b, bins) in &pools[..count] {
+        factors[bin..bin + bins].fill(a / b);
+        bin += bins;
     }
-    factors
 }
 
 /// Returns where a promotion compares answers, and by how much a larger share of the canary's may be beyond that: given

@@ -309,11 +309,10 @@ impl Sequential {
         }
         self.requests = (self.requests.0 + stable.count, self.requests.1 + canary.count);
         self.failed = (self.failed.0 + stable.errors, self.failed.1 + canary.errors);
-        let add = |sum: &mut Coarse, more: Coarse| sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
-        add(&mut block.canary, latency::moved(canary.histogram(), 0));
-        add(&mut block.stable, latency::moved(stable.histogram(), 0));
+        latency::add_moved(&mut block.canary, canary.histogram(), 0);
+        latency::add_moved(&mut block.stable, stable.histogram(), 0);
         for (sum, bins) in block.tolerated.iter_mut().zip(self.tolerated) {
-            add(sum, latency::moved(stable.histogram(), bins));
+            latency::add_moved(sum, stable.histogram(), bins);
         }
     }
 
