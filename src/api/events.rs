@@ -17,7 +17,6 @@ use crate::protocol::record::{Act, Chosen, Slot};
 use crate::protocol::{Announcement, Event};
 
 use super::ApiState;
-use super::show::reasons;
 
 /// How often a silent stream says that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -38,7 +37,7 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = sender.closed() => {}
-            _ = feed(&state, live, told, resume.is_some(), &sender, |event, slot| Some(sse(event, slot))) => {}
+            _ = feed(&state, live, told, resume.is_some(), &sender) => {}
         }
     });
     let stream = ReceiverStream::new(receiver).map(Ok::<_, Infallible>);
@@ -46,18 +45,17 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
     axum::response::Sse::new(stream).keep_alive(keep_alive).into_response()
 }
 
-/// Feeds one client until it goes away, with what `item` makes of each announcement: none for what it doesn't want. Only its
-/// own queue fills when it is slow; what it missed meanwhile is read from the log.
-pub(super) async fn feed<T>(
+/// Feeds one client until it goes away. Only its own queue fills when it is slow; what it missed meanwhile is read from the
+/// log.
+async fn feed(
     state: &ApiState,
     mut live: Receiver<Arc<Announcement>>,
     mut told: Slot,
     resumed: bool,
-    client: &mpsc::Sender<T>,
-    item: impl Fn(&Announcement, Option<Slot>) -> Option<T>,
+    client: &mpsc::Sender<Sse>,
 ) -> Option<()> {
     if resumed {
-        told = replay(state, told, client, &item).await?;
+        told = replay(state, told, client).await?;
     }
     loop {
         match live.recv().await {
@@ -66,32 +64,24 @@ pub(super) async fn feed<T>(
                 if slot.is_some_and(|slot| slot <= told) {
                     continue;
                 }
-                if let Some(item) = item(&announcement, slot) {
-                    client.send(item).await.ok()?;
-                }
+                client.send(sse(&announcement, slot)).await.ok()?;
                 told = slot.unwrap_or(told);
             }
-            Err(RecvError::Lagged(_)) => told = replay(state, told, client, &item).await?,
+            Err(RecvError::Lagged(_)) => told = replay(state, told, client).await?,
             Err(RecvError::Closed) => return None,
         }
     }
 }
 
 /// Sends the decisions after `told` from the log; returns the last slot sent, `told` when there is none.
-async fn replay<T>(
-    state: &ApiState,
-    mut told: Slot,
-    client: &mpsc::Sender<T>,
-    item: &impl Fn(&Announcement, Option<Slot>) -> Option<T>,
-) -> Option<Slot> {
+async fn replay(state: &ApiState, mut told: Slot, client: &mpsc::Sender<Sse>) -> Option<Slot> {
     loop {
         let (log, from) = (state.node.log.clone(), told.next());
         let records = tokio::task::spawn_blocking(move || log.read(from, BATCH)).await.ok()?.ok()?;
         let Some(last) = records.last().map(|chosen| chosen.record.slot) else { return Some(told) };
         for chosen in &records {
-            let announcement = retold(state, chosen);
-            if let Some(item) = announcement.and_then(|announcement| item(&announcement, Some(chosen.record.slot))) {
-                client.send(item).await.ok()?;
+            if let Some(announcement) = retold(state, chosen) {
+                client.send(sse(&announcement, Some(chosen.record.slot))).await.ok()?;
             }
         }
         told = last;
@@ -111,12 +101,18 @@ fn retold(state: &ApiState, chosen: &Chosen) -> Option<Announcement> {
             node: change.node().clone(),
             txid: record.intent.tx.clone(),
         },
+        Act::Judge { service, since_version, judgement } => Event::Judged {
+            slot: Some(record.slot),
+            service: service.clone(),
+            since_version: *since_version,
+            judgement: (**judgement).clone(),
+        },
         act => Event::Routing {
             slot: record.slot,
             kind: act.name().into(),
             state: record.state.clone()?,
             phase: phase_after(state, chosen),
-            reasons: reasons(act),
+            reasons: act.reasons(),
             took_ms: None,
         },
     };
@@ -137,6 +133,7 @@ fn decided(announcement: &Announcement) -> Option<Slot> {
     match &announcement.event {
         Event::Routing { slot, state, .. } if state.status != crate::domain::routing::Status::Prepared => Some(*slot),
         Event::Membership { slot, .. } => Some(*slot),
+        Event::Judged { slot, .. } => *slot,
         _ => None,
     }
 }

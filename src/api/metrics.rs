@@ -115,9 +115,9 @@ pub async fn count(node: NodeHandle) {
                 }
             }
             Event::Judged { service, judgement, .. } => {
-                let strategy = if judgement.odds.is_some() { "SEQUENTIAL" } else { "THRESHOLD" };
+                let of = if judgement.is_window { "window" } else { "comparison" };
                 let (service, verdict) = (service.to_string(), judgement.verdict.word());
-                counter!("aviary_judgements_total", "service" => service, "strategy" => strategy, "verdict" => verdict)
+                counter!("aviary_judgements_total", "service" => service, "of" => of, "verdict" => verdict)
                     .increment(1);
             }
             Event::Voted { vote, .. } => counter!("aviary_gate_votes_total", "vote" => vote.clone()).increment(1),

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use crate::domain::ids::ServiceId;
 use crate::domain::plan::{Backend, Stage};
-use crate::domain::rollout::Change;
 use crate::node::log::weights_json;
 use crate::protocol::record::{Act, Chosen, Slot};
 
@@ -62,7 +61,7 @@ const BATCH: usize = 256;
 /// Most records told at once: the newest.
 const HISTORY_MAX: usize = 1000;
 
-/// `GET /v1/rollouts/{name}/history`: every record that concerned the service, oldest first.
+/// `GET /v1/rollouts/{name}/history`: every record that changed the service or was to, oldest first.
 pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) -> Response {
     let known = ServiceId::new(&name).ok().filter(|id| state.node.published.view().services.contains_key(id));
     let Some(id) = known else { return unknown(&state, &name) };
@@ -75,7 +74,8 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
             let records = log.read(from, BATCH)?;
             let Some(last) = records.last() else { break };
             from = last.record.slot.next();
-            for chosen in records.iter().filter(|chosen| chosen.record.intent.act.service() == Some(&id)) {
+            let concerns = |act: &Act| act.service() == Some(&id) && !matches!(act, Act::Judge { .. });
+            for chosen in records.iter().filter(|chosen| concerns(&chosen.record.intent.act)) {
                 found.push_back(record_json(chosen));
                 if found.len() > HISTORY_MAX {
                     found.pop_front();
@@ -91,16 +91,6 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
     }
 }
 
-/// Returns why a record was decided, as far as it says.
-pub(super) fn reasons(act: &Act) -> Vec<String> {
-    match act {
-        Act::Abort { reasons, .. } => reasons.clone(),
-        Act::Revert { reason, .. } => vec![reason.clone()],
-        Act::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => vec![reason.clone()],
-        Act::Change(..) | Act::Genesis { .. } | Act::Config(_) => Vec::new(),
-    }
-}
-
 fn record_json(chosen: &Chosen) -> Value {
     let record = &chosen.record;
     let state = record.state.as_ref();
@@ -113,7 +103,7 @@ fn record_json(chosen: &Chosen) -> Value {
         "version": state.map(|state| state.version),
         "weights": state.map(weights_json),
         "status": state.map(|state| state.status),
-        "reasons": reasons(&record.intent.act),
+        "reasons": record.intent.act.reasons(),
         "yes": record.certificate.as_ref().map(|certificate| &certificate.yes),
         "unarmed": chosen.is_unarmed(),
         "hash": record.hash().to_string(),

@@ -70,7 +70,7 @@ fn print(judgement: &Judgement, as_json: bool) {
         println!("{}", json!(judgement));
         return;
     }
-    let Judgement { from_ms, to_ms, verdict, stable, canary, odds } = judgement;
+    let Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: _ } = judgement;
     let side = |summary: &Summary| {
         let p95 = summary.p95_ms.map_or("-".into(), |ms| format!("{ms:.1} ms"));
         format!("{} answers, {} errors, p95 {p95}", summary.count, summary.errors)

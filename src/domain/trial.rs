@@ -61,8 +61,35 @@ pub struct Judgement {
     pub stable: Summary,
     /// The canary's.
     pub canary: Summary,
-    /// SEQUENTIAL's reckoning; none where it was THRESHOLD's.
+    /// SEQUENTIAL's reckoning; none where it was THRESHOLD's alone.
     pub odds: Option<Odds>,
+    /// True for a closed window's, of which there is one each; false where the comparison changed its mind.
+    pub is_window: bool,
+}
+
+// No figure in it is ever NaN.
+impl Eq for Judgement {}
+
+impl Judgement {
+    /// Returns what is said of time that nobody looked at, or of which only a part was seen.
+    pub fn unseen(from_ms: u64, to_ms: u64) -> Self {
+        Self {
+            from_ms,
+            to_ms,
+            verdict: Verdict::Hold("nobody saw the whole of it".into()),
+            stable: Summary::default(),
+            canary: Summary::default(),
+            odds: None,
+            is_window: true,
+        }
+    }
+
+    /// Returns true when every figure is a number.
+    pub fn is_finite(&self) -> bool {
+        let latencies = [&self.stable, &self.canary].map(|summary| [summary.p50_ms, summary.p95_ms, summary.p99_ms]);
+        let odds = self.odds.map(|odds| [odds.e_value, odds.bound, odds.e_errors, odds.e_latency, odds.alpha_spent]);
+        latencies.as_flattened().iter().flatten().chain(odds.iter().flatten()).all(|figure| figure.is_finite())
+    }
 }
 
 /// What is known of one rollout's canary. `S` names the sources: nodes, or one for a recording.
@@ -117,7 +144,7 @@ impl<S: Ord + Clone> Trial<S> {
     }
 
     /// Closes all ticks that can be closed at `at_ms` after the start, when these sources are expected; returns what was
-    /// decided by them: every closed window once (THRESHOLD), and every change of mind (SEQUENTIAL).
+    /// decided by them: every closed window once, and every change of mind (SEQUENTIAL).
     pub fn advance<'s>(&mut self, at_ms: u64, expected: impl Iterator<Item = &'s S> + Clone) -> Vec<Judgement>
     where
         S: 's,
@@ -132,21 +159,15 @@ impl<S: Ord + Clone> Trial<S> {
     fn take(&mut self, tick: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
         let to_ms = (tick + 1) * self.tick_ms;
         self.total.merge(&sighting.evidence);
-        if self.analysis.has_limits() {
-            self.window.merge(&sighting.evidence);
-            let length = self.analysis.window_ms;
-            if to_ms / length > tick * self.tick_ms / length {
-                let window = std::mem::take(&mut self.window);
-                let to_ms = to_ms / length * length;
-                let (from_ms, verdict) = (to_ms - length, self.analysis.judge(&window));
-                let (stable, canary) = ((&window.stable).into(), (&window.canary).into());
-                // A window that was seen in part only is nobody's to decide.
-                if from_ms >= self.began_ms {
-                    self.closed = Some(verdict.clone());
-                    judgements.push(Judgement { from_ms, to_ms, verdict, stable, canary, odds: None });
-                }
-            }
+        self.window.merge(&sighting.evidence);
+        self.compare(to_ms, sighting, judgements);
+        let length = self.analysis.window_ms;
+        if to_ms / length > tick * self.tick_ms / length {
+            self.close_window(to_ms / length * length, judgements);
         }
+    }
+
+    fn compare(&mut self, to_ms: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
         let Some(test) = &mut self.sequential else { return };
         if sighting.version > self.version {
             if self.version > 0 {
@@ -159,6 +180,19 @@ impl<S: Ord + Clone> Trial<S> {
         if before != self.finding.as_ref().map(|found| found.decision) {
             judgements.extend(self.compared(to_ms));
         }
+    }
+
+    fn close_window(&mut self, to_ms: u64, judgements: &mut Vec<Judgement>) {
+        let window = std::mem::take(&mut self.window);
+        let from_ms = to_ms - self.analysis.window_ms;
+        let (stable, canary) = ((&window.stable).into(), (&window.canary).into());
+        if from_ms < self.began_ms {
+            judgements.push(Judgement { stable, canary, ..Judgement::unseen(from_ms, to_ms) });
+            return;
+        }
+        self.closed = Some(self.analysis.judge(&window));
+        let (verdict, odds) = (self.overall(), self.odds());
+        judgements.push(Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: true });
     }
 
     /// Returns what the last closed window and the comparison say at the moment, the worse of the two.
@@ -207,6 +241,7 @@ impl<S: Ord + Clone> Trial<S> {
             stable: (&self.total.stable).into(),
             canary: (&self.total.canary).into(),
             odds: self.odds(),
+            is_window: false,
         })
     }
 }

@@ -33,7 +33,7 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
 /// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 3, max: 3 };
+pub const VERSIONS: Versions = Versions { min: 4, max: 4 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most bytes of a body after HELLO.
@@ -461,6 +461,14 @@ fn check_intent(intent: &Intent) -> Result<(), FrameError> {
             spec.as_ref().clone().checked().map(drop).map_err(malformed)
         }
         Act::Revert { raised, .. } => check_slot(*raised),
+        Act::Judge { judgement, since_version, .. } => {
+            at_most("routing version", *since_version, NUMBER_MAX)?;
+            at_most("end of a window", judgement.to_ms, WALL_MS_MAX)?;
+            match judgement.is_finite() {
+                true => Ok(()),
+                false => Err(malformed("a judgement with a figure that is no number")),
+            }
+        }
         Act::Change(..) | Act::Genesis { .. } | Act::Abort { .. } | Act::Config(_) => Ok(()),
     }
 }

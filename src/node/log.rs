@@ -41,7 +41,7 @@ pub fn write(announcement: &Announcement) {
             }
         }
         Event::Judged { service, judgement, .. } => {
-            let Judgement { from_ms, to_ms, verdict, stable, canary, odds } = judgement;
+            let Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: _ } = judgement;
             let e_value = odds.map(|odds| odds.e_value);
             let word = verdict.word();
             info!(

@@ -28,6 +28,7 @@ impl Core {
         if self.is_coordinator() {
             self.settle_open_slot();
             self.revert_doubtful();
+            self.judge_windows();
         }
         for id in self.gates.keys().cloned().collect::<Vec<_>>() {
             self.fly(&id);

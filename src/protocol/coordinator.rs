@@ -451,8 +451,11 @@ impl Core {
         self.release_desk(record.slot);
         if let Some(at) = self.desk.queue.iter().position(|pending| pending.tx == record.intent.tx) {
             let pending = self.desk.queue.remove(at).expect("a position just found");
-            let outcome = self.settled_outcome(&pending.tx, pending.digest).first_time();
-            self.reply(&pending, &outcome);
+            // Nobody asked for a verdict, and its outcome is not kept.
+            if !pending.requests.is_empty() {
+                let outcome = self.settled_outcome(&pending.tx, pending.digest).first_time();
+                self.reply(&pending, &outcome);
+            }
         }
         if record.intent.act.lowers_exposure()
             && let Some(id) = record.intent.act.service().cloned()

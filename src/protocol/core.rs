@@ -507,6 +507,10 @@ impl Core {
                 Event::Membership { slot: *slot, kind, node, txid: intent.tx.clone() }
             }
             Act::Abort { service: None, .. } | Act::Genesis { .. } => return,
+            Act::Judge { service, since_version, judgement } => {
+                let (service, judgement) = (service.clone(), (**judgement).clone());
+                Event::Judged { slot: Some(*slot), service, since_version: *since_version, judgement }
+            }
             Act::Abort { service: Some(id), refused, reasons } => {
                 let Some(agreed) = self.ledger.services.get(id) else { return };
                 let phase = agreed.service.rollout.phase.to_string();
@@ -526,7 +530,8 @@ impl Core {
 
     /// Tells people that a transaction was prepared here.
     pub(super) fn announce_prepared(&mut self, slot: Slot, record_intent: &super::record::Intent) {
-        let Some(id) = record_intent.act.service() else { return };
+        let judges = matches!(record_intent.act, Act::Judge { .. });
+        let Some(id) = record_intent.act.service().filter(|_| !judges) else { return };
         let Ok(record) = self.ledger.next_record(record_intent.clone(), None) else { return };
         let Some(state) = record.state else { return };
         let phase = self.ledger.services.get(id).map_or(String::new(), |a| a.service.rollout.phase.to_string());

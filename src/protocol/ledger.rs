@@ -36,6 +36,8 @@ pub struct Agreed {
     pub hash: Hash,
     /// The last rise in exposure, while nothing has lowered it since.
     pub raise: Option<Raise>,
+    /// The windows of its rollout are decided up to here, in milliseconds since its start.
+    pub judged_ms: u64,
 }
 
 /// A rise in exposure that could still be undone.
@@ -79,6 +81,14 @@ pub enum RecordError {
     /// The change can't be made.
     #[error(transparent)]
     Change(#[from] ChangeError),
+    /// Not the window that is next to be decided.
+    #[error("window {} to {} ms of the rollout since version {}, expected one from {expected} ms on", found.0, found.1, found.2)]
+    Window {
+        /// Where the next one begins; none without a rollout under way.
+        expected: String,
+        /// The record's beginning and end, and the routing version that its rollout began with.
+        found: (u64, u64, u64),
+    },
     /// There is nothing to revert.
     #[error("slot {0} is not the last raise of its service, expected one that can be reverted")]
     NoRaise(Slot),
@@ -125,6 +135,8 @@ enum Effect {
     Nothing,
     Service(Box<Service>),
     Membership(Membership),
+    /// Windows decided up to here.
+    Judged(u64),
 }
 
 impl Ledger {
@@ -156,6 +168,7 @@ impl Ledger {
     ) -> Result<Record, RecordError> {
         let state = match self.effect(&intent)? {
             Effect::Service(service) => Some(service.routing),
+            Effect::Judged(_) => intent.act.service().and_then(|id| self.service(id)).map(|now| now.routing.clone()),
             Effect::Nothing | Effect::Membership(_) => None,
         };
         Ok(Record { slot: self.head.next(), prev_hash: self.head_hash, intent, state, certificate })
@@ -202,7 +215,14 @@ impl Ledger {
         match (self.effect(&record.intent)?, act.service()) {
             (Effect::Service(service), Some(id)) => {
                 let raise = self.raise_after(chosen, &service);
-                self.services.insert(id.clone(), Agreed { service: *service, slot: record.slot, hash, raise });
+                let since = service.rollout.since_version;
+                let before = self.services.get(id).filter(|agreed| agreed.service.rollout.since_version == since);
+                let judged_ms = before.map_or(0, |agreed| agreed.judged_ms);
+                let agreed = Agreed { service: *service, slot: record.slot, hash, raise, judged_ms };
+                self.services.insert(id.clone(), agreed);
+            }
+            (Effect::Judged(until), Some(id)) => {
+                self.services.get_mut(id).expect("a service whose window was just checked").judged_ms = until;
             }
             (Effect::Membership(membership), _) => {
                 for (node, member) in std::mem::replace(&mut self.membership, membership).0 {
@@ -211,15 +231,18 @@ impl Ledger {
                     }
                 }
             }
-            (Effect::Nothing, _) | (Effect::Service(_), None) => {}
+            (Effect::Nothing, _) | (Effect::Service(_) | Effect::Judged(_), None) => {}
         }
         let refused = match act {
             Act::Abort { reasons, .. } => Some(reasons.clone()),
             _ => None,
         };
-        let settled = Settled { slot: record.slot, digest: record.intent.digest, refused };
-        self.settled.insert(record.intent.tx.clone(), settled);
-        self.order.push_back(record.intent.tx.clone());
+        // A window can't be decided again in any case: it needs no room among the outcomes that clients may ask for.
+        if !matches!(act, Act::Judge { .. }) {
+            let settled = Settled { slot: record.slot, digest: record.intent.digest, refused };
+            self.settled.insert(record.intent.tx.clone(), settled);
+            self.order.push_back(record.intent.tx.clone());
+        }
         if self.order.len() > SETTLED_MAX
             && let Some(oldest) = self.order.pop_front()
         {
@@ -292,6 +315,21 @@ impl Ledger {
                 None => Ok(Effect::Nothing),
             },
             Act::Config(change) => Ok(Effect::Membership(self.membership_after(change)?)),
+            Act::Judge { service: id, since_version, judgement } => {
+                let agreed = self.services.get(id).filter(|agreed| agreed.service.rollout.phase.is_active());
+                let length = agreed.map_or(1, |agreed| agreed.service.rollout.spec.analysis.window_ms);
+                let follows = |agreed: &Agreed| {
+                    agreed.service.rollout.since_version == *since_version
+                        && agreed.judged_ms == judgement.from_ms
+                        && judgement.to_ms > judgement.from_ms
+                        && judgement.to_ms % length == 0
+                };
+                if agreed.is_some_and(follows) {
+                    return Ok(Effect::Judged(judgement.to_ms));
+                }
+                let expected = agreed.map_or("none".into(), |agreed| agreed.judged_ms.to_string());
+                Err(RecordError::Window { expected, found: (judgement.from_ms, judgement.to_ms, *since_version) })
+            }
         }
     }
 

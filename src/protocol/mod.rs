@@ -457,8 +457,10 @@ pub enum Event {
         /// Canary answers it rests on.
         samples: u64,
     },
-    /// A window was closed, or the comparison with stable changed its mind: each once.
+    /// A window was closed and decided, once; or the comparison with stable changed its mind here.
     Judged {
+        /// Its slot; none for a change of mind, which isn't in the log.
+        slot: Option<Slot>,
         /// The service.
         service: ServiceId,
         /// The routing version that its rollout began with.

@@ -9,6 +9,7 @@ use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::rollout::Change;
 use crate::domain::routing::RoutingState;
 use crate::domain::time::Wall;
+use crate::domain::trial::Judgement;
 
 /// Position in the log; 0 is genesis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -171,6 +172,15 @@ pub enum Act {
     },
     /// A change of membership.
     Config(ConfigChange),
+    /// What a closed window of a rollout says. The windows of a rollout follow each other without a gap, each decided once.
+    Judge {
+        /// The service.
+        service: ServiceId,
+        /// The routing version that the rollout began with.
+        since_version: u64,
+        /// The verdict, and what it rests on.
+        judgement: Box<Judgement>,
+    },
 }
 
 impl Act {
@@ -182,16 +192,30 @@ impl Act {
             Self::Revert { .. } => "Revert",
             Self::Abort { .. } => "Abort",
             Self::Config(change) => change.name(),
+            Self::Judge { .. } => "Judge",
         }
     }
 
     /// Returns the service it concerns.
     pub fn service(&self) -> Option<&ServiceId> {
         match self {
-            Self::Change(service, _) | Self::Revert { service, .. } => Some(service),
+            Self::Change(service, _) | Self::Revert { service, .. } | Self::Judge { service, .. } => Some(service),
             Self::Abort { service, .. } => service.as_ref(),
             Self::Genesis { .. } | Self::Config(_) => None,
         }
+    }
+
+    /// Returns why it is asked for, as far as it says.
+    pub fn reasons(&self) -> Vec<String> {
+        let reasons = match self {
+            Self::Abort { reasons, .. } => reasons.clone(),
+            Self::Revert { reason, .. } | Self::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => {
+                vec![reason.clone()]
+            }
+            Self::Judge { judgement, .. } => vec![judgement.verdict.reason().to_string()],
+            Self::Change(..) | Self::Genesis { .. } | Self::Config(_) => Vec::new(),
+        };
+        reasons.into_iter().filter(|reason| !reason.is_empty()).collect()
     }
 
     /// Returns true when it needs every gate voter's Yes.
@@ -204,7 +228,7 @@ impl Act {
         match self {
             Self::Change(_, change) => change.lowers_exposure(),
             Self::Revert { .. } | Self::Config(ConfigChange::Bench(_) | ConfigChange::Remove(_)) => true,
-            Self::Genesis { .. } | Self::Abort { .. } | Self::Config(_) => false,
+            Self::Genesis { .. } | Self::Abort { .. } | Self::Config(_) | Self::Judge { .. } => false,
         }
     }
 }
@@ -240,7 +264,7 @@ pub struct Record {
     pub prev_hash: Hash,
     /// The transaction.
     pub intent: Intent,
-    /// The routing it leads to; none for membership.
+    /// The routing it leads to or leaves in force; none for membership.
     pub state: Option<RoutingState>,
     /// The votes behind a rise in exposure; none for what needs no votes.
     pub certificate: Option<Certificate>,

@@ -7,13 +7,15 @@ use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::time::{Mono, Now};
 use crate::domain::timeline::Sighting;
-use crate::domain::trial::{Odds, Trial};
+use crate::domain::trial::{Judgement, Odds, Trial};
 use crate::domain::window::Evidence;
 
 use super::Event;
+use super::coordinator::Wish;
 use super::core::Core;
 use super::ledger::Agreed;
 use super::message::HealthSnapshot;
+use super::record::Act;
 
 /// Length of a tick, in milliseconds.
 const TICK_MS: u64 = 250;
@@ -21,6 +23,11 @@ const TICK_MS: u64 = 250;
 const TOLD_AGAIN: usize = 4;
 /// A record that isn't older than this was made just now; wall clocks needn't agree any better.
 const JUST_NOW_MS: u64 = 2_000;
+
+/// Closed windows that wait to be decided; the oldest are forgotten, and decided as unseen.
+const CLOSED_MAX: usize = 64;
+/// How long after its end a window is decided that this node has nothing to say of.
+const UNSEEN_MS: u64 = 10_000;
 
 /// What this node saw of one rollout, and what it makes of that and of its peers' word.
 #[derive(Debug, Clone)]
@@ -33,6 +40,8 @@ pub(super) struct Watch {
     /// Its last ticks.
     recent: VecDeque<(u64, Sighting)>,
     trial: Trial<NodeId>,
+    /// Windows that are closed here, and not decided yet as far as this node knows.
+    closed: VecDeque<Judgement>,
 }
 
 impl Watch {
@@ -49,6 +58,7 @@ impl Watch {
             open: (at_ms / TICK_MS, Sighting::default()),
             recent: VecDeque::new(),
             trial: Trial::new(analysis, policy, TICK_MS, at_ms),
+            closed: VecDeque::new(),
         }
     }
 
@@ -71,6 +81,25 @@ impl Watch {
     /// Returns what peers are told: which rollout, and the last ticks.
     pub fn sightings(&self) -> (u64, Vec<(u64, Sighting)>) {
         (self.since_version, self.recent.iter().cloned().collect())
+    }
+
+    /// Returns the window that is next to be decided, once it is closed; one that nobody here saw the whole of is decided, with
+    /// all that follow it, when whoever did had its time.
+    fn next_window(&mut self, agreed: &Agreed, now: Mono) -> Option<Judgement> {
+        let from_ms = agreed.judged_ms;
+        while self.closed.front().is_some_and(|judgement| judgement.from_ms < from_ms) {
+            self.closed.pop_front();
+        }
+        let length = agreed.service.rollout.spec.analysis.window_ms;
+        match self.closed.front() {
+            Some(next) if next.from_ms == from_ms => Some(next.clone()),
+            Some(later) => Some(Judgement::unseen(from_ms, later.from_ms)),
+            None => {
+                let over_ms = now.millis_since(self.began).saturating_sub(UNSEEN_MS);
+                let to_ms = over_ms / length * length;
+                (to_ms > from_ms).then(|| Judgement::unseen(from_ms, to_ms))
+            }
+        }
     }
 
     /// Returns the comparison's reckoning.
@@ -119,17 +148,37 @@ impl Core {
         for (id, watch) in &mut self.watches {
             let at_ms = now.millis_since(watch.began);
             watch.turn(&own, at_ms);
-            let judgements = watch.trial.advance(at_ms, expected.iter());
-            judged.extend(judgements.into_iter().map(|judgement| Event::Judged {
-                service: id.clone(),
-                since_version: watch.since_version,
-                judgement,
-            }));
+            for judgement in watch.trial.advance(at_ms, expected.iter()) {
+                if judgement.is_window {
+                    watch.closed.push_back(judgement);
+                    continue;
+                }
+                let (service, since_version) = (id.clone(), watch.since_version);
+                judged.push(Event::Judged { slot: None, service, since_version, judgement });
+            }
+            while watch.closed.len() > CLOSED_MAX {
+                watch.closed.pop_front();
+            }
         }
         if !judged.is_empty() {
             self.dirty = true;
             judged.into_iter().for_each(|event| self.announce(event));
             self.judge_all();
+        }
+    }
+
+    /// Asks for the next closed window of each rollout to be decided.
+    pub(super) fn judge_windows(&mut self) {
+        let own: Vec<_> = self.watches.keys().cloned().collect();
+        for id in own {
+            if !self.desk.is_free() {
+                return;
+            }
+            let (agreed, watch) = (&self.ledger.services[&id], self.watches.get_mut(&id).expect("a watch just seen"));
+            if let Some(judgement) = watch.next_window(agreed, self.now.mono) {
+                let since_version = watch.since_version;
+                self.wish(Wish::Act(Act::Judge { service: id, since_version, judgement: Box::new(judgement) }));
+            }
         }
     }
 

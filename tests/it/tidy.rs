@@ -16,9 +16,22 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),
     ("synthetic", &["domain"]),
     ("telemetry", &["domain", "protocol", "node::handle", "telemetry"]),
+    ("decisions", &["domain", "protocol", "ports", "node::handle", "schema", "decisions"]),
     (
         "api",
-        &["domain", "protocol", "ports", "node::handle", "node::log", "door", "api", "config::rollout", "telemetry"],
+        &[
+            "domain",
+            "protocol",
+            "ports",
+            "node::handle",
+            "node::log",
+            "door",
+            "api",
+            "config::rollout",
+            "telemetry",
+            "schema",
+            "decisions",
+        ],
     ),
 ];
 

@@ -26,7 +26,7 @@ pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
 /// What every sector begins with; the version of the format follows it.
 const MAGIC: [u8; 7] = *b"aviaryR";
 /// Version of the format.
-const VERSION: u8 = 4;
+const VERSION: u8 = 5;
 const SECTOR_BYTES: usize = 512;
 /// Magic, version, generation, CRC-32C.
 const HEADER_BYTES: usize = 8 + 8 + 4;
@@ -341,12 +341,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bytes_of_format_4_stay() {
+    fn the_bytes_of_format_5_stay() {
         let bytes = slot_bytes(3, 1, b"abc", [&b"de"[..]].into_iter());
         assert_eq!(bytes.len(), SECTORS_MIN * SECTOR_BYTES);
         let crc = checksum(3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
         assert_eq!(crc, 1_078_649_338, "the checksum covers generation, place and payload");
-        let head = [&b"aviaryR\x04\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
+        let head = [&b"aviaryR\x05\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
         assert_eq!(bytes[..HEADER_BYTES], head);
         assert_eq!(bytes[HEADER_BYTES..][..17], *b"\x0d\0\0\0\x03\0\0\0abc\x02\0\0\0de");
     }

@@ -5,7 +5,6 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use axum::Router;
-use prost_types::Timestamp;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -13,27 +12,19 @@ use tonic::{Request, Response, Status, Streaming};
 
 mod rollouts;
 
-use super::{ApiState, events};
+use super::ApiState;
+use crate::decisions::follow::Follower;
 use crate::domain::ids::ServiceId;
 use crate::protocol::record::Slot;
-use crate::protocol::{Announcement, Event};
 use crate::telemetry::event::{Event as Reported, Rejection};
 
-/// The generated code.
-#[allow(missing_docs, clippy::all, reason = "what is generated, and how well, is the generator's")]
-pub mod v1 {
-    tonic::include_proto!("aviary.v1");
-    /// The schema itself, for reflection.
-    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/aviary.bin"));
-}
-
+use crate::schema::v1::decision_service_server::{DecisionService, DecisionServiceServer};
+use crate::schema::v1::rollout_service_server::RolloutServiceServer;
+use crate::schema::v1::telemetry_service_server::{TelemetryService, TelemetryServiceServer};
+use crate::schema::v1::watch_decisions_response::Event as Told;
+use crate::schema::v1::{self, Heartbeat, ReportTelemetryRequest, ReportTelemetryResponse};
+use crate::schema::v1::{WatchDecisionsRequest, WatchDecisionsResponse};
 use rollouts::Rollouts;
-use v1::decision_service_server::{DecisionService, DecisionServiceServer};
-use v1::rollout_service_server::RolloutServiceServer;
-use v1::telemetry_service_server::{TelemetryService, TelemetryServiceServer};
-use v1::watch_decisions_response::Event as Told;
-use v1::{Decision, DecisionKind, Heartbeat, ReportTelemetryRequest, ReportTelemetryResponse};
-use v1::{WatchDecisionsRequest, WatchDecisionsResponse};
 
 /// How often a stream says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -79,19 +70,26 @@ impl DecisionService for Decisions {
             ServiceId::new(&service).map_err(|why| Status::invalid_argument(format!("service: {why}")))?;
         }
         let state = self.0.clone();
-        // Before the answer: what is decided once a client knows that it is connected is told.
-        let live = state.node.events();
-        let head = state.node.published.view().head;
         if let Some(after) = after_sequence {
             self.kept_since(Slot(after)).await?;
         }
-        let told = after_sequence.map_or(head, Slot);
+        // Before the answer: what is decided once a client knows that it is connected is told.
+        let mut decisions = Follower::new(&state.node, after_sequence.map(Slot));
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
         let response = |told| Ok(WatchDecisionsResponse { event: Some(told) });
         tokio::spawn(async move {
-            let wanted = move |announcement: &Announcement, slot: Option<Slot>| {
-                let decision = decision(announcement, slot?)?;
-                (service.is_empty() || decision.service == service).then(|| response(Told::Decision(decision)))
+            let tell = async {
+                loop {
+                    let batch = match decisions.next().await {
+                        Ok(batch) => batch,
+                        Err(why) => return drop(sender.send(Err(Status::out_of_range(why.to_string()))).await),
+                    };
+                    for decision in batch.into_iter().filter(|one| service.is_empty() || one.service == service) {
+                        if sender.send(response(Told::Decision(decision))).await.is_err() {
+                            return;
+                        }
+                    }
+                }
             };
             let beat = async {
                 let mut tick = tokio::time::interval(HEARTBEAT);
@@ -106,7 +104,7 @@ impl DecisionService for Decisions {
                 () = state.shutdown.cancelled() => {}
                 () = sender.closed() => {}
                 () = beat => {}
-                _ = events::feed(&state, live, told, after_sequence.is_some(), &sender, wanted) => {}
+                () = tell => {}
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -140,33 +138,6 @@ impl Decisions {
         }
         Ok(())
     }
-}
-
-fn decision(announcement: &Announcement, slot: Slot) -> Option<Decision> {
-    let Event::Routing { kind, state, reasons, .. } = &announcement.event else { return None };
-    let kind = match kind.as_str() {
-        "Start" => DecisionKind::Start,
-        "Promote" => DecisionKind::Promote,
-        "Pause" => DecisionKind::Pause,
-        "Resume" => DecisionKind::Resume,
-        "Rollback" => DecisionKind::Rollback,
-        aborted if aborted.starts_with("Abort") => DecisionKind::Abort,
-        "Revert" => DecisionKind::Revert,
-        _ => DecisionKind::Unspecified,
-    };
-    let at_ms = state.timestamp.0;
-    Some(Decision {
-        sequence: slot.0,
-        service: state.service.to_string(),
-        kind: kind.into(),
-        transaction_id: state.txid.to_string(),
-        routing_version: state.version,
-        stable_version: state.stable_model_id.to_string(),
-        canary_version: state.canary_model_id.as_ref().map(ToString::to_string).unwrap_or_default(),
-        canary_weight_bp: state.canary_weight().bp().into(),
-        reasons: reasons.clone(),
-        decision_time: Some(Timestamp { seconds: (at_ms / 1000) as i64, nanos: (at_ms % 1000 * 1_000_000) as i32 }),
-    })
 }
 
 /// Takes events.

@@ -11,11 +11,11 @@ use tonic::{Request, Response, Status};
 
 use super::super::auth::Actor;
 use super::super::{ApiState, write};
-use super::v1::rollout_service_server::RolloutService;
-use super::v1::*;
 use crate::domain::ids::ServiceId;
 use crate::domain::rollout::Phase;
 use crate::protocol::{Outcome, ServiceView};
+use crate::schema::v1::rollout_service_server::RolloutService;
+use crate::schema::v1::*;
 
 /// Changes rollouts, and shows them.
 pub struct Rollouts(pub ApiState);

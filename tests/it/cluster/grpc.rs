@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use aviary::api::grpc::v1::decision_service_client::DecisionServiceClient;
-use aviary::api::grpc::v1::rollout_service_client::RolloutServiceClient;
-use aviary::api::grpc::v1::telemetry_service_client::TelemetryServiceClient;
-use aviary::api::grpc::v1::watch_decisions_response::Event;
-use aviary::api::grpc::v1::{
+use aviary::schema::v1::decision_service_client::DecisionServiceClient;
+use aviary::schema::v1::rollout_service_client::RolloutServiceClient;
+use aviary::schema::v1::telemetry_service_client::TelemetryServiceClient;
+use aviary::schema::v1::watch_decisions_response::Event;
+use aviary::schema::v1::{
     AbortRolloutRequest, ApplyRolloutRequest, GetRolloutRequest, ListRolloutsRequest, PauseRolloutRequest,
     PromoteRolloutRequest, ResumeRolloutRequest, RetryRolloutRequest, RolloutPhase,
 };
-use aviary::api::grpc::v1::{Decision, DecisionKind, ReportTelemetryRequest, TelemetryEvent, WatchDecisionsRequest};
+use aviary::schema::v1::{Decision, DecisionKind, ReportTelemetryRequest, TelemetryEvent, WatchDecisionsRequest};
 use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Streaming};
@@ -26,7 +26,7 @@ async fn watch(
     cluster: &Cluster,
     node: usize,
     after_sequence: Option<u64>,
-) -> Result<Streaming<aviary::api::grpc::v1::WatchDecisionsResponse>, tonic::Status> {
+) -> Result<Streaming<aviary::schema::v1::WatchDecisionsResponse>, tonic::Status> {
     let mut client = DecisionServiceClient::new(channel(cluster, node).await);
     let request = WatchDecisionsRequest { service: "svc".into(), after_sequence };
     Ok(client.watch_decisions(request).await?.into_inner())
@@ -34,7 +34,7 @@ async fn watch(
 
 /// Returns the next so many decisions, and how many signs of life came before them.
 async fn decisions(
-    stream: &mut Streaming<aviary::api::grpc::v1::WatchDecisionsResponse>,
+    stream: &mut Streaming<aviary::schema::v1::WatchDecisionsResponse>,
     count: usize,
 ) -> (Vec<Decision>, usize) {
     let (mut found, mut beats) = (Vec::new(), 0);

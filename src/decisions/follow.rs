@@ -1,0 +1,85 @@
+//! Following the log.
+
+use std::sync::Arc;
+
+use tokio::sync::broadcast::{Receiver, error::RecvError};
+
+use super::decision;
+use crate::node::handle::NodeHandle;
+use crate::ports::{LogReader, StoreError};
+use crate::protocol::Announcement;
+use crate::protocol::record::Slot;
+use crate::schema::v1::Decision;
+
+/// Records read at a time.
+const BATCH: usize = 64;
+
+/// Why a follower can't go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Lost {
+    /// The log no longer has what comes next.
+    #[error("decisions after {after} are no longer in this node's log, which begins at {first}")]
+    Compacted {
+        /// The last one told.
+        after: Slot,
+        /// The first one there is.
+        first: Slot,
+    },
+    /// The log can't be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The node ended.
+    #[error("the node is stopping")]
+    Stopped,
+}
+
+/// Tells every decision once, in order: first those that are in the log already, then each as it is made.
+pub struct Follower {
+    log: Arc<dyn LogReader>,
+    live: Receiver<Arc<Announcement>>,
+    told: Slot,
+}
+
+impl Follower {
+    /// Returns a follower of the decisions after `after`; none: of those from now on.
+    pub fn new(node: &NodeHandle, after: Option<Slot>) -> Self {
+        let live = node.events();
+        let told = after.unwrap_or_else(|| node.published.view().head);
+        Self { log: node.log.clone(), live, told }
+    }
+
+    /// Returns the last place in the log that was looked at.
+    pub fn told(&self) -> Slot {
+        self.told
+    }
+
+    /// Goes on after this place, whatever is missing before it.
+    pub fn skip_to(&mut self, told: Slot) {
+        self.told = told;
+    }
+
+    /// Returns the next decisions, at least one; waits until there is one.
+    pub async fn next(&mut self) -> Result<Vec<Decision>, Lost> {
+        loop {
+            let (log, from) = (self.log.clone(), self.told.next());
+            let read = tokio::task::spawn_blocking(move || log.read(from, BATCH));
+            let records = read.await.map_err(|_| Lost::Stopped)??;
+            match records.first().map(|chosen| chosen.record.slot) {
+                Some(first) if first > from => return Err(Lost::Compacted { after: self.told, first }),
+                Some(_) => {}
+                None => {
+                    // Whatever it is that was announced, the log says whether it was a decision.
+                    match self.live.recv().await {
+                        Ok(_) | Err(RecvError::Lagged(_)) => continue,
+                        Err(RecvError::Closed) => return Err(Lost::Stopped),
+                    }
+                }
+            }
+            self.told = records.last().map_or(self.told, |chosen| chosen.record.slot);
+            let decisions: Vec<_> = records.iter().filter_map(decision).collect();
+            if !decisions.is_empty() {
+                return Ok(decisions);
+            }
+        }
+    }
+}
