@@ -32,6 +32,18 @@ step "tests"
 if [ -n "${1:-}" ]; then ulimit -n 20000; fi
 env "${rounds[@]}" cargo test --workspace --quiet "${profile[@]}"
 
+step "tests with a real Kafka and a real Redis"
+if scripts/services.sh up; then
+  eval "$(scripts/services.sh env)"
+  cargo test --quiet "${profile[@]}" --test it services:: -- --ignored
+  scripts/services.sh down
+elif [ "${REQUIRE_SERVICES:-}" = 1 ]; then
+  echo "run_tests.sh: no Kafka or no Redis, expected both with REQUIRE_SERVICES=1" >&2
+  exit 1
+else
+  skipped+=("$(cargo test --quiet "${profile[@]}" --test it services:: -- --ignored --list | sed -n 's/: test$/: needs Kafka or Redis (scripts\/services.sh up)/p')")
+fi
+
 step "data plane under clients that nobody here wrote"
 if command -v python3 >/dev/null && command -v curl >/dev/null; then
   cargo build --quiet "${profile[@]}"

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -12,6 +13,7 @@ use crate::domain::time::Now;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Register, Slot};
+use crate::schema::v1::Decision;
 
 /// A store could not do what it must. The process stops: a promise that may not be on disk can't be made.
 #[derive(Debug, thiserror::Error)]
@@ -108,4 +110,38 @@ pub trait Listener: Send {
 
     /// Returns the bound address.
     fn address(&self) -> io::Result<String>;
+}
+
+/// Something outside the cluster doesn't do what it should right now. It is tried again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}: {why}")]
+pub struct OutsideError {
+    /// What it is.
+    pub what: String,
+    /// Its answer, and what an operator can do.
+    pub why: String,
+}
+
+impl OutsideError {
+    /// Returns what `what` answered.
+    pub fn new(what: impl Into<String>, why: impl ToString) -> Self {
+        Self { what: what.into(), why: why.to_string() }
+    }
+}
+
+/// Reported events as they come over a wire, each an `aviary.v1.TelemetryEvent`. Its calls block.
+pub trait EventSource: Send {
+    /// Waits up to `wait` for events, and hands over those that are there; returns how many. They are acknowledged after
+    /// `take` returned.
+    fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(&[&[u8]])) -> Result<usize, OutsideError>;
+}
+
+/// Where decisions are published, in order, each once. Its calls block.
+pub trait DecisionSink: Send {
+    /// Becomes the only publisher: whoever was before can't go on. Returns the place in the log that everything up to is
+    /// published; none when nothing is. After an error of any call, this one comes first.
+    fn open(&mut self) -> Result<Option<Slot>, OutsideError>;
+
+    /// Publishes decisions, all or none; from then on everything up to `through` is.
+    fn publish(&mut self, decisions: &[Decision], through: Slot) -> Result<(), OutsideError>;
 }

@@ -2,6 +2,8 @@
 
 pub mod clock;
 pub mod disk;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 pub mod listen;
 pub mod memory;
 pub mod net;

@@ -10,6 +10,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -17,20 +18,30 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
+#[cfg(feature = "kafka")]
+use crate::adapters::kafka::{KafkaDecisions, KafkaTelemetry};
 use crate::adapters::listen::{listen, listen_many};
 use crate::adapters::net::PlainNetwork;
 use crate::adapters::tls::{Files, TlsNetwork};
 use crate::api::auth::Tokens;
 use crate::api::{self, ApiState};
+#[cfg(feature = "kafka")]
+use crate::config::node::Kafka;
 use crate::config::node::{IdentityFiles, NodeConfig, is_loopback};
+#[cfg(feature = "kafka")]
+use crate::decisions;
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::frame::VERSIONS;
+#[cfg(feature = "kafka")]
+use crate::node::handle::NodeHandle;
 use crate::node::run::{self, Parts, Running};
 use crate::node::scrub;
 use crate::ports::{Network, Recovered};
 use crate::protocol::Settings;
 use crate::proxy;
+#[cfg(feature = "kafka")]
+use crate::telemetry::{self, Intake};
 
 /// Arguments of `aviary node`.
 #[derive(Debug, Clone, Args)]
@@ -74,13 +85,17 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     let shutdown = CancellationToken::new();
     let Running { handle, thread, .. } = start_node(&config, shutdown.clone())?;
 
-    let servers = tokio_util::task::TaskTracker::new();
+    let servers = TaskTracker::new();
     // Clients wait in the port's queue meanwhile.
     handle.caught_up(CATCH_UP_MAX).await;
     let plane = proxy::serve(data, handle.clone(), config.data.clone(), shutdown.clone());
     servers.spawn(async { plane.await.unwrap_or_else(|failure| error!("{failure:#}")) });
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
+    #[cfg(feature = "kafka")]
+    if let Some(kafka) = &config.kafka {
+        start_kafka(kafka, &handle, &servers, &shutdown)?;
+    }
     servers.spawn(api::serve(door, state));
     tokio::spawn(scrub::run(handle.log.clone(), shutdown.clone()));
     tokio::spawn(api::metrics::count(handle));
@@ -105,6 +120,29 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
         Ok(outcome) => outcome.with_context(|| format!("node {} stopped", config.id)),
         Err(_) => bail!("node {} stopped: an invariant does not hold, see the log", config.id),
     }
+}
+
+/// Reads telemetry from Kafka and publishes decisions there. A broker that isn't there now is waited for.
+#[cfg(feature = "kafka")]
+fn start_kafka(
+    config: &Kafka,
+    node: &NodeHandle,
+    servers: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    if !config.telemetry.is_empty() {
+        let source = KafkaTelemetry::new(config, &config.telemetry, node.published.clock().clone())?;
+        let intake = Intake::new(node.clone(), "kafka");
+        servers.spawn(intake.clone().run(shutdown.clone()));
+        let shutdown = shutdown.clone();
+        servers.spawn_blocking(move || telemetry::source::run(Box::new(source), &intake, &shutdown));
+    }
+    if !config.decisions.is_empty() {
+        let cluster = node.published.view().cluster;
+        let sink = KafkaDecisions::new(config, &config.decisions, cluster);
+        servers.spawn(decisions::publish::run(node.clone(), Box::new(sink), "kafka", shutdown.clone()));
+    }
+    Ok(())
 }
 
 fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Result<Running> {

@@ -1,10 +1,13 @@
 //! `aviary telemetry produce`: made-up events of a service, for trying out what is decided by them.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand, ValueEnum};
+#[cfg(feature = "kafka")]
+use prost::Message as _;
+#[cfg(feature = "kafka")]
+use prost_types::Timestamp;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Distribution, LogNormal, Poisson};
@@ -12,8 +15,14 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Exit;
 use super::client::Api;
+#[cfg(feature = "kafka")]
+use crate::adapters::kafka::KafkaEvents;
+#[cfg(feature = "kafka")]
+use crate::config::node::Kafka;
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::weights::Weight;
+#[cfg(feature = "kafka")]
+use crate::schema::v1::TelemetryEvent;
 
 /// Verbs of `aviary telemetry`.
 #[derive(Debug, Subcommand)]
@@ -39,8 +48,8 @@ pub enum Profile {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  aviary telemetry produce --service fraud-model --stable v1 --canary v2 --share 20 --rate 500 \
-    --profile error-burst --after 20s\n\nEvents are sent to POST /v1/telemetry, in batches, to the nodes of --api in turn. Before --after both \
-    versions are well:\n0.5 % errors, 80 ms in the median, 215 ms at the 95th percentile."
+    --profile error-burst --after 20s\n\nEvents are sent to POST /v1/telemetry, in batches, to the nodes of --api in turn; with --kafka, to a topic. \
+    Before --after both versions are well:\n0.5 % errors, 80 ms in the median, 215 ms at the 95th percentile."
 )]
 pub struct ProduceArgs {
     /// The service, as its rollout names it.
@@ -56,7 +65,7 @@ pub struct ProduceArgs {
     #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = super::proxy::weight)]
     share: Weight,
     /// Events a second.
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     rate: u64,
     /// What happens to them.
     #[arg(long, value_enum, default_value_t = Profile::Healthy)]
@@ -67,6 +76,14 @@ pub struct ProduceArgs {
     /// How long; without it, until Ctrl-C.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     duration: Option<Duration>,
+    /// Write to Kafka instead, at these brokers: `host:port,host:port`.
+    #[cfg(feature = "kafka")]
+    #[arg(long, value_name = "BROKERS")]
+    kafka: Option<String>,
+    /// The topic to write to.
+    #[cfg(feature = "kafka")]
+    #[arg(long, value_name = "TOPIC", default_value = "telemetry.raw", requires = "kafka")]
+    topic: String,
     /// The same seed gives the same events, but for their times.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -78,13 +95,13 @@ const BATCH: Duration = Duration::from_millis(100);
 /// Runs a verb.
 pub async fn run(api: &Api, verb: TelemetryVerb) -> anyhow::Result<Exit> {
     let TelemetryVerb::Produce(args) = verb;
+    let mut out = Out::new(api, &args)?;
     let mut source = Source::new(&args);
     let began = Instant::now();
     let mut tick = tokio::time::interval(BATCH);
     tick.set_missed_tick_behavior(MissedTickBehavior::Burst);
-    let (mut sent, mut accepted, mut rejected, mut told) = (0u64, 0u64, 0u64, began);
+    let mut told = began;
     let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
-    let mut turn = 0;
     loop {
         tokio::select! {
             _ = tick.tick() => {}
@@ -94,36 +111,141 @@ pub async fn run(api: &Api, verb: TelemetryVerb) -> anyhow::Result<Exit> {
         if args.duration.is_some_and(|duration| elapsed >= duration) {
             break;
         }
-        let (count, batch) = source.batch(elapsed >= args.after);
-        if count > 0 {
-            let addresses = api.addresses();
-            let address = &addresses[turn % addresses.len()];
-            turn += 1;
-            let answer = api.report(address, batch).await;
-            sent += count;
-            match answer {
-                Ok(answer) if answer.json()["accepted"].is_u64() => {
-                    let json = answer.json();
-                    accepted += json["accepted"].as_u64().unwrap_or(0);
-                    let kinds = json["rejected"].as_object().into_iter().flatten();
-                    rejected += kinds.filter_map(|(_, count)| count.as_u64()).sum::<u64>();
-                    if let (Some(first), true) = (json["first_rejected"].get(0), accepted == 0) {
-                        bail!("{address}: nothing counts: {}", first["error"].as_str().unwrap_or_default());
-                    }
-                }
-                Ok(answer) => bail!("{address}: {} {}", answer.status, answer.error()),
-                Err(why) if accepted == 0 => return Err(anyhow::anyhow!(why)).context(address.to_string()),
-                Err(why) => eprintln!("{address}: {why}; {count} events were not reported"),
-            }
-        }
+        out.send(&args, &source.batch(elapsed >= args.after)).await?;
         if told.elapsed() >= Duration::from_secs(1) {
             told = Instant::now();
             let phase = if elapsed >= args.after { args.profile } else { Profile::Healthy };
-            println!("{:>5} s  sent {sent}  counted {accepted}  rejected {rejected}  {phase:?}", elapsed.as_secs());
+            println!("{:>5} s  {}  {phase:?}", elapsed.as_secs(), out.told());
         }
     }
-    println!("sent {sent}  counted {accepted}  rejected {rejected}");
+    out.finish();
+    println!("{}", out.told());
     Ok(Exit::Done)
+}
+
+/// Where events go.
+enum Out<'a> {
+    Api {
+        api: &'a Api,
+        turn: usize,
+        sent: u64,
+        accepted: u64,
+        rejected: u64,
+    },
+    #[cfg(feature = "kafka")]
+    Kafka {
+        events: KafkaEvents,
+        sent: u64,
+    },
+}
+
+impl<'a> Out<'a> {
+    fn new(api: &'a Api, args: &ProduceArgs) -> anyhow::Result<Self> {
+        #[cfg(feature = "kafka")]
+        if let Some(brokers) = &args.kafka {
+            let config = Kafka { telemetry: args.topic.clone(), ..Kafka::at(brokers) };
+            return Ok(Self::Kafka { events: KafkaEvents::new(&config)?, sent: 0 });
+        }
+        let _ = args;
+        Ok(Self::Api { api, turn: 0, sent: 0, accepted: 0, rejected: 0 })
+    }
+
+    async fn send(&mut self, args: &ProduceArgs, batch: &[Made]) -> anyhow::Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        match self {
+            #[cfg(feature = "kafka")]
+            Self::Kafka { events, sent } => {
+                for made in batch {
+                    events.send(args.service.as_str(), &made.protobuf(args))?;
+                }
+                *sent += batch.len() as u64;
+            }
+            Self::Api { api, turn, sent, accepted, rejected } => {
+                let addresses = api.addresses();
+                let address = &addresses[*turn % addresses.len()];
+                *turn += 1;
+                let lines: String = batch.iter().map(|made| made.json(args)).collect();
+                let answer = api.report(address, lines).await;
+                *sent += batch.len() as u64;
+                match answer {
+                    Ok(answer) if answer.json()["accepted"].is_u64() => {
+                        let json = answer.json();
+                        *accepted += json["accepted"].as_u64().unwrap_or(0);
+                        let kinds = json["rejected"].as_object().into_iter().flatten();
+                        *rejected += kinds.filter_map(|(_, count)| count.as_u64()).sum::<u64>();
+                        if let (Some(first), true) = (json["first_rejected"].get(0), *accepted == 0) {
+                            bail!("{address}: nothing counts: {}", first["error"].as_str().unwrap_or_default());
+                        }
+                    }
+                    Ok(answer) => bail!("{address}: {} {}", answer.status, answer.error()),
+                    Err(why) if *accepted == 0 => return Err(anyhow::anyhow!(why)).context(address.to_string()),
+                    Err(why) => eprintln!("{address}: {why}; {} events were not reported", batch.len()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&self) {
+        #[cfg(feature = "kafka")]
+        if let Self::Kafka { events, .. } = self {
+            events.flush();
+        }
+    }
+
+    fn told(&self) -> String {
+        match self {
+            #[cfg(feature = "kafka")]
+            Self::Kafka { events, sent } => {
+                let (delivered, failed) = events.counts();
+                format!("sent {sent}  delivered {delivered}  failed {failed}")
+            }
+            Self::Api { sent, accepted, rejected, .. } => {
+                format!("sent {sent}  counted {accepted}  rejected {rejected}")
+            }
+        }
+    }
+}
+
+/// An event.
+struct Made {
+    is_canary: bool,
+    status: u32,
+    latency_ms: f64,
+    at_ms: u64,
+    id: String,
+}
+
+impl Made {
+    fn version<'a>(&self, args: &'a ProduceArgs) -> &'a VersionId {
+        if self.is_canary { &args.canary } else { &args.stable }
+    }
+
+    fn json(&self, args: &ProduceArgs) -> String {
+        let (Self { status, latency_ms, at_ms, id, .. }, version) = (self, self.version(args));
+        format!(
+            "{{\"service\":\"{}\",\"version\":\"{version}\",\"status\":{status},\"latency_ms\":{latency_ms:.3},\
+             \"event_time\":{at_ms},\"event_id\":\"{id}\"}}\n",
+            args.service
+        )
+    }
+
+    #[cfg(feature = "kafka")]
+    fn protobuf(&self, args: &ProduceArgs) -> Vec<u8> {
+        let event_time =
+            Timestamp { seconds: (self.at_ms / 1000) as i64, nanos: (self.at_ms % 1000 * 1_000_000) as i32 };
+        let event = TelemetryEvent {
+            service: args.service.to_string(),
+            version: self.version(args).to_string(),
+            status: self.status,
+            latency_ms: self.latency_ms,
+            event_time: Some(event_time),
+            event_id: self.id.clone(),
+        };
+        event.encode_to_vec()
+    }
 }
 
 /// Draws events.
@@ -149,31 +271,24 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Returns the next batch as JSON lines, and how many events it holds.
-    fn batch(&mut self, happens: bool) -> (u64, String) {
-        let ProduceArgs { service, stable, canary, share, profile, .. } = self.args;
+    /// Returns the next batch.
+    fn batch(&mut self, happens: bool) -> Vec<Made> {
         let count = self.count.sample(&mut self.random) as u64;
         let now = super::wall_ms();
-        let mut lines = String::with_capacity(count as usize * 160);
-        for _ in 0..count {
-            let is_canary = self.random.random::<f64>() < share.fraction();
-            let (errors, slower) = match (happens, profile, is_canary) {
-                (true, Profile::ErrorBurst, true) => (0.1, 1.0),
-                (true, Profile::Slow, true) => (0.005, 2.0),
-                (true, Profile::SharedIncident, _) => (0.33, 1.0),
-                _ => (0.005, 1.0),
-            };
-            let status = if self.random.random::<f64>() < errors { 500 } else { 200 };
-            let latency_ms = self.latency_ms.sample(&mut self.random) * slower;
-            let version = if is_canary { canary } else { stable };
-            self.next_id += 1;
-            let _ = writeln!(
-                lines,
-                "{{\"service\":\"{service}\",\"version\":\"{version}\",\"status\":{status},\"latency_ms\":{latency_ms:.3},\
-                 \"event_time\":{now},\"event_id\":\"{:x}-{}\"}}",
-                self.run, self.next_id
-            );
-        }
-        (count, lines)
+        (0..count).map(|_| self.event(happens, now)).collect()
+    }
+
+    fn event(&mut self, happens: bool, at_ms: u64) -> Made {
+        let is_canary = self.random.random::<f64>() < self.args.share.fraction();
+        let (errors, slower) = match (happens, self.args.profile, is_canary) {
+            (true, Profile::ErrorBurst, true) => (0.1, 1.0),
+            (true, Profile::Slow, true) => (0.005, 2.0),
+            (true, Profile::SharedIncident, _) => (0.33, 1.0),
+            _ => (0.005, 1.0),
+        };
+        let status = if self.random.random::<f64>() < errors { 500 } else { 200 };
+        let latency_ms = self.latency_ms.sample(&mut self.random) * slower;
+        self.next_id += 1;
+        Made { is_canary, status, latency_ms, at_ms, id: format!("{:x}-{}", self.run, self.next_id) }
     }
 }

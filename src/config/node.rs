@@ -38,6 +38,48 @@ pub struct NodeConfig {
     /// `[control] ca, cert, key`: mutual TLS between the nodes, by default with what `aviary cluster init` makes in the
     /// data directory; none: `plaintext = true`, on loopback only.
     pub identity: Option<IdentityFiles>,
+    /// `[kafka]`: telemetry in, decisions out; none: not by Kafka.
+    pub kafka: Option<Kafka>,
+}
+
+/// Where Kafka is, and what of it is used.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kafka {
+    /// Brokers to begin with, `host:port,host:port`.
+    pub bootstrap: String,
+    /// The topic of events; default `telemetry.raw`, empty: none is read.
+    #[serde(default = "telemetry_topic")]
+    pub telemetry: String,
+    /// The topic of decisions; default `rollout.decisions`, empty: none is written.
+    #[serde(default = "decisions_topic")]
+    pub decisions: String,
+    /// The consumer group of all nodes, and the first word of transactional ids; default `aviary`.
+    #[serde(default = "group")]
+    pub group: String,
+    /// More properties of librdkafka, such as `"security.protocol"`.
+    #[serde(default)]
+    pub properties: BTreeMap<String, String>,
+}
+
+impl Kafka {
+    /// Returns what a file says that names these brokers only.
+    pub fn at(bootstrap: &str) -> Self {
+        let (telemetry, decisions, group) = (telemetry_topic(), decisions_topic(), group());
+        Self { bootstrap: bootstrap.into(), telemetry, decisions, group, properties: BTreeMap::new() }
+    }
+}
+
+fn telemetry_topic() -> String {
+    "telemetry.raw".into()
+}
+
+fn decisions_topic() -> String {
+    "rollout.decisions".into()
+}
+
+fn group() -> String {
+    "aviary".into()
 }
 
 /// Files of a node's identity, as far as its own file names them.
@@ -92,6 +134,7 @@ struct File {
     data: ProxySettings,
     #[serde(default)]
     api: ApiPart,
+    kafka: Option<Kafka>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -168,7 +211,15 @@ impl NodeConfig {
             let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
             format!("line {line}: {}", super::with_nearest_key(e.message()))
         })?;
-        let File { node, listen, control, peers, log, timings, history, data, api } = file;
+        let File { node, listen, control, peers, log, timings, history, data, api, kafka } = file;
+        if let Some(kafka) = &kafka {
+            if cfg!(not(feature = "kafka")) {
+                return Err("kafka: this program was built without Kafka (cargo build --features kafka)".into());
+            }
+            for address in kafka.bootstrap.split(',') {
+                checked_address("kafka.bootstrap", address.trim())?;
+            }
+        }
         for (key, address) in [("data", &listen.data), ("api", &listen.api), ("control", &listen.control)] {
             checked_address(&format!("listen.{key}"), address)?;
         }
@@ -219,6 +270,7 @@ impl NodeConfig {
             data,
             tokens_file: api.tokens_file,
             identity,
+            kafka,
         })
     }
 }

@@ -11,6 +11,7 @@ use crate::protocol::record::{Act, Chosen};
 use crate::schema::v1::{Decision, DecisionKind, Verdict, VersionSummary, WindowVerdict};
 
 pub mod follow;
+pub mod publish;
 
 /// Returns what a record decides about a service; none for what is no service's.
 pub fn decision(chosen: &Chosen) -> Option<Decision> {

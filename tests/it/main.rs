@@ -6,4 +6,5 @@ mod formats;
 mod fuzz;
 mod judge;
 mod proxy;
+mod services;
 mod tidy;

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("domain", &["domain"]),
     ("protocol", &["domain", "protocol"]),
-    ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger"]),
+    ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger", "schema"]),
     ("node", &["domain", "protocol", "ports", "node"]),
     ("config", &["domain", "protocol", "config", "proxy::settings"]),
-    ("adapters", &["domain", "protocol", "ports", "adapters"]),
+    ("adapters", &["domain", "protocol", "ports", "adapters", "config::node", "schema", "telemetry::event"]),
     ("door", &["door"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),
     ("synthetic", &["domain"]),
-    ("telemetry", &["domain", "protocol", "node::handle", "telemetry"]),
+    ("telemetry", &["domain", "protocol", "ports", "node::handle", "telemetry"]),
     ("decisions", &["domain", "protocol", "ports", "node::handle", "schema", "decisions"]),
     (
         "api",

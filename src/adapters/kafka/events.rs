@@ -1,0 +1,91 @@
+//! Events to a topic: for trying out, and for measuring.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rdkafka::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::DeliveryResult;
+use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
+
+use super::{ANSWER_MAX, client, log};
+use crate::config::node::Kafka;
+use crate::ports::OutsideError;
+
+/// How long a full queue is waited for before it is looked at again.
+const FULL: Duration = Duration::from_millis(2);
+
+#[derive(Default)]
+struct Counts {
+    delivered: AtomicU64,
+    failed: AtomicU64,
+}
+
+#[derive(Clone, Default)]
+struct Context(Arc<Counts>);
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log(level, facility, text);
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        let count = if result.is_ok() { &self.0.delivered } else { &self.0.failed };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Writes events.
+pub struct KafkaEvents {
+    producer: ThreadedProducer<Context>,
+    context: Context,
+    topic: String,
+}
+
+impl KafkaEvents {
+    /// Returns a writer to `[kafka] telemetry`, once the broker says that the topic is there.
+    pub fn new(config: &Kafka) -> Result<Self, OutsideError> {
+        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", config.telemetry), error);
+        let own = [("linger.ms", "5"), ("compression.type", "lz4"), ("message.timeout.ms", "30000"), ("acks", "all")];
+        let context = Context::default();
+        let producer: ThreadedProducer<_> = client(config, &own).create_with_context(context.clone()).map_err(error)?;
+        let found = producer.client().fetch_metadata(Some(&config.telemetry), ANSWER_MAX).map_err(error)?;
+        match found.topics().first().and_then(|topic| topic.error()) {
+            Some(why) => Err(error(KafkaError::MetadataFetch(why.into()))),
+            None => Ok(Self { producer, context, topic: config.telemetry.clone() }),
+        }
+    }
+
+    /// Sends an event; waits while the queue is full.
+    pub fn send(&self, service: &str, event: &[u8]) -> Result<(), OutsideError> {
+        let mut record = BaseRecord::to(&self.topic).key(service).payload(event);
+        loop {
+            match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
+                    record = back;
+                    std::thread::sleep(FULL);
+                }
+                Err((why, _)) => return Err(OutsideError::new(format!("kafka topic {}", self.topic), why)),
+            }
+        }
+    }
+
+    /// Returns how many events the broker has, and how many it could not be given.
+    pub fn counts(&self) -> (u64, u64) {
+        let counts = &self.context.0;
+        (counts.delivered.load(Ordering::Relaxed), counts.failed.load(Ordering::Relaxed))
+    }
+
+    /// Waits until every event is delivered or given up.
+    pub fn flush(&self) {
+        // Whatever is left is told by the counts.
+        let _ = self.producer.flush(Duration::from_secs(30));
+    }
+}

@@ -1,0 +1,63 @@
+//! Kafka, by librdkafka: telemetry in, decisions out. Its calls block, so that each client has a thread of its own.
+
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
+use tracing::{debug, warn};
+
+use crate::config::node::Kafka;
+
+mod decisions;
+mod events;
+mod telemetry;
+
+pub use decisions::KafkaDecisions;
+pub use events::KafkaEvents;
+pub use telemetry::KafkaTelemetry;
+
+/// Longest wait for one answer of the broker.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// Returns what every client needs; the file's own `properties` come last, so that they prevail.
+fn client(config: &Kafka, own: &[(&str, &str)]) -> ClientConfig {
+    let mut client = ClientConfig::new();
+    client.set("bootstrap.servers", &config.bootstrap).set("client.id", "aviary");
+    // A broker that comes back is found within a second.
+    client.set("reconnect.backoff.max.ms", "1000");
+    let properties = config.properties.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    for (key, value) in own.iter().copied().chain(properties) {
+        client.set(key, value);
+    }
+    client.set_log_level(RDKafkaLogLevel::Warning);
+    client
+}
+
+fn log(level: RDKafkaLogLevel, facility: &str, text: &str) {
+    match level {
+        RDKafkaLogLevel::Debug | RDKafkaLogLevel::Info | RDKafkaLogLevel::Notice => debug!(facility, "kafka: {text}"),
+        _ => warn!(facility, "kafka: {text}"),
+    }
+}
+
+/// What a client tells, as this program's own log lines.
+struct Quiet;
+
+impl ClientContext for Quiet {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log(level, facility, text);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        warn!("kafka: {error}: {reason}");
+    }
+}
+
+impl rdkafka::consumer::ConsumerContext for Quiet {}
+impl rdkafka::producer::ProducerContext for Quiet {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _: &rdkafka::message::DeliveryResult<'_>, (): ()) {}
+}

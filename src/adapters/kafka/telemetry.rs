@@ -1,0 +1,147 @@
+//! A topic of events, read by all nodes as one group.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, Rebalance};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::Message as _;
+use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use tracing::info;
+
+use super::{ANSWER_MAX, client, log};
+use crate::config::node::Kafka;
+use crate::ports::{Clock, EventSource, OutsideError};
+use crate::telemetry::event::LATE_MS_MAX;
+
+/// Events that are handed over at a time.
+const BATCH_MAX: usize = 4_096;
+
+/// Notes that partitions were assigned.
+struct Context(Arc<AtomicBool>);
+
+impl ClientContext for Context {
+    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, text: &str) {
+        log(level, facility, text);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::warn!("kafka: {error}: {reason}");
+    }
+}
+
+impl ConsumerContext for Context {
+    fn post_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        if matches!(rebalance, Rebalance::Assign(_)) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Reads events. A place in the topic is committed once its events were handed over, each second: after a crash about a second
+/// of events is counted twice or, where they carry ids, not at all. Events too old to count are passed over.
+pub struct KafkaTelemetry {
+    consumer: BaseConsumer<Context>,
+    assigned: Arc<AtomicBool>,
+    topic: String,
+    clock: Arc<dyn Clock>,
+}
+
+impl KafkaTelemetry {
+    /// Returns a reader of the topic; connects by itself, as often as it must.
+    pub fn new(config: &Kafka, topic: &str, clock: Arc<dyn Clock>) -> Result<Self, OutsideError> {
+        let own = [
+            ("group.id", config.group.as_str()),
+            ("enable.auto.offset.store", "false"),
+            ("auto.commit.interval.ms", "1000"),
+            ("auto.offset.reset", "latest"),
+            ("session.timeout.ms", "6000"),
+            ("heartbeat.interval.ms", "1500"),
+            ("partition.assignment.strategy", "cooperative-sticky"),
+            ("fetch.wait.max.ms", "100"),
+            ("queued.max.messages.kbytes", "16384"),
+            // A partition that is new is found within this.
+            ("topic.metadata.refresh.interval.ms", "10000"),
+        ];
+        let assigned = Arc::new(AtomicBool::new(false));
+        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
+        let consumer: BaseConsumer<_> =
+            client(config, &own).create_with_context(Context(assigned.clone())).map_err(error)?;
+        consumer.subscribe(&[topic]).map_err(error)?;
+        Ok(Self { consumer, assigned, topic: topic.into(), clock })
+    }
+
+    /// Begins each partition that is new here where the group stopped, but not before events that still count.
+    fn place(&self) -> KafkaResult<()> {
+        let assignment = self.consumer.assignment()?;
+        if assignment.count() == 0 {
+            return Ok(());
+        }
+        let since_ms = self.clock.now().wall.0.saturating_sub(LATE_MS_MAX);
+        let mut times = TopicPartitionList::new();
+        for partition in assignment.elements() {
+            times.add_partition_offset(partition.topic(), partition.partition(), Offset::Offset(since_ms as i64))?;
+        }
+        let by_time = self.consumer.offsets_for_times(times, ANSWER_MAX)?;
+        let committed = self.consumer.committed_offsets(assignment, ANSWER_MAX)?;
+        let position = self.consumer.position()?;
+        for place in by_time.elements() {
+            let (topic, partition) = (place.topic(), place.partition());
+            let moved = position.find_partition(topic, partition).map(|known| known.offset());
+            if matches!(moved, Some(Offset::Offset(_))) {
+                // It is being read already.
+                continue;
+            }
+            let known = committed.find_partition(topic, partition).map(|known| known.offset());
+            let start = match (known, place.offset()) {
+                (Some(Offset::Offset(committed)), Offset::Offset(counts)) => Offset::Offset(committed.max(counts)),
+                (Some(Offset::Offset(committed)), _) => Offset::Offset(committed),
+                (_, counts) => counts,
+            };
+            self.consumer.seek(topic, partition, start, ANSWER_MAX)?;
+            info!(topic, partition, offset = ?start, "telemetry partition taken");
+        }
+        Ok(())
+    }
+}
+
+impl EventSource for KafkaTelemetry {
+    fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(&[&[u8]])) -> Result<usize, OutsideError> {
+        let error = |error: KafkaError| {
+            let hint = match error.rdkafka_error_code() {
+                Some(RDKafkaErrorCode::UnknownTopicOrPartition) => "; create it, or name another in [kafka] telemetry",
+                _ => "",
+            };
+            OutsideError::new(format!("kafka topic {}", self.topic), format!("{error}{hint}"))
+        };
+        let mut messages = Vec::new();
+        let first = self.consumer.poll(wait);
+        if self.assigned.swap(false, Ordering::Relaxed)
+            && let Err(why) = self.place()
+        {
+            self.assigned.store(true, Ordering::Relaxed);
+            return Err(error(why));
+        }
+        let mut next = first;
+        while let Some(message) = next {
+            messages.push(message.map_err(error)?);
+            next = (messages.len() < BATCH_MAX).then(|| self.consumer.poll(Duration::ZERO)).flatten();
+        }
+        if messages.is_empty() {
+            return Ok(0);
+        }
+        let payloads: Vec<&[u8]> = messages.iter().map(|message| message.payload().unwrap_or_default()).collect();
+        take(&payloads);
+        let mut last = BTreeMap::new();
+        for message in &messages {
+            last.insert(message.partition(), message.offset());
+        }
+        for (partition, offset) in last {
+            // A partition that was taken away meanwhile is its new owner's to commit.
+            let _ = self.consumer.store_offset(&self.topic, partition, offset);
+        }
+        Ok(messages.len())
+    }
+}

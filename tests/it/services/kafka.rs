@@ -1,0 +1,205 @@
+//! Telemetry from a topic, decisions to a topic.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use aviary::schema::v1::decision_service_client::DecisionServiceClient;
+use aviary::schema::v1::watch_decisions_response::Event;
+use aviary::schema::v1::{Decision, DecisionKind, TelemetryEvent, WatchDecisionsRequest};
+use prost::Message as _;
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::message::{Headers as _, Message as _};
+use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
+use tokio_stream::StreamExt as _;
+
+use super::{unique, variable};
+use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout, wait};
+
+/// Two topics of this test's own.
+struct Topics {
+    bootstrap: String,
+    telemetry: String,
+    decisions: String,
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+impl Topics {
+    fn create() -> Self {
+        let topics = Self {
+            bootstrap: variable("KAFKA_BOOTSTRAP"),
+            telemetry: unique("telemetry"),
+            decisions: unique("decisions"),
+        };
+        let admin: AdminClient<_> = topics.client().create().unwrap();
+        let new = [(&topics.telemetry, 6), (&topics.decisions, 1)]
+            .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(1)));
+        let created = runtime().block_on(admin.create_topics(&new, &AdminOptions::new())).unwrap();
+        created.into_iter().for_each(|topic| drop(topic.unwrap()));
+        topics
+    }
+
+    fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &self.bootstrap);
+        config
+    }
+
+    /// Returns the lines of a node's file.
+    fn lines(&self) -> String {
+        let Self { bootstrap, telemetry, decisions } = self;
+        let group = unique("group");
+        format!(
+            "\n[kafka]\nbootstrap = \"{bootstrap}\"\ntelemetry = \"{telemetry}\"\ndecisions = \"{decisions}\"\n\
+             group = \"{group}\"\n"
+        )
+    }
+
+    /// Returns the decisions on the topic, each as its bytes and headers say, until `enough` of them.
+    fn read(&self, mut enough: impl FnMut(&[Decision]) -> bool) -> Vec<Decision> {
+        let mut config = self.client();
+        config.set("group.id", unique("reader")).set("auto.offset.reset", "earliest");
+        config.set("isolation.level", "read_committed").set("enable.auto.commit", "false");
+        let consumer: BaseConsumer = config.create().unwrap();
+        consumer.subscribe(&[&self.decisions]).unwrap();
+        let (began, mut found) = (Instant::now(), Vec::new());
+        while !enough(&found) {
+            assert!(began.elapsed() < Duration::from_secs(60), "not within a minute: {found:#?}");
+            let Some(message) = consumer.poll(Duration::from_millis(200)) else { continue };
+            let message = message.unwrap();
+            let decision = Decision::decode(message.payload().unwrap()).unwrap();
+            assert_eq!(message.key(), Some(decision.service.as_bytes()));
+            let headers: BTreeMap<_, _> =
+                message.headers().unwrap().iter().map(|header| (header.key, header.value.unwrap())).collect();
+            assert_eq!(headers["sequence"], decision.sequence.to_string().as_bytes());
+            assert!(headers["decision_id"].ends_with(format!(":{}", decision.sequence).as_bytes()));
+            found.push(decision);
+        }
+        found
+    }
+
+    fn produce(&self, more: &[&str]) -> Process {
+        let mut command = aviary();
+        command.args(["telemetry", "produce", "--kafka", &self.bootstrap, "--topic", &self.telemetry]);
+        command.args(["--service", "svc", "--stable", "v1", "--canary", "v2"]).args(more);
+        Process(command.stdout(std::process::Stdio::null()).spawn().unwrap())
+    }
+}
+
+/// Returns so many decisions that a node tells, from the first on.
+fn streamed(cluster: &Cluster, node: usize, count: usize) -> Vec<Decision> {
+    runtime().block_on(async {
+        let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
+        let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
+        let mut client = DecisionServiceClient::new(channel);
+        let request = WatchDecisionsRequest { service: String::new(), after_sequence: Some(0) };
+        let mut stream = client.watch_decisions(request).await.unwrap().into_inner();
+        let mut found = Vec::new();
+        while found.len() < count {
+            let next = tokio::time::timeout(Duration::from_secs(10), stream.next()).await;
+            if let Event::Decision(decision) = next.unwrap().unwrap().unwrap().event.unwrap() {
+                found.push(decision);
+            }
+        }
+        found
+    })
+}
+
+fn kinds(decisions: &[Decision]) -> Vec<DecisionKind> {
+    decisions.iter().map(Decision::kind).filter(|kind| *kind != DecisionKind::Verdict).collect()
+}
+
+/// Returns a counter of one kind, summed over the nodes.
+fn counted(cluster: &Cluster, line: &str) -> f64 {
+    let text = cluster.nodes.iter().map(|node| http(node.api, "GET", "/metrics", &[], "").unwrap().body);
+    let values = text.flat_map(|text| {
+        let text = String::from_utf8(text).unwrap();
+        let found = text.lines().find(|found| found.starts_with(line)).map(str::to_string);
+        found.and_then(|found| found.rsplit(' ').next()?.parse::<f64>().ok())
+    });
+    values.sum()
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_node_says() {
+    let topics = Topics::create();
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start_with(&topics.lines());
+    let steps = "    - setWeight: 20\n    - pause: { duration: 3s }\n    - setWeight: 50\n    - pause: { duration: 60s }\n    - setWeight: 100";
+    cluster.apply(0, &rollout(&v1.url(), &v2.url(), steps).replace("window: 30s", "window: 2s"));
+    let _source = topics.produce(&["--share", "20", "--rate", "500", "--profile", "error-burst", "--after", "8s"]);
+    // What others write there too.
+    let producer: ThreadedProducer<_> = topics.client().create().unwrap();
+    let absurd = |event: &dyn Fn(&mut TelemetryEvent)| {
+        let mut made = TelemetryEvent { service: "svc".into(), version: "v2".into(), ..TelemetryEvent::default() };
+        (made.status, made.event_time) = (500, Some(std::time::SystemTime::now().into()));
+        event(&mut made);
+        made.encode_to_vec()
+    };
+    let far = std::time::SystemTime::now() + Duration::from_secs(3600);
+    let payloads = [
+        b"no protobuf at all".to_vec(),
+        absurd(&|event| event.latency_ms = f64::NAN),
+        absurd(&|event| event.latency_ms = -1.0),
+        absurd(&|event| event.status = 9),
+        absurd(&|event| event.version = "v9".into()),
+        absurd(&|event| event.event_time = Some(far.into())),
+    ];
+    for payload in payloads.iter().cycle().take(600) {
+        producer.send(BaseRecord::<(), _>::to(&topics.telemetry).payload(payload)).map_err(|(e, _)| e).unwrap();
+    }
+    producer.flush(Duration::from_secs(5)).unwrap();
+    let state = cluster.until(1, "the rollback", Duration::from_secs(60), |state| state["phase"] == "RolledBack");
+    assert!(state["reason"].as_str().unwrap().contains("errors: "), "{state}");
+    let read = topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback));
+    assert_eq!(kinds(&read), [DecisionKind::Start, DecisionKind::Promote, DecisionKind::Rollback]);
+    assert!(read.iter().filter(|one| one.kind() == DecisionKind::Verdict).count() >= 4);
+    for node in 0..3 {
+        assert_eq!(streamed(&cluster, node, read.len()), read, "node {node}");
+    }
+    for (kind, count) in [
+        ("malformed", 100.0),
+        ("bad_latency", 200.0),
+        ("bad_status", 100.0),
+        ("unknown_version", 100.0),
+        ("future", 100.0),
+    ] {
+        let line = format!("aviary_telemetry_rejected_total{{source=\"kafka\",kind=\"{kind}\"}}");
+        // Once it is rolled back, the canary is an unknown version.
+        let found = counted(&cluster, &line);
+        assert!(found == count || (kind == "unknown_version" && found > count), "{kind}: {found}");
+    }
+    cluster.assert_no_panic();
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn kafka_has_every_decision_once_and_in_order_whoever_is_killed() {
+    let topics = Topics::create();
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let mut cluster = Cluster::start_with(&topics.lines());
+    let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
+    cluster.apply(0, &yaml.replace("window: 30s", "window: 1s"));
+    let traffic = Traffic::start(&cluster, 100);
+    for node in [0, 1, 0, 0] {
+        std::thread::sleep(Duration::from_millis(2_300));
+        cluster.kill(node);
+        std::thread::sleep(Duration::from_millis(1_700));
+        cluster.spawn(node, None);
+        cluster.wait_ready(node);
+    }
+    wait("the rollback", Duration::from_secs(10), || {
+        (cluster.post(2, "/v1/rollouts/svc/abort", None, "{}").status == 200).then_some(())
+    });
+    let read = topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback));
+    assert!(read.windows(2).all(|two| two[0].sequence < two[1].sequence), "{read:#?}");
+    assert!(read.len() > 12, "{read:#?}");
+    assert_eq!(streamed(&cluster, 2, read.len()), read);
+    drop(traffic);
+    cluster.assert_no_panic();
+}
