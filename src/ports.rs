@@ -145,3 +145,9 @@ pub trait DecisionSink: Send {
     /// Publishes decisions, all or none; from then on everything up to `through` is.
     fn publish(&mut self, decisions: &[Decision], through: Slot) -> Result<(), OutsideError>;
 }
+
+/// A store that promotions depend on. Its calls block.
+pub trait GuardProbe: Send {
+    /// Returns whether it does what it should at this moment.
+    fn probe(&mut self) -> Result<(), OutsideError>;
+}

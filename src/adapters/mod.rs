@@ -7,6 +7,7 @@ pub mod kafka;
 pub mod listen;
 pub mod memory;
 pub mod net;
+pub mod redis;
 pub mod tls;
 
 #[cfg(test)]

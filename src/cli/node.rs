@@ -22,18 +22,17 @@ use crate::adapters::disk::DiskStore;
 use crate::adapters::kafka::{KafkaDecisions, KafkaTelemetry};
 use crate::adapters::listen::{listen, listen_many};
 use crate::adapters::net::PlainNetwork;
+use crate::adapters::redis::{self, RedisDecisions, RedisProbe};
 use crate::adapters::tls::{Files, TlsNetwork};
 use crate::api::auth::Tokens;
 use crate::api::{self, ApiState};
 #[cfg(feature = "kafka")]
 use crate::config::node::Kafka;
 use crate::config::node::{IdentityFiles, NodeConfig, is_loopback};
-#[cfg(feature = "kafka")]
 use crate::decisions;
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::frame::VERSIONS;
-#[cfg(feature = "kafka")]
 use crate::node::handle::NodeHandle;
 use crate::node::run::{self, Parts, Running};
 use crate::node::scrub;
@@ -92,6 +91,9 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     servers.spawn(async { plane.await.unwrap_or_else(|failure| error!("{failure:#}")) });
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
+    if let Some(url) = &config.redis {
+        start_redis(url, &handle, &servers, &shutdown)?;
+    }
     #[cfg(feature = "kafka")]
     if let Some(kafka) = &config.kafka {
         start_kafka(kafka, &handle, &servers, &shutdown)?;
@@ -120,6 +122,22 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
         Ok(outcome) => outcome.with_context(|| format!("node {} stopped", config.id)),
         Err(_) => bail!("node {} stopped: an invariant does not hold, see the log", config.id),
     }
+}
+
+/// Publishes decisions to Redis, and holds promotions while it is away.
+fn start_redis(
+    url: &str,
+    node: &NodeHandle,
+    servers: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    let client = redis::client(url)?;
+    node.guarded(Some("redis: not asked yet".into()));
+    let sink = RedisDecisions::new(client.clone(), node.published.view().cluster);
+    servers.spawn(decisions::publish::run(node.clone(), Box::new(sink), "redis", shutdown.clone()));
+    let (node, shutdown) = (node.clone(), shutdown.clone());
+    servers.spawn_blocking(move || decisions::guard::run(&node, Box::new(RedisProbe::new(client)), &shutdown));
+    Ok(())
 }
 
 /// Reads telemetry from Kafka and publishes decisions there. A broker that isn't there now is waited for.

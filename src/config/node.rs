@@ -40,6 +40,8 @@ pub struct NodeConfig {
     pub identity: Option<IdentityFiles>,
     /// `[kafka]`: telemetry in, decisions out; none: not by Kafka.
     pub kafka: Option<Kafka>,
+    /// `[redis] url`: decisions for other readers; promotions hold while it is away. None: not by Redis.
+    pub redis: Option<String>,
 }
 
 /// Where Kafka is, and what of it is used.
@@ -135,6 +137,13 @@ struct File {
     #[serde(default)]
     api: ApiPart,
     kafka: Option<Kafka>,
+    redis: Option<RedisPart>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RedisPart {
+    url: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -211,7 +220,10 @@ impl NodeConfig {
             let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
             format!("line {line}: {}", super::with_nearest_key(e.message()))
         })?;
-        let File { node, listen, control, peers, log, timings, history, data, api, kafka } = file;
+        let File { node, listen, control, peers, log, timings, history, data, api, kafka, redis } = file;
+        if let Some(RedisPart { url }) = redis.as_ref().filter(|redis| !redis.url.starts_with("redis://")) {
+            return Err(format!("redis.url is {url:?}, expected redis://[user:password@]host:port[/db]"));
+        }
         if let Some(kafka) = &kafka {
             if cfg!(not(feature = "kafka")) {
                 return Err("kafka: this program was built without Kafka (cargo build --features kafka)".into());
@@ -271,6 +283,7 @@ impl NodeConfig {
             tokens_file: api.tokens_file,
             identity,
             kafka,
+            redis: redis.map(|redis| redis.url),
         })
     }
 }

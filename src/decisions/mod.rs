@@ -11,6 +11,7 @@ use crate::protocol::record::{Act, Chosen};
 use crate::schema::v1::{Decision, DecisionKind, Verdict, VersionSummary, WindowVerdict};
 
 pub mod follow;
+pub mod guard;
 pub mod publish;
 
 /// Returns what a record decides about a service; none for what is no service's.
@@ -18,9 +19,9 @@ pub fn decision(chosen: &Chosen) -> Option<Decision> {
     let record = &chosen.record;
     let act = &record.intent.act;
     let state = record.state.as_ref()?;
-    let window = match act {
-        Act::Judge { judgement, .. } => Some(window(judgement)),
-        _ => None,
+    let (window, rollout_version) = match act {
+        Act::Judge { judgement, since_version, .. } => (Some(window(judgement)), *since_version),
+        _ => (None, 0),
     };
     let at_ms = record.intent.at.0;
     Some(Decision {
@@ -35,6 +36,7 @@ pub fn decision(chosen: &Chosen) -> Option<Decision> {
         reasons: act.reasons(),
         decision_time: Some(Timestamp { seconds: (at_ms / 1000) as i64, nanos: (at_ms % 1000 * 1_000_000) as i32 }),
         window,
+        rollout_version,
     })
 }
 

@@ -125,7 +125,7 @@ impl Core {
         if rollout.phase == Phase::Paused || self.waits_for_operator(agreed) || !self.is_due(agreed, gate) {
             return None;
         }
-        if self.silent_gate_voter().is_some() {
+        if self.silent_gate_voter().is_some() || self.away.is_some() {
             return None;
         }
         let unexposed = agreed.service.routing.canary_weight() == Weight::ZERO;
@@ -163,6 +163,9 @@ impl Core {
         }
         if let Some(node) = self.silent_gate_voter() {
             return format!("node {node}, which is silent; bench it to go on without it");
+        }
+        if let Some(why) = &self.away {
+            return format!("what promotions depend on: {why}");
         }
         let left = self.hold_ms(agreed).saturating_sub(self.now.mono.millis_since(gate.stage_since));
         if left > 0 {

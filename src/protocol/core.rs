@@ -118,6 +118,8 @@ pub struct Core {
     /// The view must be published again.
     pub(super) dirty: bool,
     pub(super) next_snapshot: Mono,
+    /// Why promotions hold: the store that they depend on is away.
+    pub(super) away: Option<String>,
     /// When this process began.
     started: Mono,
     published_at: Mono,
@@ -207,6 +209,7 @@ impl Core {
             now,
             out: Vec::new(),
             dirty: true,
+            away: None,
             next_snapshot: now.mono,
             started: now.mono,
             published_at: now.mono,
@@ -231,6 +234,7 @@ impl Core {
             Input::BreakerTripped { service, routing_version, reason } => {
                 self.on_breaker(&service, routing_version, reason);
             }
+            Input::Guarded(away) => self.away = away,
             Input::Operator(command) => self.on_command(command),
             Input::Read(request) => self.on_read(request),
         }

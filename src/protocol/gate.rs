@@ -235,6 +235,9 @@ impl Core {
         if !change.raises_exposure() {
             return GateVote::Yes("needs no gate".into());
         }
+        if let Some(why) = &self.away {
+            return GateVote::Abstain(why.clone());
+        }
         let Some(agreed) = self.ledger.services.get(id) else {
             return GateVote::Yes("no canary traffic yet".into());
         };

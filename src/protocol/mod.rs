@@ -178,6 +178,8 @@ pub enum Input {
         /// What happened, in words.
         reason: String,
     },
+    /// Whether the store that promotions depend on does what it should: why not, or none.
+    Guarded(Option<String>),
     /// An operator asks for a change.
     Operator(Command),
     /// A client asks for a read that counts every answered write.

@@ -15,6 +15,7 @@ const WAIT: Duration = Duration::from_millis(100);
 const SAY_AGAIN: u32 = 600;
 
 /// Reads events until `shutdown`; blocks, so that it needs a thread of its own.
+#[expect(clippy::disallowed_methods, reason = "it has a thread of its own")]
 pub fn run(mut source: Box<dyn EventSource>, intake: &Intake, shutdown: &CancellationToken) {
     let mut said: Option<(OutsideError, u32)> = None;
     while !shutdown.is_cancelled() {

@@ -104,6 +104,7 @@ impl KafkaDecisions {
 }
 
 /// Calls again what may be tried again.
+#[expect(clippy::disallowed_methods, reason = "it has a thread of its own")]
 fn again(mut step: impl FnMut() -> Result<(), KafkaError>) -> Result<(), KafkaError> {
     for _ in 1..TRIES {
         match step() {

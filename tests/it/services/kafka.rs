@@ -3,29 +3,22 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use aviary::schema::v1::decision_service_client::DecisionServiceClient;
-use aviary::schema::v1::watch_decisions_response::Event;
-use aviary::schema::v1::{Decision, DecisionKind, TelemetryEvent, WatchDecisionsRequest};
+use aviary::schema::v1::{Decision, DecisionKind, TelemetryEvent};
 use prost::Message as _;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
-use tokio_stream::StreamExt as _;
 
-use super::{unique, variable};
-use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout, wait};
+use super::{kill_and_roll_back, kinds, runtime, streamed, unique, variable};
+use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout};
 
 /// Two topics of this test's own.
 struct Topics {
     bootstrap: String,
     telemetry: String,
     decisions: String,
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 impl Topics {
@@ -88,29 +81,6 @@ impl Topics {
         command.args(["--service", "svc", "--stable", "v1", "--canary", "v2"]).args(more);
         Process(command.stdout(std::process::Stdio::null()).spawn().unwrap())
     }
-}
-
-/// Returns so many decisions that a node tells, from the first on.
-fn streamed(cluster: &Cluster, node: usize, count: usize) -> Vec<Decision> {
-    runtime().block_on(async {
-        let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
-        let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
-        let mut client = DecisionServiceClient::new(channel);
-        let request = WatchDecisionsRequest { service: String::new(), after_sequence: Some(0) };
-        let mut stream = client.watch_decisions(request).await.unwrap().into_inner();
-        let mut found = Vec::new();
-        while found.len() < count {
-            let next = tokio::time::timeout(Duration::from_secs(10), stream.next()).await;
-            if let Event::Decision(decision) = next.unwrap().unwrap().unwrap().event.unwrap() {
-                found.push(decision);
-            }
-        }
-        found
-    })
-}
-
-fn kinds(decisions: &[Decision]) -> Vec<DecisionKind> {
-    decisions.iter().map(Decision::kind).filter(|kind| *kind != DecisionKind::Verdict).collect()
 }
 
 /// Returns a counter of one kind, summed over the nodes.
@@ -186,16 +156,7 @@ fn kafka_has_every_decision_once_and_in_order_whoever_is_killed() {
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
     cluster.apply(0, &yaml.replace("window: 30s", "window: 1s"));
     let traffic = Traffic::start(&cluster, 100);
-    for node in [0, 1, 0, 0] {
-        std::thread::sleep(Duration::from_millis(2_300));
-        cluster.kill(node);
-        std::thread::sleep(Duration::from_millis(1_700));
-        cluster.spawn(node, None);
-        cluster.wait_ready(node);
-    }
-    wait("the rollback", Duration::from_secs(10), || {
-        (cluster.post(2, "/v1/rollouts/svc/abort", None, "{}").status == 200).then_some(())
-    });
+    kill_and_roll_back(&mut cluster);
     let read = topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback));
     assert!(read.windows(2).all(|two| two[0].sequence < two[1].sequence), "{read:#?}");
     assert!(read.len() > 12, "{read:#?}");

@@ -2,6 +2,18 @@
 #![expect(clippy::disallowed_methods, reason = "these tests wait for real processes, on the real clock")]
 
 mod kafka;
+mod redis;
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use aviary::schema::v1::decision_service_client::DecisionServiceClient;
+use aviary::schema::v1::watch_decisions_response::Event;
+use aviary::schema::v1::{Decision, DecisionKind, WatchDecisionsRequest};
+use tokio_stream::StreamExt as _;
+
+use crate::cluster::harness::{Cluster, free_port, wait};
 
 /// Returns a name that no other run has used.
 fn unique(name: &str) -> String {
@@ -11,4 +23,86 @@ fn unique(name: &str) -> String {
 /// Returns a variable that names a service.
 fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: eval \"$(scripts/services.sh env)\""))
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// Returns so many decisions that a node tells, from the first on.
+fn streamed(cluster: &Cluster, node: usize, count: usize) -> Vec<Decision> {
+    runtime().block_on(async {
+        let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
+        let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
+        let mut client = DecisionServiceClient::new(channel);
+        let request = WatchDecisionsRequest { service: String::new(), after_sequence: Some(0) };
+        let mut stream = client.watch_decisions(request).await.unwrap().into_inner();
+        let mut found = Vec::new();
+        while found.len() < count {
+            let next = tokio::time::timeout(Duration::from_secs(10), stream.next()).await;
+            if let Event::Decision(decision) = next.unwrap().unwrap().unwrap().event.unwrap() {
+                found.push(decision);
+            }
+        }
+        found
+    })
+}
+
+fn kinds(decisions: &[Decision]) -> Vec<DecisionKind> {
+    decisions.iter().map(Decision::kind).filter(|kind| *kind != DecisionKind::Verdict).collect()
+}
+
+/// Kills whoever coordinates, again and again, and ends the rollout.
+fn kill_and_roll_back(cluster: &mut Cluster) {
+    for node in [0, 1, 0, 0] {
+        std::thread::sleep(Duration::from_millis(2_300));
+        cluster.kill(node);
+        std::thread::sleep(Duration::from_millis(1_700));
+        cluster.spawn(node, None);
+        cluster.wait_ready(node);
+    }
+    wait("the rollback", Duration::from_secs(10), || {
+        (cluster.post(2, "/v1/rollouts/svc/abort", None, "{}").status == 200).then_some(())
+    });
+}
+
+/// A service of this test's own, that it may kill.
+struct Own {
+    name: &'static str,
+    port: u16,
+    dir: tempfile::TempDir,
+}
+
+impl Own {
+    fn start(name: &'static str) -> Self {
+        let own = Self { name, port: free_port(), dir: tempfile::tempdir().unwrap() };
+        own.up();
+        own
+    }
+
+    fn script(&self, verb: &str) {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut command = Command::new(root.join("scripts/services.sh"));
+        command.arg(verb).arg(self.name).env("AVIARY_SERVICES_DIR", self.dir.path()).env("AVIARY_NO_DOCKER", "1");
+        command.env_remove("KAFKA_BOOTSTRAP").env_remove("REDIS_URL");
+        let port = self.port.to_string();
+        let output = command.env("KAFKA_PORT", &port).env("REDIS_PORT", &port).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn up(&self) {
+        self.script("up");
+    }
+
+    /// Ends it like a power cut.
+    fn kill(&self) {
+        let pid = std::fs::read_to_string(self.dir.path().join(format!("{}.pid", self.name))).unwrap();
+        assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        self.script("down");
+    }
 }

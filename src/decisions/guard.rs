@@ -1,0 +1,32 @@
+//! Watching over a store that promotions depend on: while it is away, none is voted for.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::node::handle::NodeHandle;
+use crate::ports::GuardProbe;
+
+/// Between two probes.
+const PROBE: Duration = Duration::from_millis(500);
+
+/// Tells the node whether the store answers, until `shutdown`; blocks, so that it needs a thread of its own.
+#[expect(clippy::disallowed_methods, reason = "it has a thread of its own")]
+pub fn run(node: &NodeHandle, mut probe: Box<dyn GuardProbe>, shutdown: &CancellationToken) {
+    let mut told: Option<bool> = None;
+    while !shutdown.is_cancelled() {
+        let found = probe.probe();
+        let away = found.as_ref().err().map(ToString::to_string);
+        if told != Some(away.is_none()) {
+            told = Some(away.is_none());
+            match &away {
+                Some(why) => warn!("promotions hold: {why}"),
+                None => info!("the store that promotions depend on answers"),
+            }
+        }
+        metrics::gauge!("aviary_guard_up").set(f64::from(u8::from(away.is_none())));
+        node.guarded(away);
+        std::thread::sleep(PROBE);
+    }
+}

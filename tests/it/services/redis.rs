@@ -1,0 +1,106 @@
+//! Decisions in Redis, and promotions that wait for it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use aviary::schema::v1::{Decision, DecisionKind};
+
+use super::{Own, kill_and_roll_back, kinds, streamed, variable};
+use crate::cluster::harness::{Cluster, Traffic, Upstream, http, rollout, wait};
+
+/// Returns the cluster's id, as its keys begin with.
+fn prefix(cluster: &Cluster) -> String {
+    let answer = http(cluster.nodes[0].api, "GET", "/v1/cluster", &[], "").unwrap().json();
+    format!("aviary:{{{}}}", answer["cluster"].as_str().unwrap())
+}
+
+fn stored(connection: &mut redis::Connection, prefix: &str) -> BTreeMap<String, String> {
+    redis::cmd("HGETALL").arg(format!("{prefix}:rollout:svc")).query(connection).unwrap()
+}
+
+fn is_state_of(state: &BTreeMap<String, String>, decision: &Decision) -> bool {
+    let expected = [
+        ("sequence", decision.sequence.to_string()),
+        ("routing_version", decision.routing_version.to_string()),
+        ("stable", decision.stable_version.clone()),
+        ("canary", decision.canary_version.clone()),
+        ("canary_weight_bp", decision.canary_weight_bp.to_string()),
+        ("transaction_id", decision.transaction_id.clone()),
+    ];
+    expected.iter().all(|(key, value)| state.get(*key) == Some(value))
+}
+
+#[test]
+#[ignore = "needs Redis: scripts/services.sh up"]
+fn redis_has_the_state_and_every_windows_one_verdict_whoever_is_killed() {
+    let url = variable("REDIS_URL");
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let mut cluster = Cluster::start_with(&format!("\n[redis]\nurl = \"{url}\"\n"));
+    let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
+    let yaml = yaml.replace("window: 30s", "window: 1s");
+    wait("a cluster that has asked Redis", Duration::from_secs(5), || {
+        (cluster.post(0, "/v1/rollouts", None, &yaml).status == 200).then_some(())
+    });
+    let traffic = Traffic::start(&cluster, 100);
+    kill_and_roll_back(&mut cluster);
+    drop(traffic);
+    let (prefix, mut connection) = (prefix(&cluster), redis::Client::open(url).unwrap().get_connection().unwrap());
+    let found = wait("the rollback in Redis", Duration::from_secs(10), || {
+        let found = stored(&mut connection, &prefix);
+        (found.get("kind").map(String::as_str) == Some("ROLLBACK")).then_some(found)
+    });
+    let count = http(cluster.nodes[2].api, "GET", "/routing/state", &[], "").unwrap().json()["slot"].as_u64().unwrap();
+    let all: Vec<_> = streamed(&cluster, 2, count as usize).into_iter().filter(|one| one.sequence <= count).collect();
+    assert_eq!(kinds(&all).last(), Some(&DecisionKind::Rollback));
+    assert!(is_state_of(&found, all.last().unwrap()), "{found:?}");
+    let windows: Vec<_> = all.iter().filter_map(|one| Some((one, one.window.as_ref()?))).collect();
+    assert!(windows.len() > 10, "{windows:?}");
+    for (decision, window) in &windows {
+        let key = format!("{prefix}:window:svc:{}:{}", decision.rollout_version, window.to_ms);
+        let verdict: String = redis::cmd("GET").arg(&key).query(&mut connection).unwrap();
+        let word = window.verdict().as_str_name().trim_start_matches("VERDICT_").to_string();
+        assert_eq!(verdict, format!("{} {word}", decision.sequence), "{key}");
+    }
+    let keys: Vec<String> = redis::cmd("KEYS").arg(format!("{prefix}:window:*")).query(&mut connection).unwrap();
+    assert_eq!(keys.len(), windows.len(), "no verdict but those of the log");
+    cluster.assert_no_panic();
+}
+
+#[test]
+#[ignore = "needs redis-server: scripts/services.sh up"]
+fn redis_away_holds_promotions_lets_rollbacks_through_and_is_made_up_for() {
+    let own = Own::start("redis");
+    let url = format!("redis://127.0.0.1:{}", own.port);
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start_with(&format!("\n[redis]\nurl = \"{url}\"\n"));
+    let yaml = rollout(
+        &v1.url(),
+        &v2.url(),
+        "    - setWeight: 20\n    - pause: { duration: 2s }\n    - setWeight: 50\n    - pause: {}\n    - setWeight: 100",
+    );
+    wait("a cluster that has asked Redis", Duration::from_secs(5), || {
+        (cluster.post(0, "/v1/rollouts", None, &yaml).status == 200).then_some(())
+    });
+    own.kill();
+    let traffic = Traffic::start(&cluster, 150);
+    let held = |state: &serde_json::Value| state["waiting_for"].as_str().unwrap_or_default().contains("redis: ");
+    cluster.until(0, "a promotion that holds", Duration::from_secs(10), held);
+    std::thread::sleep(Duration::from_secs(2));
+    let state = cluster.state(1).unwrap();
+    assert_eq!((&state["weights"]["v2"], &state["phase"]), (&0.2.into(), &"Progressing".into()), "{state}");
+    let refused = cluster.promote(0, None);
+    assert!(refused.status == 409 && refused.json().to_string().contains("redis: "), "{}", refused.json());
+    own.up();
+    cluster.until(0, "the promotion", Duration::from_secs(10), |state| state["weights"]["v2"] == 0.5);
+    own.kill();
+    assert_eq!(cluster.post(1, "/v1/rollouts/svc/abort", None, r#"{"reason":"lunch"}"#).status, 200);
+    assert_eq!(cluster.agreed(&[0, 1, 2], Duration::from_secs(1))["weights"], serde_json::json!({"v1": 1.0}));
+    own.up();
+    let (prefix, client) = (prefix(&cluster), redis::Client::open(url).unwrap());
+    wait("the rollback in Redis", Duration::from_secs(15), || {
+        let found = stored(&mut client.get_connection().ok()?, &prefix);
+        (found.get("kind")? == "ROLLBACK" && found.get("reasons")? == "lunch").then_some(())
+    });
+    drop(traffic);
+    cluster.assert_no_panic();
+}
