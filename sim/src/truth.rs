@@ -258,7 +258,7 @@ impl Courses {
             Act::Revert { raised, .. } => {
                 self.before.get(raised).cloned().ok_or(format!("reverts slot {raised}, which raised nothing"))?
             }
-            Act::Abort { .. } | Act::Config(_) | Act::Genesis { .. } => return Ok(()),
+            Act::Judge { .. } | Act::Abort { .. } | Act::Config(_) | Act::Genesis { .. } => return Ok(()),
         };
         self.now.insert(service.clone(), next);
         Ok(())

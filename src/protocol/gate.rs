@@ -264,7 +264,8 @@ impl Core {
 
     /// Begins evidence anew where a decided record changed the weights.
     pub(super) fn renew_gate(&mut self, chosen: &Chosen) {
-        let Some(id) = chosen.record.intent.act.service() else { return };
+        let act = &chosen.record.intent.act;
+        let Some(id) = act.service().filter(|_| !matches!(act, Act::Judge { .. })) else { return };
         self.renew_watch(id);
         let Some(agreed) = self.ledger.services.get(id) else { return };
         let now = self.now.mono;

@@ -167,8 +167,12 @@ impl Core {
         }
     }
 
-    /// Asks for the next closed window of each rollout to be decided.
+    /// Asks for the next closed window of each rollout to be decided. A verdict can wait: it never contends for a slot that
+    /// somebody's transaction is open in, which would put a raise in doubt.
     pub(super) fn judge_windows(&mut self) {
+        if self.register.accepted.is_some() || self.prepared.is_some() {
+            return;
+        }
         let own: Vec<_> = self.watches.keys().cloned().collect();
         for id in own {
             if !self.desk.is_free() {

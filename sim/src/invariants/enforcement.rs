@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use aviary::domain::ids::{NodeId, ServiceId, VersionId};
 use aviary::domain::plan::OnPartition;
-use aviary::protocol::record::Slot;
+use aviary::protocol::record::{Act, Slot};
 
 use super::Invariant;
 use crate::truth::{Courses, Fact, Truth};
@@ -52,7 +52,8 @@ impl Enforcement {
             self.benched.entry(node.clone()).or_insert(truth.now);
         }
         self.benched.retain(|node, _| self.courses.benched.contains(node));
-        let Some(service) = record.intent.act.service() else { return };
+        let act = &record.intent.act;
+        let Some(service) = act.service().filter(|_| !matches!(act, Act::Judge { .. })) else { return };
         let (Some(course), old) = (self.courses.now.get(service), before.get(service)) else { return };
         let completed = !course.active && record.intent.act.name() == "Promote";
         if completed {
