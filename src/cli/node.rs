@@ -39,8 +39,9 @@ use crate::node::scrub;
 use crate::ports::{Network, Recovered};
 use crate::protocol::Settings;
 use crate::proxy;
+use crate::telemetry;
 #[cfg(feature = "kafka")]
-use crate::telemetry::{self, Intake};
+use crate::telemetry::Intake;
 
 /// Arguments of `aviary node`.
 #[derive(Debug, Clone, Args)]
@@ -99,6 +100,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
         start_kafka(kafka, &handle, &servers, &shutdown)?;
     }
     servers.spawn(api::serve(door, state));
+    tokio::spawn(telemetry::prometheus::run(handle.clone(), shutdown.clone()));
     tokio::spawn(scrub::run(handle.log.clone(), shutdown.clone()));
     tokio::spawn(api::metrics::count(handle));
     servers.close();

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer};
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData, OnFailure, Statistic};
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::plan::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, SpecError, Stage};
+use crate::domain::query::Query;
 use crate::domain::weights::{Weight, WeightError, Weights};
 
 /// Why a file is no rollout.
@@ -187,6 +188,9 @@ struct MetricPart {
     threshold_range: Option<Range>,
     #[serde(default)]
     on_failure: Option<FailurePart>,
+    /// Who keeps the metric; none: this cluster.
+    #[serde(default)]
+    provider: Option<Provider>,
     /// SEQUENTIAL's.
     #[serde(default)]
     allowed_increase: Option<f64>,
@@ -201,7 +205,25 @@ fn threshold() -> String {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Range {
-    max: f64,
+    #[serde(default)]
+    min: Option<f64>,
+    #[serde(default)]
+    max: Option<f64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Provider {
+    prometheus: PrometheusPart,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PrometheusPart {
+    address: String,
+    query: String,
+    #[serde(default, deserialize_with = "maybe_duration")]
+    interval: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -395,12 +417,17 @@ fn split(parts: BTreeMap<VersionId, f64>, stable: &VersionId, canary: &VersionId
 
 fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
     let default = Analysis::default();
-    let metrics = match part.metrics {
-        Some(metrics) => metrics.into_iter().map(metric).collect::<Result<_, _>>()?,
-        None => default.metrics,
+    let (metrics, queries) = match part.metrics {
+        Some(parts) => {
+            let (asked, own): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| part.provider.is_some());
+            let metrics = own.into_iter().map(metric).collect::<Result<Vec<_>, _>>()?;
+            (metrics, asked.into_iter().map(query).collect::<Result<Vec<_>, _>>()?)
+        }
+        None => (default.metrics, Vec::new()),
     };
-    let names: BTreeSet<&str> = metrics.iter().map(|metric| metric.name.as_str()).collect();
-    if names.len() < metrics.len() {
+    let names = metrics.iter().map(|metric| &metric.name).chain(queries.iter().map(|query| &query.name));
+    let names: BTreeSet<&String> = names.collect();
+    if names.len() < metrics.len() + queries.len() {
         return Err("two metrics have one name, expected a name for each, such as errors and errors-vs-stable".into());
     }
     let alpha = part.alpha.unwrap_or(f64::from(default.alpha_ppm) / 1e6);
@@ -412,6 +439,7 @@ fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
         window_ms: part.window.unwrap_or(default.window_ms),
         min_samples: part.min_samples.unwrap_or(default.min_samples),
         metrics,
+        queries,
         no_data: match part.no_data {
             Some(NoDataPart::Fail) => NoData::Fail,
             Some(NoDataPart::Hold) | None => NoData::Hold,
@@ -433,6 +461,50 @@ fn metric(part: MetricPart) -> Result<Metric, String> {
         "SEQUENTIAL" => sequential_metric(part),
         other => Err(format!("metric {}: strategy is {other:?}, expected THRESHOLD or SEQUENTIAL", part.name)),
     }
+}
+
+/// A metric that a Prometheus keeps.
+fn query(part: MetricPart) -> Result<Query, String> {
+    let MetricPart { name, strategy, statistic, threshold_range, on_failure, allowed_increase, quantile, provider } =
+        part;
+    let complain = |why: &str| Err(format!("metric {name}: {why}"));
+    let Some(Provider { prometheus: PrometheusPart { address, query: template, interval } }) = provider else {
+        return complain("no provider");
+    };
+    if strategy != "THRESHOLD" || statistic.is_some() || allowed_increase.is_some() || quantile.is_some() {
+        return complain(
+            "a provider's metric has a thresholdRange and no strategy, statistic, allowedIncrease or quantile",
+        );
+    }
+    let Some(Range { min, max }) = threshold_range.filter(|range| range.min.is_some() || range.max.is_some()) else {
+        return complain("no thresholdRange, expected { min: …, max: … } or one of them");
+    };
+    let micro = |bound: f64| match bound.abs() < 1e12 {
+        true => Ok((bound * 1e6).round() as i64),
+        false => Err(format!("metric {name}: thresholdRange has {bound}, expected less than 10^12 either way")),
+    };
+    let (min, max) = (min.map(micro).transpose()?, max.map(micro).transpose()?);
+    let address = checked_url(&address).map_err(|why| format!("metric {name}: provider: {why}"))?;
+    if template.trim().is_empty() || template.len() > 4_096 {
+        return complain("the provider's query is empty or longer than 4096 bytes, expected PromQL");
+    }
+    let words = ["service", "stable", "version", "window"];
+    let mut rest = template.as_str();
+    while let Some((_, after)) = rest.split_once("{{") {
+        let (word, after) = after.split_once("}}").unwrap_or((after, ""));
+        if !words.contains(&word.trim()) {
+            return Err(format!(
+                "metric {name}: the query has {{{{{word}}}}}, expected {{{{service}}}}, {{{{stable}}}}, {{{{version}}}} or {{{{window}}}}"
+            ));
+        }
+        rest = after;
+    }
+    let on_failure = match on_failure {
+        Some(FailurePart::Pause) => OnFailure::Pause,
+        Some(FailurePart::Rollback) | None => OnFailure::Rollback,
+    };
+    let interval_ms = interval.unwrap_or(10_000);
+    Ok(Query { name, address, template: template.trim().into(), interval_ms, min, max, on_failure })
 }
 
 /// What must be ruled out, when a file doesn't say: errors 0.5 % of all answers more, the 95th percentile 10 % more.
@@ -471,7 +543,9 @@ fn threshold_metric(part: MetricPart) -> Result<Metric, String> {
     if allowed_increase.is_some() || quantile.is_some() {
         return Err(format!("metric {name}: allowedIncrease and quantile are SEQUENTIAL's, expected thresholdRange"));
     }
-    let max = threshold_range.ok_or_else(|| format!("metric {name} has no thresholdRange, expected {{ max: … }}"))?.max;
+    let Some(Range { min: None, max: Some(max) }) = threshold_range else {
+        return Err(format!("metric {name} has no thresholdRange with a max alone, expected {{ max: … }}"));
+    };
     let (limit, default) = if name.starts_with("errors") {
         if statistic.is_some() {
             return Err(format!("metric {name}: statistic is for latency, expected thresholdRange alone"));

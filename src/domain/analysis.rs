@@ -7,6 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::query::Query;
 use super::sequential::{Allowed, ERRORS_SHARE, Harm, Policy, Required};
 use super::stats::Stats;
 use super::window::Evidence;
@@ -143,6 +144,8 @@ pub struct Analysis {
     pub min_samples: u64,
     /// The metrics, all of which must hold.
     pub metrics: Vec<Metric>,
+    /// Metrics that other systems keep, all of which must hold.
+    pub queries: Vec<Query>,
     /// What silence means.
     pub no_data: NoData,
     /// Probability of ever rolling back a canary that is no worse than stable, by SEQUENTIAL metrics, in millionths.
@@ -166,6 +169,7 @@ impl Default for Analysis {
                 Metric { name: "errors".into(), limit: errors, on_failure: OnFailure::Rollback },
                 Metric { name: "latency".into(), limit: latency, on_failure: OnFailure::Pause },
             ],
+            queries: Vec::new(),
             no_data: NoData::Hold,
             alpha_ppm: 10_000,
             inconclusive_after_ms: None,

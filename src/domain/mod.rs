@@ -6,6 +6,7 @@
 pub mod analysis;
 pub mod ids;
 pub mod plan;
+pub mod query;
 pub mod rollout;
 pub mod routing;
 pub mod sequential;

@@ -167,12 +167,16 @@ impl RolloutSpec {
         at_most("urls of canary", self.canary.urls.len(), 64)?;
         at_most("routing matches", self.matches.len(), 32)?;
         at_most("metrics", self.analysis.metrics.len(), 32)?;
+        at_most("queries", self.analysis.queries.len(), 16)?;
+        if self.analysis.queries.iter().any(|query| !(1_000..=600_000).contains(&query.interval_ms)) {
+            return Err(SpecError::Missing("a query's interval is out of range, expected 1 s to 10 min"));
+        }
         if self.matches.iter().any(|m| m.headers.is_empty()) {
             return Err(SpecError::Missing(
                 "a routing match names no header, expected at least one: it would match everything",
             ));
         }
-        if self.analysis.metrics.is_empty() {
+        if self.analysis.metrics.is_empty() && self.analysis.queries.is_empty() {
             return Err(SpecError::Missing("analysis has no metrics, expected at least one: nothing would be judged"));
         }
         let comparable = self.analysis.metrics.iter().all(|metric| match metric.limit {

@@ -37,6 +37,8 @@ pub enum Request {
     },
     /// The data plane's counts.
     Observed(Vec<Observation>),
+    /// Another system's metric.
+    Measured(crate::protocol::Measurement),
     /// Why the store that promotions depend on doesn't do what it should; none when it does.
     Guarded(Option<String>),
     /// The data plane's circuit breaker.
@@ -193,6 +195,11 @@ impl NodeHandle {
     /// Tells the loop that the data plane stopped a canary by itself.
     pub async fn breaker_tripped(&self, service: crate::domain::ids::ServiceId, routing_version: u64, reason: String) {
         let _ = self.requests.send(Request::BreakerTripped { service, routing_version, reason }).await;
+    }
+
+    /// Hands over another system's metric.
+    pub async fn measured(&self, measurement: crate::protocol::Measurement) {
+        let _ = self.requests.send(Request::Measured(measurement)).await;
     }
 
     /// Tells the loop whether the store that promotions depend on does what it should; told again soon when the loop is behind.

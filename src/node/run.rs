@@ -191,6 +191,7 @@ impl Shell {
                 Input::Read(id)
             }
             Request::Observed(observations) => Input::Telemetry(observations),
+            Request::Measured(measurement) => Input::Measured(measurement),
             Request::Guarded(away) => Input::Guarded(away),
             Request::BreakerTripped { service, routing_version, reason } => {
                 Input::BreakerTripped { service, routing_version, reason }

@@ -234,6 +234,7 @@ impl Core {
             Input::BreakerTripped { service, routing_version, reason } => {
                 self.on_breaker(&service, routing_version, reason);
             }
+            Input::Measured(measurement) => self.on_measured(measurement),
             Input::Guarded(away) => self.away = away,
             Input::Operator(command) => self.on_command(command),
             Input::Read(request) => self.on_read(request),

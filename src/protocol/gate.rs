@@ -17,13 +17,15 @@ use super::ledger::Agreed;
 use super::message::{GateVote, HealthSnapshot, Message};
 use super::record::{Act, Chosen};
 use super::watch::Watch;
-use super::{Event, Observation};
+use super::{Event, Measurement, Observation};
 
 /// One service's evidence at its present routing version, and what follows from it.
 #[derive(Debug, Clone)]
 pub(super) struct Gate {
     pub routing_version: u64,
     window: Window,
+    /// The latest answer to each query, and when it came.
+    measured: BTreeMap<String, (Mono, Result<f64, String>)>,
     /// The latest snapshot of each peer, and when it came.
     snapshots: BTreeMap<NodeId, (Mono, HealthSnapshot)>,
     /// Why this node stopped the canary by itself; none while it hasn't.
@@ -47,6 +49,7 @@ impl Gate {
         Self {
             routing_version: agreed.service.routing.version,
             window: Window::default(),
+            measured: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             brake: None,
             braked_at: since,
@@ -97,6 +100,15 @@ impl Core {
             }
         }
         self.judge_all();
+    }
+
+    pub(super) fn on_measured(&mut self, measurement: Measurement) {
+        let Measurement { service, routing_version, name, value } = measurement;
+        let now = self.now.mono;
+        if let Some(gate) = self.gates.get_mut(&service).filter(|gate| gate.routing_version == routing_version) {
+            gate.measured.insert(name, (now, value));
+            self.judge(&service);
+        }
     }
 
     pub(super) fn on_snapshot(&mut self, from: &NodeId, incarnation: Incarnation, snapshot: HealthSnapshot) {
@@ -196,8 +208,8 @@ impl Core {
         }
     }
 
-    /// The worst of: the limits on what the cluster saw, the limits on what this node saw where that is a veto, and the
-    /// comparison with stable.
+    /// The worst of: the limits on what the cluster saw, the limits on what this node saw where that is a veto, the
+    /// comparison with stable, and what other systems measured.
     fn verdict(&self, gate: &Gate, agreed: &Agreed, cluster: &Evidence) -> Verdict {
         let analysis = &agreed.service.rollout.spec.analysis;
         let alone = match analysis.judge_alone(&gate.local()) {
@@ -209,7 +221,13 @@ impl Core {
             Verdict::Hold(_) if agreed.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
             verdict => verdict,
         };
-        analysis.judge(cluster).or_worse(alone).or_worse(compared)
+        let measured = analysis.queries.iter().map(|query| {
+            let answer = gate.measured.get(&query.name);
+            let fresh = answer.filter(|(at, _)| self.now.mono.millis_since(*at) <= query.fresh_ms());
+            query.judge(fresh.map(|(_, value)| value))
+        });
+        let seen = analysis.judge(cluster).or_worse(alone).or_worse(compared);
+        measured.fold(seen, Verdict::or_worse)
     }
 
     /// Stops this node's canary traffic at once, and tells everybody.

@@ -151,6 +151,22 @@ pub struct Observation {
     pub evidence: Evidence,
 }
 
+/// What another system answered to a query.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measurement {
+    /// The service.
+    pub service: ServiceId,
+    /// The routing version that was in force when it was asked.
+    pub routing_version: u64,
+    /// The query's name.
+    pub name: String,
+    /// The value, or why there is none.
+    pub value: Result<f64, String>,
+}
+
+// Two measurements that are no number are the same for whoever compares inputs.
+impl Eq for Measurement {}
+
 /// What reaches the core.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
@@ -169,6 +185,8 @@ pub enum Input {
     Unreachable(NodeId),
     /// The data plane's counts.
     Telemetry(Vec<Observation>),
+    /// Another system's metric.
+    Measured(Measurement),
     /// The data plane's circuit breaker stopped a canary by itself.
     BreakerTripped {
         /// The service.

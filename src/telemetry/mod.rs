@@ -17,6 +17,7 @@ use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, View};
 
 pub mod event;
+pub mod prometheus;
 pub mod source;
 
 use event::{Event, FUTURE_MS_MAX, LATE_MS_MAX, Rejection};

@@ -1,0 +1,110 @@
+//! Metrics that a Prometheus keeps: asked for by each node itself, for its own gate.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use crate::domain::ids::ServiceId;
+use crate::domain::query::Query;
+use crate::domain::time::Mono;
+use crate::node::handle::NodeHandle;
+use crate::protocol::{Measurement, ServiceView};
+
+/// Between two looks at what is due.
+const LOOK: Duration = Duration::from_millis(250);
+/// Longest wait for an answer, where the interval isn't shorter.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Longest answer: one value is a few hundred bytes.
+const ANSWER_BYTES_MAX: usize = 64 * 1024;
+
+type Http = Client<HttpConnector, Full<Bytes>>;
+
+/// Asks for the metrics of every rollout under way, each as often as its file says, until `shutdown`.
+pub async fn run(node: NodeHandle, shutdown: CancellationToken) {
+    let mut connector = HttpConnector::new();
+    connector.set_connect_timeout(Some(ANSWER_MAX));
+    let client: Http = Client::builder(TokioExecutor::new()).build(connector);
+    let mut due: BTreeMap<(ServiceId, String, u64), Mono> = BTreeMap::new();
+    let mut tick = tokio::time::interval(LOOK);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        let (view, now) = (node.published.view(), node.published.clock().now().mono);
+        let under_way = view.services.iter().filter(|(_, shown)| shown.service.rollout.phase.is_active());
+        let mut asked = BTreeMap::new();
+        for (id, shown) in under_way {
+            // At each weight it is asked anew.
+            let version = shown.service.routing.version;
+            for query in &shown.service.rollout.spec.analysis.queries {
+                let key = (id.clone(), query.name.clone(), version);
+                let at = due.get(&key).copied().unwrap_or(now);
+                let next = if at <= now { now.after_ms(query.interval_ms) } else { at };
+                asked.insert(key, next);
+                if at <= now {
+                    let (node, client) = (node.clone(), client.clone());
+                    tokio::spawn(ask(node, client, id.clone(), shown.clone(), query.clone()));
+                }
+            }
+        }
+        due = asked;
+    }
+}
+
+async fn ask(node: NodeHandle, client: Http, service: ServiceId, shown: ServiceView, query: Query) {
+    let routing = &shown.service.routing;
+    let spec = &shown.service.rollout.spec;
+    let text = query.text(
+        service.as_str(),
+        spec.stable.version.as_str(),
+        spec.canary.version.as_str(),
+        spec.analysis.window_ms,
+    );
+    let limit = ANSWER_MAX.min(Duration::from_millis(query.interval_ms));
+    let value = match tokio::time::timeout(limit, answer(&client, &query.address, &text)).await {
+        Ok(value) => value,
+        Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
+    };
+    let value = value.map_err(|why| format!("{}: {why}", query.address));
+    metrics::counter!("aviary_queries_total", "outcome" => if value.is_ok() { "ok" } else { "error" }).increment(1);
+    node.measured(Measurement { service, routing_version: routing.version, name: query.name, value }).await;
+}
+
+/// Returns the value of an instant query that gives one.
+async fn answer(client: &Http, address: &str, query: &str) -> Result<f64, String> {
+    let body = form_urlencoded::Serializer::new(String::new()).append_pair("query", query).finish();
+    let request = http::Request::post(format!("{address}/api/v1/query"))
+        .header(http::header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+        .body(Full::new(Bytes::from(body)))
+        .map_err(|why| why.to_string())?;
+    let response = client.request(request).await.map_err(|why| {
+        let cause = std::error::Error::source(&why).map(|cause| format!(": {cause}")).unwrap_or_default();
+        format!("{why}{cause}")
+    })?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|why| why.to_string())?;
+    let json: Value = serde_json::from_slice(&body.to_bytes()).map_err(|_| format!("{status} without JSON"))?;
+    if json["status"] != "success" {
+        return Err(format!("{status}: {}", json["error"].as_str().unwrap_or("no success")));
+    }
+    let result = &json["data"]["result"];
+    let sample = match json["data"]["resultType"].as_str() {
+        Some("scalar") => &result[1],
+        Some("vector") => match result.as_array().map(Vec::as_slice) {
+            Some([one]) => &one["value"][1],
+            Some([]) => return Err("no series, expected one".into()),
+            series => return Err(format!("{} series, expected one", series.map_or(0, <[Value]>::len))),
+        },
+        other => return Err(format!("a {}, expected a scalar or a vector of one", other.unwrap_or("nothing"))),
+    };
+    let text = sample.as_str().unwrap_or_default();
+    text.parse().map_err(|_| format!("{text:?}, expected a number"))
+}
