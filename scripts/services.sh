@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A real Apache Kafka (KRaft, one broker) and a real Redis, for tests and trials on this machine.
+# A real Apache Kafka (KRaft, one broker) and a real Redis, for tests and trials on this machine; where it is asked for by name, a
+# Prometheus too.
 #
-#   scripts/services.sh up [kafka] [redis]     start what isn't running; prints how, and where
-#   scripts/services.sh down [kafka] [redis]   stop what `up` started, and nothing else
+#   scripts/services.sh up [kafka] [redis] [prometheus]     start what isn't running; prints how, and where
+#   scripts/services.sh down [kafka] [redis] [prometheus]   stop what `up` started, and nothing else
 #   scripts/services.sh status                 what runs where; exit 0 when both answer
 #   scripts/services.sh env                    lines for `eval`: KAFKA_BOOTSTRAP, REDIS_URL
 #
@@ -11,13 +12,15 @@
 # programs are installed first.
 #
 # AVIARY_SERVICES_DIR   data, logs and jars; default target/services
-# KAFKA_PORT, REDIS_PORT   default 19092, 16379
+# KAFKA_PORT, REDIS_PORT, PROMETHEUS_PORT   default 19092, 16379, 19090
+# PROMETHEUS_TARGETS    what it scrapes each second, `host:port,host:port`; needs the program prometheus
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dir=${AVIARY_SERVICES_DIR:-$root/target/services}
 jars=${AVIARY_KAFKA_JARS:-$root/target/services/jars}
 kafka_port=${KAFKA_PORT:-19092}
 redis_port=${REDIS_PORT:-16379}
+prometheus_port=${PROMETHEUS_PORT:-19090}
 
 say() { echo "services.sh: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -136,6 +139,27 @@ redis_up() {
   say "redis: 127.0.0.1:$redis_port (redis-server, process $(cat "$dir/redis.pid"))"
 }
 
+prometheus_up() {
+  if runs "$dir/prometheus.pid" && answers 127.0.0.1 "$prometheus_port"; then say "prometheus: runs already, 127.0.0.1:$prometheus_port"; return; fi
+  answers 127.0.0.1 "$prometheus_port" && fail "prometheus: port $prometheus_port is taken, expected it free (PROMETHEUS_PORT names another)"
+  has prometheus || install prometheus || fail "prometheus: the program is missing (REQUIRE_SERVICES=1 installs it)"
+  mkdir -p "$dir/prometheus"
+  local targets=${PROMETHEUS_TARGETS:-127.0.0.1:50051,127.0.0.1:50052,127.0.0.1:50053}
+  cat >"$dir/prometheus/prometheus.yml" <<EOF
+global: { scrape_interval: 1s }
+scrape_configs:
+  - job_name: aviary
+    static_configs: [ { targets: [ "${targets//,/\", \"}" ] } ]
+EOF
+  setsid nohup prometheus --config.file "$dir/prometheus/prometheus.yml" --storage.tsdb.path "$dir/prometheus/data" \
+    --web.listen-address "127.0.0.1:$prometheus_port" >>"$dir/prometheus/prometheus.log" 2>&1 </dev/null &
+  echo $! >"$dir/prometheus.pid"
+  prometheus_ready() { ! runs "$dir/prometheus.pid" || answers 127.0.0.1 "$prometheus_port"; }
+  wait_for 20 prometheus_ready && runs "$dir/prometheus.pid" ||
+    { tail -5 "$dir/prometheus/prometheus.log" >&2; fail "prometheus: no answer within 20 s"; }
+  say "prometheus: 127.0.0.1:$prometheus_port (process $(cat "$dir/prometheus.pid"))"
+}
+
 stop() {
   local name=$1 pid
   if runs "$dir/$name.pid"; then
@@ -146,13 +170,13 @@ stop() {
     say "$name: stopped"
   fi
   rm -f "$dir/$name.pid"
-  if docker_works && [ -n "$(compose ps -q "$name" 2>/dev/null)" ]; then compose rm -sf "$name" >&2; fi
+  if [ "$name" != prometheus ] && docker_works && [ -n "$(compose ps -q "$name" 2>/dev/null)" ]; then compose rm -sf "$name" >&2; fi
 }
 
 verb=${1:-}; shift || true
 [ $# -gt 0 ] && names=("$@") || names=(kafka redis)
 for name in "${names[@]}"; do
-  case "$name" in kafka | redis) ;; *) fail "found $name, expected kafka or redis" ;; esac
+  case "$name" in kafka | redis | prometheus) ;; *) fail "found $name, expected kafka, redis or prometheus" ;; esac
 done
 case "$verb" in
   up) for name in "${names[@]}"; do "${name}_up"; done ;;
@@ -168,5 +192,5 @@ case "$verb" in
   env)
     echo "export KAFKA_BOOTSTRAP=${KAFKA_BOOTSTRAP:-127.0.0.1:$kafka_port}"
     echo "export REDIS_URL=${REDIS_URL:-redis://127.0.0.1:$redis_port}" ;;
-  *) sed -n '2,15s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
+  *) sed -n '2,17s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
 esac

@@ -2,6 +2,7 @@
 #![expect(clippy::disallowed_methods, reason = "these tests wait for real processes, on the real clock")]
 
 mod kafka;
+mod prometheus;
 mod redis;
 
 use std::path::Path;
@@ -71,11 +72,18 @@ struct Own {
     name: &'static str,
     port: u16,
     dir: tempfile::TempDir,
+    /// What a Prometheus scrapes.
+    targets: String,
 }
 
 impl Own {
+    /// Returns a service that is not running yet.
+    fn new(name: &'static str) -> Self {
+        Self { name, port: free_port(), dir: tempfile::tempdir().unwrap(), targets: String::new() }
+    }
+
     fn start(name: &'static str) -> Self {
-        let own = Self { name, port: free_port(), dir: tempfile::tempdir().unwrap() };
+        let own = Self::new(name);
         own.up();
         own
     }
@@ -86,7 +94,8 @@ impl Own {
         command.arg(verb).arg(self.name).env("AVIARY_SERVICES_DIR", self.dir.path()).env("AVIARY_NO_DOCKER", "1");
         command.env_remove("KAFKA_BOOTSTRAP").env_remove("REDIS_URL");
         let port = self.port.to_string();
-        let output = command.env("KAFKA_PORT", &port).env("REDIS_PORT", &port).output().unwrap();
+        command.env("KAFKA_PORT", &port).env("REDIS_PORT", &port).env("PROMETHEUS_PORT", &port);
+        let output = command.env("PROMETHEUS_TARGETS", &self.targets).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
