@@ -32,6 +32,26 @@ step "tests"
 if [ -n "${1:-}" ]; then ulimit -n 20000; fi
 env "${rounds[@]}" cargo test --workspace --quiet "${profile[@]}"
 
+step "manifests"
+tools=target/tools
+manifest_tools() {
+  [ -x "$tools/kustomize" ] && [ -x "$tools/python/bin/python" ] && return 0
+  command -v go >/dev/null && command -v python3 >/dev/null || return 1
+  mkdir -p "$tools"
+  GOBIN=$PWD/$tools go install sigs.k8s.io/kustomize/kustomize/v5@v5.5.0 >"$tools/log" 2>&1 || return 1
+  python3 -m venv "$tools/python" >>"$tools/log" 2>&1 || return 1
+  "$tools/python/bin/pip" install --quiet kubernetes-validate pyyaml >>"$tools/log" 2>&1
+}
+if manifest_tools; then
+  "$tools/python/bin/python" tests/manifests.py "$tools/kustomize"
+elif [ "${REQUIRE_SERVICES:-}" = 1 ]; then
+  cat "$tools/log" >&2 || true
+  echo "run_tests.sh: the manifests can't be validated, expected go and python3 with venv (REQUIRE_SERVICES=1)" >&2
+  exit 1
+else
+  skipped+=("manifests: go or python3 with venv is not installed, or their packages can't be reached")
+fi
+
 step "tests with a real Kafka and a real Redis"
 if scripts/services.sh up; then
   eval "$(scripts/services.sh env)"
