@@ -95,6 +95,14 @@ pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<
     })
 }
 
+fn port_of(address: &str) -> Option<&str> {
+    address.rsplit_once(':').map(|(_, port)| port)
+}
+
+fn is_anywhere(address: &str) -> bool {
+    address.parse::<std::net::SocketAddr>().is_ok_and(|address| address.ip().is_unspecified())
+}
+
 fn check_peers(config: &NodeConfig, nodes: &BTreeMap<NodeId, &NodeConfig>) -> Result<(), FoundError> {
     let file = config.file.display().to_string();
     let others: BTreeSet<_> = nodes.keys().filter(|node| **node != config.id).collect();
@@ -109,7 +117,9 @@ fn check_peers(config: &NodeConfig, nodes: &BTreeMap<NodeId, &NodeConfig>) -> Re
     for (name, peer) in &config.peers {
         let listen = &nodes[name].listen;
         for (port, found, expected) in [("control", &peer.control, &listen.control), ("api", &peer.api, &listen.api)] {
-            if found != expected {
+            // Who listens on every address is reached by whatever name its peers have for it.
+            let anywhere = is_anywhere(expected) && port_of(expected) == port_of(found);
+            if found != expected && !anywhere {
                 let (expected, found) = (expected.clone(), found.clone());
                 return Err(FoundError::Address { file, peer: name.clone(), port, expected, found });
             }
@@ -149,6 +159,16 @@ mod tests {
         assert!(founding.registers.values().all(|register| register.head_hash == hash));
         let lives: BTreeSet<_> = founding.registers.values().map(|register| register.incarnation).collect();
         assert_eq!(lives.len(), 2);
+    }
+
+    #[test]
+    fn who_listens_everywhere_is_reached_by_any_name() {
+        let (mut a, mut b) = (config("a", &["b"], "x"), config("b", &["a"], "y"));
+        a.listen.control = format!("0.0.0.0:{}", 7000 + u32::from(b'a'));
+        b.peers.get_mut(&a.id).unwrap().control = format!("node-a.svc:{}", 7000 + u32::from(b'a'));
+        found_of(&[a.clone(), b.clone()]).unwrap();
+        b.peers.get_mut(&a.id).unwrap().control = "node-a.svc:1".into();
+        assert!(found_of(&[a, b]).unwrap_err().to_string().contains("expected 0.0.0.0:"));
     }
 
     #[test]
