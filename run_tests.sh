@@ -83,7 +83,7 @@ step "simulation: every order of everything, within $exhaust (crashes, wipes, ti
 step "simulation: the same traces in two processes"
 "$sim" --determinism --seeds 100 --ms 5000
 step "simulation: seeded bugs are caught"
-"$sim" --teeth --ms 20000
+"$sim" --teeth --ms 60000
 
 if [ "$(id -u)" != 0 ] || ! command -v ip >/dev/null; then
   skipped+=("tests in network namespaces, on a small tmpfs: they need root and the tool ip (iproute2)")

@@ -97,7 +97,7 @@ struct Arguments {
 }
 
 /// Seeds that a seeded bug may live through.
-const TEETH_SEEDS: u64 = 2_000;
+const TEETH_SEEDS: u64 = 6_000;
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();

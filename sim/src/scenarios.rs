@@ -42,6 +42,15 @@ pub const ALL: &[Scenario] = &[
     seed("single-brake-2", 673, "the same"),
     seed("armed-late", 928, "a raise chosen in doubt first and by its own ballot after that"),
     seed("completed-in-doubt", 3024, "a completion learned as decided in doubt, next to an aborted start"),
+    Scenario {
+        ms: 60_000,
+        without: 0,
+        ..seed(
+            "verdict-renews-gate",
+            74,
+            "a verdict on a window began the evidence anew, and the rollout was rolled back",
+        )
+    },
     seed("start-in-doubt", 437, "a duel decided a start in doubt, and it was reverted"),
 ];
 
