@@ -5,6 +5,7 @@ mod cluster;
 mod formats;
 mod fuzz;
 mod judge;
+mod measure;
 mod proxy;
 mod services;
 mod tidy;

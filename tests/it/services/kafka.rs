@@ -15,19 +15,15 @@ use super::{kill_and_roll_back, kinds, runtime, streamed, unique, variable};
 use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout};
 
 /// Two topics of this test's own.
-struct Topics {
+pub struct Topics {
     bootstrap: String,
-    telemetry: String,
+    pub telemetry: String,
     decisions: String,
 }
 
 impl Topics {
-    fn create() -> Self {
-        let topics = Self {
-            bootstrap: variable("KAFKA_BOOTSTRAP"),
-            telemetry: unique("telemetry"),
-            decisions: unique("decisions"),
-        };
+    pub fn create(bootstrap: String) -> Self {
+        let topics = Self { bootstrap, telemetry: unique("telemetry"), decisions: unique("decisions") };
         let admin: AdminClient<_> = topics.client().create().unwrap();
         let new = [(&topics.telemetry, 6), (&topics.decisions, 1)]
             .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(1)));
@@ -36,14 +32,14 @@ impl Topics {
         topics
     }
 
-    fn client(&self) -> ClientConfig {
+    pub fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", &self.bootstrap);
         config
     }
 
     /// Returns the lines of a node's file.
-    fn lines(&self) -> String {
+    pub fn lines(&self) -> String {
         let Self { bootstrap, telemetry, decisions } = self;
         let group = unique("group");
         format!(
@@ -52,13 +48,19 @@ impl Topics {
         )
     }
 
-    /// Returns the decisions on the topic, each as its bytes and headers say, until `enough` of them.
-    fn read(&self, mut enough: impl FnMut(&[Decision]) -> bool) -> Vec<Decision> {
+    /// Returns a reader of the decisions, from the first on.
+    pub fn reader(&self) -> BaseConsumer {
         let mut config = self.client();
         config.set("group.id", unique("reader")).set("auto.offset.reset", "earliest");
         config.set("isolation.level", "read_committed").set("enable.auto.commit", "false");
         let consumer: BaseConsumer = config.create().unwrap();
         consumer.subscribe(&[&self.decisions]).unwrap();
+        consumer
+    }
+
+    /// Returns the decisions on the topic, each as its bytes and headers say, until `enough` of them.
+    pub fn read(&self, mut enough: impl FnMut(&[Decision]) -> bool) -> Vec<Decision> {
+        let consumer = self.reader();
         let (began, mut found) = (Instant::now(), Vec::new());
         while !enough(&found) {
             assert!(began.elapsed() < Duration::from_secs(60), "not within a minute: {found:#?}");
@@ -75,7 +77,7 @@ impl Topics {
         found
     }
 
-    fn produce(&self, more: &[&str]) -> Process {
+    pub fn produce(&self, more: &[&str]) -> Process {
         let mut command = aviary();
         command.args(["telemetry", "produce", "--kafka", &self.bootstrap, "--topic", &self.telemetry]);
         command.args(["--service", "svc", "--stable", "v1", "--canary", "v2"]).args(more);
@@ -97,7 +99,7 @@ fn counted(cluster: &Cluster, line: &str) -> f64 {
 #[test]
 #[ignore = "needs Kafka: scripts/services.sh up"]
 fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_node_says() {
-    let topics = Topics::create();
+    let topics = Topics::create(variable("KAFKA_BOOTSTRAP"));
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let cluster = Cluster::start_with(&topics.lines());
     let steps = "    - setWeight: 20\n    - pause: { duration: 3s }\n    - setWeight: 50\n    - pause: { duration: 60s }\n    - setWeight: 100";
@@ -150,7 +152,7 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
 #[test]
 #[ignore = "needs Kafka: scripts/services.sh up"]
 fn kafka_has_every_decision_once_and_in_order_whoever_is_killed() {
-    let topics = Topics::create();
+    let topics = Topics::create(variable("KAFKA_BOOTSTRAP"));
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let mut cluster = Cluster::start_with(&topics.lines());
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");

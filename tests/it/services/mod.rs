@@ -1,9 +1,9 @@
 //! With a real Kafka and a real Redis. Each test here names what it needs, and is ignored without: scripts/services.sh.
 #![expect(clippy::disallowed_methods, reason = "these tests wait for real processes, on the real clock")]
 
-mod kafka;
+pub mod kafka;
 mod prometheus;
-mod redis;
+pub mod redis;
 
 use std::path::Path;
 use std::process::Command;
@@ -22,7 +22,7 @@ fn unique(name: &str) -> String {
 }
 
 /// Returns a variable that names a service.
-fn variable(name: &str) -> String {
+pub fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: eval \"$(scripts/services.sh env)\""))
 }
 
@@ -31,7 +31,7 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// Returns so many decisions that a node tells, from the first on.
-fn streamed(cluster: &Cluster, node: usize, count: usize) -> Vec<Decision> {
+pub fn streamed(cluster: &Cluster, node: usize, count: usize) -> Vec<Decision> {
     runtime().block_on(async {
         let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
         let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
@@ -49,7 +49,7 @@ fn streamed(cluster: &Cluster, node: usize, count: usize) -> Vec<Decision> {
     })
 }
 
-fn kinds(decisions: &[Decision]) -> Vec<DecisionKind> {
+pub fn kinds(decisions: &[Decision]) -> Vec<DecisionKind> {
     decisions.iter().map(Decision::kind).filter(|kind| *kind != DecisionKind::Verdict).collect()
 }
 
@@ -68,9 +68,9 @@ fn kill_and_roll_back(cluster: &mut Cluster) {
 }
 
 /// A service of this test's own, that it may kill.
-struct Own {
+pub struct Own {
     name: &'static str,
-    port: u16,
+    pub port: u16,
     dir: tempfile::TempDir,
     /// What a Prometheus scrapes.
     targets: String,
@@ -82,7 +82,7 @@ impl Own {
         Self { name, port: free_port(), dir: tempfile::tempdir().unwrap(), targets: String::new() }
     }
 
-    fn start(name: &'static str) -> Self {
+    pub fn start(name: &'static str) -> Self {
         let own = Self::new(name);
         own.up();
         own
@@ -99,12 +99,12 @@ impl Own {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    fn up(&self) {
+    pub fn up(&self) {
         self.script("up");
     }
 
     /// Ends it like a power cut.
-    fn kill(&self) {
+    pub fn kill(&self) {
         let pid = std::fs::read_to_string(self.dir.path().join(format!("{}.pid", self.name))).unwrap();
         assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
     }

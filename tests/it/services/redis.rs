@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use aviary::schema::v1::{Decision, DecisionKind};
+use aviary::schema::v1::{Decision, DecisionKind, WindowVerdict};
 
 use super::{Own, kill_and_roll_back, kinds, streamed, variable};
 use crate::cluster::harness::{Cluster, Traffic, Upstream, http, rollout, wait};
@@ -30,6 +30,19 @@ fn is_state_of(state: &BTreeMap<String, String>, decision: &Decision) -> bool {
     expected.iter().all(|(key, value)| state.get(*key) == Some(value))
 }
 
+/// Checks that Redis has the verdicts of these windows, and no other ones.
+pub fn has_all(cluster: &Cluster, url: &str, windows: &[(&Decision, &WindowVerdict)]) {
+    let (prefix, mut connection) = (prefix(cluster), redis::Client::open(url).unwrap().get_connection().unwrap());
+    for (decision, window) in windows {
+        let key = format!("{prefix}:window:svc:{}:{}", decision.rollout_version, window.to_ms);
+        let verdict: String = redis::cmd("GET").arg(&key).query(&mut connection).unwrap();
+        let word = window.verdict().as_str_name().trim_start_matches("VERDICT_").to_string();
+        assert_eq!(verdict, format!("{} {word}", decision.sequence), "{key}");
+    }
+    let keys: Vec<String> = redis::cmd("KEYS").arg(format!("{prefix}:window:*")).query(&mut connection).unwrap();
+    assert_eq!(keys.len(), windows.len(), "no verdict but those of the log");
+}
+
 #[test]
 #[ignore = "needs Redis: scripts/services.sh up"]
 fn redis_has_the_state_and_every_windows_one_verdict_whoever_is_killed() {
@@ -44,7 +57,8 @@ fn redis_has_the_state_and_every_windows_one_verdict_whoever_is_killed() {
     let traffic = Traffic::start(&cluster, 100);
     kill_and_roll_back(&mut cluster);
     drop(traffic);
-    let (prefix, mut connection) = (prefix(&cluster), redis::Client::open(url).unwrap().get_connection().unwrap());
+    let (prefix, mut connection) =
+        (prefix(&cluster), redis::Client::open(url.as_str()).unwrap().get_connection().unwrap());
     let found = wait("the rollback in Redis", Duration::from_secs(10), || {
         let found = stored(&mut connection, &prefix);
         (found.get("kind").map(String::as_str) == Some("ROLLBACK")).then_some(found)
@@ -55,14 +69,7 @@ fn redis_has_the_state_and_every_windows_one_verdict_whoever_is_killed() {
     assert!(is_state_of(&found, all.last().unwrap()), "{found:?}");
     let windows: Vec<_> = all.iter().filter_map(|one| Some((one, one.window.as_ref()?))).collect();
     assert!(windows.len() > 10, "{windows:?}");
-    for (decision, window) in &windows {
-        let key = format!("{prefix}:window:svc:{}:{}", decision.rollout_version, window.to_ms);
-        let verdict: String = redis::cmd("GET").arg(&key).query(&mut connection).unwrap();
-        let word = window.verdict().as_str_name().trim_start_matches("VERDICT_").to_string();
-        assert_eq!(verdict, format!("{} {word}", decision.sequence), "{key}");
-    }
-    let keys: Vec<String> = redis::cmd("KEYS").arg(format!("{prefix}:window:*")).query(&mut connection).unwrap();
-    assert_eq!(keys.len(), windows.len(), "no verdict but those of the log");
+    has_all(&cluster, &url, &windows);
     cluster.assert_no_panic();
 }
 
