@@ -28,10 +28,12 @@ impl Core {
         if self.is_coordinator() {
             self.settle_open_slot();
             self.revert_doubtful();
-            self.judge_windows();
         }
         for id in self.gates.keys().cloned().collect::<Vec<_>>() {
             self.fly(&id);
+        }
+        if self.is_coordinator() {
+            self.judge_windows();
         }
     }
 

@@ -26,6 +26,8 @@ const JUST_NOW_MS: u64 = 2_000;
 
 /// Closed windows that wait to be decided; the oldest are forgotten, and decided as unseen.
 const CLOSED_MAX: usize = 64;
+/// Windows that wait for their slots at a time.
+const JUDGED_AT_ONCE: usize = 16;
 /// How long after its end a window is decided that this node has nothing to say of.
 const UNSEEN_MS: u64 = 10_000;
 
@@ -170,19 +172,20 @@ impl Core {
     /// Asks for the next closed window of each rollout to be decided. A verdict can wait: it never contends for a slot that
     /// somebody's transaction is open in, which would put a raise in doubt.
     pub(super) fn judge_windows(&mut self) {
-        if self.register.accepted.is_some() || self.prepared.is_some() {
+        if self.register.accepted.is_some() || self.prepared.is_some() || !self.desk.is_free() {
             return;
         }
-        let own: Vec<_> = self.watches.keys().cloned().collect();
-        for id in own {
-            if !self.desk.is_free() {
-                return;
+        let mut due = Vec::new();
+        for (id, watch) in &mut self.watches {
+            if let Some(judgement) = watch.next_window(&self.ledger.services[id], self.now.mono) {
+                let overdue_ms = self.now.mono.millis_since(watch.began).saturating_sub(judgement.to_ms);
+                due.push((overdue_ms, id.clone(), watch.since_version, judgement));
             }
-            let (agreed, watch) = (&self.ledger.services[&id], self.watches.get_mut(&id).expect("a watch just seen"));
-            if let Some(judgement) = watch.next_window(agreed, self.now.mono) {
-                let since_version = watch.since_version;
-                self.wish(Wish::Act(Act::Judge { service: id, since_version, judgement: Box::new(judgement) }));
-            }
+        }
+        // Many may be due at once. A few wait for their slots at a time, so that whoever else asks isn't kept waiting.
+        due.sort_by_key(|(overdue_ms, ..)| std::cmp::Reverse(*overdue_ms));
+        for (_, service, since_version, judgement) in due.into_iter().take(JUDGED_AT_ONCE) {
+            self.wish(Wish::Act(Act::Judge { service, since_version, judgement: Box::new(judgement) }));
         }
     }
 

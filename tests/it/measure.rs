@@ -120,7 +120,7 @@ fn a_thousand_services_at_once() {
     while began.elapsed() < Duration::from_secs(seconds) {
         while sent < (began.elapsed().as_secs_f64() * f64::from(rate)) as u64 {
             let service = format!("s{}", sent % services);
-            let version = if sent / services % 5 == 0 { "v2" } else { "v1" };
+            let version = if (sent / services).is_multiple_of(5) { "v2" } else { "v1" };
             let payload = event(&service, version, 200);
             let _ = producer.send(BaseRecord::to(&topics.telemetry).key(&service).payload(&payload));
             sent += 1;
