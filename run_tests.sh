@@ -55,7 +55,15 @@ fi
 step "tests with a real Kafka and a real Redis"
 if scripts/services.sh up; then
   eval "$(scripts/services.sh env)"
-  cargo test --quiet "${profile[@]}" --test it services:: -- --ignored
+  without=()
+  for pair in redis-server:redis_away prometheus:prometheus; do
+    program=${pair%:*}
+    scripts/services.sh need "$program" && continue
+    [ "${REQUIRE_SERVICES:-}" != 1 ] || exit 1
+    without+=(--skip "${pair#*:}")
+    skipped+=("services::*${pair#*:}*: the program $program is not installed, which the test starts and ends")
+  done
+  cargo test --quiet "${profile[@]}" --test it services:: -- --ignored "${without[@]}"
   scripts/services.sh down
 elif [ "${REQUIRE_SERVICES:-}" = 1 ]; then
   echo "run_tests.sh: no Kafka or no Redis, expected both with REQUIRE_SERVICES=1" >&2

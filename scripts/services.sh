@@ -4,6 +4,7 @@
 #
 #   scripts/services.sh up [kafka] [redis] [prometheus]     start what isn't running; prints how, and where
 #   scripts/services.sh down [kafka] [redis] [prometheus]   stop what `up` started, and nothing else
+#   scripts/services.sh need PROGRAM...        exit 0 when these Debian packages' programs are on this machine, by then
 #   scripts/services.sh status                 what runs where; exit 0 when both answer
 #   scripts/services.sh env                    lines for `eval`: KAFKA_BOOTSTRAP, REDIS_URL
 #
@@ -174,6 +175,10 @@ stop() {
 }
 
 verb=${1:-}; shift || true
+if [ "$verb" = need ]; then
+  for program in "$@"; do has "$program" || install "$program" || { say "$program is not installed"; exit 1; }; done
+  exit
+fi
 [ $# -gt 0 ] && names=("$@") || names=(kafka redis)
 for name in "${names[@]}"; do
   case "$name" in kafka | redis | prometheus) ;; *) fail "found $name, expected kafka, redis or prometheus" ;; esac
@@ -192,5 +197,5 @@ case "$verb" in
   env)
     echo "export KAFKA_BOOTSTRAP=${KAFKA_BOOTSTRAP:-127.0.0.1:$kafka_port}"
     echo "export REDIS_URL=${REDIS_URL:-redis://127.0.0.1:$redis_port}" ;;
-  *) sed -n '2,17s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
+  *) sed -n '2,18s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
 esac
