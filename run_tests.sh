@@ -14,6 +14,8 @@ skipped=()
 step() { printf '\n== %s\n' "$*"; }
 need() { command -v "$1" >/dev/null || { echo "run_tests.sh: $1 is missing: $2" >&2; exit 1; }; }
 need cargo "install Rust 1.90 or newer (https://rustup.rs)"
+need cc "install a C compiler, for librdkafka (or build with --no-default-features)"
+need make "install make, for librdkafka (or build with --no-default-features)"
 
 step "format"
 if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else skipped+=("format: rustfmt is not installed (rustup component add rustfmt)"); fi
