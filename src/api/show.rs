@@ -74,7 +74,7 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
             let records = log.read(from, BATCH)?;
             let Some(last) = records.last() else { break };
             from = last.record.slot.next();
-            let concerns = |act: &Act| act.service() == Some(&id) && !matches!(act, Act::Judge { .. });
+            let concerns = |act: &Act| act.service() == Some(&id) && !act.is_verdict();
             for chosen in records.iter().filter(|chosen| concerns(&chosen.record.intent.act)) {
                 found.push_back(record_json(chosen));
                 if found.len() > HISTORY_MAX {

@@ -436,9 +436,13 @@ impl Core {
         self.meet_members();
         self.announce_record(&chosen);
         self.renew_gate(&chosen);
-        self.publish();
+        // A verdict is shown with the next refresh: with many services there are many, and a view is of all of them.
+        let is_shown = !record.intent.act.is_verdict();
+        if is_shown {
+            self.publish();
+        }
         self.settle(record);
-        self.dirty = true;
+        self.dirty |= is_shown;
         self.out.push(Output::Append(Box::new(chosen)));
         let Retention { checkpoint_every, history } = self.settings.retention;
         if self.ledger.head.0.is_multiple_of(checkpoint_every) && !self.rebuilding {
@@ -535,8 +539,7 @@ impl Core {
 
     /// Tells people that a transaction was prepared here.
     pub(super) fn announce_prepared(&mut self, slot: Slot, record_intent: &super::record::Intent) {
-        let judges = matches!(record_intent.act, Act::Judge { .. });
-        let Some(id) = record_intent.act.service().filter(|_| !judges) else { return };
+        let Some(id) = record_intent.act.service().filter(|_| !record_intent.act.is_verdict()) else { return };
         let Ok(record) = self.ledger.next_record(record_intent.clone(), None) else { return };
         let Some(state) = record.state else { return };
         let phase = self.ledger.services.get(id).map_or(String::new(), |a| a.service.rollout.phase.to_string());

@@ -98,8 +98,8 @@ impl Core {
             if let Some(watch) = self.watches.get_mut(service) {
                 watch.observe(*routing_version, evidence);
             }
+            self.judge(service);
         }
-        self.judge_all();
     }
 
     pub(super) fn on_measured(&mut self, measurement: Measurement) {
@@ -283,7 +283,7 @@ impl Core {
     /// Begins evidence anew where a decided record changed the weights.
     pub(super) fn renew_gate(&mut self, chosen: &Chosen) {
         let act = &chosen.record.intent.act;
-        let Some(id) = act.service().filter(|_| !matches!(act, Act::Judge { .. })) else { return };
+        let Some(id) = act.service().filter(|_| !act.is_verdict()) else { return };
         self.renew_watch(id);
         let Some(agreed) = self.ledger.services.get(id) else { return };
         let now = self.now.mono;

@@ -238,7 +238,7 @@ impl Ledger {
             _ => None,
         };
         // A window can't be decided again in any case: it needs no room among the outcomes that clients may ask for.
-        if !matches!(act, Act::Judge { .. }) {
+        if !act.is_verdict() {
             let settled = Settled { slot: record.slot, digest: record.intent.digest, refused };
             self.settled.insert(record.intent.tx.clone(), settled);
             self.order.push_back(record.intent.tx.clone());

@@ -168,10 +168,13 @@ impl Core {
         if same {
             return;
         }
+        let is_verdict = record.intent.act.is_verdict();
         self.register.promised = Some(ballot.clone());
         self.register.accepted = Some(Accepted { ballot, record });
         self.accepted_at = self.now.mono;
-        self.publish();
+        if !is_verdict {
+            self.publish();
+        }
         self.persist();
     }
 

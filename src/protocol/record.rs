@@ -205,6 +205,11 @@ impl Act {
         }
     }
 
+    /// Returns true when it changes neither routing nor membership: nothing is served by it.
+    pub fn is_verdict(&self) -> bool {
+        matches!(self, Self::Judge { .. })
+    }
+
     /// Returns why it is asked for, as far as it says.
     pub fn reasons(&self) -> Vec<String> {
         let reasons = match self {

@@ -107,14 +107,13 @@ fn a_thousand_services_at_once() {
     let pids: Vec<u32> = cluster.nodes.iter().map(|node| node.process.as_ref().unwrap().0.id()).collect();
     let before: Vec<_> = pids.iter().map(|pid| usage(*pid)).collect();
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 20\n    - pause: {}\n    - setWeight: 100");
-    let yaml = yaml.replace("window: 30s", "window: 10s");
     let began = Instant::now();
     for service in 0..services {
         cluster.apply(0, &yaml.replace("name: svc", &format!("name: s{service}")));
     }
     println!("{services} rollouts started in {:.1} s", began.elapsed().as_secs_f64());
     let producer: ThreadedProducer<_> = topics.client().set("linger.ms", "5").create().unwrap();
-    let (seconds, rate) = (number("MEASURE_SECONDS", 45), 20_000);
+    let (seconds, rate) = (number("MEASURE_SECONDS", 75), 20_000);
     let (began, mut sent) = (Instant::now(), 0u64);
     let busy: Vec<_> = pids.iter().map(|pid| usage(*pid).1).collect();
     while began.elapsed() < Duration::from_secs(seconds) {
@@ -149,7 +148,7 @@ fn a_thousand_services_at_once() {
     late.sort_by(f64::total_cmp);
     let at = |q: f64| late[((late.len() - 1) as f64 * q).round() as usize];
     println!("{} windows decided, after their end: p50 {:.2} s, p99 {:.2} s", late.len(), at(0.5), at(0.99));
-    assert!(late.len() as u64 >= services * 3 && at(0.99) < 5.0);
+    assert!(late.len() as u64 >= services * 2 && at(0.99) < 5.0);
     cluster.assert_no_panic();
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use aviary::domain::ids::{NodeId, ServiceId, VersionId};
 use aviary::domain::plan::OnPartition;
-use aviary::protocol::record::{Act, Slot};
+use aviary::protocol::record::Slot;
 
 use super::Invariant;
 use crate::truth::{Courses, Fact, Truth};
@@ -53,7 +53,7 @@ impl Enforcement {
         }
         self.benched.retain(|node, _| self.courses.benched.contains(node));
         let act = &record.intent.act;
-        let Some(service) = act.service().filter(|_| !matches!(act, Act::Judge { .. })) else { return };
+        let Some(service) = act.service().filter(|_| !act.is_verdict()) else { return };
         let (Some(course), old) = (self.courses.now.get(service), before.get(service)) else { return };
         let completed = !course.active && record.intent.act.name() == "Promote";
         if completed {

@@ -40,7 +40,7 @@ const ALTERNATIVES: [Alternative; 7] = [
 /// Number of alternatives.
 pub(super) const COUNT: usize = ALTERNATIVES.len();
 /// What each of them gets.
-pub(super) const WEIGHTS: [f64; COUNT] = [0.11, 0.11, 0.37, 0.11, 0.09, 0.105, 0.105];
+pub(super) const WEIGHTS: [f64; COUNT] = [0.11, 0.11, 0.43, 0.08, 0.06, 0.105, 0.105];
 
 /// Adds a fine histogram, `by` bins slower, in coarse bins.
 pub(super) fn add_moved(sum: &mut Coarse, fine: &[(u16, u32)], by: usize) {
