@@ -137,7 +137,7 @@ fn a_thousand_services_at_once() {
         );
     }
     let head = http(cluster.nodes[0].api, "GET", "/v1/cluster", &[], "").unwrap().json()["head"].as_u64().unwrap();
-    let all = streamed(&cluster, 0, head as usize);
+    let all = streamed(&cluster, 0, head);
     let started = |decision: &Decision| decision.decision_time.map(|at| at.seconds as f64 + f64::from(at.nanos) / 1e9);
     let mut late: Vec<f64> = Vec::new();
     for decision in all.iter().filter(|one| one.kind() == DecisionKind::Verdict) {
@@ -196,7 +196,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
     let read = topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback));
     drop(source);
     for node in 0..3 {
-        assert_eq!(streamed(&cluster, node, read.len()), read, "node {node}");
+        assert_eq!(streamed(&cluster, node, read[read.len() - 1].sequence), read, "node {node}");
     }
     let mut next = 0;
     let windows: Vec<_> = read.iter().filter_map(|one| Some((one, one.window.as_ref()?))).collect();

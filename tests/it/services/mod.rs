@@ -30,16 +30,16 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Returns so many decisions that a node tells, from the first on.
-pub fn streamed(cluster: &Cluster, node: usize, count: usize) -> Vec<Decision> {
+/// Returns the decisions that a node tells, from the first to the one with this sequence.
+pub fn streamed(cluster: &Cluster, node: usize, last: u64) -> Vec<Decision> {
     runtime().block_on(async {
         let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
         let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
         let mut client = DecisionServiceClient::new(channel);
         let request = WatchDecisionsRequest { service: String::new(), after_sequence: Some(0) };
         let mut stream = client.watch_decisions(request).await.unwrap().into_inner();
-        let mut found = Vec::new();
-        while found.len() < count {
+        let mut found: Vec<Decision> = Vec::new();
+        while found.last().is_none_or(|decision| decision.sequence < last) {
             let next = tokio::time::timeout(Duration::from_secs(10), stream.next()).await;
             if let Event::Decision(decision) = next.unwrap().unwrap().unwrap().event.unwrap() {
                 found.push(decision);
