@@ -59,6 +59,9 @@ pub struct NodeArgs {
 /// Longest wait for the peers' newest state before clients are served by what is on disk.
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
 
+/// Longest wait at the end for calls that block, to a broker or a store that is away.
+const STOP_MAX: Duration = Duration::from_secs(2);
+
 /// Reads a node's file; `data_root` moves its data directory.
 pub fn load(file: &Path, data_root: Option<&Path>) -> anyhow::Result<NodeConfig> {
     let mut config = NodeConfig::load(file)?;
@@ -74,7 +77,10 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
     start_log(&config)?;
     let tokens = tokens(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(serve(config, tokens))
+    let ended = runtime.block_on(serve(config, tokens));
+    // A call to a broker that doesn't answer must not hold up the end.
+    runtime.shutdown_timeout(STOP_MAX);
+    ended
 }
 
 async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()> {

@@ -122,11 +122,18 @@ impl EventSource for KafkaTelemetry {
             && let Err(why) = self.place()
         {
             self.assigned.store(true, Ordering::Relaxed);
-            return Err(error(why));
+            if first.is_none() {
+                return Err(error(why));
+            }
         }
         let mut next = first;
         while let Some(message) = next {
-            messages.push(message.map_err(error)?);
+            match message {
+                Ok(message) => messages.push(message),
+                Err(why) if messages.is_empty() => return Err(error(why)),
+                // What was read before it counts; it comes again if it lasts.
+                Err(_) => break,
+            }
             next = (messages.len() < BATCH_MAX).then(|| self.consumer.poll(Duration::ZERO)).flatten();
         }
         if messages.is_empty() {

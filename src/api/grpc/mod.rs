@@ -13,17 +13,16 @@ use tonic::{Request, Response, Status, Streaming};
 mod rollouts;
 
 use super::ApiState;
-use crate::decisions::follow::Follower;
+use crate::decisions::follow::{Follower, Lost};
 use crate::domain::ids::ServiceId;
 use crate::protocol::record::Slot;
-use crate::telemetry::event::{Event as Reported, Rejection};
-
 use crate::schema::v1::decision_service_server::{DecisionService, DecisionServiceServer};
 use crate::schema::v1::rollout_service_server::RolloutServiceServer;
 use crate::schema::v1::telemetry_service_server::{TelemetryService, TelemetryServiceServer};
 use crate::schema::v1::watch_decisions_response::Event as Told;
 use crate::schema::v1::{self, Heartbeat, ReportTelemetryRequest, ReportTelemetryResponse};
 use crate::schema::v1::{WatchDecisionsRequest, WatchDecisionsResponse};
+use crate::telemetry::event::{Event as Reported, Rejection};
 use rollouts::Rollouts;
 
 /// How often a stream says that it lives.
@@ -82,7 +81,14 @@ impl DecisionService for Decisions {
                 loop {
                     let batch = match decisions.next().await {
                         Ok(batch) => batch,
-                        Err(why) => return drop(sender.send(Err(Status::out_of_range(why.to_string()))).await),
+                        Err(why) => {
+                            let status = match &why {
+                                Lost::Compacted { .. } => Status::out_of_range(why.to_string()),
+                                Lost::Store(_) => Status::internal(why.to_string()),
+                                Lost::Stopped => Status::unavailable(why.to_string()),
+                            };
+                            return drop(sender.send(Err(status)).await);
+                        }
                     };
                     for decision in batch.into_iter().filter(|one| service.is_empty() || one.service == service) {
                         if sender.send(response(Told::Decision(decision))).await.is_err() {
@@ -120,7 +126,12 @@ impl Decisions {
             self.0.node.read().await;
         }
         let head = head();
-        if after > head {
+        // A verdict is in the log before it is shown.
+        let (log, place) = (self.0.node.log.clone(), after);
+        let known = tokio::task::spawn_blocking(move || log.read(place, 1)).await;
+        let known =
+            matches!(known, Ok(Ok(records)) if records.first().is_some_and(|chosen| chosen.record.slot == after));
+        if after > head && !known {
             let why = format!("after_sequence is {after}, expected at most {head}, the last one that this node knows");
             return Err(Status::out_of_range(why));
         }
