@@ -11,6 +11,7 @@ pub mod node;
 pub mod ports;
 pub mod protocol;
 pub mod proxy;
+pub mod router;
 pub mod schema;
 pub mod synthetic;
 pub mod telemetry;

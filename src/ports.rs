@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use crate::domain::course::Call;
 use crate::domain::ids::NodeId;
+use crate::domain::split::Side;
 use crate::domain::time::Now;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
@@ -150,4 +152,132 @@ pub trait DecisionSink: Send {
 pub trait GuardProbe: Send {
     /// Returns whether it does what it should at this moment.
     fn probe(&mut self) -> Result<(), OutsideError>;
+}
+
+/// A topic that a router works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Topic {
+    /// What is split.
+    Source,
+    /// What one of the two versions is given.
+    Of(Side),
+}
+
+/// A record of the source, as far as the split depends on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Record<'a> {
+    /// Its partition, counted from 0.
+    pub partition: usize,
+    /// Its offset.
+    pub offset: i64,
+    /// Its key; none where it has none, which an empty one is not.
+    pub key: Option<&'a [u8]>,
+}
+
+/// Which version gets a record, and under which weight that was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// The version.
+    pub side: Side,
+    /// The weight's number.
+    pub epoch: u64,
+}
+
+/// How far a router has read a partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The next offset that is read.
+    pub next: i64,
+    /// The state at that place.
+    pub note: String,
+}
+
+/// What a router finds when it opens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Opened {
+    /// Its own place in each partition of the source; none where there is none yet.
+    pub places: Vec<Option<Place>>,
+    /// The control topic's entries, from the first on.
+    pub entries: Vec<String>,
+}
+
+/// What is committed together with what was written since the last commit: all of it or nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Commit {
+    /// The router's own places, of some partitions.
+    pub places: Vec<(usize, Place)>,
+    /// Next offsets of the services' groups, of some partitions of a topic.
+    pub groups: Vec<(Side, Topic, Vec<(usize, i64)>)>,
+    /// An entry of the control topic.
+    pub entry: Option<String>,
+}
+
+/// A service's consumer group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// How many consumers are in it.
+    pub members: usize,
+    /// The next offset that it reads, for each partition; none where it never committed one.
+    pub next: Vec<Option<i64>>,
+}
+
+/// Records of one version's topic that were written for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reclaimed {
+    /// How many.
+    pub count: u64,
+    /// The offset after the last of them.
+    pub next: i64,
+}
+
+/// The topics and groups that a router works on. Everything it changes is in transactions, which only the newest router of a
+/// rollout can commit. Its calls block.
+pub trait Broker: Send {
+    /// Becomes the only router of the rollout: what another has not committed is gone, and it can't go on. After an error of
+    /// any call, this one comes first.
+    fn open(&mut self) -> Result<Opened, OutsideError>;
+
+    /// Returns entries of the control topic that were not returned yet.
+    fn entries(&mut self) -> Result<Vec<String>, OutsideError>;
+
+    /// Goes on reading the source at these offsets.
+    fn seek(&mut self, next: &[i64]) -> Result<(), OutsideError>;
+
+    /// Copies records of the source, of partitions that aren't `held`, to the versions that `assign` names, for `wait` or until
+    /// there are `most`; returns how many.
+    fn copy(
+        &mut self,
+        wait: Duration,
+        most: usize,
+        held: &[bool],
+        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+    ) -> Result<usize, OutsideError>;
+
+    /// Copies up to `most` records of the canary's topic, `from` on and before `until`, to stable's.
+    fn reclaim(
+        &mut self,
+        partition: usize,
+        from: i64,
+        until: i64,
+        most: usize,
+        epoch: u64,
+    ) -> Result<Reclaimed, OutsideError>;
+
+    /// Waits until what was copied is written; returns the last offsets in stable's and canary's topic, for each partition.
+    fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError>;
+
+    /// Commits.
+    fn commit(&mut self, commit: &Commit) -> Result<(), OutsideError>;
+
+    /// Returns a service's group, as it reads a topic.
+    fn group(&mut self, side: Side, topic: Topic) -> Result<Group, OutsideError>;
+
+    /// Returns the first offset and that after the last, for each partition.
+    fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError>;
+}
+
+/// How services are started and stopped. Its calls block.
+pub trait Hooks: Send {
+    /// Starts or stops a service, which may be what it is already.
+    fn call(&mut self, call: Call, side: Side, topic: Topic) -> Result<(), OutsideError>;
 }

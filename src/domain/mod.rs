@@ -4,12 +4,14 @@
 //! commit protocol that makes three nodes agree on these values is in [`crate::protocol`].
 
 pub mod analysis;
+pub mod course;
 pub mod ids;
 pub mod plan;
 pub mod query;
 pub mod rollout;
 pub mod routing;
 pub mod sequential;
+pub mod split;
 pub mod stats;
 pub mod time;
 pub mod timeline;

@@ -14,6 +14,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("adapters", &["domain", "protocol", "ports", "adapters", "config::node", "schema", "telemetry::event"]),
     ("door", &["door"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),
+    ("router", &["domain", "ports", "router"]),
     ("synthetic", &["domain"]),
     ("telemetry", &["domain", "protocol", "ports", "node::handle", "telemetry"]),
     ("decisions", &["domain", "protocol", "ports", "node::handle", "schema", "decisions"]),

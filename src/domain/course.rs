@@ -1,0 +1,220 @@
+//! Where a rollout of a topic is: the entries of its control topic, and what they add up to.
+//!
+//! Pure. A phase is entered by writing it, in the same transaction as what it builds on; what is done *in* a phase may be done
+//! again after a crash.
+
+use serde::{Deserialize, Serialize};
+
+use super::split::Side;
+use super::weights::Weight;
+
+/// The next offset of each partition.
+pub type Places = Vec<i64>;
+
+/// What a rollout is about to do, or does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "phase", rename_all = "lowercase", rename_all_fields = "camelCase")]
+pub enum Phase {
+    /// The stable service stops reading the source.
+    Taking,
+    /// Both services are started, each on its own topic.
+    Starting {
+        /// Where the router begins to read the source: everything before it is the stable service's own.
+        from: Places,
+    },
+    /// Records are split.
+    Running {
+        /// As above.
+        from: Places,
+    },
+    /// The canary stops; what it has not read goes to stable.
+    Reclaiming {
+        /// As above.
+        from: Places,
+    },
+    /// Nothing is split any more; the services read what they were given, and stop.
+    Draining {
+        /// As above.
+        from: Places,
+        /// Who goes on alone.
+        winner: Side,
+    },
+    /// The winner is started on the source.
+    Returning {
+        /// As above.
+        from: Places,
+        /// Where the winner goes on reading the source.
+        through: Places,
+        /// Who goes on alone.
+        winner: Side,
+    },
+    /// All is over.
+    Done {
+        /// As above.
+        from: Places,
+        /// As above.
+        through: Places,
+        /// Who goes on alone.
+        winner: Side,
+    },
+}
+
+impl Phase {
+    /// Returns where the router began to read the source; none as long as that isn't known.
+    pub fn from(&self) -> Option<&Places> {
+        match self {
+            Self::Taking => None,
+            Self::Starting { from } | Self::Running { from } | Self::Reclaiming { from } => Some(from),
+            Self::Draining { from, .. } | Self::Returning { from, .. } | Self::Done { from, .. } => Some(from),
+        }
+    }
+
+    /// Returns the phase in words.
+    pub fn words(&self) -> &'static str {
+        match self {
+            Self::Taking => "taking over from the stable service",
+            Self::Starting { .. } => "starting both services",
+            Self::Running { .. } => "running",
+            Self::Reclaiming { .. } => "aborting: the canary's backlog goes to stable",
+            Self::Draining { winner: Side::Canary, .. } => "promoting: the services read what they were given",
+            Self::Draining { winner: Side::Stable, .. } => "aborting: the services read what they were given",
+            Self::Returning { winner: Side::Canary, .. } => "promoting: the canary goes on with the source topic",
+            Self::Returning { winner: Side::Stable, .. } => "aborting: stable goes on with the source topic",
+            Self::Done { winner: Side::Canary, .. } => "promoted",
+            Self::Done { winner: Side::Stable, .. } => "aborted",
+        }
+    }
+}
+
+/// What people ask of a router.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "kebab-case", rename_all_fields = "camelCase")]
+pub enum Ask {
+    /// The canary's share.
+    SetWeight {
+        /// In basis points.
+        weight: Weight,
+    },
+    /// Everything to the canary, which then goes on alone.
+    Promote,
+    /// Everything to stable, which then goes on alone.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// An entry of the control topic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Entry {
+    /// A phase was entered.
+    Phase(Phase),
+    /// Somebody asked for something.
+    Ask(Ask),
+    /// A service is about to be started or stopped.
+    Call {
+        /// `start` or `stop`.
+        call: Call,
+        /// Whose service.
+        side: Side,
+        /// The topic that it reads.
+        topic: String,
+    },
+}
+
+/// What is asked of a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Call {
+    /// Begin to read, if it doesn't.
+    Start,
+    /// Read no more; what was read is committed.
+    Stop,
+}
+
+impl Call {
+    /// Returns its word for hooks.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Stop => "stop",
+        }
+    }
+}
+
+/// How a rollout ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The canary goes on alone.
+    Promote,
+    /// Stable does, for this reason.
+    Abort(String),
+}
+
+/// What a control topic's entries add up to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Course {
+    /// The present phase; none before the first.
+    pub phase: Option<Phase>,
+    /// The weight that was last asked for.
+    pub weight: Option<Weight>,
+    /// How many weights were.
+    pub weights: u64,
+    /// The end that was asked for; an abort always wins.
+    pub end: Option<End>,
+}
+
+impl Course {
+    /// Adds an entry.
+    pub fn add(&mut self, entry: Entry) {
+        match entry {
+            Entry::Phase(phase) => self.phase = Some(phase),
+            Entry::Ask(Ask::SetWeight { weight }) => {
+                self.weights += 1;
+                self.weight = Some(weight);
+            }
+            Entry::Ask(Ask::Promote) => self.end = self.end.take().or(Some(End::Promote)),
+            Entry::Ask(Ask::Abort { reason }) => self.end = Some(End::Abort(reason)),
+            Entry::Call { .. } => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_lines_that_people_can_read_and_that_come_back() {
+        let entries = [
+            (Entry::Phase(Phase::Taking), r#"{"phase":"taking"}"#),
+            (
+                Entry::Phase(Phase::Draining { from: vec![3, 0], winner: Side::Canary }),
+                r#"{"phase":"draining","from":[3,0],"winner":"canary"}"#,
+            ),
+            (
+                Entry::Ask(Ask::SetWeight { weight: Weight::from_bp(1000).unwrap() }),
+                r#"{"ask":"set-weight","weight":1000}"#,
+            ),
+            (Entry::Ask(Ask::Promote), r#"{"ask":"promote"}"#),
+            (
+                Entry::Call { call: Call::Stop, side: Side::Stable, topic: "orders".into() },
+                r#"{"call":"stop","side":"stable","topic":"orders"}"#,
+            ),
+        ];
+        for (entry, line) in entries {
+            assert_eq!(serde_json::to_string(&entry).unwrap(), line);
+            assert_eq!(serde_json::from_str::<Entry>(line).unwrap(), entry);
+        }
+    }
+
+    #[test]
+    fn an_abort_wins_over_a_promotion() {
+        let mut course = Course::default();
+        for ask in [Ask::Promote, Ask::Abort { reason: "odd".into() }, Ask::Promote] {
+            course.add(Entry::Ask(ask));
+        }
+        assert_eq!(course.end, Some(End::Abort("odd".into())));
+    }
+}

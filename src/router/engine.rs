@@ -1,0 +1,483 @@
+//! A router's loop: one transaction after the other, and the steps of start, promotion and abort between them.
+//!
+//! Time arrives as an argument. After any error everything is read anew from the broker: there is no state here that isn't
+//! there, so that an error, a crash and a takeover by another process are one and the same case.
+
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+use crate::domain::course::{Ask, Call, Course, End, Entry, Phase, Places};
+use crate::domain::split::{Side, Split, Ticket};
+use crate::domain::weights::Weight;
+use crate::ports::{Broker, Commit, Hooks, OutsideError, Place, Record, Stamp, Topic};
+
+/// What a router is to do.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Makes tickets of keys; the data plane's for a rollout of the same service.
+    pub salt: u64,
+    /// Whether a key decides who gets a record; else each record is drawn for itself.
+    pub keyed: bool,
+    /// The canary's share until another is asked for.
+    pub weight: Weight,
+    /// Records given to the canary and not read by it, above which the weight isn't raised.
+    pub lag_max: Option<u64>,
+    /// How long a change of weight waits for keys that are never idle, before their partition waits for it, in milliseconds.
+    pub change_ms_max: u64,
+    /// How long a transaction takes records up.
+    pub interval: Duration,
+    /// Most records in a transaction.
+    pub batch_max: usize,
+}
+
+/// What the cluster has committed about a rollout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agreed {
+    /// The canary's share.
+    pub weight: Weight,
+    /// The routing version.
+    pub epoch: u64,
+    /// Set once the rollout is over.
+    pub end: Option<End>,
+}
+
+/// Who says what the weight is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Steering {
+    /// Whoever writes to the control topic.
+    Alone,
+    /// The cluster; none: it can't be asked, or not in time. Then nothing moves.
+    Cluster(Option<Agreed>),
+}
+
+/// What a turn came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Turn {
+    /// Records were copied, this many, or a step was done.
+    Busy(usize),
+    /// Nothing was to be done; this is waited for.
+    Waits(String),
+    /// The rollout is over.
+    Over,
+}
+
+/// A router.
+pub struct Engine {
+    broker: Box<dyn Broker>,
+    hooks: Box<dyn Hooks>,
+    plan: Plan,
+    state: Option<State>,
+}
+
+/// What the broker holds about the rollout.
+struct State {
+    course: Course,
+    splits: Vec<Split>,
+    next: Places,
+    /// The canary's lag, and when it was looked at.
+    lag: u64,
+    looked_ms: u64,
+    /// The source is read on from `next`.
+    reads: bool,
+    /// Services that were called since this state was read.
+    called: Vec<(Call, Side, Topic)>,
+}
+
+/// A router's state, for people and metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// The present phase; none before the first.
+    pub phase: Option<Phase>,
+    /// Each partition's state.
+    pub splits: Vec<Split>,
+    /// The next offset of each partition.
+    pub next: Places,
+    /// Records that the canary has not read.
+    pub lag: u64,
+}
+
+/// Between two looks at the canary's lag.
+const LOOK_MS: u64 = 500;
+
+impl Engine {
+    /// Returns a router that has done nothing yet.
+    pub fn new(broker: Box<dyn Broker>, hooks: Box<dyn Hooks>, plan: Plan) -> Self {
+        Self { broker, hooks, plan, state: None }
+    }
+
+    /// Does what is next: one transaction or one step. After an error the next turn begins anew.
+    pub fn turn(&mut self, now_ms: u64, steering: &Steering) -> Result<Turn, OutsideError> {
+        let turn = self.try_turn(now_ms, steering);
+        if turn.is_err() {
+            self.state = None;
+        }
+        turn
+    }
+
+    /// Returns the state; none before the first turn, and after an error.
+    pub fn report(&self) -> Option<Report> {
+        self.state.as_ref().map(|state| Report {
+            phase: state.course.phase.clone(),
+            splits: state.splits.clone(),
+            next: state.next.clone(),
+            lag: state.lag,
+        })
+    }
+
+    fn try_turn(&mut self, now_ms: u64, steering: &Steering) -> Result<Turn, OutsideError> {
+        let state = match self.state.take() {
+            Some(state) => state,
+            None => self.open()?,
+        };
+        let state = self.state.insert(state);
+        for entry in self.broker.entries()? {
+            state.course.add(read_entry(&entry)?);
+        }
+        if let Steering::Cluster(Some(Agreed { end: Some(end), .. })) = steering
+            && state.course.end.is_none()
+        {
+            let ask = match end {
+                End::Promote => Ask::Promote,
+                End::Abort(reason) => Ask::Abort { reason: reason.clone() },
+            };
+            state.course.add(Entry::Ask(ask.clone()));
+            self.write(&Entry::Ask(ask), Commit::default())?;
+            return Ok(Turn::Busy(0));
+        }
+        let aborted = matches!(state.course.end, Some(End::Abort(_)));
+        match state.course.phase.clone() {
+            None => self.enter(Phase::Taking, Commit::default()),
+            Some(Phase::Taking) => self.take_over(),
+            Some(Phase::Starting { from }) => {
+                for side in Side::BOTH {
+                    self.call(Call::Start, side, Topic::Of(side))?;
+                }
+                self.enter(Phase::Running { from }, Commit::default())
+            }
+            Some(Phase::Running { from } | Phase::Draining { from, winner: Side::Canary }) if aborted => {
+                self.enter(Phase::Reclaiming { from }, Commit::default())
+            }
+            Some(Phase::Running { from }) => self.split(now_ms, from, steering),
+            Some(Phase::Reclaiming { from }) => self.reclaim(from),
+            Some(Phase::Draining { from, winner }) => self.drain(from, winner),
+            Some(Phase::Returning { from, through, winner }) => self.hand_back(from, through, winner),
+            Some(Phase::Done { winner, .. }) => {
+                self.call(Call::Start, winner, Topic::Source)?;
+                Ok(Turn::Over)
+            }
+        }
+    }
+
+    /// Becomes the only router, and reads what the former one left.
+    fn open(&mut self) -> Result<State, OutsideError> {
+        let opened = self.broker.open()?;
+        let mut course = Course::default();
+        for entry in &opened.entries {
+            course.add(read_entry(entry)?);
+        }
+        let (mut splits, mut next) = (Vec::new(), Places::new());
+        if course.phase.as_ref().and_then(Phase::from).is_some() {
+            for (partition, place) in opened.places.iter().enumerate() {
+                let Some(place) = place else {
+                    let why = format!(
+                        "partition {partition} has no committed place, expected one: was the router's group deleted?"
+                    );
+                    return Err(OutsideError::new("router", why));
+                };
+                let split = Split::from_note(&place.note)
+                    .map_err(|why| OutsideError::new(format!("partition {partition}"), why))?;
+                splits.push(split);
+                next.push(place.next);
+            }
+        }
+        info!(
+            phase = course.phase.as_ref().map_or("new", Phase::words),
+            partitions = opened.places.len(),
+            "router opened"
+        );
+        Ok(State { course, splits, next, lag: 0, looked_ms: 0, reads: false, called: Vec::new() })
+    }
+
+    fn state(&mut self) -> &mut State {
+        self.state.as_mut().expect("a turn has a state")
+    }
+
+    /// Writes an entry, and what is committed with it.
+    fn write(&mut self, entry: &Entry, commit: Commit) -> Result<(), OutsideError> {
+        let line = serde_json::to_string(entry).expect("an entry has a text");
+        self.broker.commit(&Commit { entry: Some(line), ..commit })
+    }
+
+    fn enter(&mut self, phase: Phase, commit: Commit) -> Result<Turn, OutsideError> {
+        info!(phase = phase.words(), "router goes on");
+        self.write(&Entry::Phase(phase), commit)?;
+        // What the phase begins with is what was committed, and is read from there.
+        self.state = None;
+        Ok(Turn::Busy(0))
+    }
+
+    /// Starts or stops a service, once. The entry before it says so, and that no other router has taken over.
+    fn call(&mut self, call: Call, side: Side, topic: Topic) -> Result<(), OutsideError> {
+        if self.state().called.contains(&(call, side, topic)) {
+            return Ok(());
+        }
+        self.write(&Entry::Call { call, side, topic: topic.word().into() }, Commit::default())?;
+        info!(call = call.word(), side = side.word(), topic = topic.word(), "service called");
+        self.hooks.call(call, side, topic)?;
+        self.state().called.push((call, side, topic));
+        Ok(())
+    }
+
+    /// Stops a service; returns what is waited for, if its group isn't empty yet.
+    fn stop(&mut self, side: Side, topic: Topic) -> Result<Option<Turn>, OutsideError> {
+        self.call(Call::Stop, side, topic)?;
+        let members = self.broker.group(side, topic)?.members;
+        Ok((members > 0)
+            .then(|| Turn::Waits(format!("the {} service's group has {members} members, expected none", side.word()))))
+    }
+
+    fn take_over(&mut self) -> Result<Turn, OutsideError> {
+        if let Some(wait) = self.stop(Side::Stable, Topic::Source)? {
+            return Ok(wait);
+        }
+        let group = self.broker.group(Side::Stable, Topic::Source)?;
+        let bounds = self.broker.bounds(Topic::Source)?;
+        let mut from = Places::new();
+        for (partition, (next, (low, high))) in group.next.iter().zip(&bounds).enumerate() {
+            match next {
+                // What it didn't read is gone; nobody can read it.
+                Some(next) => from.push(*next.max(low)),
+                None if low == high => from.push(*low),
+                None => {
+                    let why = format!(
+                        "the stable service's group has no place in partition {partition}, which has records; expected one: let it read \
+                         this topic, or set its place (kafka-consumer-groups --reset-offsets)"
+                    );
+                    return Err(OutsideError::new("router", why));
+                }
+            }
+        }
+        let split = Split::new(0, self.plan.weight);
+        let mut commit = Commit::default();
+        for (partition, next) in from.iter().enumerate() {
+            commit.places.push((partition, Place { next: *next, note: split.note() }));
+        }
+        for side in Side::BOTH {
+            let bounds = self.broker.bounds(Topic::Of(side))?;
+            if let Some((partition, _)) = bounds.iter().enumerate().find(|(_, (_, high))| *high > 0) {
+                let why = format!(
+                    "partition {partition} has records, expected a topic without any: of an earlier rollout of this name?"
+                );
+                return Err(OutsideError::new(format!("the topic of {}", side.word()), why));
+            }
+            commit.groups.push((side, Topic::Of(side), (0..from.len()).map(|partition| (partition, 0)).collect()));
+        }
+        self.enter(Phase::Starting { from }, commit)
+    }
+
+    /// One transaction's records.
+    fn split(&mut self, now_ms: u64, from: Places, steering: &Steering) -> Result<Turn, OutsideError> {
+        let agreed = match steering {
+            Steering::Cluster(None) => return Ok(Turn::Waits("the cluster: what it has committed isn't known".into())),
+            Steering::Cluster(Some(agreed)) => Some((agreed.weight, agreed.epoch)),
+            Steering::Alone => None,
+        };
+        self.look(now_ms)?;
+        let plan = self.plan.clone();
+        let state = self.state();
+        let promoted = state.course.end == Some(End::Promote);
+        let (weight, epoch) = agreed.unwrap_or((state.course.weight.unwrap_or(plan.weight), state.course.weights));
+        let weight = if promoted { Weight::FULL } else { weight };
+        let lags = plan.lag_max.is_some_and(|most| state.lag > most);
+        let mut changed = vec![false; state.splits.len()];
+        for (split, changed) in state.splits.iter_mut().zip(&mut changed) {
+            let (present, number) = split.weight();
+            let new = present != weight || (number < epoch && !promoted);
+            if new && !(lags && weight > present) && split.turn_to(weight, epoch.max(number), now_ms) {
+                *changed = true;
+            }
+        }
+        if promoted && state.splits.iter().all(|split| split.weight().0 == Weight::FULL && split.former().is_none()) {
+            let places = state.places(|_| true);
+            return self.enter(Phase::Draining { from, winner: Side::Canary }, Commit { places, ..Commit::default() });
+        }
+        self.settle(&mut changed)?;
+        let state = self.state.as_mut().expect("a turn has a state");
+        if !state.reads {
+            self.broker.seek(&state.next)?;
+            state.reads = true;
+        }
+        let held: Vec<bool> = state.splits.iter().map(|split| is_held(split, now_ms, plan.change_ms_max)).collect();
+        let (splits, next) = (&mut state.splits, &mut state.next);
+        let copied = self.broker.copy(plan.interval, plan.batch_max, &held, &mut |record: Record<'_>| {
+            assert!(record.offset >= next[record.partition], "records come in order, each once");
+            next[record.partition] = record.offset + 1;
+            changed[record.partition] = true;
+            let ticket = match record.key.filter(|_| plan.keyed) {
+                Some(key) => Ticket::of_key(plan.salt, key),
+                None => Ticket::of_place(plan.salt, record.partition, record.offset),
+            };
+            let split = &mut splits[record.partition];
+            Stamp { side: split.take(ticket), epoch: split.weight().1 }
+        })?;
+        if copied > 0 {
+            self.wrote()?;
+        }
+        let places = self.state().places(|partition| changed[partition]);
+        if !places.is_empty() {
+            self.broker.commit(&Commit { places, ..Commit::default() })?;
+        }
+        match copied {
+            0 if lags => Ok(Turn::Waits(format!("the canary, which has {} records to read", self.state().lag))),
+            0 => Ok(Turn::Waits("records".into())),
+            copied => Ok(Turn::Busy(copied)),
+        }
+    }
+
+    /// Notes where the open transaction's records are.
+    fn wrote(&mut self) -> Result<(), OutsideError> {
+        let written = self.broker.flush()?;
+        for (split, written) in self.state().splits.iter_mut().zip(written) {
+            for side in Side::BOTH {
+                if let Some(last) = written[side as usize] {
+                    split.wrote(side, last);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at the canary's lag, from time to time.
+    fn look(&mut self, now_ms: u64) -> Result<(), OutsideError> {
+        if self.state().looked_ms + LOOK_MS > now_ms {
+            return Ok(());
+        }
+        let group = self.broker.group(Side::Canary, Topic::Of(Side::Canary))?;
+        let state = self.state();
+        state.looked_ms = now_ms;
+        state.lag = lag(&state.splits, Side::Canary, &group.next);
+        Ok(())
+    }
+
+    /// Moves what waited for records to be read.
+    fn settle(&mut self, changed: &mut [bool]) -> Result<(), OutsideError> {
+        for side in Side::BOTH {
+            if self.state().splits.iter().all(|split| split.former() != Some(side)) {
+                continue;
+            }
+            let group = self.broker.group(side, Topic::Of(side))?;
+            for ((split, next), changed) in self.state().splits.iter_mut().zip(group.next).zip(&mut *changed) {
+                if split.former() == Some(side) {
+                    *changed |= split.settle(next.unwrap_or(0));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives stable what the canary has not read.
+    fn reclaim(&mut self, from: Places) -> Result<Turn, OutsideError> {
+        if let Some(wait) = self.stop(Side::Canary, Topic::Of(Side::Canary))? {
+            return Ok(wait);
+        }
+        let group = self.broker.group(Side::Canary, Topic::Of(Side::Canary))?;
+        let most = self.plan.batch_max;
+        let mut count = 0;
+        for (partition, next) in group.next.iter().enumerate() {
+            let Some(last) = self.state().splits[partition].last(Side::Canary) else { continue };
+            let mut at = next.unwrap_or(0);
+            while at <= last {
+                let epoch = self.state().splits[partition].weight().1;
+                let reclaimed = self.broker.reclaim(partition, at, last + 1, most, epoch)?;
+                let written = self.broker.flush()?[partition][Side::Stable as usize];
+                let state = self.state();
+                if let Some(written) = written {
+                    state.splits[partition].reclaim(reclaimed.count, at, written);
+                }
+                let places = state.places(|other| other == partition);
+                let canary = (Side::Canary, Topic::Of(Side::Canary), vec![(partition, reclaimed.next)]);
+                self.broker.commit(&Commit { places, groups: vec![canary], entry: None })?;
+                assert!(reclaimed.next > at, "taking back goes on");
+                (at, count) = (reclaimed.next, count + reclaimed.count);
+            }
+        }
+        if count > 0 {
+            warn!(records = count, "the canary's backlog was given to stable");
+        }
+        let state = self.state();
+        for split in &mut state.splits {
+            let epoch = split.weight().1 + 1;
+            split.stop_canary(epoch);
+        }
+        let places = state.places(|_| true);
+        self.enter(Phase::Draining { from, winner: Side::Stable }, Commit { places, ..Commit::default() })
+    }
+
+    /// Returns what is left to be read of a version's topic; none when nothing is.
+    fn left(&mut self, side: Side) -> Result<Option<Turn>, OutsideError> {
+        let group = self.broker.group(side, Topic::Of(side))?;
+        let left = lag(&self.state().splits, side, &group.next);
+        Ok((left > 0)
+            .then(|| Turn::Waits(format!("the {} service, which has up to {left} records to read", side.word()))))
+    }
+
+    fn drain(&mut self, from: Places, winner: Side) -> Result<Turn, OutsideError> {
+        for side in Side::BOTH {
+            if let Some(wait) = self.left(side)? {
+                return Ok(wait);
+            }
+        }
+        let through = self.state().next.clone();
+        self.enter(Phase::Returning { from, through, winner }, Commit::default())
+    }
+
+    fn hand_back(&mut self, from: Places, through: Places, winner: Side) -> Result<Turn, OutsideError> {
+        for side in Side::BOTH {
+            if let Some(wait) = self.stop(side, Topic::Of(side))? {
+                return Ok(wait);
+            }
+            // A service that went back in its topic must have read it again before it is stopped for good.
+            if self.left(side)?.is_some() {
+                return Err(OutsideError::new(format!("the {} service", side.word()), "committed less than it had"));
+            }
+        }
+        let places = through.iter().copied().enumerate().collect();
+        let groups = vec![(winner, Topic::Source, places)];
+        self.enter(Phase::Done { from, through, winner }, Commit { groups, ..Commit::default() })
+    }
+}
+
+impl State {
+    fn places(&self, wanted: impl Fn(usize) -> bool) -> Vec<(usize, Place)> {
+        let places = self.splits.iter().zip(&self.next).enumerate().filter(|(partition, _)| wanted(*partition));
+        places.map(|(partition, (split, next))| (partition, Place { next: *next, note: split.note() })).collect()
+    }
+}
+
+impl Topic {
+    /// Returns its word in entries of the control topic.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Of(side) => side.word(),
+        }
+    }
+}
+
+/// Returns an upper bound of the records that a group has not read: markers of transactions have offsets too.
+fn lag(splits: &[Split], side: Side, next: &[Option<i64>]) -> u64 {
+    let lags = splits.iter().zip(next).map(|(split, next)| {
+        let after = split.last(side).map_or(0, |last| last + 1);
+        u64::try_from(after - next.unwrap_or(0)).unwrap_or(0)
+    });
+    lags.sum()
+}
+
+fn is_held(split: &Split, now_ms: u64, change_ms_max: u64) -> bool {
+    split.changing_since_ms().is_some_and(|since| now_ms >= since.saturating_add(change_ms_max))
+}
+
+fn read_entry(line: &str) -> Result<Entry, OutsideError> {
+    serde_json::from_str(line).map_err(|why| OutsideError::new("control topic", format!("{why} in {line:?}")))
+}
