@@ -122,12 +122,19 @@ pub struct OutsideError {
     pub what: String,
     /// Its answer, and what an operator can do.
     pub why: String,
+    /// Another process does this work: it isn't tried again.
+    pub replaced: bool,
 }
 
 impl OutsideError {
     /// Returns what `what` answered.
     pub fn new(what: impl Into<String>, why: impl ToString) -> Self {
-        Self { what: what.into(), why: why.to_string() }
+        Self { what: what.into(), why: why.to_string(), replaced: false }
+    }
+
+    /// Returns that another process has taken over what this one did with `what`.
+    pub fn replaced(what: impl Into<String>, why: impl ToString) -> Self {
+        Self { replaced: true, ..Self::new(what, why) }
     }
 }
 
@@ -201,13 +208,16 @@ pub struct Opened {
     pub entries: Vec<String>,
 }
 
+/// Next offsets of some partitions.
+pub type NextOffsets = Vec<(usize, i64)>;
+
 /// What is committed together with what was written since the last commit: all of it or nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Commit {
     /// The router's own places, of some partitions.
     pub places: Vec<(usize, Place)>,
     /// Next offsets of the services' groups, of some partitions of a topic.
-    pub groups: Vec<(Side, Topic, Vec<(usize, i64)>)>,
+    pub groups: Vec<(Side, Topic, NextOffsets)>,
     /// An entry of the control topic.
     pub entry: Option<String>,
 }

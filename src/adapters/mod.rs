@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod disk;
+pub mod hooks;
 #[cfg(feature = "kafka")]
 pub mod kafka;
 pub mod listen;

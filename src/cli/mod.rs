@@ -21,6 +21,8 @@ mod proxy;
 mod read;
 mod recording;
 mod replay;
+#[cfg(feature = "kafka")]
+mod router;
 mod show;
 mod sse;
 mod status;
@@ -156,6 +158,10 @@ enum Verb {
     Plan(plan::PlanArgs),
     /// Judge a recording again: the decisions, and why.
     Replay(replay::ReplayArgs),
+    /// Split a Kafka topic between two versions' services: every record to exactly one of them.
+    #[cfg(feature = "kafka")]
+    #[command(subcommand)]
+    Router(router::RouterVerb),
     /// Run a demo model server with adjustable latency and errors.
     Upstream(upstream::UpstreamArgs),
     /// Report made-up events.
@@ -204,6 +210,8 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Proxy(args) => proxy::run(&args),
         Verb::Judge(args) => judge::run(&args),
         Verb::Replay(args) => replay::run(&args),
+        #[cfg(feature = "kafka")]
+        Verb::Router(verb) => router::run(verb, cli.global.output),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "aviary", &mut std::io::stdout());
             Ok(Exit::Done)
@@ -246,6 +254,8 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         | Verb::Completions { .. } => {
             unreachable!("handled before the runtime starts")
         }
+        #[cfg(feature = "kafka")]
+        Verb::Router(_) => unreachable!("handled before the runtime starts"),
     }
 }
 

@@ -3,6 +3,18 @@
 pub mod genesis;
 pub mod node;
 pub mod rollout;
+pub mod router;
+
+use serde::de::DeserializeOwned;
+
+/// Reads YAML (or JSON, which is YAML); a complaint is one line.
+fn read_yaml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_saphyr::from_str(text).map_err(|error| {
+        let complaint = error.to_string();
+        let first = complaint.lines().next().unwrap_or_default();
+        with_nearest_key(first.strip_prefix("error: ").unwrap_or(first))
+    })
+}
 
 /// Returns a parser's complaint about an unknown key with the nearest known one, where the complaint lists them.
 fn with_nearest_key(complaint: &str) -> String {

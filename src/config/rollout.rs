@@ -275,7 +275,7 @@ enum PartitionPart {
 }
 
 /// Reads `30s`, `5m`, `1h 30m` as milliseconds.
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     let text = String::deserialize(deserializer)?;
     let found = humantime::parse_duration(&text);
     let found = found.map_err(|e| serde::de::Error::custom(format!("duration {text:?}: {e}, expected 30s, 5m, 1h")))?;
@@ -288,14 +288,8 @@ fn maybe_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u
 
 /// Returns the rollout that `text` describes; errors begin with `file`.
 pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
-    let parsed: File = serde_saphyr::from_str(text).map_err(|error| RolloutError::Shape {
-        file: file.into(),
-        complaint: {
-            let complaint = error.to_string();
-            let first = complaint.lines().next().unwrap_or_default();
-            super::with_nearest_key(first.strip_prefix("error: ").unwrap_or(first))
-        },
-    })?;
+    let parsed: File =
+        super::read_yaml(text).map_err(|complaint| RolloutError::Shape { file: file.into(), complaint })?;
     let value =
         |place: &str, complaint: String| RolloutError::Value { file: file.into(), place: place.into(), complaint };
     if parsed.api_version != "aviary/v1" {

@@ -56,7 +56,9 @@ pub enum Steering {
 pub enum Turn {
     /// Records were copied, this many, or a step was done.
     Busy(usize),
-    /// Nothing was to be done; this is waited for.
+    /// No records came.
+    Idle,
+    /// Nothing can be done; this is waited for.
     Waits(String),
     /// The rollout is over.
     Over,
@@ -80,7 +82,7 @@ struct State {
     looked_ms: u64,
     /// The source is read on from `next`.
     reads: bool,
-    /// Services that were called since this state was read.
+    /// Services that were called in this phase, since this state was read.
     called: Vec<(Call, Side, Topic)>,
 }
 
@@ -132,7 +134,10 @@ impl Engine {
         };
         let state = self.state.insert(state);
         for entry in self.broker.entries()? {
-            state.course.add(read_entry(&entry)?);
+            // Phases are nobody's but this router's, as long as it is one.
+            if let Some(entry @ Entry::Ask(_)) = read_entry(&entry)? {
+                state.course.add(entry);
+            }
         }
         if let Steering::Cluster(Some(Agreed { end: Some(end), .. })) = steering
             && state.course.end.is_none()
@@ -174,7 +179,9 @@ impl Engine {
         let opened = self.broker.open()?;
         let mut course = Course::default();
         for entry in &opened.entries {
-            course.add(read_entry(entry)?);
+            if let Some(entry) = read_entry(entry)? {
+                course.add(entry);
+            }
         }
         let (mut splits, mut next) = (Vec::new(), Places::new());
         if course.phase.as_ref().and_then(Phase::from).is_some() {
@@ -211,9 +218,11 @@ impl Engine {
 
     fn enter(&mut self, phase: Phase, commit: Commit) -> Result<Turn, OutsideError> {
         info!(phase = phase.words(), "router goes on");
-        self.write(&Entry::Phase(phase), commit)?;
-        // What the phase begins with is what was committed, and is read from there.
-        self.state = None;
+        let entry = Entry::Phase(phase);
+        self.write(&entry, commit)?;
+        let state = self.state();
+        state.course.add(entry);
+        state.called.clear();
         Ok(Turn::Busy(0))
     }
 
@@ -273,6 +282,8 @@ impl Engine {
             }
             commit.groups.push((side, Topic::Of(side), (0..from.len()).map(|partition| (partition, 0)).collect()));
         }
+        let state = self.state();
+        (state.splits, state.next) = (vec![split; from.len()], from.clone());
         self.enter(Phase::Starting { from }, commit)
     }
 
@@ -330,7 +341,7 @@ impl Engine {
         }
         match copied {
             0 if lags => Ok(Turn::Waits(format!("the canary, which has {} records to read", self.state().lag))),
-            0 => Ok(Turn::Waits("records".into())),
+            0 => Ok(Turn::Idle),
             copied => Ok(Turn::Busy(copied)),
         }
     }
@@ -356,7 +367,7 @@ impl Engine {
         let group = self.broker.group(Side::Canary, Topic::Of(Side::Canary))?;
         let state = self.state();
         state.looked_ms = now_ms;
-        state.lag = lag(&state.splits, Side::Canary, &group.next);
+        state.lag = lags(&state.splits, Side::Canary, &group.next).sum();
         Ok(())
     }
 
@@ -417,7 +428,7 @@ impl Engine {
     /// Returns what is left to be read of a version's topic; none when nothing is.
     fn left(&mut self, side: Side) -> Result<Option<Turn>, OutsideError> {
         let group = self.broker.group(side, Topic::Of(side))?;
-        let left = lag(&self.state().splits, side, &group.next);
+        let left: u64 = lags(&self.state().splits, side, &group.next).sum();
         Ok((left > 0)
             .then(|| Turn::Waits(format!("the {} service, which has up to {left} records to read", side.word()))))
     }
@@ -465,19 +476,30 @@ impl Topic {
     }
 }
 
-/// Returns an upper bound of the records that a group has not read: markers of transactions have offsets too.
-fn lag(splits: &[Split], side: Side, next: &[Option<i64>]) -> u64 {
-    let lags = splits.iter().zip(next).map(|(split, next)| {
+/// Returns an upper bound of the records that a group has not read, for each partition: markers of transactions have offsets too.
+pub fn lags(splits: &[Split], side: Side, next: &[Option<i64>]) -> impl Iterator<Item = u64> {
+    splits.iter().zip(next).map(move |(split, next)| {
         let after = split.last(side).map_or(0, |last| last + 1);
         u64::try_from(after - next.unwrap_or(0)).unwrap_or(0)
-    });
-    lags.sum()
+    })
 }
 
 fn is_held(split: &Split, now_ms: u64, change_ms_max: u64) -> bool {
     split.changing_since_ms().is_some_and(|since| now_ms >= since.saturating_add(change_ms_max))
 }
 
-fn read_entry(line: &str) -> Result<Entry, OutsideError> {
-    serde_json::from_str(line).map_err(|why| OutsideError::new("control topic", format!("{why} in {line:?}")))
+/// Reads an entry of the control topic; none where anybody wrote something else. A phase that can't be read is an error: it may
+/// be one of a newer router's.
+fn read_entry(line: &str) -> Result<Option<Entry>, OutsideError> {
+    match serde_json::from_str(line) {
+        Ok(entry) => Ok(Some(entry)),
+        Err(why) if line.contains("\"phase\"") => Err(OutsideError::new(
+            "control topic",
+            format!("found {line:?}, expected a phase that this version knows: {why}"),
+        )),
+        Err(_) => {
+            warn!("control topic: found {line:?}, expected an entry; it is passed over");
+            Ok(None)
+        }
+    }
 }

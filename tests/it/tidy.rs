@@ -11,7 +11,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger", "schema"]),
     ("node", &["domain", "protocol", "ports", "node"]),
     ("config", &["domain", "protocol", "config", "proxy::settings"]),
-    ("adapters", &["domain", "protocol", "ports", "adapters", "config::node", "schema", "telemetry::event"]),
+    (
+        "adapters",
+        &["domain", "protocol", "ports", "adapters", "config::node", "config::router", "schema", "telemetry::event"],
+    ),
     ("door", &["door"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "door", "proxy", "api::read"]),
     ("router", &["domain", "ports", "router"]),

@@ -3,8 +3,6 @@
 //! Decisions and the publisher's place in the log go out in one transaction: after a crash the place says what is missing. Whoever
 //! begins to publish shuts out whoever did before, by the transactional id.
 
-use std::time::Duration;
-
 use prost::Message as _;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerGroupMetadata};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -12,15 +10,12 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::{ANSWER_MAX, Quiet, client};
+use super::{ANSWER_MAX, Quiet, again, client};
 use crate::config::node::Kafka;
 use crate::domain::ids::ClusterId;
 use crate::ports::{DecisionSink, OutsideError};
 use crate::protocol::record::Slot;
 use crate::schema::v1::Decision;
-
-/// How often a step of a transaction that may be tried again is.
-const TRIES: usize = 5;
 
 /// Publishes decisions.
 pub struct KafkaDecisions {
@@ -101,20 +96,6 @@ impl KafkaDecisions {
         // A commit that was not answered may have happened: the same call again tells.
         again(|| open.producer.commit_transaction(ANSWER_MAX))
     }
-}
-
-/// Calls again what may be tried again.
-#[expect(clippy::disallowed_methods, reason = "it has a thread of its own")]
-fn again(mut step: impl FnMut() -> Result<(), KafkaError>) -> Result<(), KafkaError> {
-    for _ in 1..TRIES {
-        match step() {
-            Err(KafkaError::Transaction(error)) if error.is_retriable() => {
-                std::thread::sleep(Duration::from_millis(50))
-            }
-            result => return result,
-        }
-    }
-    step()
 }
 
 impl DecisionSink for KafkaDecisions {

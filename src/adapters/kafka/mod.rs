@@ -5,18 +5,37 @@ use std::time::Duration;
 use rdkafka::ClientConfig;
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tracing::{debug, warn};
 
 use crate::config::node::Kafka;
 
 mod decisions;
 mod events;
+mod router;
 mod telemetry;
 
 pub use decisions::KafkaDecisions;
 pub use events::KafkaEvents;
+pub use router::{KafkaBroker, Names, SOURCE_HEADER, VERSION_HEADER};
 pub use telemetry::KafkaTelemetry;
+
+/// How often a step of a transaction that may be tried again is.
+const TRIES: usize = 5;
+
+/// Calls again what may be tried again.
+#[expect(clippy::disallowed_methods, reason = "whoever calls has a thread of its own")]
+fn again(mut step: impl FnMut() -> Result<(), KafkaError>) -> Result<(), KafkaError> {
+    for _ in 1..TRIES {
+        match step() {
+            Err(KafkaError::Transaction(error)) if error.is_retriable() => {
+                std::thread::sleep(Duration::from_millis(50))
+            }
+            result => return result,
+        }
+    }
+    step()
+}
 
 /// Longest wait for one answer of the broker.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -51,7 +70,10 @@ impl ClientContext for Quiet {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        warn!("kafka: {error}: {reason}");
+        // Whoever asks for ends sees them where it reads.
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF) {
+            warn!("kafka: {error}: {reason}");
+        }
     }
 }
 

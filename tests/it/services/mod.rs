@@ -4,6 +4,7 @@
 pub mod kafka;
 mod prometheus;
 pub mod redis;
+mod router;
 
 use std::path::Path;
 use std::process::Command;

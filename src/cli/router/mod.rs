@@ -1,0 +1,229 @@
+//! `aviary router`: one Kafka topic split between two versions' services, and what people ask of it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use serde_json::json;
+use tokio::time::{Instant, sleep};
+
+use super::Exit;
+use super::output::{self, Format};
+use crate::adapters::clock::BootClock;
+use crate::adapters::kafka::{KafkaBroker, Names};
+use crate::config::router::RouterConfig;
+use crate::domain::course::{Ask, Course, End, Entry, Phase};
+use crate::domain::split::{Side, Split};
+use crate::domain::weights::Weight;
+use crate::ports::Topic;
+
+mod audit;
+mod start;
+mod status;
+
+/// Verbs of `aviary router`.
+#[derive(Debug, Subcommand)]
+pub enum RouterVerb {
+    /// Say what `start` would do, and what is in its way. Changes nothing.
+    Plan(FileArgs),
+    /// Take over the topic from the stable service, and split it until the rollout is over. Killed, it goes on where it was.
+    Start(start::StartArgs),
+    /// Show the phase, and each partition's weight, counts and lag.
+    Status(FileArgs),
+    /// Set the canary's share.
+    SetWeight(SetWeightArgs),
+    /// Everything to the canary; it then goes on alone with the source topic.
+    Promote(AskArgs),
+    /// Everything to stable, with what the canary has not read; stable then goes on alone with the source topic.
+    Abort(AbortArgs),
+    /// Compare the three topics record by record: missing, extra, in both. Exit 0 when there are none.
+    Audit(FileArgs),
+}
+
+/// The router's file.
+#[derive(Debug, Args)]
+pub struct FileArgs {
+    /// The router's file; docs/router.md describes it.
+    #[arg(short, long, value_name = "FILE")]
+    file: PathBuf,
+}
+
+/// How long what was asked is waited for.
+#[derive(Debug, Args)]
+pub struct AskArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    /// Return as soon as it is asked, not when it is done.
+    #[arg(long)]
+    no_wait: bool,
+    /// Longest wait; what was asked stays asked.
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// Arguments of `aviary router set-weight`.
+#[derive(Debug, Args)]
+pub struct SetWeightArgs {
+    /// The canary's share, in percent, such as 5 or 0.01.
+    #[arg(value_name = "PERCENT", value_parser = super::proxy::weight)]
+    weight: Weight,
+    #[command(flatten)]
+    ask: AskArgs,
+}
+
+/// Arguments of `aviary router abort`.
+#[derive(Debug, Args)]
+pub struct AbortArgs {
+    /// Why.
+    #[arg(long, default_value = "asked for by an operator")]
+    reason: String,
+    #[command(flatten)]
+    ask: AskArgs,
+}
+
+/// Runs a verb.
+pub fn run(verb: RouterVerb, format: Format) -> anyhow::Result<Exit> {
+    match verb {
+        RouterVerb::Start(args) => start::run(&args),
+        RouterVerb::Plan(args) => status::plan(&load(&args)?, format),
+        RouterVerb::Status(args) => status::status(&load(&args)?, format),
+        RouterVerb::Audit(args) => audit::run(&load(&args)?, format),
+        RouterVerb::SetWeight(SetWeightArgs { weight, ask }) => {
+            asked(&ask, Ask::SetWeight { weight }, &format!("the canary's share is {weight}"), |state| {
+                state.splits.iter().all(|split| split.weight().0 == weight && split.former().is_none())
+            })
+        }
+        RouterVerb::Promote(ask) => asked(&ask, Ask::Promote, "promoted", |state| state.winner() == Some(Side::Canary)),
+        RouterVerb::Abort(AbortArgs { reason, ask }) => {
+            asked(&ask, Ask::Abort { reason }, "aborted", |state| state.winner() == Some(Side::Stable))
+        }
+    }
+}
+
+fn load(args: &FileArgs) -> anyhow::Result<RouterConfig> {
+    Ok(RouterConfig::load(&args.file)?)
+}
+
+/// Returns what a router's topics and groups are called.
+fn names(config: &RouterConfig) -> Names {
+    let of = |side| config.service(side).clone();
+    let (stable, canary) = (of(Side::Stable), of(Side::Canary));
+    Names {
+        source: config.source.clone(),
+        topics: [stable.topic, canary.topic],
+        groups: [stable.group, canary.group],
+        versions: [stable.version.to_string(), canary.version.to_string()],
+        control: config.control(),
+        router: config.group(),
+    }
+}
+
+fn broker(config: &RouterConfig) -> anyhow::Result<KafkaBroker> {
+    Ok(KafkaBroker::new(&config.kafka, names(config), Arc::new(BootClock))?)
+}
+
+/// A router as its topics and groups show it, whether it runs or not.
+struct Seen {
+    course: Course,
+    splits: Vec<Split>,
+    next: Vec<i64>,
+}
+
+impl Seen {
+    fn look(broker: &KafkaBroker) -> anyhow::Result<Self> {
+        let opened = broker.look()?;
+        let mut course = Course::default();
+        for line in &opened.entries {
+            if let Ok(entry) = serde_json::from_str(line) {
+                course.add(entry);
+            }
+        }
+        let places: Vec<_> = opened.places.into_iter().flatten().collect();
+        let splits = places.iter().map(|place| Split::from_note(&place.note)).collect::<Result<_, _>>()?;
+        Ok(Self { course, splits, next: places.iter().map(|place| place.next).collect() })
+    }
+
+    fn winner(&self) -> Option<Side> {
+        match self.course.phase {
+            Some(Phase::Done { winner, .. }) => Some(winner),
+            _ => None,
+        }
+    }
+
+    fn words(&self) -> &'static str {
+        self.course.phase.as_ref().map_or("not started", Phase::words)
+    }
+}
+
+/// Asks something of a router by an entry of its control topic, and waits until it is done.
+fn asked(args: &AskArgs, ask: Ask, done: &str, is_done: impl Fn(&Seen) -> bool) -> anyhow::Result<Exit> {
+    let config = load(&args.file)?;
+    if config.follow.is_some() && !matches!(ask, Ask::Abort { .. }) {
+        bail!(
+            "{}: spec.follow: the cluster says what the weight is: ask it (aviary promote {})",
+            args.file.file.display(),
+            config.name
+        );
+    }
+    let broker = broker(&config)?;
+    let seen = Seen::look(&broker)?;
+    let (winner, returning) = (seen.winner(), matches!(seen.course.phase, Some(Phase::Returning { .. })));
+    if winner.is_some() || returning {
+        bail!("router {} is {} already", config.name, seen.words());
+    }
+    if seen.course.phase.is_none() && seen.splits.is_empty() && broker.partitions(&config.control())?.is_none() {
+        bail!("router {} is not started, expected: aviary router start -f {}", config.name, args.file.file.display());
+    }
+    if let (Some(End::Abort(reason)), false) = (&seen.course.end, matches!(ask, Ask::Abort { .. })) {
+        bail!("router {} is being aborted: {reason}", config.name);
+    }
+    let line = serde_json::to_string(&Entry::Ask(ask)).context("an entry has a text")?;
+    broker.ask(&line)?;
+    if args.no_wait {
+        return output::line("asked").map(|()| Exit::Done);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (begun, mut moved, mut before) = (Instant::now(), Instant::now(), String::new());
+        loop {
+            let seen = Seen::look(&broker)?;
+            if is_done(&seen) {
+                return output::line(done).map(|()| Exit::Done);
+            }
+            if let Some(winner) = seen.winner() {
+                bail!("router {} was ended otherwise: {} goes on alone", config.name, winner.word());
+            }
+            let (present, words) = (format!("{:?} {:?}", seen.next, seen.course.phase), seen.words());
+            if present != before {
+                (moved, before) = (Instant::now(), present);
+            }
+            if begun.elapsed() > args.timeout {
+                eprintln!("not done within {}: {words}; it stays asked for", humantime::format_duration(args.timeout));
+                return Ok(Exit::Unavailable);
+            }
+            if moved.elapsed() > Duration::from_secs(10) {
+                eprintln!(
+                    "nothing has moved for 10 s ({words}): does `aviary router start` run, and what does it wait for?"
+                );
+                moved = Instant::now();
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
+    })
+}
+
+/// Returns the upper bounds of what the two services have left to read.
+fn lags(broker: &KafkaBroker, seen: &Seen) -> anyhow::Result<[Vec<u64>; 2]> {
+    let mut lags = [Vec::new(), Vec::new()];
+    for side in Side::BOTH {
+        let group = broker.service_group(side, Topic::Of(side))?;
+        lags[side as usize] = crate::router::engine::lags(&seen.splits, side, &group.next).collect();
+    }
+    Ok(lags)
+}
+
+fn print(format: Format, value: &serde_json::Value, table: impl FnOnce() -> String) -> anyhow::Result<()> {
+    output::print(format, &json!(value).to_string(), |_| table())
+}

@@ -1,0 +1,159 @@
+//! `aviary router plan` and `status`: what would be, and what is.
+
+use serde_json::json;
+
+use super::{Seen, broker, lags, print};
+use crate::cli::Exit;
+use crate::cli::output::{Format, facts, table};
+use crate::config::router::{HooksConfig, RouterConfig};
+use crate::domain::split::Side;
+use crate::ports::Topic;
+
+/// Says what `start` would do, and what is in its way.
+pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
+    let broker = broker(config)?;
+    let seen = Seen::look(&broker)?;
+    let mut wrong: Vec<String> = Vec::new();
+    let Some(partitions) = broker.partitions(&config.source)? else {
+        anyhow::bail!("topic {} isn't there, expected the topic to split", config.source);
+    };
+    let mut make = Vec::new();
+    for (topic, count) in [
+        (config.control(), 1),
+        (config.service(Side::Stable).topic.clone(), partitions),
+        (config.service(Side::Canary).topic.clone(), partitions),
+    ] {
+        match broker.partitions(&topic)? {
+            None => make.push(topic),
+            Some(found) if found != count => {
+                wrong.push(format!("topic {topic} has {found} partitions, expected {count}"))
+            }
+            Some(_) => {}
+        }
+    }
+    let bounds = broker.topic_bounds(Topic::Source)?;
+    let group = broker.service_group(Side::Stable, Topic::Source)?;
+    let mut rows = Vec::new();
+    if seen.course.phase.is_none() {
+        for (partition, (next, (low, high))) in group.next.iter().zip(&bounds).enumerate() {
+            if next.is_none() && low != high {
+                wrong.push(format!(
+                    "partition {partition} has records, and group {} no place in it",
+                    config.service(Side::Stable).group
+                ));
+            }
+            let next = next.unwrap_or(*low);
+            rows.push(json!({ "partition": partition, "from": next, "low": low, "high": high, "unread": high - next }));
+        }
+        for side in Side::BOTH {
+            let bounds = broker.topic_bounds(Topic::Of(side))?;
+            if bounds.iter().any(|(_, high)| *high > 0) {
+                wrong.push(format!(
+                    "topic {} has records, expected none: of an earlier rollout of this name?",
+                    config.service(side).topic
+                ));
+            }
+        }
+    }
+    let hooks = match &config.hooks {
+        HooksConfig::Manual => "by hand".to_string(),
+        HooksConfig::Exec { argv, .. } => argv.join(" "),
+        HooksConfig::Http { url, .. } => url.clone(),
+    };
+    let share = match &config.follow {
+        Some(follow) => format!("that of rollout {} at {}", config.name, follow.api.join(", ")),
+        None => config.weight.to_string(),
+    };
+    let value = json!({
+        "router": config.name, "source": config.source, "partitions": rows, "topics_to_make": make, "hooks": hooks,
+        "weight": share, "stable_members": group.members, "phase": seen.words(), "in_the_way": wrong,
+    });
+    print(format, &value, || {
+        let service = |side| {
+            let service = config.service(side);
+            format!("{} ({}), group {}", service.version, service.topic, service.group)
+        };
+        let mut text = facts(&[
+            ("router", format!("{}, {}", config.name, seen.words())),
+            ("source", format!("{}, {partitions} partitions", config.source)),
+            ("stable", format!("{}, {} consumers read the source", service(Side::Stable), group.members)),
+            ("canary", service(Side::Canary)),
+            ("weight", share),
+            ("hooks", hooks),
+            ("makes topics", make.join(", ")),
+            ("in the way", wrong.join("; ")),
+        ]);
+        if !rows.is_empty() {
+            let mut places = table(["PARTITION", "BEGINS AT", "UNREAD BY STABLE"]);
+            for row in &rows {
+                places.add_row([&row["partition"], &row["from"], &row["unread"]].map(ToString::to_string));
+            }
+            text = format!("{text}\n\n{}", places.trim_fmt());
+        }
+        text
+    })?;
+    Ok(if wrong.is_empty() { Exit::Done } else { Exit::Refused })
+}
+
+/// Shows where a router is.
+pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
+    let broker = broker(config)?;
+    let seen = Seen::look(&broker)?;
+    let lags = match seen.splits.is_empty() {
+        true => [Vec::new(), Vec::new()],
+        false => lags(&broker, &seen)?,
+    };
+    let unread: Vec<i64> = match seen.splits.is_empty() {
+        true => Vec::new(),
+        false => broker
+            .topic_bounds(Topic::Source)?
+            .iter()
+            .zip(&seen.next)
+            .map(|((_, high), next)| (high - next).max(0))
+            .collect(),
+    };
+    let partitions = seen.splits.iter().enumerate().map(|(partition, split)| {
+        let (weight, epoch) = split.weight();
+        json!({
+            "partition": partition, "next": seen.next[partition], "unread": unread[partition],
+            "weight": weight.fraction(), "epoch": epoch, "changing": split.former().is_some(), "taken": split.taken(),
+            "stable": split.given(Side::Stable), "canary": split.given(Side::Canary),
+            "stable_lag": lags[0][partition], "canary_lag": lags[1][partition],
+        })
+    });
+    let partitions: Vec<_> = partitions.collect();
+    let sum = |side| seen.splits.iter().map(|split| split.given(side)).sum::<u64>();
+    let taken: u64 = seen.splits.iter().map(|split| split.taken()).sum();
+    let value = json!({
+        "router": config.name, "source": config.source, "phase": seen.words(), "course": seen.course.phase,
+        "taken": taken, "stable": sum(Side::Stable), "canary": sum(Side::Canary), "partitions": partitions,
+    });
+    print(format, &value, || {
+        let mut text = facts(&[
+            ("router", config.name.to_string()),
+            ("source", config.source.clone()),
+            ("phase", seen.words().into()),
+            ("records", format!("{taken} = {} stable + {} canary", sum(Side::Stable), sum(Side::Canary))),
+        ]);
+        if !seen.splits.is_empty() {
+            let mut rows =
+                table(["PARTITION", "NEXT", "UNREAD", "WEIGHT", "STABLE", "CANARY", "STABLE LAG", "CANARY LAG"]);
+            for (partition, split) in seen.splits.iter().enumerate() {
+                let changing = if split.former().is_some() { " (changing)" } else { "" };
+                rows.add_row([
+                    partition.to_string(),
+                    seen.next[partition].to_string(),
+                    unread[partition].to_string(),
+                    format!("{}{changing}", split.weight().0),
+                    split.given(Side::Stable).to_string(),
+                    split.given(Side::Canary).to_string(),
+                    lags[0][partition].to_string(),
+                    lags[1][partition].to_string(),
+                ]);
+            }
+            text = format!("{text}\n\n{}", rows.trim_fmt());
+        }
+        text
+    })?;
+    Ok(Exit::Done)
+}

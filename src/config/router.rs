@@ -1,0 +1,377 @@
+//! The file of a record router: YAML, in the words of the rollout file.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::node::Kafka;
+use super::rollout::duration;
+use crate::domain::ids::{ServiceId, VersionId};
+use crate::domain::split::Side;
+use crate::domain::weights::Weight;
+
+/// A router's settings, checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RouterConfig {
+    /// `metadata.name`: the rollout's name; with `follow`, its service's in the cluster.
+    pub name: ServiceId,
+    /// `spec.kafka`: brokers, and more properties of librdkafka.
+    pub kafka: Kafka,
+    /// `spec.source`: the topic that is split.
+    pub source: String,
+    /// `spec.stable` and `spec.canary`.
+    pub services: [ServicePart; 2],
+    /// `spec.weight`, in percent: the canary's share until another is asked for; default 0.
+    pub weight: Weight,
+    /// `spec.follow`: the cluster says what the weight is.
+    pub follow: Option<Follow>,
+    /// `spec.assign: key` (the default) or `random`.
+    pub keyed: bool,
+    /// `spec.hooks`: how services are started and stopped; default: by hand.
+    pub hooks: HooksConfig,
+    /// `spec.lagMax`: the canary's unread records above which the weight isn't raised; default none.
+    pub lag_max: Option<u64>,
+    /// `spec.changeMax`: how long a change of weight waits for keys that are never idle before it holds their partition;
+    /// default 5s.
+    pub change_ms_max: u64,
+    /// `spec.interval`: how long a transaction takes records up; default 100ms.
+    pub interval_ms: u64,
+    /// `spec.batchMax`: most records in a transaction; default 20000.
+    pub batch_max: usize,
+    /// `spec.push`: records are posted instead of copied.
+    pub push: Option<Push>,
+}
+
+/// One version's service.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServicePart {
+    /// Its version.
+    pub version: VersionId,
+    /// Its consumer group.
+    pub group: String,
+    /// The topic that it is given; default SOURCE.NAME.stable or SOURCE.NAME.canary.
+    #[serde(default)]
+    pub topic: String,
+}
+
+/// Who says what the weight is.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Follow {
+    /// API ports of the nodes, `http://host:port`; the next one is asked when one can't be reached.
+    pub api: Vec<String>,
+}
+
+/// How services are started and stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum HooksConfig {
+    /// By people: the router says what it waits for.
+    #[default]
+    Manual,
+    /// By a program: `PROGRAM… start|stop stable|canary TOPIC GROUP`.
+    Exec {
+        /// Program and first arguments.
+        argv: Vec<String>,
+        /// Longest run.
+        timeout_ms: u64,
+    },
+    /// By a POST of the same words as JSON.
+    Http {
+        /// Where to.
+        url: String,
+        /// Longest wait for a 2xx answer.
+        timeout_ms: u64,
+    },
+}
+
+/// Records are posted to the data plane.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Push {
+    /// Where to: `http://host:port/path` of a data plane.
+    pub url: String,
+    /// The topic of records that were refused or failed too often.
+    pub dead_letter: String,
+    /// How often a record is posted before that; default 10.
+    #[serde(default = "attempts")]
+    pub attempts: u32,
+    /// Records under way at a time, of different keys; default 64.
+    #[serde(default = "in_flight")]
+    pub in_flight: usize,
+    /// Longest wait for an answer; default 10s.
+    #[serde(default = "timeout_ms", deserialize_with = "duration", rename = "timeout")]
+    pub timeout_ms: u64,
+}
+
+fn attempts() -> u32 {
+    10
+}
+
+fn in_flight() -> usize {
+    64
+}
+
+fn timeout_ms() -> u64 {
+    10_000
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct File {
+    api_version: String,
+    kind: String,
+    metadata: Metadata,
+    spec: Spec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Metadata {
+    name: ServiceId,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Spec {
+    kafka: KafkaPart,
+    source: String,
+    stable: ServicePart,
+    canary: ServicePart,
+    weight: Option<f64>,
+    follow: Option<Follow>,
+    #[serde(default)]
+    assign: Assign,
+    hooks: Option<HooksPart>,
+    lag_max: Option<u64>,
+    #[serde(default = "change_ms", deserialize_with = "duration")]
+    change_max: u64,
+    #[serde(default = "interval_ms", deserialize_with = "duration")]
+    interval: u64,
+    #[serde(default = "batch_max")]
+    batch_max: usize,
+    push: Option<Push>,
+}
+
+fn change_ms() -> u64 {
+    5_000
+}
+
+fn interval_ms() -> u64 {
+    100
+}
+
+fn batch_max() -> usize {
+    20_000
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KafkaPart {
+    bootstrap: String,
+    #[serde(default)]
+    properties: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Assign {
+    #[default]
+    Key,
+    Random,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct HooksPart {
+    exec: Option<Vec<String>>,
+    http: Option<String>,
+    #[serde(default = "hook_ms", deserialize_with = "duration")]
+    timeout: u64,
+}
+
+fn hook_ms() -> u64 {
+    60_000
+}
+
+/// Why a file is no router's.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {complaint}")]
+pub struct RouterFileError {
+    /// The file.
+    pub file: PathBuf,
+    /// What was expected and found, and where.
+    pub complaint: String,
+}
+
+impl RouterConfig {
+    /// Reads and checks a router's file.
+    pub fn load(path: &Path) -> Result<Self, RouterFileError> {
+        let error = |complaint: String| RouterFileError { file: path.into(), complaint };
+        let text = std::fs::read_to_string(path).map_err(|why| error(why.to_string()))?;
+        Self::parse(&text).map_err(error)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let File { api_version, kind, metadata, spec } = super::read_yaml(text)?;
+        if (api_version.as_str(), kind.as_str()) != ("aviary/v1", "Router") {
+            return Err(format!(
+                "found apiVersion {api_version:?} and kind {kind:?}, expected \"aviary/v1\" and \"Router\""
+            ));
+        }
+        let name = metadata.name;
+        checked_topic("spec.source", &spec.source)?;
+        let mut services = [spec.stable, spec.canary];
+        for (side, service) in Side::BOTH.iter().zip(&mut services) {
+            if service.topic.is_empty() {
+                service.topic = format!("{}.{name}.{}", spec.source, side.word());
+            }
+            checked_topic(&format!("spec.{}.topic", side.word()), &service.topic)?;
+            if service.group.is_empty() {
+                return Err(format!("spec.{}.group is empty, expected a consumer group", side.word()));
+            }
+        }
+        let [stable, canary] = &services;
+        for (what, one, other) in [
+            ("version", stable.version.as_str(), canary.version.as_str()),
+            ("group", &stable.group, &canary.group),
+            ("topic", &stable.topic, &canary.topic),
+            ("topic", &stable.topic, &spec.source),
+            ("topic", &canary.topic, &spec.source),
+        ] {
+            if one == other {
+                return Err(format!("{what} {one} stands there twice, expected another for each"));
+            }
+        }
+        let weight = match (spec.weight, &spec.follow) {
+            (Some(_), Some(_)) => {
+                return Err("spec has weight and follow, expected one: who says what the weight is?".into());
+            }
+            (percent, _) => {
+                Weight::from_percent(percent.unwrap_or(0.0)).map_err(|why| format!("spec.weight: {why}"))?
+            }
+        };
+        let follow = spec
+            .follow
+            .map(|follow| checked_follow(follow).map_err(|why| format!("spec.follow.api: {why}")))
+            .transpose()?;
+        let hooks = match spec.hooks {
+            None => HooksConfig::Manual,
+            Some(HooksPart { exec: Some(argv), http: None, timeout }) if !argv.is_empty() => {
+                HooksConfig::Exec { argv, timeout_ms: timeout }
+            }
+            Some(HooksPart { exec: None, http: Some(url), timeout }) => {
+                url.parse::<http::Uri>()
+                    .ok()
+                    .filter(|url| url.scheme_str() == Some("http"))
+                    .ok_or_else(|| format!("spec.hooks.http is {url:?}, expected http://host:port/path"))?;
+                HooksConfig::Http { url, timeout_ms: timeout }
+            }
+            Some(_) => return Err("spec.hooks: expected one of exec: [PROGRAM, …] and http: URL".into()),
+        };
+        if spec.batch_max == 0 || spec.interval == 0 {
+            return Err("spec.batchMax and spec.interval: found 0, expected more".into());
+        }
+        if let Some(push) = &spec.push {
+            checked_topic("spec.push.deadLetter", &push.dead_letter)?;
+            if push.attempts == 0 || push.in_flight == 0 {
+                return Err("spec.push: attempts and inFlight: found 0, expected 1 or more".into());
+            }
+        }
+        let kafka = Kafka { properties: spec.kafka.properties, ..Kafka::at(&spec.kafka.bootstrap) };
+        Ok(Self {
+            name,
+            kafka,
+            source: spec.source,
+            services,
+            weight,
+            follow,
+            keyed: spec.assign == Assign::Key,
+            hooks,
+            lag_max: spec.lag_max,
+            change_ms_max: spec.change_max,
+            interval_ms: spec.interval,
+            batch_max: spec.batch_max,
+            push: spec.push,
+        })
+    }
+
+    /// Returns one version's service.
+    pub fn service(&self, side: Side) -> &ServicePart {
+        &self.services[side as usize]
+    }
+
+    /// Returns the topic of what people ask, and of what was done.
+    pub fn control(&self) -> String {
+        format!("{}.{}.router", self.source, self.name)
+    }
+
+    /// Returns the router's own consumer group, which is its transactional id as well.
+    pub fn group(&self) -> String {
+        format!("aviary-router-{}.{}", self.source, self.name)
+    }
+}
+
+/// Checks the form of a topic's name (Kafka's own rule).
+fn checked_topic(place: &str, name: &str) -> Result<(), String> {
+    let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    match !name.is_empty() && name.len() <= 249 && name.chars().all(letters) {
+        true => Ok(()),
+        false => Err(format!("{place} is {name:?}, expected a topic: 1 to 249 letters, digits, '.', '_' and '-'")),
+    }
+}
+
+fn checked_follow(follow: Follow) -> Result<Follow, String> {
+    if follow.api.is_empty() {
+        return Err("found none, expected http://host:port of each node".into());
+    }
+    let api = follow.api.iter().map(|url| super::rollout::checked_url(url)).collect::<Result<_, _>>()?;
+    Ok(Follow { api })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = "
+apiVersion: aviary/v1
+kind: Router
+metadata: { name: orders-v2 }
+spec:
+  kafka: { bootstrap: 127.0.0.1:9092 }
+  source: orders
+  stable: { version: v1, group: orders }
+  canary: { version: v2, group: orders-v2 }
+  weight: 5
+  hooks: { exec: [./services.sh], timeout: 30s }
+";
+
+    #[test]
+    fn names_that_are_not_given_follow_from_the_source_and_the_rollout() {
+        let config = RouterConfig::parse(FILE).unwrap();
+        assert_eq!(config.service(Side::Canary).topic, "orders.orders-v2.canary");
+        assert_eq!(
+            (config.control().as_str(), config.group().as_str()),
+            ("orders.orders-v2.router", "aviary-router-orders.orders-v2")
+        );
+        assert_eq!(config.hooks, HooksConfig::Exec { argv: vec!["./services.sh".into()], timeout_ms: 30_000 });
+        assert_eq!((config.weight.bp(), config.keyed, config.batch_max), (500, true, 20_000));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_what_was_expected() {
+        for (from, to, said) in [
+            ("group: orders-v2", "group: orders", "group orders stands there twice"),
+            ("source: orders", "source: 'all orders'", "expected a topic"),
+            ("weight: 5", "weight: 5\n  follow: { api: ['http://h:1'] }", "expected one"),
+            ("weight: 5", "wieght: 5", "did you mean `weight`?"),
+            ("exec: [./services.sh]", "exec: []", "expected one of exec"),
+            ("kind: Router", "kind: Rollout", "\"Router\""),
+            ("weight: 5", "follow: { api: [] }", "expected http://host:port"),
+        ] {
+            let error = RouterConfig::parse(&FILE.replace(from, to)).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! A router's life: turn after turn, with a pause after errors, until the rollout is over or it is told to stop.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::engine::{Engine, Steering, Turn};
+use crate::ports::{Clock, OutsideError};
+
+/// Pause while something is waited for that no call waits for.
+const WAIT: Duration = Duration::from_millis(100);
+/// First pause after an error; it doubles each time.
+const RETRY_MIN: Duration = Duration::from_millis(200);
+/// Longest such pause.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// Runs a router, on a thread of its own. Returns true when the rollout is over, false when it was told to stop.
+///
+/// # Errors
+/// When another process has become the router.
+#[expect(clippy::disallowed_methods, reason = "a router has a thread of its own")]
+pub fn run(
+    engine: &mut Engine,
+    clock: &dyn Clock,
+    steering: &dyn Fn() -> Steering,
+    shutdown: &CancellationToken,
+    told: &mut dyn FnMut(&Engine, &Result<Turn, OutsideError>),
+) -> Result<bool, OutsideError> {
+    let (mut pause, mut waited_for) = (RETRY_MIN, String::new());
+    while !shutdown.is_cancelled() {
+        let turn = engine.turn(clock.now().wall.0, &steering());
+        told(engine, &turn);
+        match turn {
+            Ok(Turn::Over) => return Ok(true),
+            Ok(Turn::Busy(_)) => {
+                pause = RETRY_MIN;
+                waited_for.clear();
+            }
+            // The broker has waited for records already.
+            Ok(Turn::Idle) => pause = RETRY_MIN,
+            Ok(Turn::Waits(what)) => {
+                pause = RETRY_MIN;
+                if waited_for != what {
+                    info!("waiting for {what}");
+                    waited_for = what;
+                }
+                std::thread::sleep(WAIT);
+            }
+            Err(why) if why.replaced => return Err(why),
+            Err(why) => {
+                warn!("begins anew: {why}");
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,558 @@
+//! A topic split between two services, on a real broker: each record is processed once, by one of them, in its key's order.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rand::RngExt as _;
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
+use serde_json::Value;
+
+use super::{Own, runtime, unique, variable};
+use crate::cluster::harness::{Process, aviary, wait};
+
+const PARTITIONS: usize = 6;
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// A record that a service has processed.
+#[derive(Debug, Clone)]
+struct Processed {
+    id: u64,
+    key: Option<Vec<u8>>,
+    /// `stable` or `canary`.
+    side: String,
+    /// Whether it came from the source itself.
+    alone: bool,
+    at: Instant,
+}
+
+type Log = Arc<Mutex<Vec<Processed>>>;
+
+/// A consumer that runs.
+struct Running {
+    topic: String,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+/// The two services, started and stopped by the router's requests.
+struct Services {
+    bootstrap: String,
+    source: String,
+    running: BTreeMap<String, Running>,
+    log: Log,
+    /// Microseconds that the canary takes for a record.
+    canary_us: Arc<AtomicU64>,
+}
+
+impl Services {
+    fn call(&mut self, call: &str, side: &str, topic: &str, group: &str) {
+        let same = self.running.get(side).is_some_and(|running| running.topic == topic);
+        if call == "stop" && same || call == "start" && !same {
+            self.stop(side);
+        }
+        if call == "start" && !same {
+            let stop = Arc::new(AtomicBool::new(false));
+            let reader = self.reader(side, topic, group, stop.clone());
+            let thread = std::thread::spawn(reader);
+            self.running.insert(side.into(), Running { topic: topic.into(), stop, thread });
+        }
+    }
+
+    fn stop(&mut self, side: &str) {
+        let Some(running) = self.running.remove(side) else { return };
+        running.stop.store(true, Ordering::Relaxed);
+        running.thread.join().unwrap();
+    }
+
+    /// Returns what a service does: read, process, and from time to time commit.
+    fn reader(&self, side: &str, topic: &str, group: &str, stop: Arc<AtomicBool>) -> impl FnOnce() + Send + 'static {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &self.bootstrap).set("group.id", group).set("enable.auto.commit", "false");
+        config.set("isolation.level", "read_committed").set("session.timeout.ms", "45000");
+        // Only who begins on its own begins at the beginning: after that the router has set the place.
+        let reset = if topic == self.source && side == "stable" { "earliest" } else { "error" };
+        config.set("auto.offset.reset", reset).set("reconnect.backoff.max.ms", "500").set("fetch.wait.max.ms", "50");
+        let consumer: BaseConsumer = config.create().unwrap();
+        consumer.subscribe(&[topic]).unwrap();
+        let (log, side, alone) = (self.log.clone(), side.to_string(), topic == self.source);
+        let slow = (side == "canary").then(|| self.canary_us.clone());
+        move || {
+            let (mut committed, mut dirty) = (Instant::now(), false);
+            loop {
+                let ends = stop.load(Ordering::Relaxed);
+                if dirty && (ends || committed.elapsed() > Duration::from_millis(100)) {
+                    // A service commits what it did before it does more, however long the broker is away.
+                    while let Err(why) = consumer.commit_consumer_state(CommitMode::Sync) {
+                        assert_ne!(
+                            why.rdkafka_error_code(),
+                            Some(RDKafkaErrorCode::UnknownMemberId),
+                            "{side} was thrown out"
+                        );
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                    (committed, dirty) = (Instant::now(), false);
+                }
+                if ends {
+                    return;
+                }
+                match consumer.poll(Duration::from_millis(50)) {
+                    None => {}
+                    Some(Err(why)) => assert_ne!(
+                        why.rdkafka_error_code(),
+                        Some(RDKafkaErrorCode::AutoOffsetReset),
+                        "{side} has no place in its topic: {why}"
+                    ),
+                    Some(Ok(message)) => {
+                        let header = |name| {
+                            let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+                            let found = headers.filter(|header| header.key == name).last();
+                            found.map(|header| String::from_utf8(header.value.unwrap().to_vec()).unwrap())
+                        };
+                        let id: u64 = header("id").unwrap().parse().unwrap();
+                        let payload = message.payload().map(<[u8]>::to_vec);
+                        assert_eq!(
+                            (payload, message.timestamp().to_millis()),
+                            (payload_of(id), Some(1_000_000 + id as i64))
+                        );
+                        if !alone {
+                            assert_eq!(header("x-aviary-version").unwrap(), if side == "stable" { "v1" } else { "v2" });
+                        }
+                        let key = message.key().map(<[u8]>::to_vec);
+                        assert_eq!(key, key_of(id));
+                        log.lock().unwrap().push(Processed { id, key, side: side.clone(), alone, at: Instant::now() });
+                        dirty = true;
+                        if let Some(slow) = &slow {
+                            let us = slow.load(Ordering::Relaxed);
+                            if us > 0 {
+                                std::thread::sleep(Duration::from_micros(us));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One in ten has no key, one in a thousand an empty one; others have one of 500.
+fn key_of(id: u64) -> Option<Vec<u8>> {
+    match id % 10 {
+        0 => None,
+        _ if id % 1000 == 1 => Some(Vec::new()),
+        _ => Some(format!("customer-{}", id.wrapping_mul(2_654_435_761) % 500).into_bytes()),
+    }
+}
+
+/// One in twenty is a tombstone.
+fn payload_of(id: u64) -> Option<Vec<u8>> {
+    (id % 20 != 3).then(|| format!("order {id} {}", "x".repeat(100)).into_bytes())
+}
+
+/// A topic, its emitter, the services, and the router's file.
+struct Rollout {
+    bootstrap: String,
+    dir: tempfile::TempDir,
+    services: Arc<Mutex<Services>>,
+    log: Log,
+    canary_us: Arc<AtomicU64>,
+    emitted: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    emitter: Option<JoinHandle<Duration>>,
+}
+
+impl Rollout {
+    fn start(bootstrap: String, rate: u64, more: &str) -> Self {
+        let source = unique("orders");
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &bootstrap);
+        let admin: AdminClient<_> = config.create().unwrap();
+        let new = NewTopic::new(&source, PARTITIONS as i32, TopicReplication::Fixed(1))
+            .set("message.timestamp.type", "CreateTime");
+        let made =
+            runtime().block_on(admin.create_topics(&[new.set("retention.ms", "-1")], &AdminOptions::new())).unwrap();
+        made.into_iter().for_each(|topic| drop(topic.unwrap()));
+
+        let (log, canary_us) = (Log::default(), Arc::new(AtomicU64::new(0)));
+        let services = Arc::new(Mutex::new(Services {
+            bootstrap: bootstrap.clone(),
+            source: source.clone(),
+            running: BTreeMap::new(),
+            log: log.clone(),
+            canary_us: canary_us.clone(),
+        }));
+        let hooks = serve_hooks(services.clone());
+        services.lock().unwrap().call("start", "stable", &source, &format!("{source}-v1"));
+        let dir = tempfile::tempdir().unwrap();
+        let file = format!(
+            "apiVersion: aviary/v1\nkind: Router\nmetadata: {{ name: r }}\nspec:\n  kafka: {{ bootstrap: '{bootstrap}' }}\n  \
+             source: {source}\n  stable: {{ version: v1, group: {source}-v1 }}\n  canary: {{ version: v2, group: {source}-v2 }}\n  \
+             hooks: {{ http: 'http://127.0.0.1:{hooks}/hook', timeout: 60s }}\n{more}"
+        );
+        std::fs::write(dir.path().join("router.yaml"), file).unwrap();
+
+        let (emitted, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let emitter = emit(config, source, rate, emitted.clone(), stop.clone());
+        Self { bootstrap, dir, services, log, canary_us, emitted, stop, emitter: Some(emitter) }
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.path().join("router.yaml")
+    }
+
+    fn router(&self) -> Process {
+        let log =
+            std::fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("router.log")).unwrap();
+        let mut command = aviary();
+        command.args(["router", "start", "--audit-every", "0s", "-f"]).arg(self.file());
+        Process(command.stdout(Stdio::null()).stderr(log).spawn().unwrap())
+    }
+
+    fn ask(&self, words: &[&str]) -> Output {
+        aviary().arg("router").args(words).arg("-f").arg(self.file()).output().unwrap()
+    }
+
+    /// Asks, and has it done.
+    fn done(&self, words: &[&str]) {
+        let output = self.ask(words);
+        assert!(
+            output.status.success(),
+            "{words:?}: {} {}",
+            String::from_utf8_lossy(&output.stderr),
+            self.router_log()
+        );
+    }
+
+    fn router_log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("router.log")).unwrap_or_default()
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_slice(&self.ask(&["status", "-o", "json"]).stdout).unwrap_or(Value::Null)
+    }
+
+    fn until_phase(&self, phase: &str) {
+        wait(phase, Duration::from_secs(90), || (self.status()["phase"] == phase).then_some(()));
+    }
+
+    /// Waits until this many more records are processed.
+    fn processed(&self, more: u64) {
+        let goal = self.log.lock().unwrap().len() as u64 + more;
+        wait("records", Duration::from_secs(120), || (self.log.lock().unwrap().len() as u64 >= goal).then_some(()));
+    }
+
+    /// Ends the emitter, waits until everything is processed, and checks it all. Returns the log.
+    fn checked(mut self, winner: &str) -> Vec<Processed> {
+        self.stop.store(true, Ordering::Relaxed);
+        let slowest = self.emitter.take().unwrap().join().unwrap();
+        let emitted = self.emitted.load(Ordering::Relaxed);
+        wait("all records", Duration::from_secs(120), || {
+            (self.log.lock().unwrap().len() as u64 >= emitted).then_some(())
+        });
+        std::thread::sleep(Duration::from_secs(1));
+        let log = self.log.lock().unwrap().clone();
+        let mut times = vec![0u8; emitted as usize];
+        log.iter().for_each(|one| times[one.id as usize] += 1);
+        let wrong: Vec<_> = times.iter().enumerate().filter(|(_, times)| **times != 1).take(10).collect();
+        assert!(wrong.is_empty(), "processed not once: {wrong:?} of {emitted}\n{}", self.router_log());
+        let mut newest = BTreeMap::new();
+        // Producers spread an empty key over the partitions.
+        for one in log.iter().filter(|one| one.key.as_ref().is_some_and(|key| !key.is_empty())) {
+            let before = newest.insert(one.key.clone(), one.id);
+            assert!(before < Some(one.id), "{one:?} after {before:?}\n{}", self.router_log());
+        }
+        let last = log.last().unwrap();
+        assert_eq!((last.side.as_str(), last.alone), (winner, true), "who goes on alone");
+        let audit = self.ask(&["audit"]);
+        let said = String::from_utf8_lossy(&audit.stdout).into_owned();
+        assert!(audit.status.success() && said.starts_with("0 missing, 0 extra, 0 in both; "), "{said}");
+        let of = |side: &str| log.iter().filter(|one| one.side == side && !one.alone).count();
+        println!(
+            "{emitted} records, each processed once ({} stable, {} canary from their topics), keys in order; audit: {}; \
+             slowest send {} ms",
+            of("stable"),
+            of("canary"),
+            said.trim(),
+            slowest.as_millis()
+        );
+        let names: Vec<String> = self.services.lock().unwrap().running.keys().cloned().collect();
+        assert_eq!(names, [winner]);
+        log
+    }
+}
+
+impl Drop for Rollout {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Ok(mut services) = self.services.lock() {
+            for (_, running) in std::mem::take(&mut services.running) {
+                running.stop.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Emits records at a rate; returns the longest time that the topic took one in.
+fn emit(
+    mut config: ClientConfig,
+    source: String,
+    rate: u64,
+    emitted: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+) -> JoinHandle<Duration> {
+    config.set("enable.idempotence", "true").set("linger.ms", "2").set("message.timeout.ms", "120000");
+    config.set("queue.buffering.max.messages", "1000000").set("reconnect.backoff.max.ms", "500");
+    let producer: ThreadedProducer<_> = config.create().unwrap();
+    std::thread::spawn(move || {
+        let (began, mut slowest) = (Instant::now(), Duration::ZERO);
+        while !stop.load(Ordering::Relaxed) {
+            let due = (began.elapsed().as_secs_f64() * rate as f64) as u64;
+            while emitted.load(Ordering::Relaxed) < due {
+                let id = emitted.load(Ordering::Relaxed);
+                let (key, payload, text) = (key_of(id), payload_of(id), id.to_string());
+                let headers = OwnedHeaders::new().insert(Header { key: "id", value: Some(&text) });
+                let mut record =
+                    BaseRecord::<[u8], [u8]>::to(&source).timestamp(1_000_000 + id as i64).headers(headers);
+                if let Some(key) = &key {
+                    record = record.key(key);
+                }
+                if let Some(payload) = &payload {
+                    record = record.payload(payload);
+                }
+                let sent = Instant::now();
+                while let Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) =
+                    producer.send(record)
+                {
+                    record = back;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                slowest = slowest.max(sent.elapsed());
+                emitted.fetch_add(1, Ordering::Relaxed);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        producer.flush(Duration::from_secs(120)).unwrap();
+        slowest
+    })
+}
+
+/// Answers the router's hooks; returns the port.
+fn serve_hooks(services: Arc<Mutex<Services>>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (Ok(mut stream), services) = (stream, services.clone()) else { continue };
+            std::thread::spawn(move || {
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                let (mut length, mut line) = (0, String::new());
+                while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
+                    if let Some((name, value)) = line.split_once(':')
+                        && name.eq_ignore_ascii_case("content-length")
+                    {
+                        length = value.trim().parse().unwrap();
+                    }
+                    line.clear();
+                }
+                let mut body = vec![0; length];
+                if reader.read_exact(&mut body).is_err() {
+                    return;
+                }
+                let asked: Value = serde_json::from_slice(&body).unwrap();
+                let text = |key: &str| asked[key].as_str().unwrap().to_string();
+                services.lock().unwrap().call(&text("call"), &text("side"), &text("topic"), &text("group"));
+                // A router that was killed meanwhile doesn't hear it.
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            });
+        }
+    });
+    port
+}
+
+/// Returns the longest time that passed between two records from the services' own topics.
+fn longest_gap(log: &[Processed], from: Instant, until: Instant) -> Duration {
+    let times: Vec<Instant> = log.iter().map(|one| one.at).filter(|at| (from..until).contains(at)).collect();
+    times.windows(2).map(|two| two[1] - two[0]).max().unwrap_or_default()
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn router_start_ten_percent_fifty_percent_and_promote() {
+    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), number("ROUTER_RATE", 2_000), "  weight: 0\n");
+    rollout.processed(2_000);
+    let router = rollout.router();
+    rollout.until_phase("running");
+    rollout.processed(2_000);
+    let began = Instant::now();
+    for share in ["10", "50"] {
+        rollout.done(&["set-weight", share]);
+        rollout.processed(number("ROUTER_RECORDS", 6_000) / 2);
+    }
+    let ended = Instant::now();
+    rollout.done(&["promote"]);
+    drop(router);
+    rollout.processed(2_000);
+    let log = rollout.checked("canary");
+    println!("longest gap in output over two changes of weight: {} ms", longest_gap(&log, began, ended).as_millis());
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn router_start_ten_percent_and_abort_with_a_backlog() {
+    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), number("ROUTER_RATE", 2_000), "  weight: 10\n");
+    let router = rollout.router();
+    rollout.until_phase("running");
+    // The canary can't keep up: when it is stopped it has a backlog.
+    rollout.canary_us.store(20_000, Ordering::Relaxed);
+    rollout.processed(number("ROUTER_RECORDS", 6_000));
+    let lag: u64 =
+        rollout.status()["partitions"].as_array().unwrap().iter().map(|one| one["canary_lag"].as_u64().unwrap()).sum();
+    rollout.done(&["abort", "--reason", "too slow"]);
+    drop(router);
+    rollout.processed(2_000);
+    assert!(rollout.router_log().contains("backlog was given to stable"), "a lag of {lag}");
+    rollout.checked("stable");
+}
+
+/// A life of a router that is killed at random moments, and now and then its broker.
+fn killed(end: &str, kills: u64, broker_kills: u64) {
+    let own = (broker_kills > 0).then(|| Own::start("kafka"));
+    let bootstrap = own.as_ref().map_or_else(|| variable("KAFKA_BOOTSTRAP"), |own| format!("127.0.0.1:{}", own.port));
+    let rollout = Rollout::start(bootstrap, number("ROUTER_RATE", 1_000), "  weight: 10\n  changeMax: 1s\n");
+    rollout.processed(500);
+    let mut random = rand::rng();
+    let mut router = rollout.router();
+    for kill in 0..kills {
+        // Every step of start and end is hit as well: some lives are very short.
+        let life = if random.random_bool(0.5) { random.random_range(50..900) } else { random.random_range(900..4_000) };
+        std::thread::sleep(Duration::from_millis(life));
+        router.0.kill().unwrap();
+        router.0.wait().unwrap();
+        if let Some(own) = own.as_ref().filter(|_| kill * broker_kills / kills != (kill + 1) * broker_kills / kills) {
+            own.kill();
+            std::thread::sleep(Duration::from_millis(random.random_range(100..2_000)));
+            own.up();
+        }
+        router = rollout.router();
+        let share = random.random_range(5..60).to_string();
+        match kill {
+            _ if kill + 4 == kills => drop(rollout.ask(&[end, "--no-wait"])),
+            _ if kill + 4 < kills && kill % 3 == 0 => drop(rollout.ask(&["set-weight", &share, "--no-wait"])),
+            _ => {}
+        }
+    }
+    let done = if end == "promote" { "promoted" } else { "aborted" };
+    rollout.until_phase(done);
+    wait("the router's end", Duration::from_secs(60), || router.0.try_wait().unwrap());
+    rollout.processed(1_000);
+    println!("killed the router {kills} times, the broker {broker_kills} times");
+    rollout.checked(if end == "promote" { "canary" } else { "stable" });
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn router_killed_again_and_again_and_promoted() {
+    killed("promote", number("ROUTER_KILLS", 8), number("ROUTER_BROKER_KILLS", 0));
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn router_killed_again_and_again_and_aborted() {
+    killed("abort", number("ROUTER_KILLS", 8), number("ROUTER_BROKER_KILLS", 0));
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn router_started_twice_is_the_newer_one() {
+    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), 500, "  weight: 30\n");
+    let mut first = rollout.router();
+    rollout.until_phase("running");
+    rollout.processed(500);
+    let second = rollout.router();
+    let status = wait("the first one's end", Duration::from_secs(30), || first.0.try_wait().unwrap());
+    assert_eq!(status.code(), Some(1), "{}", rollout.router_log());
+    rollout.processed(500);
+    rollout.done(&["promote"]);
+    drop(second);
+    rollout.processed(500);
+    rollout.checked("canary");
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn router_with_console_consumers_as_services() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), 300, "  weight: 20\n");
+    let path = rollout.file();
+    let file = std::fs::read_to_string(&path).unwrap();
+    let hook = root.join("config/router/console.sh");
+    let from = file.find("  hooks:").unwrap();
+    let line = file[from..].lines().next().unwrap();
+    std::fs::write(&path, file.replace(line, &format!("  hooks: {{ exec: ['{}'], timeout: 60s }}", hook.display())))
+        .unwrap();
+    // The service that runs on the source is one of those, from the first record on.
+    let source = rollout.services.lock().unwrap().source.clone();
+    let group = format!("{source}-v1");
+    rollout.services.lock().unwrap().call("stop", "stable", &source, &group);
+    let dir = rollout.dir.path().join("services");
+    let jars =
+        std::env::var("AVIARY_KAFKA_JARS").unwrap_or_else(|_| root.join("target/services/jars").display().to_string());
+    if !Path::new(&jars).is_dir() {
+        println!("skipped: no Kafka tools at {jars}");
+        return;
+    }
+    let hook = |words: [&str; 4], reset: &str| {
+        let mut command = std::process::Command::new(&hook);
+        command.args(words).env("SERVICES_DIR", &dir).env("KAFKA_JARS", &jars).env("OFFSET_RESET", reset);
+        assert!(command.env("KAFKA_BOOTSTRAP", &rollout.bootstrap).status().unwrap().success());
+    };
+    hook(["start", "stable", &source, &group], "earliest");
+    let read = |side: &str| -> Vec<u64> {
+        let text = std::fs::read_to_string(dir.join(format!("{side}.log"))).unwrap_or_default();
+        let id = |line: &str| line.split("id:").nth(1)?.split([',', '\t']).next()?.parse().ok();
+        text.lines().filter_map(id).collect()
+    };
+    let before = rollout.log.lock().unwrap().len() as u64;
+    wait("the console consumer", Duration::from_secs(30), || (!read("stable").is_empty()).then_some(()));
+    let mut command = aviary();
+    command
+        .args(["router", "start", "--audit-every", "2s", "-f"])
+        .arg(&path)
+        .env("SERVICES_DIR", &dir)
+        .env("KAFKA_JARS", &jars);
+    let log = std::fs::File::create(rollout.dir.path().join("router.log")).unwrap();
+    let router = Process(command.stderr(log).spawn().unwrap());
+    rollout.until_phase("running");
+    wait("the canary's first records", Duration::from_secs(30), || (read("canary").len() > 100).then_some(()));
+    rollout.done(&["promote"]);
+    drop(router);
+    std::thread::sleep(Duration::from_secs(4));
+    rollout.stop.store(true, Ordering::Relaxed);
+    let emitted = wait("the emitter's end", Duration::from_secs(10), || {
+        rollout.emitter.as_ref().unwrap().is_finished().then(|| rollout.emitted.load(Ordering::Relaxed))
+    });
+    let all = || {
+        let mut all = [read("stable"), read("canary")].concat();
+        all.sort_unstable();
+        all
+    };
+    wait("all records", Duration::from_secs(30), || (all().len() as u64 >= emitted - before).then_some(()));
+    hook(["stop", "canary", &source, &format!("{source}-v2")], "none");
+    hook(["stop", "stable", &source, &group], "none");
+    assert_eq!(all(), (before..emitted).collect::<Vec<_>>(), "{}", rollout.router_log());
+    assert!(rollout.router_log().contains("audit: 0 missing, 0 extra, 0 in both"), "{}", rollout.router_log());
+}
