@@ -291,3 +291,45 @@ pub trait Hooks: Send {
     /// Starts or stops a service, which may be what it is already.
     fn call(&mut self, call: Call, side: Side, topic: Topic) -> Result<(), OutsideError>;
 }
+
+/// A record that is posted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Posted {
+    /// Its partition.
+    pub partition: usize,
+    /// Its offset.
+    pub offset: i64,
+    /// Its key.
+    pub key: Option<Vec<u8>>,
+    /// Its value; none: a tombstone.
+    pub value: Option<Vec<u8>>,
+    /// Its headers, those with a value.
+    pub headers: Vec<(String, Vec<u8>)>,
+}
+
+/// A topic whose records are posted one by one, and a topic for those that nobody takes. Its calls block.
+pub trait PostSource: Send {
+    /// Returns up to `most` records that come within `wait`, of each partition in order.
+    fn read(&mut self, wait: Duration, most: usize) -> Result<Vec<Posted>, OutsideError>;
+
+    /// Writes a record that is given up to the dead-letter topic; on return it is there.
+    fn give_up(&mut self, record: &Posted, why: &str) -> Result<(), OutsideError>;
+
+    /// Commits that these records are done, all that were read.
+    fn commit(&mut self, records: &[Posted]) -> Result<(), OutsideError>;
+}
+
+/// How a record is posted once. Called by many at a time.
+pub trait Post: Send + Sync {
+    /// Posts a record to a version; returns who answered, or why it is not done.
+    fn post<'a>(&'a self, record: &'a Posted, side: Side) -> Later<'a, Result<String, NotDone>>;
+}
+
+/// Why a record that was posted is not done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotDone {
+    /// What was answered.
+    pub why: String,
+    /// The answer will not be another one.
+    pub refused: bool,
+}

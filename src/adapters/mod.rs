@@ -8,6 +8,7 @@ pub mod kafka;
 pub mod listen;
 pub mod memory;
 pub mod net;
+pub mod post;
 pub mod redis;
 pub mod tls;
 

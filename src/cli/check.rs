@@ -44,11 +44,17 @@ fn check(file: &Path) -> anyhow::Result<()> {
         Some("toml") => node(file),
         Some("yaml" | "yml") => {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
-            rollout(file, &text)
+            match text.lines().any(|line| line.trim() == "kind: Router") {
+                true => Ok(crate::config::router::RouterConfig::load(file).map(drop)?),
+                false => rollout(file, &text),
+            }
         }
         found => {
             let found = found.map_or("none".into(), |ending| format!(".{ending}"));
-            anyhow::bail!("{}: ending is {found}, expected .toml (a node) or .yaml (a rollout)", file.display())
+            anyhow::bail!(
+                "{}: ending is {found}, expected .toml (a node) or .yaml (a rollout, a router)",
+                file.display()
+            )
         }
     }
 }

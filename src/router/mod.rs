@@ -6,4 +6,5 @@
 
 pub mod audit;
 pub mod engine;
+pub mod push;
 pub mod run;

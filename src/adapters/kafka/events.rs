@@ -1,50 +1,21 @@
 //! Events to a topic: for trying out, and for measuring.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rdkafka::ClientContext;
-use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::DeliveryResult;
-use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
-use super::{ANSWER_MAX, client, log};
+use super::{ANSWER_MAX, Counted, client};
 use crate::config::node::Kafka;
 use crate::ports::OutsideError;
 
 /// How long a full queue is waited for before it is looked at again.
 const FULL: Duration = Duration::from_millis(2);
 
-#[derive(Default)]
-struct Counts {
-    delivered: AtomicU64,
-    failed: AtomicU64,
-}
-
-#[derive(Clone, Default)]
-struct Context(Arc<Counts>);
-
-impl ClientContext for Context {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log(level, facility, text);
-    }
-}
-
-impl ProducerContext for Context {
-    type DeliveryOpaque = ();
-
-    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
-        let count = if result.is_ok() { &self.0.delivered } else { &self.0.failed };
-        count.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
 /// Writes events.
 pub struct KafkaEvents {
-    producer: ThreadedProducer<Context>,
-    context: Context,
+    producer: ThreadedProducer<Counted>,
+    counts: Counted,
     topic: String,
 }
 
@@ -53,12 +24,12 @@ impl KafkaEvents {
     pub fn new(config: &Kafka) -> Result<Self, OutsideError> {
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", config.telemetry), error);
         let own = [("linger.ms", "5"), ("compression.type", "lz4"), ("message.timeout.ms", "30000"), ("acks", "all")];
-        let context = Context::default();
-        let producer: ThreadedProducer<_> = client(config, &own).create_with_context(context.clone()).map_err(error)?;
+        let counts = Counted::default();
+        let producer: ThreadedProducer<_> = client(config, &own).create_with_context(counts.clone()).map_err(error)?;
         let found = producer.client().fetch_metadata(Some(&config.telemetry), ANSWER_MAX).map_err(error)?;
         match found.topics().first().and_then(|topic| topic.error()) {
             Some(why) => Err(error(KafkaError::MetadataFetch(why.into()))),
-            None => Ok(Self { producer, context, topic: config.telemetry.clone() }),
+            None => Ok(Self { producer, counts, topic: config.telemetry.clone() }),
         }
     }
 
@@ -80,8 +51,7 @@ impl KafkaEvents {
 
     /// Returns how many events the broker has, and how many it could not be given.
     pub fn counts(&self) -> (u64, u64) {
-        let counts = &self.context.0;
-        (counts.delivered.load(Ordering::Relaxed), counts.failed.load(Ordering::Relaxed))
+        self.counts.counts()
     }
 
     /// Waits until every event is delivered or given up.

@@ -1,5 +1,7 @@
 //! Kafka, by librdkafka: telemetry in, decisions out. Its calls block, so that each client has a thread of its own.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -12,11 +14,13 @@ use crate::config::node::Kafka;
 
 mod decisions;
 mod events;
+mod push;
 mod router;
 mod telemetry;
 
 pub use decisions::KafkaDecisions;
 pub use events::KafkaEvents;
+pub use push::KafkaPush;
 pub use router::{KafkaBroker, Names, SOURCE_HEADER, VERSION_HEADER};
 pub use telemetry::KafkaTelemetry;
 
@@ -82,4 +86,35 @@ impl rdkafka::producer::ProducerContext for Quiet {
     type DeliveryOpaque = ();
 
     fn delivery(&self, _: &rdkafka::message::DeliveryResult<'_>, (): ()) {}
+}
+
+#[derive(Default)]
+struct Counts {
+    delivered: AtomicU64,
+    failed: AtomicU64,
+}
+
+/// Counts what a producer delivered, and what it could not.
+#[derive(Clone, Default)]
+struct Counted(Arc<Counts>);
+
+impl Counted {
+    fn counts(&self) -> (u64, u64) {
+        (self.0.delivered.load(Ordering::Relaxed), self.0.failed.load(Ordering::Relaxed))
+    }
+}
+
+impl ClientContext for Counted {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log(level, facility, text);
+    }
+}
+
+impl rdkafka::producer::ProducerContext for Counted {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &rdkafka::message::DeliveryResult<'_>, (): ()) {
+        let count = if result.is_ok() { &self.0.delivered } else { &self.0.failed };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -21,15 +22,18 @@ use super::audit::compare;
 use super::{FileArgs, broker, load};
 use crate::adapters::clock::BootClock;
 use crate::adapters::hooks::ServiceHooks;
+use crate::adapters::kafka::KafkaPush;
+use crate::adapters::post::HttpPost;
 use crate::api;
 use crate::cli::Exit;
 use crate::cli::client::{Address, Api, segment};
-use crate::config::router::RouterConfig;
+use crate::config::router::{Push, RouterConfig};
 use crate::domain::course::{End, Phase};
 use crate::domain::split::Side;
 use crate::domain::weights::Weight;
 use crate::ports::{Clock, OutsideError};
 use crate::router::engine::{Agreed, Engine, Plan, Report, Steering, Turn};
+use crate::router::push::{PushPlan, Pusher};
 use crate::router::run;
 
 /// Arguments of `aviary router start`.
@@ -107,7 +111,7 @@ async fn serve(args: &StartArgs, config: RouterConfig) -> anyhow::Result<Exit> {
         info!("stopping");
         stop.cancel();
     });
-    if !args.audit_every.is_zero() {
+    if !args.audit_every.is_zero() && config.push.is_none() {
         tokio::spawn(audit(config.clone(), args.audit_every, shutdown.clone()));
     }
     let (name, stop) = (config.name.clone(), shutdown.clone());
@@ -126,6 +130,67 @@ async fn serve(args: &StartArgs, config: RouterConfig) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
+/// The thread of a router that posts records.
+#[expect(clippy::disallowed_methods, reason = "a router has a thread of its own")]
+fn push(
+    config: &RouterConfig,
+    push: &Push,
+    steer: &dyn Fn() -> Steering,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    let group = &config.service(Side::Stable).group;
+    let source = KafkaPush::new(&config.kafka, &config.source, group, &push.dead_letter)?;
+    let plan = PushPlan {
+        salt: salt(config),
+        keyed: config.keyed,
+        attempts: push.attempts,
+        in_flight: push.in_flight,
+        batch_max: config.batch_max,
+        interval: Duration::from_millis(config.interval_ms),
+    };
+    let mut pusher = Pusher::new(Box::new(source), Arc::new(HttpPost::new(push, &config.source)), plan)?;
+    info!("posting records of {} to {} in the place of group {group}", config.source, push.url);
+    let (mut said, mut total, mut waits) = (BootClock.now().mono, 0, false);
+    while !shutdown.is_cancelled() {
+        let weight = match steer() {
+            Steering::Alone => config.weight,
+            Steering::Cluster(Some(agreed)) => agreed.weight,
+            Steering::Cluster(None) => {
+                if !std::mem::replace(&mut waits, true) {
+                    info!("waiting for the cluster: what it has committed isn't known");
+                }
+                std::thread::sleep(ASK);
+                continue;
+            }
+        };
+        waits = false;
+        match pusher.turn(weight) {
+            Ok(pushed) => {
+                for (version, count) in pushed.done {
+                    counter!("aviary_router_records_total", "version" => version).increment(count);
+                    total += count;
+                }
+                counter!("aviary_router_dead_letters_total").increment(pushed.given_up);
+            }
+            Err(why) => {
+                warn!("begins anew: {why}");
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+        let now = BootClock.now().mono;
+        if now.millis_since(said) >= PROGRESS.as_millis() as u64 {
+            info!("{total} records done");
+            said = now;
+        }
+    }
+    Ok(())
+}
+
+/// Makes tickets of keys as the data plane does for a rollout of this name.
+fn salt(config: &RouterConfig) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(config.name.as_str().as_bytes())
+}
+
 /// The router's thread.
 fn work(
     config: &RouterConfig,
@@ -133,13 +198,25 @@ fn work(
     told: &watch::Sender<Option<Report>>,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<bool> {
+    let follows = config.follow.is_some();
+    let steer = || match follows {
+        false => Steering::Alone,
+        true => {
+            let known = steering.borrow();
+            let known = known.as_ref().filter(|(_, until)| Instant::now() < *until);
+            Steering::Cluster(known.map(|(agreed, _)| agreed.clone()))
+        }
+    };
+    if let Some(settings) = &config.push {
+        return push(config, settings, &steer, shutdown).map(|()| false);
+    }
     let broker = broker(config)?;
     let made = broker.prepare().context("the router's topics")?;
     if !made.is_empty() {
         info!("made topics {}", made.join(", "));
     }
     let plan = Plan {
-        salt: xxhash_rust::xxh3::xxh3_64(config.name.as_str().as_bytes()),
+        salt: salt(config),
         keyed: config.keyed,
         weight: config.weight,
         lag_max: config.lag_max,
@@ -148,16 +225,6 @@ fn work(
         batch_max: config.batch_max,
     };
     let mut engine = Engine::new(Box::new(broker), Box::new(ServiceHooks::new(config)), plan);
-    let follows = config.follow.is_some();
-    let steer = || match follows {
-        false => Steering::Alone,
-        true => {
-            let known = steering.borrow();
-            Steering::Cluster(
-                known.as_ref().filter(|(_, until)| Instant::now() < *until).map(|(agreed, _)| agreed.clone()),
-            )
-        }
-    };
     let clock = BootClock;
     let (mut looked, mut said, mut taken) = (clock.now().mono, clock.now().mono, 0);
     let mut tell = |engine: &Engine, turn: &Result<Turn, OutsideError>| {
