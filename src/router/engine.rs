@@ -80,6 +80,8 @@ struct State {
     /// The canary's lag, and when it was looked at.
     lag: u64,
     looked_ms: u64,
+    /// When all places were committed last, whether they had moved or not.
+    kept_ms: u64,
     /// The source is read on from `next`.
     reads: bool,
     /// Services that were called in this phase, since this state was read.
@@ -101,6 +103,8 @@ pub struct Report {
 
 /// Between two looks at the canary's lag.
 const LOOK_MS: u64 = 500;
+/// How often places are committed that don't move: brokers forget those, and a router that was replaced hears of it.
+const KEEP_MS: u64 = 5_000;
 
 impl Engine {
     /// Returns a router that has done nothing yet.
@@ -203,7 +207,7 @@ impl Engine {
             partitions = opened.places.len(),
             "router opened"
         );
-        Ok(State { course, splits, next, lag: 0, looked_ms: 0, reads: false, called: Vec::new() })
+        Ok(State { course, splits, next, lag: 0, looked_ms: 0, kept_ms: 0, reads: false, called: Vec::new() })
     }
 
     fn state(&mut self) -> &mut State {
@@ -289,6 +293,11 @@ impl Engine {
 
     /// One transaction's records.
     fn split(&mut self, now_ms: u64, from: Places, steering: &Steering) -> Result<Turn, OutsideError> {
+        if self.state().kept_ms + KEEP_MS <= now_ms {
+            let places = self.state().places(|_| true);
+            self.broker.commit(&Commit { places, ..Commit::default() })?;
+            self.state().kept_ms = now_ms;
+        }
         let agreed = match steering {
             Steering::Cluster(None) => return Ok(Turn::Waits("the cluster: what it has committed isn't known".into())),
             Steering::Cluster(Some(agreed)) => Some((agreed.weight, agreed.epoch)),

@@ -30,6 +30,10 @@ pub const VERSION_HEADER: &str = "x-aviary-version";
 /// Under which weight.
 pub const EPOCH_HEADER: &str = "x-aviary-epoch";
 
+/// What a producer hears whose transactions a newer one has taken over.
+const FENCED: [RDKafkaErrorCode; 3] =
+    [RDKafkaErrorCode::Fenced, RDKafkaErrorCode::ProducerFenced, RDKafkaErrorCode::InvalidProducerEpoch];
+
 /// How long a full queue is waited for before it is looked at again.
 const FULL: Duration = Duration::from_millis(1);
 
@@ -362,14 +366,12 @@ impl KafkaBroker {
     }
 
     fn error(&self, error: KafkaError) -> OutsideError {
-        let code = error.rdkafka_error_code();
-        let fenced =
-            [RDKafkaErrorCode::Fenced, RDKafkaErrorCode::ProducerFenced, RDKafkaErrorCode::InvalidProducerEpoch];
-        let fatal = matches!(&error, KafkaError::Transaction(error) if error.is_fatal());
+        // Whichever call met it first: the producer knows why it can't go on.
+        let fatal = self.open.as_ref().and_then(|open| open.writer.producer.client().fatal_error());
         let what = format!("kafka, router of {}", self.names.source);
-        match code {
-            Some(code) if fenced.contains(&code) && fatal => OutsideError::replaced(what, error),
-            Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange) => OutsideError::new(
+        match (fatal, error.rdkafka_error_code()) {
+            (Some((code, why)), _) if FENCED.contains(&code) => OutsideError::replaced(what, why),
+            (_, Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange)) => OutsideError::new(
                 what,
                 format!("{error}: records that were not read yet are gone (retention?), or the topic was made anew"),
             ),
