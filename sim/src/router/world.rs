@@ -317,7 +317,7 @@ impl World {
         let partition = self.dice.below(self.plan_partitions());
         let key = (!self.dice.chance(1500)).then(|| KEYS[self.dice.below(self.keys)]);
         let transaction = match self.dice.between(0, 9) {
-            0 if self.emitters.len() < 2 => {
+            0 if self.faulty && self.emitters.len() < 2 => {
                 let number = self.broker.begin();
                 self.emitters.push(number);
                 Some(number)
