@@ -179,6 +179,14 @@ impl Course {
             Entry::Call { .. } => {}
         }
     }
+
+    /// Returns whether this end would change the one that was asked for: an abort does even after a promotion was.
+    pub fn is_changed_by(&self, end: &End) -> bool {
+        match (&self.end, end) {
+            (None, _) | (Some(End::Promote), End::Abort(_)) => true,
+            (Some(End::Promote), End::Promote) | (Some(End::Abort(_)), _) => false,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -216,5 +224,8 @@ mod tests {
             course.add(Entry::Ask(ask));
         }
         assert_eq!(course.end, Some(End::Abort("odd".into())));
+        assert!(!course.is_changed_by(&End::Promote) && !course.is_changed_by(&End::Abort("again".into())));
+        let promoted = Course { end: Some(End::Promote), ..Course::default() };
+        assert!(promoted.is_changed_by(&End::Abort("odd".into())) && !promoted.is_changed_by(&End::Promote));
     }
 }

@@ -135,7 +135,7 @@ impl Engine {
             state.course.add(read_entry(&entry)?);
         }
         if let Steering::Cluster(Some(Agreed { end: Some(end), .. })) = steering
-            && state.course.end.is_none()
+            && state.course.is_changed_by(end)
         {
             let ask = match end {
                 End::Promote => Ask::Promote,

@@ -24,7 +24,13 @@ use coverage::Coverage;
 const TEETH_SEEDS: u64 = 500;
 
 /// Seeds that once found something, and what.
-const PINNED: &[(u64, &str)] = &[];
+const PINNED: &[(u64, &str)] = &[
+    (
+        281,
+        "the cluster's abort was ignored once somebody had asked for a promotion by hand: records went to the canary",
+    ),
+    (1479, "the same, and the canary won"),
+];
 
 /// What to run.
 pub struct Options {
