@@ -31,7 +31,7 @@ impl Door {
         name: &str,
         act: impl FnOnce(&mut World, &mut Handle) -> Result<T, OutsideError>,
     ) -> Result<T, OutsideError> {
-        interrupt(&self.world, self.who);
+        interrupt(&self.world, self.who, false);
         let mut world = lock(&self.world);
         world.happen();
         if self.broken && name != "open" {
@@ -175,11 +175,14 @@ impl Hooks for Hand {
     fn call(&mut self, call: Call, side: Side, topic: Topic) -> Result<(), OutsideError> {
         let late = lock(&self.world).late;
         if late {
-            interrupt(&self.world, self.who);
+            interrupt(&self.world, self.who, true);
         }
         let mut world = lock(&self.world);
         world.happen();
         let (who, words) = (self.who, format!("{} {} on {}", call.word(), side.word(), topic.word()));
+        if world.defers(call, side, topic) {
+            return Err(OutsideError::new("hook", format!("{words} takes too long")));
+        }
         let fault = world.hook_fault(who);
         if fault != Some(Fault::Before) {
             world.call(call, side, topic);

@@ -98,17 +98,17 @@ fn start(shared: &Shared) -> usize {
 }
 
 /// Lets another router go on in the middle of a call, sometimes.
-pub fn interrupt(shared: &Shared, who: usize) {
+pub fn interrupt(shared: &Shared, who: usize, hook: bool) {
     let (other, turns) = {
         let mut world = lock(shared);
-        if !world.is_interrupted() {
+        if !world.is_interrupted(hook) {
             return;
         }
         world.nested = true;
         world.truth.saw("takeover in the middle of a call");
         let others: Vec<usize> = alive(&world).into_iter().filter(|other| *other != who).collect();
         let other = (!others.is_empty()).then(|| others[world.dice.below(others.len())]);
-        (other, world.dice.between(1, 15))
+        (other, world.dice.between(1, if hook { 100 } else { 15 }))
     };
     let other = other.unwrap_or_else(|| start(shared));
     for _ in 0..turns {

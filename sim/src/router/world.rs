@@ -22,6 +22,9 @@ pub type Shared = Arc<Mutex<World>>;
 /// Keys of records; few, so that each has many.
 const KEYS: [&[u8]; 12] = [b"a", b"b", b"", b"c", b"d", b"e", b"f", b"g", b"h", b"i", b"j", b"k"];
 
+/// How often a hook call is overtaken, where it may be, in 1/10 000.
+const LATE: u64 = 2_000;
+
 /// Everything that exists.
 pub struct World {
     /// The source of chance.
@@ -46,8 +49,10 @@ pub struct World {
     pub faulty: bool,
     /// A router is turned in the middle of another's call.
     pub nested: bool,
-    /// Hook calls may be overtaken by another router.
+    /// Hook calls may be overtaken by another router, or have their effect long after they failed.
     pub late: bool,
+    /// Hook calls that failed, and when they have their effect.
+    pending: Vec<(u64, Call, Side, Topic)>,
     /// Says what happens.
     pub words: bool,
     /// What happened.
@@ -142,6 +147,7 @@ impl World {
             faulty: true,
             nested: false,
             late: false,
+            pending: Vec::new(),
             words,
             lines: Vec::new(),
             rates,
@@ -204,6 +210,25 @@ impl World {
         service.call(call, &mut self.broker, &mut self.dice, self.now_ms);
     }
 
+    /// Draws whether a hook call has its effect later than it ends.
+    pub fn defers(&mut self, call: Call, side: Side, topic: Topic) -> bool {
+        let defers = self.late && self.faulty && self.dice.chance(LATE);
+        if defers {
+            let due_ms = self.now_ms + self.dice.between(1, 5_000);
+            self.pending.push((due_ms, call, side, topic));
+        }
+        defers
+    }
+
+    /// Lets hook calls have their effect.
+    fn catch_up(&mut self) {
+        while let Some(place) = self.pending.iter().position(|(due_ms, ..)| *due_ms <= self.now_ms) {
+            let (_, call, side, topic) = self.pending.swap_remove(place);
+            self.say(format!("late: {} {} on {}", call.word(), side.word(), topic.word()));
+            self.call(call, side, topic);
+        }
+    }
+
     /// Draws whether a router's call fails.
     pub fn fault(&mut self, who: usize, name: &str) -> Option<Fault> {
         if self.routers[who].dead {
@@ -263,13 +288,15 @@ impl World {
     }
 
     /// Draws whether a call takes so long that another router goes on.
-    pub fn is_interrupted(&mut self) -> bool {
-        self.faulty && !self.nested && self.dice.chance(self.rates.interrupt)
+    pub fn is_interrupted(&mut self, hook: bool) -> bool {
+        let rate = if hook { LATE } else { self.rates.interrupt };
+        self.faulty && !self.nested && self.dice.chance(rate)
     }
 
     /// Lets everything else go on for a moment.
     pub fn happen(&mut self) {
         self.now_ms += self.dice.between(0, 10);
+        self.catch_up();
         if self.dice.chance(self.rates.emit) {
             for _ in 0..self.dice.between(1, 4).min(self.quota) {
                 self.quota -= 1;
