@@ -16,6 +16,9 @@ use super::world::{Router, Shared, World, lock};
 /// Turns within which a router must come to its end once nothing goes wrong any more.
 const TURNS_MAX: u64 = 3_000;
 
+/// How far a router's clock may be from the world's, to either side of their middle.
+const SKEW_MS: u64 = 3_000;
+
 /// What became of a seed.
 pub struct Outcome {
     /// What broke.
@@ -88,9 +91,11 @@ fn start(shared: &Shared) -> usize {
             router.turns = router.turns.min(left);
         }
         let known = Known { blind: false, aborted: false };
-        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, known });
+        let ahead_ms = world.dice.between(0, 2 * SKEW_MS);
+        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, known });
         world.say(format!("router {who} is started"));
-        (who, world.bug, world.plan.clone(), world.plan_partitions())
+        world.replan();
+        (who, world.bug, world.plan.clone(), world.partitions())
     };
     let (broker, hooks) = teeth::door(shared, who, partitions, bug);
     lock(shared).routers[who].engine = Some(Engine::new(broker, hooks, plan));
@@ -130,7 +135,7 @@ fn turn(shared: &Shared, who: usize) -> Option<Result<Turn, OutsideError>> {
         let router = &mut world.routers[who];
         router.known = known;
         router.turns = router.turns.saturating_sub(1);
-        (router.engine.take()?, now_ms, steering)
+        (router.engine.take()?, now_ms + router.ahead_ms, steering)
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| engine.turn(now_ms, &steering)));
     let mut world = lock(shared);

@@ -22,6 +22,9 @@ pub type Shared = Arc<Mutex<World>>;
 /// Keys of records; few, so that each has many.
 const KEYS: [&[u8]; 12] = [b"a", b"b", b"", b"c", b"d", b"e", b"f", b"g", b"h", b"i", b"j", b"k"];
 
+const CHANGE_MS: [u64; 5] = [0, 50, 500, 5_000, 1_000_000];
+const BATCHES: [usize; 5] = [1, 2, 5, 20, 100];
+
 /// How often a hook call is overtaken, where it may be, in 1/10 000.
 const LATE: u64 = 2_000;
 
@@ -78,6 +81,8 @@ pub struct Router {
     pub dead: bool,
     /// Turns until it is killed.
     pub turns: u64,
+    /// How far its clock is ahead of the world's.
+    pub ahead_ms: u64,
     /// What it knew at its turn's begin.
     pub known: Known,
 }
@@ -126,10 +131,10 @@ impl World {
             salt: dice.any(),
             keyed: dice.chance(7000),
             weight: weight(&mut dice),
-            lag_max: dice.chance(3000).then(|| dice.between(0, 20)),
-            change_ms_max: *dice.pick(&[0, 50, 500, 5_000, 1_000_000]),
+            lag_max: lag_max(&mut dice),
+            change_ms_max: *dice.pick(&CHANGE_MS),
             interval: Duration::from_millis(20),
-            batch_max: *dice.pick(&[1, 2, 5, 20, 100]),
+            batch_max: *dice.pick(&BATCHES),
         };
         let services = Side::BOTH.into_iter().flat_map(|side| [(side, Topic::Source), (side, Topic::Of(side))]);
         let services: Vec<_> = services.map(|(side, topic)| Service::new(side, topic, &mut dice)).collect();
@@ -169,7 +174,7 @@ impl World {
             self.emit();
         }
         let mut begins = Vec::new();
-        for partition in 0..self.plan_partitions() {
+        for partition in 0..self.partitions() {
             let low = self.broker.topic(Topic::Source)[partition].low();
             let place = self.dice.chance(8000).then(|| {
                 let lost = low > 0 && self.dice.chance(2000);
@@ -186,8 +191,18 @@ impl World {
     }
 
     /// Returns how many partitions there are.
-    pub fn plan_partitions(&self) -> usize {
+    pub fn partitions(&self) -> usize {
         self.broker.places.len()
+    }
+
+    /// Changes what may be changed for the next router that is started, sometimes.
+    pub fn replan(&mut self) {
+        let dice = &mut self.dice;
+        if dice.chance(3000) {
+            self.plan.lag_max = lag_max(dice);
+            self.plan.change_ms_max = *dice.pick(&CHANGE_MS);
+            self.plan.batch_max = *dice.pick(&BATCHES);
+        }
     }
 
     /// Notes the first thing that went wrong.
@@ -341,7 +356,7 @@ impl World {
     }
 
     fn emit(&mut self) {
-        let partition = self.dice.below(self.plan_partitions());
+        let partition = self.dice.below(self.partitions());
         let key = (!self.dice.chance(1500)).then(|| KEYS[self.dice.below(self.keys)]);
         let transaction = match self.dice.between(0, 9) {
             0 if self.faulty && self.emitters.len() < 2 => {
@@ -464,7 +479,7 @@ impl World {
     /// Emits some more committed records.
     pub fn emit_last(&mut self) {
         for _ in 0..20 {
-            let partition = self.dice.below(self.plan_partitions());
+            let partition = self.dice.below(self.partitions());
             self.broker.emit(partition, Some(KEYS[0]), None);
         }
     }
@@ -487,6 +502,10 @@ impl Rates {
             work: *dice.pick(&[300, 2_000, 6_000]),
         }
     }
+}
+
+fn lag_max(dice: &mut Dice) -> Option<u64> {
+    dice.chance(3000).then(|| dice.between(0, 20))
 }
 
 fn weight(dice: &mut Dice) -> Weight {
