@@ -90,11 +90,11 @@ fn start(shared: &Shared) -> usize {
         for router in &mut world.routers {
             router.turns = router.turns.min(left);
         }
-        let known = Known { blind: false, aborted: false };
+        world.replan();
+        let known = Known { blind: false, aborted: false, now_ms: 0, change_ms_max: world.plan.change_ms_max };
         let ahead_ms = world.dice.between(0, 2 * SKEW_MS);
         world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, known });
         world.say(format!("router {who} is started"));
-        world.replan();
         (who, world.bug, world.plan.clone(), world.partitions())
     };
     let (broker, hooks) = teeth::door(shared, who, partitions, bug);
@@ -133,7 +133,7 @@ fn turn(shared: &Shared, who: usize) -> Option<Result<Turn, OutsideError>> {
         let known = world.known();
         let (now_ms, steering) = (world.now_ms, world.steering());
         let router = &mut world.routers[who];
-        router.known = known;
+        router.known = Known { now_ms: now_ms + router.ahead_ms, change_ms_max: router.known.change_ms_max, ..known };
         router.turns = router.turns.saturating_sub(1);
         (router.engine.take()?, now_ms + router.ahead_ms, steering)
     };

@@ -46,6 +46,10 @@ pub struct Known {
     pub blind: bool,
     /// An abort had been asked for.
     pub aborted: bool,
+    /// Its clock.
+    pub now_ms: u64,
+    /// How long a change of weight waits before its partition is held.
+    pub change_ms_max: u64,
 }
 
 impl Truth {
@@ -137,7 +141,7 @@ impl Truth {
             self.wrote(broker, *side, *partition, *offset)?;
         }
         for (partition, place) in &commit.places {
-            self.placed(broker, *partition, place.next, &place.note, transaction)?;
+            self.placed(broker, *partition, place.next, &place.note, (known, transaction))?;
         }
         match commit.entry.as_ref().map(|entry| serde_json::from_str(entry)) {
             Some(Ok(Entry::Phase(phase))) => self.entered(phase, known)?,
@@ -183,7 +187,7 @@ impl Truth {
         partition: usize,
         next: i64,
         note: &str,
-        transaction: &Transaction,
+        (known, transaction): (Known, &Transaction),
     ) -> Result<(), String> {
         let split = Split::from_note(note).map_err(|why| format!("note: {why}"))?;
         let counts = &mut self.counts[partition];
@@ -213,6 +217,14 @@ impl Truth {
             if item.epoch != epoch || free && drawn != *side {
                 return Err(format!("stamp: {item:?} went to {} under {weight}, epoch {epoch}", side.word()));
             }
+        }
+        let took = !reclaims && transaction.wrote.iter().any(|(_, of, _)| *of == partition);
+        if let (Some((before, _)), Some(since)) = (&self.splits[partition], split.changing_since_ms())
+            && before.changing_since_ms() == Some(since)
+            && took
+            && since.saturating_add(known.change_ms_max) <= known.now_ms
+        {
+            return Err(format!("held: partition {partition} took records while a change since {since} ms waited"));
         }
         if split.former().is_some() {
             self.saw("buckets waited");
