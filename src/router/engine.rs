@@ -132,7 +132,12 @@ impl Engine {
         };
         let state = self.state.insert(state);
         for entry in self.broker.entries()? {
-            state.course.add(read_entry(&entry)?);
+            let entry = read_entry(&entry)?;
+            if let Entry::Phase(phase) = &entry {
+                // After a phase of its own a router opens anew; what this state holds belongs to an earlier one.
+                return Err(OutsideError::new("router", format!("another one has gone on: {}", phase.words())));
+            }
+            state.course.add(entry);
         }
         if let Steering::Cluster(Some(Agreed { end: Some(end), .. })) = steering
             && state.course.is_changed_by(end)

@@ -168,7 +168,7 @@ impl Broker {
 
     /// Goes on reading the source elsewhere.
     pub fn seek(&self, handle: &mut Handle, next: &[i64]) {
-        handle.at = next.to_vec();
+        handle.at.iter_mut().zip(next).for_each(|(at, next)| *at = *next);
     }
 
     /// Copies records, partition after partition in chunks, until `most` are copied or, at random, time is up.
@@ -181,8 +181,8 @@ impl Broker {
         assign: &mut dyn FnMut(Record<'_>) -> Stamp,
     ) -> usize {
         let mut count = 0;
-        for _ in 0..2 * held.len() {
-            let partition = dice.below(held.len());
+        for _ in 0..2 * handle.at.len() {
+            let partition = dice.below(handle.at.len());
             let chunk = dice.between(0, 6) as usize;
             for _ in 0..chunk.min(most - count) {
                 let at = handle.at[partition];
@@ -190,7 +190,7 @@ impl Broker {
                     true => self.topics[0][partition].next_uncommitted(at).map(|(offset, item)| (offset, *item)),
                     false => self.next(Topic::Source, partition, at),
                 };
-                let Some((offset, item)) = next.filter(|_| !held[partition]) else { break };
+                let Some((offset, item)) = next.filter(|_| held.get(partition) != Some(&true)) else { break };
                 let stamp = assign(Record { partition, offset, key: item.key });
                 self.write(handle, stamp.side, partition, Item { epoch: stamp.epoch, ..item });
                 handle.at[partition] = offset + 1;

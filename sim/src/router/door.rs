@@ -150,8 +150,9 @@ impl Broker for Door {
 
     fn group(&mut self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
         self.call("group", |world, _| {
-            let members = world.services.iter().filter(|service| (service.side, service.topic) == (side, topic));
-            let members = members.map(|service| service.members()).sum();
+            let shared = world.shared_groups;
+            let of = world.services.iter().filter(|service| service.side == side && (shared || service.topic == topic));
+            let members = of.map(|service| service.members()).sum();
             Ok(Group { members, next: world.broker.groups[&(side, topic)].clone() })
         })
     }
