@@ -33,7 +33,7 @@ pub struct Broker {
     /// Next offsets of the services' groups.
     pub groups: BTreeMap<(Side, Topic), Vec<Option<i64>>>,
     /// The newest producer's.
-    epoch: u64,
+    pub epoch: u64,
     /// Open transactions of producers.
     open: BTreeMap<u64, Transaction>,
     /// Seeded bug: an older producer can go on.
@@ -52,7 +52,8 @@ pub struct Transaction {
 
 /// A router's connection.
 pub struct Handle {
-    epoch: u64,
+    /// Its producer's epoch; 0 before the first.
+    pub epoch: u64,
     at: Vec<i64>,
     entries_at: i64,
     /// Last offsets since the last commit.

@@ -69,7 +69,9 @@ impl Broker for Door {
         self.call("open", |world, handle| {
             world.say(format!("router {who} opens"));
             world.truth.opened();
-            Ok(world.broker.open(handle))
+            let opened = world.broker.open(handle);
+            world.routers[who].epoch = handle.epoch;
+            Ok(opened)
         })
     }
 
@@ -181,6 +183,9 @@ impl Hooks for Hand {
         let mut world = lock(&self.world);
         world.happen();
         let (who, words) = (self.who, format!("{} {} on {}", call.word(), side.word(), topic.word()));
+        if !late && world.routers[who].epoch != world.broker.epoch {
+            world.violate(format!("hook: router {who} calls {words}, and another has taken over"));
+        }
         if world.defers(call, side, topic) {
             return Err(OutsideError::new("hook", format!("{words} takes too long")));
         }

@@ -91,9 +91,10 @@ fn start(shared: &Shared) -> usize {
             router.turns = router.turns.min(left);
         }
         world.replan();
-        let known = Known { blind: false, aborted: false, now_ms: 0, change_ms_max: world.plan.change_ms_max };
+        let (change_ms_max, lag_max) = (world.plan.change_ms_max, world.plan.lag_max);
+        let known = Known { change_ms_max, lag_max, ..Known::default() };
         let ahead_ms = world.dice.between(0, 2 * SKEW_MS);
-        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, known });
+        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, epoch: 0, known });
         world.say(format!("router {who} is started"));
         (who, world.bug, world.plan.clone(), world.partitions())
     };
@@ -133,7 +134,8 @@ fn turn(shared: &Shared, who: usize) -> Option<Result<Turn, OutsideError>> {
         let known = world.known();
         let (now_ms, steering) = (world.now_ms, world.steering());
         let router = &mut world.routers[who];
-        router.known = Known { now_ms: now_ms + router.ahead_ms, change_ms_max: router.known.change_ms_max, ..known };
+        let Known { change_ms_max, lag_max, .. } = router.known;
+        router.known = Known { now_ms: now_ms + router.ahead_ms, change_ms_max, lag_max, ..known };
         router.turns = router.turns.saturating_sub(1);
         (router.engine.take()?, now_ms + router.ahead_ms, steering)
     };

@@ -1,6 +1,6 @@
 //! What must hold: the observer that sees every record, every commit, and what was asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use aviary::domain::course::{Ask, Entry, Phase};
 use aviary::domain::split::{Side, Split};
@@ -9,6 +9,10 @@ use aviary::ports::{Commit, Topic};
 
 use super::broker::{Broker, Item, Transaction};
 use super::coverage::Coverage;
+
+/// Longer than a router's look at the canary's lag counts, its turn included.
+const LAG_MS: u64 = 900;
+const TURN_MS: u64 = 300;
 
 /// What is known about the world, for checks.
 pub struct Truth {
@@ -26,6 +30,8 @@ pub struct Truth {
     pub phase: Option<Phase>,
     /// The committed state of each partition.
     pub splits: Vec<Option<(Split, i64)>>,
+    /// The canary's lag, and when that was.
+    lags: VecDeque<(u64, u64)>,
     /// What was reached.
     pub coverage: Coverage,
     /// Records taken, and written to stable's and canary's topic, and written back, in each partition.
@@ -40,7 +46,7 @@ struct Counts {
 }
 
 /// What a router knew when its turn began.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Known {
     /// The cluster could not be asked.
     pub blind: bool,
@@ -50,6 +56,10 @@ pub struct Known {
     pub now_ms: u64,
     /// How long a change of weight waits before its partition is held.
     pub change_ms_max: u64,
+    /// The world's clock.
+    pub world_ms: u64,
+    /// The canary's lag above which the weight isn't raised.
+    pub lag_max: Option<u64>,
 }
 
 impl Truth {
@@ -64,6 +74,7 @@ impl Truth {
             newest: vec![BTreeMap::new(); count],
             highest: weight,
             phase: None,
+            lags: VecDeque::new(),
             coverage: Coverage::default(),
             splits: vec![None; count],
             counts: (0..count).map(|_| Counts::default()).collect(),
@@ -86,6 +97,27 @@ impl Truth {
         {
             self.saw("reclaiming resumed");
         }
+    }
+
+    /// Looks at the canary's lag.
+    pub fn look(&mut self, broker: &Broker, now_ms: u64) {
+        let next = &broker.groups[&(Side::Canary, Topic::Of(Side::Canary))];
+        let lags = self.splits.iter().zip(next).map(|(split, next)| {
+            let last = split.as_ref().and_then(|(split, _)| split.last(Side::Canary));
+            u64::try_from(last.map_or(0, |last| last + 1) - next.unwrap_or(0)).unwrap_or(0)
+        });
+        self.lags.push_back((now_ms, lags.sum()));
+        while self.lags.front().is_some_and(|(at, _)| at + LAG_MS < now_ms) {
+            self.lags.pop_front();
+        }
+    }
+
+    /// Says whether a router that looked at the lag in time could not have found it low enough.
+    fn lagged(&self, known: Known) -> bool {
+        let Some(most) = known.lag_max else { return false };
+        let Some((newest_ms, _)) = self.lags.back() else { return false };
+        // Within a turn the world may go on for long, and what was looked at in its beginning still counts.
+        newest_ms - known.world_ms < TURN_MS && self.lags.iter().all(|(_, lag)| *lag > most)
     }
 
     /// Notes that a weight was asked for.
@@ -229,8 +261,12 @@ impl Truth {
         if split.former().is_some() {
             self.saw("buckets waited");
         }
-        if self.splits[partition].as_ref().is_some_and(|(before, _)| before.weight().0 != weight) {
+        let before = self.splits[partition].as_ref().map_or(weight, |(before, _)| before.weight().0);
+        if before != weight {
             self.saw("weight changed");
+        }
+        if weight > before && self.lagged(known) {
+            return Err(format!("lag: the weight was raised from {before} to {weight} while the canary lagged"));
         }
         self.splits[partition] = Some((split, next));
         Ok(())

@@ -85,6 +85,8 @@ pub struct Router {
     pub turns: u64,
     /// How far its clock is ahead of the world's.
     pub ahead_ms: u64,
+    /// Its producer's epoch.
+    pub epoch: u64,
     /// What it knew at its turn's begin.
     pub known: Known,
 }

@@ -34,6 +34,7 @@ impl World {
                 }
             }
         }
+        self.truth.look(&self.broker, self.now_ms);
         if self.faulty {
             self.chance();
         }
@@ -167,7 +168,7 @@ impl World {
         let steering = self.steering();
         let agreed = matches!(&steering, Steering::Cluster(Some(Agreed { end: Some(End::Abort(_)), .. })));
         let aborted = agreed || self.control().any(|entry| matches!(entry, Entry::Ask(Ask::Abort { .. })));
-        Known { blind: steering == Steering::Cluster(None), aborted, now_ms: self.now_ms, change_ms_max: 0 }
+        Known { blind: steering == Steering::Cluster(None), aborted, world_ms: self.now_ms, ..Known::default() }
     }
 
     /// Ends everything that goes wrong.
