@@ -201,13 +201,16 @@ pub struct Opened {
     pub entries: Vec<String>,
 }
 
+/// Next offsets of some partitions.
+pub type Offsets = Vec<(usize, i64)>;
+
 /// What is committed together with what was written since the last commit: all of it or nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Commit {
     /// The router's own places, of some partitions.
     pub places: Vec<(usize, Place)>,
     /// Next offsets of the services' groups, of some partitions of a topic.
-    pub groups: Vec<(Side, Topic, Vec<(usize, i64)>)>,
+    pub groups: Vec<(Side, Topic, Offsets)>,
     /// An entry of the control topic.
     pub entry: Option<String>,
 }

@@ -296,10 +296,10 @@ impl Truth {
         }
         match (&self.phase, &phase) {
             (Some(Phase::Draining { .. }), Phase::Reclaiming { .. }) => self.saw("abort of a promotion"),
-            (Some(Phase::Running { .. }), Phase::Reclaiming { .. }) => {
-                if self.splits.iter().flatten().any(|(split, _)| split.former().is_some()) {
-                    self.saw("abort while a change waits");
-                }
+            (Some(Phase::Running { .. }), Phase::Reclaiming { .. })
+                if self.splits.iter().flatten().any(|(split, _)| split.former().is_some()) =>
+            {
+                self.saw("abort while a change waits");
             }
             (_, Phase::Done { winner: Side::Canary, .. }) if known.aborted => self.saw("abort after it was too late"),
             _ => {}
