@@ -86,6 +86,10 @@ step "simulation: $seeds seeds, each a virtual minute of faults, then healing"
 cargo build --quiet --package sim "${profile[@]}"
 if [ -n "${1:-}" ]; then complete=(--complete); else complete=(); fi
 "$sim" --seeds "$seeds" "${complete[@]}"
+step "simulation: the record router, on a log with transactions: 10000 seeds, and 5000 whose hooks come late"
+"$sim" --router --seeds 10000 --complete
+"$sim" --router --seeds 5000 --late
+"$sim" --router --teeth
 step "simulation: whole nodes on turmoil's network, $whole seeds"
 "$sim" --whole --seeds "$whole" --ms 20000
 step "simulation: every order of everything, within $exhaust (crashes, wipes, timeouts, questions, losses)"

@@ -114,7 +114,7 @@ impl Run {
 struct NoServices;
 
 impl Hooks for NoServices {
-    fn call(&mut self, _: Call, _: Side, _: Topic) -> Result<(), OutsideError> {
+    fn call(&mut self, _: Call, _: Side, _: Topic, _: u64) -> Result<(), OutsideError> {
         Ok(())
     }
 }

@@ -288,8 +288,9 @@ pub trait Broker: Send {
 
 /// How services are started and stopped. Its calls block.
 pub trait Hooks: Send {
-    /// Starts or stops a service, which may be what it is already.
-    fn call(&mut self, call: Call, side: Side, topic: Topic) -> Result<(), OutsideError>;
+    /// Starts or stops a service, which may be what it is already. Calls are numbered: one that comes after a newer one of the same
+    /// version, because whoever made it was held up or died, must do nothing.
+    fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError>;
 }
 
 /// A record that is posted.

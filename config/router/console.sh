@@ -29,6 +29,15 @@ stop() {
   return 1
 }
 
+# A call that comes after a newer one does nothing: whoever made it was held up, or died.
+exec 9>"$dir/$side.lock"
+flock 9
+number=${AVIARY_CALL:-}
+if [ -n "$number" ]; then
+  [ "$number" -ge "$(cat "$dir/$side.call" 2>/dev/null || echo 0)" ] || exit 0
+  echo "$number" >"$dir/$side.call"
+fi
+
 case "$call" in
   stop)
     # Only if it reads that topic: it may have been started on another one meanwhile.
@@ -41,7 +50,7 @@ case "$call" in
       --bootstrap-server "$KAFKA_BOOTSTRAP" --topic "$topic" --group "$group" --isolation-level read_committed \
       --consumer-property auto.offset.reset=${OFFSET_RESET:-none} --consumer-property auto.commit.interval.ms=500 \
       --property print.partition=true --property print.offset=true --property print.headers=true --property print.key=true \
-      >>"$dir/$side.log" 2>>"$dir/$side.err" </dev/null &
+      >>"$dir/$side.log" 2>>"$dir/$side.err" </dev/null 9>&- &
     echo $! >"$pid_file" ;;
   *) echo "console.sh: found $call, expected start or stop" >&2; exit 2 ;;
 esac

@@ -14,6 +14,7 @@ mod coverage;
 mod dice;
 mod exhaust;
 mod invariants;
+mod router;
 mod scenarios;
 mod shrink;
 mod subject;
@@ -37,7 +38,8 @@ use world::{FAULTS, Options, Summary, Violation, World};
     cargo run --release -p sim -- --seed 42               one cluster's life, and what became of it\n  \
     cargo run --release -p sim -- --seeds 10000           look for a seed that breaks a rule\n  \
     cargo run --release -p sim -- --seed 42 --shrink      make a failing run small\n  \
-    cargo run --release -p sim -- --teeth                 would seeded bugs be found?")]
+    cargo run --release -p sim -- --teeth                 would seeded bugs be found?\n  \
+    cargo run --release -p sim -- --router --seeds 10000  the record router, on a broker in memory")]
 struct Arguments {
     /// Run this one seed.
     #[arg(long)]
@@ -85,6 +87,12 @@ struct Arguments {
     /// Run whole nodes (codec, links, shell, HTTP) on turmoil's network, instead of the bare core.
     #[arg(long)]
     whole: bool,
+    /// Run the record router on a broker in memory, instead of the cluster.
+    #[arg(long)]
+    router: bool,
+    /// With --router: a hook call may come so late that another router has gone on, which no hook can be kept from.
+    #[arg(long, requires = "router")]
+    late: bool,
     /// Run seeded bugs until each is caught; one that lives fails.
     #[arg(long)]
     teeth: bool,
@@ -129,6 +137,18 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     if let Some(bounds) = &arguments.exhaust {
         return exhaust_all(bounds, arguments.states);
+    }
+    if arguments.router {
+        return match arguments.teeth {
+            true => Ok(router::bite()),
+            false => router::run(&router::Options {
+                seeds,
+                verbose: arguments.verbose,
+                keep_going: arguments.keep_going,
+                complete: arguments.complete,
+                late: arguments.late,
+            }),
+        };
     }
     if arguments.whole {
         return run_whole(seeds, arguments.ms);

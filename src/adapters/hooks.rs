@@ -31,7 +31,8 @@ impl ServiceHooks {
 }
 
 impl Hooks for ServiceHooks {
-    fn call(&mut self, call: Call, side: Side, topic: Topic) -> Result<(), OutsideError> {
+    fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
+        let number = number.to_string();
         let service = self.config.service(side);
         let topic = match topic {
             Topic::Source => &self.config.source,
@@ -49,6 +50,7 @@ impl Hooks for ServiceHooks {
                 let environment = [
                     ("AVIARY_ROUTER", self.config.name.as_str()),
                     ("AVIARY_VERSION", service.version.as_str()),
+                    ("AVIARY_CALL", number.as_str()),
                     ("KAFKA_BOOTSTRAP", self.config.kafka.bootstrap.as_str()),
                 ];
                 run(argv, &words, &environment, Duration::from_millis(*timeout_ms))
@@ -56,7 +58,7 @@ impl Hooks for ServiceHooks {
             HooksConfig::Http { url, timeout_ms } => {
                 let body = serde_json::json!({
                     "call": call.word(), "side": side.word(), "topic": topic, "group": service.group,
-                    "version": service.version, "router": self.config.name,
+                    "version": service.version, "router": self.config.name, "number": number,
                 });
                 post(url, body.to_string(), Duration::from_millis(*timeout_ms))
             }

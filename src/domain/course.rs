@@ -163,6 +163,8 @@ pub struct Course {
     pub weights: u64,
     /// The end that was asked for; an abort always wins.
     pub end: Option<End>,
+    /// How many calls of services there were.
+    pub calls: u64,
 }
 
 impl Course {
@@ -176,7 +178,15 @@ impl Course {
             }
             Entry::Ask(Ask::Promote) => self.end = self.end.take().or(Some(End::Promote)),
             Entry::Ask(Ask::Abort { reason }) => self.end = Some(End::Abort(reason)),
-            Entry::Call { .. } => {}
+            Entry::Call { .. } => self.calls += 1,
+        }
+    }
+
+    /// Returns whether this end would change the one that was asked for: an abort does even after a promotion was.
+    pub fn is_changed_by(&self, end: &End) -> bool {
+        match (&self.end, end) {
+            (None, _) | (Some(End::Promote), End::Abort(_)) => true,
+            (Some(End::Promote), End::Promote) | (Some(End::Abort(_)), _) => false,
         }
     }
 }
@@ -216,5 +226,8 @@ mod tests {
             course.add(Entry::Ask(ask));
         }
         assert_eq!(course.end, Some(End::Abort("odd".into())));
+        assert!(!course.is_changed_by(&End::Promote) && !course.is_changed_by(&End::Abort("again".into())));
+        let promoted = Course { end: Some(End::Promote), ..Course::default() };
+        assert!(promoted.is_changed_by(&End::Abort("odd".into())) && !promoted.is_changed_by(&End::Promote));
     }
 }

@@ -190,14 +190,14 @@ impl Split {
         }
     }
 
-    /// Takes up the next weight; false while an earlier change is not over.
-    pub fn turn_to(&mut self, weight: Weight, epoch: u64, now_ms: u64) -> bool {
+    /// Takes up the next weight; false while an earlier change is not over. Where the order of keys doesn't matter, nothing waits.
+    pub fn turn_to(&mut self, weight: Weight, epoch: u64, now_ms: u64, ordered: bool) -> bool {
         if self.change.is_some() {
             return false;
         }
         let (former, until) = (self.weight, self.last[former_side(self.weight, weight) as usize]);
         (self.weight, self.epoch) = (weight, epoch);
-        if let (Some(until), true) = (until, former != weight) {
+        if let (Some(until), true) = (until, ordered && former != weight) {
             let buckets = former.max(weight).bp().abs_diff(former.min(weight).bp()).min(BUCKETS_MAX);
             let waits = vec![Some(until); usize::from(buckets)];
             self.change = Some(Change { former, since_ms: now_ms, waits, unwritten: 0 });
@@ -293,7 +293,7 @@ mod tests {
         let mut split = Split::new(1, bp(1000));
         assert_eq!(split.take(keyed(5000)), Side::Stable);
         split.wrote(Side::Stable, 7);
-        assert!(split.turn_to(bp(6000), 2, 0));
+        assert!(split.turn_to(bp(6000), 2, 0, true));
         split
     }
 
@@ -312,10 +312,10 @@ mod tests {
         split.wrote(Side::Stable, 12);
         split.wrote(Side::Canary, 4);
         assert!(!split.settle(12));
-        assert!(!split.turn_to(bp(0), 3, 0), "one change after the other");
+        assert!(!split.turn_to(bp(0), 3, 0, true), "one change after the other");
         assert!(split.settle(13));
         assert_eq!(split.take(keyed(5000)), Side::Canary);
-        assert!(split.turn_to(bp(0), 3, 0));
+        assert!(split.turn_to(bp(0), 3, 0, true));
     }
 
     #[test]
@@ -324,7 +324,7 @@ mod tests {
         assert_eq!(Split::from_note(&split.note()).unwrap(), split);
         let full = Split { last: [Some(i64::MAX); 2], ..Split::new(u64::MAX, bp(0)) };
         let mut full = Split { taken: u64::MAX, given: [u64::MAX, 0], reclaimed: Some(i64::MAX), ..full };
-        assert!(full.turn_to(bp(10_000), u64::MAX, u64::MAX));
+        assert!(full.turn_to(bp(10_000), u64::MAX, u64::MAX, true));
         assert_eq!(Split::from_note(&full.note()).unwrap(), full, "of {} bytes", full.note().len());
     }
 
@@ -369,7 +369,7 @@ mod tests {
                 let ticket = ticket / 500 * 500;
                 match what {
                     0 => {
-                        split.turn_to(bp(amount), number as u64, 0);
+                        split.turn_to(bp(amount), number as u64, 0, true);
                     }
                     1 | 2 => {
                         let side = Side::BOTH[usize::from(what) - 1];

@@ -86,6 +86,8 @@ struct State {
     reads: bool,
     /// Services that were called in this phase, since this state was read.
     called: Vec<(Call, Side, Topic)>,
+    /// When that was forgotten last, so that they are called again.
+    called_ms: u64,
 }
 
 /// A router's state, for people and metrics.
@@ -103,6 +105,8 @@ pub struct Report {
 
 /// Between two looks at the canary's lag.
 const LOOK_MS: u64 = 500;
+/// How often a service that doesn't stop is told to.
+const CALL_AGAIN_MS: u64 = 10_000;
 /// How often places are committed that don't move: brokers forget those, and a router that was replaced hears of it.
 const KEEP_MS: u64 = 5_000;
 
@@ -144,7 +148,7 @@ impl Engine {
             }
         }
         if let Steering::Cluster(Some(Agreed { end: Some(end), .. })) = steering
-            && state.course.end.is_none()
+            && state.course.is_changed_by(end)
         {
             let ask = match end {
                 End::Promote => Ask::Promote,
@@ -157,7 +161,7 @@ impl Engine {
         let aborted = matches!(state.course.end, Some(End::Abort(_)));
         match state.course.phase.clone() {
             None => self.enter(Phase::Taking, Commit::default()),
-            Some(Phase::Taking) => self.take_over(),
+            Some(Phase::Taking) => self.take_over(now_ms),
             Some(Phase::Starting { from }) => {
                 for side in Side::BOTH {
                     self.call(Call::Start, side, Topic::Of(side))?;
@@ -168,9 +172,9 @@ impl Engine {
                 self.enter(Phase::Reclaiming { from }, Commit::default())
             }
             Some(Phase::Running { from }) => self.split(now_ms, from, steering),
-            Some(Phase::Reclaiming { from }) => self.reclaim(from),
+            Some(Phase::Reclaiming { from }) => self.reclaim(now_ms, from),
             Some(Phase::Draining { from, winner }) => self.drain(from, winner),
-            Some(Phase::Returning { from, through, winner }) => self.hand_back(from, through, winner),
+            Some(Phase::Returning { from, through, winner }) => self.hand_back(now_ms, from, through, winner),
             Some(Phase::Done { winner, .. }) => {
                 self.call(Call::Start, winner, Topic::Source)?;
                 Ok(Turn::Over)
@@ -207,7 +211,17 @@ impl Engine {
             partitions = opened.places.len(),
             "router opened"
         );
-        Ok(State { course, splits, next, lag: 0, looked_ms: 0, kept_ms: 0, reads: false, called: Vec::new() })
+        Ok(State {
+            course,
+            splits,
+            next,
+            lag: 0,
+            looked_ms: 0,
+            kept_ms: 0,
+            called_ms: 0,
+            reads: false,
+            called: Vec::new(),
+        })
     }
 
     fn state(&mut self) -> &mut State {
@@ -235,23 +249,33 @@ impl Engine {
         if self.state().called.contains(&(call, side, topic)) {
             return Ok(());
         }
-        self.write(&Entry::Call { call, side, topic: topic.word().into() }, Commit::default())?;
+        let entry = Entry::Call { call, side, topic: topic.word().into() };
+        self.write(&entry, Commit::default())?;
+        let state = self.state();
+        state.course.add(entry);
+        let number = state.course.calls;
         info!(call = call.word(), side = side.word(), topic = topic.word(), "service called");
-        self.hooks.call(call, side, topic)?;
+        self.hooks.call(call, side, topic, number)?;
         self.state().called.push((call, side, topic));
         Ok(())
     }
 
-    /// Stops a service; returns what is waited for, if its group isn't empty yet.
-    fn stop(&mut self, side: Side, topic: Topic) -> Result<Option<Turn>, OutsideError> {
+    /// Stops a service; returns what is waited for, if its group isn't empty yet. It is told again from time to time: somebody may have
+    /// started it meanwhile.
+    fn stop(&mut self, now_ms: u64, side: Side, topic: Topic) -> Result<Option<Turn>, OutsideError> {
+        let state = self.state();
+        if state.called_ms + CALL_AGAIN_MS <= now_ms {
+            state.called.clear();
+            state.called_ms = now_ms;
+        }
         self.call(Call::Stop, side, topic)?;
         let members = self.broker.group(side, topic)?.members;
         Ok((members > 0)
             .then(|| Turn::Waits(format!("the {} service's group has {members} members, expected none", side.word()))))
     }
 
-    fn take_over(&mut self) -> Result<Turn, OutsideError> {
-        if let Some(wait) = self.stop(Side::Stable, Topic::Source)? {
+    fn take_over(&mut self, now_ms: u64) -> Result<Turn, OutsideError> {
+        if let Some(wait) = self.stop(now_ms, Side::Stable, Topic::Source)? {
             return Ok(wait);
         }
         let group = self.broker.group(Side::Stable, Topic::Source)?;
@@ -298,6 +322,10 @@ impl Engine {
             self.broker.commit(&Commit { places, ..Commit::default() })?;
             self.state().kept_ms = now_ms;
         }
+        let cluster_end = match steering {
+            Steering::Cluster(Some(agreed)) => Some(agreed.end.clone()),
+            _ => None,
+        };
         let agreed = match steering {
             Steering::Cluster(None) => return Ok(Turn::Waits("the cluster: what it has committed isn't known".into())),
             Steering::Cluster(Some(agreed)) => Some((agreed.weight, agreed.epoch)),
@@ -306,7 +334,9 @@ impl Engine {
         self.look(now_ms)?;
         let plan = self.plan.clone();
         let state = self.state();
-        let promoted = state.course.end == Some(End::Promote);
+        // In a cluster it is nobody else's to say: what is asked here doesn't raise the weight there.
+        let promoted =
+            state.course.end == Some(End::Promote) && cluster_end.is_none_or(|end| end == Some(End::Promote));
         let (weight, epoch) = agreed.unwrap_or((state.course.weight.unwrap_or(plan.weight), state.course.weights));
         let weight = if promoted { Weight::FULL } else { weight };
         let lags = plan.lag_max.is_some_and(|most| state.lag > most);
@@ -314,7 +344,7 @@ impl Engine {
         for (split, changed) in state.splits.iter_mut().zip(&mut changed) {
             let (present, number) = split.weight();
             let new = present != weight || (number < epoch && !promoted);
-            if new && !(lags && weight > present) && split.turn_to(weight, epoch.max(number), now_ms) {
+            if new && !(lags && weight > present) && split.turn_to(weight, epoch.max(number), now_ms, plan.keyed) {
                 *changed = true;
             }
         }
@@ -397,8 +427,8 @@ impl Engine {
     }
 
     /// Gives stable what the canary has not read.
-    fn reclaim(&mut self, from: Places) -> Result<Turn, OutsideError> {
-        if let Some(wait) = self.stop(Side::Canary, Topic::Of(Side::Canary))? {
+    fn reclaim(&mut self, now_ms: u64, from: Places) -> Result<Turn, OutsideError> {
+        if let Some(wait) = self.stop(now_ms, Side::Canary, Topic::Of(Side::Canary))? {
             return Ok(wait);
         }
         let group = self.broker.group(Side::Canary, Topic::Of(Side::Canary))?;
@@ -452,9 +482,9 @@ impl Engine {
         self.enter(Phase::Returning { from, through, winner }, Commit::default())
     }
 
-    fn hand_back(&mut self, from: Places, through: Places, winner: Side) -> Result<Turn, OutsideError> {
+    fn hand_back(&mut self, now_ms: u64, from: Places, through: Places, winner: Side) -> Result<Turn, OutsideError> {
         for side in Side::BOTH {
-            if let Some(wait) = self.stop(side, Topic::Of(side))? {
+            if let Some(wait) = self.stop(now_ms, side, Topic::Of(side))? {
                 return Ok(wait);
             }
             // A service that went back in its topic must have read it again before it is stopped for good.

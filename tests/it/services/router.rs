@@ -59,12 +59,23 @@ struct Services {
     bootstrap: String,
     source: String,
     running: BTreeMap<String, Running>,
+    /// The newest call's number, for each service.
+    numbers: BTreeMap<String, u64>,
     log: Log,
     /// Microseconds that the canary takes for a record.
     canary_us: Arc<AtomicU64>,
 }
 
 impl Services {
+    /// Does what a hook is asked, unless it comes after a newer one.
+    fn asked(&mut self, number: u64, call: &str, side: &str, topic: &str, group: &str) {
+        let newest = self.numbers.entry(side.into()).or_default();
+        if number >= *newest {
+            *newest = number;
+            self.call(call, side, topic, group);
+        }
+    }
+
     fn call(&mut self, call: &str, side: &str, topic: &str, group: &str) {
         let same = self.running.get(side).is_some_and(|running| running.topic == topic);
         if call == "stop" && same || call == "start" && !same {
@@ -207,6 +218,7 @@ impl Rollout {
             bootstrap: bootstrap.clone(),
             source: source.clone(),
             running: BTreeMap::new(),
+            numbers: BTreeMap::new(),
             log: log.clone(),
             canary_us: canary_us.clone(),
         }));
@@ -427,7 +439,9 @@ fn serve_hooks(services: Arc<Mutex<Services>>) -> u16 {
                 }
                 let asked: Value = serde_json::from_slice(&body).unwrap();
                 let text = |key: &str| asked[key].as_str().unwrap().to_string();
-                services.lock().unwrap().call(&text("call"), &text("side"), &text("topic"), &text("group"));
+                let (number, mut services) = (text("number").parse().unwrap(), services.lock().unwrap());
+                services.asked(number, &text("call"), &text("side"), &text("topic"), &text("group"));
+                drop(services);
                 // A router that was killed meanwhile doesn't hear it.
                 let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
             });

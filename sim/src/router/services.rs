@@ -1,0 +1,147 @@
+//! The two services, as far as a router sees them: readers of a topic, each with a group.
+//!
+//! Processing a record and committing it never come apart here: a service that forgets what it did is not the router's fault.
+
+use aviary::domain::course::Call;
+use aviary::domain::split::Side;
+use aviary::ports::Topic;
+
+use super::broker::Broker;
+use super::truth::Truth;
+use crate::dice::Dice;
+
+/// A service as the reader of one topic.
+pub struct Service {
+    /// Which version it is.
+    pub side: Side,
+    /// What it reads.
+    pub topic: Topic,
+    state: State,
+    /// The next offset that it reads.
+    at: Vec<i64>,
+    /// Commits only from time to time; else after each record.
+    lazy: bool,
+    /// Its client's place skips markers and aborted records at the end.
+    skips: bool,
+    /// Most records that it processes at a time.
+    speed: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Off,
+    On,
+    /// Was told to stop, and processes records until it does.
+    Stops {
+        until_ms: u64,
+    },
+    /// Has stopped, and its group doesn't know that yet.
+    Lingers {
+        until_ms: u64,
+    },
+}
+
+impl Service {
+    /// Returns a service that doesn't run.
+    pub fn new(side: Side, topic: Topic, dice: &mut Dice) -> Self {
+        let (lazy, skips, speed) = (dice.chance(4000), dice.chance(5000), dice.between(1, 6));
+        Self { side, topic, state: State::Off, at: Vec::new(), lazy, skips, speed }
+    }
+
+    /// Starts or stops it.
+    pub fn call(&mut self, call: Call, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
+        match (call, self.state) {
+            (Call::Start, State::Off | State::Lingers { .. }) => {
+                let lows = broker.topic(self.topic).iter().map(|log| log.low());
+                let next = &broker.groups[&(self.side, self.topic)];
+                self.at = lows.zip(next).map(|(low, next)| next.unwrap_or(low).max(low)).collect();
+                self.state = State::On;
+            }
+            (Call::Start, State::Stops { .. }) => self.state = State::On,
+            (Call::Stop, State::On) if dice.chance(5000) => {
+                self.state = State::Stops { until_ms: now_ms + dice.between(1, 400) };
+            }
+            (Call::Stop, State::On) => self.stop(broker, dice, now_ms),
+            (Call::Start, State::On) | (Call::Stop, State::Off | State::Stops { .. } | State::Lingers { .. }) => {}
+        }
+    }
+
+    fn stop(&mut self, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
+        self.commit(broker);
+        let linger = if dice.chance(5000) { 0 } else { dice.between(1, 600) };
+        self.state = State::Lingers { until_ms: now_ms + linger };
+        self.tick(broker, dice, now_ms);
+    }
+
+    fn commit(&self, broker: &mut Broker) {
+        let group = broker.groups.get_mut(&(self.side, self.topic)).expect("groups are few, and known");
+        for (next, at) in group.iter_mut().zip(&self.at) {
+            // A client that has read nothing of a partition commits nothing there.
+            if next.is_some() || *at > 0 {
+                *next = Some(*at);
+            }
+        }
+    }
+
+    /// Lets time pass.
+    pub fn tick(&mut self, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
+        match self.state {
+            State::Stops { until_ms } if until_ms <= now_ms => self.stop(broker, dice, now_ms),
+            State::Lingers { until_ms } if until_ms <= now_ms => self.state = State::Off,
+            State::Off | State::On | State::Stops { .. } | State::Lingers { .. } => {}
+        }
+    }
+
+    /// Returns whether it may process records.
+    pub fn runs(&self) -> bool {
+        matches!(self.state, State::On | State::Stops { .. })
+    }
+
+    /// Returns how many consumers its group has.
+    pub fn members(&self) -> usize {
+        usize::from(self.state != State::Off)
+    }
+
+    /// Processes some records; returns how many.
+    pub fn work(&mut self, broker: &mut Broker, truth: &mut Truth, dice: &mut Dice) -> Result<u64, String> {
+        if !self.runs() {
+            return Ok(0);
+        }
+        let most = dice.between(0, self.speed);
+        let mut count = 0;
+        for _ in 0..most {
+            let partition = dice.below(self.at.len());
+            count += u64::from(self.process(broker, truth, partition)?);
+        }
+        if !self.lazy || dice.chance(1500) {
+            self.commit(broker);
+        }
+        Ok(count)
+    }
+
+    /// Processes everything there is; returns how many.
+    pub fn finish(&mut self, broker: &mut Broker, truth: &mut Truth) -> Result<u64, String> {
+        let mut count = 0;
+        for partition in 0..if self.runs() { self.at.len() } else { 0 } {
+            while self.process(broker, truth, partition)? {
+                count += 1;
+            }
+        }
+        if self.runs() {
+            self.commit(broker);
+        }
+        Ok(count)
+    }
+
+    fn process(&mut self, broker: &mut Broker, truth: &mut Truth, partition: usize) -> Result<bool, String> {
+        let Some((offset, item)) = broker.next(self.topic, partition, self.at[partition]) else {
+            if self.skips {
+                self.at[partition] = self.at[partition].max(broker.topic(self.topic)[partition].stable());
+            }
+            return Ok(false);
+        };
+        self.at[partition] = offset + 1;
+        truth.processed(broker, (self.side, self.topic), partition, item)?;
+        Ok(true)
+    }
+}

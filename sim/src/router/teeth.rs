@@ -1,0 +1,222 @@
+//! Seeded bugs: the real router behind a broker or hooks that break one rule. A world that lets one of them live has no teeth.
+//!
+//! The bugs are in the door, not in the router: nothing of them is in the program that people run.
+
+use std::time::Duration;
+
+use aviary::domain::course::Call;
+use aviary::domain::split::Side;
+use aviary::ports::{Broker, Commit, Group, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
+
+use super::door::{Door, Hand};
+use super::life;
+use super::world::Shared;
+
+/// A seeded bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bug {
+    /// Places are committed in a transaction of their own.
+    Outside,
+    /// A commit that failed is taken as done.
+    Done,
+    /// A commit that failed is done again, with its records.
+    Again,
+    /// The last record of a transaction isn't told.
+    Short,
+    /// What is written is taken as read.
+    Written,
+    /// An older router can go on.
+    Unfenced,
+    /// Records that aren't committed are copied.
+    Uncommitted,
+    /// What was reclaimed isn't taken off the canary's group.
+    Reclaimed,
+    /// The router begins one record after the committed place.
+    Began,
+    /// The winner begins one record before the router's place.
+    Returned,
+    /// A group is taken as empty.
+    Members,
+    /// A hook that failed is taken as done.
+    Hook,
+    /// Records that were read before the last start are skipped after an error.
+    Sought,
+}
+
+/// All of them, in words.
+pub const ALL: [(Bug, &str); 13] = [
+    (Bug::Outside, "places are committed outside of the records' transaction"),
+    (Bug::Done, "a commit that failed is taken as done"),
+    (Bug::Again, "a commit that may have been done is done again"),
+    (Bug::Short, "the last record of a transaction isn't told"),
+    (Bug::Written, "what is written is taken as read"),
+    (Bug::Unfenced, "an older router isn't fenced"),
+    (Bug::Uncommitted, "records that aren't committed are copied"),
+    (Bug::Reclaimed, "what was reclaimed stays the canary's"),
+    (Bug::Began, "the router begins after the first unread record"),
+    (Bug::Returned, "the winner begins before the router's place"),
+    (Bug::Members, "a group that has members is taken as empty"),
+    (Bug::Hook, "a hook that failed is taken as done"),
+    (Bug::Sought, "the router goes on reading where it was, not at its place"),
+];
+
+/// Runs seeds until the bug is caught; returns the seed, and what broke.
+pub fn hunt(bug: Bug, budget: u64) -> Option<(u64, String)> {
+    (1..=budget).find_map(|seed| life::run(seed, Some(bug), false, false).violation.map(|what| (seed, what)))
+}
+
+/// Returns what a router reaches the world by.
+pub fn door(shared: &Shared, who: usize, partitions: usize, bug: Option<Bug>) -> (Box<dyn Broker>, Box<dyn Hooks>) {
+    let door = Door::new(shared, who, partitions);
+    let hand = Hand { world: shared.clone(), who };
+    match bug {
+        None => (Box::new(door), Box::new(hand)),
+        Some(bug) => {
+            let bent = Bent { door, bug, copied: Vec::new(), partitions, sought: false };
+            (Box::new(bent), Box::new(BentHand { hand, bug }))
+        }
+    }
+}
+
+struct Bent {
+    door: Door,
+    bug: Bug,
+    partitions: usize,
+    /// Records copied since the last commit: partition, offset, and who got them.
+    copied: Vec<(usize, i64, Stamp)>,
+    sought: bool,
+}
+
+impl Bent {
+    /// Copies the same records again, and commits.
+    fn again(&mut self, commit: &Commit) -> Result<(), OutsideError> {
+        self.door.open()?;
+        if let Some((_, first, _)) = self.copied.first() {
+            let mut next = vec![*first; self.partitions];
+            for (partition, offset, _) in self.copied.iter().rev() {
+                next[*partition] = *offset;
+            }
+            let of = |partition: usize| self.copied.iter().filter(move |(other, ..)| *other == partition);
+            self.door.seek(&next)?;
+            let mut left: Vec<_> = (0..self.partitions).map(|partition| of(partition).count()).collect();
+            for _ in 0..50 {
+                let held: Vec<_> = left.iter().map(|left| *left == 0).collect();
+                self.door.copy(Duration::ZERO, 1, &held, &mut |record| {
+                    left[record.partition] -= 1;
+                    let same =
+                        self.copied.iter().find(|(at, offset, _)| (*at, *offset) == (record.partition, record.offset));
+                    same.map_or(Stamp { side: Side::Stable, epoch: 0 }, |(.., stamp)| *stamp)
+                })?;
+            }
+        }
+        self.door.commit(commit)
+    }
+}
+
+impl Broker for Bent {
+    fn open(&mut self) -> Result<Opened, OutsideError> {
+        self.copied.clear();
+        self.door.open()
+    }
+
+    fn entries(&mut self) -> Result<Vec<String>, OutsideError> {
+        self.door.entries()
+    }
+
+    fn seek(&mut self, next: &[i64]) -> Result<(), OutsideError> {
+        match self.bug == Bug::Sought && std::mem::replace(&mut self.sought, true) {
+            true => Ok(()),
+            false => self.door.seek(next),
+        }
+    }
+
+    fn copy(
+        &mut self,
+        wait: Duration,
+        most: usize,
+        held: &[bool],
+        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+    ) -> Result<usize, OutsideError> {
+        let copied = &mut self.copied;
+        self.door.copy(wait, most, held, &mut |record| {
+            let stamp = assign(record);
+            copied.push((record.partition, record.offset, stamp));
+            stamp
+        })
+    }
+
+    fn reclaim(
+        &mut self,
+        partition: usize,
+        from: i64,
+        until: i64,
+        most: usize,
+        epoch: u64,
+    ) -> Result<Reclaimed, OutsideError> {
+        self.door.reclaim(partition, from, until, most, epoch)
+    }
+
+    fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError> {
+        let mut written = self.door.flush()?;
+        if self.bug == Bug::Short {
+            for last in written.iter_mut().flatten() {
+                *last = last.map(|last| last - 1);
+            }
+        }
+        Ok(written)
+    }
+
+    fn commit(&mut self, commit: &Commit) -> Result<(), OutsideError> {
+        let mut commit = commit.clone();
+        match self.bug {
+            Bug::Outside if !self.copied.is_empty() => self.door.commit(&Commit::default())?,
+            Bug::Reclaimed => commit.groups.retain(|(side, topic, next)| {
+                (*side, *topic) != (Side::Canary, Topic::Of(Side::Canary)) || next.iter().all(|(_, next)| *next == 0)
+            }),
+            Bug::Returned => {
+                let source = commit.groups.iter_mut().filter(|(_, topic, _)| *topic == Topic::Source);
+                source.flat_map(|(.., next)| next).for_each(|(_, next)| *next = (*next - 1).max(0));
+            }
+            _ => {}
+        }
+        let result = self.door.commit(&commit);
+        let result = match (self.bug, result) {
+            (Bug::Done, Err(_)) => self.door.open().map(drop),
+            (Bug::Again, Err(_)) => self.again(&commit),
+            (_, result) => result,
+        };
+        self.copied.clear();
+        result
+    }
+
+    fn group(&mut self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
+        let mut group = self.door.group(side, topic)?;
+        match (self.bug, topic) {
+            (Bug::Members, _) => group.members = 0,
+            (Bug::Written, Topic::Of(_)) => {
+                group.next = self.door.bounds(topic)?.iter().map(|(_, high)| Some(*high)).collect();
+            }
+            (Bug::Began, Topic::Source) => group.next.iter_mut().flatten().for_each(|next| *next += 1),
+            _ => {}
+        }
+        Ok(group)
+    }
+
+    fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {
+        self.door.bounds(topic)
+    }
+}
+
+struct BentHand {
+    hand: Hand,
+    bug: Bug,
+}
+
+impl Hooks for BentHand {
+    fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
+        match (self.bug, self.hand.call(call, side, topic, number)) {
+            (Bug::Hook, Err(_)) => Ok(()),
+            (_, result) => result,
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! One seed's world: the broker, the services, who writes to the topics and what goes wrong.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use aviary::domain::course::Call;
+use aviary::domain::split::Side;
+use aviary::domain::weights::Weight;
+use aviary::ports::Topic;
+use aviary::router::engine::{Agreed, Engine, Plan};
+
+mod faults;
+mod people;
+
+pub use faults::Fault;
+use faults::Rates;
+use people::KEYS;
+
+use super::broker::Broker;
+use super::services::Service;
+use super::teeth::Bug;
+use super::truth::{Known, Truth};
+use crate::dice::Dice;
+
+/// The world, as its routers reach it.
+pub type Shared = Arc<Mutex<World>>;
+
+const CHANGE_MS: [u64; 5] = [0, 50, 500, 5_000, 1_000_000];
+const BATCHES: [usize; 5] = [1, 2, 5, 20, 100];
+
+/// Everything that exists.
+pub struct World {
+    /// The source of chance.
+    pub dice: Dice,
+    /// The time.
+    pub now_ms: u64,
+    /// The topics and groups.
+    pub broker: Broker,
+    /// Both services, on each topic that they may read.
+    pub services: Vec<Service>,
+    /// The observer.
+    pub truth: Truth,
+    /// Every router process that was ever started.
+    pub routers: Vec<Router>,
+    /// What the routers are to do.
+    pub plan: Plan,
+    /// A service has one group for all topics, so that its members are those of any.
+    pub shared_groups: bool,
+    /// A seeded bug.
+    pub bug: Option<Bug>,
+    /// What went wrong first.
+    pub violation: Option<String>,
+    /// Things go wrong.
+    pub faulty: bool,
+    /// A router is turned in the middle of another's call.
+    pub nested: bool,
+    /// Hook calls may be overtaken by another router, or have their effect long after they failed.
+    pub late: bool,
+    /// The newest call's number, of each version.
+    pub called: [u64; 2],
+    /// Hook calls that failed, and when they have their effect.
+    pending: Vec<(u64, Call, Side, Topic, u64)>,
+    /// Says what happens.
+    pub words: bool,
+    /// What happened.
+    pub lines: Vec<String>,
+    rates: Rates,
+    away_until_ms: u64,
+    /// The cluster's decisions; none when routers are on their own.
+    agreed: Option<Agreed>,
+    /// The cluster can be asked.
+    lease: bool,
+    /// Records that are still to be emitted.
+    quota: u64,
+    keys: usize,
+    /// Open transactions of emitters.
+    emitters: Vec<usize>,
+}
+
+/// A router process.
+pub struct Router {
+    /// Its engine; none while it is turned, and after its end.
+    pub engine: Option<Engine>,
+    /// It was killed.
+    pub dead: bool,
+    /// Turns until it is killed.
+    pub turns: u64,
+    /// How far its clock is ahead of the world's.
+    pub ahead_ms: u64,
+    /// Its producer's epoch.
+    pub epoch: u64,
+    /// What it knew at its turn's begin.
+    pub known: Known,
+}
+
+/// Locks the world, also after a panic.
+pub fn lock(world: &Shared) -> MutexGuard<'_, World> {
+    world.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl World {
+    /// Returns the world of a seed.
+    pub fn new(seed: u64, bug: Option<Bug>, words: bool) -> Self {
+        let mut dice = Dice::new(seed);
+        let most = if dice.chance(7000) { 3 } else { 8 };
+        let count = dice.between(1, most) as usize;
+        let bases: Vec<i64> =
+            (0..count).map(|_| if dice.chance(3000) { dice.between(1, 50) as i64 } else { 0 }).collect();
+        let mut broker = Broker::new(&bases);
+        (broker.unfenced, broker.uncommitted) = (bug == Some(Bug::Unfenced), bug == Some(Bug::Uncommitted));
+        let plan = Plan {
+            salt: dice.any(),
+            keyed: dice.chance(7000),
+            weight: weight(&mut dice),
+            lag_max: lag_max(&mut dice),
+            change_ms_max: *dice.pick(&CHANGE_MS),
+            interval: Duration::from_millis(20),
+            batch_max: *dice.pick(&BATCHES),
+        };
+        let services = Side::BOTH.into_iter().flat_map(|side| [(side, Topic::Source), (side, Topic::Of(side))]);
+        let services: Vec<_> = services.map(|(side, topic)| Service::new(side, topic, &mut dice)).collect();
+        let rates = Rates::new(&mut dice);
+        let agreed = dice.chance(4000).then_some(Agreed { weight: plan.weight, epoch: 1, end: None });
+        let mut world = Self {
+            now_ms: 1_000,
+            truth: Truth::new(plan.salt, plan.keyed, plan.weight, vec![0; count]),
+            broker,
+            services,
+            routers: Vec::new(),
+            shared_groups: dice.chance(5000),
+            plan,
+            bug,
+            violation: None,
+            faulty: true,
+            nested: false,
+            late: false,
+            called: [0; 2],
+            pending: Vec::new(),
+            words,
+            lines: Vec::new(),
+            rates,
+            away_until_ms: 0,
+            agreed,
+            lease: true,
+            quota: dice.between(20, 300),
+            keys: dice.between(1, KEYS.len() as u64) as usize,
+            emitters: Vec::new(),
+            dice,
+        };
+        world.prepare();
+        world
+    }
+
+    /// Lets the stable service read the source for a while.
+    fn prepare(&mut self) {
+        for _ in 0..self.dice.between(0, 40) {
+            self.emit();
+        }
+        let mut begins = Vec::new();
+        for partition in 0..self.partitions() {
+            let low = self.broker.topic(Topic::Source)[partition].low();
+            let place = self.dice.chance(8000).then(|| {
+                let lost = low > 0 && self.dice.chance(2000);
+                if lost {
+                    self.truth.saw("retention took unread records");
+                }
+                low - i64::from(lost)
+            });
+            self.broker.groups.get_mut(&(Side::Stable, Topic::Source)).expect("it is known")[partition] = place;
+            begins.push(low);
+        }
+        self.truth.begin_at(begins);
+        self.call(Call::Start, Side::Stable, Topic::Source, 0);
+    }
+
+    /// Returns how many partitions there are.
+    pub fn partitions(&self) -> usize {
+        self.broker.places.len()
+    }
+
+    /// Changes what may be changed for the next router that is started, sometimes.
+    pub fn replan(&mut self) {
+        let dice = &mut self.dice;
+        if dice.chance(3000) {
+            self.plan.lag_max = lag_max(dice);
+            self.plan.change_ms_max = *dice.pick(&CHANGE_MS);
+            self.plan.batch_max = *dice.pick(&BATCHES);
+        }
+    }
+
+    /// Notes the first thing that went wrong.
+    pub fn violate(&mut self, what: String) {
+        self.say(format!("VIOLATION {what}"));
+        self.violation.get_or_insert(what);
+    }
+
+    /// Says what happens.
+    pub fn say(&mut self, what: String) {
+        if self.words {
+            self.lines.push(format!("{:>7} {what}", self.now_ms));
+        }
+    }
+
+    /// Starts or stops a service, unless a newer call of its version has come before.
+    pub fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) {
+        if number < self.called[side as usize] {
+            return;
+        }
+        self.called[side as usize] = number;
+        let service = self.services.iter_mut().find(|service| (service.side, service.topic) == (side, topic));
+        let service = service.expect("no router calls a service for the other's topic");
+        service.call(call, &mut self.broker, &mut self.dice, self.now_ms);
+    }
+}
+
+fn lag_max(dice: &mut Dice) -> Option<u64> {
+    dice.chance(3000).then(|| dice.between(0, 20))
+}
+
+fn weight(dice: &mut Dice) -> Weight {
+    let bp = match dice.between(0, 9) {
+        0 => 0,
+        1 => Weight::WHOLE,
+        2..5 => dice.between(1, 1_000) as u16,
+        _ => dice.between(0, 10_000) as u16,
+    };
+    Weight::from_bp(bp).expect("it is at most the whole")
+}

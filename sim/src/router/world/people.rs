@@ -1,0 +1,225 @@
+//! What people and programs around the routers do: they write to the topics, ask for weights and ends, and read.
+
+use aviary::domain::course::{Ask, End, Entry};
+use aviary::domain::split::Side;
+use aviary::domain::weights::Weight;
+use aviary::ports::Topic;
+use aviary::router::engine::{Agreed, Steering};
+
+use super::super::log::Fate;
+use super::super::truth::Known;
+use super::{World, weight};
+
+/// Keys of records; few, so that each has many.
+pub const KEYS: [&[u8]; 12] = [b"a", b"b", b"", b"c", b"d", b"e", b"f", b"g", b"h", b"i", b"j", b"k"];
+
+impl World {
+    /// Lets everything else go on for a moment.
+    pub fn happen(&mut self) {
+        self.now_ms += self.dice.between(0, 10);
+        self.catch_up();
+        if self.dice.chance(self.rates.emit) {
+            for _ in 0..self.dice.between(1, 4).min(self.quota) {
+                self.quota -= 1;
+                self.emit();
+            }
+        }
+        for service in 0..self.services.len() {
+            let service = &mut self.services[service];
+            service.tick(&mut self.broker, &mut self.dice, self.now_ms);
+            if service.runs() && self.dice.chance(self.rates.work) {
+                match service.work(&mut self.broker, &mut self.truth, &mut self.dice) {
+                    Ok(_) => {}
+                    Err(what) => self.violate(what),
+                }
+            }
+        }
+        self.truth.look(&self.broker, self.now_ms);
+        if self.faulty {
+            self.chance();
+        }
+    }
+
+    /// What people and machines do out of nowhere.
+    fn chance(&mut self) {
+        if !self.emitters.is_empty() && self.dice.chance(1000) {
+            self.end_emitter();
+        }
+        if self.dice.chance(self.rates.ask) {
+            self.ask_weight();
+        }
+        if self.dice.chance(self.rates.end) {
+            self.ask_end();
+        }
+        if self.agreed.is_some() && self.dice.chance(if self.lease { self.rates.lease } else { 500 }) {
+            self.lease = !self.lease;
+            if !self.lease {
+                self.truth.saw("lease lost");
+            }
+        }
+        if self.dice.chance(self.rates.away) {
+            self.away_until_ms = self.now_ms + self.dice.between(1, 300);
+        }
+    }
+
+    /// Emits a record.
+    pub fn emit(&mut self) {
+        let partition = self.dice.below(self.partitions());
+        let key = (!self.dice.chance(1500)).then(|| KEYS[self.dice.below(self.keys)]);
+        let transaction = match self.dice.between(0, 9) {
+            0 if self.faulty && self.emitters.len() < 2 => {
+                let number = self.broker.begin();
+                self.emitters.push(number);
+                Some(number)
+            }
+            0..3 => self.emitters.last().copied(),
+            _ => None,
+        };
+        if transaction.is_some() {
+            self.truth.saw("uncommitted records in the source");
+        }
+        self.broker.emit(partition, key, transaction);
+    }
+
+    fn end_emitter(&mut self) {
+        let number = self.emitters.swap_remove(self.dice.below(self.emitters.len()));
+        let fate = if self.dice.chance(5000) { Fate::Committed } else { Fate::Aborted };
+        if fate == Fate::Aborted {
+            self.truth.saw("aborted records in the source");
+        }
+        self.broker.end(number, fate);
+    }
+
+    fn ask(&mut self, ask: Ask) {
+        self.say(format!("somebody asks: {ask:?}"));
+        let line = serde_json::to_string(&Entry::Ask(ask)).expect("an entry has a text");
+        self.broker.control.append(line, None);
+    }
+
+    fn ask_weight(&mut self) {
+        let weight = weight(&mut self.dice);
+        let by_hand = self.dice.chance(2000);
+        match &mut self.agreed {
+            Some(_) if by_hand => self.ask(Ask::SetWeight { weight }),
+            Some(agreed) => {
+                (agreed.weight, agreed.epoch) = (weight, agreed.epoch + 1);
+                self.truth.asked(weight);
+                self.say(format!("the cluster agrees on {weight}"));
+            }
+            None => {
+                self.truth.asked(weight);
+                self.ask(Ask::SetWeight { weight });
+            }
+        }
+    }
+
+    /// Asks for an end.
+    pub fn ask_end(&mut self) {
+        let end = match self.dice.chance(5000) {
+            true => End::Promote,
+            false => End::Abort("chance".into()),
+        };
+        if end == End::Promote {
+            self.truth.asked(Weight::FULL);
+        }
+        let by_hand = self.dice.chance(2000);
+        match &mut self.agreed {
+            Some(agreed) if !by_hand => {
+                if agreed.end.is_none() {
+                    self.truth.saw("cluster's end taken over");
+                    agreed.end = Some(end);
+                }
+            }
+            Some(_) | None => self.ask(match end {
+                End::Promote => Ask::Promote,
+                End::Abort(reason) => Ask::Abort { reason },
+            }),
+        }
+    }
+
+    /// Says what a router that is turned now is told.
+    pub fn steering(&self) -> Steering {
+        match &self.agreed {
+            None => Steering::Alone,
+            Some(agreed) => Steering::Cluster(self.lease.then(|| agreed.clone())),
+        }
+    }
+
+    /// Returns the weight that the routers are to come to.
+    pub fn wanted(&self) -> Weight {
+        let asked = self.control().filter_map(|entry| match entry {
+            Entry::Ask(Ask::SetWeight { weight }) => Some(weight),
+            _ => None,
+        });
+        match &self.agreed {
+            Some(agreed) => agreed.weight,
+            None => asked.last().unwrap_or(self.plan.weight),
+        }
+    }
+
+    fn control(&self) -> impl Iterator<Item = Entry> {
+        let visible =
+            (0..self.broker.control.stable()).filter_map(|at| self.broker.control.get(&self.broker.fates, at));
+        visible.map(|line| serde_json::from_str(line).expect("entries come back"))
+    }
+
+    /// Returns what a router that is turned now knows; its clock and its plan are its own.
+    pub fn known(&self) -> Known {
+        let steering = self.steering();
+        let agreed = matches!(&steering, Steering::Cluster(Some(Agreed { end: Some(End::Abort(_)), .. })));
+        let aborted = agreed || self.control().any(|entry| matches!(entry, Entry::Ask(Ask::Abort { .. })));
+        Known { blind: steering == Steering::Cluster(None), aborted, world_ms: self.now_ms, ..Known::default() }
+    }
+
+    /// Ends everything that goes wrong.
+    pub fn heal(&mut self) {
+        (self.faulty, self.lease, self.away_until_ms) = (false, true, 0);
+        while !self.emitters.is_empty() {
+            self.end_emitter();
+        }
+    }
+
+    /// Emits no more.
+    pub fn quiet(&mut self) {
+        self.quota = 0;
+    }
+
+    /// Emits some more committed records.
+    pub fn emit_last(&mut self) {
+        for _ in 0..20 {
+            let partition = self.dice.below(self.partitions());
+            self.broker.emit(partition, Some(KEYS[0]), None);
+        }
+    }
+
+    /// Returns what is still to be done in a run that has no end.
+    pub fn unsettled(&self) -> Option<String> {
+        let wanted = self.wanted();
+        self.truth.splits.iter().enumerate().find_map(|(partition, split)| {
+            let Some((split, next)) = split else { return Some(format!("partition {partition} has no place")) };
+            let (weight, _) = split.weight();
+            if self.broker.next(Topic::Source, partition, *next).is_some() {
+                return Some(format!("partition {partition} has records that nobody took"));
+            }
+            (weight != wanted || split.former().is_some()).then(|| {
+                format!(
+                    "partition {partition} has weight {weight}, expected {wanted}, and waits for {:?}",
+                    split.former()
+                )
+            })
+        })
+    }
+
+    /// Does what an error asks an operator for.
+    pub fn operate(&mut self, error: &str) {
+        if !error.contains("has no place in partition") {
+            return;
+        }
+        self.truth.saw("place set by an operator");
+        let lows: Vec<i64> = self.broker.topic(Topic::Source).iter().map(|log| log.low()).collect();
+        let group = self.broker.groups.get_mut(&(Side::Stable, Topic::Source)).expect("it is known");
+        for (next, low) in group.iter_mut().zip(lows) {
+            next.get_or_insert(low);
+        }
+    }
+}
