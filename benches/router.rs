@@ -21,7 +21,7 @@ use aviary::router::engine::{Engine, Plan, Steering};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::Message as _;
+use rdkafka::message::{Header, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
@@ -32,6 +32,8 @@ const BATCH_MAX: usize = 20_000;
 /// What is measured begins once this share of the records is copied: a virtual machine warms up.
 const WARM: f64 = 0.3;
 const PAYLOAD: [u8; 200] = [7; 200];
+/// Each record has one header of its own.
+const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 fn main() {
     let numbers: Vec<u64> = std::env::args().filter_map(|word| word.parse().ok()).collect();
@@ -52,8 +54,9 @@ fn main() {
         contenders.rotate_left(usize::from(round > 0));
         let mut line = String::new();
         for contender in &contenders {
+            let watch = topics.watch(&contender.group(&topics));
             let run = contender.start(&topics);
-            let rate = topics.rate(&run.group, records);
+            let rate = topics.rate(&watch, records);
             run.stop();
             line = format!("{line}{contender:?} {:.0} k/s   ", rate / 1e3);
             rates.entry(*contender).or_default().push(rate);
@@ -94,7 +97,6 @@ enum Contender {
 
 /// A contender at work.
 struct Run {
-    group: String,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     child: Option<Child>,
@@ -120,10 +122,18 @@ impl Hooks for NoServices {
 }
 
 impl Contender {
+    /// Returns the group whose places tell how far it is.
+    fn group(self, topics: &Topics) -> String {
+        match self {
+            Self::Streams => format!("streams-split-{}", topics.source),
+            _ => format!("{self:?}-{}", topics.source).to_lowercase(),
+        }
+    }
+
     fn start(self, topics: &Topics) -> Run {
         let stop = Arc::new(AtomicBool::new(false));
         let name = format!("{self:?}").to_lowercase();
-        let (group, ended, child) = (format!("{name}-{}", topics.source), stop.clone(), None);
+        let (group, ended, child) = (self.group(topics), stop.clone(), None);
         let outputs = [format!("{}.{name}.stable", topics.source), format!("{}.{name}.canary", topics.source)];
         match self {
             Self::Plain => {
@@ -131,7 +141,7 @@ impl Contender {
                 let topics = topics.clone();
                 let (reads, output) = (group.clone(), outputs[0].clone());
                 let thread = std::thread::spawn(move || copy(&topics, &reads, &output, &ended));
-                Run { group, stop, thread: Some(thread), child }
+                Run { stop, thread: Some(thread), child }
             }
             Self::Aviary => {
                 let names = Names {
@@ -161,7 +171,7 @@ impl Contender {
                         engine.turn(BootClock.now().wall.0, &Steering::Alone).expect("a turn");
                     }
                 });
-                Run { group, stop, thread: Some(thread), child }
+                Run { stop, thread: Some(thread), child }
             }
             Self::Streams => {
                 topics.make(&outputs);
@@ -169,7 +179,7 @@ impl Contender {
                 let mut command = Command::new(script);
                 command.args([&topics.bootstrap, &topics.source, &outputs[0], &outputs[1]]).arg(WEIGHT_BP.to_string());
                 let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("Kafka Streams");
-                Run { group: format!("streams-split-{}", topics.source), stop, thread: None, child: Some(child) }
+                Run { stop, thread: None, child: Some(child) }
             }
         }
     }
@@ -190,7 +200,7 @@ fn copy(topics: &Topics, group: &str, output: &str, ended: &AtomicBool) {
         ("transactional.id", group),
         ("transaction.timeout.ms", "15000"),
         ("message.timeout.ms", "10000"),
-        ("linger.ms", "5"),
+        ("linger.ms", "20"),
         ("compression.type", "lz4"),
         ("queue.buffering.max.messages", "200000"),
     ];
@@ -208,6 +218,9 @@ fn copy(topics: &Topics, group: &str, output: &str, ended: &AtomicBool) {
             let mut record = BaseRecord::<[u8], [u8]>::to(output).partition(from.partition());
             if let Some(time) = from.timestamp().to_millis() {
                 record = record.timestamp(time);
+            }
+            if let Some(headers) = from.headers() {
+                record = record.headers(headers.detach());
             }
             if let Some(key) = from.key() {
                 record = record.key(key);
@@ -228,6 +241,10 @@ fn copy(topics: &Topics, group: &str, output: &str, ended: &AtomicBool) {
             let mut list = TopicPartitionList::new();
             for (partition, next) in next {
                 list.add_partition_offset(&topics.source, partition, Offset::Offset(next)).expect("an offset");
+            }
+            // As the router does: the client's own call looks every 100 ms only.
+            while producer.flush(Duration::ZERO).is_err() {
+                std::thread::park_timeout(Duration::from_micros(300));
             }
             producer.send_offsets_to_transaction(&list, &metadata, Duration::from_secs(10)).expect("offsets");
             producer.commit_transaction(Duration::from_secs(10)).expect("a commit");
@@ -288,7 +305,9 @@ impl Topics {
     fn send(&self, producer: &ThreadedProducer<rdkafka::producer::DefaultProducerContext>, number: u64) {
         let (key, now_ms) =
             (format!("customer-{}", number.wrapping_mul(2_654_435_761) % 5_000), BootClock.now().wall.0);
-        let mut record = BaseRecord::to(&self.source).key(&key).payload(&PAYLOAD[..]).timestamp(now_ms as i64);
+        let trace = OwnedHeaders::new().insert(Header { key: "traceparent", value: Some(TRACE) });
+        let mut record =
+            BaseRecord::to(&self.source).key(&key).payload(&PAYLOAD[..]).timestamp(now_ms as i64).headers(trace);
         while let Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) = producer.send(record) {
             record = back;
             producer.poll(Duration::from_millis(5));
@@ -301,9 +320,17 @@ impl Topics {
         producer.flush(Duration::from_secs(120)).expect("everything delivered");
     }
 
+    /// Returns who sees what a group commits; its questions are answered at once from now on.
+    fn watch(&self, group: &str) -> BaseConsumer {
+        // Whoever asks for places that are sure, while there is always a transaction, asks without a pause, and takes a core for it.
+        let own = [("group.id", group), ("isolation.level", "read_uncommitted")];
+        let consumer: BaseConsumer = client(&self.bootstrap, &own).create().expect("a consumer");
+        let _ = consumer.committed_offsets(self.offsets(&self.source, Offset::Invalid), Duration::from_secs(10));
+        consumer
+    }
+
     /// Returns records a second by what a contender's group commits, from the warm share to the end.
-    fn rate(&self, group: &str, records: u64) -> f64 {
-        let consumer: BaseConsumer = client(&self.bootstrap, &[("group.id", group)]).create().expect("a consumer");
+    fn rate(&self, consumer: &BaseConsumer, records: u64) -> f64 {
         let mut warm: Option<(Mono, u64)> = None;
         loop {
             std::thread::park_timeout(Duration::from_millis(50));

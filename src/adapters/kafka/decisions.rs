@@ -10,7 +10,7 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::{ANSWER_MAX, Quiet, again, client};
+use super::{ANSWER_MAX, Quiet, again, client, flush};
 use crate::config::node::Kafka;
 use crate::domain::ids::ClusterId;
 use crate::ports::{DecisionSink, OutsideError};
@@ -90,6 +90,7 @@ impl KafkaDecisions {
             let record = BaseRecord::to(&self.topic).key(&decision.service).payload(&payload).headers(headers);
             open.producer.send(record).map_err(|(error, _)| error)?;
         }
+        flush(&open.producer)?;
         let mut place = TopicPartitionList::new();
         place.add_partition_offset(&self.topic, 0, Offset::Offset(through.next().0 as i64))?;
         again(|| open.producer.send_offsets_to_transaction(&place, &open.group, ANSWER_MAX))?;

@@ -8,6 +8,7 @@ use rdkafka::ClientConfig;
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{Producer as _, ThreadedProducer};
 use tracing::{debug, warn};
 
 use crate::config::node::Kafka;
@@ -40,6 +41,24 @@ fn again(mut step: impl FnMut() -> Result<(), KafkaError>) -> Result<(), KafkaEr
     }
     step()
 }
+
+/// Waits until everything that was sent is delivered or given up. The client's own call looks every 100 ms only.
+#[expect(clippy::disallowed_methods, reason = "whoever calls has a thread of its own")]
+fn flush<C: rdkafka::producer::ProducerContext + 'static>(producer: &ThreadedProducer<C>) -> Result<(), KafkaError> {
+    let mut left = ANSWER_MAX;
+    loop {
+        match producer.flush(Duration::ZERO) {
+            Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) if !left.is_zero() => {
+                std::thread::sleep(FLUSH_LOOK);
+                left = left.saturating_sub(FLUSH_LOOK);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Between two looks at what is not delivered yet.
+const FLUSH_LOOK: Duration = Duration::from_micros(300);
 
 /// Longest wait for one answer of the broker.
 const ANSWER_MAX: Duration = Duration::from_secs(10);

@@ -4,6 +4,7 @@
 //! the control topic's entry. The transactional id shuts out whoever was the router before.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,7 +19,7 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 use tracing::info;
 
-use super::{ANSWER_MAX, Quiet, again, client, log};
+use super::{ANSWER_MAX, Quiet, again, client, flush, log};
 use crate::config::node::Kafka;
 use crate::domain::split::Side;
 use crate::ports::{Broker, Clock, Commit, Group, Opened, OutsideError, Place, Reclaimed, Record, Stamp, Topic};
@@ -33,6 +34,9 @@ pub const EPOCH_HEADER: &str = "x-aviary-epoch";
 /// What a producer hears whose transactions a newer one has taken over.
 const FENCED: [RDKafkaErrorCode; 3] =
     [RDKafkaErrorCode::Fenced, RDKafkaErrorCode::ProducerFenced, RDKafkaErrorCode::InvalidProducerEpoch];
+
+/// After how many records the clock is read.
+const CLOCK_EVERY: usize = 64;
 
 /// How long a full queue is waited for before it is looked at again.
 const FULL: Duration = Duration::from_millis(1);
@@ -124,6 +128,8 @@ struct Writer {
     deliveries: Arc<Deliveries>,
     /// A transaction has begun.
     begun: bool,
+    /// The headers of records given to stable and canary under the weight of this number, but for where they are from.
+    stamped: Option<(u64, [OwnedHeaders; 2])>,
 }
 
 fn whole(topic: &str, partitions: usize) -> TopicPartitionList {
@@ -347,7 +353,8 @@ impl KafkaBroker {
             ("transactional.id", self.names.router.as_str()),
             ("transaction.timeout.ms", "15000"),
             ("message.timeout.ms", "10000"),
-            ("linger.ms", "5"),
+            // Nobody sees records before their transaction is over, and its end waits for none: batches may as well be large.
+            ("linger.ms", "20"),
             ("compression.type", "lz4"),
             ("queue.buffering.max.messages", "200000"),
             // What was written to a topic that just was made is not lost while its leader is found.
@@ -360,7 +367,7 @@ impl KafkaBroker {
         let group = source.group_metadata().ok_or(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownGroup))?;
         let opened = Opened { places: places(&source, &self.names.source, partitions)?, entries: read(&control)? };
         let held = vec![false; partitions];
-        let writer = Writer { producer, deliveries, begun: false };
+        let writer = Writer { producer, deliveries, begun: false, stamped: None };
         self.open = Some(Open { writer, source, group, control, partitions, held });
         Ok(opened)
     }
@@ -392,23 +399,32 @@ impl KafkaBroker {
     ) -> Result<usize, KafkaError> {
         let open = self.open.as_mut().ok_or(KafkaError::Canceled)?;
         open.hold(&self.names.source, held)?;
-        let mut copied = 0;
+        let (mut copied, mut source) = (0, self.names.source.clone());
         let mut message = open.source.poll(wait);
         let until = self.clock.now().mono.after_ms(wait.as_millis() as u64);
         while let Some(next) = message {
             let next = next?;
             let (partition, offset) = (next.partition() as usize, next.offset());
             let stamp = assign(Record { partition, offset, key: next.key() });
-            let headers = next.headers().map_or_else(OwnedHeaders::new, |headers| headers.detach());
-            let source = format!("{}/{partition}/{offset}", self.names.source);
-            let headers = headers.insert(Header { key: SOURCE_HEADER, value: Some(&source) });
-            open.writer.copy(&self.names, &next, headers, stamp)?;
+            source.truncate(self.names.source.len());
+            write!(source, "/{partition}/{offset}").expect("a text grows");
+            let stamped = open.writer.stamped(&self.names, stamp);
+            let own = next.headers().into_iter().flat_map(|headers| headers.iter());
+            let headers = own
+                .fold(stamped.clone(), OwnedHeaders::insert)
+                .insert(Header { key: SOURCE_HEADER, value: Some(&source) });
+            open.writer.copy(&self.names, &next, headers, stamp.side)?;
             copied += 1;
-            let left = until.millis_since(self.clock.now().mono);
-            if copied == most || left == 0 {
+            // Reading a clock costs as much as reading a record: it isn't done for each.
+            let late = || until <= self.clock.now().mono;
+            if copied == most || copied.is_multiple_of(CLOCK_EVERY) && late() {
                 break;
             }
-            message = open.source.poll(Duration::from_millis(left));
+            message = open.source.poll(Duration::ZERO);
+            if message.is_none() {
+                let left = until.millis_since(self.clock.now().mono);
+                message = open.source.poll(Duration::from_millis(left));
+            }
         }
         Ok(copied)
     }
@@ -436,14 +452,14 @@ impl KafkaBroker {
                 Some(Err(error)) => return Err(error),
                 Some(Ok(message)) if message.offset() >= until => reclaimed.next = until,
                 Some(Ok(message)) => {
-                    let mut headers = OwnedHeaders::new();
+                    let mut headers = open.writer.stamped(&self.names, Stamp { side: Side::Stable, epoch }).clone();
                     let stamps = [VERSION_HEADER, EPOCH_HEADER];
                     for header in message.headers().into_iter().flat_map(|headers| headers.iter()) {
                         if !stamps.contains(&header.key) {
                             headers = headers.insert(header);
                         }
                     }
-                    open.writer.copy(&self.names, &message, headers, Stamp { side: Side::Stable, epoch })?;
+                    open.writer.copy(&self.names, &message, headers, Side::Stable)?;
                     reclaimed = Reclaimed { count: reclaimed.count + 1, next: message.offset() + 1 };
                 }
             }
@@ -478,6 +494,7 @@ impl KafkaBroker {
             let group = group.ok_or(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownGroup))?;
             again(|| open.writer.producer.send_offsets_to_transaction(&list, &group, ANSWER_MAX))?;
         }
+        flush(&open.writer.producer)?;
         // A commit that was not answered may have happened: the same call again tells.
         again(|| open.writer.producer.commit_transaction(ANSWER_MAX))?;
         open.writer.begun = false;
@@ -559,6 +576,20 @@ impl Writer {
         Ok(())
     }
 
+    /// Returns the headers that say which version a record was given to, and under which weight.
+    fn stamped(&mut self, names: &Names, stamp: Stamp) -> &OwnedHeaders {
+        if self.stamped.as_ref().is_none_or(|(epoch, _)| *epoch != stamp.epoch) {
+            let epoch = stamp.epoch.to_string();
+            let made = names.versions.each_ref().map(|version| {
+                OwnedHeaders::new_with_capacity(3)
+                    .insert(Header { key: VERSION_HEADER, value: Some(version) })
+                    .insert(Header { key: EPOCH_HEADER, value: Some(&epoch) })
+            });
+            self.stamped = Some((stamp.epoch, made));
+        }
+        &self.stamped.as_ref().expect("made above").1[stamp.side as usize]
+    }
+
     /// Writes a record as it is, but for its headers.
     #[expect(clippy::disallowed_methods, reason = "a router has a thread of its own")]
     fn copy(
@@ -566,13 +597,10 @@ impl Writer {
         names: &Names,
         from: &BorrowedMessage<'_>,
         headers: OwnedHeaders,
-        stamp: Stamp,
+        side: Side,
     ) -> Result<(), KafkaError> {
         self.begin()?;
-        let (side, epoch) = (stamp.side as usize, stamp.epoch.to_string());
-        let headers = headers
-            .insert(Header { key: VERSION_HEADER, value: Some(&names.versions[side]) })
-            .insert(Header { key: EPOCH_HEADER, value: Some(&epoch) });
+        let side = side as usize;
         let mut record = BaseRecord::<[u8], [u8], _>::with_opaque_to(&names.topics[side], side)
             .partition(from.partition())
             .headers(headers);
@@ -659,7 +687,7 @@ impl Broker for KafkaBroker {
 
     fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError> {
         let open = self.opened()?;
-        let flushed = open.writer.producer.flush(ANSWER_MAX);
+        let flushed = flush(&open.writer.producer);
         let failed = open.writer.deliveries.failed.load(Ordering::Relaxed);
         let known = |last: &AtomicI64| Some(last.load(Ordering::Relaxed)).filter(|last| *last >= 0);
         let [stable, canary] = &open.writer.deliveries.last;

@@ -289,24 +289,26 @@ impl Rollout {
     /// Returns each record of the source with its id.
     fn read_source(&self) -> BTreeMap<(i32, i64), u64> {
         let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", &self.bootstrap).set("group.id", "reader").set("enable.partition.eof", "true");
+        config.set("bootstrap.servers", &self.bootstrap).set("group.id", "reader");
         let reader: BaseConsumer = config.create().unwrap();
         let mut list = TopicPartitionList::new();
         let source = self.services.lock().unwrap().source.clone();
-        for partition in 0..PARTITIONS {
-            list.add_partition_offset(&source, partition as i32, Offset::Beginning).unwrap();
+        let mut left = BTreeMap::new();
+        for partition in 0..PARTITIONS as i32 {
+            list.add_partition_offset(&source, partition, Offset::Beginning).unwrap();
+            left.insert(partition, reader.fetch_watermarks(&source, partition, Duration::from_secs(30)).unwrap().1);
         }
         reader.assign(&list).unwrap();
-        let (mut found, mut ends) = (BTreeMap::new(), 0);
-        while ends < PARTITIONS {
-            match reader.poll(Duration::from_secs(30)).expect("records") {
-                Err(KafkaError::PartitionEOF(_)) => ends += 1,
-                message => {
-                    let message = message.unwrap();
-                    let header = message.headers().unwrap().get(0).value.unwrap();
-                    let id = std::str::from_utf8(header).unwrap().parse().unwrap();
-                    found.insert((message.partition(), message.offset()), id);
-                }
+        let (mut found, mut heard) = (BTreeMap::new(), Instant::now());
+        while !left.is_empty() {
+            assert!(heard.elapsed() < Duration::from_secs(90), "nothing more is read before {left:?}");
+            let Some(Ok(message)) = reader.poll(Duration::from_secs(1)) else { continue };
+            let header = message.headers().unwrap().get(0).value.unwrap();
+            let id = std::str::from_utf8(header).unwrap().parse().unwrap();
+            heard = Instant::now();
+            found.insert((message.partition(), message.offset()), id);
+            if left.get(&message.partition()).is_some_and(|high| message.offset() + 1 >= *high) {
+                left.remove(&message.partition());
             }
         }
         found
