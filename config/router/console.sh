@@ -34,8 +34,8 @@ exec 9>"$dir/$side.lock"
 flock 9
 number=${AVIARY_CALL:-}
 if [ -n "$number" ]; then
-  [ "$number" -ge "$(cat "$dir/$side.call" 2>/dev/null || echo 0)" ] || exit 0
-  echo "$number" >"$dir/$side.call"
+  [ "$number" -ge "$(cat "$dir/${AVIARY_ROUTER:-hand}.$side.call" 2>/dev/null || echo 0)" ] || exit 0
+  echo "$number" >"$dir/${AVIARY_ROUTER:-hand}.$side.call"
 fi
 
 case "$call" in

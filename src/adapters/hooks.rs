@@ -32,7 +32,7 @@ impl ServiceHooks {
 
 impl Hooks for ServiceHooks {
     fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
-        let number = number.to_string();
+        let (call_number, number) = (number, number.to_string());
         let service = self.config.service(side);
         let topic = match topic {
             Topic::Source => &self.config.source,
@@ -58,7 +58,7 @@ impl Hooks for ServiceHooks {
             HooksConfig::Http { url, timeout_ms } => {
                 let body = serde_json::json!({
                     "call": call.word(), "side": side.word(), "topic": topic, "group": service.group,
-                    "version": service.version, "router": self.config.name, "number": number,
+                    "version": service.version, "router": self.config.name, "number": call_number,
                 });
                 post(url, body.to_string(), Duration::from_millis(*timeout_ms))
             }

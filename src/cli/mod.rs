@@ -32,6 +32,7 @@ mod upstream;
 mod watch;
 mod write;
 
+use crate::ports::OutsideError;
 use client::{Address, Api, Unreachable};
 use output::Format;
 
@@ -192,7 +193,8 @@ pub fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => Exit::Done.into(),
         Err(error) => {
             eprintln!("error: {error:#}");
-            let unavailable = error.downcast_ref::<Unreachable>().is_some();
+            let outside = error.downcast_ref::<OutsideError>().is_some_and(|outside| !outside.replaced);
+            let unavailable = outside || error.downcast_ref::<Unreachable>().is_some();
             if unavailable { Exit::Unavailable.into() } else { Exit::Refused.into() }
         }
     }

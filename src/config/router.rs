@@ -262,19 +262,18 @@ impl RouterConfig {
                 HooksConfig::Exec { argv, timeout_ms: timeout }
             }
             Some(HooksPart { exec: None, http: Some(url), timeout }) => {
-                url.parse::<http::Uri>()
-                    .ok()
-                    .filter(|url| url.scheme_str() == Some("http"))
-                    .ok_or_else(|| format!("spec.hooks.http is {url:?}, expected http://host:port/path"))?;
+                plain_http("spec.hooks.http", &url)?;
                 HooksConfig::Http { url, timeout_ms: timeout }
             }
             Some(_) => return Err("spec.hooks: expected one of exec: [PROGRAM, …] and http: URL".into()),
         };
-        if spec.batch_max == 0 || spec.interval == 0 {
-            return Err("spec.batchMax and spec.interval: found 0, expected more".into());
+        if spec.batch_max == 0 || !(1..=5_000).contains(&spec.interval) {
+            let found = format!("found {} and {} ms", spec.batch_max, spec.interval);
+            return Err(format!("spec.batchMax and spec.interval: {found}, expected 1 or more, and 1 to 5000 ms"));
         }
         if let Some(push) = &spec.push {
             checked_topic("spec.push.deadLetter", &push.dead_letter)?;
+            plain_http("spec.push.url", &push.url)?;
             if push.attempts == 0 || push.in_flight == 0 {
                 return Err("spec.push: attempts and inFlight: found 0, expected 1 or more".into());
             }
@@ -319,6 +318,14 @@ fn checked_topic(place: &str, name: &str) -> Result<(), String> {
     match !name.is_empty() && name.len() <= 249 && name.chars().all(letters) {
         true => Ok(()),
         false => Err(format!("{place} is {name:?}, expected a topic: 1 to 249 letters, digits, '.', '_' and '-'")),
+    }
+}
+
+fn plain_http(place: &str, url: &str) -> Result<(), String> {
+    let parsed = url.parse::<http::Uri>().ok();
+    match parsed.filter(|url| url.scheme_str() == Some("http") && url.authority().is_some()) {
+        Some(_) => Ok(()),
+        None => Err(format!("{place} is {url:?}, expected http://host:port/path")),
     }
 }
 

@@ -162,14 +162,14 @@ impl Engine {
         match state.course.phase.clone() {
             None => self.enter(Phase::Taking, Commit::default()),
             Some(Phase::Taking) => self.take_over(now_ms),
+            Some(
+                Phase::Starting { from } | Phase::Running { from } | Phase::Draining { from, winner: Side::Canary },
+            ) if aborted => self.enter(Phase::Reclaiming { from }, Commit::default()),
             Some(Phase::Starting { from }) => {
                 for side in Side::BOTH {
                     self.call(Call::Start, side, Topic::Of(side))?;
                 }
                 self.enter(Phase::Running { from }, Commit::default())
-            }
-            Some(Phase::Running { from } | Phase::Draining { from, winner: Side::Canary }) if aborted => {
-                self.enter(Phase::Reclaiming { from }, Commit::default())
             }
             Some(Phase::Running { from }) => self.split(now_ms, from, steering),
             Some(Phase::Reclaiming { from }) => self.reclaim(now_ms, from),
@@ -192,8 +192,12 @@ impl Engine {
             }
         }
         let (mut splits, mut next) = (Vec::new(), Places::new());
-        if course.phase.as_ref().and_then(Phase::from).is_some() {
-            for (partition, place) in opened.places.iter().enumerate() {
+        if let Some(from) = course.phase.as_ref().and_then(Phase::from) {
+            if from.is_empty() || opened.places.len() < from.len() {
+                let why = format!("found {} partitions, expected {}", opened.places.len(), from.len());
+                return Err(OutsideError::new("router", why));
+            }
+            for (partition, place) in opened.places.iter().take(from.len()).enumerate() {
                 let Some(place) = place else {
                     let why = format!(
                         "partition {partition} has no committed place, expected one: was the router's group deleted?"
@@ -279,7 +283,15 @@ impl Engine {
             return Ok(wait);
         }
         let group = self.broker.group(Side::Stable, Topic::Source)?;
+        if group.members > 0 {
+            return Ok(Turn::Waits("the stable service, which was started again".into()));
+        }
         let bounds = self.broker.bounds(Topic::Source)?;
+        if bounds.is_empty() || bounds.len() != group.next.len() {
+            let why =
+                format!("has {} partitions, expected {}, as the versions' topics", bounds.len(), group.next.len());
+            return Err(OutsideError::new("the source", why));
+        }
         let mut from = Places::new();
         for (partition, (next, (low, high))) in group.next.iter().zip(&bounds).enumerate() {
             match next {
@@ -436,7 +448,12 @@ impl Engine {
         let mut count = 0;
         for (partition, next) in group.next.iter().enumerate() {
             let Some(last) = self.state().splits[partition].last(Side::Canary) else { continue };
-            let mut at = next.unwrap_or(0);
+            let Some(mut at) = *next else {
+                let why = format!(
+                    "has no place in partition {partition} of its topic, which it was given: was its group deleted?"
+                );
+                return Err(OutsideError::new("the canary service's group", why));
+            };
             while at <= last {
                 let epoch = self.state().splits[partition].weight().1;
                 let reclaimed = self.broker.reclaim(partition, at, last + 1, most, epoch)?;
@@ -492,7 +509,10 @@ impl Engine {
                 return Err(OutsideError::new(format!("the {} service", side.word()), "committed less than it had"));
             }
         }
-        let places = through.iter().copied().enumerate().collect();
+        // Partitions that the source has got meanwhile are the winner's from their beginning.
+        let added = self.broker.bounds(Topic::Source)?.into_iter().enumerate().skip(through.len());
+        let places = through.iter().copied().enumerate().chain(added.map(|(partition, (low, _))| (partition, low)));
+        let places = places.collect();
         let groups = vec![(winner, Topic::Source, places)];
         self.enter(Phase::Done { from, through, winner }, Commit { groups, ..Commit::default() })
     }

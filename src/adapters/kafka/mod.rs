@@ -60,6 +60,9 @@ fn flush<C: rdkafka::producer::ProducerContext + 'static>(producer: &ThreadedPro
 /// Between two looks at what is not delivered yet.
 const FLUSH_LOOK: Duration = Duration::from_micros(300);
 
+/// Above any broker's own limit.
+const MESSAGE_BYTES_MAX: &str = "100000000";
+
 /// Longest wait for one answer of the broker.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 

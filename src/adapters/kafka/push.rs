@@ -9,7 +9,7 @@ use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::{ANSWER_MAX, Counted, Quiet, SOURCE_HEADER, client};
+use super::{ANSWER_MAX, Counted, MESSAGE_BYTES_MAX, Quiet, SOURCE_HEADER, client};
 use crate::config::node::Kafka;
 use crate::ports::{OutsideError, PostSource, Posted};
 
@@ -36,11 +36,16 @@ impl KafkaPush {
             ("auto.offset.reset", "error"),
             ("fetch.wait.max.ms", "50"),
             // A batch may take as long as its slowest record's retries.
-            ("max.poll.interval.ms", "900000"),
+            ("max.poll.interval.ms", "86400000"),
         ];
         let consumer: BaseConsumer<_> = client(config, &own).create_with_context(Quiet).map_err(error)?;
         consumer.subscribe(&[topic]).map_err(error)?;
-        let own = [("enable.idempotence", "true"), ("message.timeout.ms", "10000"), ("acks", "all")];
+        let own = [
+            ("enable.idempotence", "true"),
+            ("message.timeout.ms", "10000"),
+            ("acks", "all"),
+            ("message.max.bytes", MESSAGE_BYTES_MAX),
+        ];
         let counts = Counted::default();
         let producer: ThreadedProducer<_> = client(config, &own).create_with_context(counts.clone()).map_err(error)?;
         let found = producer.client().fetch_metadata(Some(dead_letter), ANSWER_MAX).map_err(error)?;

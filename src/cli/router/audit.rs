@@ -28,6 +28,10 @@ pub struct Compared {
 pub fn compare(broker: &KafkaBroker) -> anyhow::Result<Option<Compared>> {
     let seen = Seen::look(broker)?;
     let Some(from) = seen.course.phase.as_ref().and_then(Phase::from).cloned() else { return Ok(None) };
+    anyhow::ensure!(
+        seen.splits.len() == from.len(),
+        "the router's places are gone: brokers keep them for some days after the end"
+    );
     let until = seen.next.clone();
     let bounds = broker.topic_bounds(Topic::Source)?;
     let begin: Vec<i64> = from.iter().zip(&bounds).map(|(from, (low, _))| *from.max(low)).collect();
@@ -48,13 +52,23 @@ pub fn compare(broker: &KafkaBroker) -> anyhow::Result<Option<Compared>> {
             }
         })?;
     }
+    // What was given back meanwhile stands in both topics, or in neither.
+    let after = Seen::look(broker)?;
+    let moved = |seen: &Seen| seen.splits.iter().map(|split| split.reclaimed()).collect::<Vec<_>>();
+    if matches!(after.course.phase, Some(Phase::Reclaiming { .. })) || moved(&after) != moved(&seen) {
+        return Ok(None);
+    }
     Ok(Some(Compared { from: begin, until, findings: audit.findings(), gone }))
 }
 
 /// Compares, and says what was found.
 pub fn run(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let Some(compared) = compare(&broker(config)?)? else {
-        anyhow::bail!("router {} has not begun to read {}", config.name, config.source);
+        anyhow::bail!(
+            "router {} has not begun to read {}, or is taking back what the canary has not read",
+            config.name,
+            config.source
+        );
     };
     let Compared { from, until, findings, gone } = &compared;
     let value = json!({ "router": config.name, "from": from, "until": until, "gone": gone, "findings": findings });

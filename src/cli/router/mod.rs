@@ -92,7 +92,8 @@ pub fn run(verb: RouterVerb, format: Format) -> anyhow::Result<Exit> {
         RouterVerb::Audit(args) => audit::run(&load(&args)?, format),
         RouterVerb::SetWeight(SetWeightArgs { weight, ask }) => {
             asked(&ask, Ask::SetWeight { weight }, &format!("the canary's share is {weight}"), |state| {
-                state.splits.iter().all(|split| split.weight().0 == weight && split.former().is_none())
+                !state.splits.is_empty()
+                    && state.splits.iter().all(|split| split.weight().0 == weight && split.former().is_none())
             })
         }
         RouterVerb::Promote(ask) => asked(&ask, Ask::Promote, "promoted", |state| state.winner() == Some(Side::Canary)),
@@ -160,6 +161,9 @@ impl Seen {
 /// Asks something of a router by an entry of its control topic, and waits until it is done.
 fn asked(args: &AskArgs, ask: Ask, done: &str, is_done: impl Fn(&Seen) -> bool) -> anyhow::Result<Exit> {
     let config = load(&args.file)?;
+    if config.push.is_some() {
+        bail!("{}: spec.push: the weight is the file's, or the cluster's", args.file.file.display());
+    }
     if config.follow.is_some() && !matches!(ask, Ask::Abort { .. }) {
         bail!(
             "{}: spec.follow: the cluster says what the weight is: ask it (aviary promote {})",
@@ -188,7 +192,21 @@ fn asked(args: &AskArgs, ask: Ask, done: &str, is_done: impl Fn(&Seen) -> bool) 
     runtime.block_on(async {
         let (begun, mut moved, mut before) = (Instant::now(), Instant::now(), String::new());
         loop {
-            let seen = Seen::look(&broker)?;
+            let seen = match Seen::look(&broker) {
+                Ok(seen) => seen,
+                // A broker that is away, a router that died in a transaction: it stays asked.
+                Err(why) if begun.elapsed() <= args.timeout => {
+                    if begun.elapsed() > Duration::from_secs(10) {
+                        eprintln!("{why:#}");
+                    }
+                    sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+                Err(why) => {
+                    eprintln!("not seen to be done: {why:#}; it stays asked for");
+                    return Ok(Exit::Unavailable);
+                }
+            };
             if is_done(&seen) {
                 return output::line(done).map(|()| Exit::Done);
             }

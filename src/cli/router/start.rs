@@ -14,7 +14,7 @@ use metrics::{counter, gauge};
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -30,10 +30,11 @@ use crate::cli::client::{Address, Api, segment};
 use crate::config::router::{Push, RouterConfig};
 use crate::domain::course::{End, Phase};
 use crate::domain::split::Side;
+use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
 use crate::ports::{Clock, OutsideError};
 use crate::router::engine::{Agreed, Engine, Plan, Report, Steering, Turn};
-use crate::router::push::{PushPlan, Pusher};
+use crate::router::push::{PushPlan, Pushed, Pusher};
 use crate::router::run;
 
 /// Arguments of `aviary router start`.
@@ -94,7 +95,7 @@ async fn serve(args: &StartArgs, config: RouterConfig) -> anyhow::Result<Exit> {
         tokio::spawn(async move { axum::serve(listener, app).await });
     }
     let shutdown = CancellationToken::new();
-    let (steer, steering) = watch::channel(None::<(Agreed, Instant)>);
+    let (steer, steering) = watch::channel(None::<(Agreed, Mono)>);
     if let Some(follow) = &config.follow {
         let addresses: Vec<Address> =
             follow.api.iter().map(|url| url.parse()).collect::<Result<_, _>>().map_err(anyhow::Error::msg)?;
@@ -139,16 +140,21 @@ fn push(
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
     let group = &config.service(Side::Stable).group;
-    let source = KafkaPush::new(&config.kafka, &config.source, group, &push.dead_letter)?;
     let plan = PushPlan {
         salt: salt(config),
         keyed: config.keyed,
         attempts: push.attempts,
         in_flight: push.in_flight,
-        batch_max: config.batch_max,
+        // A batch is committed when its slowest record is done.
+        batch_max: config.batch_max.min(push.in_flight * 16),
         interval: Duration::from_millis(config.interval_ms),
     };
-    let mut pusher = Pusher::new(Box::new(source), Arc::new(HttpPost::new(push, &config.source)), plan)?;
+    let post = Arc::new(HttpPost::new(push, &config.source));
+    let open = || {
+        let source = KafkaPush::new(&config.kafka, &config.source, group, &push.dead_letter)?;
+        Pusher::new(Box::new(source), post.clone(), plan.clone())
+    };
+    let mut pusher = Some(open()?);
     info!("posting records of {} to {} in the place of group {group}", config.source, push.url);
     let (mut said, mut total, mut waits) = (BootClock.now().mono, 0, false);
     while !shutdown.is_cancelled() {
@@ -164,8 +170,14 @@ fn push(
             }
         };
         waits = false;
-        match pusher.turn(weight) {
-            Ok(pushed) => {
+        // After an error it begins anew, at the place that was committed: what was read since is read again.
+        let turn = match pusher.take() {
+            Some(mut open) => open.turn(weight).map(|pushed| (open, pushed)),
+            None => open().map(|open| (open, Pushed::default())),
+        };
+        match turn {
+            Ok((open, pushed)) => {
+                pusher = Some(open);
                 for (version, count) in pushed.done {
                     counter!("aviary_router_records_total", "version" => version).increment(count);
                     total += count;
@@ -173,6 +185,7 @@ fn push(
                 counter!("aviary_router_dead_letters_total").increment(pushed.given_up);
             }
             Err(why) => {
+                counter!("aviary_router_errors_total").increment(1);
                 warn!("begins anew: {why}");
                 std::thread::sleep(Duration::from_secs(1));
             }
@@ -194,7 +207,7 @@ fn salt(config: &RouterConfig) -> u64 {
 /// The router's thread.
 fn work(
     config: &RouterConfig,
-    steering: &watch::Receiver<Option<(Agreed, Instant)>>,
+    steering: &watch::Receiver<Option<(Agreed, Mono)>>,
     told: &watch::Sender<Option<Report>>,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<bool> {
@@ -203,7 +216,7 @@ fn work(
         false => Steering::Alone,
         true => {
             let known = steering.borrow();
-            let known = known.as_ref().filter(|(_, until)| Instant::now() < *until);
+            let known = known.as_ref().filter(|(_, until)| BootClock.now().mono < *until);
             Steering::Cluster(known.map(|(agreed, _)| agreed.clone()))
         }
     };
@@ -226,7 +239,7 @@ fn work(
     };
     let mut engine = Engine::new(Box::new(broker), Box::new(ServiceHooks::new(config)), plan);
     let clock = BootClock;
-    let (mut looked, mut said, mut taken) = (clock.now().mono, clock.now().mono, 0);
+    let (mut looked, mut said, mut taken) = (clock.now().mono, clock.now().mono, None);
     let mut tell = |engine: &Engine, turn: &Result<Turn, OutsideError>| {
         match turn {
             Ok(Turn::Busy(copied)) => counter!("aviary_router_copied_total").increment(*copied as u64),
@@ -243,9 +256,9 @@ fn work(
         let total: u64 = report.splits.iter().map(|split| split.taken()).sum();
         let passed_ms = now.millis_since(said);
         if passed_ms >= PROGRESS.as_millis() as u64 {
-            let rate = total.saturating_sub(taken) * 1000 / passed_ms;
+            let rate = total.saturating_sub(taken.unwrap_or(total)) * 1000 / passed_ms;
             let given = |side| report.splits.iter().map(|split| split.given(side)).sum::<u64>();
-            if total != taken {
+            if taken.is_some_and(|before| before != total) {
                 info!(
                     records = total,
                     stable = given(Side::Stable),
@@ -254,7 +267,7 @@ fn work(
                     "{rate} records/s"
                 );
             }
-            (said, taken) = (now, total);
+            (said, taken) = (now, Some(total));
         }
         told.send_replace(Some(report));
     };
@@ -285,14 +298,14 @@ fn show(report: Option<&Report>) -> Value {
 
 /// Asks the cluster what it has committed. An answer counts as long as the node that gave it may act by it: for its lease, from the
 /// moment it was asked.
-async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option<(Agreed, Instant)>>) {
+async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option<(Agreed, Mono)>>) {
     let path = format!("/routing/state?service={}", segment(config.name.as_str()));
     let mut ticks = tokio::time::interval(ASK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut said = String::new();
+    let (mut said, mut newest, mut followed) = (String::new(), 0, false);
     loop {
         ticks.tick().await;
-        let asked = Instant::now();
+        let asked = BootClock.now().mono;
         let mut failed = Vec::new();
         for address in api.addresses() {
             let answer = tokio::time::timeout(Duration::from_secs(1), api.get_from(address, &path)).await;
@@ -303,8 +316,17 @@ async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option
                 Ok(Ok(answer)) => Err(answer.error()),
             };
             match known {
+                // A node that lags may know only what was agreed before: that isn't gone back to.
+                Ok((agreed, _)) if agreed.epoch < newest => {
+                    failed.push(format!("{address}: knows version {} only, expected {newest}", agreed.epoch));
+                }
+                Ok((Agreed { end: Some(End::Abort(_)), .. }, _)) if !followed => {
+                    failed.push(format!("{address}: its rollout was rolled back before this router followed it"));
+                }
                 Ok((agreed, lease)) => {
-                    steer.send_replace(Some((agreed, asked + lease)));
+                    newest = agreed.epoch;
+                    followed |= agreed.end.is_none();
+                    steer.send_replace(Some((agreed, asked.after_ms(lease.as_millis() as u64))));
                     failed.clear();
                     break;
                 }

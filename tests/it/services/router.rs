@@ -441,7 +441,7 @@ fn serve_hooks(services: Arc<Mutex<Services>>) -> u16 {
                 }
                 let asked: Value = serde_json::from_slice(&body).unwrap();
                 let text = |key: &str| asked[key].as_str().unwrap().to_string();
-                let (number, mut services) = (text("number").parse().unwrap(), services.lock().unwrap());
+                let (number, mut services) = (asked["number"].as_u64().unwrap(), services.lock().unwrap());
                 services.asked(number, &text("call"), &text("side"), &text("topic"), &text("group"));
                 drop(services);
                 // A router that was killed meanwhile doesn't hear it.

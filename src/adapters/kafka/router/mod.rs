@@ -3,26 +3,28 @@
 //! Each transaction holds the copies, the router's own places with its notes, the services' places where they are handed over, and
 //! the control topic's entry. The transactional id shuts out whoever was the router before.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
-use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerGroupMetadata};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{BorrowedMessage, DeliveryResult, Header, Headers as _, Message as _, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
-use rdkafka::types::RDKafkaErrorCode as Code;
-use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use rdkafka::message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, Producer as _};
+use rdkafka::{Offset, TopicPartitionList};
 use tracing::info;
 
-use super::{ANSWER_MAX, Quiet, again, client, flush, log};
+use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush};
 use crate::config::node::Kafka;
 use crate::domain::split::Side;
 use crate::ports::{Broker, Clock, Commit, Group, Opened, OutsideError, Place, Reclaimed, Record, Stamp, Topic};
+
+mod topics;
+mod writer;
+
+use writer::{CONTROL, Writer};
 
 /// Where a copy comes from: `TOPIC/PARTITION/OFFSET`.
 pub const SOURCE_HEADER: &str = "x-aviary-source";
@@ -31,15 +33,15 @@ pub const VERSION_HEADER: &str = "x-aviary-version";
 /// Under which weight.
 pub const EPOCH_HEADER: &str = "x-aviary-epoch";
 
+/// The broker ends a transaction by itself that takes longer: `transaction.timeout.ms`.
+const TRANSACTION_MS_MAX: u64 = 15_000;
+
 /// What a producer hears whose transactions a newer one has taken over.
 const FENCED: [RDKafkaErrorCode; 3] =
     [RDKafkaErrorCode::Fenced, RDKafkaErrorCode::ProducerFenced, RDKafkaErrorCode::InvalidProducerEpoch];
 
 /// After how many records the clock is read.
 const CLOCK_EVERY: usize = 64;
-
-/// How long a full queue is waited for before it is looked at again.
-const FULL: Duration = Duration::from_millis(1);
 
 /// What a router's topics, groups and versions are called.
 #[derive(Debug, Clone)]
@@ -67,41 +69,6 @@ impl Names {
     }
 }
 
-/// What the broker said about records of the open transaction.
-struct Deliveries {
-    /// The last offset in stable's and canary's topic, for each partition; below 0: none.
-    last: [Vec<AtomicI64>; 2],
-    failed: AtomicU64,
-}
-
-#[derive(Clone)]
-struct Context(Arc<Deliveries>);
-
-impl ClientContext for Context {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log(level, facility, text);
-    }
-}
-
-/// Records of the control topic have this mark, others their side's number.
-const CONTROL: usize = 2;
-
-impl ProducerContext for Context {
-    type DeliveryOpaque = usize;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, mark: usize) {
-        match result {
-            Ok(message) if mark < CONTROL => {
-                self.0.last[mark][message.partition() as usize].fetch_max(message.offset(), Ordering::Relaxed);
-            }
-            Ok(_) => {}
-            Err(_) => {
-                self.0.failed.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-    }
-}
-
 /// A broker, as a router sees it.
 pub struct KafkaBroker {
     config: Kafka,
@@ -123,15 +90,6 @@ struct Open {
     held: Vec<bool>,
 }
 
-struct Writer {
-    producer: ThreadedProducer<Context>,
-    deliveries: Arc<Deliveries>,
-    /// A transaction has begun.
-    begun: bool,
-    /// The headers of records given to stable and canary under the weight of this number, but for where they are from.
-    stamped: Option<(u64, [OwnedHeaders; 2])>,
-}
-
 fn whole(topic: &str, partitions: usize) -> TopicPartitionList {
     let mut list = TopicPartitionList::new();
     list.add_partition_range(topic, 0, partitions as i32 - 1);
@@ -149,171 +107,6 @@ impl KafkaBroker {
         };
         let services = [consumer(&names.groups[0])?, consumer(&names.groups[1])?];
         Ok(Self { config: config.clone(), names, clock, services, open: None })
-    }
-
-    /// Returns how many partitions a topic has; none when it isn't there.
-    pub fn partitions(&self, topic: &str) -> Result<Option<usize>, OutsideError> {
-        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
-        let metadata = self.services[0].fetch_metadata(Some(topic), ANSWER_MAX).map_err(error)?;
-        let found = metadata.topics().first();
-        match found.and_then(|found| found.error()) {
-            Some(why) if Code::from(why) == Code::UnknownTopicOrPartition => Ok(None),
-            Some(why) => Err(error(KafkaError::MetadataFetch(why.into()))),
-            None => Ok(found.map(|found| found.partitions().len())),
-        }
-    }
-
-    /// Makes the control topic and the versions' topics, those that aren't there; returns the names of those it made.
-    pub fn prepare(&self) -> Result<Vec<String>, OutsideError> {
-        let names = &self.names;
-        let Some(partitions) = self.partitions(&names.source)? else {
-            return Err(OutsideError::new(
-                format!("kafka topic {}", names.source),
-                "isn't there, expected the topic to split",
-            ));
-        };
-        let mut wanted = Vec::new();
-        for (topic, count) in [(&names.control, 1), (&names.topics[0], partitions), (&names.topics[1], partitions)] {
-            match self.partitions(topic)? {
-                None => wanted.push((topic.clone(), count)),
-                Some(found) if found == count => {}
-                Some(found) => {
-                    let why = format!("has {found} partitions, expected {count}, as many as {}", names.source);
-                    return Err(OutsideError::new(format!("kafka topic {topic}"), why));
-                }
-            }
-        }
-        let error = |error: KafkaError| OutsideError::new("kafka", error);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| OutsideError::new("kafka", error))?;
-        let admin: AdminClient<Quiet> = client(&self.config, &[]).create_with_context(Quiet).map_err(error)?;
-        let options = AdminOptions::new().operation_timeout(Some(ANSWER_MAX)).request_timeout(Some(ANSWER_MAX));
-        let like = runtime.block_on(admin.describe_configs([&ResourceSpecifier::Topic(&names.source)], &options));
-        let like = like.map_err(error)?.into_iter().next().and_then(Result::ok);
-        let like = |key: &str| like.as_ref().and_then(|config| config.get(key)).and_then(|entry| entry.value.clone());
-        // A copy is larger than its record by its headers.
-        let bytes = like("max.message.bytes").and_then(|text| text.parse::<i64>().ok()).unwrap_or(1_048_588) + 4096;
-        let (bytes, in_sync) = (bytes.to_string(), like("min.insync.replicas"));
-        for (topic, count) in &wanted {
-            // As many replicas as the broker gives by default; nothing goes by its age: old records are copied with their own time.
-            let mut new = NewTopic::new(topic, *count as i32, TopicReplication::Fixed(-1))
-                .set("retention.ms", "-1")
-                .set("cleanup.policy", "delete")
-                .set("message.timestamp.type", "CreateTime")
-                .set("max.message.bytes", &bytes);
-            if let Some(in_sync) = &in_sync {
-                new = new.set("min.insync.replicas", in_sync);
-            }
-            let made = runtime.block_on(admin.create_topics([&new], &options)).map_err(error)?;
-            match made.into_iter().next() {
-                Some(Err((_, why))) if why != RDKafkaErrorCode::TopicAlreadyExists => {
-                    return Err(OutsideError::new(format!("kafka topic {topic}"), format!("can't be made: {why}")));
-                }
-                _ => {}
-            }
-        }
-        Ok(wanted.into_iter().map(|(topic, _)| topic).collect())
-    }
-
-    /// Returns what [`Broker::open`] does, without becoming the router: for those who only look.
-    pub fn look(&self) -> Result<Opened, OutsideError> {
-        let partitions = self.partitions(&self.names.source)?;
-        let (Some(partitions), Some(_)) = (partitions, self.partitions(&self.names.control)?) else {
-            return Ok(Opened::default());
-        };
-        let error = |error| self.error(error);
-        let (source, control) = (self.source().map_err(error)?, self.control().map_err(error)?);
-        Ok(Opened {
-            places: places(&source, &self.names.source, partitions).map_err(error)?,
-            entries: read(&control).map_err(error)?,
-        })
-    }
-
-    /// Returns the first offset and that after the last, for each partition of a topic.
-    pub fn topic_bounds(&self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {
-        let name = self.names.topic(topic);
-        let partitions = self.partitions(name)?.unwrap_or(0);
-        let bounds = (0..partitions).map(|one| self.services[0].fetch_watermarks(name, one as i32, ANSWER_MAX));
-        bounds.collect::<Result<_, _>>().map_err(|error| self.error(error))
-    }
-
-    /// Returns a service's group, as it reads a topic.
-    pub fn service_group(&self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
-        let partitions = self.partitions(&self.names.source)?.unwrap_or(0);
-        self.try_group(side, topic, partitions).map_err(|error| self.error(error))
-    }
-
-    /// Reads what is committed of a topic, from these offsets on and before `until`: each record's partition, offset, and what
-    /// it says of where it is from.
-    pub fn scan(
-        &self,
-        topic: Topic,
-        from: &[i64],
-        until: &[i64],
-        take: &mut dyn FnMut(usize, i64, Option<&str>),
-    ) -> Result<(), OutsideError> {
-        self.try_scan(self.names.topic(topic), from, until, take).map_err(|error| self.error(error))
-    }
-
-    fn try_scan(
-        &self,
-        topic: &str,
-        from: &[i64],
-        until: &[i64],
-        take: &mut dyn FnMut(usize, i64, Option<&str>),
-    ) -> Result<(), KafkaError> {
-        let own = [
-            ("group.id", self.names.router.as_str()),
-            ("enable.auto.commit", "false"),
-            ("isolation.level", "read_committed"),
-            ("auto.offset.reset", "earliest"),
-            ("enable.partition.eof", "true"),
-            ("queued.max.messages.kbytes", "16384"),
-        ];
-        let reader: BaseConsumer<_> = client(&self.config, &own).create_with_context(Quiet)?;
-        let (mut list, mut left) = (TopicPartitionList::new(), BTreeSet::new());
-        for (partition, (from, _)) in from.iter().zip(until).enumerate().filter(|(_, (from, until))| from < until) {
-            list.add_partition_offset(topic, partition as i32, Offset::Offset(*from))?;
-            left.insert(partition);
-        }
-        reader.assign(&list)?;
-        while !left.is_empty() {
-            match reader.poll(ANSWER_MAX) {
-                None => return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut)),
-                Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    left.remove(&(partition as usize));
-                }
-                Some(Err(error)) => return Err(error),
-                Some(Ok(message)) => {
-                    let (partition, offset) = (message.partition() as usize, message.offset());
-                    if offset < until[partition] {
-                        let mut headers = message.headers().into_iter().flat_map(|headers| headers.iter());
-                        let source = headers.find(|header| header.key == SOURCE_HEADER).and_then(|header| header.value);
-                        take(partition, offset, source.and_then(|text| std::str::from_utf8(text).ok()));
-                    }
-                    if offset + 1 >= until[partition] {
-                        left.remove(&partition);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes an entry of the control topic, as anybody may.
-    pub fn ask(&self, entry: &str) -> Result<(), OutsideError> {
-        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", self.names.control), error);
-        let own = [("enable.idempotence", "true"), ("message.timeout.ms", "10000"), ("acks", "all")];
-        let deliveries = Arc::new(Deliveries { last: [Vec::new(), Vec::new()], failed: AtomicU64::new(0) });
-        let producer: ThreadedProducer<_> =
-            client(&self.config, &own).create_with_context(Context(deliveries.clone())).map_err(error)?;
-        let record = BaseRecord::<(), _, _>::with_opaque_to(&self.names.control, CONTROL).partition(0).payload(entry);
-        producer.send(record).map_err(|(why, _)| error(why))?;
-        producer.flush(ANSWER_MAX).map_err(error)?;
-        match deliveries.failed.load(Ordering::Relaxed) {
-            0 => Ok(()),
-            _ => Err(OutsideError::new(format!("kafka topic {}", self.names.control), "the entry was not written")),
-        }
     }
 
     fn source(&self) -> Result<BaseConsumer<Quiet>, KafkaError> {
@@ -345,10 +138,12 @@ impl KafkaBroker {
     }
 
     fn begin(&mut self) -> Result<Opened, KafkaError> {
-        let metadata = self.services[0].fetch_metadata(Some(&self.names.source), ANSWER_MAX)?;
-        let partitions = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
-        let lasts = || (0..partitions).map(|_| AtomicI64::new(-1)).collect();
-        let deliveries = Arc::new(Deliveries { last: [lasts(), lasts()], failed: AtomicU64::new(0) });
+        // As many as there are places to copy to: a source that has got more since is read as it was.
+        let metadata = self.services[0].fetch_metadata(Some(&self.names.topics[0]), ANSWER_MAX)?;
+        let partitions = match metadata.topics().first() {
+            Some(topic) if topic.error().is_none() && !topic.partitions().is_empty() => topic.partitions().len(),
+            _ => return Err(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition)),
+        };
         let own = [
             ("transactional.id", self.names.router.as_str()),
             ("transaction.timeout.ms", "15000"),
@@ -357,17 +152,17 @@ impl KafkaBroker {
             ("linger.ms", "20"),
             ("compression.type", "lz4"),
             ("queue.buffering.max.messages", "200000"),
+            // The broker's limit is the one that counts; this one is of records before they are compressed.
+            ("message.max.bytes", MESSAGE_BYTES_MAX),
             // What was written to a topic that just was made is not lost while its leader is found.
             ("retry.backoff.ms", "50"),
         ];
-        let producer: ThreadedProducer<_> =
-            client(&self.config, &own).create_with_context(Context(deliveries.clone()))?;
-        again(|| producer.init_transactions(ANSWER_MAX))?;
+        let writer = Writer::new(&client(&self.config, &own), partitions, self.clock.clone())?;
+        again(|| writer.producer.init_transactions(ANSWER_MAX))?;
         let (source, control) = (self.source()?, self.control()?);
         let group = source.group_metadata().ok_or(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownGroup))?;
         let opened = Opened { places: places(&source, &self.names.source, partitions)?, entries: read(&control)? };
         let held = vec![false; partitions];
-        let writer = Writer { producer, deliveries, begun: false, stamped: None };
         self.open = Some(Open { writer, source, group, control, partitions, held });
         Ok(opened)
     }
@@ -377,13 +172,26 @@ impl KafkaBroker {
         let fatal = self.open.as_ref().and_then(|open| open.writer.producer.client().fatal_error());
         let what = format!("kafka, router of {}", self.names.source);
         match (fatal, error.rdkafka_error_code()) {
-            (Some((code, why)), _) if FENCED.contains(&code) => OutsideError::replaced(what, why),
+            // Who took too long hears the same.
+            (Some((code, why)), _) if FENCED.contains(&code) && !self.is_timed_out() => {
+                OutsideError::replaced(what, why)
+            }
+            (_, Some(RDKafkaErrorCode::InconsistentGroupProtocol)) => OutsideError::new(
+                what,
+                "a service's group has members that can't be counted, expected the classic protocol (group.protocol=classic)",
+            ),
             (_, Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange)) => OutsideError::new(
                 what,
                 format!("{error}: records that were not read yet are gone (retention?), or the topic was made anew"),
             ),
             _ => OutsideError::new(what, error),
         }
+    }
+
+    /// Returns whether the broker may have ended the open transaction by itself.
+    fn is_timed_out(&self) -> bool {
+        let since = self.open.as_ref().and_then(|open| open.writer.begun);
+        since.is_some_and(|since| self.clock.now().mono.millis_since(since) >= TRANSACTION_MS_MAX)
     }
 
     fn opened(&mut self) -> Result<&mut Open, OutsideError> {
@@ -409,7 +217,9 @@ impl KafkaBroker {
             source.truncate(self.names.source.len());
             write!(source, "/{partition}/{offset}").expect("a text grows");
             let stamped = open.writer.stamped(&self.names, stamp);
+            // A record that a router has copied before says so of that one.
             let own = next.headers().into_iter().flat_map(|headers| headers.iter());
+            let own = own.filter(|header| ![SOURCE_HEADER, VERSION_HEADER, EPOCH_HEADER].contains(&header.key));
             let headers = own
                 .fold(stamped.clone(), OwnedHeaders::insert)
                 .insert(Header { key: SOURCE_HEADER, value: Some(&source) });
@@ -447,10 +257,12 @@ impl KafkaBroker {
         while reclaimed.next < until && (reclaimed.count as usize) < most {
             match reader.poll(ANSWER_MAX) {
                 None => return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut)),
-                // Only the ends of transactions are left.
-                Some(Err(KafkaError::PartitionEOF(_))) => reclaimed.next = until,
+                // The last one before `until` is a record: it comes.
+                Some(Err(KafkaError::PartitionEOF(_))) => {}
                 Some(Err(error)) => return Err(error),
-                Some(Ok(message)) if message.offset() >= until => reclaimed.next = until,
+                Some(Ok(message)) if message.offset() >= until => {
+                    return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OffsetOutOfRange));
+                }
                 Some(Ok(message)) => {
                     let mut headers = open.writer.stamped(&self.names, Stamp { side: Side::Stable, epoch }).clone();
                     let stamps = [VERSION_HEADER, EPOCH_HEADER];
@@ -497,15 +309,19 @@ impl KafkaBroker {
         flush(&open.writer.producer)?;
         // A commit that was not answered may have happened: the same call again tells.
         again(|| open.writer.producer.commit_transaction(ANSWER_MAX))?;
-        open.writer.begun = false;
+        open.writer.begun = None;
         Ok(())
     }
 
     fn try_group(&self, side: Side, topic: Topic, partitions: usize) -> Result<Group, KafkaError> {
         let (name, reader) = (&self.names.groups[side as usize], &self.services[side as usize]);
         let found = reader.fetch_group_list(Some(name), ANSWER_MAX)?;
-        let members =
-            found.groups().iter().filter(|group| group.name() == name).map(|group| group.members().len()).sum();
+        let found = found.groups().iter().find(|group| group.name() == name);
+        if found.is_some_and(|group| group.state() == "Dead") {
+            // Of a group with the newer protocol the broker says so, whoever is in it.
+            return Err(KafkaError::GroupListFetch(RDKafkaErrorCode::InconsistentGroupProtocol));
+        }
+        let members = found.map_or(0, |group| group.members().len());
         let committed = reader.committed_offsets(whole(self.names.topic(topic), partitions), ANSWER_MAX)?;
         let next = offsets(&committed, partitions)?;
         Ok(Group { members, next: next.into_iter().map(|found| found.map(|(next, _)| next)).collect() })
@@ -561,68 +377,6 @@ impl Open {
             *before = *after;
         }
         Ok(())
-    }
-}
-
-impl Writer {
-    fn begin(&mut self) -> Result<(), KafkaError> {
-        if !self.begun {
-            for last in self.deliveries.last.iter().flatten() {
-                last.store(-1, Ordering::Relaxed);
-            }
-            self.producer.begin_transaction()?;
-            self.begun = true;
-        }
-        Ok(())
-    }
-
-    /// Returns the headers that say which version a record was given to, and under which weight.
-    fn stamped(&mut self, names: &Names, stamp: Stamp) -> &OwnedHeaders {
-        if self.stamped.as_ref().is_none_or(|(epoch, _)| *epoch != stamp.epoch) {
-            let epoch = stamp.epoch.to_string();
-            let made = names.versions.each_ref().map(|version| {
-                OwnedHeaders::new_with_capacity(3)
-                    .insert(Header { key: VERSION_HEADER, value: Some(version) })
-                    .insert(Header { key: EPOCH_HEADER, value: Some(&epoch) })
-            });
-            self.stamped = Some((stamp.epoch, made));
-        }
-        &self.stamped.as_ref().expect("made above").1[stamp.side as usize]
-    }
-
-    /// Writes a record as it is, but for its headers.
-    #[expect(clippy::disallowed_methods, reason = "a router has a thread of its own")]
-    fn copy(
-        &mut self,
-        names: &Names,
-        from: &BorrowedMessage<'_>,
-        headers: OwnedHeaders,
-        side: Side,
-    ) -> Result<(), KafkaError> {
-        self.begin()?;
-        let side = side as usize;
-        let mut record = BaseRecord::<[u8], [u8], _>::with_opaque_to(&names.topics[side], side)
-            .partition(from.partition())
-            .headers(headers);
-        if let Some(time) = from.timestamp().to_millis() {
-            record = record.timestamp(time);
-        }
-        if let Some(key) = from.key() {
-            record = record.key(key);
-        }
-        if let Some(payload) = from.payload() {
-            record = record.payload(payload);
-        }
-        loop {
-            match self.producer.send(record) {
-                Ok(()) => return Ok(()),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
-                    record = back;
-                    std::thread::sleep(FULL);
-                }
-                Err((error, _)) => return Err(error),
-            }
-        }
     }
 }
 

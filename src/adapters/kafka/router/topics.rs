@@ -1,0 +1,192 @@
+//! What anybody may do with a router's topics: make them, look at them, ask something of the router.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Headers as _, Message as _};
+use rdkafka::producer::BaseRecord;
+use rdkafka::{Offset, TopicPartitionList};
+
+use super::super::{ANSWER_MAX, Quiet, client, flush};
+use super::writer::{CONTROL, Writer};
+use super::{KafkaBroker, SOURCE_HEADER, places, read};
+use crate::domain::split::Side;
+use crate::ports::{Group, Opened, OutsideError, Topic};
+
+impl KafkaBroker {
+    /// Returns how many partitions a topic has; none when it isn't there.
+    pub fn partitions(&self, topic: &str) -> Result<Option<usize>, OutsideError> {
+        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
+        let metadata = self.services[0].fetch_metadata(Some(topic), ANSWER_MAX).map_err(error)?;
+        let found = metadata.topics().first();
+        match found.and_then(|found| found.error()) {
+            Some(why) if RDKafkaErrorCode::from(why) == RDKafkaErrorCode::UnknownTopicOrPartition => Ok(None),
+            Some(why) => Err(error(KafkaError::MetadataFetch(why.into()))),
+            None => Ok(found.map(|found| found.partitions().len())),
+        }
+    }
+
+    /// Makes the control topic and the versions' topics, those that aren't there; returns the names of those it made.
+    pub fn prepare(&self) -> Result<Vec<String>, OutsideError> {
+        let names = &self.names;
+        let begun = self.partitions(&names.control)?.is_some();
+        let Some(partitions) = self.partitions(&names.source)? else {
+            return Err(OutsideError::new(
+                format!("kafka topic {}", names.source),
+                "isn't there, expected the topic to split",
+            ));
+        };
+        let mut wanted = Vec::new();
+        for (topic, count) in [(&names.control, 1), (&names.topics[0], partitions), (&names.topics[1], partitions)] {
+            match self.partitions(topic)? {
+                None => wanted.push((topic.clone(), count)),
+                Some(found) if found == count => {}
+                // The source has got more since.
+                Some(found) if begun && found > 0 && found < count => {}
+                Some(found) => {
+                    let why = format!("has {found} partitions, expected {count}, as many as {}", names.source);
+                    return Err(OutsideError::new(format!("kafka topic {topic}"), why));
+                }
+            }
+        }
+        let error = |error: KafkaError| OutsideError::new("kafka", error);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| OutsideError::new("kafka", error))?;
+        let admin: AdminClient<Quiet> = client(&self.config, &[]).create_with_context(Quiet).map_err(error)?;
+        let options = AdminOptions::new().operation_timeout(Some(ANSWER_MAX)).request_timeout(Some(ANSWER_MAX));
+        let like = runtime.block_on(admin.describe_configs([&ResourceSpecifier::Topic(&names.source)], &options));
+        let like = like.map_err(error)?.into_iter().next().and_then(Result::ok);
+        let like = |key: &str| like.as_ref().and_then(|config| config.get(key)).and_then(|entry| entry.value.clone());
+        // A copy is larger than its record by its headers.
+        let bytes = like("max.message.bytes").and_then(|text| text.parse::<i64>().ok()).unwrap_or(1_048_588) + 4096;
+        let (bytes, in_sync) = (bytes.to_string(), like("min.insync.replicas"));
+        let ahead = like("message.timestamp.after.max.ms");
+        for (topic, count) in &wanted {
+            // As many replicas as the broker gives by default; nothing goes by its age: old records are copied with their own time.
+            let mut new = NewTopic::new(topic, *count as i32, TopicReplication::Fixed(-1))
+                .set("retention.ms", "-1")
+                .set("retention.bytes", "-1")
+                .set("cleanup.policy", "delete")
+                .set("message.timestamp.type", "CreateTime")
+                .set("max.message.bytes", &bytes);
+            if let Some(in_sync) = &in_sync {
+                new = new.set("min.insync.replicas", in_sync);
+            }
+            if let Some(ahead) = &ahead {
+                new = new.set("message.timestamp.after.max.ms", ahead);
+            }
+            let made = runtime.block_on(admin.create_topics([&new], &options)).map_err(error)?;
+            match made.into_iter().next() {
+                Some(Err((_, why))) if why != RDKafkaErrorCode::TopicAlreadyExists => {
+                    return Err(OutsideError::new(format!("kafka topic {topic}"), format!("can't be made: {why}")));
+                }
+                _ => {}
+            }
+        }
+        Ok(wanted.into_iter().map(|(topic, _)| topic).collect())
+    }
+
+    /// Returns what [`Broker::open`] does, without becoming the router: for those who only look.
+    pub fn look(&self) -> Result<Opened, OutsideError> {
+        let partitions = self.partitions(&self.names.source)?;
+        let (Some(partitions), Some(_)) = (partitions, self.partitions(&self.names.control)?) else {
+            return Ok(Opened::default());
+        };
+        let error = |error| self.error(error);
+        let (source, control) = (self.source().map_err(error)?, self.control().map_err(error)?);
+        Ok(Opened {
+            places: places(&source, &self.names.source, partitions).map_err(error)?,
+            entries: read(&control).map_err(error)?,
+        })
+    }
+
+    /// Returns the first offset and that after the last, for each partition of a topic.
+    pub fn topic_bounds(&self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {
+        let name = self.names.topic(topic);
+        let partitions = self.partitions(name)?.unwrap_or(0);
+        let bounds = (0..partitions).map(|one| self.services[0].fetch_watermarks(name, one as i32, ANSWER_MAX));
+        bounds.collect::<Result<_, _>>().map_err(|error| self.error(error))
+    }
+
+    /// Returns a service's group, as it reads a topic.
+    pub fn service_group(&self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
+        let partitions = self.partitions(&self.names.source)?.unwrap_or(0);
+        self.try_group(side, topic, partitions).map_err(|error| self.error(error))
+    }
+
+    /// Reads what is committed of a topic, from these offsets on and before `until`: each record's partition, offset, and what
+    /// it says of where it is from.
+    pub fn scan(
+        &self,
+        topic: Topic,
+        from: &[i64],
+        until: &[i64],
+        take: &mut dyn FnMut(usize, i64, Option<&str>),
+    ) -> Result<(), OutsideError> {
+        self.try_scan(self.names.topic(topic), from, until, take).map_err(|error| self.error(error))
+    }
+
+    fn try_scan(
+        &self,
+        topic: &str,
+        from: &[i64],
+        until: &[i64],
+        take: &mut dyn FnMut(usize, i64, Option<&str>),
+    ) -> Result<(), KafkaError> {
+        let own = [
+            ("group.id", self.names.router.as_str()),
+            ("enable.auto.commit", "false"),
+            ("isolation.level", "read_committed"),
+            ("auto.offset.reset", "earliest"),
+            ("enable.partition.eof", "true"),
+            ("queued.max.messages.kbytes", "16384"),
+        ];
+        let reader: BaseConsumer<_> = client(&self.config, &own).create_with_context(Quiet)?;
+        let (mut list, mut left) = (TopicPartitionList::new(), BTreeSet::new());
+        for (partition, (from, _)) in from.iter().zip(until).enumerate().filter(|(_, (from, until))| from < until) {
+            list.add_partition_offset(topic, partition as i32, Offset::Offset(*from))?;
+            left.insert(partition);
+        }
+        reader.assign(&list)?;
+        while !left.is_empty() {
+            match reader.poll(ANSWER_MAX) {
+                None => return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut)),
+                Some(Err(KafkaError::PartitionEOF(partition))) => {
+                    left.remove(&(partition as usize));
+                }
+                Some(Err(error)) => return Err(error),
+                Some(Ok(message)) => {
+                    let (partition, offset) = (message.partition() as usize, message.offset());
+                    if offset < until[partition] {
+                        let all: Vec<_> = message.headers().into_iter().flat_map(|headers| headers.iter()).collect();
+                        let mut headers = all.iter();
+                        let source =
+                            headers.rfind(|header| header.key == SOURCE_HEADER).and_then(|header| header.value);
+                        take(partition, offset, source.and_then(|text| std::str::from_utf8(text).ok()));
+                    }
+                    if offset + 1 >= until[partition] {
+                        left.remove(&partition);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes an entry of the control topic, as anybody may.
+    pub fn ask(&self, entry: &str) -> Result<(), OutsideError> {
+        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", self.names.control), error);
+        let own = [("enable.idempotence", "true"), ("message.timeout.ms", "10000"), ("acks", "all")];
+        let writer = Writer::new(&client(&self.config, &own), 0, self.clock.clone()).map_err(error)?;
+        let record = BaseRecord::<(), _, _>::with_opaque_to(&self.names.control, CONTROL).partition(0).payload(entry);
+        writer.producer.send(record).map_err(|(why, _)| error(why))?;
+        flush(&writer.producer).map_err(error)?;
+        match writer.deliveries.failed.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => Err(OutsideError::new(format!("kafka topic {}", self.names.control), "the entry was not written")),
+        }
+    }
+}
