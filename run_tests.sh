@@ -65,7 +65,8 @@ if scripts/services.sh up; then
     without+=(--skip "${pair#*:}")
     skipped+=("services::*${pair#*:}*: the program $program is not installed, which the test starts and ends")
   done
-  cargo test --quiet "${profile[@]}" --test it services:: -- --ignored "${without[@]}"
+  # One after the other: each is a broker, three nodes and more.
+  cargo test --quiet "${profile[@]}" --test it services:: -- --ignored --test-threads 1 "${without[@]}"
   scripts/services.sh down
 elif [ "${REQUIRE_SERVICES:-}" = 1 ]; then
   echo "run_tests.sh: no Kafka or no Redis, expected both with REQUIRE_SERVICES=1" >&2

@@ -136,7 +136,9 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
     let state = cluster.until(1, "the rollback", Duration::from_secs(60), |state| state["phase"] == "RolledBack");
     assert!(state["reason"].as_str().unwrap().contains("errors: "), "{state}");
     let read = topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback));
-    assert_eq!(kinds(&read), [DecisionKind::Start, DecisionKind::Promote, DecisionKind::Rollback]);
+    // On a busy machine a promotion may find a node that doesn't answer in time, and is tried again.
+    let decided: Vec<_> = kinds(&read).into_iter().filter(|kind| *kind != DecisionKind::Abort).collect();
+    assert_eq!(decided, [DecisionKind::Start, DecisionKind::Promote, DecisionKind::Rollback]);
     assert!(read.iter().filter(|one| one.kind() == DecisionKind::Verdict).count() >= 4);
     for node in 0..3 {
         assert_eq!(streamed(&cluster, node, read[read.len() - 1].sequence), read, "node {node}");
