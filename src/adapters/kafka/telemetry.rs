@@ -84,6 +84,12 @@ impl KafkaTelemetry {
         for partition in assignment.elements() {
             times.add_partition_offset(partition.topic(), partition.partition(), Offset::Offset(since_ms as i64))?;
         }
+        // Asked before the times: whatever comes between the two questions is read. The word "end" would be taken at its time.
+        let mut ends = BTreeMap::new();
+        for partition in assignment.elements() {
+            let (topic, partition) = (partition.topic(), partition.partition());
+            ends.insert(partition, self.consumer.fetch_watermarks(topic, partition, ANSWER_MAX)?.1);
+        }
         let by_time = self.consumer.offsets_for_times(times, ANSWER_MAX)?;
         let committed = self.consumer.committed_offsets(assignment, ANSWER_MAX)?;
         let position = self.consumer.position()?;
@@ -95,11 +101,14 @@ impl KafkaTelemetry {
                 continue;
             }
             let known = committed.find_partition(topic, partition).map(|known| known.offset());
-            let start = match (known, place.offset()) {
-                (Some(Offset::Offset(committed)), Offset::Offset(counts)) => Offset::Offset(committed.max(counts)),
-                (Some(Offset::Offset(committed)), _) => Offset::Offset(committed),
-                (_, counts) => counts,
+            let counts = match place.offset() {
+                Offset::Offset(counts) => counts,
+                _ => ends[&partition],
             };
+            let start = Offset::Offset(match known {
+                Some(Offset::Offset(committed)) => committed.max(counts),
+                _ => counts,
+            });
             self.consumer.seek(topic, partition, start, ANSWER_MAX)?;
             info!(topic, partition, offset = ?start, "telemetry partition taken");
         }
