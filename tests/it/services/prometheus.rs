@@ -18,14 +18,14 @@ fn prometheus_away_holds_the_step_and_what_it_says_rolls_back() {
     assert!(yaml.contains(own_errors));
     let requests = "sum(increase(aviary_requests_total{version='{{version}}'";
     let asked = format!(
-        "- name: share-of-errors\n        thresholdRange: {{ max: 5 }}\n        provider:\n          prometheus:\n            \
+        "- name: share-of-errors\n        thresholdRange: {{ max: 2 }}\n        provider:\n          prometheus:\n            \
          address: http://127.0.0.1:{}\n            interval: 1s\n            \
          query: \"100 * ({requests},code_class='5xx'}}[{{{{window}}}}])) or vector(0)) / {requests}}}[{{{{window}}}}]))\"",
         own.port
     );
     let yaml = yaml.replace(own_errors, &asked).replace("window: 30s", "window: 10s");
-    // The data plane's own breaker and limits must not be quicker than the query that is looked at here.
-    let faults = r#"{"error_percent":12}"#;
+    // Too few for the data plane's own breaker: five failures in a row, which would be quicker than the query looked at here.
+    let faults = r#"{"error_percent":6}"#;
     cluster.apply(0, &yaml);
     let traffic = Traffic::start(&cluster, 150);
     let held = |state: &serde_json::Value| {
@@ -44,7 +44,7 @@ fn prometheus_away_holds_the_step_and_what_it_says_rolls_back() {
     v2.fault(faults);
     let state = cluster.until(1, "the rollback", Duration::from_secs(40), |state| state["phase"] == "RolledBack");
     let reason = state["reason"].as_str().unwrap();
-    assert!(reason.contains("share-of-errors: ") && reason.ends_with("limit 5"), "{state}");
+    assert!(reason.contains("share-of-errors: ") && reason.ends_with("limit 2"), "{state}");
     drop(traffic);
     cluster.assert_no_panic();
 }
