@@ -222,15 +222,6 @@ pub struct Commit {
     pub entry: Option<String>,
 }
 
-/// A service's consumer group.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Group {
-    /// How many consumers are in it.
-    pub members: usize,
-    /// The next offset that it reads, for each partition; none where it never committed one.
-    pub next: Vec<Option<i64>>,
-}
-
 /// Records of one version's topic that were written for the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reclaimed {
@@ -279,8 +270,11 @@ pub trait Broker: Send {
     /// Commits.
     fn commit(&mut self, commit: &Commit) -> Result<(), OutsideError>;
 
-    /// Returns a service's group, as it reads a topic.
-    fn group(&mut self, side: Side, topic: Topic) -> Result<Group, OutsideError>;
+    /// Returns how many consumers are in a service's group.
+    fn members(&mut self, side: Side) -> Result<usize, OutsideError>;
+
+    /// Returns the next offset that a service's group reads of a topic, for each partition; none where it never committed one.
+    fn reads(&mut self, side: Side, topic: Topic) -> Result<Vec<Option<i64>>, OutsideError>;
 
     /// Returns the first offset and that after the last, for each partition.
     fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError>;

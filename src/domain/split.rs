@@ -43,10 +43,6 @@ impl Side {
             Self::Canary => Self::Stable,
         }
     }
-
-    fn of(ticket: u16, weight: Weight) -> Self {
-        if ticket < weight.bp() { Self::Canary } else { Self::Stable }
-    }
 }
 
 /// A record's place among the weights: the same whenever and wherever it is asked for.
@@ -57,17 +53,21 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// Returns the ticket of a key, as in the data plane: records of one key keep their order.
-    pub fn of_key(salt: u64, key: &[u8]) -> Self {
+    /// Returns the ticket of a record: its key's, as in the data plane, so that records of one key keep their order. Without a key
+    /// that matters, its place's: a uniform draw that replays alike.
+    pub fn of(salt: u64, key: Option<&[u8]>, partition: usize, offset: i64) -> Self {
+        let Some(key) = key else {
+            let mut place = [0; 16];
+            place[..8].copy_from_slice(&(partition as u64).to_le_bytes());
+            place[8..].copy_from_slice(&offset.to_le_bytes());
+            return Self { value: sticky_ticket(salt, &place), keyed: false };
+        };
         Self { value: sticky_ticket(salt, key), keyed: true }
     }
 
-    /// Returns the ticket of a record without a key, or whose key is not to matter: a uniform draw that replays alike.
-    pub fn of_place(salt: u64, partition: usize, offset: i64) -> Self {
-        let mut place = [0; 16];
-        place[..8].copy_from_slice(&(partition as u64).to_le_bytes());
-        place[8..].copy_from_slice(&offset.to_le_bytes());
-        Self { value: sticky_ticket(salt, &place), keyed: false }
+    /// Returns whom the record goes to while the weight doesn't change.
+    pub fn side(self, weight: Weight) -> Side {
+        if self.value < weight.bp() { Side::Canary } else { Side::Stable }
     }
 }
 
@@ -160,9 +160,9 @@ impl Split {
     }
 
     fn side(&mut self, ticket: Ticket) -> Side {
-        let next = Side::of(ticket.value, self.weight);
+        let next = ticket.side(self.weight);
         let Some(change) = self.change.as_mut().filter(|_| ticket.keyed) else { return next };
-        let former = Side::of(ticket.value, change.former);
+        let former = ticket.side(change.former);
         if former == next {
             return next;
         }

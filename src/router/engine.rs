@@ -13,7 +13,7 @@ use crate::domain::weights::Weight;
 use crate::ports::{Broker, Commit, Hooks, OutsideError, Place, Record, Stamp, Topic};
 
 /// What a router is to do.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Plan {
     /// Makes tickets of keys; the data plane's for a rollout of the same service.
     pub salt: u64,
@@ -103,6 +103,8 @@ pub struct Report {
     pub lag: u64,
 }
 
+/// What is waited for while the cluster can't be asked.
+const UNKNOWN: &str = "the cluster: what it has committed isn't known";
 /// Between two looks at the canary's lag.
 const LOOK_MS: u64 = 500;
 /// How often a service that doesn't stop is told to.
@@ -148,6 +150,7 @@ impl Engine {
             }
         }
         if let Steering::Cluster(Some(Agreed { end: Some(end), .. })) = steering
+            && state.course.phase.is_some()
             && state.course.is_changed_by(end)
         {
             let ask = match end {
@@ -160,7 +163,13 @@ impl Engine {
         }
         let aborted = matches!(state.course.end, Some(End::Abort(_)));
         match state.course.phase.clone() {
-            None => self.enter(Phase::Taking, Commit::default()),
+            None => match steering {
+                Steering::Cluster(None) => Ok(Turn::Waits(UNKNOWN.into())),
+                Steering::Cluster(Some(Agreed { end: Some(End::Abort(_)), .. })) => {
+                    Ok(Turn::Waits("the cluster's next rollout: the last one was rolled back".into()))
+                }
+                _ => self.enter(Phase::Taking, Commit::default()),
+            },
             Some(Phase::Taking) => self.take_over(now_ms),
             Some(
                 Phase::Starting { from } | Phase::Running { from } | Phase::Draining { from, winner: Side::Canary },
@@ -273,7 +282,7 @@ impl Engine {
             state.called_ms = now_ms;
         }
         self.call(Call::Stop, side, topic)?;
-        let members = self.broker.group(side, topic)?.members;
+        let members = self.broker.members(side)?;
         Ok((members > 0)
             .then(|| Turn::Waits(format!("the {} service's group has {members} members, expected none", side.word()))))
     }
@@ -282,18 +291,17 @@ impl Engine {
         if let Some(wait) = self.stop(now_ms, Side::Stable, Topic::Source)? {
             return Ok(wait);
         }
-        let group = self.broker.group(Side::Stable, Topic::Source)?;
-        if group.members > 0 {
+        let reads = self.broker.reads(Side::Stable, Topic::Source)?;
+        if self.broker.members(Side::Stable)? > 0 {
             return Ok(Turn::Waits("the stable service, which was started again".into()));
         }
         let bounds = self.broker.bounds(Topic::Source)?;
-        if bounds.is_empty() || bounds.len() != group.next.len() {
-            let why =
-                format!("has {} partitions, expected {}, as the versions' topics", bounds.len(), group.next.len());
+        if bounds.is_empty() || bounds.len() != reads.len() {
+            let why = format!("has {} partitions, expected {}, as the versions' topics", bounds.len(), reads.len());
             return Err(OutsideError::new("the source", why));
         }
         let mut from = Places::new();
-        for (partition, (next, (low, high))) in group.next.iter().zip(&bounds).enumerate() {
+        for (partition, (next, (low, high))) in reads.iter().zip(&bounds).enumerate() {
             match next {
                 // What it didn't read is gone; nobody can read it.
                 Some(next) => from.push(*next.max(low)),
@@ -334,22 +342,16 @@ impl Engine {
             self.broker.commit(&Commit { places, ..Commit::default() })?;
             self.state().kept_ms = now_ms;
         }
-        let cluster_end = match steering {
-            Steering::Cluster(Some(agreed)) => Some(agreed.end.clone()),
-            _ => None,
-        };
-        let agreed = match steering {
-            Steering::Cluster(None) => return Ok(Turn::Waits("the cluster: what it has committed isn't known".into())),
-            Steering::Cluster(Some(agreed)) => Some((agreed.weight, agreed.epoch)),
-            Steering::Alone => None,
-        };
         self.look(now_ms)?;
-        let plan = self.plan.clone();
+        let plan = self.plan;
         let state = self.state();
-        // In a cluster it is nobody else's to say: what is asked here doesn't raise the weight there.
-        let promoted =
-            state.course.end == Some(End::Promote) && cluster_end.is_none_or(|end| end == Some(End::Promote));
-        let (weight, epoch) = agreed.unwrap_or((state.course.weight.unwrap_or(plan.weight), state.course.weights));
+        let asked = state.course.end == Some(End::Promote);
+        let (weight, epoch, promoted) = match steering {
+            Steering::Cluster(None) => return Ok(Turn::Waits(UNKNOWN.into())),
+            // In a cluster it is nobody else's to say: what is asked here doesn't raise the weight there.
+            Steering::Cluster(Some(agreed)) => (agreed.weight, agreed.epoch, asked && agreed.end == Some(End::Promote)),
+            Steering::Alone => (state.course.weight.unwrap_or(plan.weight), state.course.weights, asked),
+        };
         let weight = if promoted { Weight::FULL } else { weight };
         let lags = plan.lag_max.is_some_and(|most| state.lag > most);
         let mut changed = vec![false; state.splits.len()];
@@ -376,10 +378,8 @@ impl Engine {
             assert!(record.offset >= next[record.partition], "records come in order, each once");
             next[record.partition] = record.offset + 1;
             changed[record.partition] = true;
-            let ticket = match record.key.filter(|_| plan.keyed) {
-                Some(key) => Ticket::of_key(plan.salt, key),
-                None => Ticket::of_place(plan.salt, record.partition, record.offset),
-            };
+            let key = record.key.filter(|_| plan.keyed);
+            let ticket = Ticket::of(plan.salt, key, record.partition, record.offset);
             let split = &mut splits[record.partition];
             Stamp { side: split.take(ticket), epoch: split.weight().1 }
         })?;
@@ -415,10 +415,10 @@ impl Engine {
         if self.state().looked_ms + LOOK_MS > now_ms {
             return Ok(());
         }
-        let group = self.broker.group(Side::Canary, Topic::Of(Side::Canary))?;
+        let reads = self.broker.reads(Side::Canary, Topic::Of(Side::Canary))?;
         let state = self.state();
         state.looked_ms = now_ms;
-        state.lag = lags(&state.splits, Side::Canary, &group.next).sum();
+        state.lag = lags(&state.splits, Side::Canary, &reads).sum();
         Ok(())
     }
 
@@ -428,8 +428,8 @@ impl Engine {
             if self.state().splits.iter().all(|split| split.former() != Some(side)) {
                 continue;
             }
-            let group = self.broker.group(side, Topic::Of(side))?;
-            for ((split, next), changed) in self.state().splits.iter_mut().zip(group.next).zip(&mut *changed) {
+            let reads = self.broker.reads(side, Topic::Of(side))?;
+            for ((split, next), changed) in self.state().splits.iter_mut().zip(reads).zip(&mut *changed) {
                 if split.former() == Some(side) {
                     *changed |= split.settle(next.unwrap_or(0));
                 }
@@ -443,10 +443,10 @@ impl Engine {
         if let Some(wait) = self.stop(now_ms, Side::Canary, Topic::Of(Side::Canary))? {
             return Ok(wait);
         }
-        let group = self.broker.group(Side::Canary, Topic::Of(Side::Canary))?;
+        let reads = self.broker.reads(Side::Canary, Topic::Of(Side::Canary))?;
         let most = self.plan.batch_max;
         let mut count = 0;
-        for (partition, next) in group.next.iter().enumerate() {
+        for (partition, next) in reads.iter().enumerate() {
             let Some(last) = self.state().splits[partition].last(Side::Canary) else { continue };
             let Some(mut at) = *next else {
                 let why = format!(
@@ -483,8 +483,8 @@ impl Engine {
 
     /// Returns what is left to be read of a version's topic; none when nothing is.
     fn left(&mut self, side: Side) -> Result<Option<Turn>, OutsideError> {
-        let group = self.broker.group(side, Topic::Of(side))?;
-        let left: u64 = lags(&self.state().splits, side, &group.next).sum();
+        let reads = self.broker.reads(side, Topic::Of(side))?;
+        let left: u64 = lags(&self.state().splits, side, &reads).sum();
         Ok((left > 0)
             .then(|| Turn::Waits(format!("the {} service, which has up to {left} records to read", side.word()))))
     }
@@ -515,6 +515,13 @@ impl Engine {
         let places = places.collect();
         let groups = vec![(winner, Topic::Source, places)];
         self.enter(Phase::Done { from, through, winner }, Commit { groups, ..Commit::default() })
+    }
+}
+
+impl Report {
+    /// Returns how many records a version was given.
+    pub fn given(&self, side: Side) -> u64 {
+        self.splits.iter().map(|split| split.given(side)).sum()
     }
 }
 

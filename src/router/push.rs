@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tracing::warn;
 
-use crate::domain::split::{Side, Split, Ticket};
+use crate::domain::split::{Side, Ticket};
 use crate::domain::weights::Weight;
 use crate::ports::{NotDone, OutsideError, Post, PostSource, Posted};
 
@@ -76,14 +76,10 @@ impl Pusher {
             return Ok(Pushed::default());
         }
         // The whole batch is one weight's.
-        let mut split = Split::new(0, weight);
         let mut lanes: Vec<Vec<(Posted, Side)>> = vec![Vec::new(); self.plan.in_flight];
         for record in records.iter().cloned() {
-            let ticket = match record.key.as_deref().filter(|_| self.plan.keyed) {
-                Some(key) => Ticket::of_key(self.plan.salt, key),
-                None => Ticket::of_place(self.plan.salt, record.partition, record.offset),
-            };
-            let side = split.take(ticket);
+            let key = record.key.as_deref().filter(|_| self.plan.keyed);
+            let side = Ticket::of(self.plan.salt, key, record.partition, record.offset).side(weight);
             lanes[lane(&record, self.plan.in_flight)].push((record, side));
         }
         let (post, attempts) = (self.post.clone(), self.plan.attempts);

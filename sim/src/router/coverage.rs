@@ -1,7 +1,7 @@
 //! What enough runs must reach.
 
 /// Things that happen somewhere in enough runs.
-const EVENTS: [&str; 43] = [
+const EVENTS: [&str; 44] = [
     "died: new",
     "died: taking over from the stable service",
     "died: starting both services",
@@ -45,6 +45,7 @@ const EVENTS: [&str; 43] = [
     "promoted",
     "aborted",
     "settled without an end",
+    "a rollout that was rolled back isn't begun",
 ];
 
 /// What was reached how often.

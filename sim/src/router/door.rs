@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use aviary::domain::course::Call;
 use aviary::domain::split::Side;
-use aviary::ports::{Broker, Commit, Group, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
+use aviary::ports::{Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
 
 use super::broker::Handle;
 use super::life::interrupt;
@@ -150,13 +150,15 @@ impl Broker for Door {
         result
     }
 
-    fn group(&mut self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
-        self.call("group", |world, _| {
-            let shared = world.shared_groups;
-            let of = world.services.iter().filter(|service| service.side == side && (shared || service.topic == topic));
-            let members = of.map(|service| service.members()).sum();
-            Ok(Group { members, next: world.broker.groups[&(side, topic)].clone() })
+    fn members(&mut self, side: Side) -> Result<usize, OutsideError> {
+        self.call("members", |world, _| {
+            let of = world.services.iter().filter(|service| service.side == side);
+            Ok(of.map(|service| service.members()).sum())
         })
+    }
+
+    fn reads(&mut self, side: Side, topic: Topic) -> Result<Vec<Option<i64>>, OutsideError> {
+        self.call("reads", |world, _| Ok(world.broker.groups[&(side, topic)].clone()))
     }
 
     fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use aviary::domain::course::Call;
 use aviary::domain::split::Side;
-use aviary::ports::{Broker, Commit, Group, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
+use aviary::ports::{Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
 
 use super::door::{Door, Hand};
 use super::life;
@@ -189,17 +189,21 @@ impl Broker for Bent {
         result
     }
 
-    fn group(&mut self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
-        let mut group = self.door.group(side, topic)?;
+    fn members(&mut self, side: Side) -> Result<usize, OutsideError> {
+        let members = self.door.members(side)?;
+        Ok(if self.bug == Bug::Members { 0 } else { members })
+    }
+
+    fn reads(&mut self, side: Side, topic: Topic) -> Result<Vec<Option<i64>>, OutsideError> {
+        let mut next = self.door.reads(side, topic)?;
         match (self.bug, topic) {
-            (Bug::Members, _) => group.members = 0,
             (Bug::Written, Topic::Of(_)) => {
-                group.next = self.door.bounds(topic)?.iter().map(|(_, high)| Some(*high)).collect();
+                next = self.door.bounds(topic)?.iter().map(|(_, high)| Some(*high)).collect();
             }
-            (Bug::Began, Topic::Source) => group.next.iter_mut().flatten().for_each(|next| *next += 1),
+            (Bug::Began, Topic::Source) => next.iter_mut().flatten().for_each(|next| *next += 1),
             _ => {}
         }
-        Ok(group)
+        Ok(next)
     }
 
     fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {

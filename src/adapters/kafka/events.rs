@@ -2,15 +2,12 @@
 
 use std::time::Duration;
 
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::KafkaError;
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
-use super::{ANSWER_MAX, Counted, client};
+use super::{ANSWER_MAX, Counted, client, send};
 use crate::config::node::Kafka;
 use crate::ports::OutsideError;
-
-/// How long a full queue is waited for before it is looked at again.
-const FULL: Duration = Duration::from_millis(2);
 
 /// Writes events.
 pub struct KafkaEvents {
@@ -34,19 +31,9 @@ impl KafkaEvents {
     }
 
     /// Sends an event; waits while the queue is full.
-    #[expect(clippy::disallowed_methods, reason = "the trial producer does nothing else")]
     pub fn send(&self, service: &str, event: &[u8]) -> Result<(), OutsideError> {
-        let mut record = BaseRecord::to(&self.topic).key(service).payload(event);
-        loop {
-            match self.producer.send(record) {
-                Ok(()) => return Ok(()),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
-                    record = back;
-                    std::thread::sleep(FULL);
-                }
-                Err((why, _)) => return Err(OutsideError::new(format!("kafka topic {}", self.topic), why)),
-            }
-        }
+        let record = BaseRecord::to(&self.topic).key(service).payload(event);
+        send(&self.producer, record).map_err(|why| OutsideError::new(format!("kafka topic {}", self.topic), why))
     }
 
     /// Returns how many events the broker has, and how many it could not be given.

@@ -8,7 +8,8 @@ use rdkafka::ClientConfig;
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::{Producer as _, ThreadedProducer};
+use rdkafka::message::ToBytes;
+use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use tracing::{debug, warn};
 
 use crate::config::node::Kafka;
@@ -22,7 +23,7 @@ mod telemetry;
 pub use decisions::KafkaDecisions;
 pub use events::KafkaEvents;
 pub use push::KafkaPush;
-pub use router::{KafkaBroker, Names, SOURCE_HEADER, VERSION_HEADER};
+pub use router::{KafkaBroker, Names, Range, SOURCE_HEADER, VERSION_HEADER};
 pub use telemetry::KafkaTelemetry;
 
 /// How often a step of a transaction that may be tried again is.
@@ -44,7 +45,7 @@ fn again(mut step: impl FnMut() -> Result<(), KafkaError>) -> Result<(), KafkaEr
 
 /// Waits until everything that was sent is delivered or given up. The client's own call looks every 100 ms only.
 #[expect(clippy::disallowed_methods, reason = "whoever calls has a thread of its own")]
-fn flush<C: rdkafka::producer::ProducerContext + 'static>(producer: &ThreadedProducer<C>) -> Result<(), KafkaError> {
+fn flush<C: ProducerContext + 'static>(producer: &ThreadedProducer<C>) -> Result<(), KafkaError> {
     let mut left = ANSWER_MAX;
     loop {
         match producer.flush(Duration::ZERO) {
@@ -56,6 +57,32 @@ fn flush<C: rdkafka::producer::ProducerContext + 'static>(producer: &ThreadedPro
         }
     }
 }
+
+/// Sends a record; waits while the client's queue is full.
+#[expect(clippy::disallowed_methods, reason = "whoever calls has a thread of its own")]
+fn send<C, K, P>(
+    producer: &ThreadedProducer<C>,
+    mut record: BaseRecord<'_, K, P, C::DeliveryOpaque>,
+) -> Result<(), KafkaError>
+where
+    C: ProducerContext + 'static,
+    K: ToBytes + ?Sized,
+    P: ToBytes + ?Sized,
+{
+    loop {
+        match producer.send(record) {
+            Ok(()) => return Ok(()),
+            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
+                record = back;
+                std::thread::sleep(FULL);
+            }
+            Err((error, _)) => return Err(error),
+        }
+    }
+}
+
+/// How long a full queue is waited for before it is looked at again.
+const FULL: Duration = Duration::from_millis(1);
 
 /// Between two looks at what is not delivered yet.
 const FLUSH_LOOK: Duration = Duration::from_micros(300);
@@ -104,7 +131,7 @@ impl ClientContext for Quiet {
 }
 
 impl rdkafka::consumer::ConsumerContext for Quiet {}
-impl rdkafka::producer::ProducerContext for Quiet {
+impl ProducerContext for Quiet {
     type DeliveryOpaque = ();
 
     fn delivery(&self, _: &rdkafka::message::DeliveryResult<'_>, (): ()) {}
@@ -132,7 +159,7 @@ impl ClientContext for Counted {
     }
 }
 
-impl rdkafka::producer::ProducerContext for Counted {
+impl ProducerContext for Counted {
     type DeliveryOpaque = ();
 
     fn delivery(&self, result: &rdkafka::message::DeliveryResult<'_>, (): ()) {

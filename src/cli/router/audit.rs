@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::{Seen, broker, print};
-use crate::adapters::kafka::KafkaBroker;
+use crate::adapters::kafka::{KafkaBroker, Range};
 use crate::cli::Exit;
 use crate::cli::output::Format;
 use crate::config::router::RouterConfig;
@@ -18,7 +18,7 @@ pub struct Compared {
     pub from: Vec<i64>,
     /// Where that ends.
     pub until: Vec<i64>,
-    /// Copies of records after that, which are the next audit's.
+    /// What was found there. Copies of records after it are the next audit's.
     pub findings: Findings,
     /// Records that the source doesn't hold any more, at least.
     pub gone: i64,
@@ -37,12 +37,15 @@ pub fn compare(broker: &KafkaBroker) -> anyhow::Result<Option<Compared>> {
     let begin: Vec<i64> = from.iter().zip(&bounds).map(|(from, (low, _))| *from.max(low)).collect();
     let gone = begin.iter().zip(&from).map(|(begin, from)| begin - from).sum();
     let mut audit = Audit::new(begin.clone());
-    broker.scan(Topic::Source, &begin, &until, &mut |partition, offset, _| audit.source(At { partition, offset }))?;
+    let ranges = begin.iter().zip(&until).map(|(from, until)| Range { from: *from, until: *until, known: None });
+    let ranges: Vec<_> = ranges.collect();
+    broker.scan(Topic::Source, &ranges, &mut |partition, offset, _| audit.source(At { partition, offset }))?;
     for side in Side::BOTH {
         let bounds = broker.topic_bounds(Topic::Of(side))?;
-        let low: Vec<i64> = bounds.iter().map(|(low, _)| *low).collect();
-        let high: Vec<i64> = bounds.iter().map(|(_, high)| *high).collect();
-        broker.scan(Topic::Of(side), &low, &high, &mut |partition, offset, source| {
+        let known = bounds.iter().zip(&seen.splits);
+        let ranges = known.map(|((low, high), split)| Range { from: *low, until: *high, known: split.last(side) });
+        let ranges: Vec<_> = ranges.collect();
+        broker.scan(Topic::Of(side), &ranges, &mut |partition, offset, source| {
             let taken_back = seen.splits[partition].reclaimed().is_some_and(|reclaimed| offset >= reclaimed);
             let at = source.and_then(read_source);
             let later = at.is_some_and(|at| until.get(at.partition).is_some_and(|until| at.offset >= *until));

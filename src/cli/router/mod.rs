@@ -236,8 +236,8 @@ fn asked(args: &AskArgs, ask: Ask, done: &str, is_done: impl Fn(&Seen) -> bool) 
 fn lags(broker: &KafkaBroker, seen: &Seen) -> anyhow::Result<[Vec<u64>; 2]> {
     let mut lags = [Vec::new(), Vec::new()];
     for side in Side::BOTH {
-        let group = broker.service_group(side, Topic::Of(side))?;
-        lags[side as usize] = crate::router::engine::lags(&seen.splits, side, &group.next).collect();
+        let (_, reads) = broker.service(side, Topic::Of(side))?;
+        lags[side as usize] = crate::router::engine::lags(&seen.splits, side, &reads).collect();
     }
     Ok(lags)
 }

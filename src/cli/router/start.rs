@@ -257,12 +257,11 @@ fn work(
         let passed_ms = now.millis_since(said);
         if passed_ms >= PROGRESS.as_millis() as u64 {
             let rate = total.saturating_sub(taken.unwrap_or(total)) * 1000 / passed_ms;
-            let given = |side| report.splits.iter().map(|split| split.given(side)).sum::<u64>();
             if taken.is_some_and(|before| before != total) {
                 info!(
                     records = total,
-                    stable = given(Side::Stable),
-                    canary = given(Side::Canary),
+                    stable = report.given(Side::Stable),
+                    canary = report.given(Side::Canary),
                     canary_lag = report.lag,
                     "{rate} records/s"
                 );
@@ -276,8 +275,7 @@ fn work(
 
 fn measure(report: &Report) {
     for side in Side::BOTH {
-        let given: u64 = report.splits.iter().map(|split| split.given(side)).sum();
-        gauge!("aviary_router_records", "version" => side.word()).set(given as f64);
+        gauge!("aviary_router_records", "version" => side.word()).set(report.given(side) as f64);
     }
     let weight = report.splits.iter().map(|split| split.weight().0).max().unwrap_or_default();
     gauge!("aviary_router_weight").set(weight.fraction());
@@ -288,10 +286,9 @@ fn measure(report: &Report) {
 
 fn show(report: Option<&Report>) -> Value {
     let Some(report) = report else { return serde_json::json!({ "phase": "opening" }) };
-    let given = |side| report.splits.iter().map(|split| split.given(side)).sum::<u64>();
     serde_json::json!({
         "phase": report.phase.as_ref().map_or("not started", Phase::words),
-        "stable": given(Side::Stable), "canary": given(Side::Canary), "canary_lag": report.lag, "next": report.next,
+        "stable": report.given(Side::Stable), "canary": report.given(Side::Canary), "canary_lag": report.lag, "next": report.next,
         "weights": report.splits.iter().map(|split| split.weight().0.fraction()).collect::<Vec<_>>(),
     })
 }
@@ -302,7 +299,7 @@ async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option
     let path = format!("/routing/state?service={}", segment(config.name.as_str()));
     let mut ticks = tokio::time::interval(ASK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut said, mut newest, mut followed) = (String::new(), 0, false);
+    let (mut said, mut newest) = (String::new(), 0);
     loop {
         ticks.tick().await;
         let asked = BootClock.now().mono;
@@ -320,12 +317,8 @@ async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option
                 Ok((agreed, _)) if agreed.epoch < newest => {
                     failed.push(format!("{address}: knows version {} only, expected {newest}", agreed.epoch));
                 }
-                Ok((Agreed { end: Some(End::Abort(_)), .. }, _)) if !followed => {
-                    failed.push(format!("{address}: its rollout was rolled back before this router followed it"));
-                }
                 Ok((agreed, lease)) => {
                     newest = agreed.epoch;
-                    followed |= agreed.end.is_none();
                     steer.send_replace(Some((agreed, asked.after_ms(lease.as_millis() as u64))));
                     failed.clear();
                     break;

@@ -32,10 +32,10 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
         }
     }
     let bounds = broker.topic_bounds(Topic::Source)?;
-    let group = broker.service_group(Side::Stable, Topic::Source)?;
+    let (members, reads) = broker.service(Side::Stable, Topic::Source)?;
     let mut rows = Vec::new();
     if seen.course.phase.is_none() {
-        for (partition, (next, (low, high))) in group.next.iter().zip(&bounds).enumerate() {
+        for (partition, (next, (low, high))) in reads.iter().zip(&bounds).enumerate() {
             if next.is_none() && low != high {
                 wrong.push(format!(
                     "partition {partition} has records, and group {} no place in it",
@@ -66,7 +66,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     };
     let value = json!({
         "router": config.name, "source": config.source, "partitions": rows, "topics_to_make": make, "hooks": hooks,
-        "weight": share, "stable_members": group.members, "phase": seen.words(), "in_the_way": wrong,
+        "weight": share, "stable_members": members, "phase": seen.words(), "in_the_way": wrong,
     });
     print(format, &value, || {
         let service = |side| {
@@ -76,7 +76,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
         let mut text = facts(&[
             ("router", format!("{}, {}", config.name, seen.words())),
             ("source", format!("{}, {partitions} partitions", config.source)),
-            ("stable", format!("{}, {} consumers read the source", service(Side::Stable), group.members)),
+            ("stable", format!("{}, {} consumers read the source", service(Side::Stable), members)),
             ("canary", service(Side::Canary)),
             ("weight", share),
             ("hooks", hooks),

@@ -44,8 +44,6 @@ pub struct World {
     pub routers: Vec<Router>,
     /// What the routers are to do.
     pub plan: Plan,
-    /// A service has one group for all topics, so that its members are those of any.
-    pub shared_groups: bool,
     /// A seeded bug.
     pub bug: Option<Bug>,
     /// What went wrong first.
@@ -127,7 +125,6 @@ impl World {
             broker,
             services,
             routers: Vec::new(),
-            shared_groups: dice.chance(5000),
             plan,
             bug,
             violation: None,

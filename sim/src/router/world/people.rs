@@ -163,6 +163,11 @@ impl World {
         visible.map(|line| serde_json::from_str(line).expect("entries come back"))
     }
 
+    /// Returns whether the cluster's rollout was rolled back.
+    pub fn is_rolled_back(&self) -> bool {
+        matches!(&self.agreed, Some(Agreed { end: Some(End::Abort(_)), .. }))
+    }
+
     /// Returns what a router that is turned now knows; its clock and its plan are its own.
     pub fn known(&self) -> Known {
         let steering = self.steering();

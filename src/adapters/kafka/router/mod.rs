@@ -19,11 +19,12 @@ use tracing::info;
 use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush};
 use crate::config::node::Kafka;
 use crate::domain::split::Side;
-use crate::ports::{Broker, Clock, Commit, Group, Opened, OutsideError, Place, Reclaimed, Record, Stamp, Topic};
+use crate::ports::{Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, Record, Stamp, Topic};
 
 mod topics;
 mod writer;
 
+pub use topics::Range;
 use writer::{CONTROL, Writer};
 
 /// Where a copy comes from: `TOPIC/PARTITION/OFFSET`.
@@ -33,7 +34,7 @@ pub const VERSION_HEADER: &str = "x-aviary-version";
 /// Under which weight.
 pub const EPOCH_HEADER: &str = "x-aviary-epoch";
 
-/// The broker ends a transaction by itself that takes longer: `transaction.timeout.ms`.
+/// The broker ends a transaction by itself that takes longer.
 const TRANSACTION_MS_MAX: u64 = 15_000;
 
 /// What a producer hears whose transactions a newer one has taken over.
@@ -90,6 +91,19 @@ struct Open {
     held: Vec<bool>,
 }
 
+/// Returns a reader of what is committed that joins no group, and commits nothing.
+fn reader(config: &Kafka, group: &str, own: &[(&str, &str)]) -> Result<BaseConsumer<Quiet>, KafkaError> {
+    let all = [
+        ("group.id", group),
+        ("enable.auto.commit", "false"),
+        ("isolation.level", "read_committed"),
+        // A place that is gone is an error; nothing is ever skipped.
+        ("auto.offset.reset", "error"),
+        ("fetch.wait.max.ms", "50"),
+    ];
+    client(config, &[&all, own].concat()).create_with_context(Quiet)
+}
+
 fn whole(topic: &str, partitions: usize) -> TopicPartitionList {
     let mut list = TopicPartitionList::new();
     list.add_partition_range(topic, 0, partitions as i32 - 1);
@@ -99,42 +113,33 @@ fn whole(topic: &str, partitions: usize) -> TopicPartitionList {
 impl KafkaBroker {
     /// Returns a broker that is not open yet.
     pub fn new(config: &Kafka, names: Names, clock: Arc<dyn Clock>) -> Result<Self, OutsideError> {
-        let consumer = |group: &String| {
-            let own =
-                [("group.id", group.as_str()), ("enable.auto.commit", "false"), ("isolation.level", "read_committed")];
-            let made = client(config, &own).create_with_context(Quiet);
+        let service = |group: &str| {
+            let made = reader(config, group, &[]);
             made.map_err(|error: KafkaError| OutsideError::new("kafka", error))
         };
-        let services = [consumer(&names.groups[0])?, consumer(&names.groups[1])?];
+        let services = [service(&names.groups[0])?, service(&names.groups[1])?];
         Ok(Self { config: config.clone(), names, clock, services, open: None })
     }
 
     fn source(&self) -> Result<BaseConsumer<Quiet>, KafkaError> {
-        let own = [
-            ("group.id", self.names.router.as_str()),
-            ("enable.auto.commit", "false"),
-            ("isolation.level", "read_committed"),
-            // A place that is gone is an error; nothing is ever skipped.
-            ("auto.offset.reset", "error"),
-            ("fetch.wait.max.ms", "50"),
-            ("queued.max.messages.kbytes", "32768"),
-        ];
-        client(&self.config, &own).create_with_context(Quiet)
+        reader(&self.config, &self.names.router, &[("queued.max.messages.kbytes", "32768")])
     }
 
     fn control(&self) -> Result<BaseConsumer<Quiet>, KafkaError> {
-        let own = [
-            ("group.id", self.names.router.as_str()),
-            ("enable.auto.commit", "false"),
-            ("isolation.level", "read_committed"),
-            ("enable.partition.eof", "true"),
-            ("fetch.wait.max.ms", "50"),
-        ];
-        let control: BaseConsumer<_> = client(&self.config, &own).create_with_context(Quiet)?;
+        let control = self.ends()?;
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(&self.names.control, 0, Offset::Beginning)?;
         control.assign(&list)?;
         Ok(control)
+    }
+
+    /// Returns a reader that hears where partitions end.
+    fn ends(&self) -> Result<BaseConsumer<Quiet>, KafkaError> {
+        reader(
+            &self.config,
+            &self.names.router,
+            &[("enable.partition.eof", "true"), ("queued.max.messages.kbytes", "16384")],
+        )
     }
 
     fn begin(&mut self) -> Result<Opened, KafkaError> {
@@ -144,9 +149,10 @@ impl KafkaBroker {
             Some(topic) if topic.error().is_none() && !topic.partitions().is_empty() => topic.partitions().len(),
             _ => return Err(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition)),
         };
+        let timeout = TRANSACTION_MS_MAX.to_string();
         let own = [
             ("transactional.id", self.names.router.as_str()),
-            ("transaction.timeout.ms", "15000"),
+            ("transaction.timeout.ms", timeout.as_str()),
             ("message.timeout.ms", "10000"),
             // Nobody sees records before their transaction is over, and its end waits for none: batches may as well be large.
             ("linger.ms", "20"),
@@ -241,15 +247,8 @@ impl KafkaBroker {
 
     fn try_reclaim(&mut self, at: (usize, i64, i64), most: usize, epoch: u64) -> Result<Reclaimed, KafkaError> {
         let (partition, from, until) = at;
+        let reader = self.ends()?;
         let open = self.open.as_mut().ok_or(KafkaError::Canceled)?;
-        let own = [
-            ("group.id", self.names.router.as_str()),
-            ("enable.auto.commit", "false"),
-            ("isolation.level", "read_committed"),
-            ("auto.offset.reset", "error"),
-            ("enable.partition.eof", "true"),
-        ];
-        let reader: BaseConsumer<_> = client(&self.config, &own).create_with_context(Quiet)?;
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(&self.names.topics[Side::Canary as usize], partition as i32, Offset::Offset(from))?;
         reader.assign(&list)?;
@@ -313,7 +312,7 @@ impl KafkaBroker {
         Ok(())
     }
 
-    fn try_group(&self, side: Side, topic: Topic, partitions: usize) -> Result<Group, KafkaError> {
+    fn try_members(&self, side: Side) -> Result<usize, KafkaError> {
         let (name, reader) = (&self.names.groups[side as usize], &self.services[side as usize]);
         let found = reader.fetch_group_list(Some(name), ANSWER_MAX)?;
         let found = found.groups().iter().find(|group| group.name() == name);
@@ -321,10 +320,13 @@ impl KafkaBroker {
             // Of a group with the newer protocol the broker says so, whoever is in it.
             return Err(KafkaError::GroupListFetch(RDKafkaErrorCode::InconsistentGroupProtocol));
         }
-        let members = found.map_or(0, |group| group.members().len());
+        Ok(found.map_or(0, |group| group.members().len()))
+    }
+
+    fn try_reads(&self, side: Side, topic: Topic, partitions: usize) -> Result<Vec<Option<i64>>, KafkaError> {
+        let reader = &self.services[side as usize];
         let committed = reader.committed_offsets(whole(self.names.topic(topic), partitions), ANSWER_MAX)?;
-        let next = offsets(&committed, partitions)?;
-        Ok(Group { members, next: next.into_iter().map(|found| found.map(|(next, _)| next)).collect() })
+        Ok(offsets(&committed, partitions)?.into_iter().map(|found| found.map(|(next, _)| next)).collect())
     }
 }
 
@@ -457,9 +459,13 @@ impl Broker for KafkaBroker {
         self.try_commit(commit).map_err(|error| self.error(error))
     }
 
-    fn group(&mut self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
+    fn members(&mut self, side: Side) -> Result<usize, OutsideError> {
+        self.try_members(side).map_err(|error| self.error(error))
+    }
+
+    fn reads(&mut self, side: Side, topic: Topic) -> Result<Vec<Option<i64>>, OutsideError> {
         let partitions = self.opened()?.partitions;
-        self.try_group(side, topic, partitions).map_err(|error| self.error(error))
+        self.try_reads(side, topic, partitions).map_err(|error| self.error(error))
     }
 
     fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {

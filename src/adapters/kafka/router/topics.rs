@@ -1,10 +1,10 @@
 //! What anybody may do with a router's topics: make them, look at them, ask something of the router.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::BaseRecord;
@@ -14,7 +14,18 @@ use super::super::{ANSWER_MAX, Quiet, client, flush};
 use super::writer::{CONTROL, Writer};
 use super::{KafkaBroker, SOURCE_HEADER, places, read};
 use crate::domain::split::Side;
-use crate::ports::{Group, Opened, OutsideError, Topic};
+use crate::ports::{Opened, OutsideError, Topic};
+
+/// What is read of a partition.
+#[derive(Debug, Clone, Copy)]
+pub struct Range {
+    /// The first offset.
+    pub from: i64,
+    /// That after the last.
+    pub until: i64,
+    /// A record that is known to be there: before it is read the partition isn't at its end.
+    pub known: Option<i64>,
+}
 
 impl KafkaBroker {
     /// Returns how many partitions a topic has; none when it isn't there.
@@ -91,7 +102,7 @@ impl KafkaBroker {
 
     /// Returns what [`Broker::open`] does, without becoming the router: for those who only look.
     pub fn look(&self) -> Result<Opened, OutsideError> {
-        let partitions = self.partitions(&self.names.source)?;
+        let partitions = self.partitions(&self.names.topics[0])?;
         let (Some(partitions), Some(_)) = (partitions, self.partitions(&self.names.control)?) else {
             return Ok(Opened::default());
         };
@@ -111,63 +122,59 @@ impl KafkaBroker {
         bounds.collect::<Result<_, _>>().map_err(|error| self.error(error))
     }
 
-    /// Returns a service's group, as it reads a topic.
-    pub fn service_group(&self, side: Side, topic: Topic) -> Result<Group, OutsideError> {
-        let partitions = self.partitions(&self.names.source)?.unwrap_or(0);
-        self.try_group(side, topic, partitions).map_err(|error| self.error(error))
+    /// Returns how many consumers are in a service's group, and the next offset that it reads of a topic, for each partition.
+    pub fn service(&self, side: Side, topic: Topic) -> Result<(usize, Vec<Option<i64>>), OutsideError> {
+        let partitions = self.partitions(self.names.topic(topic))?.unwrap_or(0);
+        let found = self.try_members(side).and_then(|members| Ok((members, self.try_reads(side, topic, partitions)?)));
+        found.map_err(|error| self.error(error))
     }
 
-    /// Reads what is committed of a topic, from these offsets on and before `until`: each record's partition, offset, and what
-    /// it says of where it is from.
+    /// Reads what is committed of a topic: each record's partition, offset, and what it says of where it is from.
     pub fn scan(
         &self,
         topic: Topic,
-        from: &[i64],
-        until: &[i64],
+        ranges: &[Range],
         take: &mut dyn FnMut(usize, i64, Option<&str>),
     ) -> Result<(), OutsideError> {
-        self.try_scan(self.names.topic(topic), from, until, take).map_err(|error| self.error(error))
+        self.try_scan(self.names.topic(topic), ranges, take).map_err(|error| self.error(error))
     }
 
     fn try_scan(
         &self,
         topic: &str,
-        from: &[i64],
-        until: &[i64],
+        ranges: &[Range],
         take: &mut dyn FnMut(usize, i64, Option<&str>),
     ) -> Result<(), KafkaError> {
-        let own = [
-            ("group.id", self.names.router.as_str()),
-            ("enable.auto.commit", "false"),
-            ("isolation.level", "read_committed"),
-            ("auto.offset.reset", "earliest"),
-            ("enable.partition.eof", "true"),
-            ("queued.max.messages.kbytes", "16384"),
-        ];
-        let reader: BaseConsumer<_> = client(&self.config, &own).create_with_context(Quiet)?;
-        let (mut list, mut left) = (TopicPartitionList::new(), BTreeSet::new());
-        for (partition, (from, _)) in from.iter().zip(until).enumerate().filter(|(_, (from, until))| from < until) {
-            list.add_partition_offset(topic, partition as i32, Offset::Offset(*from))?;
-            left.insert(partition);
+        let reader = self.ends()?;
+        let (mut list, mut left) = (TopicPartitionList::new(), BTreeMap::new());
+        for (partition, range) in ranges.iter().enumerate().filter(|(_, range)| range.from < range.until) {
+            list.add_partition_offset(topic, partition as i32, Offset::Offset(range.from))?;
+            left.insert(partition, range);
         }
         reader.assign(&list)?;
+        let mut next: Vec<i64> = ranges.iter().map(|range| range.from).collect();
         while !left.is_empty() {
             match reader.poll(ANSWER_MAX) {
                 None => return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut)),
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    left.remove(&(partition as usize));
+                    // Where the broker has not yet marked a transaction as committed, its records are still to come.
+                    left.retain(|one, range| {
+                        *one != partition as usize || range.known.is_some_and(|known| next[*one] <= known)
+                    });
                 }
                 Some(Err(error)) => return Err(error),
                 Some(Ok(message)) => {
                     let (partition, offset) = (message.partition() as usize, message.offset());
-                    if offset < until[partition] {
+                    let Some(range) = left.get(&partition) else { continue };
+                    next[partition] = offset + 1;
+                    if offset < range.until {
                         let all: Vec<_> = message.headers().into_iter().flat_map(|headers| headers.iter()).collect();
                         let mut headers = all.iter();
                         let source =
                             headers.rfind(|header| header.key == SOURCE_HEADER).and_then(|header| header.value);
                         take(partition, offset, source.and_then(|text| std::str::from_utf8(text).ok()));
                     }
-                    if offset + 1 >= until[partition] {
+                    if offset + 1 >= range.until {
                         left.remove(&partition);
                     }
                 }

@@ -2,22 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::time::Duration;
 
 use rdkafka::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, DeliveryResult, Header, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 
-use super::super::log;
+use super::super::{log, send};
 use super::{EPOCH_HEADER, Names, VERSION_HEADER};
 use crate::domain::split::Side;
 use crate::domain::time::Mono;
 use crate::ports::{Clock, Stamp};
-
-/// How long a full queue is waited for before it is looked at again.
-const FULL: Duration = Duration::from_millis(1);
 
 /// What the broker said about records of the open transaction.
 pub struct Deliveries {
@@ -106,7 +102,6 @@ impl Writer {
     }
 
     /// Writes a record as it is, but for its headers.
-    #[expect(clippy::disallowed_methods, reason = "a router has a thread of its own")]
     pub fn copy(
         &mut self,
         names: &Names,
@@ -128,15 +123,6 @@ impl Writer {
         if let Some(payload) = from.payload() {
             record = record.payload(payload);
         }
-        loop {
-            match self.producer.send(record) {
-                Ok(()) => return Ok(()),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
-                    record = back;
-                    std::thread::sleep(FULL);
-                }
-                Err((error, _)) => return Err(error),
-            }
-        }
+        send(&self.producer, record)
     }
 }
