@@ -1,17 +1,16 @@
-//! A topic split between two services, on a real broker: each record is processed once, by one of them, in its key's order.
+//! A topic, its emitter, two services that its records go to, and what is checked of them in the end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aviary::router::audit::read_source;
-use rand::RngExt as _;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
@@ -21,62 +20,109 @@ use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 use serde_json::Value;
 
-use super::{Own, runtime, unique, variable};
-use crate::cluster::harness::{Cluster, Process, Upstream, aviary, free_port, http, rollout as cluster_rollout, wait};
+use super::super::{runtime, unique};
+use crate::cluster::harness::{Process, aviary, wait};
 
 const PARTITIONS: usize = 6;
 
-fn number(name: &str, default: u64) -> u64 {
+pub fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 /// A record that a service has processed.
 #[derive(Debug, Clone)]
-struct Processed {
-    id: u64,
-    key: Option<Vec<u8>>,
+pub struct Processed {
+    pub id: u64,
+    pub key: Option<Vec<u8>>,
     /// `stable` or `canary`.
-    side: String,
+    pub side: String,
     /// Whether it came from the source itself.
-    alone: bool,
+    pub alone: bool,
     /// Where it stood in the topic that the service read, and in the source.
-    place: (i32, i64),
-    source: (i32, i64),
-    at: Instant,
+    pub place: (i32, i64),
+    pub source: (i32, i64),
+    pub at: Instant,
 }
 
-type Log = Arc<Mutex<Vec<Processed>>>;
+pub type Log = Arc<Mutex<Vec<Processed>>>;
 
 /// A consumer that runs.
-struct Running {
+pub struct Running {
     topic: String,
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
 /// The two services, started and stopped by the router's requests.
-struct Services {
-    bootstrap: String,
-    source: String,
-    running: BTreeMap<String, Running>,
+pub struct Services {
+    pub bootstrap: String,
+    pub source: String,
+    pub running: BTreeMap<String, Running>,
     /// The newest call's number, for each service.
-    numbers: BTreeMap<String, u64>,
-    log: Log,
+    pub numbers: BTreeMap<String, u64>,
+    pub log: Log,
     /// Microseconds that the canary takes for a record.
-    canary_us: Arc<AtomicU64>,
+    pub canary_us: Arc<AtomicU64>,
+    /// Who hears of the router's calls.
+    pub witness: Option<Witness>,
+}
+
+/// Says that a router is about to be told, or to hear, that a call is done: its last moment.
+#[derive(Clone)]
+pub struct Witness {
+    tell: mpsc::Sender<String>,
+    calls: Arc<Mutex<BTreeMap<String, u32>>>,
+}
+
+impl Witness {
+    /// Returns a witness, and where it is heard.
+    pub fn new() -> (Self, mpsc::Receiver<String>) {
+        let (tell, told) = mpsc::channel();
+        (Self { tell, calls: Arc::default() }, told)
+    }
+
+    /// Returns how often this was called before.
+    fn count(&self, call: &str) -> u32 {
+        let mut calls = self.calls.lock().unwrap();
+        let count = calls.entry(call.into()).or_default();
+        *count += 1;
+        *count - 1
+    }
+
+    /// Gives whoever listens the time to kill the router.
+    fn say(&self, when: &str, call: &str) {
+        let _ = self.tell.send(format!("{when} {call}"));
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+/// Does what a hook is asked, unless it comes after a newer one. A witness hears of each call's first time before it has an effect, of
+/// its second one after.
+fn asked(services: &Mutex<Services>, number: u64, [call, side, topic, group]: [&str; 4]) {
+    let (witness, source) = {
+        let services = services.lock().unwrap();
+        (services.witness.clone(), services.source.clone())
+    };
+    let words = format!("{call} {side} on {}", if topic == source { "the source" } else { "its own topic" });
+    let before = witness.as_ref().map(|witness| witness.count(&words));
+    if let (Some(witness), Some(0)) = (&witness, before) {
+        witness.say("before", &words);
+    }
+    {
+        let mut services = services.lock().unwrap();
+        let newest = services.numbers.entry(side.into()).or_default();
+        if number >= *newest {
+            *newest = number;
+            services.call(call, side, topic, group);
+        }
+    }
+    if let (Some(witness), Some(1)) = (&witness, before) {
+        witness.say("after", &words);
+    }
 }
 
 impl Services {
-    /// Does what a hook is asked, unless it comes after a newer one.
-    fn asked(&mut self, number: u64, call: &str, side: &str, topic: &str, group: &str) {
-        let newest = self.numbers.entry(side.into()).or_default();
-        if number >= *newest {
-            *newest = number;
-            self.call(call, side, topic, group);
-        }
-    }
-
-    fn call(&mut self, call: &str, side: &str, topic: &str, group: &str) {
+    pub fn call(&mut self, call: &str, side: &str, topic: &str, group: &str) {
         let same = self.running.get(side).is_some_and(|running| running.topic == topic);
         if call == "stop" && same || call == "start" && !same {
             self.stop(side);
@@ -186,23 +232,23 @@ fn payload_of(id: u64) -> Option<Vec<u8>> {
 }
 
 /// A topic, its emitter, the services, and the router's file.
-struct Rollout {
-    bootstrap: String,
-    dir: tempfile::TempDir,
-    services: Arc<Mutex<Services>>,
-    log: Log,
-    canary_us: Arc<AtomicU64>,
-    emitted: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-    emitter: Option<JoinHandle<Duration>>,
+pub struct Rollout {
+    pub bootstrap: String,
+    pub dir: tempfile::TempDir,
+    pub services: Arc<Mutex<Services>>,
+    pub log: Log,
+    pub canary_us: Arc<AtomicU64>,
+    pub emitted: Arc<AtomicU64>,
+    pub stop: Arc<AtomicBool>,
+    pub emitter: Option<JoinHandle<Duration>>,
 }
 
 impl Rollout {
-    fn start(bootstrap: String, rate: u64, more: &str) -> Self {
+    pub fn start(bootstrap: String, rate: u64, more: &str) -> Self {
         Self::named("r", bootstrap, rate, more)
     }
 
-    fn named(name: &str, bootstrap: String, rate: u64, more: &str) -> Self {
+    pub fn named(name: &str, bootstrap: String, rate: u64, more: &str) -> Self {
         let source = unique("orders");
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", &bootstrap);
@@ -221,6 +267,7 @@ impl Rollout {
             numbers: BTreeMap::new(),
             log: log.clone(),
             canary_us: canary_us.clone(),
+            witness: None,
         }));
         let hooks = serve_hooks(services.clone());
         services.lock().unwrap().call("start", "stable", &source, &format!("{source}-v1"));
@@ -237,11 +284,11 @@ impl Rollout {
         Self { bootstrap, dir, services, log, canary_us, emitted, stop, emitter: Some(emitter) }
     }
 
-    fn file(&self) -> PathBuf {
+    pub fn file(&self) -> PathBuf {
         self.dir.path().join("router.yaml")
     }
 
-    fn router(&self) -> Process {
+    pub fn router(&self) -> Process {
         let log =
             std::fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("router.log")).unwrap();
         let mut command = aviary();
@@ -249,12 +296,12 @@ impl Rollout {
         Process(command.stdout(Stdio::null()).stderr(log).spawn().unwrap())
     }
 
-    fn ask(&self, words: &[&str]) -> Output {
+    pub fn ask(&self, words: &[&str]) -> Output {
         aviary().arg("router").args(words).arg("-f").arg(self.file()).output().unwrap()
     }
 
     /// Asks, and has it done.
-    fn done(&self, words: &[&str]) {
+    pub fn done(&self, words: &[&str]) {
         let output = self.ask(words);
         assert!(
             output.status.success(),
@@ -264,15 +311,15 @@ impl Rollout {
         );
     }
 
-    fn router_log(&self) -> String {
+    pub fn router_log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("router.log")).unwrap_or_default()
     }
 
-    fn status(&self) -> Value {
+    pub fn status(&self) -> Value {
         serde_json::from_slice(&self.ask(&["status", "-o", "json"]).stdout).unwrap_or(Value::Null)
     }
 
-    fn until_phase(&self, phase: &str) {
+    pub fn until_phase(&self, phase: &str) {
         let began = Instant::now();
         while self.status()["phase"] != phase {
             assert!(began.elapsed() < Duration::from_secs(120), "{phase}: not within 120 s\n{}", self.router_log());
@@ -281,7 +328,7 @@ impl Rollout {
     }
 
     /// Waits until this many more records are processed.
-    fn processed(&self, more: u64) {
+    pub fn processed(&self, more: u64) {
         let goal = self.log.lock().unwrap().len() as u64 + more;
         wait("records", Duration::from_secs(120), || (self.log.lock().unwrap().len() as u64 >= goal).then_some(()));
     }
@@ -315,7 +362,7 @@ impl Rollout {
     }
 
     /// Ends the emitter, waits until everything is processed, and checks it all. Returns the log.
-    fn checked(mut self, winner: &str) -> Vec<Processed> {
+    pub fn checked(mut self, winner: &str) -> Vec<Processed> {
         self.stop.store(true, Ordering::Relaxed);
         let slowest = self.emitter.take().unwrap().join().unwrap();
         let emitted = self.emitted.load(Ordering::Relaxed);
@@ -439,309 +486,14 @@ fn serve_hooks(services: Arc<Mutex<Services>>) -> u16 {
                 if reader.read_exact(&mut body).is_err() {
                     return;
                 }
-                let asked: Value = serde_json::from_slice(&body).unwrap();
-                let text = |key: &str| asked[key].as_str().unwrap().to_string();
-                let (number, mut services) = (asked["number"].as_u64().unwrap(), services.lock().unwrap());
-                services.asked(number, &text("call"), &text("side"), &text("topic"), &text("group"));
-                drop(services);
+                let body: Value = serde_json::from_slice(&body).unwrap();
+                let text = |key: &str| body[key].as_str().unwrap().to_string();
+                let number = body["number"].as_u64().unwrap();
+                asked(&services, number, [&text("call"), &text("side"), &text("topic"), &text("group")]);
                 // A router that was killed meanwhile doesn't hear it.
                 let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
             });
         }
     });
     port
-}
-
-/// Returns the longest time that passed between two records from the services' own topics.
-fn longest_gap(log: &[Processed], from: Instant, until: Instant) -> Duration {
-    let times: Vec<Instant> = log.iter().map(|one| one.at).filter(|at| (from..until).contains(at)).collect();
-    times.windows(2).map(|two| two[1] - two[0]).max().unwrap_or_default()
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_start_ten_percent_fifty_percent_and_promote() {
-    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), number("ROUTER_RATE", 2_000), "  weight: 0\n");
-    rollout.processed(2_000);
-    let router = rollout.router();
-    rollout.until_phase("running");
-    rollout.processed(2_000);
-    let began = Instant::now();
-    for share in ["10", "50"] {
-        rollout.done(&["set-weight", share]);
-        rollout.processed(number("ROUTER_RECORDS", 6_000) / 2);
-    }
-    let ended = Instant::now();
-    rollout.done(&["promote"]);
-    drop(router);
-    rollout.processed(2_000);
-    let log = rollout.checked("canary");
-    println!("longest gap in output over two changes of weight: {} ms", longest_gap(&log, began, ended).as_millis());
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_start_ten_percent_and_abort_with_a_backlog() {
-    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), number("ROUTER_RATE", 2_000), "  weight: 10\n");
-    let router = rollout.router();
-    rollout.until_phase("running");
-    // The canary can't keep up: when it is stopped it has a backlog.
-    rollout.canary_us.store(20_000, Ordering::Relaxed);
-    rollout.processed(number("ROUTER_RECORDS", 6_000));
-    let lag: u64 =
-        rollout.status()["partitions"].as_array().unwrap().iter().map(|one| one["canary_lag"].as_u64().unwrap()).sum();
-    rollout.done(&["abort", "--reason", "too slow"]);
-    drop(router);
-    rollout.processed(2_000);
-    assert!(rollout.router_log().contains("backlog was given to stable"), "a lag of {lag}");
-    rollout.checked("stable");
-}
-
-/// A life of a router that is killed at random moments, and now and then its broker.
-fn killed(end: &str, kills: u64, broker_kills: u64) {
-    let own = (broker_kills > 0).then(|| Own::start("kafka"));
-    let bootstrap = own.as_ref().map_or_else(|| variable("KAFKA_BOOTSTRAP"), |own| format!("127.0.0.1:{}", own.port));
-    let rollout = Rollout::start(bootstrap, number("ROUTER_RATE", 1_000), "  weight: 10\n  changeMax: 1s\n");
-    rollout.processed(500);
-    let mut random = rand::rng();
-    let mut router = rollout.router();
-    for kill in 0..kills {
-        // Every step of start and end is hit as well: some lives are very short.
-        let life = if random.random_bool(0.5) { random.random_range(50..900) } else { random.random_range(900..4_000) };
-        std::thread::sleep(Duration::from_millis(life));
-        router.0.kill().unwrap();
-        router.0.wait().unwrap();
-        if let Some(own) = own.as_ref().filter(|_| kill * broker_kills / kills != (kill + 1) * broker_kills / kills) {
-            own.kill();
-            std::thread::sleep(Duration::from_millis(random.random_range(100..2_000)));
-            own.up();
-        }
-        router = rollout.router();
-        let share = random.random_range(5..60).to_string();
-        match kill {
-            _ if kill + 4 == kills => wait("somebody who hears", Duration::from_secs(60), || {
-                rollout.ask(&[end, "--no-wait"]).status.success().then_some(())
-            }),
-            _ if kill + 4 < kills && kill % 3 == 0 => drop(rollout.ask(&["set-weight", &share, "--no-wait"])),
-            _ => {}
-        }
-    }
-    let done = if end == "promote" { "promoted" } else { "aborted" };
-    rollout.until_phase(done);
-    wait("the router's end", Duration::from_secs(60), || router.0.try_wait().unwrap());
-    rollout.processed(1_000);
-    println!("killed the router {kills} times, the broker {broker_kills} times");
-    rollout.checked(if end == "promote" { "canary" } else { "stable" });
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_killed_again_and_again_and_promoted() {
-    killed("promote", number("ROUTER_KILLS", 8), number("ROUTER_BROKER_KILLS", 0));
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_killed_again_and_again_and_aborted() {
-    killed("abort", number("ROUTER_KILLS", 8), number("ROUTER_BROKER_KILLS", 0));
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_started_twice_is_the_newer_one() {
-    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), 500, "  weight: 30\n");
-    let mut first = rollout.router();
-    rollout.until_phase("running");
-    rollout.processed(500);
-    let second = rollout.router();
-    let status = wait("the first one's end", Duration::from_secs(30), || first.0.try_wait().unwrap());
-    assert_eq!(status.code(), Some(1), "{}", rollout.router_log());
-    rollout.processed(500);
-    rollout.done(&["promote"]);
-    drop(second);
-    rollout.processed(500);
-    rollout.checked("canary");
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_follows_the_cluster_waits_without_it_and_aborts_with_it() {
-    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
-    let mut cluster = Cluster::start();
-    let nodes: Vec<_> = cluster.nodes.iter().map(|node| format!("'http://127.0.0.1:{}'", node.api)).collect();
-    let follow = format!("  follow: {{ api: [{}] }}\n", nodes.join(", "));
-    let rollout = Rollout::named("svc", variable("KAFKA_BOOTSTRAP"), 1_000, &follow);
-    cluster
-        .apply(0, &cluster_rollout(&v1.url(), &v2.url(), "    - setWeight: 20\n    - pause: {}\n    - setWeight: 100"));
-    let router = rollout.router();
-    rollout.until_phase("running");
-    let shares = |status: &Value| -> Vec<f64> {
-        status["partitions"].as_array().unwrap().iter().map(|one| one["weight"].as_f64().unwrap()).collect()
-    };
-    wait("the cluster's weight", Duration::from_secs(20), || {
-        shares(&rollout.status()).iter().all(|w| *w == 0.2).then_some(())
-    });
-    assert_eq!(rollout.ask(&["promote"]).status.code(), Some(1), "it is the cluster's to say");
-    rollout.processed(2_000);
-    // A node alone holds no lease: nothing moves.
-    cluster.kill(0);
-    cluster.kill(1);
-    wait("the pause", Duration::from_secs(20), || {
-        rollout.router_log().contains("waiting for the cluster").then_some(())
-    });
-    let next = rollout.status()["partitions"].clone();
-    std::thread::sleep(Duration::from_secs(2));
-    let still: Vec<_> =
-        rollout.status()["partitions"].as_array().unwrap().iter().map(|one| one["next"].clone()).collect();
-    assert_eq!(still, next.as_array().unwrap().iter().map(|one| one["next"].clone()).collect::<Vec<_>>());
-    for node in [0, 1] {
-        cluster.spawn(node, None);
-        cluster.wait_ready(node);
-    }
-    rollout.processed(3_000);
-    wait("the rollback", Duration::from_secs(10), || {
-        (cluster.post(2, "/v1/rollouts/svc/abort", None, "{}").status == 200).then_some(())
-    });
-    rollout.until_phase("aborted");
-    drop(router);
-    rollout.processed(1_000);
-    rollout.checked("stable");
-    cluster.assert_no_panic();
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_posts_records_to_the_data_plane_and_the_rest_to_the_dead_letters() {
-    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
-    let cluster = Cluster::start();
-    cluster
-        .apply(0, &cluster_rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100"));
-    let bootstrap = variable("KAFKA_BOOTSTRAP");
-    let dead = unique("dead");
-    let port = free_port();
-    let more = format!(
-        "  weight: 50\n  push: {{ url: 'http://127.0.0.1:{}/predict', deadLetter: {dead}, attempts: 3 }}\n",
-        cluster.nodes[0].data
-    );
-    let mut rollout = Rollout::named("svc", bootstrap.clone(), 500, &more);
-    let mut config = ClientConfig::new();
-    let admin: AdminClient<_> = config.set("bootstrap.servers", &bootstrap).create().unwrap();
-    let new = NewTopic::new(&dead, 1, TopicReplication::Fixed(1));
-    runtime().block_on(admin.create_topics(&[new], &AdminOptions::new())).unwrap();
-    // The stable service's place is the router's.
-    rollout.processed(200);
-    let source = rollout.services.lock().unwrap().source.clone();
-    rollout.services.lock().unwrap().call("stop", "stable", &source, &format!("{source}-v1"));
-    let before = rollout.log.lock().unwrap().len() as u64;
-    let start = |rollout: &Rollout| {
-        let mut command = aviary();
-        command.args(["router", "start", "--listen", &format!("127.0.0.1:{port}"), "-f"]).arg(rollout.file());
-        let log =
-            std::fs::OpenOptions::new().create(true).append(true).open(rollout.dir.path().join("router.log")).unwrap();
-        Process(command.stderr(log).spawn().unwrap())
-    };
-    let done = |version: &str| {
-        let text = http(port, "GET", "/metrics", &[], "")
-            .map(|answer| String::from_utf8(answer.body).unwrap())
-            .unwrap_or_default();
-        let line = format!("aviary_router_records_total{{version=\"{version}\"}} ");
-        text.lines().find_map(|found| found.strip_prefix(&line)?.parse::<u64>().ok()).unwrap_or(0)
-    };
-    let router = start(&rollout);
-    wait("records done", Duration::from_secs(30), || (done("v1") > 300 && done("v2") > 300).then_some(()));
-    rollout.stop.store(true, Ordering::Relaxed);
-    rollout.emitter.take().unwrap().join().unwrap();
-    let emitted = rollout.emitted.load(Ordering::Relaxed);
-    wait("all records", Duration::from_secs(30), || (done("v1") + done("v2") >= emitted - before).then_some(()));
-    std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(done("v1") + done("v2"), emitted - before, "each once: {}", rollout.router_log());
-    let share = done("v2") as f64 / (emitted - before) as f64;
-    assert!((0.4..0.6).contains(&share), "{share}");
-    drop(router);
-    // Nobody is there to take records: they are posted again, and then kept for people.
-    drop((v1, v2));
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", &bootstrap).set("group.id", unique("reader")).set("auto.offset.reset", "earliest");
-    let producer: ThreadedProducer<_> = config.create().unwrap();
-    producer.send(BaseRecord::to(&source).key("lost").payload("nobody's")).map_err(|(why, _)| why).unwrap();
-    producer.flush(Duration::from_secs(10)).unwrap();
-    let _router = start(&rollout);
-    let reader: BaseConsumer = config.create().unwrap();
-    reader.subscribe(&[&dead]).unwrap();
-    let letter = wait("the dead letter", Duration::from_secs(60), || {
-        reader.poll(Duration::from_millis(100)).map(Result::unwrap)
-    });
-    let headers: BTreeMap<_, _> =
-        letter.headers().unwrap().iter().map(|one| (one.key, String::from_utf8_lossy(one.value.unwrap()))).collect();
-    assert_eq!(letter.payload(), Some(&b"nobody's"[..]));
-    assert!(
-        headers["x-aviary-source"].starts_with(&source) && headers["x-aviary-error"].contains("(3 times)"),
-        "{headers:?}"
-    );
-    cluster.assert_no_panic();
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_with_console_consumers_as_services() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), 300, "  weight: 20\n");
-    let path = rollout.file();
-    let file = std::fs::read_to_string(&path).unwrap();
-    let hook = root.join("config/router/console.sh");
-    let from = file.find("  hooks:").unwrap();
-    let line = file[from..].lines().next().unwrap();
-    std::fs::write(&path, file.replace(line, &format!("  hooks: {{ exec: ['{}'], timeout: 60s }}", hook.display())))
-        .unwrap();
-    // The service that runs on the source is one of those, from the first record on.
-    let source = rollout.services.lock().unwrap().source.clone();
-    let group = format!("{source}-v1");
-    rollout.services.lock().unwrap().call("stop", "stable", &source, &group);
-    let dir = rollout.dir.path().join("services");
-    let jars =
-        std::env::var("AVIARY_KAFKA_JARS").unwrap_or_else(|_| root.join("target/services/jars").display().to_string());
-    if !Path::new(&jars).is_dir() {
-        println!("skipped: no Kafka tools at {jars}");
-        return;
-    }
-    let hook = |words: [&str; 4], reset: &str| {
-        let mut command = std::process::Command::new(&hook);
-        command.args(words).env("SERVICES_DIR", &dir).env("KAFKA_JARS", &jars).env("OFFSET_RESET", reset);
-        assert!(command.env("KAFKA_BOOTSTRAP", &rollout.bootstrap).status().unwrap().success());
-    };
-    hook(["start", "stable", &source, &group], "earliest");
-    let read = |side: &str| -> Vec<u64> {
-        let text = std::fs::read_to_string(dir.join(format!("{side}.log"))).unwrap_or_default();
-        let id = |line: &str| line.split("id:").nth(1)?.split([',', '\t']).next()?.parse().ok();
-        text.lines().filter_map(id).collect()
-    };
-    let before = rollout.log.lock().unwrap().len() as u64;
-    wait("the console consumer", Duration::from_secs(30), || (!read("stable").is_empty()).then_some(()));
-    let mut command = aviary();
-    command
-        .args(["router", "start", "--audit-every", "2s", "-f"])
-        .arg(&path)
-        .env("SERVICES_DIR", &dir)
-        .env("KAFKA_JARS", &jars);
-    let log = std::fs::File::create(rollout.dir.path().join("router.log")).unwrap();
-    let router = Process(command.stderr(log).spawn().unwrap());
-    rollout.until_phase("running");
-    wait("the canary's first records", Duration::from_secs(30), || (read("canary").len() > 100).then_some(()));
-    rollout.done(&["promote"]);
-    drop(router);
-    std::thread::sleep(Duration::from_secs(4));
-    rollout.stop.store(true, Ordering::Relaxed);
-    let emitted = wait("the emitter's end", Duration::from_secs(10), || {
-        rollout.emitter.as_ref().unwrap().is_finished().then(|| rollout.emitted.load(Ordering::Relaxed))
-    });
-    let all = || {
-        let mut all = [read("stable"), read("canary")].concat();
-        all.sort_unstable();
-        all
-    };
-    wait("all records", Duration::from_secs(30), || (all().len() as u64 >= emitted - before).then_some(()));
-    hook(["stop", "canary", &source, &format!("{source}-v2")], "none");
-    hook(["stop", "stable", &source, &group], "none");
-    assert_eq!(all(), (before..emitted).collect::<Vec<_>>(), "{}", rollout.router_log());
-    assert!(rollout.router_log().contains("audit: 0 missing, 0 extra, 0 in both"), "{}", rollout.router_log());
 }
