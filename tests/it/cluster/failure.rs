@@ -93,7 +93,9 @@ fn a_coordinator_killed_at_any_point_leaves_one_outcome() {
         let answer = kill_coordinator(&mut cluster, point, "Promote", promote, |cluster| {
             // Every round begins with a rollout at its first stage.
             let _ = cluster.post(1, "/v1/rollouts/svc/abort", None, "{}");
-            assert_eq!(cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status, 200, "{point}");
+            wait("a rollout", Duration::from_secs(10), || {
+                (cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status == 200).then_some(())
+            });
             gather_evidence(cluster);
         });
         for i in 0..3 {
@@ -117,7 +119,11 @@ fn a_coordinator_killed_while_it_starts_or_lowers_or_changes_members_leaves_one_
         });
         let rollback = ("/v1/rollouts/svc/abort", r#"{"reason":"a test"}"#);
         let answer = kill_coordinator(&mut cluster, point, "Rollback", rollback, |cluster| {
-            let _ = cluster.post(1, "/v1/rollouts/svc/retry", None, "{}");
+            // A start needs everybody, and one has just come back.
+            wait("a rollout to roll back", Duration::from_secs(10), || {
+                let _ = cluster.post(1, "/v1/rollouts/svc/retry", None, "{}");
+                (cluster.state(1)?["phase"] == "Progressing").then_some(())
+            });
         });
         assert_eq!(answer["status"], "COMMITTED", "{point}: nobody's permission is needed");
         let config = ("/v1/cluster/bench", r#"{"node":"c"}"#);

@@ -19,7 +19,7 @@ use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http,
 pub struct Topics {
     bootstrap: String,
     pub telemetry: String,
-    decisions: String,
+    pub decisions: String,
 }
 
 impl Topics {

@@ -5,6 +5,7 @@ pub mod kafka;
 mod prometheus;
 pub mod redis;
 mod router;
+mod sink;
 
 use std::path::Path;
 use std::process::Command;
