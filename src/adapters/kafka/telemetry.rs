@@ -1,8 +1,8 @@
 //! A topic of events, read by all nodes as one group.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, Rebalance};
@@ -19,8 +19,21 @@ use crate::telemetry::event::LATE_MS_MAX;
 /// Events that are handed over at a time.
 const BATCH_MAX: usize = 4_096;
 
-/// Notes that partitions were assigned.
-struct Context(Arc<AtomicBool>);
+/// Notes what becomes of partitions.
+#[derive(Default)]
+struct Context {
+    /// Some were assigned.
+    assigned: AtomicBool,
+    /// These were taken away.
+    lost: Mutex<Vec<i32>>,
+}
+
+impl Context {
+    /// Returns the partitions that were taken away since it was asked before.
+    fn lost(&self) -> Vec<i32> {
+        std::mem::take(&mut self.lost.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 impl ClientContext for Context {
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, text: &str) {
@@ -33,18 +46,27 @@ impl ClientContext for Context {
 }
 
 impl ConsumerContext for Context {
+    fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        if let Rebalance::Revoke(partitions) = rebalance {
+            let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+            lost.extend(partitions.elements().iter().map(|partition| partition.partition()));
+        }
+    }
+
     fn post_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if matches!(rebalance, Rebalance::Assign(_)) {
-            self.0.store(true, Ordering::Relaxed);
+            self.assigned.store(true, Ordering::Relaxed);
         }
     }
 }
 
 /// Reads events. A place in the topic is committed once its events were handed over, each second: after a crash about a second
-/// of events is counted twice or, where they carry ids, not at all. Events too old to count are passed over.
+/// of events is counted twice or, where they carry ids, not at all; the same when a node leaves while the group is just sharing
+/// the partitions out anew, for then the broker refuses its last commit. Events too old to count are passed over.
 pub struct KafkaTelemetry {
     consumer: BaseConsumer<Context>,
-    assigned: Arc<AtomicBool>,
+    /// The offset of the record that was read last, of each partition.
+    last: BTreeMap<i32, i64>,
     topic: String,
     clock: Arc<dyn Clock>,
 }
@@ -65,12 +87,10 @@ impl KafkaTelemetry {
             // A partition that is new is found within this.
             ("topic.metadata.refresh.interval.ms", "10000"),
         ];
-        let assigned = Arc::new(AtomicBool::new(false));
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
-        let consumer: BaseConsumer<_> =
-            client(config, &own).create_with_context(Context(assigned.clone())).map_err(error)?;
+        let consumer: BaseConsumer<_> = client(config, &own).create_with_context(Context::default()).map_err(error)?;
         consumer.subscribe(&[topic]).map_err(error)?;
-        Ok(Self { consumer, assigned, topic: topic.into(), clock })
+        Ok(Self { consumer, last: BTreeMap::new(), topic: topic.into(), clock })
     }
 
     /// Begins each partition that is new here where the group stopped, but not before events that still count.
@@ -127,10 +147,14 @@ impl EventSource for KafkaTelemetry {
         };
         let mut messages = Vec::new();
         let first = self.consumer.poll(wait);
-        if self.assigned.swap(false, Ordering::Relaxed)
+        let context = self.consumer.context().clone();
+        // Nothing is in hand.
+        let lost = context.lost();
+        self.last.retain(|partition, _| !lost.contains(partition));
+        if context.assigned.swap(false, Ordering::Relaxed)
             && let Err(why) = self.place()
         {
-            self.assigned.store(true, Ordering::Relaxed);
+            context.assigned.store(true, Ordering::Relaxed);
             if first.is_none() {
                 return Err(error(why));
             }
@@ -138,12 +162,23 @@ impl EventSource for KafkaTelemetry {
         let mut next = first;
         while let Some(message) = next {
             match message {
-                Ok(message) => messages.push(message),
+                // Where the client pauses a partition for its rebalancing, it goes on with the record that it was handing over.
+                Ok(message) if self.last.get(&message.partition()) == Some(&message.offset()) => {}
+                Ok(message) => {
+                    self.last.insert(message.partition(), message.offset());
+                    messages.push(message);
+                }
                 Err(why) if messages.is_empty() => return Err(error(why)),
                 // What was read before it counts; it comes again if it lasts.
                 Err(_) => break,
             }
             next = (messages.len() < BATCH_MAX).then(|| self.consumer.poll(Duration::ZERO)).flatten();
+            // What a partition was taken away with is its new owner's: it begins where this one has committed.
+            let lost = context.lost();
+            if !lost.is_empty() {
+                self.last.retain(|partition, _| !lost.contains(partition));
+                messages.retain(|message| !lost.contains(&message.partition()));
+            }
         }
         if messages.is_empty() {
             return Ok(0);

@@ -1,8 +1,14 @@
 //! Telemetry from a topic, decisions to a topic.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use aviary::adapters::clock::BootClock;
+use aviary::adapters::kafka::KafkaTelemetry;
+use aviary::config::node::Kafka;
+use aviary::ports::EventSource as _;
 use aviary::schema::v1::{Decision, DecisionKind, TelemetryEvent};
 use prost::Message as _;
 use rdkafka::ClientConfig;
@@ -13,7 +19,7 @@ use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
 use super::{kill_and_roll_back, kinds, runtime, streamed, unique, variable};
-use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout};
+use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout, wait};
 
 /// Two topics of this test's own.
 pub struct Topics {
@@ -119,12 +125,14 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
         b"no protobuf at all".to_vec(),
         absurd(&|event| event.latency_ms = f64::NAN),
         absurd(&|event| event.latency_ms = -1.0),
+        absurd(&|event| event.latency_ms = 1e12),
         absurd(&|event| event.status = 9),
         absurd(&|event| event.version = "v9".into()),
         absurd(&|event| event.event_time = Some(far.into())),
     ];
-    // AVIARY_ABSURD=1000002 for a million.
-    let absurd = std::env::var("AVIARY_ABSURD").map_or(600, |text| text.parse().unwrap());
+    // AVIARY_ABSURD=1000000 for a million.
+    let absurd = std::env::var("AVIARY_ABSURD").map_or(700, |text| text.parse().unwrap());
+    let absurd = absurd / payloads.len() * payloads.len();
     for payload in payloads.iter().cycle().take(absurd) {
         let mut record = BaseRecord::<(), _>::to(&topics.telemetry).payload(payload);
         while let Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) = producer.send(record) {
@@ -144,7 +152,7 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
         assert_eq!(streamed(&cluster, node, read[read.len() - 1].sequence), read, "node {node}");
     }
     for (kind, count) in
-        [("malformed", 1), ("bad_latency", 2), ("bad_status", 1), ("unknown_version", 1), ("future", 1)]
+        [("malformed", 1), ("bad_latency", 3), ("bad_status", 1), ("unknown_version", 1), ("future", 1)]
     {
         let line = format!("aviary_telemetry_rejected_total{{source=\"kafka\",kind=\"{kind}\"}}");
         let count = (absurd / payloads.len() * count) as f64;
@@ -153,6 +161,67 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
         assert!(found == count || (kind == "unknown_version" && found > count), "{kind}: {found}");
     }
     cluster.assert_no_panic();
+}
+
+#[test]
+#[ignore = "needs Kafka: scripts/services.sh up"]
+fn kafka_events_are_taken_once_while_readers_join() {
+    let bootstrap = variable("KAFKA_BOOTSTRAP");
+    let topics = Topics::create(bootstrap.clone());
+    let config = Kafka { group: unique("group"), ..Kafka::at(&bootstrap) };
+    let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let emitter = {
+        let (stop, sent, topic) = (stop.clone(), sent.clone(), topics.telemetry.clone());
+        let producer: ThreadedProducer<_> = topics.client().set("enable.idempotence", "true").create().unwrap();
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                for _ in 0..150 {
+                    let id = sent.fetch_add(1, Ordering::Relaxed).to_le_bytes();
+                    producer.send(BaseRecord::<(), _>::to(&topic).payload(&id)).map_err(|(why, _)| why).unwrap();
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            producer.flush(Duration::from_secs(30)).unwrap();
+        })
+    };
+    // How often each was.
+    let taken: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let reader = || {
+        let (ends, taken) = (Arc::new(AtomicBool::new(false)), taken.clone());
+        let (ended, config, topic) = (ends.clone(), config.clone(), topics.telemetry.clone());
+        let thread = std::thread::spawn(move || {
+            let mut source = KafkaTelemetry::new(&config, &topic, Arc::new(BootClock)).unwrap();
+            while !ended.load(Ordering::Relaxed) {
+                let mut take = |events: &[&[u8]]| {
+                    let mut taken = taken.lock().unwrap();
+                    for event in events {
+                        let id = u64::from_le_bytes((*event).try_into().unwrap()) as usize;
+                        let length = taken.len().max(id + 1);
+                        taken.resize(length, 0);
+                        taken[id] += 1;
+                    }
+                };
+                source.poll(Duration::from_millis(100), &mut take).unwrap();
+            }
+        });
+        (ends, thread)
+    };
+    let mut readers = Vec::new();
+    for _ in 0..5 {
+        readers.push(reader());
+        std::thread::sleep(Duration::from_millis(2_100));
+    }
+    stop.store(true, Ordering::Relaxed);
+    emitter.join().unwrap();
+    let sent = sent.load(Ordering::Relaxed);
+    let all = || taken.lock().unwrap().iter().filter(|times| **times > 0).count() as u64;
+    wait("every event", Duration::from_secs(20), || (all() == sent).then_some(()));
+    let again = taken.lock().unwrap().iter().filter(|times| **times > 1).count();
+    assert_eq!(again, 0, "of {sent} were taken more than once");
+    for (ends, thread) in readers {
+        ends.store(true, Ordering::Relaxed);
+        thread.join().unwrap();
+    }
 }
 
 #[test]
