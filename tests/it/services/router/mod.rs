@@ -276,7 +276,7 @@ fn router_audit_finds_what_is_wrong() {
     assert!(code == Some(1) && said.starts_with("0 missing, 1 extra, 1 in both; "), "{code:?} {said}");
     assert!(said.contains(&places("both", given.source)) && said.contains(&places("extra", former.source)), "{said}");
     // And some that it was given go.
-    let last = of(false).filter(|one| one.place.0 == given.place.0).next_back().unwrap();
+    let last = of(false).rfind(|one| one.place.0 == given.place.0).unwrap();
     let mut gone = TopicPartitionList::new();
     gone.add_partition_offset(&format!("{source}.r.stable"), last.place.0, Offset::Offset(last.place.1 + 1)).unwrap();
     let admin: AdminClient<_> = config.create().unwrap();
