@@ -21,7 +21,8 @@ pub(super) enum Wish {
     Op(Op),
     /// A change that the autopilot or the brake wants.
     Act(Act),
-    /// Settle what a lost coordinator left open: propose what was accepted, or abort what was only voted on.
+    /// Settle what a lost coordinator left open: propose what was accepted; of what was only voted on, do what lowers exposure, and
+    /// abort the rest.
     Settle(Option<Intent>),
 }
 
@@ -365,6 +366,12 @@ impl Core {
         let intent = attempt.intent.clone();
         if settling {
             match &attempt.pending.wish {
+                // Lowering needs nobody's permission, a lost coordinator's neither.
+                Wish::Settle(Some(_))
+                    if intent.act.lowers_exposure() && self.ledger.next_record(intent.clone(), None).is_ok() =>
+                {
+                    self.propose_intent(intent, None);
+                }
                 Wish::Settle(Some(_)) => self.propose_abort(intent, vec!["its coordinator was lost".into()]),
                 _ => self.desk.attempt = None,
             }

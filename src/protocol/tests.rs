@@ -382,6 +382,27 @@ fn a_raise_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor()
 }
 
 #[test]
+fn a_rollback_that_was_voted_on_and_lost_its_coordinator_is_done_by_a_survivor() {
+    let mut rig = Rig::new();
+    rig.ask("a", 1, Op::Apply(spec()));
+    rig.settle();
+    let abort = rig.abort();
+    rig.ask("a", 2, abort.clone());
+    // b and c promise and vote; the votes reach nobody.
+    rig.deliver(0);
+    rig.deliver(0);
+    rig.kill("a");
+    rig.wire.clear();
+    rig.run_for(3_500);
+    let (b, c) = (&rig.logs[&node("b")], &rig.logs[&node("c")]);
+    assert_eq!((b.len(), c.len()), (3, 3), "nobody had to ask again");
+    assert!(matches!(&b[2].record.intent.act, Act::Change(_, change) if change.lowers_exposure()), "{:?}", b[2]);
+    let outcome = rig.asked("b", 2, abort);
+    assert!(matches!(outcome, Outcome::Committed { slot: Slot(2), repeated: true, .. }), "{outcome:?}");
+    rig.check();
+}
+
+#[test]
 fn a_raise_that_a_later_ballot_completes_is_served_by_nobody_and_reverted() {
     let mut rig = Rig::new();
     rig.ask("a", 1, Op::Apply(spec()));

@@ -153,6 +153,34 @@ fn a_thousand_services_at_once() {
 }
 
 #[test]
+#[ignore = "measures for minutes; needs Kafka"]
+fn memory_is_flat_while_telemetry_comes() {
+    let topics = Topics::create(variable("KAFKA_BOOTSTRAP"));
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start_with(&topics.lines());
+    let pids: Vec<u32> = cluster.nodes.iter().map(|node| node.process.as_ref().unwrap().0.id()).collect();
+    let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 20\n    - pause: {}\n    - setWeight: 100");
+    cluster.apply(0, &yaml.replace("window: 30s", "window: 2s"));
+    let (seconds, rate) = (number("MEASURE_SECONDS", 600), number("MEASURE_RATE", 20_000).to_string());
+    let _source = topics.produce(&["--share", "20", "--rate", &rate]);
+    let memory = || -> Vec<f64> { pids.iter().map(|pid| usage(*pid).0 / 1_048_576.0).collect() };
+    // What is kept for a fixed number of events or seconds fills up first.
+    let (began, mut early) = (Instant::now(), Vec::new());
+    while began.elapsed() < Duration::from_secs(seconds) {
+        std::thread::sleep(Duration::from_secs(seconds / 10));
+        let now = memory();
+        println!("{:.0} s: {now:.1?} MiB", began.elapsed().as_secs_f64());
+        if early.is_empty() && began.elapsed() >= Duration::from_secs(seconds / 5) {
+            early = now;
+        }
+    }
+    for (early, late) in early.iter().zip(memory()) {
+        assert!(late < early * 1.1 + 4.0, "{early:.1} MiB, then {late:.1}");
+    }
+    cluster.assert_no_panic();
+}
+
+#[test]
 #[ignore = "measures for minutes; needs Kafka and Redis programs"]
 fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() {
     let (kafka, store) = (Own::start("kafka"), Own::start("redis"));
