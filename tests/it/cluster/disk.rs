@@ -173,7 +173,6 @@ fn whatever_is_damaged_a_node_heals_or_says_why_and_never_votes_from_less() {
                 cluster.wait_ready(1);
                 // What was asked for may still be decided, once there are two again.
                 std::thread::sleep(Duration::from_secs(2));
-                let _ = cluster.post(0, "/v1/rollouts/svc/retry", None, "{}");
             }
             let body = format!("{{\"node\": \"c\", \"incarnation\": \"{incarnation}\"}}");
             let answer = cluster.post(0, "/v1/cluster/readmit", None, &body);
@@ -186,6 +185,13 @@ fn whatever_is_damaged_a_node_heals_or_says_why_and_never_votes_from_less() {
         wait(&format!("{what}: counted again"), Duration::from_secs(5), || {
             let state = cluster.state(2)?;
             (state["mode"] == "normal").then_some(())
+        });
+        wait(&format!("{what}: a rollout that isn't over"), Duration::from_secs(10), || {
+            if cluster.state(0)?["phase"] != "RolledBack" {
+                return Some(());
+            }
+            let _ = cluster.post(0, "/v1/rollouts/svc/retry", None, "{}");
+            None
         });
         println!("round {round}: {what}: {} in {:.1} s", if ready { "started" } else { "refused" }, took.as_secs_f64());
     }
