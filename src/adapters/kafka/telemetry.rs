@@ -1,13 +1,12 @@
 //! A topic of events, read by all nodes as one group.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, Rebalance};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::message::Message as _;
+use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 use tracing::info;
 
@@ -21,18 +20,23 @@ const BATCH_MAX: usize = 4_096;
 
 /// Notes what becomes of partitions.
 #[derive(Default)]
-struct Context {
-    /// Some were assigned.
-    assigned: AtomicBool,
-    /// These were taken away.
-    lost: Mutex<Vec<i32>>,
+struct Context(Mutex<Moves>);
+
+/// Partitions that came and went, in this order.
+#[derive(Default)]
+struct Moves {
+    lost: Vec<i32>,
+    gained: Vec<i32>,
 }
 
 impl Context {
-    /// Returns the partitions that were taken away since it was asked before.
-    fn lost(&self) -> Vec<i32> {
-        std::mem::take(&mut self.lost.lock().unwrap_or_else(PoisonError::into_inner))
+    fn moves(&self) -> MutexGuard<'_, Moves> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn numbers(partitions: &TopicPartitionList) -> impl Iterator<Item = i32> {
+    partitions.elements().into_iter().map(|partition| partition.partition())
 }
 
 impl ClientContext for Context {
@@ -48,14 +52,15 @@ impl ClientContext for Context {
 impl ConsumerContext for Context {
     fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if let Rebalance::Revoke(partitions) = rebalance {
-            let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-            lost.extend(partitions.elements().iter().map(|partition| partition.partition()));
+            let mut moves = self.moves();
+            moves.gained.retain(|gained| numbers(partitions).all(|lost| lost != *gained));
+            moves.lost.extend(numbers(partitions));
         }
     }
 
     fn post_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
-        if matches!(rebalance, Rebalance::Assign(_)) {
-            self.assigned.store(true, Ordering::Relaxed);
+        if let Rebalance::Assign(partitions) = rebalance {
+            self.moves().gained.extend(numbers(partitions));
         }
     }
 }
@@ -67,6 +72,8 @@ pub struct KafkaTelemetry {
     consumer: BaseConsumer<Context>,
     /// The offset of the record that was read last, of each partition.
     last: BTreeMap<i32, i64>,
+    /// Partitions that are new here: the client reads them from wherever it likes until they are placed.
+    unplaced: BTreeSet<i32>,
     topic: String,
     clock: Arc<dyn Clock>,
 }
@@ -90,36 +97,24 @@ impl KafkaTelemetry {
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
         let consumer: BaseConsumer<_> = client(config, &own).create_with_context(Context::default()).map_err(error)?;
         consumer.subscribe(&[topic]).map_err(error)?;
-        Ok(Self { consumer, last: BTreeMap::new(), topic: topic.into(), clock })
+        Ok(Self { consumer, last: BTreeMap::new(), unplaced: BTreeSet::new(), topic: topic.into(), clock })
     }
 
     /// Begins each partition that is new here where the group stopped, but not before events that still count.
-    fn place(&self) -> KafkaResult<()> {
-        let assignment = self.consumer.assignment()?;
-        if assignment.count() == 0 {
-            return Ok(());
-        }
+    fn place(&mut self) -> KafkaResult<()> {
+        let (mut times, mut new) = (TopicPartitionList::new(), TopicPartitionList::new());
         let since_ms = self.clock.now().wall.0.saturating_sub(LATE_MS_MAX);
-        let mut times = TopicPartitionList::new();
-        for partition in assignment.elements() {
-            times.add_partition_offset(partition.topic(), partition.partition(), Offset::Offset(since_ms as i64))?;
-        }
         // Asked before the times: whatever comes between the two questions is read. The word "end" would be taken at its time.
         let mut ends = BTreeMap::new();
-        for partition in assignment.elements() {
-            let (topic, partition) = (partition.topic(), partition.partition());
-            ends.insert(partition, self.consumer.fetch_watermarks(topic, partition, ANSWER_MAX)?.1);
+        for partition in &self.unplaced {
+            times.add_partition_offset(&self.topic, *partition, Offset::Offset(since_ms as i64))?;
+            new.add_partition(&self.topic, *partition);
+            ends.insert(*partition, self.consumer.fetch_watermarks(&self.topic, *partition, ANSWER_MAX)?.1);
         }
         let by_time = self.consumer.offsets_for_times(times, ANSWER_MAX)?;
-        let committed = self.consumer.committed_offsets(assignment, ANSWER_MAX)?;
-        let position = self.consumer.position()?;
+        let committed = self.consumer.committed_offsets(new, ANSWER_MAX)?;
         for place in by_time.elements() {
             let (topic, partition) = (place.topic(), place.partition());
-            let moved = position.find_partition(topic, partition).map(|known| known.offset());
-            if matches!(moved, Some(Offset::Offset(_))) {
-                // It is being read already.
-                continue;
-            }
             let known = committed.find_partition(topic, partition).map(|known| known.offset());
             let counts = match place.offset() {
                 Offset::Offset(counts) => counts,
@@ -132,59 +127,54 @@ impl KafkaTelemetry {
             self.consumer.seek(topic, partition, start, ANSWER_MAX)?;
             info!(topic, partition, offset = ?start, "telemetry partition taken");
         }
+        self.unplaced.clear();
         Ok(())
     }
 }
 
 impl EventSource for KafkaTelemetry {
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(&[&[u8]])) -> Result<usize, OutsideError> {
+        let topic = self.topic.clone();
         let error = |error: KafkaError| {
             let hint = match error.rdkafka_error_code() {
                 Some(RDKafkaErrorCode::UnknownTopicOrPartition) => "; create it, or name another in [kafka] telemetry",
                 _ => "",
             };
-            OutsideError::new(format!("kafka topic {}", self.topic), format!("{error}{hint}"))
+            OutsideError::new(format!("kafka topic {topic}"), format!("{error}{hint}"))
         };
-        let mut messages = Vec::new();
-        let first = self.consumer.poll(wait);
-        let context = self.consumer.context().clone();
-        // Nothing is in hand.
-        let lost = context.lost();
-        self.last.retain(|partition, _| !lost.contains(partition));
-        if context.assigned.swap(false, Ordering::Relaxed)
-            && let Err(why) = self.place()
-        {
-            context.assigned.store(true, Ordering::Relaxed);
-            if first.is_none() {
-                return Err(error(why));
+        let mut messages: Vec<BorrowedMessage<'_>> = Vec::new();
+        let mut next = self.consumer.poll(wait);
+        loop {
+            let Moves { lost, gained } = std::mem::take(&mut *self.consumer.context().moves());
+            if !(lost.is_empty() && gained.is_empty()) {
+                // What is in hand of a partition that went is its new owner's, who begins where this node has committed.
+                messages.retain(|message| !lost.contains(&message.partition()));
+                self.last.retain(|partition, _| !lost.contains(partition) && !gained.contains(partition));
+                self.unplaced.retain(|partition| !lost.contains(partition));
+                self.unplaced.extend(gained);
             }
-        }
-        let mut next = first;
-        while let Some(message) = next {
-            match message {
+            match next {
+                None => break,
+                Some(Err(why)) if messages.is_empty() => return Err(error(why)),
+                // What was read before it counts; it comes again if it lasts.
+                Some(Err(_)) => break,
+                Some(Ok(message)) if self.unplaced.contains(&message.partition()) => {}
                 // Where the client pauses a partition for its rebalancing, it goes on with the record that it was handing over.
-                Ok(message) if self.last.get(&message.partition()) == Some(&message.offset()) => {}
-                Ok(message) => {
+                Some(Ok(message)) if self.last.get(&message.partition()) == Some(&message.offset()) => {}
+                Some(Ok(message)) => {
                     self.last.insert(message.partition(), message.offset());
                     messages.push(message);
                 }
-                Err(why) if messages.is_empty() => return Err(error(why)),
-                // What was read before it counts; it comes again if it lasts.
-                Err(_) => break,
             }
-            next = (messages.len() < BATCH_MAX).then(|| self.consumer.poll(Duration::ZERO)).flatten();
-            // What a partition was taken away with is its new owner's: it begins where this one has committed.
-            let lost = context.lost();
-            if !lost.is_empty() {
-                self.last.retain(|partition, _| !lost.contains(partition));
-                messages.retain(|message| !lost.contains(&message.partition()));
+            if messages.len() == BATCH_MAX || !self.unplaced.is_empty() {
+                break;
             }
+            next = self.consumer.poll(Duration::ZERO);
         }
-        if messages.is_empty() {
-            return Ok(0);
+        if !messages.is_empty() {
+            let payloads: Vec<&[u8]> = messages.iter().map(|message| message.payload().unwrap_or_default()).collect();
+            take(&payloads);
         }
-        let payloads: Vec<&[u8]> = messages.iter().map(|message| message.payload().unwrap_or_default()).collect();
-        take(&payloads);
         let mut last = BTreeMap::new();
         for message in &messages {
             last.insert(message.partition(), message.offset());
@@ -193,6 +183,14 @@ impl EventSource for KafkaTelemetry {
             // A partition that was taken away meanwhile is its new owner's to commit.
             let _ = self.consumer.store_offset(&self.topic, partition, offset);
         }
-        Ok(messages.len())
+        let count = messages.len();
+        drop(messages);
+        if !self.unplaced.is_empty()
+            && let Err(why) = self.place()
+            && count == 0
+        {
+            return Err(error(why));
+        }
+        Ok(count)
     }
 }
