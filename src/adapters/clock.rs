@@ -15,11 +15,14 @@ impl Clock for BootClock {
     }
 }
 
+/// A century: what began before the machine did has a time, too.
+const BEFORE_BOOT_SECONDS: u64 = 100 * 365 * 24 * 3600;
+
 fn boot_time() -> Mono {
     let time = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(time.tv_sec).expect("the time since boot is not negative");
     let micros = u64::try_from(time.tv_nsec).expect("a clock's nanoseconds are not negative") / 1000;
-    Mono(seconds * 1_000_000 + micros)
+    Mono((BEFORE_BOOT_SECONDS + seconds) * 1_000_000 + micros)
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the adapter behind `ports::Clock`")]
@@ -40,5 +43,11 @@ mod tests {
         assert!(second.mono >= first.mono);
         assert!(second.mono.0 - first.mono.0 < 60_000_000, "{first:?} {second:?}");
         assert!(second.wall > Wall(1_700_000_000_000));
+    }
+
+    #[test]
+    fn what_began_before_the_machine_was_started_is_as_long_ago_as_it_is() {
+        let (now, year_ms) = (BootClock.now().mono, 365 * 24 * 3600 * 1000);
+        assert_eq!(now.millis_since(now.before_ms(year_ms)), year_ms);
     }
 }

@@ -12,6 +12,8 @@ pub const BIN_RATIO: f64 = 1.03;
 pub const FIRST_US: f64 = 13.800_409_949_271_673;
 /// Number of bins of a latency histogram: up to 13.8 µs × 1.03^545 = 137 s; slower answers share the last one.
 pub const BINS: usize = 546;
+/// Sums stay below this, so that adding a few of them can't overflow.
+const SUM_MAX: u64 = 1 << 60;
 
 /// Returns the bin of a latency in microseconds, `0..BINS`.
 pub fn bin_of(latency_us: u64) -> usize {
@@ -75,12 +77,15 @@ impl Stats {
         &self.histogram
     }
 
-    /// Returns true when the parts agree, as they do in everything this program counted; a peer's bytes may not.
+    /// Returns true when the parts agree and can be added to, as in everything this program counted; a peer's bytes may not.
     pub fn is_consistent(&self) -> bool {
         let ascending = self.histogram.windows(2).all(|pair| pair[0].0 < pair[1].0);
         let in_range = self.histogram.iter().all(|(b, n)| usize::from(*b) < BINS && *n > 0);
         let sum: u64 = self.histogram.iter().map(|(_, n)| u64::from(*n)).sum();
-        ascending && in_range && self.errors.checked_add(sum) == Some(self.count)
+        // A bin that is full counts no further.
+        let full = self.histogram.iter().any(|(_, n)| *n == u32::MAX);
+        let agree = self.errors.checked_add(sum).is_some_and(|all| all == self.count || full && all < self.count);
+        ascending && in_range && agree && self.count < SUM_MAX && self.latency_sum_us < SUM_MAX
     }
 
     /// Returns errors ÷ answers, 0.0 to 1.0; none without answers.

@@ -46,7 +46,8 @@ pub enum Placed {
 }
 
 /// Ticks that aren't closed yet, of sources `S`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(bound(deserialize = "S: Ord + Deserialize<'de>"))]
 pub struct Timeline<S> {
     open: BTreeMap<u64, (Sighting, BTreeSet<S>)>,
     /// The first tick that isn't closed.
@@ -64,6 +65,21 @@ impl<S: Ord + Clone> Timeline<S> {
     /// Returns the first tick that isn't closed.
     pub fn next(&self) -> u64 {
         self.next
+    }
+
+    /// Returns true when its parts agree, as they do in every one that was built here; a peer's bytes may not.
+    pub fn is_sound(&self) -> bool {
+        let told = self.told.values().flatten().chain(self.open.keys());
+        self.next < u64::MAX / 2
+            && told.into_iter().all(|tick| (self.next.saturating_sub(MEMORY)..=self.next + MEMORY).contains(tick))
+            && self.open.keys().all(|tick| *tick >= self.next)
+            && self.open.values().all(|(sighting, _)| sighting.evidence.is_consistent())
+    }
+
+    /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.
+    pub fn next_of(&self, source: &S) -> u64 {
+        let told = self.told.get(source).and_then(|told| told.last());
+        told.map_or(self.next, |last| self.next.max(last + 1))
     }
 
     /// Takes what a source saw in a tick.

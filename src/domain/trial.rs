@@ -93,7 +93,8 @@ impl Judgement {
 }
 
 /// What is known of one rollout's canary. `S` names the sources: nodes, or one for a recording.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(bound(deserialize = "S: Ord + Deserialize<'de>"))]
 pub struct Trial<S> {
     analysis: Analysis,
     tick_ms: u64,
@@ -109,6 +110,9 @@ pub struct Trial<S> {
     sequential: Option<Sequential>,
     finding: Option<Finding>,
 }
+
+// No figure in it is ever NaN.
+impl<S: Eq> Eq for Trial<S> {}
 
 impl<S: Ord + Clone> Trial<S> {
     /// Returns a trial by these limits and this comparison, in ticks of `tick_ms`, from `at_ms` after the rollout's start on.
@@ -126,6 +130,32 @@ impl<S: Ord + Clone> Trial<S> {
             finding: None,
             analysis,
         }
+    }
+
+    /// Returns true when its parts agree, as they do in every one that was built here; a peer's bytes may not.
+    pub fn is_sound(&self) -> bool {
+        let finite = |found: &Finding| {
+            let figures = [found.e, found.e_errors, found.e_latency, found.alpha_spent];
+            figures.iter().chain(&found.promotion).all(|figure| figure.is_finite())
+        };
+        self.timeline.is_sound()
+            && self.total.is_consistent()
+            && self.window.is_consistent()
+            && self.tick_ms > 0
+            && self.timeline.next().checked_mul(self.tick_ms).is_some_and(|next_ms| self.began_ms <= next_ms)
+            && self.sequential.as_ref().is_none_or(Sequential::is_sound)
+            && self.finding.as_ref().is_none_or(finite)
+    }
+
+    /// Returns true when the other one is by the same limits, the same comparison and the same ticks.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let policy = |trial: &Self| trial.sequential.as_ref().map(|test| test.policy().clone());
+        self.analysis == other.analysis && self.tick_ms == other.tick_ms && policy(self) == policy(other)
+    }
+
+    /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.
+    pub fn next_of(&self, source: &S) -> u64 {
+        self.timeline.next_of(source)
     }
 
     /// Returns the length of a tick, in milliseconds.

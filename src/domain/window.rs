@@ -15,6 +15,11 @@ pub struct Evidence {
 }
 
 impl Evidence {
+    /// Returns true when its parts agree; a peer's bytes may not.
+    pub fn is_consistent(&self) -> bool {
+        self.stable.is_consistent() && self.canary.is_consistent()
+    }
+
     /// Adds another node's or another second's evidence.
     pub fn merge(&mut self, other: &Evidence) {
         self.stable += &other.stable;

@@ -19,11 +19,12 @@ use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId};
 use crate::domain::rollout::Change;
 use crate::domain::stats::Stats;
+use crate::domain::trial::Judgement;
 use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
 use crate::protocol::checkpoint::PART_BYTES;
 use crate::protocol::codec;
-use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, Vote};
+use crate::protocol::message::{Answer, Decision, Handover, HealthSnapshot, Message, Refusal, Vote};
 use crate::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Slot};
 
 /// The first bytes of every frame.
@@ -33,7 +34,7 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
 /// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 4, max: 4 };
+pub const VERSIONS: Versions = Versions { min: 5, max: 5 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most bytes of a body after HELLO.
@@ -463,13 +464,17 @@ fn check_intent(intent: &Intent) -> Result<(), FrameError> {
         Act::Revert { raised, .. } => check_slot(*raised),
         Act::Judge { judgement, since_version, .. } => {
             at_most("routing version", *since_version, NUMBER_MAX)?;
-            at_most("end of a window", judgement.to_ms, WALL_MS_MAX)?;
-            match judgement.is_finite() {
-                true => Ok(()),
-                false => Err(malformed("a judgement with a figure that is no number")),
-            }
+            check_judgement(judgement)
         }
         Act::Change(..) | Act::Genesis { .. } | Act::Abort { .. } | Act::Config(_) => Ok(()),
+    }
+}
+
+fn check_judgement(judgement: &Judgement) -> Result<(), FrameError> {
+    at_most("end of a window", judgement.to_ms, WALL_MS_MAX)?;
+    match judgement.is_finite() {
+        true => Ok(()),
+        false => Err(malformed("a judgement with a figure that is no number")),
     }
 }
 
@@ -487,7 +492,15 @@ fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
         at_most("routing version", sighting.version, NUMBER_MAX)?;
         check_evidence(&sighting.evidence)?;
     }
-    Ok(())
+    snapshot.handover.as_deref().map_or(Ok(()), check_handover)
+}
+
+fn check_handover(handover: &Handover) -> Result<(), FrameError> {
+    at_most("milliseconds since the rollout began", handover.at_ms, WALL_MS_MAX)?;
+    if !handover.trial.is_sound() {
+        return Err(malformed("the trial contradicts itself, expected its parts to agree"));
+    }
+    handover.closed.iter().try_for_each(check_judgement)
 }
 
 fn check_evidence(evidence: &Evidence) -> Result<(), FrameError> {
@@ -496,19 +509,24 @@ fn check_evidence(evidence: &Evidence) -> Result<(), FrameError> {
 }
 
 fn check_stats(version: &str, stats: &Stats) -> Result<(), FrameError> {
+    at_most("sum of latencies in microseconds", stats.latency_sum_us, LATENCY_SUM_US_MAX)?;
     if !stats.is_consistent() {
         let Stats { count, errors, .. } = stats;
         return Err(malformed(format_args!(
             "{version} statistics of {count} answers, {errors} errors contradict themselves, expected their parts to agree"
         )));
     }
-    at_most("sum of latencies in microseconds", stats.latency_sum_us, LATENCY_SUM_US_MAX)
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::analysis::Analysis;
+    use crate::domain::sequential::Policy;
+    use crate::domain::stats::BINS;
     use crate::domain::timeline::Sighting;
+    use crate::domain::trial::Trial;
     use proptest::prelude::*;
 
     use crate::protocol::message::{GateVote, Heartbeat, Role};
@@ -538,6 +556,8 @@ mod tests {
         Message::HealthSnapshot(HealthSnapshot {
             since_version: 3,
             sightings: vec![(17, Sighting { version: 4, evidence: evidence.clone() })],
+            asks: None,
+            handover: None,
             service: "s".parse().unwrap(),
             routing_version: 1,
             evidence,
@@ -627,6 +647,97 @@ mod tests {
         evidence.canary.latency_sum_us = u64::MAX;
         assert!(malformed_by(&snapshot(evidence)).starts_with("sum of latencies"));
         assert!(malformed_by(&heartbeat(u64::MAX)).starts_with("slot is 18446744073709551615"));
+    }
+
+    /// Returns a trial of three nodes whose every bin of latency holds answers, in the middle of a window.
+    fn trial(answers: u32) -> Trial<NodeId> {
+        let analysis = Analysis { window_ms: 4_000, ..Analysis::default() };
+        let mut trial = Trial::new(analysis, Some(Policy::default()), 250, 0);
+        let names = ["a", "b", "c"].map(node);
+        let full = || Stats::from_counts(u64::from(answers), 1 << 40, [answers; BINS]);
+        for tick in 0..40 {
+            let sighting = Sighting { version: 3, evidence: Evidence { stable: full(), canary: full() } };
+            names.iter().for_each(|name| _ = trial.put(name, tick, &sighting));
+            trial.advance(tick * 250, names.iter());
+        }
+        trial.put(&names[1], 41, &Sighting::default());
+        trial
+    }
+
+    fn handover(trial: Trial<NodeId>) -> Message {
+        let Message::HealthSnapshot(told) = snapshot(Evidence::default()) else { unreachable!("a snapshot") };
+        let handover = Handover { at_ms: 10_300, trial, closed: vec![Judgement::unseen(0, 4_000)] };
+        Message::HealthSnapshot(HealthSnapshot { handover: Some(Box::new(handover)), ..told })
+    }
+
+    #[test]
+    fn a_trial_of_any_traffic_fits_a_frame_and_comes_out_as_it_was() {
+        let mut sent = trial(1 << 20);
+        let mut bytes = framed(&handover(sent.clone()));
+        assert!(bytes.len() < BODY_BYTES_MAX * 3 / 4, "{}", bytes.len());
+        let Some(Envelope { payload: Payload::Message(message), .. }) = greeted().decode(&mut bytes).unwrap() else {
+            panic!("a whole frame");
+        };
+        let Message::HealthSnapshot(HealthSnapshot { handover: Some(found), .. }) = *message else {
+            panic!("a handover");
+        };
+        let mut found = found.trial;
+        assert_eq!(found, sent);
+        let more = Sighting { version: 4, evidence: Evidence { stable: Stats::default(), canary: full_of_errors() } };
+        for tick in 41..50 {
+            let go_on = |trial: &mut Trial<NodeId>| {
+                trial.put(&node("a"), tick, &more);
+                trial.advance(tick * 250, [node("a")].iter())
+            };
+            assert_eq!(go_on(&mut found), go_on(&mut sent));
+        }
+        assert_eq!(found, sent);
+    }
+
+    fn full_of_errors() -> Stats {
+        Stats::from_counts(50, 50_000, [0; BINS])
+    }
+
+    /// Trials whose bytes were altered on the way are refused, or can be gone on with.
+    #[test]
+    fn an_altered_trial_breaks_nothing() {
+        use rand::{RngExt as _, SeedableRng as _};
+        let sent = trial(3);
+        let whole = framed(&handover(sent.clone()));
+        let mut random = rand::rngs::SmallRng::seed_from_u64(1);
+        let (mut taken, mut refused) = (0, 0);
+        for _ in 0..600 {
+            let mut bytes = whole.clone();
+            for _ in 0..random.random_range(1..4) {
+                let at = random.random_range(HEADER_BYTES..bytes.len());
+                bytes[at] = if random.random() { random.random() } else { 255 };
+            }
+            let sum = checksum(&bytes[4..11], &bytes[HEADER_BYTES..]);
+            bytes[11..15].copy_from_slice(&sum.to_be_bytes());
+            match greeted().decode(&mut bytes) {
+                Ok(Some(Envelope { payload: Payload::Message(message), .. })) => {
+                    taken += 1;
+                    let Message::HealthSnapshot(HealthSnapshot { handover: Some(found), .. }) = *message else {
+                        continue;
+                    };
+                    let mut found = found.trial;
+                    if !found.is_like(&sent) {
+                        continue;
+                    }
+                    let more =
+                        Sighting { version: 9, evidence: Evidence { stable: full_of_errors(), ..Default::default() } };
+                    let first = found.next_tick();
+                    for tick in first..first + 20 {
+                        found.put(&node("a"), tick, &more);
+                        found.advance(tick * 250, [node("a")].iter());
+                    }
+                }
+                Ok(_) => panic!("a whole frame"),
+                Err(_) => refused += 1,
+            }
+        }
+        println!("{taken} taken, {refused} refused");
+        assert!(taken > 50 && refused > 50, "{taken} taken, {refused} refused");
     }
 
     #[test]

@@ -502,7 +502,7 @@ impl Core {
         self.gates = gates.collect();
         self.watches.retain(|id, _| self.gates.contains_key(id));
         for id in self.gates.keys().cloned().collect::<Vec<_>>() {
-            self.renew_watch(&id);
+            self.renew_watch(&id, true);
         }
     }
 

@@ -115,14 +115,19 @@ impl Core {
         let counts = self.counts(from, incarnation);
         let Some(gate) = self.gates.get_mut(&snapshot.service).filter(|_| counts) else { return };
         if let Some(watch) = self.watches.get_mut(&snapshot.service) {
-            watch.hear(from, &snapshot);
+            watch.hear(&self.settings.node, from, &snapshot, self.now.mono);
         }
-        if snapshot.routing_version != gate.routing_version {
+        let routing_version = gate.routing_version;
+        if snapshot.asks.as_ref() == Some(&self.settings.node) {
+            self.hand_over(from, &snapshot.service, snapshot.since_version);
+        }
+        if snapshot.routing_version != routing_version {
             return;
         }
         let service = snapshot.service.clone();
         let brake = snapshot.brake.is_some();
-        gate.snapshots.insert(from.clone(), (self.now.mono, snapshot));
+        let gate = self.gates.get_mut(&service).expect("a gate just read");
+        gate.snapshots.insert(from.clone(), (self.now.mono, HealthSnapshot { handover: None, ..snapshot }));
         self.judge(&service);
         if brake {
             self.tick_autopilot();
@@ -152,17 +157,21 @@ impl Core {
     }
 
     fn send_snapshot(&mut self, id: &ServiceId) {
+        let snapshot = self.snapshot(id);
+        if self.ledger.services[id].service.rollout.phase.is_active() || snapshot.evidence != Evidence::default() {
+            self.broadcast(&Message::HealthSnapshot(snapshot));
+        }
+    }
+
+    /// Returns what this node tells of a service.
+    pub(super) fn snapshot(&self, id: &ServiceId) -> HealthSnapshot {
         let (gate, agreed) = (&self.gates[id], &self.ledger.services[id]);
         let serving = self.serving(agreed, gate);
         let evidence = gate.local();
-        let active = agreed.service.rollout.phase.is_active();
-        if !active && evidence == Evidence::default() {
-            return;
-        }
         let lease_ms_left = self.lease.ms_left(self.now.mono, agreed.service.rollout.spec.lease_ms);
         let leased = serving.lease_ms.is_none() || lease_ms_left > 0;
-        let (since_version, sightings) = self.watches.get(id).map(Watch::sightings).unwrap_or_default();
-        let snapshot = HealthSnapshot {
+        let (since_version, sightings, asks) = self.watches.get(id).map(Watch::told).unwrap_or_default();
+        HealthSnapshot {
             service: id.clone(),
             routing_version: gate.routing_version,
             evidence,
@@ -171,8 +180,9 @@ impl Core {
             effective_bp: serving.canary.map_or(0, |(_, bp)| if leased { bp } else { 0 }),
             since_version,
             sightings,
-        };
-        self.broadcast(&Message::HealthSnapshot(snapshot));
+            asks,
+            handover: None,
+        }
     }
 
     pub(super) fn judge_all(&mut self) {
@@ -284,7 +294,7 @@ impl Core {
     pub(super) fn renew_gate(&mut self, chosen: &Chosen) {
         let act = &chosen.record.intent.act;
         let Some(id) = act.service().filter(|_| !act.is_verdict()) else { return };
-        self.renew_watch(id);
+        self.renew_watch(id, false);
         let Some(agreed) = self.ledger.services.get(id) else { return };
         let now = self.now.mono;
         let version = agreed.service.routing.version;

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::ids::ServiceId;
+use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::timeline::Sighting;
+use crate::domain::trial::{Judgement, Trial};
 use crate::domain::window::Evidence;
 
 use super::checkpoint::Part;
@@ -180,4 +181,19 @@ pub struct HealthSnapshot {
     pub since_version: u64,
     /// What the sender saw lately, by ticks since the rollout began; each is final.
     pub sightings: Vec<(u64, Sighting)>,
+    /// The peer that the sender, who came late to the rollout, asks for its trial.
+    pub asks: Option<NodeId>,
+    /// The sender's trial, for a receiver that asked for it.
+    pub handover: Option<Box<Handover>>,
+}
+
+/// A trial as far as one node knows it, for another that came late.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// Milliseconds since the rollout began, on the sender's clock.
+    pub at_ms: u64,
+    /// The trial.
+    pub trial: Trial<NodeId>,
+    /// Windows that are closed and, as far as the sender knows, not decided yet.
+    pub closed: Vec<Judgement>,
 }

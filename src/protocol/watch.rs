@@ -1,7 +1,7 @@
 //! The watch over one rollout's canary: this node's part in its trial. One for each service with a rollout under way; unlike
 //! a gate it goes on when the weight changes.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId};
@@ -14,7 +14,7 @@ use super::Event;
 use super::coordinator::Wish;
 use super::core::Core;
 use super::ledger::Agreed;
-use super::message::HealthSnapshot;
+use super::message::{Handover, HealthSnapshot, Message, Role};
 use super::record::Act;
 
 /// Length of a tick, in milliseconds.
@@ -31,6 +31,15 @@ const JUDGED_AT_ONCE: usize = 16;
 /// How long after its end a window is decided that this node has nothing to say of.
 const UNSEEN_MS: u64 = 10_000;
 
+/// How long a peer has for handing its trial over before the next one is asked.
+const ASKED_MS: u64 = 500;
+/// How long peers are asked before a trial is begun anew.
+const ASKING_MS: u64 = 2_000;
+/// Trials that are asked for at a time.
+const ASKED_AT_ONCE: usize = 32;
+/// Sightings of peers that are kept for a trial that isn't there yet.
+const HEARD_MAX: usize = 256;
+
 /// What this node saw of one rollout, and what it makes of that and of its peers' word.
 #[derive(Debug, Clone)]
 pub(super) struct Watch {
@@ -44,13 +53,44 @@ pub(super) struct Watch {
     trial: Trial<NodeId>,
     /// Windows that are closed here, and not decided yet as far as this node knows.
     closed: VecDeque<Judgement>,
+    /// This node came late, and asks for a peer's trial; its own waits meanwhile.
+    asking: Option<Asking>,
+}
+
+/// How a node that came late gets the trial as far as it went.
+#[derive(Debug, Clone, Default)]
+struct Asking {
+    /// Since when it asks; none while it can't, or while others are asked for first.
+    since: Option<Mono>,
+    /// Whom it asks, and since when.
+    whom: Option<(NodeId, Mono)>,
+    /// What peers tell meanwhile.
+    heard: BTreeMap<(u64, NodeId), Sighting>,
+}
+
+impl Asking {
+    /// Chooses whom to ask: each of `peers` in turn. Returns false once it was enough, or there is nobody to ask.
+    fn turn(&mut self, peers: &[&NodeId], now: Mono) -> bool {
+        let since = *self.since.get_or_insert(now);
+        if peers.is_empty() || now.millis_since(since) >= ASKING_MS {
+            return false;
+        }
+        if self.whom.as_ref().is_none_or(|(_, at)| now.millis_since(*at) >= ASKED_MS) {
+            let before = self.whom.take().and_then(|(peer, _)| peers.iter().position(|other| **other == peer));
+            let next = before.map_or(0, |place| (place + 1) % peers.len());
+            self.whom = Some((peers[next].clone(), now));
+        }
+        true
+    }
 }
 
 impl Watch {
-    fn new(agreed: &Agreed, now: Now) -> Self {
+    /// Returns the watch over a rollout that this node learned of just now; `restarts` when it may have known it before.
+    fn new(agreed: &Agreed, now: Now, restarts: bool) -> Self {
         let rollout = &agreed.service.rollout;
         let age_ms = now.wall.0.saturating_sub(rollout.since.0);
-        let began = now.mono.before_ms(if age_ms < JUST_NOW_MS { 0 } else { age_ms });
+        let is_late = age_ms >= JUST_NOW_MS;
+        let began = now.mono.before_ms(if is_late { age_ms } else { 0 });
         let at_ms = now.mono.millis_since(began);
         let analysis = rollout.spec.analysis.clone();
         let policy = analysis.sequential(rollout.spec.planned_ms());
@@ -61,6 +101,7 @@ impl Watch {
             recent: VecDeque::new(),
             trial: Trial::new(analysis, policy, TICK_MS, at_ms),
             closed: VecDeque::new(),
+            asking: (is_late || restarts).then(Asking::default),
         }
     }
 
@@ -71,23 +112,64 @@ impl Watch {
         }
     }
 
-    /// Takes what a peer saw.
-    pub fn hear(&mut self, from: &NodeId, snapshot: &HealthSnapshot) {
-        if snapshot.since_version == self.since_version {
-            snapshot.sightings.iter().for_each(|(tick, sighting)| {
-                self.trial.put(from, *tick, sighting);
-            });
+    /// Takes what a peer saw, and its trial where this node asks for one.
+    pub fn hear(&mut self, own: &NodeId, from: &NodeId, snapshot: &HealthSnapshot, now: Mono) {
+        if snapshot.since_version != self.since_version {
+            return;
+        }
+        if let (Some(_), Some(handover)) = (&self.asking, &snapshot.handover) {
+            self.take_over(own, handover, now);
+        }
+        for (tick, sighting) in &snapshot.sightings {
+            match &mut self.asking {
+                Some(asking) if asking.heard.len() < HEARD_MAX => {
+                    asking.heard.insert((*tick, from.clone()), sighting.clone());
+                }
+                Some(_) => {}
+                None => _ = self.trial.put(from, *tick, sighting),
+            }
         }
     }
 
-    /// Returns what peers are told: which rollout, and the last ticks.
-    pub fn sightings(&self) -> (u64, Vec<(u64, Sighting)>) {
-        (self.since_version, self.recent.iter().cloned().collect())
+    /// Goes on with a peer's trial, as if this node had conducted it: in the peer's ticks, after those that it knows of.
+    fn take_over(&mut self, own: &NodeId, handover: &Handover, now: Mono) {
+        if !self.trial.is_like(&handover.trial) {
+            return;
+        }
+        self.trial = handover.trial.clone();
+        self.closed = handover.closed.iter().cloned().collect();
+        self.began = now.before_ms(handover.at_ms);
+        self.open.0 = self.trial.next_of(own).max(handover.at_ms / TICK_MS);
+        self.stop_asking();
+    }
+
+    /// Goes on with the trial that is there.
+    fn stop_asking(&mut self) {
+        for ((tick, from), sighting) in self.asking.take().into_iter().flat_map(|asking| asking.heard) {
+            self.trial.put(&from, tick, &sighting);
+        }
+    }
+
+    /// Returns what is handed to a peer that came late, when windows are decided up to `judged_ms`; none while this node asks
+    /// itself.
+    fn handover(&self, judged_ms: u64, now: Mono) -> Option<Box<Handover>> {
+        let at_ms = now.millis_since(self.began);
+        let closed = self.closed.iter().filter(|judgement| judgement.from_ms >= judged_ms).cloned().collect();
+        self.asking.is_none().then(|| Box::new(Handover { at_ms, trial: self.trial.clone(), closed }))
+    }
+
+    /// Returns what peers are told: which rollout, the last ticks, and who is asked for the trial.
+    pub fn told(&self) -> (u64, Vec<(u64, Sighting)>, Option<NodeId>) {
+        let asks = self.asking.as_ref().and_then(|asking| asking.whom.as_ref()).map(|(whom, _)| whom.clone());
+        (self.since_version, self.recent.iter().cloned().collect(), asks)
     }
 
     /// Returns the window that is next to be decided, once it is closed; one that nobody here saw the whole of is decided, with
     /// all that follow it, when whoever did had its time.
     fn next_window(&mut self, agreed: &Agreed, now: Mono) -> Option<Judgement> {
+        if self.asking.is_some() {
+            return None;
+        }
         let from_ms = agreed.judged_ms;
         while self.closed.front().is_some_and(|judgement| judgement.from_ms < from_ms) {
             self.closed.pop_front();
@@ -130,14 +212,15 @@ impl Watch {
 }
 
 impl Core {
-    /// Begins the watch over a rollout that this node learned of, ends those that are over.
-    pub(super) fn renew_watch(&mut self, id: &ServiceId) {
+    /// Begins the watch over a rollout that this node learned of, ends those that are over; `restarts` when it may have known
+    /// the rollout before.
+    pub(super) fn renew_watch(&mut self, id: &ServiceId, restarts: bool) {
         let Some(agreed) = self.ledger.services.get(id) else { return };
         let rollout = &agreed.service.rollout;
         if !rollout.phase.is_active() {
             self.watches.remove(id);
         } else if self.watches.get(id).is_none_or(|watch| watch.since_version != rollout.since_version) {
-            self.watches.insert(id.clone(), Watch::new(agreed, self.now));
+            self.watches.insert(id.clone(), Watch::new(agreed, self.now, restarts));
         }
     }
 
@@ -146,8 +229,18 @@ impl Core {
         let expected: Vec<NodeId> =
             self.ledger.membership.gate_voters().filter(|node| self.is_live_voter(node)).cloned().collect();
         let own = self.settings.node.clone();
-        let mut judged = Vec::new();
+        // Whoever has no vote yet has time until it has one.
+        let can_ask = self.role() == Role::Voter;
+        let others: Vec<_> = expected.iter().filter(|node| **node != own).collect();
+        let (mut judged, mut asked) = (Vec::new(), 0);
         for (id, watch) in &mut self.watches {
+            if let Some(asking) = &mut watch.asking {
+                asked += 1;
+                if can_ask && asked <= ASKED_AT_ONCE && !asking.turn(&others, now) {
+                    watch.stop_asking();
+                }
+                continue;
+            }
             let at_ms = now.millis_since(watch.began);
             watch.turn(&own, at_ms);
             for judgement in watch.trial.advance(at_ms, expected.iter()) {
@@ -167,6 +260,15 @@ impl Core {
             judged.into_iter().for_each(|event| self.announce(event));
             self.judge_all();
         }
+    }
+
+    /// Hands the trial of a service to a peer that asks this node for it.
+    pub(super) fn hand_over(&mut self, to: &NodeId, id: &ServiceId, since_version: u64) {
+        let watch = self.watches.get(id).filter(|watch| watch.since_version == since_version);
+        let judged_ms = self.ledger.services[id].judged_ms;
+        let Some(handover) = watch.and_then(|watch| watch.handover(judged_ms, self.now.mono)) else { return };
+        let snapshot = HealthSnapshot { handover: Some(handover), ..self.snapshot(id) };
+        self.send(to, Message::HealthSnapshot(snapshot));
     }
 
     /// Asks for the next closed window of each rollout to be decided. A verdict can wait: it never contends for a slot that

@@ -5,6 +5,8 @@
 //! failing request, in a random but reproducible order, multiplies the wealth of each alternative by its likelihood there
 //! over its likelihood under the worst acceptable null. Wealth is an e-process, and P(it ever reaches 1/α) ≤ α (Ville).
 
+use serde::{Deserialize, Serialize};
+
 use super::{Mixture, Policy};
 
 /// How much worse a canary may be under an alternative.
@@ -42,7 +44,7 @@ pub(super) struct Urn {
 }
 
 /// Stable's error rate, as far as it is known before a block is bet on.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Rate {
     errors: f64,
     requests: f64,
@@ -60,6 +62,14 @@ impl Default for Rate {
 }
 
 impl Rate {
+    /// Returns true when it is one.
+    pub fn is_sound(&self) -> bool {
+        let Self { errors, requests, clumping, temper, before } = self;
+        let parts = [errors, requests, &clumping.0, &clumping.1, &before.0, &before.1];
+        let numbers = parts.iter().all(|part| part.is_finite() && **part >= 0.0);
+        numbers && *requests > 0.0 && clumping.1 > 0.0 && (0.0..=1.0).contains(temper)
+    }
+
     /// Returns the rate, 0.0001 to 0.6.
     pub fn value(&self) -> f64 {
         (self.errors / self.requests).clamp(1e-4, 0.6)

@@ -7,7 +7,11 @@
 //! null is the union of those that begin at so and so much and decay. Each is bet against by itself, and the e-value is the
 //! least of them all: a slowness that stays is soon unlike every warm-up.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::LazyLock;
+
+use serde::{Deserialize, Serialize};
+use serde_big_array::BigArray;
 
 use super::{Allowed, Policy};
 use crate::domain::stats::{BIN_RATIO, BINS, FIRST_US};
@@ -17,7 +21,31 @@ const COARSENESS: usize = 7;
 /// Bins that are bet on; their edges are 1.23 apart.
 pub(super) const COARSE: usize = BINS / COARSENESS;
 /// A histogram of them.
-pub(super) type Coarse = [f64; COARSE];
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(super) struct Coarse(#[serde(with = "BigArray")] [f64; COARSE]);
+
+impl Coarse {
+    /// The one without answers.
+    pub const EMPTY: Self = Self([0.0; COARSE]);
+
+    /// Returns true when each bin holds a number of answers.
+    pub fn is_sound(&self) -> bool {
+        self.iter().all(|answers| answers.is_finite() && *answers >= 0.0)
+    }
+}
+
+impl Deref for Coarse {
+    type Target = [f64];
+    fn deref(&self) -> &[f64] {
+        &self.0
+    }
+}
+
+impl DerefMut for Coarse {
+    fn deref_mut(&mut self) -> &mut [f64] {
+        &mut self.0
+    }
+}
 
 /// How much slower a canary may be under an alternative, beyond what is tolerated.
 #[derive(Debug, Clone, Copy)]
@@ -63,18 +91,18 @@ pub(super) fn tolerances(seconds: f64, policy: &Policy) -> [usize; NULLS] {
 }
 
 /// Stable's latencies, as far as they are known before a block is bet on.
-#[derive(Debug, Clone)]
-pub(super) struct Shape(pub Coarse);
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Shape(Coarse);
 
 impl Default for Shape {
     fn default() -> Self {
-        Self(PRIOR.map(|share| share * 5.0))
+        Self(Coarse(PRIOR.0.map(|share| share * 5.0)))
     }
 }
 
 /// A wide guess: around 100 ms, a factor of 3.3 either way.
 static PRIOR: LazyLock<Coarse> = LazyLock::new(|| {
-    let mut prior = [0.0; COARSE];
+    let mut prior = Coarse::EMPTY;
     for (bin, share) in prior.iter_mut().enumerate() {
         let middle_ms = FIRST_US / 1000.0 * BIN_RATIO.powf((bin * COARSENESS) as f64 + COARSENESS as f64 / 2.0);
         *share = (-0.5 * ((middle_ms.ln() - 100f64.ln()) / 1.2).powi(2)).exp();
@@ -92,7 +120,7 @@ impl Shape {
     /// Learns from a block that was bet on already.
     pub fn learn(&mut self, seconds: f64, requests: f64, block: &Coarse) {
         let keep = (-(seconds / 300.0).min(requests / 15_000.0)).exp2();
-        self.0.iter_mut().zip(block).for_each(|(sum, more)| *sum = *sum * keep + more);
+        self.0.iter_mut().zip(block.iter()).for_each(|(sum, more)| *sum = *sum * keep + more);
     }
 
     /// Returns the share of answers that take at least as long as each coarse bin's lower edge.
@@ -102,10 +130,14 @@ impl Shape {
 
     /// Returns the bets against each null: `tolerated` are their tolerances, the first one that of a warm canary.
     pub fn bets(&self, tolerated: &[usize; NULLS]) -> Bets {
+        Drawn { shape: self.clone(), tolerated: *tolerated }.into()
+    }
+
+    fn against(&self, tolerated: &[usize; NULLS]) -> Vec<(usize, Box<[Coarse; COUNT]>)> {
         let (known, prior) = (Moving::new(&normal(self.0)), &*PRIOR);
         let null = |bins: usize| {
             let shares = from_survival(&known.by(bins as f64 / COARSENESS as f64));
-            normal(std::array::from_fn(|bin| 0.999 * shares[bin] + 0.001 * prior[bin]))
+            normal(Coarse(std::array::from_fn(|bin| 0.999 * shares[bin] + 0.001 * prior[bin])))
         };
         let warm = null(tolerated[0]);
         let moving = Moving::new(&warm);
@@ -114,23 +146,59 @@ impl Shape {
         for bins in tolerated {
             if all.iter().all(|(known, _)| known != bins) {
                 let cold = (*bins != tolerated[0]).then(|| Cold::new(null(*bins)));
-                let mut bets = Box::new([[0.0; COARSE]; COUNT]);
+                let mut bets = Box::new([Coarse::EMPTY; COUNT]);
                 for (k, factors) in bets.iter_mut().enumerate() {
                     bet_on(factors, ALTERNATIVES[k], &above[k], &warm, cold.as_ref());
                 }
                 all.push((*bins, bets));
             }
         }
-        Bets(all)
+        all
+    }
+
+    /// Returns true when bets can be drawn from it.
+    pub fn is_sound(&self) -> bool {
+        self.0.is_sound() && self.0.iter().sum::<f64>() > 0.0
     }
 }
 
-/// The bets in force: a factor for each coarse bin, by the tolerance that they are against.
-#[derive(Debug, Clone)]
-pub(super) struct Bets(Vec<(usize, Box<[Coarse; COUNT]>)>);
+/// The bets in force. Another node gets what they were drawn from, and draws the same.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Drawn", into = "Drawn")]
+pub(super) struct Bets {
+    drawn: Drawn,
+    /// A factor for each coarse bin, by the tolerance that they are against.
+    against: Vec<(usize, Box<[Coarse; COUNT]>)>,
+}
+
+/// What bets are drawn from: stable's latencies, and what each null tolerates.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Drawn {
+    shape: Shape,
+    tolerated: [usize; NULLS],
+}
+
+impl From<Drawn> for Bets {
+    fn from(drawn: Drawn) -> Self {
+        let is_sound = drawn.shape.is_sound() && are_tolerances(&drawn.tolerated);
+        let against = if is_sound { drawn.shape.against(&drawn.tolerated) } else { Vec::new() };
+        Self { drawn, against }
+    }
+}
+
+impl From<Bets> for Drawn {
+    fn from(bets: Bets) -> Self {
+        bets.drawn
+    }
+}
+
+/// Returns true when these can be tolerances, in fine bins.
+pub(super) fn are_tolerances(bins: &[usize; NULLS]) -> bool {
+    bins.iter().all(|bins| *bins < BINS)
+}
 
 fn survival(shares: &Coarse) -> Coarse {
-    let mut survival = [0.0; COARSE];
+    let mut survival = Coarse::EMPTY;
     let mut sum = 0.0;
     for bin in (0..COARSE).rev() {
         sum += shares[bin];
@@ -142,7 +210,7 @@ fn survival(shares: &Coarse) -> Coarse {
 
 fn from_survival(survival: &Coarse) -> Coarse {
     let next = |bin: usize| survival.get(bin + 1).map_or(0.0, |next| *next);
-    std::array::from_fn(|bin| (survival[bin] - next(bin)).max(0.0))
+    Coarse(std::array::from_fn(|bin| (survival[bin] - next(bin)).max(0.0)))
 }
 
 /// A survival that can be moved towards slower answers; between edges it is exponential.
@@ -157,7 +225,7 @@ impl Moving {
     }
 
     fn of(survival: Coarse) -> Self {
-        Self { survival, logs: survival.map(|share| share.max(1e-12).ln()) }
+        Self { survival, logs: Coarse(survival.0.map(|share| share.max(1e-12).ln())) }
     }
 
     /// Returns the survival of answers that take longer by so many coarse bins.
@@ -165,7 +233,7 @@ impl Moving {
         let (whole, part) = (bins.floor() as usize, bins - bins.floor());
         let at = |bin: usize, less: usize| if bin <= less { 0.0 } else { self.logs[bin - less] };
         let moved = |bin: usize| ((1.0 - part) * at(bin, whole) + part * at(bin, whole + 1)).exp();
-        std::array::from_fn(|bin| if bin == 0 { 1.0 } else { moved(bin) })
+        Coarse(std::array::from_fn(|bin| if bin == 0 { 1.0 } else { moved(bin) }))
     }
 }
 
@@ -176,7 +244,7 @@ fn slower(alternative: Alternative, warm: &Moving) -> Coarse {
         Alternative::Shift(factor) => moved_by(factor),
         Alternative::Tail(share, factor) => {
             let moved = moved_by(factor);
-            std::array::from_fn(|bin| warm.survival[bin].max(moved[bin].min(share)))
+            Coarse(std::array::from_fn(|bin| warm.survival[bin].max(moved[bin].min(share))))
         }
     })
 }
@@ -190,7 +258,7 @@ struct Cold {
 
 impl Cold {
     fn new(shares: Coarse) -> Self {
-        Self { shares, inverse: shares.map(|share| 1.0 / share) }
+        Self { shares, inverse: Coarse(shares.0.map(|share| 1.0 / share)) }
     }
 }
 
@@ -207,7 +275,7 @@ fn bet_on(factors: &mut Coarse, alternative: Alternative, above: &Coarse, warm: 
         }
         // A warm-up is a course, not a bound: slowness that stays may well be less than it at first.
         (Some(cold), _) => {
-            for ((factor, above), inverse) in factors.iter_mut().zip(above).zip(&cold.inverse) {
+            for ((factor, above), inverse) in factors.iter_mut().zip(above.iter()).zip(cold.inverse.iter()) {
                 *factor = above * inverse;
             }
             6f64.exp()
@@ -234,7 +302,7 @@ fn dot(a: &Coarse, b: &Coarse) -> f64 {
 fn never_falling(factors: &mut Coarse, above: &Coarse, below: &Coarse) {
     let mut pools = [(0.0, 0.0, 0); COARSE];
     let mut count = 0;
-    for (a, b) in above.iter().zip(below) {
+    for (a, b) in above.iter().zip(below.iter()) {
         let mut pool = (*a, *b, 1);
         while count > 0 && pools[count - 1].0 * pool.1 >= pool.0 * pools[count - 1].1 {
             count -= 1;
@@ -270,10 +338,15 @@ pub(super) fn edge(survival: &Coarse, quantile: f64, allowed: Allowed) -> (usize
 }
 
 impl Bets {
+    /// Returns true when they were drawn from something they can be drawn from.
+    pub fn is_sound(&self) -> bool {
+        !self.against.is_empty()
+    }
+
     /// Settles the bets against the null that tolerates so many bins: the canary's answers of a block against both
     /// versions', stable's moved by as much. Returns what each alternative's wealth is multiplied by.
     pub fn settle(&self, tolerated: usize, canary: &Coarse, stable: &Coarse) -> [f64; COUNT] {
-        let nearest = self.0.iter().min_by_key(|(bins, _)| bins.abs_diff(tolerated));
+        let nearest = self.against.iter().min_by_key(|(bins, _)| bins.abs_diff(tolerated));
         let (ours, theirs): (f64, f64) = (canary.iter().sum(), stable.iter().sum());
         let Some((_, bets)) = nearest.filter(|_| ours > 0.0 && theirs > 0.0) else { return [1.0; COUNT] };
         let share = ours / (ours + theirs);

@@ -12,8 +12,10 @@ mod latency;
 mod promote;
 
 use errors::{Rate, Urn};
-use latency::{Bets, COARSE, Coarse, NULLS, Shape};
+use latency::{Bets, Coarse, NULLS, Shape};
 use promote::Seen;
+use serde::{Deserialize, Serialize};
+use serde_big_array::BigArray;
 
 use super::window::Evidence;
 
@@ -30,9 +32,11 @@ const BLOCK_REQUESTS_MIN_WARNED: [u64; 4] = [60, 20, 20, 20];
 const PAUSE_TIMES: f64 = 5.0;
 /// The e-value that the smaller blocks begin at.
 const WARNED: f64 = 5.0;
+/// Counts and times stay below this, so that adding to them can't overflow.
+const NUMBER_MAX: u64 = 1 << 62;
 
 /// What must be ruled out before a promotion.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Required {
     /// What its author calls it.
     pub name: String,
@@ -47,7 +51,7 @@ impl Required {
 }
 
 /// How a canary may be worse.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Harm {
     /// An error rate higher by this much, as a share of all requests.
     Errors(f64),
@@ -56,7 +60,7 @@ pub enum Harm {
 }
 
 /// How much slower.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Allowed {
     /// More answers beyond stable's quantile, as a share of all.
     Share(f64),
@@ -65,7 +69,7 @@ pub enum Allowed {
 }
 
 /// What is tolerated, and how sure a verdict must be.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Policy {
     /// Probability of ever rolling back a canary that is no worse than tolerated, at most.
     pub alpha: f64,
@@ -114,9 +118,10 @@ impl Default for Policy {
 }
 
 /// Wealth spread over alternatives, and what is kept for later.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Mixture<const K: usize> {
     /// Of each alternative.
+    #[serde(with = "BigArray")]
     wealth: [f64; K],
     /// The share that was started; the rest waits.
     started: f64,
@@ -134,6 +139,11 @@ impl<const K: usize> Mixture<K> {
         let share = share.min(1.0 - self.started);
         self.started += share;
         self.wealth.iter_mut().zip(weights).for_each(|(wealth, weight)| *wealth += share * weight);
+    }
+
+    fn is_sound(&self) -> bool {
+        let wealth = self.wealth.iter().all(|wealth| wealth.is_finite() && *wealth >= 0.0);
+        wealth && (0.0..=1.0).contains(&self.started)
     }
 
     fn multiply(&mut self, factors: &[f64; K]) {
@@ -158,7 +168,7 @@ impl<const K: usize> Mixture<K> {
 }
 
 /// What the evidence says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Decision {
     /// As good as stable, within the margins.
     Promote,
@@ -171,7 +181,7 @@ pub enum Decision {
 }
 
 /// A decision and what it rests on.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
     /// The decision.
     pub decision: Decision,
@@ -192,7 +202,7 @@ pub struct Finding {
 }
 
 /// The test of one rollout. Its state is of one size, however many requests there are.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sequential {
     policy: Policy,
     at_ms: u64,
@@ -216,7 +226,7 @@ pub struct Sequential {
 }
 
 /// What was counted since the last block was closed.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Block {
     requests: (u64, u64),
     errors: (u64, u64),
@@ -228,8 +238,8 @@ struct Block {
 
 impl Default for Block {
     fn default() -> Self {
-        let empty = [0.0; COARSE];
-        Self { requests: (0, 0), errors: (0, 0), canary: empty, tolerated: [empty; NULLS], stable: empty }
+        let (requests, errors) = ((0, 0), (0, 0));
+        Self { requests, errors, canary: Coarse::EMPTY, tolerated: [Coarse::EMPTY; NULLS], stable: Coarse::EMPTY }
     }
 }
 
@@ -256,6 +266,24 @@ impl Sequential {
             requests: (0, 0),
             failed: (0, 0),
         }
+    }
+
+    /// Returns true when its parts are such that it can go on with them, as in everything that it came to by itself; a peer's
+    /// bytes may not be.
+    pub fn is_sound(&self) -> bool {
+        let Self { block, errors, latency, rate, shape, bets, promotion, .. } = self;
+        let histograms = block.tolerated.iter().chain([&block.canary, &block.stable]);
+        let counted = [block.requests, block.errors, self.requests, self.failed].into_iter().flat_map(|(a, b)| [a, b]);
+        promotion.len() == self.policy.required.len()
+            && [self.e, self.e_latency].iter().chain(promotion).all(|e| e.is_finite())
+            && errors.is_sound()
+            && latency.iter().all(Mixture::is_sound)
+            && rate.is_sound()
+            && shape.is_sound()
+            && bets.iter().all(Bets::is_sound)
+            && latency::are_tolerances(&self.tolerated)
+            && histograms.into_iter().all(Coarse::is_sound)
+            && counted.chain([self.at_ms, self.bets_until_ms]).all(|number| number <= NUMBER_MAX)
     }
 
     /// Returns what it goes by.

@@ -20,13 +20,17 @@ fn rollout(stable: &str, canary: &str, steps: &str) -> String {
     )
 }
 
-/// Returns what node `i` judged, with what it rests on.
-fn judged(cluster: &Cluster, i: usize) -> Vec<[Value; 7]> {
+/// Returns what node `i` judged, or was told of a window, by its log.
+fn lines(cluster: &Cluster, i: usize) -> Vec<Value> {
     let text = fs::read_to_string(cluster.log(i)).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let judged = lines.filter(|line| line["message"] == "judged");
+    lines.filter(|line| line["message"] == "judged").collect()
+}
+
+/// Returns what node `i` judged, with what it rests on.
+fn judged(cluster: &Cluster, i: usize) -> Vec<[Value; 7]> {
     let keys = ["to_ms", "verdict", "e_value", "canary", "canary_errors", "stable", "stable_errors"];
-    judged.map(|line| keys.map(|key| line[key].clone())).collect()
+    lines(cluster, i).into_iter().map(|line| keys.map(|key| line[key].clone())).collect()
 }
 
 #[test]
@@ -83,6 +87,30 @@ fn a_canary_as_good_as_stable_is_promoted_by_evidence_and_silence_is_none() {
     assert!(all[0].iter().any(|line| line[1] == "PROMOTE"), "{all:?}");
     let promoted = |lines: &[[Value; 7]]| lines.iter().find(|line| line[1] == "PROMOTE").cloned();
     assert!(all.iter().all(|lines| promoted(lines) == promoted(&all[0])), "{all:#?}");
+    drop(traffic);
+    cluster.assert_no_panic();
+}
+
+#[test]
+fn a_node_killed_in_the_middle_of_a_rollout_goes_on_with_its_peers_trial() {
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let mut cluster = Cluster::start();
+    let steps = "    - setWeight: 50\n    - pause: { duration: 12s }\n    - setWeight: 100";
+    let text = rollout(&v1.url(), &v2.url(), steps).replace("  analysis:\n", "  analysis:\n    window: 3s\n");
+    cluster.apply(0, &text);
+    let traffic = Traffic::start(&cluster, 150);
+    std::thread::sleep(Duration::from_secs(5));
+    cluster.kill(2);
+    std::thread::sleep(Duration::from_secs(1));
+    cluster.spawn(2, None);
+    cluster.wait_ready(2);
+    cluster.until(2, "completion", Duration::from_secs(90), |s| s["phase"] == "Completed");
+    // It promoted by the same numbers, of which it saw only the second half itself.
+    let promoted = [0, 1, 2].map(|i| judged(&cluster, i).into_iter().find(|line| line[1] == "PROMOTE"));
+    assert!(promoted[0].is_some() && promoted.iter().all(|one| *one == promoted[0]), "{promoted:#?}");
+    let windows: Vec<_> = lines(&cluster, 1).into_iter().filter(|line| line["from_ms"] != 0).collect();
+    assert!(windows.len() >= 9, "{windows:#?}");
+    assert!(windows.iter().all(|window| window["reason"] != "nobody saw the whole of it"), "{windows:#?}");
     drop(traffic);
     cluster.assert_no_panic();
 }

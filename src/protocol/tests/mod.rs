@@ -6,6 +6,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::checkpoint::Checkpoint;
+use super::codec;
 use super::ledger::Ledger;
 use super::message::{Answer, Decision, GateVote, Message, Refusal};
 use super::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot};
@@ -13,6 +14,9 @@ use super::{Command, Core, Event, Input, Op, Outcome, Output, RequestId, Retenti
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
 use crate::domain::time::{Mono, Now, Wall};
+use crate::domain::trial::Judgement;
+
+mod trial;
 
 const CLUSTER: ClusterId = ClusterId([7; 16]);
 
@@ -56,6 +60,8 @@ struct Rig {
     /// What was put out, without heartbeats, leases, evidence and publications.
     story: Vec<String>,
     replies: BTreeMap<u64, Outcome>,
+    /// What each node judged; with the slot, where it is in the log.
+    judged: Vec<(NodeId, Option<Slot>, Judgement)>,
 }
 
 impl Rig {
@@ -77,6 +83,7 @@ impl Rig {
             now: 1_000_000,
             story: Vec::new(),
             replies: BTreeMap::new(),
+            judged: Vec::new(),
         };
         ["a", "b", "c"].map(node).iter().for_each(|name| rig.found(name));
         rig.run_for(600);
@@ -161,6 +168,9 @@ impl Rig {
                     self.checkpoints.insert(name.clone(), checkpoint);
                 }
                 Output::Reply(request, outcome) => drop(self.replies.insert(request.0, outcome)),
+                Output::Announce(Event::Judged { slot, judgement, .. }) => {
+                    self.judged.push((name.clone(), slot, judgement));
+                }
                 Output::Publish(_) | Output::Lease(_) | Output::Announce(_) => {}
             }
         }
@@ -179,6 +189,7 @@ impl Rig {
     /// Delivers the message at a place of the wire.
     fn deliver(&mut self, at: usize) {
         let Some((from, to, message)) = self.wire.remove(at) else { return };
+        let message = codec::decode(&codec::encode(&message)).expect("what is sent can be read");
         let incarnation = self.incarnations.get(&from).copied().unwrap_or(Incarnation(1));
         self.handle(&to, Input::Received { from, incarnation, message: Box::new(message) });
     }

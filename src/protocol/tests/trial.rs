@@ -1,0 +1,134 @@
+//! Trials outlive the restarts of those who conduct them.
+
+use super::*;
+use crate::domain::trial::Odds;
+use crate::domain::window::Evidence;
+use crate::protocol::Observation;
+
+/// Compares with stable, in windows of 3 s.
+fn compared() -> Arc<RolloutSpec> {
+    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, \
+                canary: {version: v2}, steps: [{setWeight: 20}, {pause: {}}, {setWeight: 100}], \
+                analysis: {window: 3s, minSamples: 10, metrics: [{name: errors, strategy: SEQUENTIAL}]}}}";
+    Arc::new(crate::config::rollout::parse(text, "test").unwrap())
+}
+
+/// Returns three nodes 8.6 s after the beginning of a rollout that is compared with stable; there was no traffic in the first 1.6 s.
+fn under_way() -> Rig {
+    let mut rig = Rig::new();
+    rig.asked("a", 1, Op::Apply(compared()));
+    rig.serve(5_000);
+    rig.assert_same_odds();
+    rig
+}
+
+impl Rig {
+    /// Lets `ms` pass in which every node that runs sees five answers of stable in 100 ms, one failing now and then, and one of the
+    /// canary.
+    fn serve(&mut self, ms: u64) {
+        for _ in 0..ms / 100 {
+            for (place, name) in ["a", "b", "c"].map(node).into_iter().enumerate() {
+                let mut evidence = Evidence::default();
+                let tenth = self.now / 100_000 + place as u64;
+                (0..5).for_each(|i| {
+                    evidence.stable.record(1_000 * (1 + (tenth + i) % 7), (tenth + i).is_multiple_of(41))
+                });
+                evidence.canary.record(1_000 * (1 + tenth % 7), tenth.is_multiple_of(37));
+                let observation = Observation { service: service(), routing_version: 1, evidence };
+                self.handle(&name, Input::Telemetry(vec![observation]));
+            }
+            self.run_for(100);
+        }
+    }
+
+    /// Asserts that all nodes come to the same numbers at the same ticks, for 2 s. What was put into bets tells the tick.
+    fn assert_same_odds(&mut self) {
+        let mut told = BTreeMap::<u64, BTreeMap<NodeId, Odds>>::new();
+        for _ in 0..20 {
+            self.serve(100);
+            for (name, core) in &self.cores {
+                let odds = core.view().services[&service()].odds.expect("there is traffic to compare");
+                told.entry(odds.alpha_spent.to_bits()).or_default().insert(name.clone(), odds);
+            }
+        }
+        let all: Vec<_> = told.values().filter(|nodes| nodes.len() == 3).collect();
+        assert!(all.len() >= 4, "{told:?}");
+        assert!(
+            told.values().all(|nodes| nodes.values().all(|odds| odds == nodes.values().next().unwrap())),
+            "{told:?}"
+        );
+    }
+
+    /// Returns the windows that were decided, as node `name` learned of them.
+    fn windows(&self, name: &str) -> Vec<(u64, u64, u64)> {
+        let decided = self.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_some());
+        decided.map(|(.., judgement)| (judgement.from_ms, judgement.to_ms, judgement.stable.count)).collect()
+    }
+
+    /// Asserts that the windows follow each other, and that all that was served in each was counted: of the first one 210
+    /// answers, of the others 450, less what `missing` says of the one that begins there.
+    fn assert_windows(&self, name: &str, missing: impl Fn(u64) -> std::ops::RangeInclusive<u64>) {
+        let windows = self.windows(name);
+        assert!(windows.len() >= 4, "{windows:?}");
+        for (place, (from_ms, to_ms, count)) in windows.iter().enumerate() {
+            let expected_ms = 3_000 * place as u64;
+            assert_eq!((*from_ms, *to_ms), (expected_ms, expected_ms + 3_000), "{windows:?}");
+            let served = if place == 0 { 210 } else { 450 };
+            assert!(missing(*from_ms).contains(&(served - count)), "{count} from {from_ms} ms on: {windows:?}");
+        }
+    }
+}
+
+#[test]
+fn a_node_that_restarts_goes_on_with_its_peers_trial() {
+    let mut rig = under_way();
+    rig.kill("c");
+    rig.serve(1_000);
+    rig.restart(&node("c"));
+    rig.serve(3_000);
+    rig.assert_same_odds();
+    // c served nothing from 8.6 to 9.6 s, and what it saw in its last tick before that nobody knows.
+    rig.assert_windows("b", |from_ms| match from_ms {
+        6_000 => 20..=32,
+        9_000 => 30..=30,
+        _ => 0..=0,
+    });
+    // What c judged by itself, it judged with the counts of the whole rollout.
+    let minds = |name: &str| {
+        let by = rig.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_none());
+        by.map(|(.., judgement)| judgement.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(minds("c"), minds("a")[..minds("c").len()]);
+}
+
+#[test]
+fn a_coordinator_that_restarts_decides_the_windows_that_closed_without_it() {
+    let mut rig = under_way();
+    rig.serve(300);
+    rig.kill("a");
+    rig.serve(300);
+    rig.restart(&node("a"));
+    rig.serve(4_000);
+    rig.assert_same_odds();
+    rig.assert_windows("b", |from_ms| match from_ms {
+        6_000 => 5..=17,
+        9_000 => 10..=10,
+        _ => 0..=0,
+    });
+}
+
+#[test]
+fn when_all_restart_the_trial_begins_anew_and_says_so() {
+    let mut rig = under_way();
+    ["a", "b", "c"].iter().for_each(|name| rig.kill(name));
+    rig.serve(500);
+    ["a", "b", "c"].iter().for_each(|name| rig.restart(&node(name)));
+    rig.serve(9_000);
+    let windows = rig.windows("b");
+    assert!(windows.len() >= 5, "{windows:?}");
+    let unseen = rig.judged.iter().filter(|(at, slot, judgement)| {
+        *at == node("b") && slot.is_some() && judgement.verdict.reason() == "nobody saw the whole of it"
+    });
+    let unseen: Vec<_> = unseen.map(|(.., judgement)| judgement.from_ms).collect();
+    assert_eq!(unseen, [6_000], "{windows:?}");
+}
