@@ -63,7 +63,7 @@ fn produce(bootstrap: &str, topic: &str, events: u64) {
         client(bootstrap).set("linger.ms", "5").set("compression.type", "lz4").create().expect("a producer");
     let now_ms = BootClock.now().wall.0;
     for number in 0..events {
-        let payload = event(number, now_ms, true);
+        let payload = event(number, now_ms, true, 1);
         let mut record =
             BaseRecord::<(), _>::to(topic).partition((number % PARTITIONS as u64) as i32).payload(&payload);
         while let Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) = producer.send(record) {
@@ -108,7 +108,7 @@ fn read_bare(bootstrap: &str, topic: &str, events: u64) -> f64 {
 fn read_ours(bootstrap: &str, topic: &str, events: u64) -> f64 {
     let config = Kafka { group: format!("ours-{:x}", rand::random::<u64>()), ..Kafka::at(bootstrap) };
     let mut source = KafkaTelemetry::new(&config, topic, Arc::new(BootClock)).expect("a source");
-    let intake = intake();
+    let intake = intake(1);
     let mut accepted = 0;
     let rate = rate(events, || {
         let read = source.poll(Duration::from_millis(100), &mut |payloads| {

@@ -14,19 +14,25 @@ use aviary::telemetry::Intake;
 const ROLLOUT: &str = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: fraud-model}, spec: {stable: {version: v1, url: 'http://x:1'}, \
     canary: {version: v2, url: 'http://y:2'}, steps: [{setWeight: 5}, {setWeight: 100}]}}";
 
-/// Returns the intake of a node with one rollout under way.
-pub fn intake() -> Intake {
+/// Returns the intake of a node with so many rollouts under way.
+pub fn intake(services: u64) -> Intake {
     let spec = Arc::new(aviary::config::rollout::parse(ROLLOUT, "bench").expect("a rollout"));
     let mark = Mark { tx: TxId::new("bench").expect("a name"), at: BootClock.now().wall };
     let service = Service::after(None, &spec.service.clone(), &Change::Start(spec), &mark).expect("a start");
-    let view = View::fixed(NodeId::new("a").expect("a name"), service);
+    let mut view = View::fixed(NodeId::new("a").expect("a name"), service);
+    let (_, one) = view.services.pop_first().expect("the one it was made of");
+    view.services = (0..services).map(|number| (name(number).parse().expect("a name"), one.clone())).collect();
     let published = Published::new(Arc::new(view), Arc::new(BootClock));
     let (handle, _, _) = NodeHandle::new(published, MemoryStore::default().reader());
     Intake::new(handle, "bench")
 }
 
-/// Returns an `aviary.v1.TelemetryEvent`.
-pub fn event(number: u64, now_ms: u64, with_id: bool) -> Vec<u8> {
+fn name(service: u64) -> String {
+    format!("fraud-model-{service}")
+}
+
+/// Returns an `aviary.v1.TelemetryEvent` of one of so many services.
+pub fn event(number: u64, now_ms: u64, with_id: bool, services: u64) -> Vec<u8> {
     let mixed = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20;
     let text = |bytes: &mut Vec<u8>, tag: u8, text: &str| {
         bytes.extend([tag, text.len() as u8]);
@@ -40,7 +46,7 @@ pub fn event(number: u64, now_ms: u64, with_id: bool) -> Vec<u8> {
         bytes.push(value as u8);
     };
     let mut bytes = Vec::new();
-    text(&mut bytes, 0x0a, "fraud-model");
+    text(&mut bytes, 0x0a, &name(number % services));
     text(&mut bytes, 0x12, if mixed.is_multiple_of(20) { "v2" } else { "v1" });
     bytes.push(0x18);
     varint(&mut bytes, if mixed.is_multiple_of(199) { 503 } else { 200 });

@@ -108,7 +108,8 @@ fn ready(node: &NodeHandle) -> Response<Full<Bytes>> {
 /// Returns one service's routing as this node serves it; none when it is unknown.
 pub fn routing_state(node: &NodeHandle, service: &ServiceId) -> Option<Value> {
     let view = node.published.view();
-    let ServiceView { service: agreed, slot, hash, serving, waiting_for, enforced, .. } = view.services.get(service)?;
+    let found = view.services.get(service)?;
+    let ServiceView { service: agreed, slot, hash, serving, waiting_for, enforced, .. } = &**found;
     let (routing, rollout) = (&agreed.routing, &agreed.rollout);
     let effective = Weight::from_bp(node.published.effective_bp(serving)).unwrap_or_default();
     let mut effective_weights =

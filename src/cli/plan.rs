@@ -209,7 +209,7 @@ impl Play<'_> {
             trial.advance(second * 1_000, [].iter());
             // As a gate does: the limits on the sliding window, and the comparison.
             let compared = trial.verdict().unwrap_or(Verdict::Promote);
-            match analysis.judge(&window.total()).or_worse(compared) {
+            match analysis.judge(window.total()).or_worse(compared) {
                 Verdict::Rollback(_) | Verdict::Pause(_) => {
                     ended.stopped = Some(second);
                     break;

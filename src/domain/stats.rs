@@ -1,6 +1,6 @@
 //! Mergeable statistics of one version's answers: counts, errors, latency.
 
-use std::ops::AddAssign;
+use std::ops::{AddAssign, SubAssign};
 use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
@@ -135,6 +135,23 @@ impl AddAssign<&Stats> for Stats {
             merged.push(next);
         }
         self.histogram = merged;
+    }
+}
+
+/// Takes away what was added before.
+impl SubAssign<&Stats> for Stats {
+    fn sub_assign(&mut self, other: &Stats) {
+        self.count -= other.count;
+        self.errors -= other.errors;
+        self.latency_sum_us -= other.latency_sum_us;
+        let mut gone = other.histogram.iter().peekable();
+        self.histogram.retain_mut(|(bin, answers)| {
+            if let Some((_, less)) = gone.next_if(|(other, _)| other == bin) {
+                // A bin that was full has lost count.
+                *answers = answers.saturating_sub(*less);
+            }
+            *answers > 0
+        });
     }
 }
 

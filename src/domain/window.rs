@@ -27,6 +27,14 @@ impl Evidence {
     }
 }
 
+impl Evidence {
+    /// Takes away what was added before.
+    fn take_away(&mut self, other: &Evidence) {
+        self.stable -= &other.stable;
+        self.canary -= &other.canary;
+    }
+}
+
 /// A counter of both versions' answers.
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
@@ -45,16 +53,19 @@ impl Tally {
 
 /// The last seconds of evidence at one routing version.
 ///
-/// It begins empty whenever the weight changes, so that a step is judged by what happened at that step.
+/// It begins empty whenever the weight changes, so that a step is judged by what happened at that step. What it costs to ask
+/// doesn't depend on its length: the sum is kept.
 #[derive(Debug, Clone, Default)]
 pub struct Window {
     seconds: VecDeque<(u64, Evidence)>,
+    total: Evidence,
 }
 
 impl Window {
     /// Adds evidence observed at `at`.
     pub fn add(&mut self, at: Mono, evidence: &Evidence) {
         let second = at.0 / 1_000_000;
+        self.total.merge(evidence);
         match self.seconds.back_mut() {
             Some((last, bucket)) if *last >= second => bucket.merge(evidence),
             _ => self.seconds.push_back((second, evidence.clone())),
@@ -65,21 +76,21 @@ impl Window {
     pub fn expire(&mut self, now: Mono, span_ms: u64) {
         let first = now.before_ms(span_ms).0 / 1_000_000;
         while self.seconds.front().is_some_and(|(second, _)| *second < first) {
-            self.seconds.pop_front();
+            let (_, gone) = self.seconds.pop_front().expect("a second just seen");
+            self.total.take_away(&gone);
         }
     }
 
     /// Returns everything in the window, merged.
-    pub fn total(&self) -> Evidence {
-        let mut total = Evidence::default();
-        self.seconds.iter().for_each(|(_, bucket)| total.merge(bucket));
-        total
+    pub fn total(&self) -> &Evidence {
+        &self.total
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn one(errors: bool) -> Evidence {
         let mut evidence = Evidence::default();
@@ -97,5 +108,25 @@ mod tests {
         assert_eq!(window.total().canary.count, 3);
         window.expire(Mono::from_millis(32_100), 30_000);
         assert_eq!((window.total().canary.count, window.total().canary.errors), (1, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn the_sum_is_that_of_the_seconds_in_the_window(
+            events in prop::collection::vec((0u64..4_000, 0u64..10_000_000, any::<bool>(), any::<bool>()), 1..80),
+            span_ms in 1_000u64..20_000,
+        ) {
+            let (mut window, mut now) = (Window::default(), Mono::from_millis(0));
+            for (later_ms, latency_us, error, canary) in events {
+                now = now.after_ms(later_ms);
+                let mut evidence = Evidence::default();
+                if canary { &mut evidence.canary } else { &mut evidence.stable }.record(latency_us, error);
+                window.add(now, &evidence);
+                window.expire(now, span_ms);
+                let mut sum = Evidence::default();
+                window.seconds.iter().for_each(|(_, bucket)| sum.merge(bucket));
+                prop_assert_eq!(window.total(), &sum);
+            }
+        }
     }
 }

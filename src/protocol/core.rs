@@ -115,15 +115,27 @@ pub struct Core {
     pub(super) coordinator: NodeId,
     pub(super) now: Now,
     pub(super) out: Vec<Output>,
-    /// The view must be published again.
-    pub(super) dirty: bool,
-    pub(super) next_snapshot: Mono,
+    /// What of the view isn't as it is any more; it is published at the end of the call.
+    pub(super) outdated: Outdated,
+    /// What is shown of each service.
+    shown: BTreeMap<ServiceId, Arc<ServiceView>>,
     /// Why promotions hold: the store that they depend on is away.
     pub(super) away: Option<String>,
     /// When this process began.
     started: Mono,
     published_at: Mono,
     view: Arc<View>,
+}
+
+/// Parts of the published view that must be made anew. A view is of all services: with many, most are as they were.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Outdated {
+    /// Head, members, coordinator.
+    pub cluster: bool,
+    /// All services.
+    pub all: bool,
+    /// These.
+    pub services: BTreeSet<ServiceId>,
 }
 
 /// Shortest time between two publications that only refresh evidence.
@@ -208,9 +220,9 @@ impl Core {
             coordinator,
             now,
             out: Vec::new(),
-            dirty: true,
+            outdated: Outdated { all: true, ..Outdated::default() },
+            shown: BTreeMap::new(),
             away: None,
-            next_snapshot: now.mono,
             started: now.mono,
             published_at: now.mono,
             view,
@@ -302,7 +314,8 @@ impl Core {
     /// Ends a call: publishes what changed and hands over the outputs.
     fn finish(&mut self) -> Vec<Output> {
         let stale = self.now.mono.millis_since(self.published_at) >= REFRESH_MS;
-        if self.dirty || stale {
+        let Outdated { cluster, all, services } = &self.outdated;
+        if *cluster || *all || !services.is_empty() || stale {
             self.publish();
         }
         std::mem::take(&mut self.out)
@@ -311,12 +324,28 @@ impl Core {
     /// Publishes what this node serves by, at this point of its outputs: a brake and an accepted lowering before the
     /// disk answers, a decided record before anybody is told of it, everything else at the end of the call.
     pub(super) fn publish(&mut self) {
-        self.dirty = false;
+        let Outdated { all, services, .. } = std::mem::take(&mut self.outdated);
+        if all {
+            self.shown.retain(|id, _| self.ledger.services.contains_key(id));
+            self.ledger.services.keys().cloned().collect::<Vec<_>>().iter().for_each(|id| self.refresh(id));
+        } else {
+            services.iter().for_each(|id| self.refresh(id));
+        }
         self.published_at = self.now.mono;
         let view = Arc::new(self.build_view());
         if *view != *self.view {
             self.view = view.clone();
             self.out.push(Output::Publish(view));
+        }
+    }
+
+    /// Makes what is shown of a service anew.
+    pub(super) fn refresh(&mut self, id: &ServiceId) {
+        let view = self.service_view(id, &self.ledger.services[id]);
+        match self.shown.get_mut(id) {
+            Some(shown) if **shown == view => {}
+            Some(shown) => *shown = Arc::new(view),
+            None => drop(self.shown.insert(id.clone(), Arc::new(view))),
         }
     }
 
@@ -407,7 +436,7 @@ impl Core {
         for (node, _, alive) in changed {
             self.peers.get_mut(&node).expect("a peer just listed").announced_alive = alive;
             self.announce(Event::Peer { node, alive });
-            self.dirty = true;
+            self.outdated.all = true;
         }
         let members = self.ledger.membership.0.keys();
         let lowest = members.filter(|node| self.is_live_voter(node)).min();
@@ -415,7 +444,7 @@ impl Core {
         if coordinator != self.coordinator {
             self.coordinator = coordinator.clone();
             self.announce(Event::Coordinator { node: coordinator });
-            self.dirty = true;
+            self.outdated.all = true;
         }
     }
 
@@ -436,18 +465,29 @@ impl Core {
         self.meet_members();
         self.announce_record(&chosen);
         self.renew_gate(&chosen);
-        // A verdict is shown with the next refresh: with many services there are many, and a view is of all of them.
+        // A verdict changes nothing that is shown but the head: the next refresh has it.
         let is_shown = !record.intent.act.is_verdict();
         if is_shown {
+            self.outdate(&record.intent.act);
             self.publish();
         }
         self.settle(record);
-        self.dirty |= is_shown;
+        if is_shown {
+            self.outdate(&record.intent.act);
+        }
         self.out.push(Output::Append(Box::new(chosen)));
         let Retention { checkpoint_every, history } = self.settings.retention;
         if self.ledger.head.0.is_multiple_of(checkpoint_every) && !self.rebuilding {
             let keep_from = Slot(self.ledger.head.0.saturating_sub(history) + 1);
             self.out.push(Output::Checkpoint { checkpoint: Checkpoint::of(&self.ledger), keep_from });
+        }
+    }
+
+    /// Notes that what an act concerns must be shown anew.
+    pub(super) fn outdate(&mut self, act: &Act) {
+        match act.service() {
+            Some(id) if self.ledger.services.contains_key(id) => drop(self.outdated.services.insert(id.clone())),
+            _ => self.outdated.all = true,
         }
     }
 
@@ -481,6 +521,7 @@ impl Core {
         self.meet_members();
         self.new_gates();
         self.out.push(Output::Install(checkpoint));
+        self.outdated.all = true;
         self.publish();
         self.release_desk(slot);
         self.beat_to(from);
@@ -572,12 +613,7 @@ impl Core {
             head_hash: self.ledger.head_hash,
             coordinator: self.coordinator.clone(),
             members: members.collect(),
-            services: self
-                .ledger
-                .services
-                .iter()
-                .map(|(id, agreed)| (id.clone(), self.service_view(id, agreed)))
-                .collect(),
+            services: self.shown.clone(),
         }
     }
 
@@ -603,7 +639,7 @@ impl Core {
             slot: agreed.slot,
             hash: agreed.hash,
             serving,
-            local: gate.local(),
+            local: gate.local().clone(),
             cluster: self.cluster_evidence(gate),
             verdict: active.then(|| gate.verdict.clone()).flatten(),
             odds: self.watches.get(id).and_then(Watch::odds),

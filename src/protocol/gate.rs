@@ -34,6 +34,8 @@ pub(super) struct Gate {
     pub braked_at: Mono,
     /// What the analysis says at the moment.
     pub verdict: Option<Verdict>,
+    /// When peers are told of it next.
+    next_snapshot: Mono,
     /// When the present stage began, as far as this node knows.
     pub stage_since: Mono,
     /// When the rollout last got on.
@@ -54,6 +56,7 @@ impl Gate {
             brake: None,
             braked_at: since,
             verdict: None,
+            next_snapshot: Mono::default(),
             stage_since: since,
             progress_since: since,
             retry_at: Mono::default(),
@@ -62,7 +65,7 @@ impl Gate {
     }
 
     /// Returns this node's own window.
-    pub fn local(&self) -> Evidence {
+    pub fn local(&self) -> &Evidence {
         self.window.total()
     }
 
@@ -80,7 +83,7 @@ impl Core {
     }
 
     fn evidence_within(&self, gate: &Gate, age_ms: u64) -> Evidence {
-        let mut evidence = gate.local();
+        let mut evidence = gate.local().clone();
         for (at, snapshot) in gate.snapshots.values() {
             if self.now.mono.millis_since(*at) <= age_ms && snapshot.routing_version == gate.routing_version {
                 evidence.merge(&snapshot.evidence);
@@ -147,12 +150,17 @@ impl Core {
             let agreed = &self.ledger.services[id];
             gate.window.expire(now, agreed.service.rollout.spec.analysis.window_ms);
         }
-        if now >= self.next_snapshot {
-            self.next_snapshot = now.after_ms(interval);
-            self.judge_all();
-            for id in self.gates.keys().cloned().collect::<Vec<_>>() {
-                self.send_snapshot(&id);
-            }
+        // Of many services a few at a time, so that whoever asks for something in between isn't kept waiting.
+        let most = self.gates.len() / TURNS + 1;
+        let due = self.gates.iter_mut().filter(|(_, gate)| now >= gate.next_snapshot).take(most);
+        let due = due.map(|(id, gate)| {
+            gate.next_snapshot = now.after_ms(interval);
+            id.clone()
+        });
+        for id in due.collect::<Vec<_>>() {
+            self.judge(&id);
+            self.send_snapshot(&id);
+            self.refresh(&id);
         }
     }
 
@@ -167,7 +175,7 @@ impl Core {
     pub(super) fn snapshot(&self, id: &ServiceId) -> HealthSnapshot {
         let (gate, agreed) = (&self.gates[id], &self.ledger.services[id]);
         let serving = self.serving(agreed, gate);
-        let evidence = gate.local();
+        let evidence = gate.local().clone();
         let lease_ms_left = self.lease.ms_left(self.now.mono, agreed.service.rollout.spec.lease_ms);
         let leased = serving.lease_ms.is_none() || lease_ms_left > 0;
         let (since_version, sightings, asks) = self.watches.get(id).map(Watch::told).unwrap_or_default();
@@ -185,14 +193,8 @@ impl Core {
         }
     }
 
-    pub(super) fn judge_all(&mut self) {
-        for id in self.gates.keys().cloned().collect::<Vec<_>>() {
-            self.judge(&id);
-        }
-    }
-
     /// Judges the evidence anew; evidence of harm stops this node's canary traffic at once.
-    fn judge(&mut self, id: &ServiceId) {
+    pub(super) fn judge(&mut self, id: &ServiceId) {
         let (gate, agreed) = (&self.gates[id], &self.ledger.services[id]);
         let rollout = &agreed.service.rollout;
         if !rollout.phase.is_active() {
@@ -210,7 +212,7 @@ impl Core {
         if news {
             let (service, verdict) = (id.clone(), verdict.clone());
             self.announce(Event::Verdict { service, routing_version, verdict, samples });
-            self.dirty = true;
+            self.outdated.services.insert(id.clone());
         }
         self.gates.get_mut(id).expect("a gate just read").verdict = Some(verdict);
         if let Some(why) = harm {
@@ -222,7 +224,7 @@ impl Core {
     /// comparison with stable, and what other systems measured.
     fn verdict(&self, gate: &Gate, agreed: &Agreed, cluster: &Evidence) -> Verdict {
         let analysis = &agreed.service.rollout.spec.analysis;
-        let alone = match analysis.judge_alone(&gate.local()) {
+        let alone = match analysis.judge_alone(gate.local()) {
             veto @ (Verdict::Rollback(_) | Verdict::Pause(_)) => veto,
             Verdict::Promote | Verdict::Hold(_) => Verdict::Promote,
         };
@@ -251,6 +253,7 @@ impl Core {
         }
         gate.brake = Some(reason.clone());
         gate.braked_at = now;
+        self.outdated.services.insert(id.clone());
         self.publish();
         self.announce(Event::Braked { service: id.clone(), reason });
         self.send_snapshot(id);
@@ -328,6 +331,8 @@ impl Core {
     }
 }
 
+/// Calls of the clock in which peers are told of all services, at least.
+const TURNS: usize = 8;
 /// Longest time that a record is believed to be old, by comparing wall clocks: a year.
 const LATE_MS_MAX: u64 = 365 * 24 * 3600 * 1000;
 /// First wait after an automatic change was refused; it doubles each time.

@@ -86,7 +86,7 @@ impl Core {
         if held != self.lease.held {
             self.lease.held = held;
             self.announce(Event::Lease { held });
-            self.dirty = true;
+            self.outdated.all = true;
         }
         self.tick_enforcing();
     }
@@ -165,9 +165,9 @@ impl Core {
             (Some(ballot), _) if heartbeat.head == head => Some((ballot.clone(), head.next(), now)),
             _ => None,
         };
-        self.dirty |= news;
+        self.outdated.cluster |= news;
         if let Some(slot) = heartbeat.unarmed.filter(|slot| *slot <= head) {
-            self.dirty |= self.ledger.disarm(slot);
+            self.outdated.all |= self.ledger.disarm(slot);
         }
     }
 
@@ -212,7 +212,7 @@ impl Core {
             .collect();
         for (service, slot, took_ms) in done {
             self.lease.enforcing.remove(&service);
-            self.dirty = true;
+            self.outdated.services.insert(service.clone());
             if self.is_coordinator() {
                 self.announce(Event::Enforced { service, slot, took_ms });
             }

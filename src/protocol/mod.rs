@@ -345,6 +345,9 @@ pub struct ServiceView {
     pub enforced: bool,
 }
 
+// No figure in it is ever NaN. What is the same is then known without looking into it.
+impl Eq for ServiceView {}
+
 /// One member as this node sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemberView {
@@ -380,7 +383,7 @@ pub struct View {
     /// The voters.
     pub members: BTreeMap<NodeId, MemberView>,
     /// The services.
-    pub services: BTreeMap<ServiceId, ServiceView>,
+    pub services: BTreeMap<ServiceId, Arc<ServiceView>>,
 }
 
 impl View {
@@ -418,7 +421,7 @@ impl View {
             head_hash: Hash::default(),
             coordinator: node,
             members: BTreeMap::new(),
-            services: BTreeMap::from([(id, shown)]),
+            services: BTreeMap::from([(id, Arc::new(shown))]),
         }
     }
 }

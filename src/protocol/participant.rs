@@ -169,6 +169,9 @@ impl Core {
             return;
         }
         let is_verdict = record.intent.act.is_verdict();
+        if !is_verdict {
+            self.outdate(&record.intent.act);
+        }
         self.register.promised = Some(ballot.clone());
         self.register.accepted = Some(Accepted { ballot, record });
         self.accepted_at = self.now.mono;
@@ -186,7 +189,7 @@ impl Core {
         if slot == self.ledger.head {
             assert_eq!(chosen.record.hash(), self.ledger.head_hash, "I1: one record in slot {slot}");
             if chosen.is_unarmed() && self.ledger.disarm(slot) {
-                self.dirty = true;
+                self.outdated.all = true;
             }
             return;
         }

@@ -248,17 +248,16 @@ impl Core {
                     watch.closed.push_back(judgement);
                     continue;
                 }
-                let (service, since_version) = (id.clone(), watch.since_version);
-                judged.push(Event::Judged { slot: None, service, since_version, judgement });
+                judged.push((id.clone(), watch.since_version, judgement));
             }
             while watch.closed.len() > CLOSED_MAX {
                 watch.closed.pop_front();
             }
         }
-        if !judged.is_empty() {
-            self.dirty = true;
-            judged.into_iter().for_each(|event| self.announce(event));
-            self.judge_all();
+        for (service, since_version, judgement) in judged {
+            self.outdated.services.insert(service.clone());
+            self.announce(Event::Judged { slot: None, service: service.clone(), since_version, judgement });
+            self.judge(&service);
         }
     }
 

@@ -1,6 +1,7 @@
 //! What became of requests: counters for the gate and for Prometheus, and the breaker.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use metrics::{Counter, Histogram};
 
@@ -52,20 +53,24 @@ impl Counts {
         let lane = &self.lanes[lane];
         lane.latency_sum_us.fetch_add(latency_us, Relaxed);
         lane.histograms[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
-        lane.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Relaxed);
+        // Last, and seen last: whoever takes it finds the rest.
+        lane.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Release);
     }
 
     /// Returns what was counted since the last call, and puts it into the metrics.
     pub fn take(&self) -> Stats {
         let mut stats = Stats::default();
         for lane in &self.lanes {
-            for (count, counter) in lane.by_class.iter().zip(&self.by_class) {
-                match count.swap(0, Relaxed) {
-                    0 => {}
-                    new => counter.increment(new.into()),
-                }
+            let mut is_new = false;
+            for (count, counter) in
+                lane.by_class.iter().zip(&self.by_class).filter(|(count, _)| count.load(Acquire) > 0)
+            {
+                counter.increment(count.swap(0, Acquire).into());
+                is_new = true;
             }
-            stats += &lane.take(&self.durations);
+            if is_new {
+                stats += &lane.take(&self.durations);
+            }
         }
         stats
     }

@@ -148,7 +148,7 @@ impl Counted {
         }
         self.number = Some(number);
         let view = node.published.view();
-        self.services.retain(|name, _| view.services.keys().any(|id| id.as_str() == &**name));
+        self.services.retain(|name, _| view.services.contains_key(&**name));
         for id in view.services.keys() {
             let entry = self.services.entry(id.as_str().into()).or_insert_with(|| Entry::new(id));
             entry.follow(&view, id);

@@ -1,6 +1,7 @@
 //! Metrics that a Prometheus keeps: asked for by each node itself, for its own gate.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -59,7 +60,7 @@ pub async fn run(node: NodeHandle, shutdown: CancellationToken) {
     }
 }
 
-async fn ask(node: NodeHandle, client: Http, service: ServiceId, shown: ServiceView, query: Query) {
+async fn ask(node: NodeHandle, client: Http, service: ServiceId, shown: Arc<ServiceView>, query: Query) {
     let routing = &shown.service.routing;
     let spec = &shown.service.rollout.spec;
     let text = query.text(

@@ -104,7 +104,7 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
         head_hash: Hash([0; 32]),
         coordinator: NodeId::new(coordinator).unwrap(),
         members: BTreeMap::new(),
-        services: BTreeMap::from([(id(), shown)]),
+        services: BTreeMap::from([(id(), Arc::new(shown))]),
     })
 }
 

@@ -106,7 +106,9 @@ fn a_thousand_services_at_once() {
     let cluster = Cluster::start_with(&topics.lines());
     let pids: Vec<u32> = cluster.nodes.iter().map(|node| node.process.as_ref().unwrap().0.id()).collect();
     let before: Vec<_> = pids.iter().map(|pid| usage(*pid)).collect();
+    let window = number("MEASURE_WINDOW_SECONDS", 30);
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 20\n    - pause: {}\n    - setWeight: 100");
+    let yaml = yaml.replace("window: 30s", &format!("window: {window}s"));
     let began = Instant::now();
     for service in 0..services {
         cluster.apply(0, &yaml.replace("name: svc", &format!("name: s{service}")));

@@ -10,11 +10,12 @@ use super::codec;
 use super::ledger::Ledger;
 use super::message::{Answer, Decision, GateVote, Message, Refusal};
 use super::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot};
-use super::{Command, Core, Event, Input, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
+use super::{Command, Core, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
 use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::trial::Judgement;
+use crate::domain::window::Evidence;
 
 mod trial;
 
@@ -593,6 +594,32 @@ fn a_node_that_lags_behind_what_its_peers_keep_starts_from_their_checkpoint() {
     let abort = rig.abort();
     let outcome = rig.asked("a", 99, abort);
     assert!(matches!(outcome, Outcome::Committed { repeated: false, .. }), "{outcome:?}");
+}
+
+/// With a thousand services, a view made of all of them for each change of one stopped a node for seconds.
+#[test]
+fn a_change_of_one_service_makes_nothing_anew_for_the_others() {
+    let mut rig = Rig::new();
+    let mut other = spec().as_ref().clone();
+    other.service = ServiceId::new("other").unwrap();
+    rig.asked("a", 1, Op::Apply(spec()));
+    rig.asked("a", 2, Op::Apply(other.into()));
+    let view = |rig: &Rig| rig.cores[&node("b")].view().services.clone();
+    let before = view(&rig);
+    // What is seen meanwhile is shown with the next refresh.
+    let mut seen = Observation { service: "other".parse().unwrap(), routing_version: 1, evidence: Evidence::default() };
+    seen.evidence.canary.record(1_000, false);
+    rig.handle(&node("b"), Input::Telemetry(vec![seen]));
+    let (service, reason) = (service(), "test".to_string());
+    rig.handle(&node("b"), Input::BreakerTripped { service: service.clone(), routing_version: 1, reason });
+    let after = view(&rig);
+    assert_eq!(after[&service].serving.canary.as_ref().unwrap().1, 0);
+    assert!(!Arc::ptr_eq(&before[&service], &after[&service]));
+    assert!(Arc::ptr_eq(&before["other"], &after["other"]));
+    rig.settle();
+    assert!(Arc::ptr_eq(&before["other"], &view(&rig)["other"]), "nor does the rollback");
+    rig.run_for(500);
+    assert_eq!(view(&rig)["other"].local.canary.count, 1);
 }
 
 #[test]

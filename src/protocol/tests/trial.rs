@@ -2,8 +2,6 @@
 
 use super::*;
 use crate::domain::trial::Odds;
-use crate::domain::window::Evidence;
-use crate::protocol::Observation;
 
 /// Compares with stable, in windows of 3 s.
 fn compared() -> Arc<RolloutSpec> {
