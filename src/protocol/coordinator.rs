@@ -366,13 +366,11 @@ impl Core {
         let intent = attempt.intent.clone();
         if settling {
             match &attempt.pending.wish {
-                // Lowering needs nobody's permission, a lost coordinator's neither.
-                Wish::Settle(Some(_))
-                    if intent.act.lowers_exposure() && self.ledger.next_record(intent.clone(), None).is_ok() =>
-                {
-                    self.propose_intent(intent, None);
-                }
-                Wish::Settle(Some(_)) => self.propose_abort(intent, vec!["its coordinator was lost".into()]),
+                Wish::Settle(Some(_)) => match self.ledger.next_record(intent.clone(), None) {
+                    // Lowering needs nobody's permission, a lost coordinator's neither.
+                    Ok(record) if intent.act.lowers_exposure() => self.propose(record),
+                    _ => self.propose_abort(intent, vec!["its coordinator was lost".into()]),
+                },
                 _ => self.desk.attempt = None,
             }
             return;

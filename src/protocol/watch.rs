@@ -298,7 +298,11 @@ impl Core {
         }
         let watch =
             self.watches.get(&rollout.spec.service).filter(|watch| watch.since_version == rollout.since_version);
+        let why = match watch.map(|watch| &watch.asking) {
+            Some(Some(_)) => "this node came late, and asks its peers for what they know",
+            _ => "nothing to compare yet",
+        };
         let verdict = watch.and_then(|watch| watch.trial.verdict());
-        verdict.unwrap_or_else(|| Verdict::Hold("nothing to compare yet".into()))
+        verdict.unwrap_or_else(|| Verdict::Hold(why.into()))
     }
 }

@@ -175,13 +175,10 @@ impl EventSource for KafkaTelemetry {
             let payloads: Vec<&[u8]> = messages.iter().map(|message| message.payload().unwrap_or_default()).collect();
             take(&payloads);
         }
-        let mut last = BTreeMap::new();
-        for message in &messages {
-            last.insert(message.partition(), message.offset());
-        }
-        for (partition, offset) in last {
+        let read: BTreeSet<_> = messages.iter().map(|message| message.partition()).collect();
+        for partition in read {
             // A partition that was taken away meanwhile is its new owner's to commit.
-            let _ = self.consumer.store_offset(&self.topic, partition, offset);
+            let _ = self.consumer.store_offset(&self.topic, partition, self.last[&partition]);
         }
         let count = messages.len();
         drop(messages);
