@@ -5,6 +5,7 @@
 //! order nor repetition changes anything: three sources that saw a third each come to exactly what one that saw all has.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +54,48 @@ pub struct Timeline<S> {
     /// The first tick that isn't closed.
     next: u64,
     /// Ticks that each source has told of, as far back as it matters.
-    told: BTreeMap<S, BTreeSet<u64>>,
+    told: BTreeMap<S, Told>,
+}
+
+/// Ticks in runs without a hole, of which there are few: the first of each, and the one after its last; ascending.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+struct Told(Vec<(u64, u64)>);
+
+impl Told {
+    /// Adds a tick; returns false when it was there.
+    fn insert(&mut self, tick: u64) -> bool {
+        let at = self.0.partition_point(|(_, end)| *end < tick);
+        match self.0.get_mut(at) {
+            Some((first, end)) if (*first..*end).contains(&tick) => return false,
+            Some((_, end)) if *end == tick => *end += 1,
+            Some((first, _)) if *first == tick + 1 => *first = tick,
+            _ => self.0.insert(at, (tick, tick + 1)),
+        }
+        if let Some((first, end)) = self.0.get(at + 1).copied()
+            && first == self.0[at].1
+        {
+            self.0[at].1 = end;
+            self.0.remove(at + 1);
+        }
+        true
+    }
+
+    fn forget_before(&mut self, tick: u64) {
+        self.0.retain(|(_, end)| *end > tick);
+        if let Some((first, _)) = self.0.first_mut() {
+            *first = tick.max(*first);
+        }
+    }
+
+    fn next(&self) -> Option<u64> {
+        self.0.last().map(|(_, end)| *end)
+    }
+
+    /// Returns true when it is as if ticks of this range had been inserted.
+    fn is_sound(&self, within: &RangeInclusive<u64>) -> bool {
+        let apart = self.0.windows(2).all(|runs| runs[0].1 < runs[1].0);
+        apart && self.0.iter().all(|(first, end)| first < end && within.contains(first) && within.contains(&(end - 1)))
+    }
 }
 
 impl<S: Ord + Clone> Timeline<S> {
@@ -69,17 +111,18 @@ impl<S: Ord + Clone> Timeline<S> {
 
     /// Returns true when its parts agree, as they do in every one that was built here; a peer's bytes may not.
     pub fn is_sound(&self) -> bool {
-        let told = self.told.values().flatten().chain(self.open.keys());
-        self.next < u64::MAX / 2
-            && told.into_iter().all(|tick| (self.next.saturating_sub(MEMORY)..=self.next + MEMORY).contains(tick))
-            && self.open.keys().all(|tick| *tick >= self.next)
+        if self.next > u64::MAX / 2 {
+            return false;
+        }
+        let (first, last) = (self.next.saturating_sub(MEMORY), self.next + MEMORY);
+        self.told.values().all(|told| told.is_sound(&(first..=last)))
+            && self.open.keys().all(|tick| (self.next..=last).contains(tick))
             && self.open.values().all(|(sighting, _)| sighting.evidence.is_consistent())
     }
 
     /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.
     pub fn next_of(&self, source: &S) -> u64 {
-        let told = self.told.get(source).and_then(|told| told.last());
-        told.map_or(self.next, |last| self.next.max(last + 1))
+        self.told.get(source).and_then(Told::next).map_or(self.next, |next| self.next.max(next))
     }
 
     /// Takes what a source saw in a tick.
@@ -125,10 +168,10 @@ impl<S: Ord + Clone> Timeline<S> {
 
     fn pass(&mut self, tick: u64) -> u64 {
         self.next = tick + 1;
-        for told in self.told.values_mut() {
-            *told = told.split_off(&self.next.saturating_sub(MEMORY));
-        }
-        self.told.retain(|_, told| !told.is_empty());
+        self.told.retain(|_, told| {
+            told.forget_before(self.next.saturating_sub(MEMORY));
+            told.next().is_some()
+        });
         tick
     }
 }
@@ -169,6 +212,20 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn runs_hold_what_a_set_holds(ticks in prop::collection::vec((0u64..40, 0u64..30), 1..60)) {
+            let (mut told, mut set) = (Told::default(), BTreeSet::new());
+            for (tick, forgotten) in ticks {
+                let tick = tick + forgotten;
+                prop_assert_eq!(told.insert(tick), set.insert(tick));
+                told.forget_before(forgotten / 2);
+                set = set.split_off(&(forgotten / 2));
+                let held: Vec<u64> = told.0.iter().flat_map(|(first, end)| *first..*end).collect();
+                prop_assert_eq!(held, set.iter().copied().collect::<Vec<_>>());
+                prop_assert!(told.is_sound(&(0..=100)), "{:?}", told);
+            }
+        }
+
         #[test]
         fn order_and_repetition_change_nothing(
             sightings in prop::collection::vec((0u8..3, 0u64..6, 0u64..9), 1..40),
