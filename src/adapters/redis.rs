@@ -23,6 +23,8 @@ use crate::schema::v1::Decision;
 const ANSWER_MAX: Duration = Duration::from_millis(500);
 /// How long a window's verdict is kept, in seconds.
 const WINDOW_KEPT_S: u64 = 7 * 24 * 3600;
+/// How long what a probe wrote is kept, in seconds.
+const PROBE_KEPT_S: u64 = 60;
 
 /// Takes over: returns the epoch of whoever publishes from now on, and the place.
 const TAKE_OVER: &str = "
@@ -73,6 +75,11 @@ pub fn client(url: &str) -> Result<Client, OutsideError> {
     Client::open(url).map_err(|error| outside(&error))
 }
 
+/// Returns what a cluster's keys begin with.
+fn prefix(cluster: ClusterId) -> String {
+    format!("aviary:{{{cluster}}}")
+}
+
 /// Publishes decisions.
 pub struct RedisDecisions {
     client: Client,
@@ -83,7 +90,7 @@ pub struct RedisDecisions {
 impl RedisDecisions {
     /// Returns a publisher of a cluster's decisions.
     pub fn new(client: Client, cluster: ClusterId) -> Self {
-        Self { client, prefix: format!("aviary:{{{cluster}}}"), open: None }
+        Self { client, prefix: prefix(cluster), open: None }
     }
 
     fn published(&self) -> String {
@@ -152,13 +159,15 @@ impl DecisionSink for RedisDecisions {
 /// Asks whether Redis is there.
 pub struct RedisProbe {
     client: Client,
+    /// Written to: a Redis that is full, or follows another, answers and takes nothing.
+    key: String,
     connection: Option<Connection>,
 }
 
 impl RedisProbe {
-    /// Returns a probe.
-    pub fn new(client: Client) -> Self {
-        Self { client, connection: None }
+    /// Returns a probe of what a cluster's publisher needs.
+    pub fn new(client: Client, cluster: ClusterId) -> Self {
+        Self { client, key: format!("{}:probe", prefix(cluster)), connection: None }
     }
 }
 
@@ -169,7 +178,7 @@ impl GuardProbe for RedisProbe {
                 Some(connection) => connection,
                 None => connect(&self.client)?,
             };
-            redis::cmd("PING").query::<String>(&mut connection)?;
+            redis::cmd("SET").arg(&self.key).arg(1).arg("EX").arg(PROBE_KEPT_S).query::<String>(&mut connection)?;
             self.connection = Some(connection);
             Ok(())
         };

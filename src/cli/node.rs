@@ -141,10 +141,11 @@ fn start_redis(
 ) -> anyhow::Result<()> {
     let client = redis::client(url)?;
     node.guarded(Some("redis: not asked yet".into()));
-    let sink = RedisDecisions::new(client.clone(), node.published.view().cluster);
+    let cluster = node.published.view().cluster;
+    let sink = RedisDecisions::new(client.clone(), cluster);
     servers.spawn(decisions::publish::run(node.clone(), Box::new(sink), "redis", shutdown.clone()));
     let (node, shutdown) = (node.clone(), shutdown.clone());
-    servers.spawn_blocking(move || decisions::guard::run(&node, Box::new(RedisProbe::new(client)), &shutdown));
+    servers.spawn_blocking(move || decisions::guard::run(&node, Box::new(RedisProbe::new(client, cluster)), &shutdown));
     Ok(())
 }
 

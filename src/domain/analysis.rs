@@ -216,6 +216,10 @@ impl Analysis {
     }
 
     fn judge_with(&self, canary: &Stats, min_samples: u64) -> Verdict {
+        if self.metrics.is_empty() && !self.queries.is_empty() {
+            // Other systems count, and say when they have nothing.
+            return Verdict::Promote;
+        }
         if canary.count < min_samples.max(1) {
             return Verdict::Hold(format!("{} of {} canary samples", canary.count, min_samples.max(1)));
         }
@@ -288,6 +292,21 @@ mod tests {
     fn the_worse_of_two_broken_limits_counts() {
         let found = Analysis::default().judge(&canary(200, 200, 900_000));
         assert_eq!(found.word(), "ROLLBACK");
+    }
+
+    #[test]
+    fn where_only_others_count_no_samples_are_needed_here() {
+        let query = Query {
+            name: "failing".into(),
+            address: "http://x:1".into(),
+            template: "q".into(),
+            interval_ms: 1_000,
+            min: None,
+            max: Some(50_000),
+            on_failure: OnFailure::Rollback,
+        };
+        let rule = Analysis { metrics: Vec::new(), queries: vec![query], ..Analysis::default() };
+        assert_eq!(rule.judge(&Evidence::default()), Verdict::Promote);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::domain::ids::TxId;
@@ -187,9 +188,14 @@ impl NodeHandle {
         let _ = tokio::time::timeout(limit, wait).await;
     }
 
-    /// Hands over the data plane's counts; they are dropped when the loop is behind, which holds steps and no more.
+    /// Hands over counts; they are dropped, and that counted, when the loop is behind, which holds steps and no more.
     pub fn observed(&self, observations: Vec<Observation>) {
-        let _ = self.requests.try_send(Request::Observed(observations));
+        let answers = |one: &Observation| one.evidence.stable.count + one.evidence.canary.count;
+        if let Err(TrySendError::Full(Request::Observed(lost))) =
+            self.requests.try_send(Request::Observed(observations))
+        {
+            metrics::counter!("aviary_evidence_dropped_total").increment(lost.iter().map(answers).sum());
+        }
     }
 
     /// Tells the loop that the data plane stopped a canary by itself.

@@ -119,6 +119,8 @@ pub struct Core {
     pub(super) outdated: Outdated,
     /// What is shown of each service.
     shown: BTreeMap<ServiceId, Arc<ServiceView>>,
+    /// When peers were last told of some services.
+    pub(super) snapshots_at: Mono,
     /// Why promotions hold: the store that they depend on is away.
     pub(super) away: Option<String>,
     /// When this process began.
@@ -223,6 +225,7 @@ impl Core {
             outdated: Outdated { all: true, ..Outdated::default() },
             shown: BTreeMap::new(),
             away: None,
+            snapshots_at: now.mono,
             started: now.mono,
             published_at: now.mono,
             view,
@@ -463,7 +466,6 @@ impl Core {
         }
         self.cast = None;
         self.meet_members();
-        self.announce_record(&chosen);
         self.renew_gate(&chosen);
         // A verdict changes nothing that is shown but the head: the next refresh has it.
         let is_shown = !record.intent.act.is_verdict();
@@ -471,11 +473,13 @@ impl Core {
             self.outdate(&record.intent.act);
             self.publish();
         }
+        // Whoever hears of it finds it in the log.
+        self.out.push(Output::Append(Box::new(chosen.clone())));
+        self.announce_record(&chosen);
         self.settle(record);
         if is_shown {
             self.outdate(&record.intent.act);
         }
-        self.out.push(Output::Append(Box::new(chosen)));
         let Retention { checkpoint_every, history } = self.settings.retention;
         if self.ledger.head.0.is_multiple_of(checkpoint_every) && !self.rebuilding {
             let keep_from = Slot(self.ledger.head.0.saturating_sub(history) + 1);

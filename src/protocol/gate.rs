@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::domain::analysis::Verdict;
+use crate::domain::analysis::{Analysis, Verdict};
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
 use crate::domain::rollout::Change;
 use crate::domain::time::Mono;
@@ -67,6 +67,16 @@ impl Gate {
     /// Returns this node's own window.
     pub fn local(&self) -> &Evidence {
         self.window.total()
+    }
+
+    /// Returns what other systems say of the canary; Promote where none is asked.
+    pub fn measured(&self, analysis: &Analysis, now: Mono) -> Verdict {
+        let measured = analysis.queries.iter().map(|query| {
+            let answer = self.measured.get(&query.name);
+            let fresh = answer.filter(|(at, _)| now.millis_since(*at) <= query.fresh_ms());
+            query.judge(fresh.map(|(_, value)| value))
+        });
+        measured.fold(Verdict::Promote, Verdict::or_worse)
     }
 
     /// Returns the brake of a peer that spoke within `age_ms`, and whose.
@@ -150,14 +160,16 @@ impl Core {
             let agreed = &self.ledger.services[id];
             gate.window.expire(now, agreed.service.rollout.spec.analysis.window_ms);
         }
-        // Of many services a few at a time, so that whoever asks for something in between isn't kept waiting.
-        let most = self.gates.len() / TURNS + 1;
-        let due = self.gates.iter_mut().filter(|(_, gate)| now >= gate.next_snapshot).take(most);
-        let due = due.map(|(id, gate)| {
-            gate.next_snapshot = now.after_ms(interval);
-            id.clone()
-        });
-        for id in due.collect::<Vec<_>>() {
+        // Of many services a few at a time, so that whoever asks for something in between isn't kept waiting: twice as many as
+        // become due in that time, the longest overdue first.
+        let passed_ms = now.millis_since(std::mem::replace(&mut self.snapshots_at, now));
+        let most = self.gates.len() as u64 * 2 * passed_ms / interval + 1;
+        let mut due: Vec<_> = self.gates.iter().map(|(id, gate)| (gate.next_snapshot, id)).collect();
+        due.retain(|(at, _)| now >= *at);
+        due.sort();
+        let due: Vec<_> = due.into_iter().take(most as usize).map(|(_, id)| id.clone()).collect();
+        for id in due {
+            self.gates.get_mut(&id).expect("a gate just listed").next_snapshot = now.after_ms(interval);
             self.judge(&id);
             self.send_snapshot(&id);
             self.refresh(&id);
@@ -233,13 +245,8 @@ impl Core {
             Verdict::Hold(_) if agreed.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
             verdict => verdict,
         };
-        let measured = analysis.queries.iter().map(|query| {
-            let answer = gate.measured.get(&query.name);
-            let fresh = answer.filter(|(at, _)| self.now.mono.millis_since(*at) <= query.fresh_ms());
-            query.judge(fresh.map(|(_, value)| value))
-        });
         let seen = analysis.judge(cluster).or_worse(alone).or_worse(compared);
-        measured.fold(seen, Verdict::or_worse)
+        seen.or_worse(gate.measured(analysis, self.now.mono))
     }
 
     /// Stops this node's canary traffic at once, and tells everybody.
@@ -331,8 +338,6 @@ impl Core {
     }
 }
 
-/// Calls of the clock in which peers are told of all services, at least.
-const TURNS: usize = 8;
 /// Longest time that a record is believed to be old, by comparing wall clocks: a year.
 const LATE_MS_MAX: u64 = 365 * 24 * 3600 * 1000;
 /// First wait after an automatic change was refused; it doubles each time.

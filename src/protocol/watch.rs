@@ -1,7 +1,7 @@
 //! The watch over one rollout's canary: this node's part in its trial. One for each service with a rollout under way; unlike
 //! a gate it goes on when the weight changes.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId};
@@ -36,7 +36,7 @@ const ASKED_MS: u64 = 500;
 /// How long peers are asked before a trial is begun anew.
 const ASKING_MS: u64 = 2_000;
 /// Trials that are asked for at a time.
-const ASKED_AT_ONCE: usize = 32;
+const ASKED_AT_ONCE: usize = 128;
 /// Sightings of peers that are kept for a trial that isn't there yet.
 const HEARD_MAX: usize = 256;
 
@@ -64,6 +64,8 @@ struct Asking {
     since: Option<Mono>,
     /// Whom it asks, and since when.
     whom: Option<(NodeId, Mono)>,
+    /// Peers that ask themselves: they have nothing to hand over.
+    also: BTreeSet<NodeId>,
     /// What peers tell meanwhile.
     heard: BTreeMap<(u64, NodeId), Sighting>,
 }
@@ -72,13 +74,14 @@ impl Asking {
     /// Chooses whom to ask: each of `peers` in turn. Returns false once it was enough, or there is nobody to ask.
     fn turn(&mut self, peers: &[&NodeId], now: Mono) -> bool {
         let since = *self.since.get_or_insert(now);
+        let peers: Vec<_> = peers.iter().filter(|peer| !self.also.contains(**peer)).collect();
         if peers.is_empty() || now.millis_since(since) >= ASKING_MS {
             return false;
         }
         if self.whom.as_ref().is_none_or(|(_, at)| now.millis_since(*at) >= ASKED_MS) {
-            let before = self.whom.take().and_then(|(peer, _)| peers.iter().position(|other| **other == peer));
+            let before = self.whom.take().and_then(|(peer, _)| peers.iter().position(|other| ***other == peer));
             let next = before.map_or(0, |place| (place + 1) % peers.len());
-            self.whom = Some((peers[next].clone(), now));
+            self.whom = Some(((*peers[next]).clone(), now));
         }
         true
     }
@@ -117,8 +120,10 @@ impl Watch {
         if snapshot.since_version != self.since_version {
             return;
         }
-        if let (Some(_), Some(handover)) = (&self.asking, &snapshot.handover) {
-            self.take_over(own, handover, now);
+        match (&mut self.asking, &snapshot.handover) {
+            (Some(_), Some(handover)) => self.take_over(own, handover, now),
+            (Some(asking), None) if snapshot.asks.is_some() => drop(asking.also.insert(from.clone())),
+            _ => {}
         }
         for (tick, sighting) in &snapshot.sightings {
             match &mut self.asking {
@@ -278,7 +283,11 @@ impl Core {
         }
         let mut due = Vec::new();
         for (id, watch) in &mut self.watches {
-            if let Some(judgement) = watch.next_window(&self.ledger.services[id], self.now.mono) {
+            let (agreed, now) = (&self.ledger.services[id], self.now.mono);
+            if let Some(judgement) = watch.next_window(agreed, now) {
+                // What other systems measured isn't counted by windows; it is asked when one is decided.
+                let measured = self.gates[id].measured(&agreed.service.rollout.spec.analysis, now);
+                let judgement = Judgement { verdict: judgement.verdict.or_worse(measured), ..judgement };
                 let overdue_ms = self.now.mono.millis_since(watch.began).saturating_sub(judgement.to_ms);
                 due.push((overdue_ms, id.clone(), watch.since_version, judgement));
             }

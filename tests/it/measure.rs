@@ -192,9 +192,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
     let mut cluster = Cluster::start_with(&format!("{}\n[redis]\nurl = \"{url}\"\n", topics.lines()));
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 20\n    - pause: {}\n    - setWeight: 100");
     let yaml = yaml.replace("window: 30s", "window: 2s");
-    wait("a cluster that has asked Redis", Duration::from_secs(10), || {
-        (cluster.post(0, "/v1/rollouts", None, &yaml).status == 200).then_some(())
-    });
+    redis::apply(&cluster, &yaml);
     let source = topics.produce(&["--share", "20", "--rate", "1000"]);
     let (began, mut random) = (Instant::now(), rand::rng());
     let mut kills = [0; 3];

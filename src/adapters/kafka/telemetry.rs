@@ -1,6 +1,7 @@
 //! A topic of events, read by all nodes as one group.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,11 @@ const BATCH_MAX: usize = 4_096;
 
 /// Notes what becomes of partitions.
 #[derive(Default)]
-struct Context(Mutex<Moves>);
+struct Context {
+    moves: Mutex<Moves>,
+    /// True when there are any, so that it can be known without the lock, for each record.
+    moved: AtomicBool,
+}
 
 /// Partitions that came and went, in this order.
 #[derive(Default)]
@@ -31,8 +36,22 @@ struct Moves {
 
 impl Context {
     fn moves(&self) -> MutexGuard<'_, Moves> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.moves.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Returns what came and went since the last call.
+    fn take_moves(&self) -> Option<Moves> {
+        self.moved.swap(false, Ordering::AcqRel).then(|| std::mem::take(&mut *self.moves()))
+    }
+}
+
+/// Returns what is kept of a partition.
+fn of(last: &mut Vec<Option<i64>>, partition: i32) -> &mut Option<i64> {
+    let place = usize::try_from(partition).expect("partitions are counted from 0");
+    if place >= last.len() {
+        last.resize(place + 1, None);
+    }
+    &mut last[place]
 }
 
 fn numbers(partitions: &TopicPartitionList) -> impl Iterator<Item = i32> {
@@ -55,12 +74,14 @@ impl ConsumerContext for Context {
             let mut moves = self.moves();
             moves.gained.retain(|gained| numbers(partitions).all(|lost| lost != *gained));
             moves.lost.extend(numbers(partitions));
+            self.moved.store(true, Ordering::Release);
         }
     }
 
     fn post_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if let Rebalance::Assign(partitions) = rebalance {
             self.moves().gained.extend(numbers(partitions));
+            self.moved.store(true, Ordering::Release);
         }
     }
 }
@@ -70,8 +91,8 @@ impl ConsumerContext for Context {
 /// the partitions out anew, for then the broker refuses its last commit. Events too old to count are passed over.
 pub struct KafkaTelemetry {
     consumer: BaseConsumer<Context>,
-    /// The offset of the record that was read last, of each partition.
-    last: BTreeMap<i32, i64>,
+    /// The offset of the record that was read last, by partition.
+    last: Vec<Option<i64>>,
     /// Partitions that are new here: the client reads them from wherever it likes until they are placed.
     unplaced: BTreeSet<i32>,
     topic: String,
@@ -91,13 +112,15 @@ impl KafkaTelemetry {
             ("partition.assignment.strategy", "cooperative-sticky"),
             ("fetch.wait.max.ms", "100"),
             ("queued.max.messages.kbytes", "16384"),
+            // Whoever reads a full queue empty in a tenth of a second would wait for the rest of a second, otherwise.
+            ("fetch.queue.backoff.ms", "10"),
             // A partition that is new is found within this.
             ("topic.metadata.refresh.interval.ms", "10000"),
         ];
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
         let consumer: BaseConsumer<_> = client(config, &own).create_with_context(Context::default()).map_err(error)?;
         consumer.subscribe(&[topic]).map_err(error)?;
-        Ok(Self { consumer, last: BTreeMap::new(), unplaced: BTreeSet::new(), topic: topic.into(), clock })
+        Ok(Self { consumer, last: Vec::new(), unplaced: BTreeSet::new(), topic: topic.into(), clock })
     }
 
     /// Begins each partition that is new here where the group stopped, but not before events that still count.
@@ -145,11 +168,10 @@ impl EventSource for KafkaTelemetry {
         let mut messages: Vec<BorrowedMessage<'_>> = Vec::new();
         let mut next = self.consumer.poll(wait);
         loop {
-            let Moves { lost, gained } = std::mem::take(&mut *self.consumer.context().moves());
-            if !(lost.is_empty() && gained.is_empty()) {
+            if let Some(Moves { lost, gained }) = self.consumer.context().take_moves() {
                 // What is in hand of a partition that went is its new owner's, who begins where this node has committed.
                 messages.retain(|message| !lost.contains(&message.partition()));
-                self.last.retain(|partition, _| !lost.contains(partition) && !gained.contains(partition));
+                lost.iter().chain(&gained).for_each(|partition| *of(&mut self.last, *partition) = None);
                 self.unplaced.retain(|partition| !lost.contains(partition));
                 self.unplaced.extend(gained);
             }
@@ -160,10 +182,10 @@ impl EventSource for KafkaTelemetry {
                 Some(Err(_)) => break,
                 Some(Ok(message)) if self.unplaced.contains(&message.partition()) => {}
                 // Where the client pauses a partition for its rebalancing, it goes on with the record that it was handing over.
-                Some(Ok(message)) if self.last.get(&message.partition()) == Some(&message.offset()) => {}
                 Some(Ok(message)) => {
-                    self.last.insert(message.partition(), message.offset());
-                    messages.push(message);
+                    if of(&mut self.last, message.partition()).replace(message.offset()) != Some(message.offset()) {
+                        messages.push(message);
+                    }
                 }
             }
             if messages.len() == BATCH_MAX || !self.unplaced.is_empty() {
@@ -177,8 +199,10 @@ impl EventSource for KafkaTelemetry {
         }
         let read: BTreeSet<_> = messages.iter().map(|message| message.partition()).collect();
         for partition in read {
-            // A partition that was taken away meanwhile is its new owner's to commit.
-            let _ = self.consumer.store_offset(&self.topic, partition, self.last[&partition]);
+            if let Some(last) = *of(&mut self.last, partition) {
+                // A partition that was taken away meanwhile is its new owner's to commit.
+                let _ = self.consumer.store_offset(&self.topic, partition, last);
+            }
         }
         let count = messages.len();
         drop(messages);

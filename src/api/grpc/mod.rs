@@ -69,11 +69,12 @@ impl DecisionService for Decisions {
             ServiceId::new(&service).map_err(|why| Status::invalid_argument(format!("service: {why}")))?;
         }
         let state = self.0.clone();
-        if let Some(after) = after_sequence {
-            self.kept_since(Slot(after)).await?;
-        }
+        let after = match after_sequence {
+            Some(after) => Some(self.kept_since(Slot(after)).await?),
+            None => None,
+        };
         // Before the answer: what is decided once a client knows that it is connected is told.
-        let mut decisions = Follower::new(&state.node, after_sequence.map(Slot));
+        let mut decisions = Follower::new(&state.node, after);
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
         let response = |told| Ok(WatchDecisionsResponse { event: Some(told) });
         tokio::spawn(async move {
@@ -118,8 +119,9 @@ impl DecisionService for Decisions {
 }
 
 impl Decisions {
-    /// Refuses to go on after a place whose successors are no longer in the log, or that nobody has reached.
-    async fn kept_since(&self, after: Slot) -> Result<(), Status> {
+    /// Returns the place to go on after: 0 is before the oldest decision that is kept. Refuses one whose successors are no
+    /// longer in the log, or that nobody has reached.
+    async fn kept_since(&self, after: Slot) -> Result<Slot, Status> {
         let head = || self.0.node.published.view().head;
         if after > head() {
             // Another node may have told what this one is about to learn.
@@ -142,12 +144,15 @@ impl Decisions {
             Ok(Err(why)) => return Err(Status::internal(why.to_string())),
             Err(why) => return Err(Status::internal(why.to_string())),
         };
+        if after == Slot(0) {
+            return Ok(first.map_or(after, |first| Slot(first.0 - 1)));
+        }
         if after < head && first != Some(next) {
             let first = first.map_or_else(|| head.to_string(), |slot| slot.to_string());
             let why = format!("decisions after {after} are no longer in this node's log, which begins at {first}");
             return Err(Status::out_of_range(why));
         }
-        Ok(())
+        Ok(after)
     }
 }
 

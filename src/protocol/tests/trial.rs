@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::domain::trial::Odds;
+use crate::protocol::Measurement;
 
 /// Compares with stable, in windows of 3 s.
 fn compared() -> Arc<RolloutSpec> {
@@ -129,4 +130,26 @@ fn when_all_restart_the_trial_begins_anew_and_says_so() {
     });
     let unseen: Vec<_> = unseen.map(|(.., judgement)| judgement.from_ms).collect();
     assert_eq!(unseen, [6_000], "{windows:?}");
+}
+
+#[test]
+fn a_window_is_no_promotion_while_another_system_that_counts_says_nothing_or_no() {
+    let mut rig = Rig::new();
+    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, \
+                canary: {version: v2}, steps: [{setWeight: 20}, {pause: {}}, {setWeight: 100}], \
+                analysis: {window: 3s, metrics: [{name: failing, thresholdRange: {max: 0.05}, provider: {prometheus: {address: 'http://x:1', \
+                query: 'errors'}}}]}}}";
+    rig.asked("a", 1, Op::Apply(Arc::new(crate::config::rollout::parse(text, "test").unwrap())));
+    rig.serve(3_000);
+    for _ in 0..80 {
+        for name in ["a", "b", "c"].map(node) {
+            let (name_of, value) = ("failing".to_string(), Ok(0.01));
+            let measurement = Measurement { service: service(), routing_version: 1, name: name_of, value };
+            rig.handle(&name, Input::Measured(measurement));
+        }
+        rig.serve(100);
+    }
+    let decided = rig.judged.iter().filter(|(at, slot, _)| *at == node("b") && slot.is_some());
+    let words: Vec<_> = decided.map(|(.., judgement)| judgement.verdict.word()).collect();
+    assert_eq!(words, ["HOLD", "PROMOTE", "PROMOTE", "PROMOTE"]);
 }

@@ -19,7 +19,9 @@ use super::harness::{Cluster, MANUAL, Traffic, Upstream, rollout};
 
 async fn channel(cluster: &Cluster, node: usize) -> Channel {
     let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
-    Endpoint::from_shared(address).unwrap().timeout(Duration::from_secs(20)).connect().await.unwrap()
+    // A client that doesn't read can be sent a few decisions, and no more.
+    let endpoint = Endpoint::from_shared(address).unwrap().initial_stream_window_size(1_024);
+    endpoint.timeout(Duration::from_secs(20)).connect().await.unwrap()
 }
 
 async fn watch(

@@ -18,7 +18,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
-use super::{kill_and_roll_back, kinds, runtime, streamed, unique, variable};
+use super::{kill_and_roll_back, kinds, redis, runtime, streamed, unique, variable};
 use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout, wait};
 
 /// Two topics of this test's own.
@@ -106,11 +106,11 @@ fn counted(cluster: &Cluster, line: &str) -> f64 {
 #[test]
 #[ignore = "needs Kafka: scripts/services.sh up"]
 fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_node_says() {
-    let topics = Topics::create(variable("KAFKA_BOOTSTRAP"));
+    let (topics, url) = (Topics::create(variable("KAFKA_BOOTSTRAP")), variable("REDIS_URL"));
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
-    let cluster = Cluster::start_with(&topics.lines());
+    let cluster = Cluster::start_with(&format!("{}\n[redis]\nurl = \"{url}\"\n", topics.lines()));
     let steps = "    - setWeight: 20\n    - pause: { duration: 3s }\n    - setWeight: 50\n    - pause: { duration: 60s }\n    - setWeight: 100";
-    cluster.apply(0, &rollout(&v1.url(), &v2.url(), steps).replace("window: 30s", "window: 2s"));
+    redis::apply(&cluster, &rollout(&v1.url(), &v2.url(), steps).replace("window: 30s", "window: 2s"));
     let _source = topics.produce(&["--share", "20", "--rate", "500", "--profile", "error-burst", "--after", "8s"]);
     // What others write there too.
     let producer: ThreadedProducer<_> = topics.client().create().unwrap();
@@ -151,6 +151,7 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
     for node in 0..3 {
         assert_eq!(streamed(&cluster, node, read[read.len() - 1].sequence), read, "node {node}");
     }
+    redis::agrees(&cluster, &url, &read);
     for (kind, count) in
         [("malformed", 1), ("bad_latency", 3), ("bad_status", 1), ("unknown_version", 1), ("future", 1)]
     {

@@ -14,6 +14,13 @@ fn prefix(cluster: &Cluster) -> String {
     format!("aviary:{{{}}}", answer["cluster"].as_str().unwrap())
 }
 
+/// Starts a rollout, once the nodes have asked Redis: before that they hold.
+pub fn apply(cluster: &Cluster, yaml: &str) {
+    wait("a cluster that has asked Redis", Duration::from_secs(10), || {
+        (cluster.post(0, "/v1/rollouts", None, yaml).status == 200).then_some(())
+    });
+}
+
 fn stored(connection: &mut redis::Connection, prefix: &str) -> BTreeMap<String, String> {
     redis::cmd("HGETALL").arg(format!("{prefix}:rollout:svc")).query(connection).unwrap()
 }
@@ -43,6 +50,20 @@ pub fn has_all(cluster: &Cluster, url: &str, windows: &[(&Decision, &WindowVerdi
     assert_eq!(keys.len(), windows.len(), "no verdict but those of the log");
 }
 
+/// Checks that Redis has the state after the last of these decisions, and the verdict of every window, and nothing else.
+pub fn agrees(cluster: &Cluster, url: &str, all: &[Decision]) {
+    let prefix = prefix(cluster);
+    let mut connection = redis::Client::open(url).unwrap().get_connection().unwrap();
+    let last = all.iter().rfind(|one| one.kind() != DecisionKind::Verdict).unwrap();
+    let found = wait("the last decision in Redis", Duration::from_secs(10), || {
+        let found = stored(&mut connection, &prefix);
+        (found.get("sequence") == Some(&last.sequence.to_string())).then_some(found)
+    });
+    assert!(is_state_of(&found, last), "{found:?} {last:?}");
+    let windows: Vec<_> = all.iter().filter_map(|one| Some((one, one.window.as_ref()?))).collect();
+    has_all(cluster, url, &windows);
+}
+
 #[test]
 #[ignore = "needs Redis: scripts/services.sh up"]
 fn redis_has_the_state_and_every_windows_one_verdict_whoever_is_killed() {
@@ -51,25 +72,15 @@ fn redis_has_the_state_and_every_windows_one_verdict_whoever_is_killed() {
     let mut cluster = Cluster::start_with(&format!("\n[redis]\nurl = \"{url}\"\n"));
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
     let yaml = yaml.replace("window: 30s", "window: 1s");
-    wait("a cluster that has asked Redis", Duration::from_secs(5), || {
-        (cluster.post(0, "/v1/rollouts", None, &yaml).status == 200).then_some(())
-    });
+    apply(&cluster, &yaml);
     let traffic = Traffic::start(&cluster, 100);
     kill_and_roll_back(&mut cluster);
     drop(traffic);
-    let (prefix, mut connection) =
-        (prefix(&cluster), redis::Client::open(url.as_str()).unwrap().get_connection().unwrap());
-    let found = wait("the rollback in Redis", Duration::from_secs(10), || {
-        let found = stored(&mut connection, &prefix);
-        (found.get("kind").map(String::as_str) == Some("ROLLBACK")).then_some(found)
-    });
     let last = http(cluster.nodes[2].api, "GET", "/routing/state", &[], "").unwrap().json()["slot"].as_u64().unwrap();
     let all = streamed(&cluster, 2, last);
     assert_eq!(kinds(&all).last(), Some(&DecisionKind::Rollback));
-    assert!(is_state_of(&found, all.last().unwrap()), "{found:?}");
-    let windows: Vec<_> = all.iter().filter_map(|one| Some((one, one.window.as_ref()?))).collect();
-    assert!(windows.len() > 10, "{windows:?}");
-    has_all(&cluster, &url, &windows);
+    assert!(all.iter().filter(|one| one.window.is_some()).count() > 10, "{all:?}");
+    agrees(&cluster, &url, &all);
     cluster.assert_no_panic();
 }
 
@@ -85,9 +96,7 @@ fn redis_away_holds_promotions_lets_rollbacks_through_and_is_made_up_for() {
         &v2.url(),
         "    - setWeight: 20\n    - pause: { duration: 2s }\n    - setWeight: 50\n    - pause: {}\n    - setWeight: 100",
     );
-    wait("a cluster that has asked Redis", Duration::from_secs(5), || {
-        (cluster.post(0, "/v1/rollouts", None, &yaml).status == 200).then_some(())
-    });
+    apply(&cluster, &yaml);
     own.kill();
     let traffic = Traffic::start(&cluster, 150);
     let held = |state: &serde_json::Value| state["waiting_for"].as_str().unwrap_or_default().contains("redis: ");

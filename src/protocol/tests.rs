@@ -340,8 +340,8 @@ c persists: promised 1.a.1, accepted slot 1
 c to a: VOTE accept
 a to b: DECISION chosen slot 1
 a to c: DECISION chosen slot 1
-a replies 1: COMMITTED slot 1 repeated false
 a appends slot 1 Start
+a replies 1: COMMITTED slot 1 repeated false
 b appends slot 1 Start
 c appends slot 1 Start";
     assert_eq!(rig.take_story().join("\n"), expected);
@@ -366,8 +366,8 @@ c persists: promised 1.a.1, accepted slot 2
 c to a: VOTE accept
 a to b: DECISION chosen slot 2
 a to c: DECISION chosen slot 2
-a replies 2: COMMITTED slot 2 repeated false
 a appends slot 2 Rollback
+a replies 2: COMMITTED slot 2 repeated false
 b appends slot 2 Rollback
 c appends slot 2 Rollback";
     assert_eq!(rig.take_story().join("\n"), expected);
@@ -620,6 +620,30 @@ fn a_change_of_one_service_makes_nothing_anew_for_the_others() {
     assert!(Arc::ptr_eq(&before["other"], &view(&rig)["other"]), "nor does the rollback");
     rig.run_for(500);
     assert_eq!(view(&rig)["other"].local.canary.count, 1);
+}
+
+/// A few at a time must not become: the first ones again and again.
+#[test]
+fn peers_are_told_of_every_service_however_seldom_the_clock_is_looked_at() {
+    let mut rig = Rig::new();
+    let name = |i: u64| ServiceId::new(format!("s{i:02}")).unwrap();
+    for i in 0..20 {
+        let mut other = spec().as_ref().clone();
+        other.service = name(i);
+        rig.asked("a", i, Op::Apply(other.into()));
+    }
+    let mut told = BTreeMap::<ServiceId, u64>::new();
+    for _ in 0..20 {
+        rig.now += 100_000;
+        rig.handle(&node("b"), Input::Tick);
+        for (from, _, message) in std::mem::take(&mut rig.wire) {
+            if let (true, Message::HealthSnapshot(snapshot)) = (from == node("b"), message) {
+                *told.entry(snapshot.service).or_default() += 1;
+            }
+        }
+    }
+    // To two peers, each 250 ms, which the clock makes 300: in 2 s at least six times.
+    assert!((0..20).all(|i| told.get(&name(i)).is_some_and(|times| *times >= 12)), "{told:?}");
 }
 
 #[test]
