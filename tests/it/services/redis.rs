@@ -38,7 +38,7 @@ fn is_state_of(state: &BTreeMap<String, String>, decision: &Decision) -> bool {
 }
 
 /// Checks that Redis has the verdicts of these windows, and no other ones.
-pub fn has_all(cluster: &Cluster, url: &str, windows: &[(&Decision, &WindowVerdict)]) {
+fn has_all(cluster: &Cluster, url: &str, windows: &[(&Decision, &WindowVerdict)]) {
     let (prefix, mut connection) = (prefix(cluster), redis::Client::open(url).unwrap().get_connection().unwrap());
     for (decision, window) in windows {
         let key = format!("{prefix}:window:svc:{}:{}", decision.rollout_version, window.to_ms);
