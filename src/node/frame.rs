@@ -671,7 +671,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trial_of_any_traffic_fits_a_frame_and_comes_out_as_it_was() {
+    fn a_trial_whose_bins_are_all_full_fits_a_frame_and_comes_out_as_it_was() {
         let mut sent = trial(1 << 20);
         let mut bytes = framed(&handover(sent.clone()));
         assert!(bytes.len() < BODY_BYTES_MAX * 3 / 4, "{}", bytes.len());
