@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use super::{ApiState, error};
 use crate::telemetry::Receipt;
-use crate::telemetry::event::Event;
+use crate::telemetry::event::Json as Reported;
 
 /// Longest batch, in bytes.
 pub const BATCH_BYTES_MAX: usize = 8 * 1024 * 1024;
@@ -31,16 +31,21 @@ fn events_of(body: &[u8]) -> serde_json::Result<Vec<&RawValue>> {
     }
 }
 
+fn take<'b>(state: &ApiState, events: impl Iterator<Item = &'b [u8]>) -> Receipt {
+    let read: Vec<_> = events.map(Reported::read).collect();
+    state.intake.take(read.iter().map(|event| event.as_ref().map_err(Clone::clone)?.event()))
+}
+
 /// Counts a batch of events. A batch in which nothing counts is answered 422, any other 200: with how many counted, and why
 /// others did not.
 pub async fn report(State(state): State<ApiState>, headers: HeaderMap, body: Bytes) -> Response {
     let kind = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |kind| kind.as_bytes());
     let receipt = if kind.starts_with(b"application/x-ndjson") {
         let lines = body.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
-        state.intake.take(lines.map(Event::from_json))
+        take(&state, lines)
     } else {
         match events_of(&body) {
-            Ok(events) => state.intake.take(events.iter().map(|event| Event::from_json(event.get().as_bytes()))),
+            Ok(events) => take(&state, events.iter().map(|event| event.get().as_bytes())),
             Err(why) => {
                 let expected = "expected a list of events, {\"events\": […]}, or lines (application/x-ndjson)";
                 return error(StatusCode::BAD_REQUEST, format!("{why}, {expected}"));

@@ -17,12 +17,54 @@ const SUM_MAX: u64 = 1 << 60;
 
 /// Returns the bin of a latency in microseconds, `0..BINS`.
 pub fn bin_of(latency_us: u64) -> usize {
+    let us = latency_us.min(Edges::MAX_US) as u32;
+    let bin = usize::from(EDGES.bins[Edges::cell(us)]);
+    bin + usize::from(us >= EDGES.ends[bin])
+}
+
+/// The same, by the bins' definition: a logarithm for each answer.
+fn bin_by_logarithm(latency_us: u64) -> usize {
     let latency = latency_us as f64;
     if latency < FIRST_US {
         return 0;
     }
     let bin = 1.0 + (latency / FIRST_US).ln() * (1.0 / 0.029_558_802_241_544_4);
     (bin as usize).min(BINS - 1)
+}
+
+/// Where bins begin. Time is cut into cells of a whole number below 128 µs, and of 1/64 of an octave from there, so that none
+/// has more than one edge within it: the bin that a cell begins in and the next one's first latency tell the bin.
+struct Edges {
+    /// The bin of the first latency of each cell.
+    bins: [u16; Self::CELLS],
+    /// The first latency, in microseconds, that is in a later bin.
+    ends: [u32; BINS],
+}
+
+static EDGES: LazyLock<Edges> = LazyLock::new(Edges::new);
+
+impl Edges {
+    /// Every latency from here on is in the last bin.
+    const MAX_US: u64 = (1 << 28) - 1;
+    const CELLS: usize = 1 + Self::cell(Self::MAX_US as u32);
+
+    const fn cell(us: u32) -> usize {
+        let octave = 25 - (us | 64).leading_zeros();
+        ((octave << 6) + (us >> octave)) as usize
+    }
+
+    fn new() -> Self {
+        let ends = std::array::from_fn(|bin| {
+            let about = (FIRST_US * BIN_RATIO.powf(bin as f64)) as u32;
+            let end = (about - 1..about + 2).find(|us| bin_by_logarithm(u64::from(*us)) > bin);
+            end.unwrap_or(u32::MAX)
+        });
+        let bins = std::array::from_fn(|cell| {
+            let octave = (cell / 64).saturating_sub(1);
+            bin_by_logarithm(((cell - octave * 64) as u64) << octave) as u16
+        });
+        Self { bins, ends }
+    }
 }
 
 static MIDDLES_US: LazyLock<Vec<u64>> =
@@ -211,6 +253,15 @@ mod tests {
     }
 
     #[test]
+    fn a_bin_ends_where_its_definition_says() {
+        let ends = EDGES.ends.iter().take(BINS - 1);
+        for us in (0..40_000).chain(ends.flat_map(|end| end - 1..=end + 1)).map(u64::from) {
+            assert_eq!(bin_of(us), bin_by_logarithm(us), "{us} us");
+        }
+        assert_eq!((bin_of(u64::MAX), EDGES.ends[BINS - 1]), (BINS - 1, u32::MAX));
+    }
+
+    #[test]
     fn without_answers_there_is_no_rate() {
         let none = Stats::default();
         assert_eq!((none.error_rate(), none.mean_ms(), none.quantile_ms(0.5)), (None, None, None));
@@ -222,6 +273,7 @@ mod tests {
             let bin = bin_of(us);
             prop_assert!(bin < BINS);
             prop_assert!(bin_of(us + 1) >= bin);
+            prop_assert_eq!(bin, bin_by_logarithm(us));
             let middle = middle_us(bin) as f64;
             prop_assert!(!(1_000..130_000_000).contains(&us) || (middle / us as f64 - 1.0).abs() < 0.0155, "{us} in {middle}");
         }

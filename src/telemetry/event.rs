@@ -1,24 +1,64 @@
 //! One request that somebody reports, as JSON or protobuf, read and checked.
 
-use std::borrow::Cow;
+use std::fmt::{Display, Formatter};
 
-use serde::Deserialize;
+mod json;
+mod protobuf;
+
+pub use json::Json;
 
 /// A request of a service, checked.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Event<'b> {
     /// The service.
-    pub service: Cow<'b, str>,
+    pub service: Text<'b>,
     /// The version that answered.
-    pub version: Cow<'b, str>,
-    /// True for an error: a status of 500 or more.
-    pub error: bool,
+    pub version: Text<'b>,
+    /// The answer's HTTP status, 100 to 599.
+    pub status: u64,
     /// How long the answer took, in microseconds.
     pub latency_us: u64,
     /// When it was answered, in milliseconds since 1970.
     pub at_ms: u64,
     /// The event's id; empty for none.
-    pub id: Cow<'b, str>,
+    pub id: Text<'b>,
+}
+
+/// UTF-8, kept as bytes: they are compared and hashed, and hardly ever shown.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Text<'b>(&'b [u8]);
+
+impl<'b> Text<'b> {
+    /// Returns the text that these bytes are, if they are one.
+    #[inline]
+    fn read(bytes: &'b [u8]) -> Option<Self> {
+        const HIGH: u64 = 0x8080_8080_8080_8080;
+        let is_ascii = match (bytes.first_chunk(), bytes.last_chunk()) {
+            // Most are this short, and the two overlap.
+            (Some(first), Some(last)) if bytes.len() <= 16 => {
+                (u64::from_le_bytes(*first) | u64::from_le_bytes(*last)) & HIGH == 0
+            }
+            _ => bytes.len() < 8 && bytes.iter().fold(0, |all, byte| all | byte) < 0x80,
+        };
+        (is_ascii || std::str::from_utf8(bytes).is_ok()).then_some(Self(bytes))
+    }
+
+    /// Returns its bytes.
+    pub fn as_bytes(self) -> &'b [u8] {
+        self.0
+    }
+}
+
+impl<'b> From<&'b str> for Text<'b> {
+    fn from(text: &'b str) -> Self {
+        Self(text.as_bytes())
+    }
+}
+
+impl Display for Text<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&String::from_utf8_lossy(self.0))
+    }
 }
 
 /// Why an event doesn't count.
@@ -84,76 +124,10 @@ impl Rejection {
     }
 }
 
-/// An event's fields, as they came.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Fields<'b> {
-    #[serde(borrow)]
-    service: Cow<'b, str>,
-    #[serde(borrow)]
-    version: Cow<'b, str>,
-    status: u64,
-    latency_ms: f64,
-    #[serde(borrow)]
-    event_time: Time<'b>,
-    #[serde(borrow, default)]
-    event_id: Cow<'b, str>,
-}
-
-/// A point in time: milliseconds since 1970, or RFC 3339.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Time<'b> {
-    Millis(i64),
-    Text(#[serde(borrow)] Cow<'b, str>),
-}
-
-impl Default for Time<'_> {
-    fn default() -> Self {
-        Self::Millis(0)
-    }
-}
-
 impl<'b> Event<'b> {
-    /// Reads `{"service", "version", "status", "latency_ms", "event_time", "event_id"}`; the time is a number of
-    /// milliseconds since 1970, or RFC 3339.
-    pub fn from_json(text: &'b [u8]) -> Result<Self, Rejection> {
-        let fields: Fields = serde_json::from_slice(text).map_err(|error| Rejection::Malformed(error.to_string()))?;
-        let at_ms = match &fields.event_time {
-            Time::Millis(ms) => u64::try_from(*ms).ok(),
-            Time::Text(text) => {
-                let time = humantime::parse_rfc3339_weak(text).ok();
-                time.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok())
-                    .map(|past| past.as_millis() as u64)
-            }
-        };
-        let at_ms = at_ms.ok_or_else(|| {
-            Rejection::Malformed(format!(
-                "event_time is {:?}, expected milliseconds since 1970 or RFC 3339",
-                fields.event_time
-            ))
-        })?;
-        Self::checked(fields, at_ms)
-    }
-
-    /// Reads an `aviary.v1.TelemetryEvent`.
-    ///
-    /// By hand, for one message: a general decoder takes twice as long, and this runs for millions of events a minute.
-    pub fn from_protobuf(bytes: &'b [u8]) -> Result<Self, Rejection> {
-        let mut wire = Wire(bytes);
-        let (mut fields, mut at_ms) = (Fields::default(), 0);
-        while let Some((field, kind)) = wire.tag()? {
-            match (field, kind) {
-                (1, LENGTH) => fields.service = Cow::Borrowed(wire.text()?),
-                (2, LENGTH) => fields.version = Cow::Borrowed(wire.text()?),
-                (3, VARINT) => fields.status = wire.varint()?,
-                (4, FIXED64) => fields.latency_ms = f64::from_bits(wire.fixed64()?),
-                (5, LENGTH) => at_ms = Wire(wire.bytes()?).timestamp_ms()?,
-                (6, LENGTH) => fields.event_id = Cow::Borrowed(wire.text()?),
-                (_, kind) => wire.skip(kind)?,
-            }
-        }
-        Self::checked(fields, at_ms)
+    /// Returns true where the version is to blame: from 500 on.
+    pub fn is_error(&self) -> bool {
+        self.status >= 500
     }
 
     /// Returns the event of these fields; the time is in milliseconds since 1970.
@@ -165,15 +139,29 @@ impl<'b> Event<'b> {
         at_ms: u64,
         id: &'b str,
     ) -> Result<Self, Rejection> {
-        let [service, version, event_id] = [service, version, id].map(Cow::Borrowed);
-        Self::checked(Fields { service, version, status, latency_ms, event_id, ..Fields::default() }, at_ms)
+        let [service, version, id] = [service, version, id].map(Text::from);
+        Raw { service, version, status, latency_ms, at_ms, id }.checked()
     }
+}
 
-    fn checked(fields: Fields<'b>, at_ms: u64) -> Result<Self, Rejection> {
-        let Fields { service, version, status, latency_ms, event_id: id, .. } = fields;
+/// An event's fields, as they came.
+#[derive(Default)]
+struct Raw<'b> {
+    service: Text<'b>,
+    version: Text<'b>,
+    status: u64,
+    latency_ms: f64,
+    at_ms: u64,
+    id: Text<'b>,
+}
+
+impl<'b> Raw<'b> {
+    #[inline]
+    fn checked(self) -> Result<Event<'b>, Rejection> {
+        let Self { service, version, status, latency_ms, at_ms, id } = self;
         for (name, text) in [("service", &service), ("version", &version), ("event_id", &id)] {
-            if text.len() > TEXT_BYTES_MAX {
-                let found = text.len();
+            let found = text.as_bytes().len();
+            if found > TEXT_BYTES_MAX {
                 return Err(Rejection::Malformed(format!(
                     "{name} has {found} bytes, expected at most {TEXT_BYTES_MAX}"
                 )));
@@ -185,100 +173,16 @@ impl<'b> Event<'b> {
         if !(0.0..=LATENCY_MS_MAX).contains(&latency_ms) {
             return Err(Rejection::Latency(latency_ms.to_string()));
         }
-        Ok(Self { service, version, error: status >= 500, latency_us: (latency_ms * 1000.0) as u64, at_ms, id })
+        Ok(Event { service, version, status, latency_us: (latency_ms * 1000.0) as u64, at_ms, id })
     }
-}
-
-/// The wire types of protobuf.
-const VARINT: u8 = 0;
-const FIXED64: u8 = 1;
-const LENGTH: u8 = 2;
-const FIXED32: u8 = 5;
-
-/// What is left of a message.
-struct Wire<'b>(&'b [u8]);
-
-impl<'b> Wire<'b> {
-    /// Returns the next field's number and wire type; none at the end.
-    fn tag(&mut self) -> Result<Option<(u64, u8)>, Rejection> {
-        if self.0.is_empty() {
-            return Ok(None);
-        }
-        let tag = self.varint()?;
-        match tag >> 3 {
-            0 => Err(malformed("field 0")),
-            field => Ok(Some((field, (tag & 7) as u8))),
-        }
-    }
-
-    fn varint(&mut self) -> Result<u64, Rejection> {
-        let mut value = 0;
-        for (shift, byte) in (0..64).step_by(7).zip(self.0) {
-            value |= u64::from(byte & 0x7f) << shift;
-            if *byte < 0x80 {
-                self.0 = &self.0[shift / 7 + 1..];
-                return Ok(value);
-            }
-        }
-        Err(malformed("a number that doesn't end"))
-    }
-
-    fn take(&mut self, length: usize) -> Result<&'b [u8], Rejection> {
-        let (taken, rest) = self.0.split_at_checked(length).ok_or_else(|| malformed("a field that is cut off"))?;
-        self.0 = rest;
-        Ok(taken)
-    }
-
-    fn bytes(&mut self) -> Result<&'b [u8], Rejection> {
-        let length = self.varint()?;
-        self.take(usize::try_from(length).unwrap_or(usize::MAX))
-    }
-
-    fn text(&mut self) -> Result<&'b str, Rejection> {
-        std::str::from_utf8(self.bytes()?).map_err(|_| malformed("a text that is no UTF-8"))
-    }
-
-    fn fixed64(&mut self) -> Result<u64, Rejection> {
-        let bytes = self.take(8)?;
-        Ok(u64::from_le_bytes(bytes.try_into().expect("8 bytes")))
-    }
-
-    fn skip(&mut self, kind: u8) -> Result<(), Rejection> {
-        match kind {
-            VARINT => self.varint().map(drop),
-            FIXED64 => self.take(8).map(drop),
-            LENGTH => self.bytes().map(drop),
-            FIXED32 => self.take(4).map(drop),
-            _ => Err(malformed("a wire type that this schema doesn't have")),
-        }
-    }
-
-    /// Reads a `google.protobuf.Timestamp` to its end.
-    fn timestamp_ms(&mut self) -> Result<u64, Rejection> {
-        let (mut seconds, mut nanos) = (0, 0);
-        while let Some((field, kind)) = self.tag()? {
-            match (field, kind) {
-                (1, VARINT) => seconds = self.varint()?,
-                (2, VARINT) => nanos = self.varint()?,
-                (_, kind) => self.skip(kind)?,
-            }
-        }
-        // Years before 1970 are negative, and as an unsigned number beyond any year.
-        if seconds > 253_402_300_799 || nanos > 999_999_999 {
-            return Err(malformed("event_time outside 1970 to 9999"));
-        }
-        Ok(seconds * 1000 + nanos / 1_000_000)
-    }
-}
-
-fn malformed(what: &str) -> Rejection {
-    Rejection::Malformed(format!("{what}, expected an aviary.v1.TelemetryEvent"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schema::v1::TelemetryEvent;
     use proptest::prelude::*;
+    use prost::Message as _;
 
     fn protobuf(service: &str, status: u64, latency_ms: f64, seconds: u64) -> Vec<u8> {
         let mut bytes = vec![0x0a, service.len() as u8];
@@ -307,10 +211,11 @@ mod tests {
     fn both_encodings_say_the_same() {
         let json = br#"{"service":"svc","version":"v2","status":503,"latency_ms":12.5,"event_time":1790000000002,"event_id":"i7"}"#;
         let text = br#"{"service":"svc","version":"v2","status":503,"latency_ms":12.5,"event_time":"2026-09-21T14:13:20.002Z","event_id":"i7"}"#;
-        let event = Event::from_json(json).unwrap();
-        assert_eq!(Event::from_json(text).unwrap(), event);
+        let event = Json::read(json).unwrap();
+        let event = event.event().unwrap();
+        assert_eq!(Json::read(text).unwrap().event().unwrap(), event);
         assert_eq!(Event::from_protobuf(&protobuf("svc", 503, 12.5, 1_790_000_000)).unwrap(), event);
-        assert_eq!((event.error, event.latency_us, &*event.version), (true, 12_500, "v2"));
+        assert_eq!((event.is_error(), event.latency_us, event.version.as_bytes()), (true, 12_500, &b"v2"[..]));
     }
 
     #[test]
@@ -323,16 +228,43 @@ mod tests {
         }
         assert!(of(200, 1.0, u64::MAX).to_string().contains("outside 1970 to 9999"));
         assert_eq!(Event::from_protobuf(b"\x0a\x50abc").unwrap_err().kind(), 0);
-        assert_eq!(Event::from_json(b"{}").unwrap_err().kind(), 0);
+        assert_eq!(Json::read(b"{}").unwrap_err().kind(), 0);
         let long = protobuf(&"x".repeat(120), 200, 1.0, 1);
         assert!(Event::from_protobuf(&long).is_ok());
     }
 
+    #[test]
+    fn a_text_that_is_no_utf_8_is_malformed_wherever_the_byte_is() {
+        for length in 1..40 {
+            let mut event = protobuf(&"x".repeat(length), 200, 1.0, 1);
+            assert!(Event::from_protobuf(&event).is_ok());
+            for at in 2..2 + length {
+                event[at] = 0xc3;
+                assert_eq!(Event::from_protobuf(&event).unwrap_err().kind(), 0, "{length} {at}");
+                event[at] = b'x';
+            }
+        }
+    }
+
     proptest! {
+        #[test]
+        fn protobuf_is_read_as_it_was_written(
+            (service, version, event_id) in (".{0,40}", ".{0,20}", ".{0,70}"),
+            (status, latency_ms) in (prop_oneof![100u32..600, any::<u32>()], prop_oneof![0.0..4e6f64, any::<f64>()]),
+            (seconds, nanos) in (0i64..253_402_300_800, 0i32..1_000_000_000),
+        ) {
+            let at_ms = seconds as u64 * 1000 + nanos as u64 / 1_000_000;
+            let event = Event::new(&service, &version, status.into(), latency_ms, at_ms, &event_id);
+            let event_time = Some(prost_types::Timestamp { seconds, nanos });
+            let (service, version, event_id) = (service.clone(), version.clone(), event_id.clone());
+            let bytes = TelemetryEvent { service, version, status, latency_ms, event_time, event_id }.encode_to_vec();
+            prop_assert_eq!(Event::from_protobuf(&bytes), event);
+        }
+
         #[test]
         fn whatever_comes_is_an_event_or_rejected(bytes in prop::collection::vec(any::<u8>(), 0..80), at in any::<prop::sample::Index>(), bit in 0u32..8) {
             let _ = Event::from_protobuf(&bytes);
-            let _ = Event::from_json(&bytes);
+            let _ = Json::read(&bytes).map(|event| event.event().is_ok());
             let mut event = protobuf("svc", 200, 3.0, 1_790_000_000);
             let at = at.index(event.len());
             event[at] ^= 1 << bit;

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hashbrown::HashTable;
 use metrics::{Counter, Gauge, counter, gauge};
 use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
@@ -25,8 +26,8 @@ use event::{Event, FUTURE_MS_MAX, LATE_MS_MAX, Rejection};
 /// How often counts are handed over.
 const DRAIN: Duration = Duration::from_millis(100);
 /// Ids that are remembered, to know an event that comes again: lines of as many as share a cache line.
-const ID_LINES: usize = 1 << 17;
-const IDS_IN_LINE: usize = 8;
+const ID_LINES: usize = 1 << 16;
+const IDS_IN_LINE: usize = 16;
 /// What an event without an id has, and an empty place.
 const NO_ID: u64 = 0;
 /// Events that are looked at before they are counted.
@@ -45,6 +46,29 @@ pub struct Receipt {
     pub first: Vec<(usize, String)>,
 }
 
+/// What becomes of a batch, meanwhile.
+#[derive(Default)]
+struct Taken {
+    /// Events that are not counted yet, and their places in the batch.
+    hits: Vec<(usize, Hit)>,
+    accepted: u64,
+    newest_ms: u64,
+    kinds: [u64; Rejection::KINDS.len()],
+    first: Vec<(usize, String)>,
+}
+
+impl Taken {
+    #[cold]
+    fn reject(&mut self, place: usize, why: &Rejection) {
+        self.kinds[why.kind()] += 1;
+        let named = self.first.partition_point(|(before, _)| *before < place);
+        if named < NAMED_MAX {
+            self.first.insert(named, (place, why.to_string()));
+            self.first.truncate(NAMED_MAX);
+        }
+    }
+}
+
 /// The door for reported events.
 #[derive(Clone)]
 pub struct Intake {
@@ -59,8 +83,35 @@ pub struct Intake {
 struct Counted {
     /// Of the view that `services` was made of.
     number: Option<u64>,
-    services: BTreeMap<Box<str>, Entry>,
+    services: HashTable<Entry>,
     ids: Ids,
+}
+
+/// Where an event counts.
+struct Hit {
+    /// The place of its service in the table.
+    bucket: usize,
+    of: Of,
+    /// True if it is of the time before the present routing version.
+    earlier: bool,
+    error: bool,
+    latency_us: u64,
+    at_ms: u64,
+    id: u64,
+}
+
+enum Of {
+    Stable,
+    Canary,
+}
+
+/// Why an event counts nowhere, in a few bytes: see [`Counted::explain`].
+enum Miss {
+    Service,
+    /// Its service has another version in this place.
+    Version(usize),
+    Future,
+    Late,
 }
 
 struct Entry {
@@ -83,7 +134,7 @@ impl Intake {
             .map(|kind| counter!("aviary_telemetry_rejected_total", "source" => source, "kind" => kind));
         Self {
             node,
-            counted: Arc::new(Mutex::new(Counted { number: None, services: BTreeMap::new(), ids: Ids::default() })),
+            counted: Arc::new(Mutex::new(Counted { number: None, services: HashTable::new(), ids: Ids::default() })),
             accepted: counter!("aviary_telemetry_events_total", "source" => source),
             rejected: Arc::new(rejected),
             lag: gauge!("aviary_telemetry_lag_seconds", "source" => source),
@@ -95,43 +146,31 @@ impl Intake {
         let now_ms = self.node.published.clock().now().wall.0;
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.refresh(&self.node);
-        let (mut receipt, mut kinds, mut newest_ms) = (Receipt::default(), [0; Rejection::KINDS.len()], 0);
-        let mut events = events.into_iter().enumerate();
-        let mut some = Vec::with_capacity(AHEAD);
-        loop {
-            some.extend(events.by_ref().take(AHEAD).map(|(place, event)| {
-                let id = event.as_ref().ok().map_or(0, |event| Ids::hash(&event.id));
-                (place, id, event)
-            }));
-            if some.is_empty() {
-                break;
+        let mut taken = Taken::default();
+        events.into_iter().enumerate().for_each(|(place, event)| {
+            match &event {
+                Ok(event) => match counted.find(event, now_ms) {
+                    Ok(hit) => taken.hits.push((place, hit)),
+                    Err(miss) => taken.reject(place, &counted.explain(miss, event, now_ms)),
+                },
+                Err(why) => taken.reject(place, why),
             }
-            counted.ids.fetch(some.iter().map(|(_, id, _)| *id));
-            for (place, id, event) in some.drain(..) {
-                match event.and_then(|event| counted.count(&event, id, now_ms).map(|()| event.at_ms)) {
-                    Ok(at_ms) => {
-                        receipt.accepted += 1;
-                        newest_ms = newest_ms.max(at_ms);
-                    }
-                    Err(rejection) => {
-                        kinds[rejection.kind()] += 1;
-                        if receipt.first.len() < NAMED_MAX {
-                            receipt.first.push((place, rejection.to_string()));
-                        }
-                    }
-                }
+            if taken.hits.len() == AHEAD {
+                counted.count(&mut taken);
             }
-        }
+        });
+        counted.count(&mut taken);
         drop(counted);
-        self.accepted.increment(receipt.accepted);
-        for (at, count) in kinds.into_iter().enumerate().filter(|(_, count)| *count > 0) {
+        if taken.newest_ms > 0 {
+            self.lag.set(now_ms.saturating_sub(taken.newest_ms) as f64 / 1000.0);
+        }
+        self.accepted.increment(taken.accepted);
+        let kinds = taken.kinds.into_iter().enumerate().filter(|(_, count)| *count > 0);
+        let rejected = kinds.map(|(at, count)| {
             self.rejected[at].increment(count);
-            receipt.rejected.insert(Rejection::KINDS[at], count);
-        }
-        if newest_ms > 0 {
-            self.lag.set(now_ms.saturating_sub(newest_ms) as f64 / 1000.0);
-        }
-        receipt
+            (Rejection::KINDS[at], count)
+        });
+        Receipt { accepted: taken.accepted, rejected: rejected.collect(), first: taken.first }
     }
 
     /// Hands over what was counted, until `shutdown`.
@@ -164,44 +203,86 @@ impl Counted {
         }
         self.number = Some(number);
         let view = node.published.view();
-        self.services.retain(|name, _| view.services.contains_key(&**name));
+        self.services.retain(|entry| view.services.contains_key(&entry.service));
         for id in view.services.keys() {
-            let entry = self.services.entry(id.as_str().into()).or_insert_with(|| Entry::new(id));
-            entry.follow(&view, id);
+            let found = self.services.entry(hash(id.as_str().as_bytes()), |entry| entry.service == *id, Entry::hash);
+            found.or_insert_with(|| Entry::new(id)).into_mut().follow(&view, id);
         }
     }
 
-    fn count(&mut self, event: &Event, id: u64, now_ms: u64) -> Result<(), Rejection> {
-        let Some(entry) = self.services.get_mut(&*event.service) else {
-            return Err(Rejection::Service(event.service.to_string()));
-        };
+    /// Returns where an event counts, if it isn't counted yet.
+    #[inline]
+    fn find(&self, event: &Event, now_ms: u64) -> Result<Hit, Miss> {
+        let name = event.service.as_bytes();
+        let bucket = self.services.find_bucket_index(hash(name), |entry| entry.service.as_str().as_bytes() == name);
+        let bucket = bucket.ok_or(Miss::Service)?;
         if event.at_ms > now_ms + FUTURE_MS_MAX {
-            return Err(Rejection::Future(event.at_ms - now_ms));
+            return Err(Miss::Future);
         }
         if event.at_ms + LATE_MS_MAX < now_ms {
-            return Err(Rejection::Late(now_ms - event.at_ms));
+            return Err(Miss::Late);
         }
-        let tally = if event.at_ms >= entry.since_ms { &mut entry.present } else { &mut entry.earlier };
-        let counts = if *event.version == *entry.stable {
-            &mut tally.stable
-        } else if entry.canary.as_deref() == Some(&*event.version) {
-            &mut tally.canary
+        let entry = self.services.get_bucket(bucket).expect("it was just found");
+        let version = event.version.as_bytes();
+        let of = if *version == *entry.stable.as_bytes() {
+            Of::Stable
+        } else if entry.canary.as_ref().is_some_and(|canary| *version == *canary.as_bytes()) {
+            Of::Canary
         } else {
-            let canary = entry.canary.as_ref().map(|canary| format!(" or {canary}")).unwrap_or_default();
-            let expected = format!("{}{canary}", entry.stable);
-            return Err(Rejection::Version { found: event.version.to_string(), expected });
+            return Err(Miss::Version(bucket));
         };
-        if id != NO_ID && !self.ids.is_new(id) {
-            return Err(Rejection::Duplicate);
+        Ok(Hit {
+            bucket,
+            of,
+            earlier: event.at_ms < entry.since_ms,
+            error: event.is_error(),
+            latency_us: event.latency_us,
+            at_ms: event.at_ms,
+            id: Ids::hash(event.id.as_bytes()),
+        })
+    }
+
+    #[cold]
+    fn explain(&self, miss: Miss, event: &Event, now_ms: u64) -> Rejection {
+        match miss {
+            Miss::Service => Rejection::Service(event.service.to_string()),
+            Miss::Version(bucket) => {
+                let entry = self.services.get_bucket(bucket).expect("it was just found");
+                let canary = entry.canary.as_ref().map(|canary| format!(" or {canary}")).unwrap_or_default();
+                let expected = format!("{}{canary}", entry.stable);
+                Rejection::Version { found: event.version.to_string(), expected }
+            }
+            Miss::Future => Rejection::Future(event.at_ms - now_ms),
+            Miss::Late => Rejection::Late(now_ms - event.at_ms),
         }
-        counts.record(event.latency_us, event.error);
-        entry.touched = true;
-        Ok(())
+    }
+
+    /// Counts what was found, and knows the ids from then on.
+    fn count(&mut self, taken: &mut Taken) {
+        self.ids.fetch(taken.hits.iter().map(|(_, hit)| hit.id));
+        let mut hits = std::mem::take(&mut taken.hits);
+        for (place, hit) in hits.drain(..) {
+            if hit.id != NO_ID && !self.ids.is_new(hit.id) {
+                taken.reject(place, &Rejection::Duplicate);
+                continue;
+            }
+            let entry = self.services.get_bucket_mut(hit.bucket).expect("it was just found");
+            entry.touched = true;
+            let tally = if hit.earlier { &mut entry.earlier } else { &mut entry.present };
+            let counts = match hit.of {
+                Of::Stable => &mut tally.stable,
+                Of::Canary => &mut tally.canary,
+            };
+            counts.record(hit.latency_us, hit.error);
+            taken.accepted += 1;
+            taken.newest_ms = taken.newest_ms.max(hit.at_ms);
+        }
+        taken.hits = hits;
     }
 
     fn drain(&mut self) -> Vec<Observation> {
         let mut observations = Vec::new();
-        for entry in self.services.values_mut() {
+        for entry in self.services.iter_mut() {
             if !std::mem::take(&mut entry.touched) {
                 continue;
             }
@@ -220,8 +301,14 @@ impl Counted {
     }
 }
 
-/// The last million ids, by their hashes: each may be in one line only, where it takes the oldest one's place.
-struct Ids(Box<[[u64; IDS_IN_LINE]]>);
+#[inline]
+fn hash(name: &[u8]) -> u64 {
+    xxh3_64(name)
+}
+
+/// The last million ids, by their hashes: each may be in one line only, where it takes the oldest one's place. The low bits of a
+/// hash tell the line, and what is kept there are the high ones: of 10^9 events, four are taken for others.
+struct Ids(Box<[[u32; IDS_IN_LINE]]>);
 
 impl Default for Ids {
     fn default() -> Self {
@@ -231,8 +318,8 @@ impl Default for Ids {
 
 impl Ids {
     /// Returns what an id is remembered by.
-    fn hash(id: &str) -> u64 {
-        if id.is_empty() { NO_ID } else { xxh3_64(id.as_bytes()).max(NO_ID + 1) }
+    fn hash(id: &[u8]) -> u64 {
+        if id.is_empty() { NO_ID } else { xxh3_64(id).max(NO_ID + 1) }
     }
 
     /// Brings the lines of these ids near: each is somewhere else in memory, and all are waited for at once.
@@ -243,17 +330,22 @@ impl Ids {
 
     /// Returns true the first time that this id comes.
     fn is_new(&mut self, id: u64) -> bool {
-        let line = &mut self.0[id as usize % ID_LINES];
-        if line.contains(&id) {
+        let (line, kept) = (&mut self.0[id as usize % ID_LINES], ((id >> 32) as u32).max(1));
+        // All are looked at, at once.
+        if line.iter().fold(false, |found, other| found | (*other == kept)) {
             return false;
         }
         line.copy_within(..IDS_IN_LINE - 1, 1);
-        line[0] = id;
+        line[0] = kept;
         true
     }
 }
 
 impl Entry {
+    fn hash(&self) -> u64 {
+        hash(self.service.as_str().as_bytes())
+    }
+
     fn new(id: &ServiceId) -> Self {
         Self {
             service: id.clone(),
@@ -290,8 +382,8 @@ mod tests {
     fn an_id_is_new_once_and_again_when_it_is_long_forgotten() {
         let mut ids = Ids::default();
         assert!(ids.is_new(7) && !ids.is_new(7));
-        assert_eq!((Ids::hash(""), Ids::hash("a") == Ids::hash("b")), (NO_ID, false));
-        let found = (1..=IDS_IN_LINE as u64).filter(|i| ids.is_new(7 + i * ID_LINES as u64)).count();
+        assert_eq!((Ids::hash(b""), Ids::hash(b"a") == Ids::hash(b"b")), (NO_ID, false));
+        let found = (2..=1 + IDS_IN_LINE as u64).filter(|i| ids.is_new(7 + (i << 32))).count();
         assert_eq!((found, ids.is_new(7)), (IDS_IN_LINE, true));
         let many = (0..500_000u64).filter(|i| ids.is_new(xxh3_64(&i.to_le_bytes()))).count();
         let again = (400_000..500_000u64).filter(|i| !ids.is_new(xxh3_64(&i.to_le_bytes()))).count();

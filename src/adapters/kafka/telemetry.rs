@@ -16,12 +16,17 @@ use crate::config::node::Kafka;
 use crate::ports::{Clock, EventSource, OutsideError};
 use crate::telemetry::event::LATE_MS_MAX;
 
-/// Events that are handed over at a time.
-const BATCH_MAX: usize = 4_096;
+/// Events that are handed over at a time: so few that their memory is still near when it is freed, and used again.
+const BATCH_MAX: usize = 64;
+/// Events of one call.
+const POLL_MAX: usize = 4_096;
 
 /// Notes what becomes of partitions.
 #[derive(Default)]
 struct Context {
+    topic: String,
+    /// The last event that was handed over since its place was stored, by partition: [`Context::store`].
+    taken: Mutex<BTreeMap<i32, i64>>,
     moves: Mutex<Moves>,
     /// True when there are any, so that it can be known without the lock, for each record.
     moved: AtomicBool,
@@ -37,6 +42,18 @@ struct Moves {
 impl Context {
     fn moves(&self) -> MutexGuard<'_, Moves> {
         self.moves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn taken(&self) -> MutexGuard<'_, BTreeMap<i32, i64>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the places committed of what was handed over.
+    fn store(&self, consumer: &BaseConsumer<Self>) {
+        for (partition, offset) in std::mem::take(&mut *self.taken()) {
+            // A partition that was taken away meanwhile is its new owner's to commit.
+            let _ = consumer.store_offset(&self.topic, partition, offset);
+        }
     }
 
     /// Returns what came and went since the last call.
@@ -69,8 +86,9 @@ impl ClientContext for Context {
 }
 
 impl ConsumerContext for Context {
-    fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+    fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if let Rebalance::Revoke(partitions) = rebalance {
+            self.store(consumer);
             let mut moves = self.moves();
             moves.gained.retain(|gained| numbers(partitions).all(|lost| lost != *gained));
             moves.lost.extend(numbers(partitions));
@@ -118,7 +136,9 @@ impl KafkaTelemetry {
             ("topic.metadata.refresh.interval.ms", "10000"),
         ];
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
-        let consumer: BaseConsumer<_> = client(config, &own).create_with_context(Context::default()).map_err(error)?;
+        let consumer: BaseConsumer<_> = client(config, &own)
+            .create_with_context(Context { topic: topic.into(), ..Context::default() })
+            .map_err(error)?;
         consumer.subscribe(&[topic]).map_err(error)?;
         Ok(Self { consumer, last: Vec::new(), unplaced: BTreeSet::new(), topic: topic.into(), clock })
     }
@@ -165,21 +185,23 @@ impl EventSource for KafkaTelemetry {
             };
             OutsideError::new(format!("kafka topic {topic}"), format!("{error}{hint}"))
         };
-        let mut messages: Vec<BorrowedMessage<'_>> = Vec::new();
+        let (mut count, mut messages) = (0, Vec::<BorrowedMessage<'_>>::with_capacity(BATCH_MAX));
         let mut next = self.consumer.poll(wait);
         loop {
-            if let Some(Moves { lost, gained }) = self.consumer.context().take_moves() {
+            let context = self.consumer.context();
+            if let Some(Moves { lost, gained }) = context.take_moves() {
                 // What is in hand of a partition that went is its new owner's, who begins where this node has committed.
                 messages.retain(|message| !lost.contains(&message.partition()));
                 lost.iter().chain(&gained).for_each(|partition| *of(&mut self.last, *partition) = None);
                 self.unplaced.retain(|partition| !lost.contains(partition));
                 self.unplaced.extend(gained);
             }
+            let mut ended = !self.unplaced.is_empty();
             match next {
-                None => break,
-                Some(Err(why)) if messages.is_empty() => return Err(error(why)),
+                None => ended = true,
+                Some(Err(why)) if count + messages.len() == 0 => return Err(error(why)),
                 // What was read before it counts; it comes again if it lasts.
-                Some(Err(_)) => break,
+                Some(Err(_)) => ended = true,
                 Some(Ok(message)) if self.unplaced.contains(&message.partition()) => {}
                 // Where the client pauses a partition for its rebalancing, it goes on with the record that it was handing over.
                 Some(Ok(message)) => {
@@ -188,24 +210,27 @@ impl EventSource for KafkaTelemetry {
                     }
                 }
             }
-            if messages.len() == BATCH_MAX || !self.unplaced.is_empty() {
+            ended |= count + messages.len() == POLL_MAX;
+            if !messages.is_empty() && (ended || messages.len() == BATCH_MAX) {
+                let payloads: Vec<&[u8]> =
+                    messages.iter().map(|message| message.payload().unwrap_or_default()).collect();
+                take(&payloads);
+                let mut taken = context.taken();
+                let mut places = messages.iter().map(|message| (message.partition(), message.offset())).peekable();
+                while let Some((partition, offset)) = places.next() {
+                    if places.peek().is_none_or(|(next, _)| *next != partition) {
+                        taken.insert(partition, offset);
+                    }
+                }
+                count += messages.len();
+                messages.clear();
+            }
+            if ended {
                 break;
             }
             next = self.consumer.poll(Duration::ZERO);
         }
-        if !messages.is_empty() {
-            let payloads: Vec<&[u8]> = messages.iter().map(|message| message.payload().unwrap_or_default()).collect();
-            take(&payloads);
-        }
-        let read: BTreeSet<_> = messages.iter().map(|message| message.partition()).collect();
-        for partition in read {
-            if let Some(last) = *of(&mut self.last, partition) {
-                // A partition that was taken away meanwhile is its new owner's to commit.
-                let _ = self.consumer.store_offset(&self.topic, partition, last);
-            }
-        }
-        let count = messages.len();
-        drop(messages);
+        self.consumer.context().store(&self.consumer);
         if !self.unplaced.is_empty()
             && let Err(why) = self.place()
             && count == 0
