@@ -8,7 +8,9 @@
 //! | `aviary:{CLUSTER}:window:SERVICE:ROLLOUT:TO_MS` | string | what the window that ended then says: `sequence verdict`; kept for a week |
 //! | `aviary:{CLUSTER}:published` | hash | `epoch`: who publishes; `through`: the place in the log |
 //!
-//! One script writes a decision, and nothing of it unless its publisher is still the only one and the decision is newer.
+//! One script writes a decision, and nothing of it unless its publisher is still the only one and the decision is newer; a rollout's
+//! state is never replaced by an older one, whatever became of the other keys. `sequence` is the version that orders all of it: the
+//! slot that the nodes decided, whose content no ballot can change any more.
 
 use std::time::Duration;
 
@@ -44,7 +46,10 @@ if ARGV[3] ~= '' then
   if decided and decided ~= verdict then return -2 end
   redis.call('SET', KEYS[3], verdict, 'EX', ARGV[4])
 end
-for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+local newest = tonumber(redis.call('HGET', KEYS[2], 'sequence') or '0')
+if tonumber(ARGV[2]) > newest then
+  for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+end
 redis.call('HSET', KEYS[1], 'through', ARGV[2])
 return 1
 ";

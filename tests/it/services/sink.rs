@@ -80,6 +80,39 @@ fn kafka_keeps_a_sinks_word() {
     keeps_its_word(&sink, &seen);
 }
 
+/// A step of the rollout, to this weight.
+fn step(sequence: u64) -> Decision {
+    let canary_weight_bp = sequence as u32 * 100;
+    Decision { sequence, service: "svc".into(), kind: DecisionKind::Promote.into(), canary_weight_bp, ..Decision::default() }
+}
+
+#[test]
+#[ignore = "needs Redis: scripts/services.sh up"]
+fn redis_never_shows_an_older_state_though_its_place_is_gone() {
+    let (url, cluster) = (variable("REDIS_URL"), cluster());
+    let mut connection = redis::Client::open(url.as_str()).unwrap().get_connection().unwrap();
+    let mut shown = || -> (u64, u32) {
+        let key = format!("aviary:{{{cluster}}}:rollout:svc");
+        redis::cmd("HMGET").arg(key).arg(&["sequence", "canary_weight_bp"]).query(&mut connection).unwrap()
+    };
+    let mut sink = RedisDecisions::new(client(&url).unwrap(), cluster);
+    sink.open().unwrap();
+    sink.publish(&[step(1), step(2), step(3)], Slot(3)).unwrap();
+    assert_eq!(shown(), (3, 300));
+
+    // Somebody deleted it, or Redis did, for want of memory.
+    let mut other = redis::Client::open(url.as_str()).unwrap().get_connection().unwrap();
+    redis::cmd("DEL").arg(format!("aviary:{{{cluster}}}:published")).query::<u64>(&mut other).unwrap();
+    assert!(sink.publish(&[step(4)], Slot(4)).is_err(), "it isn't known as the publisher any more");
+    assert_eq!(sink.open().unwrap(), None, "everything is published again");
+    for sequence in 1..=3 {
+        sink.publish(&[step(sequence)], Slot(sequence)).unwrap();
+        assert_eq!(shown(), (3, 300), "at {sequence}");
+    }
+    sink.publish(&[step(4)], Slot(4)).unwrap();
+    assert_eq!(shown(), (4, 400));
+}
+
 #[test]
 #[ignore = "needs Redis: scripts/services.sh up"]
 fn redis_keeps_a_sinks_word() {
