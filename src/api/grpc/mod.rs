@@ -10,6 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
+mod health;
 mod rollouts;
 
 use super::ApiState;
@@ -33,11 +34,7 @@ const WAITING_MAX: usize = 64;
 /// Adds the services to the API's routes.
 pub fn routes(router: Router, state: &ApiState) -> Router {
     let (reporter, health) = tonic_health::server::health_reporter();
-    tokio::spawn(async move {
-        reporter.set_serving::<DecisionServiceServer<Decisions>>().await;
-        reporter.set_serving::<TelemetryServiceServer<Telemetry>>().await;
-        reporter.set_serving::<RolloutServiceServer<Rollouts>>().await;
-    });
+    tokio::spawn(health::report(reporter, state.clone()));
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)

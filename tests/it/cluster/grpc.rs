@@ -15,7 +15,15 @@ use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Streaming};
 
-use super::harness::{Cluster, MANUAL, Traffic, Upstream, rollout};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+use super::harness::{Cluster, MANUAL, Traffic, Upstream, rollout, wait};
 
 async fn channel(cluster: &Cluster, node: usize) -> Channel {
     let address = format!("http://127.0.0.1:{}", cluster.nodes[node].api);
@@ -97,7 +105,7 @@ fn decisions_are_followed_on_any_node_and_from_any_place() {
 }
 
 #[test]
-fn telemetry_is_reported_as_a_stream_and_health_and_schema_can_be_asked_for() {
+fn telemetry_is_reported_as_a_stream() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let cluster = Cluster::start();
@@ -124,10 +132,49 @@ fn telemetry_is_reported_as_a_stream_and_health_and_schema_can_be_asked_for() {
         assert_eq!(answer.accepted, 149, "{answer:?}");
         let kinds = ["bad_latency", "duplicate", "unknown_version"].map(|kind| answer.rejected.get(kind).copied());
         assert_eq!(kinds, [Some(1), Some(50), Some(1)], "{answer:?}");
-        let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
-        let request = tonic_health::pb::HealthCheckRequest { service: "aviary.v1.DecisionService".into() };
-        assert_eq!(health.check(request).await.unwrap().into_inner().status, 1, "serving");
     });
+    cluster.assert_no_panic();
+}
+
+/// Asks for the health of a service, or of the server as a whole.
+async fn health(channel: &Channel, service: &str) -> ServingStatus {
+    let request = HealthCheckRequest { service: service.into() };
+    HealthClient::new(channel.clone()).check(request).await.unwrap().into_inner().status()
+}
+
+#[test]
+fn health_and_schema_can_be_asked_for_and_a_node_without_a_majority_takes_no_rollouts() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut cluster = Cluster::start();
+    let services = ["", "aviary.v1.RolloutService", "aviary.v1.DecisionService", "aviary.v1.TelemetryService"];
+    let asked = runtime.block_on(channel(&cluster, 1));
+    let until = |expected: [ServingStatus; 4]| {
+        wait("the health of a node", Duration::from_secs(5), || {
+            let found = services.map(|service| runtime.block_on(health(&asked, service)));
+            (found == expected).then_some(())
+        });
+    };
+    let (down, up) = (ServingStatus::NotServing, ServingStatus::Serving);
+    until([up; 4]);
+    cluster.kill(0);
+    cluster.kill(2);
+    until([down, down, up, up]);
+    cluster.spawn(0, None);
+    until([up; 4]);
+
+    let listed = runtime.block_on(async {
+        let list = MessageRequest::ListServices(String::new());
+        let request = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+        let mut client = ServerReflectionClient::new(asked.clone());
+        let answers = client.server_reflection_info(tokio_stream::iter([request])).await.unwrap();
+        match answers.into_inner().next().await.unwrap().unwrap().message_response.unwrap() {
+            MessageResponse::ListServicesResponse(found) => {
+                found.service.into_iter().map(|one| one.name).collect::<Vec<_>>()
+            }
+            other => panic!("found {other:?}, expected a list of services"),
+        }
+    });
+    assert!(services[1..].iter().all(|service| listed.iter().any(|name| name == service)), "{listed:?}");
     cluster.assert_no_panic();
 }
 

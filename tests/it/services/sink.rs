@@ -83,7 +83,13 @@ fn kafka_keeps_a_sinks_word() {
 /// A step of the rollout, to this weight.
 fn step(sequence: u64) -> Decision {
     let canary_weight_bp = sequence as u32 * 100;
-    Decision { sequence, service: "svc".into(), kind: DecisionKind::Promote.into(), canary_weight_bp, ..Decision::default() }
+    Decision {
+        sequence,
+        service: "svc".into(),
+        kind: DecisionKind::Promote.into(),
+        canary_weight_bp,
+        ..Decision::default()
+    }
 }
 
 #[test]

@@ -1,0 +1,42 @@
+//! `grpc.health.v1`: what this node is able to do.
+
+use std::time::Duration;
+
+use tonic::server::NamedService;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use super::{
+    ApiState, DecisionServiceServer, Decisions, RolloutServiceServer, Rollouts, Telemetry, TelemetryServiceServer,
+};
+use crate::protocol::Mode;
+
+/// Between two looks at the node.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// The server as a whole, by the protocol's convention.
+const WHOLE: &str = "";
+
+/// Says what serves, until the state's shutdown: the server as a whole and rollouts while `/readyz` does; decisions and telemetry
+/// always, because a node without a majority still has its log, and counts.
+pub async fn report(reporter: HealthReporter, state: ApiState) {
+    reporter.set_serving::<DecisionServiceServer<Decisions>>().await;
+    reporter.set_serving::<TelemetryServiceServer<Telemetry>>().await;
+    let (rollouts, mut told) = (RolloutServiceServer::<Rollouts>::NAME, None);
+    loop {
+        let ready = state.node.published.mode() == Mode::Normal;
+        if told.replace(ready) != Some(ready) {
+            let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+            reporter.set_service_status(WHOLE, status).await;
+            reporter.set_service_status(rollouts, status).await;
+        }
+        tokio::select! {
+            () = state.shutdown.cancelled() => break,
+            () = tokio::time::sleep(LOOK) => {}
+        }
+    }
+    let decisions = DecisionServiceServer::<Decisions>::NAME;
+    for service in [WHOLE, rollouts, decisions, TelemetryServiceServer::<Telemetry>::NAME] {
+        reporter.set_service_status(service, ServingStatus::NotServing).await;
+    }
+}
