@@ -12,7 +12,7 @@ use rdkafka::producer::{BaseRecord, ThreadedProducer};
 
 use crate::cluster::harness::{Cluster, Upstream, http, rollout, wait};
 use crate::services::kafka::Topics;
-use crate::services::{Own, kinds, redis, streamed, variable};
+use crate::services::{Following, Own, kinds, redis, streamed, variable};
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -194,6 +194,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
     let yaml = yaml.replace("window: 30s", "window: 2s");
     redis::apply(&cluster, &yaml);
     let source = topics.produce(&["--share", "20", "--rate", "1000"]);
+    let following = Following::start(&cluster);
     let (began, mut random) = (Instant::now(), rand::rng());
     let mut kills = [0; 3];
     while began.elapsed() < Duration::from_secs(number("MEASURE_SECONDS", 60)) {
@@ -226,6 +227,8 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
     for node in 0..3 {
         assert_eq!(streamed(&cluster, node, read[read.len() - 1].sequence), read, "node {node}");
     }
+    let followed = following.up_to(read[read.len() - 1].sequence);
+    assert_eq!(followed.decisions, read, "a client that resumed {} times", followed.resumed);
     let mut next = 0;
     let windows: Vec<_> = read.iter().filter_map(|one| Some((one, one.window.as_ref()?))).collect();
     for (_, window) in &windows {
@@ -235,12 +238,14 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
     redis::agrees(&cluster, &url, &read);
     let seen = windows.iter().filter(|(_, window)| window.canary.as_ref().unwrap().count > 0).count();
     println!(
-        "{seconds} s, killed {} nodes, {} brokers, {} Redis: {} windows decided once each, {seen} with evidence; topic, streams and Redis agree",
+        "{seconds} s, killed {} nodes, {} brokers, {} Redis: {} windows decided once each, {seen} with evidence; topic, streams, Redis and a client that resumed {} times agree",
         kills[0],
         kills[1],
         kills[2],
-        windows.len()
+        windows.len(),
+        followed.resumed
     );
+    assert!(seen * 10 > windows.len(), "telemetry came all the while");
     assert!(next >= (seconds - 20) * 1_000);
     cluster.assert_no_panic();
 }

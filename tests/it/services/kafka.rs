@@ -18,7 +18,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
-use super::{kill_and_roll_back, kinds, redis, runtime, streamed, unique, variable};
+use super::{Following, kill_and_roll_back, kinds, redis, runtime, streamed, unique, variable};
 use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout, wait};
 
 /// Two topics of this test's own.
@@ -239,8 +239,11 @@ fn kafka_has_every_decision_once_and_in_order_whoever_is_killed() {
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
     cluster.apply(0, &yaml.replace("window: 30s", "window: 1s"));
     let traffic = Traffic::start(&cluster, 100);
+    let following = Following::start(&cluster);
     kill_and_roll_back(&mut cluster);
     let read = topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback));
+    let followed = following.up_to(read[read.len() - 1].sequence);
+    assert!(followed.resumed > 0 && followed.decisions == read, "{} times, {:?}", followed.resumed, followed.decisions);
     assert!(read.windows(2).all(|two| two[0].sequence < two[1].sequence), "{read:#?}");
     assert!(read.len() > 12, "{read:#?}");
     assert_eq!(streamed(&cluster, 2, read[read.len() - 1].sequence), read);

@@ -9,6 +9,9 @@ mod sink;
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use aviary::schema::v1::decision_service_client::DecisionServiceClient;
@@ -49,6 +52,77 @@ pub fn streamed(cluster: &Cluster, node: usize, last: u64) -> Vec<Decision> {
         }
         found
     })
+}
+
+/// A client that follows the decisions, and resumes at any node with the last sequence it has, as often as it is cut off.
+pub struct Following {
+    last: Arc<AtomicU64>,
+    thread: JoinHandle<Followed>,
+}
+
+/// What such a client was told.
+pub struct Followed {
+    pub decisions: Vec<Decision>,
+    /// How often it was cut off or turned away, and asked another node.
+    pub resumed: u64,
+}
+
+impl Following {
+    pub fn start(cluster: &Cluster) -> Self {
+        let ports: Vec<_> = cluster.nodes.iter().map(|node| node.api).collect();
+        let last = Arc::new(AtomicU64::new(u64::MAX));
+        let until = last.clone();
+        Self { last, thread: std::thread::spawn(move || runtime().block_on(follow(&ports, &until))) }
+    }
+
+    /// Returns what it was told up to this sequence.
+    pub fn up_to(self, last: u64) -> Followed {
+        self.last.store(last, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+async fn follow(ports: &[u16], last: &AtomicU64) -> Followed {
+    let mut followed = Followed { decisions: Vec::new(), resumed: 0 };
+    for port in ports.iter().cycle() {
+        let told = followed.decisions.last().map_or(0, |decision| decision.sequence);
+        if told >= last.load(Ordering::Relaxed) {
+            break;
+        }
+        let request = WatchDecisionsRequest { service: String::new(), after_sequence: Some(told) };
+        // A node that was killed is silent: its heartbeats are five seconds apart.
+        if let Err(status) = listen(*port, request, last, &mut followed.decisions).await {
+            followed.resumed += 1;
+            assert!(status.code() != tonic::Code::OutOfRange, "{status}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    followed
+}
+
+async fn listen(
+    port: u16,
+    request: WatchDecisionsRequest,
+    last: &AtomicU64,
+    found: &mut Vec<Decision>,
+) -> Result<(), tonic::Status> {
+    let address = format!("http://127.0.0.1:{port}");
+    let endpoint = tonic::transport::Endpoint::from_shared(address).unwrap().connect_timeout(Duration::from_secs(1));
+    let away = |why: tonic::transport::Error| tonic::Status::unavailable(why.to_string());
+    let mut client = DecisionServiceClient::new(endpoint.connect().await.map_err(away)?);
+    let mut stream = client.watch_decisions(request).await?.into_inner();
+    while found.last().is_none_or(|decision| decision.sequence < last.load(Ordering::Relaxed)) {
+        let next = tokio::time::timeout(Duration::from_secs(6), stream.next()).await;
+        match next.map_err(|_| tonic::Status::deadline_exceeded("it is silent"))? {
+            Some(told) => {
+                if let Some(Event::Decision(decision)) = told?.event {
+                    found.push(decision);
+                }
+            }
+            None => return Err(tonic::Status::unavailable("the stream ended")),
+        }
+    }
+    Ok(())
 }
 
 pub fn kinds(decisions: &[Decision]) -> Vec<DecisionKind> {
