@@ -61,6 +61,7 @@ fi
 
 step "tests with a real Kafka and a real Redis"
 if scripts/services.sh up; then
+  trap 'scripts/services.sh down' EXIT
   eval "$(scripts/services.sh env)"
   without=()
   for pair in redis-server:redis_away prometheus:prometheus; do
@@ -73,6 +74,7 @@ if scripts/services.sh up; then
   # One after the other: each is a broker, three nodes and more.
   cargo test --quiet "${profile[@]}" --test it services:: -- --ignored --test-threads 1 "${without[@]}"
   scripts/services.sh down
+  trap - EXIT
 elif [ "${REQUIRE_SERVICES:-}" = 1 ]; then
   echo "run_tests.sh: no Kafka or no Redis, expected both with REQUIRE_SERVICES=1" >&2
   exit 1

@@ -57,6 +57,8 @@ struct Rig {
     decided: BTreeMap<Slot, Record>,
     retention: Retention,
     wire: VecDeque<(NodeId, NodeId, Message)>,
+    /// Says of a message, by its sender and its receiver, whether it gets lost.
+    loses: fn(&NodeId, &NodeId, &Message) -> bool,
     now: u64,
     /// What was put out, without heartbeats, leases, evidence and publications.
     story: Vec<String>,
@@ -81,6 +83,7 @@ impl Rig {
             registers: BTreeMap::new(),
             logs: BTreeMap::new(),
             wire: VecDeque::new(),
+            loses: |_, _, _| false,
             now: 1_000_000,
             story: Vec::new(),
             replies: BTreeMap::new(),
@@ -158,6 +161,7 @@ impl Rig {
                     assert_eq!(*known, chosen.record, "one record in a slot");
                     self.logs.get_mut(name).unwrap().push(*chosen);
                 }
+                Output::Send { to, message } if (self.loses)(name, &to, &message) => {}
                 Output::Send { to, message } => self.wire.push_back((name.clone(), to, *message)),
                 Output::SendLog { to, from, through } => self.send_log(name, &to, from, through),
                 Output::Checkpoint { checkpoint, keep_from } => {

@@ -123,6 +123,7 @@ impl Watch {
         match (&mut self.asking, &snapshot.handover) {
             (Some(_), Some(handover)) => self.take_over(own, handover, now),
             (Some(asking), None) if snapshot.asks.is_some() => drop(asking.also.insert(from.clone())),
+            (Some(asking), None) => drop(asking.also.remove(from)),
             _ => {}
         }
         for (tick, sighting) in &snapshot.sightings {

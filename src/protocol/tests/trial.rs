@@ -117,12 +117,55 @@ fn a_coordinator_that_restarts_decides_the_windows_that_closed_without_it() {
 }
 
 #[test]
+fn two_nodes_that_restart_together_go_on_with_the_third_ones_trial() {
+    let mut rig = under_way();
+    rig.serve(300);
+    ["b", "c"].iter().for_each(|name| rig.kill(name));
+    rig.serve(300);
+    // They hear of each other first, and have a majority.
+    rig.loses = |from, _, _| *from == node("a");
+    ["b", "c"].iter().for_each(|name| rig.restart(&node(name)));
+    rig.serve(600);
+    rig.loses = |_, _, _| false;
+    rig.serve(4_000);
+    rig.assert_same_odds();
+    rig.assert_windows("a", |from_ms| if from_ms == 6_000 { 20..=200 } else { 0..=100 });
+}
+
+fn hands_over(message: &Message) -> bool {
+    matches!(message, Message::HealthSnapshot(snapshot) if snapshot.handover.is_some())
+}
+
+#[test]
+fn a_node_asks_the_next_peer_when_the_first_doesnt_answer() {
+    for first_is_silent in [true, false] {
+        let mut rig = under_way();
+        rig.serve(300);
+        rig.kill("c");
+        rig.serve(300);
+        rig.loses = match first_is_silent {
+            true => |from, _, message| *from == node("a") && hands_over(message),
+            false => |from, _, message| *from == node("b") && hands_over(message),
+        };
+        rig.restart(&node("c"));
+        rig.serve(2_600);
+        rig.loses = |_, _, _| false;
+        rig.serve(4_000);
+        rig.assert_same_odds();
+        rig.assert_windows("b", |from_ms| if from_ms == 6_000 || from_ms == 9_000 { 0..=30 } else { 0..=0 });
+    }
+}
+
+#[test]
 fn when_all_restart_the_trial_begins_anew_and_says_so() {
     let mut rig = under_way();
     ["a", "b", "c"].iter().for_each(|name| rig.kill(name));
     rig.serve(500);
     ["a", "b", "c"].iter().for_each(|name| rig.restart(&node(name)));
-    rig.serve(9_000);
+    rig.serve(1_500);
+    let odds = |rig: &Rig| rig.cores[&node("b")].view().services[&service()].odds;
+    assert!(odds(&rig).is_some(), "nobody waits for who has nothing");
+    rig.serve(7_500);
     let windows = rig.windows("b");
     assert!(windows.len() >= 5, "{windows:?}");
     let unseen = rig.judged.iter().filter(|(at, slot, judgement)| {
