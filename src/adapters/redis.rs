@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | `aviary:{CLUSTER}:rollout:SERVICE` | hash | the routing as decided last: `sequence`, `kind`, `routing_version`, `stable`, `canary`, `canary_weight_bp`, `transaction_id`, `reasons`, `decided_ms` |
 //! | `aviary:{CLUSTER}:window:SERVICE:ROLLOUT:TO_MS` | string | what the window that ended then says: `sequence verdict`; kept for a week |
-//! | `aviary:{CLUSTER}:published` | hash | `epoch`: who publishes; `through`: the place in the log |
+//! | `aviary:{CLUSTER}:published` | hash | `publisher`: who publishes; `through`: the place in the log |
 //!
 //! One script writes a decision, and nothing of it unless its publisher is still the only one and the decision is newer; a rollout's
 //! state is never replaced by an older one, whatever became of the other keys. `sequence` is the version that orders all of it: the
@@ -28,16 +28,16 @@ const WINDOW_KEPT_S: u64 = 7 * 24 * 3600;
 /// How long what a probe wrote is kept, in seconds.
 const PROBE_KEPT_S: u64 = 60;
 
-/// Takes over: returns the epoch of whoever publishes from now on, and the place.
+/// Takes over: ARGV is who publishes from now on, a name that nobody had before, nor will when the key is gone. Returns the place.
 const TAKE_OVER: &str = "
-local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-return {epoch, redis.call('HGET', KEYS[1], 'through')}
+redis.call('HSET', KEYS[1], 'publisher', ARGV[1])
+return redis.call('HGET', KEYS[1], 'through')
 ";
 
-/// Publishes one decision. KEYS: published, rollout, window. ARGV: epoch, sequence, verdict or '', seconds, field, value, …
+/// Publishes one decision. KEYS: published, rollout, window. ARGV: publisher, sequence, verdict or '', seconds, field, value, …
 /// Returns 1 when it was written, 0 when it was before, -1 when another one publishes, -2 when the window was decided otherwise.
 const PUBLISH: &str = "
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
+if redis.call('HGET', KEYS[1], 'publisher') ~= ARGV[1] then return -1 end
 local through = tonumber(redis.call('HGET', KEYS[1], 'through') or '0')
 if tonumber(ARGV[2]) <= through then return 0 end
 if ARGV[3] ~= '' then
@@ -56,7 +56,7 @@ return 1
 
 /// Moves the place on where nothing was to be published.
 const MOVE_ON: &str = "
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
+if redis.call('HGET', KEYS[1], 'publisher') ~= ARGV[1] then return -1 end
 if tonumber(ARGV[2]) > tonumber(redis.call('HGET', KEYS[1], 'through') or '0') then
   redis.call('HSET', KEYS[1], 'through', ARGV[2])
 end
@@ -89,7 +89,8 @@ fn prefix(cluster: ClusterId) -> String {
 pub struct RedisDecisions {
     client: Client,
     prefix: String,
-    open: Option<(Connection, u64)>,
+    /// The connection, and as whom it publishes.
+    open: Option<(Connection, String)>,
 }
 
 impl RedisDecisions {
@@ -102,7 +103,12 @@ impl RedisDecisions {
         format!("{}:published", self.prefix)
     }
 
-    fn publish_one(&self, connection: &mut Connection, epoch: u64, decision: &Decision) -> Result<i64, RedisError> {
+    fn publish_one(
+        &self,
+        connection: &mut Connection,
+        publisher: &str,
+        decision: &Decision,
+    ) -> Result<i64, RedisError> {
         let Decision { service, sequence, .. } = decision;
         let window = decision.window.as_ref();
         let verdict = window.map(|window| window.verdict().as_str_name().trim_start_matches("VERDICT_"));
@@ -111,7 +117,7 @@ impl RedisDecisions {
         let mut call = script.prepare_invoke();
         call.key(self.published()).key(format!("{}:rollout:{service}", self.prefix));
         call.key(format!("{}:window:{service}:{}:{to_ms}", self.prefix, decision.rollout_version));
-        call.arg(epoch).arg(sequence).arg(verdict.unwrap_or("")).arg(WINDOW_KEPT_S);
+        call.arg(publisher).arg(sequence).arg(verdict.unwrap_or("")).arg(WINDOW_KEPT_S);
         if window.is_none() {
             let at = decision.decision_time.unwrap_or_default();
             let decided_ms = at.seconds * 1000 + i64::from(at.nanos) / 1_000_000;
@@ -131,18 +137,19 @@ impl DecisionSink for RedisDecisions {
     fn open(&mut self) -> Result<Option<Slot>, OutsideError> {
         self.open = None;
         let mut connection = connect(&self.client).map_err(|error| outside(&error))?;
-        let taken = Script::new(TAKE_OVER).key(self.published()).invoke::<(u64, Option<u64>)>(&mut connection);
-        let (epoch, through) = taken.map_err(|error| outside(&error))?;
-        self.open = Some((connection, epoch));
+        let publisher = format!("{:032x}", rand::random::<u128>());
+        let taken = Script::new(TAKE_OVER).key(self.published()).arg(&publisher).invoke(&mut connection);
+        let through: Option<u64> = taken.map_err(|error| outside(&error))?;
+        self.open = Some((connection, publisher));
         Ok(through.map(Slot))
     }
 
     fn publish(&mut self, decisions: &[Decision], through: Slot) -> Result<(), OutsideError> {
-        let Some((mut connection, epoch)) = self.open.take() else {
+        let Some((mut connection, publisher)) = self.open.take() else {
             return Err(OutsideError::new("redis", "not open"));
         };
         for decision in decisions {
-            match self.publish_one(&mut connection, epoch, decision).map_err(|error| outside(&error))? {
+            match self.publish_one(&mut connection, &publisher, decision).map_err(|error| outside(&error))? {
                 -1 => return Err(OutsideError::new("redis", "another node publishes by now")),
                 -2 => {
                     let why = format!("the window of decision {} was decided otherwise", decision.sequence);
@@ -152,11 +159,11 @@ impl DecisionSink for RedisDecisions {
             }
         }
         let script = Script::new(MOVE_ON);
-        let moved = script.key(self.published()).arg(epoch).arg(through.0).invoke::<i64>(&mut connection);
+        let moved = script.key(self.published()).arg(&publisher).arg(through.0).invoke::<i64>(&mut connection);
         if moved.map_err(|error| outside(&error))? < 0 {
             return Err(OutsideError::new("redis", "another node publishes by now"));
         }
-        self.open = Some((connection, epoch));
+        self.open = Some((connection, publisher));
         Ok(())
     }
 }

@@ -32,8 +32,14 @@ fn events_of(body: &[u8]) -> serde_json::Result<Vec<&RawValue>> {
 }
 
 fn take<'b>(state: &ApiState, events: impl Iterator<Item = &'b [u8]>) -> Receipt {
-    let read: Vec<_> = events.map(Reported::read).collect();
-    state.intake.take(read.iter().map(|event| event.as_ref().map_err(Clone::clone)?.event()))
+    let mut batch = state.intake.batch();
+    for event in events {
+        match Reported::read(event) {
+            Ok(event) => batch.put(&event.event()),
+            Err(why) => batch.put(&Err(why)),
+        }
+    }
+    batch.receipt()
 }
 
 /// Counts a batch of events. A batch in which nothing counts is answered 422, any other 200: with how many counted, and why

@@ -248,6 +248,18 @@ mod tests {
 
     proptest! {
         #[test]
+        fn a_number_is_read_whatever_its_length(bits in 10u32..64, low in any::<u64>(), is_last in any::<bool>()) {
+            let number = 1 << bits | low >> (64 - bits);
+            let mut event = protobuf("svc", number, 1.0, 1);
+            if is_last {
+                // Nothing but it after what went before: service and version.
+                let end = 5 + 4 + 1 + (bits / 7 + 1) as usize;
+                event.truncate(end);
+            }
+            prop_assert_eq!(Event::from_protobuf(&event), Err(Rejection::Status(number)));
+        }
+
+        #[test]
         fn protobuf_is_read_as_it_was_written(
             (service, version, event_id) in (".{0,40}", ".{0,20}", ".{0,70}"),
             (status, latency_ms) in (prop_oneof![100u32..600, any::<u32>()], prop_oneof![0.0..4e6f64, any::<f64>()]),

@@ -4,7 +4,7 @@
 //! names, once, and hands the counts to the node ten times a second, like the data plane.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hashbrown::HashTable;
@@ -66,6 +66,51 @@ impl Taken {
             self.first.insert(named, (place, why.to_string()));
             self.first.truncate(NAMED_MAX);
         }
+    }
+}
+
+/// Events that are being counted.
+pub struct Batch<'i> {
+    intake: &'i Intake,
+    counted: MutexGuard<'i, Counted>,
+    taken: Taken,
+    now_ms: u64,
+    /// Of the next event.
+    place: usize,
+}
+
+impl Batch<'_> {
+    /// Takes the next event.
+    #[inline]
+    pub fn put(&mut self, event: &Result<Event<'_>, Rejection>) {
+        match event {
+            Ok(event) => match self.counted.find(event, self.now_ms) {
+                Ok(hit) => self.taken.hits.push((self.place, hit)),
+                Err(miss) => self.taken.reject(self.place, &self.counted.explain(miss, event, self.now_ms)),
+            },
+            Err(why) => self.taken.reject(self.place, why),
+        }
+        self.place += 1;
+        if self.taken.hits.len() == AHEAD {
+            self.counted.count(&mut self.taken);
+        }
+    }
+
+    /// Returns what became of them.
+    pub fn receipt(mut self) -> Receipt {
+        self.counted.count(&mut self.taken);
+        let Self { intake, counted, taken, now_ms, .. } = self;
+        drop(counted);
+        if taken.newest_ms > 0 {
+            intake.lag.set(now_ms.saturating_sub(taken.newest_ms) as f64 / 1000.0);
+        }
+        intake.accepted.increment(taken.accepted);
+        let kinds = taken.kinds.into_iter().enumerate().filter(|(_, count)| *count > 0);
+        let rejected = kinds.map(|(at, count)| {
+            intake.rejected[at].increment(count);
+            (Rejection::KINDS[at], count)
+        });
+        Receipt { accepted: taken.accepted, rejected: rejected.collect(), first: taken.first }
     }
 }
 
@@ -141,36 +186,19 @@ impl Intake {
         }
     }
 
-    /// Counts a batch of events, or says why not.
+    /// Counts events, or says why not.
     pub fn take<'b>(&self, events: impl IntoIterator<Item = Result<Event<'b>, Rejection>>) -> Receipt {
+        let mut batch = self.batch();
+        events.into_iter().for_each(|event| batch.put(&event));
+        batch.receipt()
+    }
+
+    /// Begins a batch whose events come one by one; nobody else's are counted meanwhile.
+    pub fn batch(&self) -> Batch<'_> {
         let now_ms = self.node.published.clock().now().wall.0;
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.refresh(&self.node);
-        let mut taken = Taken::default();
-        events.into_iter().enumerate().for_each(|(place, event)| {
-            match &event {
-                Ok(event) => match counted.find(event, now_ms) {
-                    Ok(hit) => taken.hits.push((place, hit)),
-                    Err(miss) => taken.reject(place, &counted.explain(miss, event, now_ms)),
-                },
-                Err(why) => taken.reject(place, why),
-            }
-            if taken.hits.len() == AHEAD {
-                counted.count(&mut taken);
-            }
-        });
-        counted.count(&mut taken);
-        drop(counted);
-        if taken.newest_ms > 0 {
-            self.lag.set(now_ms.saturating_sub(taken.newest_ms) as f64 / 1000.0);
-        }
-        self.accepted.increment(taken.accepted);
-        let kinds = taken.kinds.into_iter().enumerate().filter(|(_, count)| *count > 0);
-        let rejected = kinds.map(|(at, count)| {
-            self.rejected[at].increment(count);
-            (Rejection::KINDS[at], count)
-        });
-        Receipt { accepted: taken.accepted, rejected: rejected.collect(), first: taken.first }
+        Batch { intake: self, counted, taken: Taken::default(), now_ms, place: 0 }
     }
 
     /// Hands over what was counted, until `shutdown`.

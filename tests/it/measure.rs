@@ -245,7 +245,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
         windows.len(),
         followed.resumed
     );
-    assert!(seen * 10 > windows.len(), "telemetry came all the while");
+    assert!(seen * 10 > windows.len(), "telemetry came between the kills");
     assert!(next >= (seconds - 20) * 1_000);
     cluster.assert_no_panic();
 }

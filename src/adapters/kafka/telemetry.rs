@@ -50,7 +50,8 @@ impl Context {
 
     /// Has the places committed of what was handed over.
     fn store(&self, consumer: &BaseConsumer<Self>) {
-        for (partition, offset) in std::mem::take(&mut *self.taken()) {
+        let taken = std::mem::take(&mut *self.taken());
+        for (partition, offset) in taken {
             // A partition that was taken away meanwhile is its new owner's to commit.
             let _ = consumer.store_offset(&self.topic, partition, offset);
         }

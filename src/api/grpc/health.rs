@@ -19,7 +19,7 @@ const WHOLE: &str = "";
 
 /// Says what serves, until the state's shutdown: the server as a whole and rollouts while `/readyz` does; decisions and telemetry
 /// always, because a node without a majority still has its log, and counts.
-pub async fn report(reporter: HealthReporter, state: ApiState) {
+pub async fn report(mut reporter: HealthReporter, state: ApiState) {
     reporter.set_serving::<DecisionServiceServer<Decisions>>().await;
     reporter.set_serving::<TelemetryServiceServer<Telemetry>>().await;
     let (rollouts, mut told) = (RolloutServiceServer::<Rollouts>::NAME, None);
@@ -38,5 +38,7 @@ pub async fn report(reporter: HealthReporter, state: ApiState) {
     let decisions = DecisionServiceServer::<Decisions>::NAME;
     for service in [WHOLE, rollouts, decisions, TelemetryServiceServer::<Telemetry>::NAME] {
         reporter.set_service_status(service, ServingStatus::NotServing).await;
+        // Whoever watches hears that, and then the end of the stream, which the shutdown waits for.
+        reporter.clear_service_status(service).await;
     }
 }

@@ -16,6 +16,7 @@ mod rollouts;
 use super::ApiState;
 use crate::decisions::follow::{Follower, Lost};
 use crate::domain::ids::ServiceId;
+use crate::protocol::Outcome;
 use crate::protocol::record::Slot;
 use crate::schema::v1::decision_service_server::{DecisionService, DecisionServiceServer};
 use crate::schema::v1::rollout_service_server::RolloutServiceServer;
@@ -120,16 +121,19 @@ impl Decisions {
     /// longer in the log, or that nobody has reached.
     async fn kept_since(&self, after: Slot) -> Result<Slot, Status> {
         let head = || self.0.node.published.view().head;
-        if after > head() {
-            // Another node may have told what this one is about to learn.
-            self.0.node.read().await;
-        }
+        // Another node may have told what this one is about to learn.
+        let current = after <= head() || matches!(self.0.node.read().await, Outcome::Current(_));
         let head = head();
         // A verdict is in the log before it is shown.
         let (log, place) = (self.0.node.log.clone(), after);
         let known = tokio::task::spawn_blocking(move || log.read(place, 1)).await;
         let known =
             matches!(known, Ok(Ok(records)) if records.first().is_some_and(|chosen| chosen.record.slot == after));
+        if after > head && !known && !current {
+            let why =
+                format!("this node knows of {head} and not of {after}, and can't ask its majority: try another node");
+            return Err(Status::unavailable(why));
+        }
         if after > head && !known {
             let why = format!("after_sequence is {after}, expected at most {head}, the last one that this node knows");
             return Err(Status::out_of_range(why));

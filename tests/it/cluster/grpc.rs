@@ -149,7 +149,7 @@ fn health_and_schema_can_be_asked_for_and_a_node_without_a_majority_takes_no_rol
     let services = ["", "aviary.v1.RolloutService", "aviary.v1.DecisionService", "aviary.v1.TelemetryService"];
     let asked = runtime.block_on(channel(&cluster, 1));
     let until = |expected: [ServingStatus; 4]| {
-        wait("the health of a node", Duration::from_secs(5), || {
+        wait("the health of a node", Duration::from_secs(10), || {
             let found = services.map(|service| runtime.block_on(health(&asked, service)));
             (found == expected).then_some(())
         });

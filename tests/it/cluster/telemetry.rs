@@ -99,3 +99,19 @@ fn a_canary_that_fails_in_reported_events_is_rolled_back_and_an_incident_that_bo
     assert_eq!((answer.status, &answer.json()["rejected"]["malformed"]), (422, &json!(20_000)));
     cluster.assert_no_panic();
 }
+
+#[test]
+fn a_batch_of_four_million_lines_that_are_no_events_takes_no_memory_to_speak_of() {
+    let cluster = Cluster::start();
+    let pid = cluster.nodes[1].process.as_ref().unwrap().0.id();
+    let peak_kib = || -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let before = peak_kib();
+    let answer = report(&cluster, 1, "application/x-ndjson", &"1\n".repeat(4_000_000));
+    assert_eq!((answer.status, &answer.json()["rejected"]), (422, &json!({"malformed": 4_000_000})));
+    // The body itself, twice: as it comes in pieces, and whole.
+    assert!(peak_kib() - before < 64 * 1024, "{} KiB, {before} KiB before", peak_kib());
+}

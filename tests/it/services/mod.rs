@@ -57,7 +57,13 @@ pub fn streamed(cluster: &Cluster, node: usize, last: u64) -> Vec<Decision> {
 /// A client that follows the decisions, and resumes at any node with the last sequence it has, as often as it is cut off.
 pub struct Following {
     last: Arc<AtomicU64>,
-    thread: JoinHandle<Followed>,
+    thread: Option<JoinHandle<Followed>>,
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.last.store(0, Ordering::Relaxed);
+    }
 }
 
 /// What such a client was told.
@@ -72,13 +78,16 @@ impl Following {
         let ports: Vec<_> = cluster.nodes.iter().map(|node| node.api).collect();
         let last = Arc::new(AtomicU64::new(u64::MAX));
         let until = last.clone();
-        Self { last, thread: std::thread::spawn(move || runtime().block_on(follow(&ports, &until))) }
+        Self { last, thread: Some(std::thread::spawn(move || runtime().block_on(follow(&ports, &until)))) }
     }
 
-    /// Returns what it was told up to this sequence.
-    pub fn up_to(self, last: u64) -> Followed {
+    /// Returns what it was told up to this sequence, or within half a minute.
+    pub fn up_to(mut self, last: u64) -> Followed {
         self.last.store(last, Ordering::Relaxed);
-        self.thread.join().unwrap()
+        let thread = self.thread.take().unwrap();
+        (0..300).take_while(|_| !thread.is_finished()).for_each(|_| std::thread::sleep(Duration::from_millis(100)));
+        drop(self);
+        thread.join().unwrap()
     }
 }
 
@@ -110,10 +119,12 @@ async fn listen(
     let endpoint = tonic::transport::Endpoint::from_shared(address).unwrap().connect_timeout(Duration::from_secs(1));
     let away = |why: tonic::transport::Error| tonic::Status::unavailable(why.to_string());
     let mut client = DecisionServiceClient::new(endpoint.connect().await.map_err(away)?);
-    let mut stream = client.watch_decisions(request).await?.into_inner();
-    while found.last().is_none_or(|decision| decision.sequence < last.load(Ordering::Relaxed)) {
+    let silent = |_| tonic::Status::deadline_exceeded("it is silent");
+    let asked = tokio::time::timeout(Duration::from_secs(6), client.watch_decisions(request)).await;
+    let mut stream = asked.map_err(silent)??.into_inner();
+    while found.last().map_or(0, |decision| decision.sequence) < last.load(Ordering::Relaxed) {
         let next = tokio::time::timeout(Duration::from_secs(6), stream.next()).await;
-        match next.map_err(|_| tonic::Status::deadline_exceeded("it is silent"))? {
+        match next.map_err(silent)? {
             Some(told) => {
                 if let Some(Event::Decision(decision)) = told?.event {
                     found.push(decision);
