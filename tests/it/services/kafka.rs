@@ -18,8 +18,8 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
-use super::{Following, kill_and_roll_back, kinds, redis, runtime, streamed, unique, variable};
-use crate::cluster::harness::{Cluster, Process, Traffic, Upstream, aviary, http, rollout, wait};
+use super::{kinds, redis, runtime, streamed, unique, variable};
+use crate::cluster::harness::{Cluster, Process, Upstream, aviary, http, rollout, wait};
 
 /// Two topics of this test's own.
 pub struct Topics {
@@ -228,25 +228,4 @@ fn kafka_events_are_taken_once_while_readers_join() {
         ends.store(true, Ordering::Relaxed);
         thread.join().unwrap();
     }
-}
-
-#[test]
-#[ignore = "needs Kafka: scripts/services.sh up"]
-fn kafka_has_every_decision_once_and_in_order_whoever_is_killed() {
-    let topics = Topics::create(variable("KAFKA_BOOTSTRAP"));
-    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
-    let mut cluster = Cluster::start_with(&topics.lines());
-    let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
-    cluster.apply(0, &yaml.replace("window: 30s", "window: 1s"));
-    let traffic = Traffic::start(&cluster, 100);
-    let following = Following::start(&cluster);
-    kill_and_roll_back(&mut cluster);
-    let read = topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback));
-    let followed = following.up_to(read[read.len() - 1].sequence);
-    assert!(followed.resumed > 0 && followed.decisions == read, "{} times, {:?}", followed.resumed, followed.decisions);
-    assert!(read.windows(2).all(|two| two[0].sequence < two[1].sequence), "{read:#?}");
-    assert!(read.len() > 12, "{read:#?}");
-    assert_eq!(streamed(&cluster, 2, read[read.len() - 1].sequence), read);
-    drop(traffic);
-    cluster.assert_no_panic();
 }

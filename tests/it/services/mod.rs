@@ -2,6 +2,7 @@
 #![expect(clippy::disallowed_methods, reason = "these tests wait for real processes, on the real clock")]
 
 pub mod kafka;
+mod keepers;
 mod prometheus;
 pub mod redis;
 mod router;
@@ -19,7 +20,7 @@ use aviary::schema::v1::watch_decisions_response::Event;
 use aviary::schema::v1::{Decision, DecisionKind, WatchDecisionsRequest};
 use tokio_stream::StreamExt as _;
 
-use crate::cluster::harness::{Cluster, free_port, wait};
+use crate::cluster::harness::{Cluster, free_port};
 
 /// Returns a name that no other run has used.
 fn unique(name: &str) -> String {
@@ -138,20 +139,6 @@ async fn listen(
 
 pub fn kinds(decisions: &[Decision]) -> Vec<DecisionKind> {
     decisions.iter().map(Decision::kind).filter(|kind| *kind != DecisionKind::Verdict).collect()
-}
-
-/// Kills whoever coordinates, again and again, and ends the rollout.
-fn kill_and_roll_back(cluster: &mut Cluster) {
-    for node in [0, 1, 0, 0] {
-        std::thread::sleep(Duration::from_millis(2_300));
-        cluster.kill(node);
-        std::thread::sleep(Duration::from_millis(1_700));
-        cluster.spawn(node, None);
-        cluster.wait_ready(node);
-    }
-    wait("the rollback", Duration::from_secs(10), || {
-        (cluster.post(2, "/v1/rollouts/svc/abort", None, "{}").status == 200).then_some(())
-    });
 }
 
 /// A service of this test's own, that it may kill.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use aviary::schema::v1::{Decision, DecisionKind, WindowVerdict};
 
-use super::{Own, kill_and_roll_back, kinds, streamed, variable};
+use super::Own;
 use crate::cluster::harness::{Cluster, Traffic, Upstream, http, rollout, wait};
 
 /// Returns the cluster's id, as its keys begin with.
@@ -62,26 +62,6 @@ pub fn agrees(cluster: &Cluster, url: &str, all: &[Decision]) {
     assert!(is_state_of(&found, last), "{found:?} {last:?}");
     let windows: Vec<_> = all.iter().filter_map(|one| Some((one, one.window.as_ref()?))).collect();
     has_all(cluster, url, &windows);
-}
-
-#[test]
-#[ignore = "needs Redis: scripts/services.sh up"]
-fn redis_has_the_state_and_every_windows_one_verdict_whoever_is_killed() {
-    let url = variable("REDIS_URL");
-    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
-    let mut cluster = Cluster::start_with(&format!("\n[redis]\nurl = \"{url}\"\n"));
-    let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
-    let yaml = yaml.replace("window: 30s", "window: 1s");
-    apply(&cluster, &yaml);
-    let traffic = Traffic::start(&cluster, 100);
-    kill_and_roll_back(&mut cluster);
-    drop(traffic);
-    let last = http(cluster.nodes[2].api, "GET", "/routing/state", &[], "").unwrap().json()["slot"].as_u64().unwrap();
-    let all = streamed(&cluster, 2, last);
-    assert_eq!(kinds(&all).last(), Some(&DecisionKind::Rollback));
-    assert!(all.iter().filter(|one| one.window.is_some()).count() > 10, "{all:?}");
-    agrees(&cluster, &url, &all);
-    cluster.assert_no_panic();
 }
 
 #[test]
