@@ -52,6 +52,8 @@ struct Taken {
     /// Events that are not counted yet, and their places in the batch.
     hits: Vec<(usize, Hit)>,
     accepted: u64,
+    /// Of them, those that came after a newer one of their service.
+    out_of_order: u64,
     newest_ms: u64,
     kinds: [u64; Rejection::KINDS.len()],
     first: Vec<(usize, String)>,
@@ -105,6 +107,7 @@ impl Batch<'_> {
             intake.lag.set(now_ms.saturating_sub(taken.newest_ms) as f64 / 1000.0);
         }
         intake.accepted.increment(taken.accepted);
+        intake.out_of_order.increment(taken.out_of_order);
         let kinds = taken.kinds.into_iter().enumerate().filter(|(_, count)| *count > 0);
         let rejected = kinds.map(|(at, count)| {
             intake.rejected[at].increment(count);
@@ -120,6 +123,7 @@ pub struct Intake {
     node: NodeHandle,
     counted: Arc<Mutex<Counted>>,
     accepted: Counter,
+    out_of_order: Counter,
     rejected: Arc<[Counter; Rejection::KINDS.len()]>,
     lag: Gauge,
 }
@@ -170,6 +174,8 @@ struct Entry {
     present: Tally,
     earlier: Tally,
     touched: bool,
+    /// The time of the newest event, in milliseconds since 1970.
+    newest_ms: u64,
 }
 
 impl Intake {
@@ -181,6 +187,7 @@ impl Intake {
             node,
             counted: Arc::new(Mutex::new(Counted { number: None, services: HashTable::new(), ids: Ids::default() })),
             accepted: counter!("aviary_telemetry_events_total", "source" => source),
+            out_of_order: counter!("aviary_telemetry_out_of_order_total", "source" => source),
             rejected: Arc::new(rejected),
             lag: gauge!("aviary_telemetry_lag_seconds", "source" => source),
         }
@@ -302,6 +309,8 @@ impl Counted {
                 Of::Canary => &mut tally.canary,
             };
             counts.record(hit.latency_us, hit.error);
+            taken.out_of_order += u64::from(hit.at_ms < entry.newest_ms);
+            entry.newest_ms = entry.newest_ms.max(hit.at_ms);
             taken.accepted += 1;
             taken.newest_ms = taken.newest_ms.max(hit.at_ms);
         }
@@ -384,6 +393,7 @@ impl Entry {
             present: Tally::default(),
             earlier: Tally::default(),
             touched: false,
+            newest_ms: 0,
         }
     }
 

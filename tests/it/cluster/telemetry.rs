@@ -42,7 +42,7 @@ fn reported_events_are_counted_once_and_rejected_by_kind() {
     cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
     let now = now_ms();
     let events = [
-        event("a", "v1", 200, 12.0, now),
+        event("a", "v1", 200, 12.0, now + 1),
         event("b", "v2", 500, 12.0, now),
         event("b", "v2", 500, 12.0, now),
         event("c", "v9", 200, 12.0, now),
@@ -75,6 +75,7 @@ fn reported_events_are_counted_once_and_rejected_by_kind() {
     let metrics = http(cluster.nodes[1].api, "GET", "/metrics", &[], "").unwrap();
     let text = String::from_utf8(metrics.body).unwrap();
     assert!(text.contains("aviary_telemetry_rejected_total{source=\"http\",kind=\"duplicate\"} 1"), "{text}");
+    assert!(text.contains("aviary_telemetry_out_of_order_total{source=\"http\"} 1"), "{text}");
     cluster.assert_no_panic();
 }
 
