@@ -36,6 +36,15 @@ impl Topics {
             .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(1)));
         let created = runtime().block_on(admin.create_topics(&new, &AdminOptions::new())).unwrap();
         created.into_iter().for_each(|topic| drop(topic.unwrap()));
+        // A broker that has just started answers before it knows what it made.
+        for (name, partitions) in [(&topics.telemetry, 6), (&topics.decisions, 1)] {
+            wait("the topics", Duration::from_secs(20), || {
+                let found = admin.inner().fetch_metadata(Some(name), Duration::from_secs(2)).ok()?;
+                let topic = found.topics().first()?;
+                let led = topic.partitions().iter().filter(|partition| partition.error().is_none()).count();
+                (topic.error().is_none() && led == partitions).then_some(())
+            });
+        }
         topics
     }
 
