@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::domain::ids::ServiceId;
+use crate::domain::split::Side;
 use crate::domain::window::{Evidence, Tally};
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, View};
@@ -140,18 +141,13 @@ struct Counted {
 struct Hit {
     /// The place of its service in the table.
     bucket: usize,
-    of: Of,
+    side: Side,
     /// True if it is of the time before the present routing version.
     earlier: bool,
     error: bool,
     latency_us: u64,
     at_ms: u64,
     id: u64,
-}
-
-enum Of {
-    Stable,
-    Canary,
 }
 
 /// Why an event counts nowhere, in a few bytes: see [`Counted::explain`].
@@ -259,16 +255,16 @@ impl Counted {
         }
         let entry = self.services.get_bucket(bucket).expect("it was just found");
         let version = event.version.as_bytes();
-        let of = if *version == *entry.stable.as_bytes() {
-            Of::Stable
+        let side = if *version == *entry.stable.as_bytes() {
+            Side::Stable
         } else if entry.canary.as_ref().is_some_and(|canary| *version == *canary.as_bytes()) {
-            Of::Canary
+            Side::Canary
         } else {
             return Err(Miss::Version(bucket));
         };
         Ok(Hit {
             bucket,
-            of,
+            side,
             earlier: event.at_ms < entry.since_ms,
             error: event.is_error(),
             latency_us: event.latency_us,
@@ -304,9 +300,9 @@ impl Counted {
             let entry = self.services.get_bucket_mut(hit.bucket).expect("it was just found");
             entry.touched = true;
             let tally = if hit.earlier { &mut entry.earlier } else { &mut entry.present };
-            let counts = match hit.of {
-                Of::Stable => &mut tally.stable,
-                Of::Canary => &mut tally.canary,
+            let counts = match hit.side {
+                Side::Stable => &mut tally.stable,
+                Side::Canary => &mut tally.canary,
             };
             counts.record(hit.latency_us, hit.error);
             taken.out_of_order += u64::from(hit.at_ms < entry.newest_ms);
