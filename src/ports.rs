@@ -9,12 +9,12 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::domain::course::Call;
-use crate::domain::ids::NodeId;
+use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::split::Side;
 use crate::domain::time::Now;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{Chosen, Register, Slot};
+use crate::protocol::record::{Chosen, Register, SavedTrial, Slot};
 use crate::schema::v1::Decision;
 
 /// A store could not do what it must. The process stops: a promise that may not be on disk can't be made.
@@ -46,6 +46,13 @@ pub trait Store: Send {
 
     /// Returns a reader of the log that other threads may use.
     fn reader(&self) -> Arc<dyn LogReader>;
+}
+
+/// Where trials outlive a node's process, should all nodes restart at once. Nothing is promised by it: what is lost is judged
+/// anew.
+pub trait TrialStore: Send {
+    /// Saves the trial of a service in place of the one before, or none: it is over. Never waits for the disk.
+    fn save(&mut self, service: &ServiceId, trial: Option<&SavedTrial>);
 }
 
 /// Reads the log.

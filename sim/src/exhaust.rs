@@ -165,7 +165,7 @@ impl State {
             peers: Default::default(),
         };
         let ledger = Ledger::new(&disk.log[0]).expect("a log begins with its genesis");
-        Core::start(settings, disk.register.clone(), ledger, &disk.log[1..], self.now())
+        Core::start(settings, disk.register.clone(), ledger, &disk.log[1..], BTreeMap::new(), self.now())
     }
 
     fn incarnation(&self, i: usize) -> Incarnation {

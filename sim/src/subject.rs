@@ -1,11 +1,11 @@
 //! What is simulated: the seam between this world and the protocol core.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use aviary::domain::ids::{ClusterId, Incarnation, NodeId};
+use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
 use aviary::domain::time::Now;
 use aviary::protocol::ledger::Ledger;
-use aviary::protocol::record::{Chosen, Register};
+use aviary::protocol::record::{Chosen, Register, SavedTrial};
 use aviary::protocol::{Input, Output, Retention, Timings};
 
 /// What a node's process is started with.
@@ -24,6 +24,8 @@ pub struct Setup {
     pub retention: Retention,
     /// Everybody it may talk with.
     pub peers: BTreeSet<NodeId>,
+    /// The trials that it saved.
+    pub trials: BTreeMap<ServiceId, SavedTrial>,
 }
 
 /// One node's process.
@@ -43,9 +45,9 @@ impl Subject for aviary::protocol::Core {
         log: &[Chosen],
         now: Now,
     ) -> (Self, Vec<Output>) {
-        let Setup { node, cluster, timings, seed, fresh_incarnation, retention, peers } = setup;
+        let Setup { node, cluster, timings, seed, fresh_incarnation, retention, peers, trials } = setup;
         let settings = aviary::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention, peers };
-        Self::start(settings, register, ledger, log, now)
+        Self::start(settings, register, ledger, log, trials, now)
     }
 
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output> {

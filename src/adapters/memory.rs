@@ -1,11 +1,13 @@
 //! A store without a disk, for tests and simulations, that knows what a power cut would leave of it.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::ports::{LogReader, Store, StoreError};
+use crate::domain::ids::ServiceId;
+use crate::ports::{LogReader, Store, StoreError, TrialStore};
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{Chosen, Register, Slot};
+use crate::protocol::record::{Chosen, Register, SavedTrial, Slot};
 
 /// A store in memory; clones are handles of the same one.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +22,8 @@ pub struct Contents {
     pub checkpoint: Option<Checkpoint>,
     /// The records that are kept: from genesis on, or around the checkpoint.
     pub log: Vec<Chosen>,
+    /// The saved trials.
+    pub trials: BTreeMap<ServiceId, SavedTrial>,
     /// How many records the last persist covered.
     durable: usize,
 }
@@ -44,7 +48,7 @@ impl Contents {
 impl MemoryStore {
     /// Returns a store that holds what an earlier one left, all of it durable.
     pub fn new(register: Option<Register>, log: Vec<Chosen>) -> Self {
-        Self::of(Contents { register, checkpoint: None, durable: log.len(), log })
+        Self::of(Contents { register, log, ..Contents::default() })
     }
 
     /// Returns a store with these contents, all of them durable.
@@ -102,6 +106,16 @@ impl Store for MemoryStore {
 
     fn reader(&self) -> Arc<dyn LogReader> {
         Arc::new(self.clone())
+    }
+}
+
+impl TrialStore for MemoryStore {
+    fn save(&mut self, service: &ServiceId, trial: Option<&SavedTrial>) {
+        let trials = &mut self.contents().trials;
+        match trial {
+            Some(trial) => drop(trials.insert(service.clone(), trial.clone())),
+            None => drop(trials.remove(service)),
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::adapters::clock::BootClock;
-use crate::adapters::disk::DiskStore;
+use crate::adapters::disk::{DiskStore, DiskTrials};
 #[cfg(feature = "kafka")]
 use crate::adapters::kafka::{KafkaDecisions, KafkaTelemetry};
 use crate::adapters::listen::{listen, listen_many};
@@ -174,7 +174,8 @@ fn start_kafka(
 
 fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Result<Running> {
     let Recovered { store, register, ledger, log, notes } = DiskStore::open(&config.data_dir)?;
-    notes.iter().for_each(|note| warn!("{note}"));
+    let trials = DiskTrials::open(&config.data_dir)?;
+    notes.iter().chain(&trials.notes).for_each(|note| warn!("{note}"));
     let cluster = ledger.cluster;
     if let Some(found) = register.as_ref().map(|register| &register.node).filter(|found| **found != config.id) {
         let (dir, file) = (config.data_dir.display(), config.file.display());
@@ -204,6 +205,8 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
             register,
             ledger,
             log,
+            saved: trials.saved,
+            trials: Box::new(trials.store),
             network,
             listen: config.listen.control.clone(),
             peers: config.peers.iter().map(|(node, peer)| (node.clone(), peer.control.clone())).collect(),

@@ -99,8 +99,10 @@ pub struct Trial<S> {
     analysis: Analysis,
     tick_ms: u64,
     timeline: Timeline<S>,
-    /// When this node began to look, in milliseconds since the rollout's start.
+    /// When it began to be looked at, in milliseconds since the rollout's start.
     began_ms: u64,
+    /// Windows that began before this weren't seen whole.
+    whole_from_ms: u64,
     version: u64,
     total: Evidence,
     /// Of the window that is open.
@@ -122,6 +124,7 @@ impl<S: Ord + Clone> Trial<S> {
             tick_ms,
             timeline: Timeline::new(first),
             began_ms: first * tick_ms,
+            whole_from_ms: first * tick_ms,
             version: 0,
             total: Evidence::default(),
             window: Evidence::default(),
@@ -142,6 +145,7 @@ impl<S: Ord + Clone> Trial<S> {
             && self.total.is_consistent()
             && self.window.is_consistent()
             && self.tick_ms > 0
+            && self.began_ms <= self.whole_from_ms
             && self.timeline.next().checked_mul(self.tick_ms).is_some_and(|next_ms| self.began_ms <= next_ms)
             && self.sequential.as_ref().is_none_or(Sequential::is_sound)
             && self.finding.as_ref().is_none_or(finite)
@@ -168,6 +172,11 @@ impl<S: Ord + Clone> Trial<S> {
         self.timeline.next()
     }
 
+    /// Notes that what was seen lately may be lost, and that nobody looked until `at_ms` after the start.
+    pub fn interrupted(&mut self, at_ms: u64) {
+        self.whole_from_ms = at_ms.next_multiple_of(self.tick_ms);
+    }
+
     /// Takes what a source saw in a tick.
     pub fn put(&mut self, source: &S, tick: u64, sighting: &Sighting) -> Placed {
         self.timeline.put(source, tick, sighting)
@@ -180,20 +189,27 @@ impl<S: Ord + Clone> Trial<S> {
         S: 's,
     {
         let mut judgements = Vec::new();
+        let mut next = self.timeline.next();
         while let Some((tick, sighting)) = self.timeline.close(at_ms / self.tick_ms, expected.clone()) {
-            self.take(tick, &sighting, &mut judgements);
+            self.take(next, tick, &sighting, &mut judgements);
+            next = tick + 1;
         }
         judgements
     }
 
-    fn take(&mut self, tick: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
-        let to_ms = (tick + 1) * self.tick_ms;
+    /// Takes what was seen from tick `from` on; beyond that one it was slept through.
+    fn take(&mut self, from: u64, tick: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
+        let (from_ms, to_ms) = (from * self.tick_ms, (tick + 1) * self.tick_ms);
+        if tick > from {
+            self.interrupted(to_ms);
+        }
         self.total.merge(&sighting.evidence);
         self.window.merge(&sighting.evidence);
         self.compare(to_ms, sighting, judgements);
         let length = self.analysis.window_ms;
-        if to_ms / length > tick * self.tick_ms / length {
-            self.close_window(to_ms / length * length, judgements);
+        let end_ms = (from_ms / length + 1) * length;
+        if to_ms >= end_ms {
+            self.close_window(end_ms, judgements);
         }
     }
 
@@ -216,7 +232,7 @@ impl<S: Ord + Clone> Trial<S> {
         let window = std::mem::take(&mut self.window);
         let from_ms = to_ms - self.analysis.window_ms;
         let (stable, canary) = ((&window.stable).into(), (&window.canary).into());
-        if from_ms < self.began_ms {
+        if from_ms < self.whole_from_ms {
             judgements.push(Judgement { stable, canary, ..Judgement::unseen(from_ms, to_ms) });
             return;
         }
@@ -273,5 +289,47 @@ impl<S: Ord + Clone> Trial<S> {
             odds: self.odds(),
             is_window: false,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns a trial by limits alone, in windows of a minute.
+    fn by_the_minute() -> Trial<u8> {
+        let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, canary: {version: v2}, \
+                    steps: [{setWeight: 100}], analysis: {window: 1m, minSamples: 1}}}";
+        Trial::new(crate::config::rollout::parse(text, "test").unwrap().analysis, None, 250, 0)
+    }
+
+    fn failing() -> Sighting {
+        let mut sighting = Sighting { version: 1, evidence: Evidence::default() };
+        (0..100).for_each(|_| sighting.evidence.canary.record(1_000, true));
+        sighting
+    }
+
+    #[test]
+    fn time_that_was_slept_through_ends_the_window_that_it_began_in() {
+        let mut trial = by_the_minute();
+        for tick in 0..300 {
+            trial.put(&1, tick, &Sighting::default());
+            trial.advance((tick + 1) * 250, [1].iter());
+        }
+        trial.put(&1, 300, &failing());
+        let slept: Vec<_> = trial.advance(600_000 + 1_000, [1].iter());
+        let told = |judgement: &Judgement| (judgement.from_ms, judgement.verdict.word(), judgement.canary.count);
+        assert_eq!(
+            slept.iter().map(told).collect::<Vec<_>>(),
+            [(60_000, "HOLD", 100)],
+            "in its own window, not seen whole"
+        );
+        for tick in 2_404..=2_880 {
+            trial.put(&1, tick, &Sighting::default());
+        }
+        let after = trial.advance(720_000 + 250, [1].iter());
+        assert_eq!(after.iter().map(told).collect::<Vec<_>>(), [(600_000, "HOLD", 0), (660_000, "HOLD", 0)]);
+        assert_eq!(after[0].verdict.reason(), "nobody saw the whole of it");
+        assert_ne!(after[1].verdict.reason(), "nobody saw the whole of it");
     }
 }

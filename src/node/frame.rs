@@ -34,7 +34,7 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
 /// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 5, max: 5 };
+pub const VERSIONS: Versions = Versions { min: 6, max: 6 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most bytes of a body after HELLO.
@@ -492,6 +492,7 @@ fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
         at_most("routing version", sighting.version, NUMBER_MAX)?;
         check_evidence(&sighting.evidence)?;
     }
+    at_most("tick", snapshot.asks.as_ref().map_or(0, |asks| asks.saved), NUMBER_MAX)?;
     snapshot.handover.as_deref().map_or(Ok(()), check_handover)
 }
 

@@ -40,12 +40,12 @@ pub fn write(announcement: &Announcement) {
                 warn!(%service, version = routing_version, verdict, reason, samples, "verdict");
             }
         }
-        Event::Judged { service, judgement, .. } => {
+        Event::Judged { slot, service, judgement, .. } => {
             let Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: _ } = judgement;
             let e_value = odds.map(|odds| odds.e_value);
             let word = verdict.word();
             info!(
-                %service, from_ms, to_ms, verdict = word, reason = verdict.reason(), canary = canary.count,
+                slot = slot.map(|slot| slot.0), %service, from_ms, to_ms, verdict = word, reason = verdict.reason(), canary = canary.count,
                 canary_errors = canary.errors, stable = stable.count, stable_errors = stable.errors, e_value, "judged"
             );
         }

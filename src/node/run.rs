@@ -14,12 +14,12 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::domain::ids::NodeId;
-use crate::ports::{Clock, LogReader, Network, Store};
+use crate::domain::ids::{NodeId, ServiceId};
+use crate::ports::{Clock, LogReader, Network, Store, TrialStore};
 use crate::protocol::checkpoint::Outgoing;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::message::{Decision, Message};
-use crate::protocol::record::{Chosen, Register, Slot};
+use crate::protocol::record::{Chosen, Register, SavedTrial, Slot};
 use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, RequestId, Settings};
 
 use super::failpoint::Failpoint;
@@ -39,6 +39,10 @@ pub struct Parts {
     pub ledger: Ledger,
     /// The log on it, after that.
     pub log: Vec<Chosen>,
+    /// The trials that it saved.
+    pub saved: BTreeMap<ServiceId, SavedTrial>,
+    /// Where it saves them.
+    pub trials: Box<dyn TrialStore>,
     /// The way to its peers.
     pub network: Arc<dyn Network>,
     /// Its control port.
@@ -75,11 +79,12 @@ pub fn prepare(
     bound: impl FnOnce(std::io::Result<String>) + Send,
     shutdown: CancellationToken,
 ) -> (NodeHandle, impl Future<Output = anyhow::Result<()>> + Send) {
-    let Parts { settings, store, register, ledger, log, network, listen, peers, versions, clock, failpoint } = parts;
+    let Parts { settings, store, register, ledger, log, saved, trials, .. } = parts;
+    let Parts { network, listen, peers, versions, clock, failpoint, .. } = parts;
     if let Some(failpoint) = &failpoint {
         warn!(?failpoint, "this process will abort itself: AVIARY_FAILPOINT is set");
     }
-    let (core, outputs) = Core::start(settings, register, ledger, &log, clock.now());
+    let (core, outputs) = Core::start(settings, register, ledger, &log, saved, clock.now());
     drop(log);
     let published = Published::new(core.view().clone(), clock.clone());
     let reader = store.reader();
@@ -90,7 +95,7 @@ pub fn prepare(
         let limits = Limits { versions, ..Limits::default() };
         let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
         let (replies, outgoing) = (BTreeMap::new(), BTreeMap::new());
-        let mut shell = Shell { core, store, reader, published, events, clock, replies, outgoing, failpoint };
+        let mut shell = Shell { core, store, trials, reader, published, events, clock, replies, outgoing, failpoint };
         // Nothing is sent before the start itself is durable: `boot` makes this process's ballots its own.
         let early = outputs.into_iter().partition::<Vec<_>, _>(|output| matches!(output, Output::Persist(_)));
         shell.carry_out_local(early.0)?;
@@ -142,6 +147,7 @@ pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Runnin
 struct Shell {
     core: Core,
     store: Box<dyn Store>,
+    trials: Box<dyn TrialStore>,
     reader: Arc<dyn LogReader>,
     published: Published,
     events: broadcast::Sender<Arc<Announcement>>,
@@ -242,6 +248,7 @@ impl Shell {
                     self.send_log(links, &to, from, through)?;
                     unsent = true;
                 }
+                Output::SaveTrial(service, trial) => self.trials.save(&service, trial.as_deref()),
                 Output::Publish(view) => self.published.publish(view),
                 Output::Lease(from) => self.published.set_lease(from),
                 Output::Reply(request, outcome) => {

@@ -14,7 +14,7 @@ use super::lease::Lease;
 use super::ledger::{Agreed, Ledger};
 use super::message::{Decision, Message, Role};
 use super::participant::{Cast, Prepared};
-use super::record::{Act, Ballot, Chosen, Record, Register, Slot};
+use super::record::{Act, Ballot, Chosen, Record, Register, SavedTrial, Slot};
 use super::watch::Watch;
 use super::{Event, Input, MemberView, Output, ServiceView, Serving, Timings, View};
 
@@ -99,6 +99,10 @@ pub struct Core {
     pub(super) lease: Lease,
     pub(super) gates: BTreeMap<ServiceId, Gate>,
     pub(super) watches: BTreeMap<ServiceId, Watch>,
+    /// Trials that this node saved before it restarted, until their watches begin.
+    pub(super) trials: BTreeMap<ServiceId, SavedTrial>,
+    /// The service whose trial was saved last.
+    pub(super) saved_last: Option<ServiceId>,
     /// The vote given in the open slot, to repeat it.
     pub(super) cast: Option<Cast>,
     /// The intent voted on in the open slot.
@@ -147,13 +151,14 @@ impl Core {
     /// Starts a node from what its disk holds. A missing `register` means that its memory is gone: it takes a fresh
     /// incarnation, follows as a learner, and has no vote. The outputs are the start's, to be carried out first.
     ///
-    /// `ledger` is the newest checkpoint's, or genesis alone; `log` are the records after it. Panics when they are no
-    /// chain; stores verify that when they open.
+    /// `ledger` is the newest checkpoint's, or genesis alone; `log` are the records after it; `trials` are those that it
+    /// saved. Panics when the log is no chain; stores verify that when they open.
     pub fn start(
         settings: Settings,
         register: Option<Register>,
         mut ledger: Ledger,
         log: &[Chosen],
+        trials: BTreeMap<ServiceId, SavedTrial>,
         now: Now,
     ) -> (Self, Vec<Output>) {
         assert_eq!(ledger.cluster, settings.cluster, "the log is this cluster's");
@@ -211,6 +216,8 @@ impl Core {
             lease: Lease::starting_at(first_nonce),
             gates: BTreeMap::new(),
             watches: BTreeMap::new(),
+            trials,
+            saved_last: None,
             cast: None,
             prepared: None,
             accepted_at: now.mono,
@@ -233,6 +240,9 @@ impl Core {
         core.forget_settled_accept();
         core.persist();
         core.new_gates();
+        for (id, _) in std::mem::take(&mut core.trials) {
+            core.out.push(Output::SaveTrial(id, None));
+        }
         core.beat();
         let outputs = core.finish();
         (core, outputs)

@@ -131,7 +131,7 @@ impl Core {
             watch.hear(&self.settings.node, from, &snapshot, self.now.mono);
         }
         let routing_version = gate.routing_version;
-        if snapshot.asks.as_ref() == Some(&self.settings.node) {
+        if snapshot.asks.as_ref().is_some_and(|asks| asks.whom.as_ref() == Some(&self.settings.node)) {
             self.hand_over(from, &snapshot.service, snapshot.since_version);
         }
         if snapshot.routing_version != routing_version {

@@ -181,10 +181,19 @@ pub struct HealthSnapshot {
     pub since_version: u64,
     /// What the sender saw lately, by ticks since the rollout began; each is final.
     pub sightings: Vec<(u64, Sighting)>,
-    /// The peer that the sender, who came late to the rollout, asks for its trial.
-    pub asks: Option<NodeId>,
+    /// The sender came late to the rollout, and asks for its trial.
+    pub asks: Option<Asks>,
     /// The sender's trial, for a receiver that asked for it.
     pub handover: Option<Box<Handover>>,
+}
+
+/// A node that came late to a rollout asks for its trial.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asks {
+    /// Who should hand it over; none while it isn't this rollout's turn to be asked for.
+    pub whom: Option<NodeId>,
+    /// The first tick that isn't closed in the trial that the sender saved before it restarted; 0: it has none.
+    pub saved: u64,
 }
 
 /// A trial as far as one node knows it, for another that came late.

@@ -48,7 +48,7 @@ pub use core::{Core, Retention, Settings};
 
 use checkpoint::Checkpoint;
 use message::{Message, Role};
-use record::{Chosen, ConfigChange, Hash, Register, Slot};
+use record::{Chosen, ConfigChange, Hash, Register, SavedTrial, Slot};
 
 /// Durations of the protocol, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,6 +236,8 @@ pub enum Output {
         /// The last record to send.
         through: Slot,
     },
+    /// Save the trial of a service in place of the one before, or none: it is over. No barrier, and no promise.
+    SaveTrial(ServiceId, Option<Box<SavedTrial>>),
     /// Serve by this.
     Publish(Arc<View>),
     /// Canary traffic that needs a lease may go on until its lease length after this; none: stop it.

@@ -1,4 +1,5 @@
-//! What the log holds: chosen records, hash-chained, each with the votes that allowed it; and the promises beside it.
+//! What the log holds: chosen records, hash-chained, each with the votes that allowed it; the promises beside it, and the trials
+//! that are saved.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,6 +11,8 @@ use crate::domain::rollout::Change;
 use crate::domain::routing::RoutingState;
 use crate::domain::time::Wall;
 use crate::domain::trial::Judgement;
+
+use super::message::Handover;
 
 /// Position in the log; 0 is genesis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -329,4 +332,15 @@ pub struct Register {
     pub head: Slot,
     /// That slot's hash.
     pub head_hash: Hash,
+}
+
+/// A trial on a node's disk, should all nodes restart at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedTrial {
+    /// The routing version that its rollout began with.
+    pub since_version: u64,
+    /// When it was saved.
+    pub at: Wall,
+    /// The trial at that time.
+    pub trial: Handover,
 }

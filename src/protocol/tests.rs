@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
+use super::Timings;
 use super::checkpoint::Checkpoint;
 use super::codec;
 use super::ledger::Ledger;
 use super::message::{Answer, Decision, GateVote, Message, Refusal};
-use super::record::{Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot};
-use super::{Command, Core, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
+use super::record::{
+    Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial, Slot,
+};
+use super::{Command, Core, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Settings};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
 use crate::domain::time::{Mono, Now, Wall};
@@ -49,6 +52,7 @@ struct Rig {
     registers: BTreeMap<NodeId, Register>,
     logs: BTreeMap<NodeId, Vec<Chosen>>,
     checkpoints: BTreeMap<NodeId, Checkpoint>,
+    trials: BTreeMap<NodeId, BTreeMap<ServiceId, SavedTrial>>,
     /// Nodes that are configured beside the first three.
     others: BTreeSet<NodeId>,
     /// Of nodes whose incarnation isn't 1.
@@ -76,6 +80,7 @@ impl Rig {
         let mut rig = Self {
             retention,
             checkpoints: BTreeMap::new(),
+            trials: BTreeMap::new(),
             others: BTreeSet::new(),
             incarnations: BTreeMap::new(),
             decided: BTreeMap::new(),
@@ -129,10 +134,11 @@ impl Rig {
             peers: self.others.clone(),
         };
         let register = self.registers.get(name).cloned();
+        let trials = self.trials.get(name).cloned().unwrap_or_default();
         let ledger = self.checkpoints.get(name).map(|checkpoint| checkpoint.ledger().unwrap());
         let ledger = ledger.unwrap_or_else(|| Ledger::new(&genesis()).unwrap());
         let log: Vec<_> = self.logs[name].iter().filter(|c| c.record.slot > ledger.head).cloned().collect();
-        let (core, outputs) = Core::start(settings, register, ledger, &log, self.now());
+        let (core, outputs) = Core::start(settings, register, ledger, &log, trials, self.now());
         self.cores.insert(name.clone(), core);
         self.carry_out(name, outputs);
     }
@@ -175,6 +181,13 @@ impl Rig {
                 Output::Reply(request, outcome) => drop(self.replies.insert(request.0, outcome)),
                 Output::Announce(Event::Judged { slot, judgement, .. }) => {
                     self.judged.push((name.clone(), slot, judgement));
+                }
+                Output::SaveTrial(service, trial) => {
+                    let trials = self.trials.entry(name.clone()).or_default();
+                    match trial {
+                        Some(trial) => drop(trials.insert(service, *trial)),
+                        None => drop(trials.remove(&service)),
+                    }
                 }
                 Output::Publish(_) | Output::Lease(_) | Output::Announce(_) => {}
             }
@@ -277,7 +290,7 @@ fn told(output: &Output) -> Option<String> {
         Output::Install(checkpoint) => format!("installs checkpoint {}", checkpoint.slot),
         Output::Reply(request, outcome) => format!("replies {}: {}", request.0, outcome_in_short(outcome)),
         Output::Announce(Event::Voted { vote, reason, .. }) => format!("votes {vote}: {reason}"),
-        Output::Announce(_) | Output::Publish(_) | Output::Lease(_) => return None,
+        Output::Announce(_) | Output::Publish(_) | Output::Lease(_) | Output::SaveTrial(..) => return None,
     })
 }
 

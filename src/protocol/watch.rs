@@ -1,7 +1,9 @@
 //! The watch over one rollout's canary: this node's part in its trial. One for each service with a rollout under way; unlike
 //! a gate it goes on when the weight changes.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Bound::{Excluded, Unbounded};
 
 use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId};
@@ -10,12 +12,12 @@ use crate::domain::timeline::Sighting;
 use crate::domain::trial::{Judgement, Odds, Trial};
 use crate::domain::window::Evidence;
 
-use super::Event;
 use super::coordinator::Wish;
 use super::core::Core;
 use super::ledger::Agreed;
-use super::message::{Handover, HealthSnapshot, Message, Role};
-use super::record::Act;
+use super::message::{Asks, Handover, HealthSnapshot, Message, Role};
+use super::record::{Act, SavedTrial};
+use super::{Event, Output};
 
 /// Length of a tick, in milliseconds.
 const TICK_MS: u64 = 250;
@@ -40,6 +42,9 @@ const ASKED_AT_ONCE: usize = 128;
 /// Sightings of peers that are kept for a trial that isn't there yet.
 const HEARD_MAX: usize = 256;
 
+/// Between two times that a trial is saved, at least: of many one at each tick of the core.
+const SAVED_EVERY_MS: u64 = 1_000;
+
 /// What this node saw of one rollout, and what it makes of that and of its peers' word.
 #[derive(Debug, Clone)]
 pub(super) struct Watch {
@@ -55,6 +60,8 @@ pub(super) struct Watch {
     closed: VecDeque<Judgement>,
     /// This node came late, and asks for a peer's trial; its own waits meanwhile.
     asking: Option<Asking>,
+    /// When the trial was saved.
+    saved_at: Mono,
 }
 
 /// How a node that came late gets the trial as far as it went.
@@ -64,20 +71,32 @@ struct Asking {
     since: Option<Mono>,
     /// Whom it asks, and since when.
     whom: Option<(NodeId, Mono)>,
-    /// Peers that ask themselves: they have nothing to hand over.
-    also: BTreeSet<NodeId>,
+    /// Peers that ask themselves, and how far the trials go that they saved: they have nothing else to hand over.
+    also: BTreeMap<NodeId, u64>,
     /// What peers tell meanwhile.
     heard: BTreeMap<(u64, NodeId), Sighting>,
+    /// The trial that this node saved before it restarted, and when the rollout began by that, on its present clock.
+    saved: Option<(Mono, Handover)>,
 }
 
 impl Asking {
-    /// Chooses whom to ask: each of `peers` in turn. Returns false once it was enough, or there is nobody to ask.
-    fn turn(&mut self, peers: &[&NodeId], now: Mono) -> bool {
+    /// Chooses whom to ask: each of `peers` in turn; where all of them ask, who saved most. Returns false when that is this node
+    /// `own`, once it was enough, or when there is nobody to ask.
+    fn turn(&mut self, own: &NodeId, peers: &[&NodeId], now: Mono) -> bool {
         let since = *self.since.get_or_insert(now);
-        let peers: Vec<_> = peers.iter().filter(|peer| !self.also.contains(**peer)).collect();
         if peers.is_empty() || now.millis_since(since) >= ASKING_MS {
             return false;
         }
+        if peers.iter().all(|peer| self.also.contains_key(*peer)) {
+            let others = peers.iter().map(|peer| (self.also[*peer], Reverse(*peer)));
+            let (saved, Reverse(best)) = others.fold((self.saved(), Reverse(own)), Ord::max);
+            if saved == 0 || best == own {
+                return false;
+            }
+            self.whom = Some((best.clone(), now));
+            return true;
+        }
+        let peers: Vec<_> = peers.iter().filter(|peer| !self.also.contains_key(**peer)).collect();
         if self.whom.as_ref().is_none_or(|(_, at)| now.millis_since(*at) >= ASKED_MS) {
             let before = self.whom.take().and_then(|(peer, _)| peers.iter().position(|other| ***other == peer));
             let next = before.map_or(0, |place| (place + 1) % peers.len());
@@ -85,11 +104,17 @@ impl Asking {
         }
         true
     }
+
+    /// Returns the first tick that isn't closed in the trial that this node saved.
+    fn saved(&self) -> u64 {
+        self.saved.as_ref().map_or(0, |(_, handover)| handover.trial.next_tick())
+    }
 }
 
 impl Watch {
-    /// Returns the watch over a rollout that this node learned of just now; `restarts` when it may have known it before.
-    fn new(agreed: &Agreed, now: Now, restarts: bool) -> Self {
+    /// Returns the watch over a rollout that this node learned of just now; `restarts` when it may have known it before, and
+    /// `saved` its trial.
+    fn new(agreed: &Agreed, now: Now, restarts: bool, saved: Option<SavedTrial>) -> Self {
         let rollout = &agreed.service.rollout;
         let age_ms = now.wall.0.saturating_sub(rollout.since.0);
         let is_late = age_ms >= JUST_NOW_MS;
@@ -97,14 +122,22 @@ impl Watch {
         let at_ms = now.mono.millis_since(began);
         let analysis = rollout.spec.analysis.clone();
         let policy = analysis.sequential(rollout.spec.planned_ms());
+        let trial = Trial::new(analysis, policy, TICK_MS, at_ms);
+        let saved =
+            saved.filter(|saved| saved.since_version == rollout.since_version && saved.trial.trial.is_like(&trial));
+        let saved = saved.map(|SavedTrial { at, trial, .. }| {
+            let since_ms = trial.at_ms + now.wall.0.saturating_sub(at.0);
+            (now.mono.before_ms(since_ms), trial)
+        });
         Self {
             since_version: rollout.since_version,
             began,
             open: (at_ms / TICK_MS, Sighting::default()),
             recent: VecDeque::new(),
-            trial: Trial::new(analysis, policy, TICK_MS, at_ms),
+            trial,
             closed: VecDeque::new(),
-            asking: (is_late || restarts).then(Asking::default),
+            asking: (is_late || restarts).then(|| Asking { saved, ..Asking::default() }),
+            saved_at: now.mono,
         }
     }
 
@@ -122,9 +155,11 @@ impl Watch {
         }
         match (&mut self.asking, &snapshot.handover) {
             (Some(_), Some(handover)) => self.take_over(own, handover, now),
-            (Some(asking), None) if snapshot.asks.is_some() => drop(asking.also.insert(from.clone())),
-            (Some(asking), None) => drop(asking.also.remove(from)),
-            _ => {}
+            (Some(asking), None) => match &snapshot.asks {
+                Some(asks) => drop(asking.also.insert(from.clone(), asks.saved)),
+                None => drop(asking.also.remove(from)),
+            },
+            (None, _) => {}
         }
         for (tick, sighting) in &snapshot.sightings {
             match &mut self.asking {
@@ -139,17 +174,29 @@ impl Watch {
 
     /// Goes on with a peer's trial, as if this node had conducted it: in the peer's ticks, after those that it knows of.
     fn take_over(&mut self, own: &NodeId, handover: &Handover, now: Mono) {
-        if !self.trial.is_like(&handover.trial) {
-            return;
+        if self.trial.is_like(&handover.trial) {
+            self.go_on(own, now.before_ms(handover.at_ms), handover.clone(), now);
         }
-        self.trial = handover.trial.clone();
-        self.closed = handover.closed.iter().cloned().collect();
-        self.began = now.before_ms(handover.at_ms);
-        self.open.0 = self.trial.next_of(own).max(handover.at_ms / TICK_MS);
+    }
+
+    /// Goes on with a trial of a rollout that began then.
+    fn go_on(&mut self, own: &NodeId, began: Mono, Handover { trial, closed, .. }: Handover, now: Mono) {
+        self.trial = trial;
+        self.closed = closed.into();
+        self.began = began;
+        self.open.0 = self.trial.next_of(own).max(now.millis_since(began) / TICK_MS);
         self.stop_asking();
     }
 
-    /// Goes on with the trial that is there.
+    /// Goes on without a peer's trial: with what this node saved before it restarted, or with what it saw since.
+    fn go_on_alone(&mut self, own: &NodeId, now: Mono) {
+        let saved = self.asking.as_mut().and_then(|asking| asking.saved.take());
+        let Some((began, mut handover)) = saved else { return self.stop_asking() };
+        handover.trial.interrupted(now.millis_since(began));
+        self.go_on(own, began, handover, now);
+    }
+
+    /// Takes what peers told meanwhile into the trial that is there.
     fn stop_asking(&mut self) {
         for ((tick, from), sighting) in self.asking.take().into_iter().flat_map(|asking| asking.heard) {
             self.trial.put(&from, tick, &sighting);
@@ -158,15 +205,18 @@ impl Watch {
 
     /// Returns what is handed to a peer that came late, when windows are decided up to `judged_ms`; none while this node asks
     /// itself.
-    fn handover(&self, judged_ms: u64, now: Mono) -> Option<Box<Handover>> {
+    fn handover(&self, judged_ms: u64, now: Mono) -> Option<Handover> {
         let at_ms = now.millis_since(self.began);
         let closed = self.closed.iter().filter(|judgement| judgement.from_ms >= judged_ms).cloned().collect();
-        self.asking.is_none().then(|| Box::new(Handover { at_ms, trial: self.trial.clone(), closed }))
+        self.asking.is_none().then(|| Handover { at_ms, trial: self.trial.clone(), closed })
     }
 
     /// Returns what peers are told: which rollout, the last ticks, and who is asked for the trial.
-    pub fn told(&self) -> (u64, Vec<(u64, Sighting)>, Option<NodeId>) {
-        let asks = self.asking.as_ref().and_then(|asking| asking.whom.as_ref()).map(|(whom, _)| whom.clone());
+    pub fn told(&self) -> (u64, Vec<(u64, Sighting)>, Option<Asks>) {
+        let asks = self
+            .asking
+            .as_ref()
+            .map(|asking| Asks { whom: asking.whom.as_ref().map(|(whom, _)| whom.clone()), saved: asking.saved() });
         (self.since_version, self.recent.iter().cloned().collect(), asks)
     }
 
@@ -224,9 +274,12 @@ impl Core {
         let Some(agreed) = self.ledger.services.get(id) else { return };
         let rollout = &agreed.service.rollout;
         if !rollout.phase.is_active() {
-            self.watches.remove(id);
+            if self.watches.remove(id).is_some() {
+                self.out.push(Output::SaveTrial(id.clone(), None));
+            }
         } else if self.watches.get(id).is_none_or(|watch| watch.since_version != rollout.since_version) {
-            self.watches.insert(id.clone(), Watch::new(agreed, self.now, restarts));
+            let saved = self.trials.remove(id);
+            self.watches.insert(id.clone(), Watch::new(agreed, self.now, restarts, saved));
         }
     }
 
@@ -242,10 +295,10 @@ impl Core {
         for (id, watch) in &mut self.watches {
             if let Some(asking) = &mut watch.asking {
                 asked += 1;
-                if can_ask && asked <= ASKED_AT_ONCE && !asking.turn(&others, now) {
-                    watch.stop_asking();
+                if !can_ask || asked > ASKED_AT_ONCE || asking.turn(&own, &others, now) {
+                    continue;
                 }
-                continue;
+                watch.go_on_alone(&own, now);
             }
             let at_ms = now.millis_since(watch.began);
             watch.turn(&own, at_ms);
@@ -265,6 +318,25 @@ impl Core {
             self.announce(Event::Judged { slot: None, service: service.clone(), since_version, judgement });
             self.judge(&service);
         }
+        self.save_trial();
+    }
+
+    /// Saves the trial whose turn it is.
+    fn save_trial(&mut self) {
+        let after = self.saved_last.as_ref().map_or(Unbounded, Excluded);
+        let next = self.watches.range::<ServiceId, _>((after, Unbounded)).chain(&self.watches).next();
+        let Some(id) = next.map(|(id, _)| id.clone()) else { return };
+        let watch = self.watches.get_mut(&id).expect("a watch just found");
+        if self.now.mono.millis_since(watch.saved_at) < SAVED_EVERY_MS {
+            return;
+        }
+        watch.saved_at = self.now.mono;
+        self.saved_last = Some(id.clone());
+        let judged_ms = self.ledger.services[&id].judged_ms;
+        if let Some(trial) = watch.handover(judged_ms, self.now.mono) {
+            let saved = SavedTrial { since_version: watch.since_version, at: self.now.wall, trial };
+            self.out.push(Output::SaveTrial(id, Some(Box::new(saved))));
+        }
     }
 
     /// Hands the trial of a service to a peer that asks this node for it.
@@ -272,7 +344,7 @@ impl Core {
         let watch = self.watches.get(id).filter(|watch| watch.since_version == since_version);
         let judged_ms = self.ledger.services[id].judged_ms;
         let Some(handover) = watch.and_then(|watch| watch.handover(judged_ms, self.now.mono)) else { return };
-        let snapshot = HealthSnapshot { handover: Some(handover), ..self.snapshot(id) };
+        let snapshot = HealthSnapshot { handover: Some(Box::new(handover)), ..self.snapshot(id) };
         self.send(to, Message::HealthSnapshot(snapshot));
     }
 

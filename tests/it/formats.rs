@@ -19,11 +19,12 @@ use aviary::protocol::checkpoint::{Checkpoint, Part};
 use aviary::protocol::codec;
 use aviary::protocol::ledger::Ledger;
 use aviary::protocol::message::{
-    Acknowledgement, Answer, Decision, GateVote, Handover, HealthSnapshot, Heartbeat, Message, Prepare, Refusal, Role,
-    Vote,
+    Acknowledgement, Answer, Asks, Decision, GateVote, Handover, HealthSnapshot, Heartbeat, Message, Prepare, Refusal,
+    Role, Vote,
 };
 use aviary::protocol::record::{
-    Accepted, Act, Ballot, Certificate, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot,
+    Accepted, Act, Ballot, Certificate, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial,
+    Slot,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -143,6 +144,7 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
     // Of a comparison with stable these are thousands of bytes, most of them 0.
     let compared = codec::encode(&handover(Some(Policy::default())));
     golden.add("handover-hash", &blake3::hash(&compared).to_hex().to_string());
+    golden.add("saved-trial", &SavedTrial { since_version: 1, at: Wall(1_790_000_000_000), trial: handover(None) });
     let snapshot = HealthSnapshot {
         service: ServiceId::new("s").unwrap(),
         routing_version: 2,
@@ -152,7 +154,7 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         effective_bp: 500,
         since_version: 1,
         sightings: vec![(17, Default::default())],
-        asks: Some(node("b")),
+        asks: Some(Asks { whom: Some(node("b")), saved: 16 }),
         handover: Some(Box::new(handover(None))),
     };
     let part: Part = Checkpoint { slot: Slot(7), bytes: b"ledger".as_slice().into() }.parts().remove(0);

@@ -132,6 +132,7 @@ impl<S: Subject> World<S> {
         if !keeps_log {
             node.log.truncate(1);
             (node.checkpoint, node.first) = (None, 0);
+            node.trials.clear();
             node.durable = 1;
         }
         self.summary.wipes += 1;
@@ -392,6 +393,7 @@ impl<S: Subject> World<S> {
         let node = &mut self.nodes[j];
         (node.register, node.checkpoint, node.first, node.durable) = (None, None, 0, 1);
         node.log.truncate(1);
+        node.trials.clear();
         self.trace.line(self.now, id.as_str(), "new disk", String::new);
         Ok(None)
     }

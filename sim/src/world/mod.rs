@@ -16,7 +16,9 @@ use aviary::domain::window::Evidence;
 use aviary::protocol::checkpoint::Checkpoint;
 use aviary::protocol::ledger::Ledger;
 use aviary::protocol::message::{Decision, Message};
-use aviary::protocol::record::{Act, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, Slot};
+use aviary::protocol::record::{
+    Act, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial, Slot,
+};
 use aviary::protocol::{
     Command, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Timings, View, codec,
 };

@@ -22,6 +22,7 @@ pub(super) struct Node<S> {
     pub log: Vec<Chosen>,
     /// The sum it starts from.
     pub checkpoint: Option<Checkpoint>,
+    pub trials: BTreeMap<ServiceId, SavedTrial>,
     /// The first slot whose record it can still read.
     pub first: usize,
     pub durable: usize,
@@ -64,6 +65,7 @@ impl<S: Subject> World<S> {
             older: None,
             log: vec![genesis.clone()],
             checkpoint: None,
+            trials: BTreeMap::new(),
             first: 0,
             durable: 1,
             process: None,
@@ -102,6 +104,7 @@ impl<S: Subject> World<S> {
             fresh_incarnation,
             retention: self.retention,
             peers: (0..count).map(name).collect(),
+            trials: node.trials.clone(),
         };
         let incarnation = node.register.as_ref().map_or(fresh_incarnation, |register| register.incarnation);
         let (register, log, now) = (node.register.clone(), node.log.clone(), node.now(at));
@@ -232,6 +235,8 @@ impl<S: Subject> World<S> {
                     self.send(i, &to, Message::Decision(Decision::CatchUp(Box::new(chosen))))?;
                 }
             }
+            Output::SaveTrial(service, Some(trial)) => drop(self.nodes[i].trials.insert(service, *trial)),
+            Output::SaveTrial(service, None) => drop(self.nodes[i].trials.remove(&service)),
             Output::Publish(view) => {
                 self.nodes[i].process.as_mut().expect("it acts").view = Some(view);
             }

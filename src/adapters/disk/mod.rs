@@ -17,6 +17,7 @@ use std::time::Duration;
 mod checkpoint;
 mod journal;
 mod register;
+mod trials;
 
 use super::clock::BootClock;
 use crate::ports::{Clock, LogReader, Recovered, Store, StoreError};
@@ -28,6 +29,7 @@ use journal::{Chain, Failure, Journal, OpenFailure, Syncer, speaks_of_content};
 pub use journal::{decode_entry, encode_entry};
 use register::{RegisterFile, SLOT_BYTES, Saved, bytes_needed};
 pub use register::{image, promises};
+pub use trials::DiskTrials;
 
 /// How long sled may take to open before its directory counts as broken.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);

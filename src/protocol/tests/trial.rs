@@ -166,23 +166,107 @@ fn a_node_asks_the_next_peer_when_the_first_doesnt_answer() {
     rig.assert_windows("b", |from_ms| if from_ms == 6_000 || from_ms == 9_000 { 0..=30 } else { 0..=0 });
 }
 
-#[test]
-fn when_all_restart_the_trial_begins_anew_and_says_so() {
-    let mut rig = under_way();
+/// Restarts all nodes `ms` after they were killed; of those that `lost` names nothing is left of a trial.
+fn all_restart(rig: &mut Rig, ms: u64, lost: &[&str]) {
     ["a", "b", "c"].iter().for_each(|name| rig.kill(name));
-    rig.serve(500);
+    rig.now += 1_000 * ms;
+    lost.iter().for_each(|name| drop(rig.trials.remove(&node(name))));
     ["a", "b", "c"].iter().for_each(|name| rig.restart(&node(name)));
+}
+
+impl Rig {
+    /// Returns what was put into bets so far, as node `name` knows it.
+    fn spent(&self, name: &str) -> f64 {
+        self.cores[&node(name)].view().services[&service()].odds.expect("there is traffic to compare").alpha_spent
+    }
+
+    /// Returns where the windows begin that nobody saw the whole of, and how many answers of stable were counted in them.
+    fn unseen(&self, name: &str) -> Vec<(u64, u64)> {
+        let decided = self.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_some());
+        let unseen = decided.filter(|(.., judgement)| judgement.verdict.reason() == "nobody saw the whole of it");
+        unseen.map(|(.., judgement)| (judgement.from_ms, judgement.stable.count)).collect()
+    }
+}
+
+#[test]
+fn when_all_restart_they_go_on_with_the_trial_that_was_saved_last() {
+    let mut rig = under_way();
+    rig.serve(300);
+    let before = rig.spent("a");
+    // a has been away for a while: what it saved is older.
+    rig.kill("a");
+    rig.serve(2_000);
+    let later = rig.spent("b");
+    all_restart(&mut rig, 500, &[]);
+    rig.serve(1_500);
+    let after = rig.spent("a");
+    assert!(before < later && after > later - (later - before) * 0.6, "{before} {later} {after}");
+    rig.assert_same_odds();
+    rig.serve(4_000);
+    // Killed at 10.9 s, in the window from 9 s on: 45 answers of stable in 300 ms of three nodes, 30 in each 300 ms of two.
+    rig.assert_windows("b", |from_ms| match from_ms {
+        6_000 => 0..=12,
+        9_000 => 150..=450,
+        12_000 => 0..=100,
+        _ => 0..=0,
+    });
+    assert_eq!(rig.unseen("b").iter().map(|(from_ms, _)| *from_ms).collect::<Vec<_>>(), [9_000]);
+    assert!(rig.unseen("b")[0].1 > 0, "what was saved of it counts");
+}
+
+#[test]
+fn a_trial_that_one_node_saved_is_enough_and_an_outage_of_many_windows_ends_it_in_none() {
+    let mut rig = under_way();
+    let before = rig.spent("a");
+    all_restart(&mut rig, 600_000, &["a", "b"]);
+    rig.serve(1_500);
+    assert!(rig.spent("a") >= before - 0.0001 && rig.spent("b") >= before - 0.0001, "{before}");
+    rig.serve(6_000);
+    rig.assert_same_odds();
+    let (windows, unseen) = (rig.windows("b"), rig.unseen("b"));
+    assert!(windows.windows(2).all(|pair| pair[0].1 == pair[1].0), "{windows:?}");
+    assert_eq!(unseen[0].0, 6_000);
+    assert!((240..=390).contains(&unseen[0].1), "what was served until a second before: {unseen:?}");
+    assert!(unseen[1..].iter().map(|(_, count)| count).sum::<u64>() < 450, "{unseen:?}");
+    let seen = windows.iter().filter(|window| !unseen.iter().any(|(from_ms, _)| *from_ms == window.0));
+    let seen: Vec<_> = seen.map(|(.., count)| *count).collect();
+    assert!(seen.len() >= 3, "{windows:?}");
+    assert_eq!(seen[2..], vec![450; seen.len() - 2], "{windows:?}");
+}
+
+#[test]
+fn what_was_saved_goes_with_its_rollout() {
+    let mut rig = under_way();
+    assert_eq!(rig.trials.values().map(BTreeMap::len).collect::<Vec<_>>(), [1, 1, 1]);
+    let saved = rig.trials.clone();
+    let abort = rig.abort();
+    rig.asked("a", 2, abort);
+    assert_eq!(rig.trials.values().map(BTreeMap::len).collect::<Vec<_>>(), [0, 0, 0]);
+    // A file that is left of it is no trial of the next one, and goes.
+    rig.asked("a", 3, Op::Retry { service: service() });
+    rig.serve(300);
+    rig.trials = saved.clone();
+    all_restart(&mut rig, 500, &[]);
+    rig.serve(4_000);
+    assert!(rig.windows("b").last().unwrap().0 < 6_000, "{:?}", rig.windows("b"));
+    let abort = rig.abort();
+    rig.asked("a", 4, abort);
+    rig.trials = saved;
+    all_restart(&mut rig, 500, &[]);
+    assert_eq!(rig.trials.values().map(BTreeMap::len).collect::<Vec<_>>(), [0, 0, 0]);
+}
+
+#[test]
+fn when_nothing_was_saved_the_trial_begins_anew_and_says_so() {
+    let mut rig = under_way();
+    all_restart(&mut rig, 500, &["a", "b", "c"]);
     rig.serve(1_500);
     let odds = |rig: &Rig| rig.cores[&node("b")].view().services[&service()].odds;
     assert!(odds(&rig).is_some(), "nobody waits for who has nothing");
     rig.serve(7_500);
     let windows = rig.windows("b");
     assert!(windows.len() >= 5, "{windows:?}");
-    let unseen = rig.judged.iter().filter(|(at, slot, judgement)| {
-        *at == node("b") && slot.is_some() && judgement.verdict.reason() == "nobody saw the whole of it"
-    });
-    let unseen: Vec<_> = unseen.map(|(.., judgement)| judgement.from_ms).collect();
-    assert_eq!(unseen, [6_000], "{windows:?}");
+    assert_eq!(rig.unseen("b").iter().map(|(from_ms, _)| *from_ms).collect::<Vec<_>>(), [6_000], "{windows:?}");
 }
 
 #[test]

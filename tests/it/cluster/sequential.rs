@@ -114,3 +114,29 @@ fn a_node_killed_in_the_middle_of_a_rollout_goes_on_with_its_peers_trial() {
     drop(traffic);
     cluster.assert_no_panic();
 }
+
+#[test]
+fn when_all_nodes_are_killed_together_they_go_on_with_the_trial_that_they_saved() {
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let mut cluster = Cluster::start();
+    let steps = "    - setWeight: 50\n    - pause: { duration: 12s }\n    - setWeight: 100";
+    let text = rollout(&v1.url(), &v2.url(), steps).replace("  analysis:\n", "  analysis:\n    window: 4s\n");
+    cluster.apply(0, &text);
+    let traffic = Traffic::start(&cluster, 150);
+    std::thread::sleep(Duration::from_secs(7));
+    (0..3).for_each(|i| cluster.kill(i));
+    (0..3).for_each(|i| cluster.spawn(i, None));
+    (0..3).for_each(|i| cluster.wait_ready(i));
+    cluster.until(2, "completion", Duration::from_secs(90), |s| s["phase"] == "Completed");
+    // All count from the beginning on, and come to the same numbers.
+    let last = [0, 1, 2].map(|i| lines(&cluster, i).into_iter().rfind(|line| line["slot"].is_null()));
+    let same = ["from_ms", "to_ms", "verdict", "e_value", "canary", "stable"];
+    let last = last.map(|line| same.map(|key| line.as_ref().map(|line| line[key].clone())));
+    assert!(last.iter().all(|one| *one == last[0]), "{last:#?}");
+    assert_eq!(last[0][0], Some(0.into()), "{last:#?}");
+    let decided: Vec<_> = lines(&cluster, 1).into_iter().filter(|line| line["slot"].is_u64()).collect();
+    let unseen = decided.iter().filter(|window| window["reason"] == "nobody saw the whole of it").count();
+    assert!(decided.len() >= 4 && (1..=2).contains(&unseen), "{decided:#?}");
+    drop(traffic);
+    cluster.assert_no_panic();
+}

@@ -1,0 +1,209 @@
+//! Saved trials: a file for each service, replaced whole by a thread of its own, and never synced: it outlives the process, and
+//! mostly the machine.
+//!
+//! Magic and version, CRC-32C of the rest, and the trial's bytes. A file that can't be read is removed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use tracing::{info, warn};
+
+use super::{remove_if_there, trouble};
+use crate::domain::ids::ServiceId;
+use crate::ports::{StoreError, TrialStore};
+use crate::protocol::codec;
+use crate::protocol::record::SavedTrial;
+
+/// Format and version; another version gets another magic.
+const MAGIC: [u8; 8] = *b"aviaryT\x01";
+/// Magic, checksum.
+const HEADER_BYTES: usize = 8 + 4;
+/// Most bytes of an encoded trial: all bins of the comparison and of all open ticks are full in fewer.
+const TRIAL_BYTES_MAX: usize = 1024 * 1024;
+/// Trials that may wait to be written; more aren't saved at that time.
+const WAITING_MAX: usize = 64;
+/// What the names of the files end with.
+const EXTENSION: &str = "trial";
+
+/// What was found in a data directory.
+pub struct FoundTrials {
+    /// Where trials are saved from now on.
+    pub store: DiskTrials,
+    /// Those that were.
+    pub saved: BTreeMap<ServiceId, SavedTrial>,
+    /// What was unusual, one sentence each, for the log.
+    pub notes: Vec<String>,
+}
+
+/// A file and its new content; none: it goes.
+type Work = (PathBuf, Option<Vec<u8>>);
+
+/// Trials in a directory of their own.
+pub struct DiskTrials {
+    dir: PathBuf,
+    /// None once it ends.
+    work: Option<SyncSender<Work>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DiskTrials {
+    /// Opens the trials of a node's data directory, which only one process may use.
+    pub fn open(data_dir: &Path) -> Result<FoundTrials, StoreError> {
+        let dir = data_dir.join("trials");
+        let (mut saved, mut notes) = (BTreeMap::new(), Vec::new());
+        let files = fs::create_dir_all(&dir).and_then(|()| fs::read_dir(&dir)?.collect::<io::Result<Vec<_>>>());
+        for file in files.map_err(|e| trouble(&dir, "read the saved trials", e))? {
+            let path = file.path();
+            match read(&path) {
+                Ok((service, trial)) => drop(saved.insert(service, trial)),
+                Err(why) => {
+                    remove_if_there(&path).map_err(|e| trouble(&path, "remove a damaged trial", e))?;
+                    notes.push(format!("{}: no trial can be read: {why}; removed", path.display()));
+                }
+            }
+        }
+        let (work, waiting) = sync_channel(WAITING_MAX);
+        let thread = std::thread::Builder::new().name("trials".into()).spawn(move || write_all(&waiting));
+        let thread = thread.map_err(|e| trouble(&dir, "start the thread that saves trials", e))?;
+        Ok(FoundTrials { store: Self { dir, work: Some(work), thread: Some(thread) }, saved, notes })
+    }
+}
+
+impl TrialStore for DiskTrials {
+    fn save(&mut self, service: &ServiceId, trial: Option<&SavedTrial>) {
+        let path = self.dir.join(format!("{service}.{EXTENSION}"));
+        let work = self.work.as_ref().expect("it ends only once");
+        // A disk that is too slow for all of them has the others in a later turn.
+        let _ = work.try_send((path, trial.map(encode)));
+    }
+}
+
+impl Drop for DiskTrials {
+    fn drop(&mut self) {
+        self.work = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic in there has printed itself, and nothing is left to be saved from it.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn encode(trial: &SavedTrial) -> Vec<u8> {
+    let body = codec::encode(trial);
+    [&MAGIC[..], &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
+}
+
+fn read(path: &Path) -> Result<(ServiceId, SavedTrial), String> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let service = name.strip_suffix(EXTENSION).and_then(|name| name.strip_suffix('.'));
+    let service = ServiceId::new(service.ok_or("it is unfinished")?).map_err(|error| error.to_string())?;
+    let bytes = fs::read(path).map_err(|error| error.to_string())?;
+    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or("it is shorter than its header")?;
+    if header[..8] != MAGIC {
+        return Err(format!("it begins with {}, expected {}", header[..8].escape_ascii(), MAGIC.escape_ascii()));
+    }
+    if crc32c::crc32c(body).to_le_bytes() != header[8..] {
+        return Err("its content does not match its checksum".into());
+    }
+    let saved = codec::decode_within::<SavedTrial, TRIAL_BYTES_MAX>(body).map_err(|error| error.to_string())?;
+    match saved.trial.trial.is_sound() {
+        true => Ok((service, saved)),
+        false => Err("it contradicts itself".into()),
+    }
+}
+
+/// Writes what comes until nothing can come any more.
+fn write_all(waiting: &Receiver<Work>) {
+    let mut failing = false;
+    for (path, bytes) in waiting {
+        let written = match bytes {
+            None => remove_if_there(&path),
+            Some(bytes) => write(&path, &bytes),
+        };
+        match &written {
+            Err(error) if !failing => {
+                warn!(
+                    "{}: a trial can't be saved: {error}; after a restart of all nodes it begins anew",
+                    path.display()
+                );
+            }
+            Ok(()) if failing => info!("trials are saved again"),
+            _ => {}
+        }
+        failing = written.is_err();
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let draft = path.with_extension("new");
+    fs::write(&draft, bytes)?;
+    fs::rename(&draft, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::domain::analysis::Analysis;
+    use crate::domain::time::Wall;
+    use crate::domain::trial::{Judgement, Trial};
+    use crate::protocol::message::Handover;
+
+    fn saved(at: u64) -> SavedTrial {
+        let trial = Trial::new(Analysis::default(), Some(Default::default()), 250, 4_000);
+        let trial = Handover { at_ms: 4_500, trial, closed: vec![Judgement::unseen(0, 30_000)] };
+        SavedTrial { since_version: 3, at: Wall(at), trial }
+    }
+
+    fn id(name: &str) -> ServiceId {
+        ServiceId::new(name).unwrap()
+    }
+
+    #[test]
+    fn a_trial_is_found_as_it_was_saved_last() {
+        let dir = TempDir::new().unwrap();
+        let mut store = DiskTrials::open(dir.path()).unwrap().store;
+        // Names of services that have a meaning for file systems.
+        for name in ["s", "..", "s.new", "over"] {
+            store.save(&id(name), Some(&saved(1)));
+        }
+        store.save(&id("s"), Some(&saved(2)));
+        store.save(&id("over"), None);
+        drop(store);
+        let FoundTrials { saved: found, notes, store } = DiskTrials::open(dir.path()).unwrap();
+        let expected = [("s", 2), ("..", 1), ("s.new", 1)].map(|(name, at)| (id(name), saved(at)));
+        assert_eq!((found, notes), (expected.into(), vec![]));
+        drop(store);
+    }
+
+    #[test]
+    fn what_cant_be_read_is_told_and_removed() {
+        let dir = TempDir::new().unwrap();
+        let mut store = DiskTrials::open(dir.path()).unwrap().store;
+        for name in ["short", "altered", "newer", "good"] {
+            store.save(&id(name), Some(&saved(1)));
+        }
+        drop(store);
+        let at = |name: &str| dir.path().join("trials").join(name);
+        fs::write(at("short.trial"), b"avia").unwrap();
+        fs::write(at("s.new"), b"half").unwrap();
+        for (name, place) in [("altered.trial", 40), ("newer.trial", 7)] {
+            let mut bytes = fs::read(at(name)).unwrap();
+            bytes[place] ^= 1;
+            fs::write(at(name), bytes).unwrap();
+        }
+        let FoundTrials { saved: found, mut notes, .. } = DiskTrials::open(dir.path()).unwrap();
+        assert_eq!(found, [(id("good"), saved(1))].into());
+        notes.sort();
+        let expected =
+            ["does not match its checksum", "expected aviaryT", "it is unfinished", "shorter than its header"];
+        assert_eq!(notes.len(), 4);
+        notes.iter().zip(expected).for_each(|(note, part)| assert!(note.contains(part), "{note}"));
+        assert!(DiskTrials::open(dir.path()).unwrap().notes.is_empty());
+    }
+}
