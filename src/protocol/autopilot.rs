@@ -21,7 +21,8 @@ const BRAKE_PATIENCE_MS: u64 = 300;
 const OPEN_PATIENCE_MS: u64 = 1_500;
 
 impl Core {
-    pub(super) fn tick_autopilot(&mut self) {
+    /// Does what is next for these services, and for the log.
+    pub(super) fn tick_autopilot(&mut self, services: &[ServiceId]) {
         if self.role() != Role::Voter {
             return;
         }
@@ -29,9 +30,7 @@ impl Core {
             self.settle_open_slot();
             self.revert_doubtful();
         }
-        for id in self.gates.keys().cloned().collect::<Vec<_>>() {
-            self.fly(&id);
-        }
+        services.iter().for_each(|id| self.fly(id));
         if self.is_coordinator() {
             self.judge_windows();
         }

@@ -1,6 +1,7 @@
 //! The protocol core of one node: its state, its door, and what follows from a decided record.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
@@ -123,8 +124,8 @@ pub struct Core {
     pub(super) outdated: Outdated,
     /// What is shown of each service.
     shown: BTreeMap<ServiceId, Arc<ServiceView>>,
-    /// When peers were last told of some services.
-    pub(super) snapshots_at: Mono,
+    /// The service that had its turn last, and when.
+    turned: (Option<ServiceId>, Mono),
     /// Why promotions hold: the store that they depend on is away.
     pub(super) away: Option<String>,
     /// When this process began.
@@ -144,6 +145,17 @@ pub(super) struct Outdated {
     pub services: BTreeSet<ServiceId>,
 }
 
+/// Returns the services of a map in order, those after `last` first.
+pub(super) fn one_round<'m, V>(
+    map: &'m BTreeMap<ServiceId, V>,
+    last: Option<&ServiceId>,
+) -> impl Iterator<Item = &'m ServiceId> {
+    let after = last.map_or(Unbounded, Excluded);
+    map.range::<ServiceId, _>((after, Unbounded)).chain(map).take(map.len()).map(|(id, _)| id)
+}
+
+/// How long it takes until all services had their turn.
+const ROUND_MS: u64 = 100;
 /// Shortest time between two publications that only refresh evidence.
 const REFRESH_MS: u64 = 250;
 
@@ -232,7 +244,7 @@ impl Core {
             outdated: Outdated { all: true, ..Outdated::default() },
             shown: BTreeMap::new(),
             away: None,
-            snapshots_at: now.mono,
+            turned: (None, now.mono),
             started: now.mono,
             published_at: now.mono,
             view,
@@ -286,10 +298,22 @@ impl Core {
     fn on_tick(&mut self) {
         self.watch_peers();
         self.tick_lease();
-        self.tick_gates();
+        let services = self.next_turn();
+        self.tick_watches(&services);
+        self.tick_gates(&services);
         self.tick_attempt();
         self.tick_reads();
-        self.tick_autopilot();
+        self.tick_autopilot(&services);
+    }
+
+    /// Returns the services whose turn it is, so that each has one at least each [`ROUND_MS`]: of many a few at a time, so that
+    /// whoever asks for something in between isn't kept waiting.
+    fn next_turn(&mut self) -> Vec<ServiceId> {
+        let (last, before) = &self.turned;
+        let most = self.gates.len() as u64 * self.now.mono.millis_since(*before) / ROUND_MS + 1;
+        let turn: Vec<_> = one_round(&self.gates, last.as_ref()).take(most as usize).cloned().collect();
+        self.turned = (turn.last().cloned(), self.now.mono);
+        turn
     }
 
     fn on_message(&mut self, from: &NodeId, incarnation: Incarnation, message: Message) {
@@ -320,7 +344,7 @@ impl Core {
             peer.unreachable = true;
             self.watch_peers();
             self.tick_attempt();
-            self.tick_autopilot();
+            self.tick_autopilot(&[]);
         }
     }
 

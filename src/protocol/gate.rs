@@ -143,7 +143,7 @@ impl Core {
         gate.snapshots.insert(from.clone(), (self.now.mono, HealthSnapshot { handover: None, ..snapshot }));
         self.judge(&service);
         if brake {
-            self.tick_autopilot();
+            self.tick_autopilot(&[service]);
         }
     }
 
@@ -153,33 +153,25 @@ impl Core {
         }
     }
 
-    pub(super) fn tick_gates(&mut self) {
-        self.tick_watches();
+    pub(super) fn tick_gates(&mut self, services: &[ServiceId]) {
         let (now, interval) = (self.now.mono, self.settings.timings.snapshot_ms);
-        for (id, gate) in &mut self.gates {
-            let agreed = &self.ledger.services[id];
-            gate.window.expire(now, agreed.service.rollout.spec.analysis.window_ms);
-        }
-        // Of many services a few at a time, so that whoever asks for something in between isn't kept waiting: twice as many as
-        // become due in that time, the longest overdue first.
-        let passed_ms = now.millis_since(std::mem::replace(&mut self.snapshots_at, now));
-        let most = self.gates.len() as u64 * 2 * passed_ms / interval + 1;
-        let mut due: Vec<_> = self.gates.iter().map(|(id, gate)| (gate.next_snapshot, id)).collect();
-        due.retain(|(at, _)| now >= *at);
-        due.sort();
-        let due: Vec<_> = due.into_iter().take(most as usize).map(|(_, id)| id.clone()).collect();
-        for id in due {
-            self.gates.get_mut(&id).expect("a gate just listed").next_snapshot = now.after_ms(interval);
-            self.judge(&id);
-            self.send_snapshot(&id);
-            self.refresh(&id);
+        for id in services {
+            let gate = self.gates.get_mut(id).expect("every service has a gate");
+            gate.window.expire(now, self.ledger.services[id].service.rollout.spec.analysis.window_ms);
+            if now < gate.next_snapshot {
+                continue;
+            }
+            gate.next_snapshot = now.after_ms(interval);
+            self.judge(id);
+            self.send_snapshot(id);
+            self.refresh(id);
         }
     }
 
     fn send_snapshot(&mut self, id: &ServiceId) {
-        let snapshot = self.snapshot(id);
-        if self.ledger.services[id].service.rollout.phase.is_active() || snapshot.evidence != Evidence::default() {
-            self.broadcast(&Message::HealthSnapshot(snapshot));
+        let has_news = *self.gates[id].local() != Evidence::default();
+        if has_news || self.ledger.services[id].service.rollout.phase.is_active() {
+            self.broadcast(&Message::HealthSnapshot(self.snapshot(id)));
         }
     }
 
@@ -264,7 +256,7 @@ impl Core {
         self.publish();
         self.announce(Event::Braked { service: id.clone(), reason });
         self.send_snapshot(id);
-        self.tick_autopilot();
+        self.tick_autopilot(std::slice::from_ref(id));
     }
 
     /// Returns this node's vote on an act.

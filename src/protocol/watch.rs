@@ -3,7 +3,6 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::Bound::{Excluded, Unbounded};
 
 use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId};
@@ -13,7 +12,7 @@ use crate::domain::trial::{Judgement, Odds, Trial};
 use crate::domain::window::Evidence;
 
 use super::coordinator::Wish;
-use super::core::Core;
+use super::core::{Core, one_round};
 use super::ledger::Agreed;
 use super::message::{Asks, Handover, HealthSnapshot, Message, Role};
 use super::record::{Act, SavedTrial};
@@ -283,7 +282,7 @@ impl Core {
         }
     }
 
-    pub(super) fn tick_watches(&mut self) {
+    pub(super) fn tick_watches(&mut self, services: &[ServiceId]) {
         let now = self.now.mono;
         let expected: Vec<NodeId> =
             self.ledger.membership.gate_voters().filter(|node| self.is_live_voter(node)).cloned().collect();
@@ -291,11 +290,14 @@ impl Core {
         // Whoever has no vote yet has time until it has one.
         let can_ask = self.role() == Role::Voter;
         let others: Vec<_> = expected.iter().filter(|node| **node != own).collect();
-        let (mut judged, mut asked) = (Vec::new(), 0);
-        for (id, watch) in &mut self.watches {
+        let mut judged = Vec::new();
+        for id in services {
+            if !self.watches.get(id).is_some_and(|watch| watch.asking.is_none() || can_ask && self.may_ask(watch)) {
+                continue;
+            }
+            let watch = self.watches.get_mut(id).expect("a watch just found");
             if let Some(asking) = &mut watch.asking {
-                asked += 1;
-                if !can_ask || asked > ASKED_AT_ONCE || asking.turn(&own, &others, now) {
+                if asking.turn(&own, &others, now) {
                     continue;
                 }
                 watch.go_on_alone(&own, now);
@@ -321,11 +323,15 @@ impl Core {
         self.save_trial();
     }
 
+    /// Returns true if a trial is being asked for already, or can be.
+    fn may_ask(&self, watch: &Watch) -> bool {
+        let begun = |watch: &Watch| watch.asking.as_ref().is_some_and(|asking| asking.since.is_some());
+        begun(watch) || self.watches.values().filter(|watch| begun(watch)).count() < ASKED_AT_ONCE
+    }
+
     /// Saves the trial whose turn it is.
     fn save_trial(&mut self) {
-        let after = self.saved_last.as_ref().map_or(Unbounded, Excluded);
-        let next = self.watches.range::<ServiceId, _>((after, Unbounded)).chain(&self.watches).next();
-        let Some(id) = next.map(|(id, _)| id.clone()) else { return };
+        let Some(id) = one_round(&self.watches, self.saved_last.as_ref()).next().cloned() else { return };
         let watch = self.watches.get_mut(&id).expect("a watch just found");
         if self.now.mono.millis_since(watch.saved_at) < SAVED_EVERY_MS {
             return;
