@@ -19,18 +19,15 @@ use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, View};
 
 pub mod event;
+mod ids;
 pub mod prometheus;
 pub mod source;
 
 use event::{Event, FUTURE_MS_MAX, LATE_MS_MAX, Rejection};
+use ids::{Ids, NO_ID};
 
 /// How often counts are handed over.
 const DRAIN: Duration = Duration::from_millis(100);
-/// Ids that are remembered, to know an event that comes again: lines of as many as share a cache line.
-const ID_LINES: usize = 1 << 16;
-const IDS_IN_LINE: usize = 16;
-/// What an event without an id has, and an empty place.
-const NO_ID: u64 = 0;
 /// Events that are looked at before they are counted.
 const AHEAD: usize = 64;
 /// Rejected events that an answer names one by one.
@@ -89,7 +86,7 @@ impl Batch<'_> {
         match event {
             Ok(event) => match self.counted.find(event, self.now_ms) {
                 Ok(hit) => self.taken.hits.push((self.place, hit)),
-                Err(miss) => self.taken.reject(self.place, &self.counted.explain(miss, event, self.now_ms)),
+                Err(why) => self.taken.reject(self.place, &why),
             },
             Err(why) => self.taken.reject(self.place, why),
         }
@@ -148,15 +145,6 @@ struct Hit {
     latency_us: u64,
     at_ms: u64,
     id: u64,
-}
-
-/// Why an event counts nowhere, in a few bytes: see [`Counted::explain`].
-enum Miss {
-    Service,
-    /// Its service has another version in this place.
-    Version(usize),
-    Future,
-    Late,
 }
 
 struct Entry {
@@ -236,22 +224,22 @@ impl Counted {
         let view = node.published.view();
         self.services.retain(|entry| view.services.contains_key(&entry.service));
         for id in view.services.keys() {
-            let found = self.services.entry(hash(id.as_str().as_bytes()), |entry| entry.service == *id, Entry::hash);
+            let found = self.services.entry(xxh3_64(id.as_str().as_bytes()), |entry| entry.service == *id, Entry::hash);
             found.or_insert_with(|| Entry::new(id)).into_mut().follow(&view, id);
         }
     }
 
     /// Returns where an event counts, if it isn't counted yet.
     #[inline]
-    fn find(&self, event: &Event, now_ms: u64) -> Result<Hit, Miss> {
+    fn find(&self, event: &Event, now_ms: u64) -> Result<Hit, Rejection> {
         let name = event.service.as_bytes();
-        let bucket = self.services.find_bucket_index(hash(name), |entry| entry.service.as_str().as_bytes() == name);
-        let bucket = bucket.ok_or(Miss::Service)?;
+        let bucket = self.services.find_bucket_index(xxh3_64(name), |entry| entry.service.as_str().as_bytes() == name);
+        let bucket = bucket.ok_or_else(|| Rejection::Service(event.service.to_string()))?;
         if event.at_ms > now_ms + FUTURE_MS_MAX {
-            return Err(Miss::Future);
+            return Err(Rejection::Future(event.at_ms - now_ms));
         }
         if event.at_ms + LATE_MS_MAX < now_ms {
-            return Err(Miss::Late);
+            return Err(Rejection::Late(now_ms - event.at_ms));
         }
         let entry = self.services.get_bucket(bucket).expect("it was just found");
         let version = event.version.as_bytes();
@@ -260,7 +248,9 @@ impl Counted {
         } else if entry.canary.as_ref().is_some_and(|canary| *version == *canary.as_bytes()) {
             Side::Canary
         } else {
-            return Err(Miss::Version(bucket));
+            let canary = entry.canary.as_ref().map(|canary| format!(" or {canary}")).unwrap_or_default();
+            let expected = format!("{}{canary}", entry.stable);
+            return Err(Rejection::Version { found: event.version.to_string(), expected });
         };
         Ok(Hit {
             bucket,
@@ -271,21 +261,6 @@ impl Counted {
             at_ms: event.at_ms,
             id: Ids::hash(event.id.as_bytes()),
         })
-    }
-
-    #[cold]
-    fn explain(&self, miss: Miss, event: &Event, now_ms: u64) -> Rejection {
-        match miss {
-            Miss::Service => Rejection::Service(event.service.to_string()),
-            Miss::Version(bucket) => {
-                let entry = self.services.get_bucket(bucket).expect("it was just found");
-                let canary = entry.canary.as_ref().map(|canary| format!(" or {canary}")).unwrap_or_default();
-                let expected = format!("{}{canary}", entry.stable);
-                Rejection::Version { found: event.version.to_string(), expected }
-            }
-            Miss::Future => Rejection::Future(event.at_ms - now_ms),
-            Miss::Late => Rejection::Late(now_ms - event.at_ms),
-        }
     }
 
     /// Counts what was found, and knows the ids from then on.
@@ -334,49 +309,9 @@ impl Counted {
     }
 }
 
-#[inline]
-fn hash(name: &[u8]) -> u64 {
-    xxh3_64(name)
-}
-
-/// The last million ids, by their hashes: each may be in one line only, where it takes the oldest one's place. The low bits of a
-/// hash tell the line, and what is kept there are the high ones: of 10^9 events, four are taken for others.
-struct Ids(Box<[[u32; IDS_IN_LINE]]>);
-
-impl Default for Ids {
-    fn default() -> Self {
-        Self(vec![[0; IDS_IN_LINE]; ID_LINES].into())
-    }
-}
-
-impl Ids {
-    /// Returns what an id is remembered by.
-    fn hash(id: &[u8]) -> u64 {
-        if id.is_empty() { NO_ID } else { xxh3_64(id).max(NO_ID + 1) }
-    }
-
-    /// Brings the lines of these ids near: each is somewhere else in memory, and all are waited for at once.
-    fn fetch(&self, ids: impl Iterator<Item = u64>) {
-        let near = ids.filter(|id| *id != NO_ID).fold(0, |sum, id| sum ^ self.0[id as usize % ID_LINES][0]);
-        std::hint::black_box(near);
-    }
-
-    /// Returns true the first time that this id comes.
-    fn is_new(&mut self, id: u64) -> bool {
-        let (line, kept) = (&mut self.0[id as usize % ID_LINES], ((id >> 32) as u32).max(1));
-        // All are looked at, at once.
-        if line.iter().fold(false, |found, other| found | (*other == kept)) {
-            return false;
-        }
-        line.copy_within(..IDS_IN_LINE - 1, 1);
-        line[0] = kept;
-        true
-    }
-}
-
 impl Entry {
     fn hash(&self) -> u64 {
-        hash(self.service.as_str().as_bytes())
+        xxh3_64(self.service.as_str().as_bytes())
     }
 
     fn new(id: &ServiceId) -> Self {
@@ -405,22 +340,5 @@ impl Entry {
         self.canary = routing.canary_model_id.as_ref().map(|canary| canary.as_str().into());
         self.routing_version = routing.version;
         self.since_ms = routing.timestamp.0;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_id_is_new_once_and_again_when_it_is_long_forgotten() {
-        let mut ids = Ids::default();
-        assert!(ids.is_new(7) && !ids.is_new(7));
-        assert_eq!((Ids::hash(b""), Ids::hash(b"a") == Ids::hash(b"b")), (NO_ID, false));
-        let found = (2..=1 + IDS_IN_LINE as u64).filter(|i| ids.is_new(7 + (i << 32))).count();
-        assert_eq!((found, ids.is_new(7)), (IDS_IN_LINE, true));
-        let many = (0..500_000u64).filter(|i| ids.is_new(xxh3_64(&i.to_le_bytes()))).count();
-        let again = (400_000..500_000u64).filter(|i| !ids.is_new(xxh3_64(&i.to_le_bytes()))).count();
-        assert!(many == 500_000 && again == 100_000, "{many} {again}");
     }
 }

@@ -12,7 +12,7 @@ use rdkafka::producer::{BaseRecord, ThreadedProducer};
 
 use crate::cluster::harness::{Cluster, Upstream, http, rollout, wait};
 use crate::services::kafka::Topics;
-use crate::services::{Following, Own, kinds, redis, streamed, variable};
+use crate::services::{Following, Own, apply_when_ready, kinds, redis, streamed, variable};
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -192,7 +192,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
     let mut cluster = Cluster::start_with(&format!("{}\n[redis]\nurl = \"{url}\"\n", topics.lines()));
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 20\n    - pause: {}\n    - setWeight: 100");
     let yaml = yaml.replace("window: 30s", "window: 2s");
-    redis::apply(&cluster, &yaml);
+    apply_when_ready(&cluster, &yaml);
     let source = topics.produce(&["--share", "20", "--rate", "1000"]);
     let following = Following::start(&cluster);
     let (began, mut random) = (Instant::now(), rand::rng());

@@ -114,7 +114,6 @@ pub struct KafkaTelemetry {
     last: Vec<Option<i64>>,
     /// Partitions that are new here: the client reads them from wherever it likes until they are placed.
     unplaced: BTreeSet<i32>,
-    topic: String,
     clock: Arc<dyn Clock>,
 }
 
@@ -141,19 +140,20 @@ impl KafkaTelemetry {
             .create_with_context(Context { topic: topic.into(), ..Context::default() })
             .map_err(error)?;
         consumer.subscribe(&[topic]).map_err(error)?;
-        Ok(Self { consumer, last: Vec::new(), unplaced: BTreeSet::new(), topic: topic.into(), clock })
+        Ok(Self { consumer, last: Vec::new(), unplaced: BTreeSet::new(), clock })
     }
 
     /// Begins each partition that is new here where the group stopped, but not before events that still count.
     fn place(&mut self) -> KafkaResult<()> {
+        let topic = &self.consumer.context().topic;
         let (mut times, mut new) = (TopicPartitionList::new(), TopicPartitionList::new());
         let since_ms = self.clock.now().wall.0.saturating_sub(LATE_MS_MAX);
         // Asked before the times: whatever comes between the two questions is read. The word "end" would be taken at its time.
         let mut ends = BTreeMap::new();
         for partition in &self.unplaced {
-            times.add_partition_offset(&self.topic, *partition, Offset::Offset(since_ms as i64))?;
-            new.add_partition(&self.topic, *partition);
-            ends.insert(*partition, self.consumer.fetch_watermarks(&self.topic, *partition, ANSWER_MAX)?.1);
+            times.add_partition_offset(topic, *partition, Offset::Offset(since_ms as i64))?;
+            new.add_partition(topic, *partition);
+            ends.insert(*partition, self.consumer.fetch_watermarks(topic, *partition, ANSWER_MAX)?.1);
         }
         let by_time = self.consumer.offsets_for_times(times, ANSWER_MAX)?;
         let committed = self.consumer.committed_offsets(new, ANSWER_MAX)?;
@@ -178,7 +178,7 @@ impl KafkaTelemetry {
 
 impl EventSource for KafkaTelemetry {
     fn poll(&mut self, wait: Duration, take: &mut dyn FnMut(&[&[u8]])) -> Result<usize, OutsideError> {
-        let topic = self.topic.clone();
+        let topic = self.consumer.context().topic.clone();
         let error = |error: KafkaError| {
             let hint = match error.rdkafka_error_code() {
                 Some(RDKafkaErrorCode::UnknownTopicOrPartition) => "; create it, or name another in [kafka] telemetry",
@@ -217,6 +217,7 @@ impl EventSource for KafkaTelemetry {
                     messages.iter().map(|message| message.payload().unwrap_or_default()).collect();
                 take(&payloads);
                 let mut taken = context.taken();
+                // Records of a partition come in runs: what counts is the last of each.
                 let mut places = messages.iter().map(|message| (message.partition(), message.offset())).peekable();
                 while let Some((partition, offset)) = places.next() {
                     if places.peek().is_none_or(|(next, _)| *next != partition) {

@@ -14,7 +14,6 @@ use aviary::schema::v1::{Decision, DecisionKind, ReportTelemetryRequest, Telemet
 use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Streaming};
-
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;

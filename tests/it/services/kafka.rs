@@ -18,7 +18,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
-use super::{kinds, redis, runtime, streamed, unique, variable};
+use super::{apply_when_ready, kinds, redis, runtime, streamed, unique, variable};
 use crate::cluster::harness::{Cluster, Process, Upstream, aviary, http, rollout, wait};
 
 /// Two topics of this test's own.
@@ -119,7 +119,7 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let cluster = Cluster::start_with(&format!("{}\n[redis]\nurl = \"{url}\"\n", topics.lines()));
     let steps = "    - setWeight: 20\n    - pause: { duration: 3s }\n    - setWeight: 50\n    - pause: { duration: 60s }\n    - setWeight: 100";
-    redis::apply(&cluster, &rollout(&v1.url(), &v2.url(), steps).replace("window: 30s", "window: 2s"));
+    apply_when_ready(&cluster, &rollout(&v1.url(), &v2.url(), steps).replace("window: 30s", "window: 2s"));
     let _source = topics.produce(&["--share", "20", "--rate", "500", "--profile", "error-burst", "--after", "8s"]);
     // What others write there too.
     let producer: ThreadedProducer<_> = topics.client().create().unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use aviary::schema::v1::{Decision, DecisionKind};
 
 use super::kafka::Topics;
-use super::{Following, kinds, redis, streamed, variable};
+use super::{Following, apply_when_ready, kinds, redis, streamed, variable};
 use crate::cluster::harness::{Cluster, Traffic, Upstream, rollout, wait};
 
 /// Kills whoever coordinates, again and again, and ends the rollout; returns the slot of its end.
@@ -29,7 +29,7 @@ fn keeps_every_decision(config: &str, agrees: &dyn Fn(&mut Cluster, &[Decision])
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let mut cluster = Cluster::start_with(config);
     let yaml = rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: {}\n    - setWeight: 100");
-    redis::apply(&cluster, &yaml.replace("window: 30s", "window: 1s"));
+    apply_when_ready(&cluster, &yaml.replace("window: 30s", "window: 1s"));
     let traffic = Traffic::start(&cluster, 100);
     let following = Following::start(&cluster);
     let last = kill_and_roll_back(&mut cluster);

@@ -20,7 +20,7 @@ use aviary::schema::v1::watch_decisions_response::Event;
 use aviary::schema::v1::{Decision, DecisionKind, WatchDecisionsRequest};
 use tokio_stream::StreamExt as _;
 
-use crate::cluster::harness::{Cluster, free_port};
+use crate::cluster::harness::{Cluster, free_port, wait};
 
 /// Returns a name that no other run has used.
 fn unique(name: &str) -> String {
@@ -188,4 +188,11 @@ impl Drop for Own {
     fn drop(&mut self) {
         self.script("down");
     }
+}
+
+/// Starts a rollout, once the nodes know whether they may: where there is a Redis, they hold until they have asked it.
+pub fn apply_when_ready(cluster: &Cluster, yaml: &str) {
+    wait("a cluster that takes rollouts", Duration::from_secs(10), || {
+        (cluster.post(0, "/v1/rollouts", None, yaml).status == 200).then_some(())
+    });
 }

@@ -5,20 +5,13 @@ use std::time::Duration;
 
 use aviary::schema::v1::{Decision, DecisionKind, WindowVerdict};
 
-use super::Own;
+use super::{Own, apply_when_ready};
 use crate::cluster::harness::{Cluster, Traffic, Upstream, http, rollout, wait};
 
 /// Returns the cluster's id, as its keys begin with.
 fn prefix(cluster: &Cluster) -> String {
     let answer = http(cluster.nodes[0].api, "GET", "/v1/cluster", &[], "").unwrap().json();
     format!("aviary:{{{}}}", answer["cluster"].as_str().unwrap())
-}
-
-/// Starts a rollout, once the nodes have asked Redis: before that they hold.
-pub fn apply(cluster: &Cluster, yaml: &str) {
-    wait("a cluster that has asked Redis", Duration::from_secs(10), || {
-        (cluster.post(0, "/v1/rollouts", None, yaml).status == 200).then_some(())
-    });
 }
 
 fn stored(connection: &mut redis::Connection, prefix: &str) -> BTreeMap<String, String> {
@@ -76,7 +69,7 @@ fn redis_away_holds_promotions_lets_rollbacks_through_and_is_made_up_for() {
         &v2.url(),
         "    - setWeight: 20\n    - pause: { duration: 2s }\n    - setWeight: 50\n    - pause: {}\n    - setWeight: 100",
     );
-    apply(&cluster, &yaml);
+    apply_when_ready(&cluster, &yaml);
     own.kill();
     let traffic = Traffic::start(&cluster, 150);
     let held = |state: &serde_json::Value| state["waiting_for"].as_str().unwrap_or_default().contains("redis: ");
@@ -96,6 +89,35 @@ fn redis_away_holds_promotions_lets_rollbacks_through_and_is_made_up_for() {
     wait("the rollback in Redis", Duration::from_secs(15), || {
         let found = stored(&mut client.get_connection().ok()?, &prefix);
         (found.get("kind")? == "ROLLBACK" && found.get("reasons")? == "lunch").then_some(())
+    });
+    drop(traffic);
+    cluster.assert_no_panic();
+}
+
+#[test]
+#[ignore = "needs redis-server: scripts/services.sh"]
+fn redis_that_answers_but_takes_nothing_holds_promotions_too() {
+    let own = Own::start("redis");
+    let url = format!("redis://127.0.0.1:{}", own.port);
+    let mut connection = redis::Client::open(url.as_str()).unwrap().get_connection().unwrap();
+    let mut replicas_to_write = |count: u32| {
+        redis::cmd("CONFIG").arg("SET").arg("min-replicas-to-write").arg(count).exec(&mut connection).unwrap();
+    };
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start_with(&format!("\n[redis]\nurl = \"{url}\"\n"));
+    let steps = "    - setWeight: 20\n    - pause: { duration: 2s }\n    - setWeight: 50\n    - pause: {}\n    - setWeight: 100";
+    apply_when_ready(&cluster, &rollout(&v1.url(), &v2.url(), steps));
+    replicas_to_write(1);
+    let traffic = Traffic::start(&cluster, 150);
+    let held = |state: &serde_json::Value| state["waiting_for"].as_str().unwrap_or_default().contains("NOREPLICAS");
+    cluster.until(0, "a promotion that holds", Duration::from_secs(10), held);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(cluster.state(1).unwrap()["weights"]["v2"], 0.2);
+    replicas_to_write(0);
+    cluster.until(0, "the promotion", Duration::from_secs(10), |state| state["weights"]["v2"] == 0.5);
+    let prefix = prefix(&cluster);
+    wait("the promotion in Redis", Duration::from_secs(15), || {
+        (stored(&mut connection, &prefix).get("canary_weight_bp")? == "5000").then_some(())
     });
     drop(traffic);
     cluster.assert_no_panic();
