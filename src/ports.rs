@@ -51,8 +51,8 @@ pub trait Store: Send {
 /// Where trials outlive a node's process, should all nodes restart at once. Nothing is promised by it: what is lost is judged
 /// anew.
 pub trait TrialStore: Send {
-    /// Saves the trial of a service in place of the one before, or none: it is over. Never waits for the disk.
-    fn save(&mut self, service: &ServiceId, trial: Option<&SavedTrial>);
+    /// Saves the trial of a service in place of the one before, without waiting for it, or none: it is over.
+    fn save(&mut self, service: &ServiceId, trial: Option<Box<SavedTrial>>);
 }
 
 /// Reads the log.

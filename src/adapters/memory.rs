@@ -110,10 +110,10 @@ impl Store for MemoryStore {
 }
 
 impl TrialStore for MemoryStore {
-    fn save(&mut self, service: &ServiceId, trial: Option<&SavedTrial>) {
+    fn save(&mut self, service: &ServiceId, trial: Option<Box<SavedTrial>>) {
         let trials = &mut self.contents().trials;
         match trial {
-            Some(trial) => drop(trials.insert(service.clone(), trial.clone())),
+            Some(trial) => drop(trials.insert(service.clone(), *trial)),
             None => drop(trials.remove(service)),
         }
     }

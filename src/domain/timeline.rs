@@ -150,13 +150,7 @@ impl<S: Ord + Clone> Timeline<S> {
         S: 's,
     {
         if now > self.next + MEMORY {
-            // Asleep for minutes: what was open then is all there is.
-            let sighting = self.open.values().fold(Sighting::default(), |mut sum, (sighting, _)| {
-                sum.merge(sighting);
-                sum
-            });
-            self.open.clear();
-            return Some((self.pass(now - 1), sighting));
+            return self.wake(now);
         }
         let told = |source: &S| self.open.get(&self.next).is_some_and(|(_, sources)| sources.contains(source));
         if now <= self.next || (now <= self.next + GRACE && !expected.all(told)) {
@@ -164,6 +158,17 @@ impl<S: Ord + Clone> Timeline<S> {
         }
         let sighting = self.open.remove(&self.next).map(|(sighting, _)| sighting).unwrap_or_default();
         Some((self.pass(self.next), sighting))
+    }
+
+    /// Closes the next tick without waiting for anybody, because nobody looked until tick `now`; once nothing is open any more, all
+    /// that are left are closed as one, whose number is the last one's.
+    pub fn wake(&mut self, now: u64) -> Option<(u64, Sighting)> {
+        if now <= self.next {
+            return None;
+        }
+        let tick = if self.open.is_empty() { now - 1 } else { self.next };
+        let sighting = self.open.remove(&tick).map(|(sighting, _)| sighting).unwrap_or_default();
+        Some((self.pass(tick), sighting))
     }
 
     fn pass(&mut self, tick: u64) -> u64 {

@@ -146,7 +146,7 @@ impl<S: Ord + Clone> Trial<S> {
             && self.window.is_consistent()
             && self.tick_ms > 0
             && self.began_ms <= self.whole_from_ms
-            && self.timeline.next().checked_mul(self.tick_ms).is_some_and(|next_ms| self.began_ms <= next_ms)
+            && (self.timeline.next() + 1).checked_mul(self.tick_ms).is_some_and(|next_ms| self.whole_from_ms <= next_ms)
             && self.sequential.as_ref().is_none_or(Sequential::is_sound)
             && self.finding.as_ref().is_none_or(finite)
     }
@@ -172,9 +172,25 @@ impl<S: Ord + Clone> Trial<S> {
         self.timeline.next()
     }
 
-    /// Notes that what was seen lately may be lost, and that nobody looked until `at_ms` after the start.
-    pub fn interrupted(&mut self, at_ms: u64) {
-        self.whole_from_ms = at_ms.next_multiple_of(self.tick_ms);
+    /// Goes on at `at_ms` after the start, until when nobody looked, and what was seen lately may be lost; returns what was
+    /// decided by what is left.
+    pub fn wake(&mut self, at_ms: u64) -> Vec<Judgement> {
+        let (mut judgements, mut next) = (Vec::new(), self.timeline.next());
+        while let Some((tick, sighting)) = self.timeline.wake(at_ms / self.tick_ms) {
+            self.take(next, tick, &sighting, &mut judgements);
+            next = tick + 1;
+        }
+        self.nobody_looked_until(at_ms.next_multiple_of(self.tick_ms));
+        judgements
+    }
+
+    fn nobody_looked_until(&mut self, at_ms: u64) {
+        self.whole_from_ms = self.whole_from_ms.max(at_ms);
+    }
+
+    /// Returns the latest routing version of what was compared; 0 before there was any traffic.
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     /// Takes what a source saw in a tick.
@@ -201,7 +217,7 @@ impl<S: Ord + Clone> Trial<S> {
     fn take(&mut self, from: u64, tick: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
         let (from_ms, to_ms) = (from * self.tick_ms, (tick + 1) * self.tick_ms);
         if tick > from {
-            self.interrupted(to_ms);
+            self.nobody_looked_until(to_ms);
         }
         self.total.merge(&sighting.evidence);
         self.window.merge(&sighting.evidence);

@@ -79,8 +79,21 @@ pub fn prepare(
     bound: impl FnOnce(std::io::Result<String>) + Send,
     shutdown: CancellationToken,
 ) -> (NodeHandle, impl Future<Output = anyhow::Result<()>> + Send) {
-    let Parts { settings, store, register, ledger, log, saved, trials, .. } = parts;
-    let Parts { network, listen, peers, versions, clock, failpoint, .. } = parts;
+    let Parts {
+        settings,
+        store,
+        register,
+        ledger,
+        log,
+        saved,
+        trials,
+        network,
+        listen,
+        peers,
+        versions,
+        clock,
+        failpoint,
+    } = parts;
     if let Some(failpoint) = &failpoint {
         warn!(?failpoint, "this process will abort itself: AVIARY_FAILPOINT is set");
     }
@@ -248,7 +261,7 @@ impl Shell {
                     self.send_log(links, &to, from, through)?;
                     unsent = true;
                 }
-                Output::SaveTrial(service, trial) => self.trials.save(&service, trial.as_deref()),
+                Output::SaveTrial(service, trial) => self.trials.save(&service, trial),
                 Output::Publish(view) => self.published.publish(view),
                 Output::Lease(from) => self.published.set_lease(from),
                 Output::Reply(request, outcome) => {

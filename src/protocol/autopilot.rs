@@ -32,8 +32,19 @@ impl Core {
         }
         services.iter().for_each(|id| self.fly(id));
         if self.is_coordinator() {
-            self.judge_windows();
+            self.use_free_desk();
         }
+    }
+
+    /// Begins what waits until nothing else is being decided: a change first, verdicts then.
+    pub(super) fn use_free_desk(&mut self) {
+        if !self.desk.is_free() {
+            return;
+        }
+        if let Some(id) = self.waits.take() {
+            self.fly(&id);
+        }
+        self.judge_windows();
     }
 
     fn fly(&mut self, id: &ServiceId) {
@@ -48,7 +59,7 @@ impl Core {
             }
             return;
         }
-        if !self.is_coordinator() || !self.desk.is_free() || self.now.mono < gate.retry_at {
+        if !self.is_coordinator() || self.now.mono < gate.retry_at {
             return;
         }
         let rollout = &agreed.service.rollout;
@@ -56,7 +67,9 @@ impl Core {
             Some(Verdict::Pause(why)) if rollout.phase != Phase::Paused => Some(Change::Pause { reason: why.clone() }),
             _ => self.step(agreed, gate),
         };
-        if let Some(change) = change {
+        if change.is_some() && !self.desk.is_free() {
+            self.waits = Some(id.clone());
+        } else if let Some(change) = change {
             self.pause_tries(id);
             self.wish(Wish::Act(Act::Change(id.clone(), change)));
         }

@@ -102,6 +102,10 @@ pub struct Core {
     pub(super) watches: BTreeMap<ServiceId, Watch>,
     /// Trials that this node saved before it restarted, until their watches begin.
     pub(super) trials: BTreeMap<ServiceId, SavedTrial>,
+    /// More windows were due than were asked for to be decided: the next ones needn't wait for a tick.
+    pub(super) more_windows: bool,
+    /// A service whose next change was due while something else was being decided.
+    pub(super) waits: Option<ServiceId>,
     /// The service whose trial was saved last.
     pub(super) saved_last: Option<ServiceId>,
     /// The vote given in the open slot, to repeat it.
@@ -229,6 +233,8 @@ impl Core {
             gates: BTreeMap::new(),
             watches: BTreeMap::new(),
             trials,
+            more_windows: false,
+            waits: None,
             saved_last: None,
             cast: None,
             prepared: None,
@@ -252,8 +258,10 @@ impl Core {
         core.forget_settled_accept();
         core.persist();
         core.new_gates();
-        for (id, _) in std::mem::take(&mut core.trials) {
-            core.out.push(Output::SaveTrial(id, None));
+        // A log that isn't whole yet may lack the beginning of their rollouts.
+        if !core.rebuilding {
+            let left = std::mem::take(&mut core.trials);
+            core.out.extend(left.into_keys().map(|id| Output::SaveTrial(id, None)));
         }
         core.beat();
         let outputs = core.finish();
@@ -277,6 +285,10 @@ impl Core {
             Input::Read(request) => self.on_read(request),
         }
         self.pump();
+        if self.more_windows && self.is_coordinator() {
+            self.use_free_desk();
+            self.pump();
+        }
         self.finish()
     }
 
@@ -344,7 +356,8 @@ impl Core {
             peer.unreachable = true;
             self.watch_peers();
             self.tick_attempt();
-            self.tick_autopilot(&[]);
+            let services: Vec<_> = self.gates.keys().cloned().collect();
+            self.tick_autopilot(&services);
         }
     }
 

@@ -192,7 +192,7 @@ pub struct HealthSnapshot {
 pub struct Asks {
     /// Who should hand it over; none while it isn't this rollout's turn to be asked for.
     pub whom: Option<NodeId>,
-    /// The first tick that isn't closed in the trial that the sender saved before it restarted; 0: it has none.
+    /// How far the trial goes that the sender saved before it restarted, in milliseconds since the rollout began; 0: it has none.
     pub saved: u64,
 }
 
@@ -205,4 +205,11 @@ pub struct Handover {
     pub trial: Trial<NodeId>,
     /// Windows that are closed and, as far as the sender knows, not decided yet.
     pub closed: Vec<Judgement>,
+}
+
+impl Handover {
+    /// Returns true when its parts agree, as they do in every one of ours; bytes from outside may not.
+    pub fn is_sound(&self) -> bool {
+        self.at_ms < 1 << 53 && self.trial.is_sound() && self.closed.iter().all(Judgement::is_finite)
+    }
 }

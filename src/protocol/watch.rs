@@ -35,8 +35,8 @@ const UNSEEN_MS: u64 = 10_000;
 /// How long a peer has for handing its trial over before the next one is asked.
 const ASKED_MS: u64 = 500;
 /// How long peers are asked before a trial is begun anew.
-const ASKING_MS: u64 = 2_000;
-/// Trials that are asked for at a time.
+const ASKING_MS: u64 = 4_000;
+/// Trials that are asked for at a time; to go on with its own, a node needs to ask nobody.
 const ASKED_AT_ONCE: usize = 128;
 /// Sightings of peers that are kept for a trial that isn't there yet.
 const HEARD_MAX: usize = 256;
@@ -59,8 +59,8 @@ pub(super) struct Watch {
     closed: VecDeque<Judgement>,
     /// This node came late, and asks for a peer's trial; its own waits meanwhile.
     asking: Option<Asking>,
-    /// When the trial was saved.
-    saved_at: Mono,
+    /// When the trial is saved next.
+    save_at: Mono,
 }
 
 /// How a node that came late gets the trial as far as it went.
@@ -79,34 +79,43 @@ struct Asking {
 }
 
 impl Asking {
-    /// Chooses whom to ask: each of `peers` in turn; where all of them ask, who saved most. Returns false when that is this node
-    /// `own`, once it was enough, or when there is nobody to ask.
-    fn turn(&mut self, own: &NodeId, peers: &[&NodeId], now: Mono) -> bool {
-        let since = *self.since.get_or_insert(now);
-        if peers.is_empty() || now.millis_since(since) >= ASKING_MS {
+    /// Returns who saved most, and how much, where all of `peers` ask too; ties go to the first by name. Who isn't `expected` to see
+    /// anything isn't chosen by the others, and so not by itself.
+    fn best<'n>(&self, own: &'n NodeId, expected: &'n [NodeId]) -> Option<(u64, &'n NodeId)> {
+        let saved = |node: &'n NodeId| match node == own {
+            true => Some((self.saved(), Reverse(node))),
+            false => self.also.get(node).map(|saved| (*saved, Reverse(node))),
+        };
+        let all: Option<Vec<_>> = expected.iter().map(saved).collect();
+        all?.into_iter().max().map(|(saved, Reverse(node))| (saved, node))
+    }
+
+    /// Chooses whom to ask: who saved most where all of `expected` ask, else each in turn who doesn't. Returns false once it was
+    /// enough.
+    fn turn(&mut self, own: &NodeId, expected: &[NodeId], now: Mono) -> bool {
+        if now.millis_since(*self.since.get_or_insert(now)) >= ASKING_MS {
             return false;
         }
-        if peers.iter().all(|peer| self.also.contains_key(*peer)) {
-            let others = peers.iter().map(|peer| (self.also[*peer], Reverse(*peer)));
-            let (saved, Reverse(best)) = others.fold((self.saved(), Reverse(own)), Ord::max);
-            if saved == 0 || best == own {
-                return false;
-            }
+        if let Some((_, best)) = self.best(own, expected) {
             self.whom = Some((best.clone(), now));
             return true;
         }
-        let peers: Vec<_> = peers.iter().filter(|peer| !self.also.contains_key(**peer)).collect();
-        if self.whom.as_ref().is_none_or(|(_, at)| now.millis_since(*at) >= ASKED_MS) {
-            let before = self.whom.take().and_then(|(peer, _)| peers.iter().position(|other| ***other == peer));
-            let next = before.map_or(0, |place| (place + 1) % peers.len());
-            self.whom = Some(((*peers[next]).clone(), now));
+        let peers: Vec<_> = expected.iter().filter(|node| *node != own && !self.also.contains_key(*node)).collect();
+        let place = self.whom.as_ref().and_then(|(whom, _)| peers.iter().position(|peer| *peer == whom));
+        let is_over = self.whom.as_ref().is_none_or(|(_, at)| now.millis_since(*at) >= ASKED_MS);
+        if (place.is_none() || is_over) && !peers.is_empty() {
+            self.whom = Some((peers[place.map_or(0, |place| (place + 1) % peers.len())].clone(), now));
         }
         true
     }
 
-    /// Returns the first tick that isn't closed in the trial that this node saved.
+    fn has_begun(&self) -> bool {
+        self.since.is_some()
+    }
+
+    /// Returns how far the trial goes that this node saved, in milliseconds since the rollout began; 0: there is none.
     fn saved(&self) -> u64 {
-        self.saved.as_ref().map_or(0, |(_, handover)| handover.trial.next_tick())
+        self.saved.as_ref().map_or(0, |(_, handover)| handover.at_ms.max(1))
     }
 }
 
@@ -125,7 +134,7 @@ impl Watch {
         let saved =
             saved.filter(|saved| saved.since_version == rollout.since_version && saved.trial.trial.is_like(&trial));
         let saved = saved.map(|SavedTrial { at, trial, .. }| {
-            let since_ms = trial.at_ms + now.wall.0.saturating_sub(at.0);
+            let since_ms = trial.at_ms.saturating_add(now.wall.0.saturating_sub(at.0));
             (now.mono.before_ms(since_ms), trial)
         });
         Self {
@@ -136,7 +145,7 @@ impl Watch {
             trial,
             closed: VecDeque::new(),
             asking: (is_late || restarts).then(|| Asking { saved, ..Asking::default() }),
-            saved_at: now.mono,
+            save_at: now.mono,
         }
     }
 
@@ -187,12 +196,17 @@ impl Watch {
         self.stop_asking();
     }
 
-    /// Goes on without a peer's trial: with what this node saved before it restarted, or with what it saw since.
-    fn go_on_alone(&mut self, own: &NodeId, now: Mono) {
+    /// Goes on without a peer's trial: with what this node saved before it restarted, or with what it saw since. Returns what was
+    /// decided by that.
+    fn go_on_alone(&mut self, own: &NodeId, now: Mono) -> Vec<Judgement> {
         let saved = self.asking.as_mut().and_then(|asking| asking.saved.take());
-        let Some((began, mut handover)) = saved else { return self.stop_asking() };
-        handover.trial.interrupted(now.millis_since(began));
+        let Some((began, mut handover)) = saved else {
+            self.stop_asking();
+            return Vec::new();
+        };
+        let judgements = handover.trial.wake(now.millis_since(began));
         self.go_on(own, began, handover, now);
+        judgements
     }
 
     /// Takes what peers told meanwhile into the trial that is there.
@@ -287,24 +301,35 @@ impl Core {
         let expected: Vec<NodeId> =
             self.ledger.membership.gate_voters().filter(|node| self.is_live_voter(node)).cloned().collect();
         let own = self.settings.node.clone();
-        // Whoever has no vote yet has time until it has one.
-        let can_ask = self.role() == Role::Voter;
-        let others: Vec<_> = expected.iter().filter(|node| **node != own).collect();
+        // Without a vote or a majority nothing goes on anyway: whoever has the trial, or saved most of it, may still come.
+        let can_ask = self.role() == Role::Voter && expected.len() >= self.ledger.membership.quorum();
+        let asked = self.watches.values().filter(|watch| watch.asking.as_ref().is_some_and(Asking::has_begun)).count();
+        let mut free = ASKED_AT_ONCE.saturating_sub(asked);
         let mut judged = Vec::new();
         for id in services {
-            if !self.watches.get(id).is_some_and(|watch| watch.asking.is_none() || can_ask && self.may_ask(watch)) {
-                continue;
-            }
-            let watch = self.watches.get_mut(id).expect("a watch just found");
+            let Some(watch) = self.watches.get_mut(id) else { continue };
+            let mut judgements = Vec::new();
             if let Some(asking) = &mut watch.asking {
-                if asking.turn(&own, &others, now) {
+                let alone = asking.best(&own, &expected).is_some_and(|(saved, best)| saved == 0 || *best == own);
+                if !can_ask {
+                    (asking.since, asking.whom) = (None, None);
                     continue;
                 }
-                watch.go_on_alone(&own, now);
+                if !alone && !asking.has_begun() {
+                    if free == 0 {
+                        continue;
+                    }
+                    free -= 1;
+                }
+                if !alone && asking.turn(&own, &expected, now) {
+                    continue;
+                }
+                judgements = watch.go_on_alone(&own, now);
             }
             let at_ms = now.millis_since(watch.began);
             watch.turn(&own, at_ms);
-            for judgement in watch.trial.advance(at_ms, expected.iter()) {
+            judgements.extend(watch.trial.advance(at_ms, expected.iter()));
+            for judgement in judgements {
                 if judgement.is_window {
                     watch.closed.push_back(judgement);
                     continue;
@@ -323,20 +348,14 @@ impl Core {
         self.save_trial();
     }
 
-    /// Returns true if a trial is being asked for already, or can be.
-    fn may_ask(&self, watch: &Watch) -> bool {
-        let begun = |watch: &Watch| watch.asking.as_ref().is_some_and(|asking| asking.since.is_some());
-        begun(watch) || self.watches.values().filter(|watch| begun(watch)).count() < ASKED_AT_ONCE
-    }
-
     /// Saves the trial whose turn it is.
     fn save_trial(&mut self) {
         let Some(id) = one_round(&self.watches, self.saved_last.as_ref()).next().cloned() else { return };
         let watch = self.watches.get_mut(&id).expect("a watch just found");
-        if self.now.mono.millis_since(watch.saved_at) < SAVED_EVERY_MS {
+        if self.now.mono < watch.save_at {
             return;
         }
-        watch.saved_at = self.now.mono;
+        watch.save_at = self.now.mono.after_ms(SAVED_EVERY_MS);
         self.saved_last = Some(id.clone());
         let judged_ms = self.ledger.services[&id].judged_ms;
         if let Some(trial) = watch.handover(judged_ms, self.now.mono) {
@@ -372,6 +391,7 @@ impl Core {
             }
         }
         // Many may be due at once. A few wait for their slots at a time, so that whoever else asks isn't kept waiting.
+        self.more_windows = due.len() > JUDGED_AT_ONCE;
         due.sort_by_key(|(overdue_ms, ..)| std::cmp::Reverse(*overdue_ms));
         for (_, service, since_version, judgement) in due.into_iter().take(JUDGED_AT_ONCE) {
             self.wish(Wish::Act(Act::Judge { service, since_version, judgement: Box::new(judgement) }));
@@ -386,11 +406,17 @@ impl Core {
         }
         let watch =
             self.watches.get(&rollout.spec.service).filter(|watch| watch.since_version == rollout.since_version);
-        let why = match watch.map(|watch| &watch.asking) {
-            Some(Some(_)) => "this node came late, and asks its peers for what they know",
-            _ => "nothing to compare yet",
+        let Some(watch) = watch else { return Verdict::Hold("nothing to compare yet".into()) };
+        let why = match &watch.asking {
+            Some(_) => "this node came late, and asks its peers for what they know",
+            None => "nothing to compare yet",
         };
-        let verdict = watch.and_then(|watch| watch.trial.verdict());
-        verdict.unwrap_or_else(|| Verdict::Hold(why.into()))
+        match watch.trial.verdict() {
+            // It is of the weight before, where nothing was seen at this one yet.
+            Some(Verdict::Promote) if watch.trial.version() < agreed.service.routing.version => {
+                Verdict::Hold("nothing to compare at this weight yet".into())
+            }
+            verdict => verdict.unwrap_or_else(|| Verdict::Hold(why.into())),
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Saved trials: a file for each service, replaced whole by a thread of its own, and never synced: it outlives the process, and
 //! mostly the machine.
 //!
-//! Magic and version, CRC-32C of the rest, and the trial's bytes. A file that can't be read is removed.
+//! Magic and version, CRC-32C of the rest, and the trial's bytes. A file that can't be read is removed; nothing here keeps a node
+//! from starting.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,12 +23,13 @@ use crate::protocol::record::SavedTrial;
 const MAGIC: [u8; 8] = *b"aviaryT\x01";
 /// Magic, checksum.
 const HEADER_BYTES: usize = 8 + 4;
-/// Most bytes of an encoded trial: all bins of the comparison and of all open ticks are full in fewer.
+/// Most bytes of an encoded trial; what is longer is none of ours.
 const TRIAL_BYTES_MAX: usize = 1024 * 1024;
 /// Trials that may wait to be written; more aren't saved at that time.
 const WAITING_MAX: usize = 64;
-/// What the names of the files end with.
+/// What the names of the files end with, and of those that aren't finished.
 const EXTENSION: &str = "trial";
+const DRAFT: &str = "new";
 
 /// What was found in a data directory.
 pub struct FoundTrials {
@@ -40,7 +42,7 @@ pub struct FoundTrials {
 }
 
 /// A file and its new content; none: it goes.
-type Work = (PathBuf, Option<Vec<u8>>);
+type Work = (PathBuf, Option<Box<SavedTrial>>);
 
 /// Trials in a directory of their own.
 pub struct DiskTrials {
@@ -56,13 +58,22 @@ impl DiskTrials {
         let dir = data_dir.join("trials");
         let (mut saved, mut notes) = (BTreeMap::new(), Vec::new());
         let files = fs::create_dir_all(&dir).and_then(|()| fs::read_dir(&dir)?.collect::<io::Result<Vec<_>>>());
-        for file in files.map_err(|e| trouble(&dir, "read the saved trials", e))? {
-            let path = file.path();
-            match read(&path) {
-                Ok((service, trial)) => drop(saved.insert(service, trial)),
+        let files = files.unwrap_or_else(|error| {
+            notes.push(format!("{}: the saved trials can't be read: {error}", dir.display()));
+            Vec::new()
+        });
+        for path in files.into_iter().map(|file| file.path()) {
+            let found = match path.extension().and_then(|extension| extension.to_str()) {
+                Some(EXTENSION) => read(&path),
+                Some(DRAFT) => Ok(None),
+                _ => continue,
+            };
+            match found {
+                Ok(Some((service, trial))) => drop(saved.insert(service, trial)),
+                Ok(None) => drop(remove_if_there(&path)),
                 Err(why) => {
-                    remove_if_there(&path).map_err(|e| trouble(&path, "remove a damaged trial", e))?;
-                    notes.push(format!("{}: no trial can be read: {why}; removed", path.display()));
+                    let removed = remove_if_there(&path).map_or_else(|error| error.to_string(), |()| "removed".into());
+                    notes.push(format!("{}: no trial can be read: {why}; {removed}", path.display()));
                 }
             }
         }
@@ -74,11 +85,14 @@ impl DiskTrials {
 }
 
 impl TrialStore for DiskTrials {
-    fn save(&mut self, service: &ServiceId, trial: Option<&SavedTrial>) {
+    fn save(&mut self, service: &ServiceId, trial: Option<Box<SavedTrial>>) {
         let path = self.dir.join(format!("{service}.{EXTENSION}"));
-        let work = self.work.as_ref().expect("it ends only once");
-        // A disk that is too slow for all of them has the others in a later turn.
-        let _ = work.try_send((path, trial.map(encode)));
+        let Some(work) = &self.work else { return };
+        // A disk that is too slow for all of them has the others in a later turn; that one is over is said once.
+        let _ = match trial {
+            None => work.send((path, None)).is_ok(),
+            trial => work.try_send((path, trial)).is_ok(),
+        };
     }
 }
 
@@ -97,10 +111,14 @@ fn encode(trial: &SavedTrial) -> Vec<u8> {
     [&MAGIC[..], &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
 }
 
-fn read(path: &Path) -> Result<(ServiceId, SavedTrial), String> {
+fn read(path: &Path) -> Result<Option<(ServiceId, SavedTrial)>, String> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let service = name.strip_suffix(EXTENSION).and_then(|name| name.strip_suffix('.'));
-    let service = ServiceId::new(service.ok_or("it is unfinished")?).map_err(|error| error.to_string())?;
+    let service = ServiceId::new(service.unwrap_or_default()).map_err(|error| error.to_string())?;
+    let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
+    if length > (HEADER_BYTES + TRIAL_BYTES_MAX) as u64 {
+        return Err(format!("it has {length} bytes, expected at most {}", HEADER_BYTES + TRIAL_BYTES_MAX));
+    }
     let bytes = fs::read(path).map_err(|error| error.to_string())?;
     let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or("it is shorter than its header")?;
     if header[..8] != MAGIC {
@@ -110,8 +128,8 @@ fn read(path: &Path) -> Result<(ServiceId, SavedTrial), String> {
         return Err("its content does not match its checksum".into());
     }
     let saved = codec::decode_within::<SavedTrial, TRIAL_BYTES_MAX>(body).map_err(|error| error.to_string())?;
-    match saved.trial.trial.is_sound() {
-        true => Ok((service, saved)),
+    match saved.trial.is_sound() {
+        true => Ok(Some((service, saved))),
         false => Err("it contradicts itself".into()),
     }
 }
@@ -119,10 +137,11 @@ fn read(path: &Path) -> Result<(ServiceId, SavedTrial), String> {
 /// Writes what comes until nothing can come any more.
 fn write_all(waiting: &Receiver<Work>) {
     let mut failing = false;
-    for (path, bytes) in waiting {
-        let written = match bytes {
-            None => remove_if_there(&path),
-            Some(bytes) => write(&path, &bytes),
+    for (path, trial) in waiting {
+        let draft = path.with_extension(DRAFT);
+        let written = match trial {
+            None => remove_if_there(&draft).and_then(|()| remove_if_there(&path)),
+            Some(trial) => fs::write(&draft, encode(&trial)).and_then(|()| fs::rename(&draft, &path)),
         };
         match &written {
             Err(error) if !failing => {
@@ -136,12 +155,6 @@ fn write_all(waiting: &Receiver<Work>) {
         }
         failing = written.is_err();
     }
-}
-
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let draft = path.with_extension("new");
-    fs::write(&draft, bytes)?;
-    fs::rename(&draft, path)
 }
 
 #[cfg(test)]
@@ -170,9 +183,9 @@ mod tests {
         let mut store = DiskTrials::open(dir.path()).unwrap().store;
         // Names of services that have a meaning for file systems.
         for name in ["s", "..", "s.new", "over"] {
-            store.save(&id(name), Some(&saved(1)));
+            store.save(&id(name), Some(Box::new(saved(1))));
         }
-        store.save(&id("s"), Some(&saved(2)));
+        store.save(&id("s"), Some(Box::new(saved(2))));
         store.save(&id("over"), None);
         drop(store);
         let FoundTrials { saved: found, notes, store } = DiskTrials::open(dir.path()).unwrap();
@@ -186,12 +199,13 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let mut store = DiskTrials::open(dir.path()).unwrap().store;
         for name in ["short", "altered", "newer", "good"] {
-            store.save(&id(name), Some(&saved(1)));
+            store.save(&id(name), Some(Box::new(saved(1))));
         }
         drop(store);
         let at = |name: &str| dir.path().join("trials").join(name);
         fs::write(at("short.trial"), b"avia").unwrap();
         fs::write(at("s.new"), b"half").unwrap();
+        fs::create_dir(at("stranger")).unwrap();
         for (name, place) in [("altered.trial", 40), ("newer.trial", 7)] {
             let mut bytes = fs::read(at(name)).unwrap();
             bytes[place] ^= 1;
@@ -200,10 +214,10 @@ mod tests {
         let FoundTrials { saved: found, mut notes, .. } = DiskTrials::open(dir.path()).unwrap();
         assert_eq!(found, [(id("good"), saved(1))].into());
         notes.sort();
-        let expected =
-            ["does not match its checksum", "expected aviaryT", "it is unfinished", "shorter than its header"];
-        assert_eq!(notes.len(), 4);
+        let expected = ["does not match its checksum", "expected aviaryT", "shorter than its header"];
+        assert_eq!(notes.len(), 3);
         notes.iter().zip(expected).for_each(|(note, part)| assert!(note.contains(part), "{note}"));
         assert!(DiskTrials::open(dir.path()).unwrap().notes.is_empty());
+        assert!(!at("s.new").exists() && at("stranger").exists(), "only what is ours");
     }
 }

@@ -136,7 +136,7 @@ fn when_all_nodes_are_killed_together_they_go_on_with_the_trial_that_they_saved(
     assert_eq!(last[0][0], Some(0.into()), "{last:#?}");
     let decided: Vec<_> = lines(&cluster, 1).into_iter().filter(|line| line["slot"].is_u64()).collect();
     let unseen = decided.iter().filter(|window| window["reason"] == "nobody saw the whole of it").count();
-    assert!(decided.len() >= 4 && (1..=2).contains(&unseen), "{decided:#?}");
+    assert!(decided.len() >= 4 && (1..=3).contains(&unseen), "{decided:#?}");
     drop(traffic);
     cluster.assert_no_panic();
 }
