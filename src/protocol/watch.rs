@@ -79,7 +79,7 @@ struct Asking {
 }
 
 impl Asking {
-    /// Returns who saved most, and how much, where all of `peers` ask too; ties go to the first by name. Who isn't `expected` to see
+    /// Returns who saved most, and how much, where all who are `expected` ask; ties go to the first by name. Who isn't expected to see
     /// anything isn't chosen by the others, and so not by itself.
     fn best<'n>(&self, own: &'n NodeId, expected: &'n [NodeId]) -> Option<(u64, &'n NodeId)> {
         let saved = |node: &'n NodeId| match node == own {
@@ -302,7 +302,8 @@ impl Core {
             self.ledger.membership.gate_voters().filter(|node| self.is_live_voter(node)).cloned().collect();
         let own = self.settings.node.clone();
         // Without a vote or a majority nothing goes on anyway: whoever has the trial, or saved most of it, may still come.
-        let can_ask = self.role() == Role::Voter && expected.len() >= self.ledger.membership.quorum();
+        let voters = self.ledger.membership.0.keys().filter(|node| self.is_live_voter(node)).count();
+        let can_ask = self.role() == Role::Voter && voters >= self.ledger.membership.quorum();
         let asked = self.watches.values().filter(|watch| watch.asking.as_ref().is_some_and(Asking::has_begun)).count();
         let mut free = ASKED_AT_ONCE.saturating_sub(asked);
         let mut judged = Vec::new();

@@ -259,6 +259,19 @@ fn a_node_that_restarts_cut_off_takes_the_trial_when_it_is_back() {
 }
 
 #[test]
+fn a_majority_of_which_some_are_benched_is_one() {
+    let mut rig = under_way();
+    for (number, name) in [(2, "b"), (3, "c")] {
+        rig.asked("a", number, Op::Config(ConfigChange::Bench(node(name))));
+    }
+    ["a", "b"].iter().for_each(|name| rig.kill(name));
+    rig.run_for(2_000);
+    rig.restart(&node("a"));
+    rig.serve(6_000);
+    assert!(rig.cores[&node("a")].view().services[&service()].odds.is_some());
+}
+
+#[test]
 fn a_peer_that_never_hands_over_is_not_waited_for_for_ever() {
     let mut rig = under_way();
     rig.kill("c");
