@@ -1,15 +1,15 @@
 //! Aviary: safe weighted rollouts. The map of the house, in reading order.
 
+pub use aviary_core::{domain, protocol};
+
 pub mod adapters;
 pub mod api;
 pub mod cli;
 pub mod config;
 pub mod decisions;
-pub mod domain;
 pub mod door;
 pub mod node;
 pub mod ports;
-pub mod protocol;
 pub mod proxy;
 pub mod router;
 pub mod schema;

@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use aviary::protocol::message::{Answer, Decision, Message};
-use aviary::protocol::{Event, Outcome, Output};
+use aviary_core::protocol::message::{Answer, Decision, Message};
+use aviary_core::protocol::{Event, Outcome, Output};
 
 /// Points of a commit that know their record.
 const POINTS: [&str; 4] = ["PREPARE", "PROPOSE", "CHOSEN", "append"];
@@ -89,7 +89,7 @@ impl Coverage {
             }),
             Output::Send { message, .. } => {
                 if let Message::Vote(vote) = &**message
-                    && let Answer::Refuse(aviary::protocol::message::Refusal::Stale(_)) = vote.answer
+                    && let Answer::Refuse(aviary_core::protocol::message::Refusal::Stale(_)) = vote.answer
                 {
                     self.event("old ballot refused");
                 }

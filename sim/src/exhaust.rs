@@ -8,15 +8,15 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use aviary::domain::analysis::Analysis;
-use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
-use aviary::domain::time::{Mono, Now, Wall};
-use aviary::domain::weights::Weight;
-use aviary::protocol::ledger::Ledger;
-use aviary::protocol::message::{Decision, Message};
-use aviary::protocol::record::{Chosen, ConfigChange, Register, Slot};
-use aviary::protocol::{Command, Core, Input, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
+use aviary_core::domain::analysis::Analysis;
+use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use aviary_core::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary_core::domain::time::{Mono, Now, Wall};
+use aviary_core::domain::weights::Weight;
+use aviary_core::protocol::ledger::Ledger;
+use aviary_core::protocol::message::{Decision, Message};
+use aviary_core::protocol::record::{Chosen, ConfigChange, Register, Slot};
+use aviary_core::protocol::{Command, Core, Input, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
 use std::sync::Arc;
 
 use crate::truth::Truth;

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
-use aviary::domain::time::Now;
-use aviary::protocol::ledger::Ledger;
-use aviary::protocol::record::{Chosen, Register, SavedTrial};
-use aviary::protocol::{Input, Output, Retention, Timings};
+use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
+use aviary_core::domain::time::Now;
+use aviary_core::protocol::ledger::Ledger;
+use aviary_core::protocol::record::{Chosen, Register, SavedTrial};
+use aviary_core::protocol::{Input, Output, Retention, Timings};
 
 /// What a node's process is started with.
 pub struct Setup {
@@ -37,7 +37,7 @@ pub trait Subject: Sized {
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output>;
 }
 
-impl Subject for aviary::protocol::Core {
+impl Subject for aviary_core::protocol::Core {
     fn start(
         setup: Setup,
         register: Option<Register>,
@@ -46,7 +46,8 @@ impl Subject for aviary::protocol::Core {
         now: Now,
     ) -> (Self, Vec<Output>) {
         let Setup { node, cluster, timings, seed, fresh_incarnation, retention, peers, trials } = setup;
-        let settings = aviary::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention, peers };
+        let settings =
+            aviary_core::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention, peers };
         Self::start(settings, register, ledger, log, trials, now)
     }
 
@@ -56,4 +57,4 @@ impl Subject for aviary::protocol::Core {
 }
 
 /// What the simulator runs.
-pub type Real = aviary::protocol::Core;
+pub type Real = aviary_core::protocol::Core;

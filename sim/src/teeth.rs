@@ -2,12 +2,12 @@
 //!
 //! The bugs are in the door, not in the core: nothing of them is in the program that people run.
 
-use aviary::domain::ids::Incarnation;
-use aviary::domain::time::Now;
-use aviary::protocol::ledger::Ledger;
-use aviary::protocol::message::{Answer, Decision, GateVote, Message};
-use aviary::protocol::record::{Chosen, Register};
-use aviary::protocol::{Core, Input, Observation, Output, View};
+use aviary_core::domain::ids::Incarnation;
+use aviary_core::domain::time::Now;
+use aviary_core::protocol::ledger::Ledger;
+use aviary_core::protocol::message::{Answer, Decision, GateVote, Message};
+use aviary_core::protocol::record::{Chosen, Register};
+use aviary_core::protocol::{Core, Input, Observation, Output, View};
 use std::sync::Arc;
 
 use crate::subject::{Setup, Subject};

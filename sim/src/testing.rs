@@ -1,13 +1,13 @@
 //! Small makers for the checkers' own tests.
 
-use aviary::domain::analysis::Analysis;
-use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
-use aviary::domain::rollout::Change;
-use aviary::domain::routing::{RoutingState, Status};
-use aviary::domain::time::Wall;
-use aviary::domain::weights::{Weight, Weights};
-use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Register, Slot};
+use aviary_core::domain::analysis::Analysis;
+use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use aviary_core::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary_core::domain::rollout::Change;
+use aviary_core::domain::routing::{RoutingState, Status};
+use aviary_core::domain::time::Wall;
+use aviary_core::domain::weights::{Weight, Weights};
+use aviary_core::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Register, Slot};
 use std::sync::Arc;
 
 use crate::truth::{Served, Truth};

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aviary::domain::ids::NodeId;
-use aviary::domain::time::{Mono, Now};
-use aviary::protocol::ledger::Ledger;
-use aviary::protocol::message::{Answer, Decision, GateVote, Heartbeat, Message, Prepare, Role, Vote};
-use aviary::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Membership, Record, Register, Slot};
-use aviary::protocol::{Input, Output};
+use aviary_core::domain::ids::NodeId;
+use aviary_core::domain::time::{Mono, Now};
+use aviary_core::protocol::ledger::Ledger;
+use aviary_core::protocol::message::{Answer, Decision, GateVote, Heartbeat, Message, Prepare, Role, Vote};
+use aviary_core::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Membership, Record, Register, Slot};
+use aviary_core::protocol::{Input, Output};
 
 use crate::subject::{Setup, Subject};
 
@@ -37,7 +37,7 @@ struct Attempt {
 pub struct Toy<const BUG: u8> {
     register: Register,
     members: Membership,
-    head_hash: aviary::protocol::record::Hash,
+    head_hash: aviary_core::protocol::record::Hash,
     head: Slot,
     attempt: Option<Attempt>,
     out: Vec<Output>,
@@ -251,7 +251,7 @@ impl<const BUG: u8> Subject for Toy<BUG> {
                 let act = Act::Abort { service: None, refused: "everything".into(), reasons: vec![] };
                 // Made unique: the toy keeps no outcomes, and so can't tell a repeated transaction.
                 let unique = format!("{}.{}.{}", command.tx, self.register.node, command.request.0);
-                let tx = aviary::domain::ids::TxId::new(unique).expect("short enough");
+                let tx = aviary_core::domain::ids::TxId::new(unique).expect("short enough");
                 self.begin(Intent { tx, digest: 0, at: now.wall, act });
             }
             _ => {}

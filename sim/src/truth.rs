@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aviary::domain::ids::{Incarnation, NodeId, ServiceId, VersionId};
-use aviary::domain::plan::{OnPartition, RolloutSpec};
-use aviary::domain::rollout::{Change, Target};
-use aviary::protocol::Op;
-use aviary::protocol::Outcome;
-use aviary::protocol::RequestId;
-use aviary::protocol::message::Message;
-use aviary::protocol::record::{
+use aviary_core::domain::ids::{Incarnation, NodeId, ServiceId, VersionId};
+use aviary_core::domain::plan::{OnPartition, RolloutSpec};
+use aviary_core::domain::rollout::{Change, Target};
+use aviary_core::protocol::Op;
+use aviary_core::protocol::Outcome;
+use aviary_core::protocol::RequestId;
+use aviary_core::protocol::message::Message;
+use aviary_core::protocol::record::{
     Accepted, Act, Ballot, Chosen, ConfigChange, Hash, Member, Membership, Record, Register, Slot,
 };
 use std::sync::Arc;

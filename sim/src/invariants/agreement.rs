@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use aviary::domain::ids::NodeId;
-use aviary::protocol::record::{Chosen, Slot};
+use aviary_core::domain::ids::NodeId;
+use aviary_core::protocol::record::{Chosen, Slot};
 
 use super::Invariant;
 use crate::truth::{Fact, Truth};

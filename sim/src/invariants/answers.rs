@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aviary::protocol::record::{Act, ConfigChange, Slot};
-use aviary::protocol::{Op, Outcome, RequestId};
+use aviary_core::protocol::record::{Act, ConfigChange, Slot};
+use aviary_core::protocol::{Op, Outcome, RequestId};
 
 use super::Invariant;
 use crate::truth::{Fact, Truth};

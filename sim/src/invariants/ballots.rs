@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use aviary::domain::ids::{Incarnation, NodeId};
-use aviary::protocol::message::{Decision, Message};
-use aviary::protocol::record::{Ballot, Hash, Intent, Slot};
+use aviary_core::domain::ids::{Incarnation, NodeId};
+use aviary_core::protocol::message::{Decision, Message};
+use aviary_core::protocol::record::{Ballot, Hash, Intent, Slot};
 
 use super::Invariant;
 use crate::truth::{Fact, Truth};

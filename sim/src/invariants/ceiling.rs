@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aviary::domain::ids::{NodeId, ServiceId};
-use aviary::domain::plan::OnPartition;
+use aviary_core::domain::ids::{NodeId, ServiceId};
+use aviary_core::domain::plan::OnPartition;
 
 use super::Invariant;
 use crate::truth::{Courses, Fact, Truth};

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use aviary::domain::ids::NodeId;
-use aviary::protocol::message::{Answer, GateVote, Message};
-use aviary::protocol::record::{Ballot, Slot};
+use aviary_core::domain::ids::NodeId;
+use aviary_core::protocol::message::{Answer, GateVote, Message};
+use aviary_core::protocol::record::{Ballot, Slot};
 
 use super::Invariant;
 use crate::truth::{Fact, Truth};
@@ -55,8 +55,8 @@ impl Invariant for Certificates {
 
 #[cfg(test)]
 mod tests {
-    use aviary::domain::rollout::{Change, Target};
-    use aviary::protocol::record::{Act, Certificate};
+    use aviary_core::domain::rollout::{Change, Target};
+    use aviary_core::protocol::record::{Act, Certificate};
 
     use super::*;
     use crate::testing::*;

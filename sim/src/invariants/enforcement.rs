@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aviary::domain::ids::{NodeId, ServiceId, VersionId};
-use aviary::domain::plan::OnPartition;
-use aviary::protocol::record::Slot;
+use aviary_core::domain::ids::{NodeId, ServiceId, VersionId};
+use aviary_core::domain::plan::OnPartition;
+use aviary_core::protocol::record::Slot;
 
 use super::Invariant;
 use crate::truth::{Courses, Fact, Truth};
@@ -32,7 +32,7 @@ fn longest_us(lease_ms: u64) -> u64 {
 }
 
 impl Enforcement {
-    fn chosen(&mut self, record: &aviary::protocol::record::Record, truth: &Truth) {
+    fn chosen(&mut self, record: &aviary_core::protocol::record::Record, truth: &Truth) {
         let armed = truth.chosen(record.slot).is_none_or(|known| known.armed);
         if record.slot <= self.seen {
             if armed && self.doubtful.remove(&record.slot) {
@@ -85,7 +85,7 @@ impl Enforcement {
 
 impl Enforcement {
     /// The ballot that voted on a raise reached its majority after a later one did: who learns of it so may serve it.
-    fn armed_late(&mut self, record: &aviary::protocol::record::Record, truth: &Truth) {
+    fn armed_late(&mut self, record: &aviary_core::protocol::record::Record, truth: &Truth) {
         let Some(service) = record.intent.act.service() else { return };
         let Some(course) = self.courses.now.get_mut(service) else { return };
         let (Some(spec), Some(state)) = (&course.spec, &record.state) else { return };
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_share_outlives_its_rollback_by_a_lease_and_no_longer() {
-        use aviary::domain::rollout::Change;
+        use aviary_core::domain::rollout::Change;
         let (mut enforcement, mut truth) = (Enforcement::default(), truth());
         let (node, service, canary, ballot) = (node("a"), service(), version("v2"), ballot("a", 1));
         let mut at = |now, fact: &Fact| {

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use aviary::domain::ids::ServiceId;
-use aviary::domain::rollout::Change;
-use aviary::protocol::record::{Act, Record, Slot};
+use aviary_core::domain::ids::ServiceId;
+use aviary_core::domain::rollout::Change;
+use aviary_core::protocol::record::{Act, Record, Slot};
 
 use super::Invariant;
 use crate::truth::{Courses, Fact, Truth};
@@ -68,7 +68,7 @@ impl Invariant for Observed {
 mod tests {
     use super::*;
     use crate::testing::*;
-    use aviary::domain::rollout::Target;
+    use aviary_core::domain::rollout::Target;
 
     #[test]
     fn a_step_without_evidence_is_caught() {

@@ -2,7 +2,7 @@
 
 use super::Invariant;
 use crate::truth::{Courses, Fact, Truth};
-use aviary::protocol::record::Slot;
+use aviary_core::protocol::record::Slot;
 
 /// I7.
 #[derive(Default)]

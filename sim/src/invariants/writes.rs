@@ -1,7 +1,7 @@
 //! I10 and I12: no vote leaves before the write it depends on, nor from an incarnation that isn't bound.
 
-use aviary::domain::ids::{Incarnation, NodeId};
-use aviary::protocol::message::{Answer, Decision, Message, Vote};
+use aviary_core::domain::ids::{Incarnation, NodeId};
+use aviary_core::protocol::message::{Answer, Decision, Message, Vote};
 
 use super::Invariant;
 use crate::truth::{Fact, Truth};
@@ -44,9 +44,9 @@ impl Writes {
     }
 }
 
-fn lowest() -> aviary::protocol::record::Ballot {
+fn lowest() -> aviary_core::protocol::record::Ballot {
     let node = NodeId::new("-").expect("a valid name");
-    aviary::protocol::record::Ballot { round: 0, node, incarnation: Incarnation(0), boot: 0 }
+    aviary_core::protocol::record::Ballot { round: 0, node, incarnation: Incarnation(0), boot: 0 }
 }
 
 impl Invariant for Writes {
@@ -97,7 +97,7 @@ mod tests {
         let vote = |answer| {
             Message::Vote(Vote {
                 ballot: ballot("a", 1),
-                slot: aviary::protocol::record::Slot(1),
+                slot: aviary_core::protocol::record::Slot(1),
                 head: Default::default(),
                 answer,
             })

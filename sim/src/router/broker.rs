@@ -4,8 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use aviary::domain::split::Side;
 use aviary::ports::{Commit, Opened, OutsideError, Place, Record, Stamp, Topic};
+use aviary_core::domain::split::Side;
 
 use super::log::{Fate, Log};
 use crate::dice::Dice;

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use aviary::domain::course::Call;
-use aviary::domain::split::Side;
 use aviary::ports::{Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
+use aviary_core::domain::course::Call;
+use aviary_core::domain::split::Side;
 
 use super::broker::Handle;
 use super::life::interrupt;

@@ -3,10 +3,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use aviary::domain::course::Phase;
-use aviary::domain::split::Side;
 use aviary::ports::{OutsideError, Topic};
 use aviary::router::engine::{Engine, Turn};
+use aviary_core::domain::course::Phase;
+use aviary_core::domain::split::Side;
 
 use super::coverage::Coverage;
 use super::teeth::{self, Bug};

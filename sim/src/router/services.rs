@@ -2,9 +2,9 @@
 //!
 //! Processing a record and committing it never come apart here: a service that forgets what it did is not the router's fault.
 
-use aviary::domain::course::Call;
-use aviary::domain::split::Side;
 use aviary::ports::Topic;
+use aviary_core::domain::course::Call;
+use aviary_core::domain::split::Side;
 
 use super::broker::Broker;
 use super::truth::Truth;

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use aviary::domain::course::{Ask, Entry, Phase};
-use aviary::domain::split::{Side, Split};
-use aviary::domain::weights::{Weight, sticky_ticket};
 use aviary::ports::{Commit, Topic};
+use aviary_core::domain::course::{Ask, Entry, Phase};
+use aviary_core::domain::split::{Side, Split};
+use aviary_core::domain::weights::{Weight, sticky_ticket};
 
 use super::broker::{Broker, Item, Transaction};
 use super::coverage::Coverage;

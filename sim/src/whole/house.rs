@@ -7,15 +7,15 @@ use std::sync::{Arc, Mutex};
 
 use aviary::adapters::memory::MemoryStore;
 use aviary::api::{self, ApiState};
-use aviary::domain::ids::{Incarnation, NodeId};
-use aviary::domain::time::{Mono, Now, Wall};
 use aviary::door::Accept;
 use aviary::node::run::{self, Parts};
 use aviary::ports::{Clock, Connection, Later, Listener, Network};
-use aviary::protocol::record::{Hash, Slot};
-use aviary::protocol::{Retention, Settings, Timings};
 use aviary::proxy;
 use aviary::proxy::settings::ProxySettings;
+use aviary_core::domain::ids::{Incarnation, NodeId};
+use aviary_core::domain::time::{Mono, Now, Wall};
+use aviary_core::protocol::record::{Hash, Slot};
+use aviary_core::protocol::{Retention, Settings, Timings};
 use tokio_util::sync::CancellationToken;
 use turmoil::net::{TcpListener, TcpStream};
 

@@ -5,21 +5,21 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use aviary::domain::analysis::Analysis;
-use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
-use aviary::domain::rollout::{Phase, Service};
-use aviary::domain::stats::Stats;
-use aviary::domain::time::{Mono, Now, Wall};
-use aviary::domain::weights::Weight;
-use aviary::domain::window::Evidence;
-use aviary::protocol::checkpoint::Checkpoint;
-use aviary::protocol::ledger::Ledger;
-use aviary::protocol::message::{Decision, Message};
-use aviary::protocol::record::{
+use aviary_core::domain::analysis::Analysis;
+use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
+use aviary_core::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary_core::domain::rollout::{Phase, Service};
+use aviary_core::domain::stats::Stats;
+use aviary_core::domain::time::{Mono, Now, Wall};
+use aviary_core::domain::weights::Weight;
+use aviary_core::domain::window::Evidence;
+use aviary_core::protocol::checkpoint::Checkpoint;
+use aviary_core::protocol::ledger::Ledger;
+use aviary_core::protocol::message::{Decision, Message};
+use aviary_core::protocol::record::{
     Act, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial, Slot,
 };
-use aviary::protocol::{
+use aviary_core::protocol::{
     Command, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Timings, View, codec,
 };
 

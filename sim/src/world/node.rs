@@ -46,7 +46,7 @@ impl<S> Node<S> {
     }
 
     /// What the data plane would serve: `node::handle::Published::effective_bp`.
-    pub fn effective_bp(&self, at: u64, serving: &aviary::protocol::Serving) -> u16 {
+    pub fn effective_bp(&self, at: u64, serving: &aviary_core::protocol::Serving) -> u16 {
         let Some((_, bp)) = &serving.canary else { return 0 };
         let Some(process) = &self.process else { return 0 };
         match (serving.lease_ms, process.lease) {

@@ -1,8 +1,8 @@
 //! What goes wrong, and how often.
 
-use aviary::domain::course::{Call, Phase};
-use aviary::domain::split::Side;
 use aviary::ports::Topic;
+use aviary_core::domain::course::{Call, Phase};
+use aviary_core::domain::split::Side;
 
 use super::World;
 use crate::dice::Dice;

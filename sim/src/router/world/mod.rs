@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use aviary::domain::course::Call;
-use aviary::domain::split::Side;
-use aviary::domain::weights::Weight;
 use aviary::ports::Topic;
 use aviary::router::engine::{Agreed, Engine, Plan};
+use aviary_core::domain::course::Call;
+use aviary_core::domain::split::Side;
+use aviary_core::domain::weights::Weight;
 
 mod faults;
 mod people;

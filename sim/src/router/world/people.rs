@@ -1,10 +1,10 @@
 //! What people and programs around the routers do: they write to the topics, ask for weights and ends, and read.
 
-use aviary::domain::course::{Ask, End, Entry};
-use aviary::domain::split::Side;
-use aviary::domain::weights::Weight;
 use aviary::ports::Topic;
 use aviary::router::engine::{Agreed, Steering};
+use aviary_core::domain::course::{Ask, End, Entry};
+use aviary_core::domain::split::Side;
+use aviary_core::domain::weights::Weight;
 
 use super::super::log::Fate;
 use super::super::truth::Known;

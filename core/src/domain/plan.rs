@@ -1,6 +1,6 @@
 //! A rollout as its author wrote it: the two versions, the stages, how traffic is assigned and judged.
 //!
-//! Made by [`crate::config::rollout`] from a file; everything here is already checked.
+//! Made from a file by the room that reads files; everything here is already checked.
 
 use serde::{Deserialize, Serialize};
 

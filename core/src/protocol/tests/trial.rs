@@ -6,10 +6,7 @@ use crate::protocol::Measurement;
 
 /// Compares with stable, in windows of 3 s.
 fn compared() -> Arc<RolloutSpec> {
-    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, \
-                canary: {version: v2}, steps: [{setWeight: 20}, {pause: {}}, {setWeight: 100}], \
-                analysis: {window: 3s, minSamples: 10, metrics: [{name: errors, strategy: SEQUENTIAL}]}}}";
-    Arc::new(crate::config::rollout::parse(text, "test").unwrap())
+    Arc::new(fixtures::rollout(&[fixtures::manual(2_000), fixtures::held(10_000, 0)], fixtures::errors_vs_stable()))
 }
 
 /// Returns three nodes 8.6 s after the beginning of a rollout that is compared with stable; there was no traffic in the first 1.6 s.
@@ -287,10 +284,8 @@ fn a_peer_that_never_hands_over_is_not_waited_for_for_ever() {
 #[test]
 fn evidence_of_a_step_is_none_for_the_next_one() {
     let mut rig = Rig::new();
-    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, \
-                canary: {version: v2}, steps: [{setWeight: 20}, {pause: {duration: 1s}}, {setWeight: 50}, {setWeight: 100}], \
-                analysis: {window: 3s, minSamples: 10, metrics: [{name: errors, strategy: SEQUENTIAL}]}}}";
-    rig.asked("a", 1, Op::Apply(Arc::new(crate::config::rollout::parse(text, "test").unwrap())));
+    let stages = [(2_000, 1_000), (5_000, 0), (10_000, 0)].map(|(bp, hold_ms)| fixtures::held(bp, hold_ms));
+    rig.asked("a", 1, Op::Apply(Arc::new(fixtures::rollout(&stages, fixtures::errors_vs_stable()))));
     let mut since = None;
     for _ in 0..2_000 {
         for name in ["a", "b", "c"].map(node) {
@@ -352,11 +347,8 @@ fn when_nothing_was_saved_the_trial_begins_anew_and_says_so() {
 #[test]
 fn a_window_is_no_promotion_while_another_system_that_counts_says_nothing_or_no() {
     let mut rig = Rig::new();
-    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, \
-                canary: {version: v2}, steps: [{setWeight: 20}, {pause: {}}, {setWeight: 100}], \
-                analysis: {window: 3s, metrics: [{name: failing, thresholdRange: {max: 0.05}, provider: {prometheus: {address: 'http://x:1', \
-                query: 'errors'}}}]}}}";
-    rig.asked("a", 1, Op::Apply(Arc::new(crate::config::rollout::parse(text, "test").unwrap())));
+    let stages = [fixtures::manual(2_000), fixtures::held(10_000, 0)];
+    rig.asked("a", 1, Op::Apply(Arc::new(fixtures::rollout(&stages, fixtures::by_query()))));
     rig.serve(3_000);
     for _ in 0..80 {
         for name in ["a", "b", "c"].map(node) {

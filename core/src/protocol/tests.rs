@@ -14,11 +14,13 @@ use super::record::{
     Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial, Slot,
 };
 use super::{Command, Core, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Settings};
+use crate::domain::analysis::Analysis;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
 use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::trial::Judgement;
 use crate::domain::window::Evidence;
+use crate::fixtures;
 
 mod trial;
 
@@ -33,9 +35,7 @@ fn service() -> ServiceId {
 }
 
 fn spec() -> Arc<RolloutSpec> {
-    let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, \
-                canary: {version: v2}, steps: [{setWeight: 5}, {pause: {}}, {setWeight: 100}]}}";
-    Arc::new(crate::config::rollout::parse(text, "test").unwrap())
+    Arc::new(fixtures::rollout(&[fixtures::manual(500), fixtures::held(10_000, 0)], Analysis::default()))
 }
 
 fn genesis() -> Chosen {

@@ -1,7 +1,7 @@
 //! How nodes agree: two-phase commit whose phases are also Paxos's, without IO.
 //!
 //! [`Core::handle`] takes the time and one [`Input`] and returns [`Output`]s. It never waits, reads a clock or draws a
-//! random number, so the node's shell ([`crate::node`]) and the simulator call exactly the same code.
+//! random number, so the node's shell and the simulator call exactly the same code.
 //!
 //! The shell's duties, in order:
 //! 1. Carry out the outputs of one call **in their order**, and all of them before the next call.
@@ -44,7 +44,7 @@ pub mod record;
 mod tests;
 mod watch;
 
-pub use core::{Core, Retention, Settings};
+pub use self::core::{Core, Retention, Settings};
 
 use checkpoint::Checkpoint;
 use message::{Message, Role};

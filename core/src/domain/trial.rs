@@ -314,9 +314,7 @@ mod tests {
 
     /// Returns a trial by limits alone, in windows of a minute.
     fn by_the_minute() -> Trial<u8> {
-        let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1}, canary: {version: v2}, \
-                    steps: [{setWeight: 100}], analysis: {window: 1m, minSamples: 1}}}";
-        Trial::new(crate::config::rollout::parse(text, "test").unwrap().analysis, None, 250, 0)
+        Trial::new(Analysis { window_ms: 60_000, min_samples: 1, ..Analysis::default() }, None, 250, 0)
     }
 
     fn failing() -> Sighting {
