@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use crate::domain::course::Call;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::split::Side;
+use crate::domain::text::bounded;
 use crate::domain::time::Now;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
@@ -127,7 +128,7 @@ pub trait Listener: Send {
 pub struct OutsideError {
     /// What it is.
     pub what: String,
-    /// Its answer, and what an operator can do.
+    /// Its answer, and what an operator can do; cut where it is long.
     pub why: String,
     /// Another process does this work: it isn't tried again.
     pub replaced: bool,
@@ -136,7 +137,7 @@ pub struct OutsideError {
 impl OutsideError {
     /// Returns what `what` answered.
     pub fn new(what: impl Into<String>, why: impl ToString) -> Self {
-        Self { what: what.into(), why: why.to_string(), replaced: false }
+        Self { what: what.into(), why: bounded(why.to_string()), replaced: false }
     }
 
     /// Returns that another process has taken over what this one did with `what`.

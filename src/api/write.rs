@@ -15,6 +15,7 @@ use tracing::info;
 
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::routing::RoutingState;
+use crate::domain::text::bounded;
 use crate::node::log::weights_json;
 use crate::protocol::record::ConfigChange;
 use crate::protocol::{Op, Outcome};
@@ -53,9 +54,6 @@ struct Details {
     reason: Option<String>,
 }
 
-/// Longest reason that is kept.
-const REASON_CHARACTERS_MAX: usize = 500;
-
 /// `POST /v1/rollouts/{name}/{verb}`.
 pub async fn change(
     State(state): State<ApiState>,
@@ -73,7 +71,7 @@ pub async fn change(
         Ok(details) => details,
         Err(why) => return error(StatusCode::BAD_REQUEST, format!("{why}; expected {{\"full\": …, \"reason\": …}}")),
     };
-    let reason: String = reason.unwrap_or_default().chars().take(REASON_CHARACTERS_MAX).collect();
+    let reason = bounded(reason.unwrap_or_default());
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
     let reason = actor.as_ref().map_or_else(|| reason.clone(), |actor| format!("{reason} (by {})", actor.name));
     let op = match verb.as_str() {

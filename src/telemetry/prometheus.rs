@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::ServiceId;
 use crate::domain::query::Query;
+use crate::domain::text::bounded;
 use crate::domain::time::Mono;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Measurement, ServiceView};
@@ -27,11 +28,15 @@ const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
 type Http = Client<HttpConnector, Full<Bytes>>;
 
-/// Asks for the metrics of every rollout under way, each as often as its file says, until `shutdown`.
-pub async fn run(node: NodeHandle, shutdown: CancellationToken) {
+fn client() -> Http {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(ANSWER_MAX));
-    let client: Http = Client::builder(TokioExecutor::new()).build(connector);
+    Client::builder(TokioExecutor::new()).build(connector)
+}
+
+/// Asks for the metrics of every rollout under way, each as often as its file says, until `shutdown`.
+pub async fn run(node: NodeHandle, shutdown: CancellationToken) {
+    let client = client();
     let mut due: BTreeMap<(ServiceId, String, u64), Mono> = BTreeMap::new();
     let mut tick = tokio::time::interval(LOOK);
     loop {
@@ -69,14 +74,19 @@ async fn ask(node: NodeHandle, client: Http, service: ServiceId, shown: Arc<Serv
         spec.canary.version.as_str(),
         spec.analysis.window_ms,
     );
+    let value = measure(&client, &query, &text).await;
+    metrics::counter!("aviary_queries_total", "outcome" => if value.is_ok() { "ok" } else { "error" }).increment(1);
+    node.measured(Measurement { service, routing_version: routing.version, name: query.name, value }).await;
+}
+
+/// Returns what a query's provider answers to `text`, or why there is no value, which is cut where the provider is wordy.
+async fn measure(client: &Http, query: &Query, text: &str) -> Result<f64, String> {
     let limit = ANSWER_MAX.min(Duration::from_millis(query.interval_ms));
-    let value = match tokio::time::timeout(limit, answer(&client, &query.address, &text)).await {
+    let value = match tokio::time::timeout(limit, answer(client, &query.address, text)).await {
         Ok(value) => value,
         Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
     };
-    let value = value.map_err(|why| format!("{}: {why}", query.address));
-    metrics::counter!("aviary_queries_total", "outcome" => if value.is_ok() { "ok" } else { "error" }).increment(1);
-    node.measured(Measurement { service, routing_version: routing.version, name: query.name, value }).await;
+    value.map_err(|why| bounded(format!("{}: {why}", query.address)))
 }
 
 /// Returns the value of an instant query that gives one.
@@ -108,4 +118,51 @@ async fn answer(client: &Http, address: &str, query: &str) -> Result<f64, String
     };
     let text = sample.as_str().unwrap_or_default();
     text.parse().map_err(|_| format!("{text:?}, expected a number"))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::routing::post;
+    use serde_json::json;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::domain::analysis::OnFailure;
+    use crate::domain::text::{CHARACTERS_MAX, CUT};
+
+    /// Returns what is measured where a provider answers with this.
+    async fn measured(answer: Value) -> Result<f64, String> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let provider = Router::new().route("/api/v1/query", post(async move || axum::Json(answer)));
+        let served = tokio::spawn(axum::serve(listener, provider).into_future());
+        let query = Query {
+            name: "errors".into(),
+            address,
+            template: "errors".into(),
+            interval_ms: 5_000,
+            min: None,
+            max: None,
+            on_failure: OnFailure::Pause,
+        };
+        let value = measure(&client(), &query, "errors").await;
+        served.abort();
+        value
+    }
+
+    #[tokio::test]
+    async fn a_value_is_read_and_a_wordy_provider_is_cut() {
+        let vector = json!([{"metric": {}, "value": [1.0, "0.25"]}]);
+        let answer = json!({"status": "success", "data": {"resultType": "vector", "result": vector}});
+        assert_eq!(measured(answer).await, Ok(0.25));
+        let essay = "ü".repeat(30_000);
+        let no_number = json!({"status": "success", "data": {"resultType": "scalar", "result": [1.0, essay]}});
+        let no_type = json!({"status": "success", "data": {"resultType": essay, "result": []}});
+        for answer in [json!({"status": "error", "error": essay}), no_number, no_type] {
+            let why = measured(answer).await.unwrap_err();
+            assert!(why.starts_with("http://127.0.0.1:") && why.contains("üüü") && why.ends_with(CUT), "{why}");
+            assert_eq!(why.chars().count(), CHARACTERS_MAX + CUT.chars().count());
+        }
+    }
 }

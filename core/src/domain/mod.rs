@@ -13,6 +13,7 @@ pub mod routing;
 pub mod sequential;
 pub mod split;
 pub mod stats;
+pub mod text;
 pub mod time;
 pub mod timeline;
 pub mod trial;

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
 use crate::domain::rollout::{Change, ChangeError, Phase};
+use crate::domain::text::bounded;
 use crate::domain::time::Mono;
 
 use super::core::Core;
@@ -384,7 +385,7 @@ impl Core {
         let (mut reasons, mut missing) = (Vec::new(), Vec::new());
         for node in self.ledger.membership.gate_voters() {
             match (votes.get(node), refused.get(node)) {
-                (Some((_, GateVote::Yes(why))), _) => drop(yes.insert(node.clone(), why.clone())),
+                (Some((_, GateVote::Yes(why))), _) => drop(yes.insert(node.clone(), bounded(why.clone()))),
                 (Some((_, GateVote::No(why))), _) => reasons.push(format!("{node}: no: {why}")),
                 (Some((_, GateVote::Abstain(why))), _) => reasons.push(format!("{node}: abstains: {why}")),
                 (None, Some(why)) => reasons.push(format!("{node}: {why}")),
@@ -408,6 +409,7 @@ impl Core {
 
     fn propose_abort(&mut self, intent: Intent, reasons: Vec<String>) {
         let (service, refused) = (intent.act.service().cloned(), intent.act.name().into());
+        let reasons = reasons.into_iter().map(bounded).collect();
         self.propose_intent(Intent { act: Act::Abort { service, refused, reasons }, ..intent }, None);
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
 use crate::domain::routing::{RoutingState, Status};
+use crate::domain::text::bounded;
 use crate::domain::time::{Mono, Now};
 
 use super::checkpoint::{Checkpoint, Incoming, Part};
@@ -280,7 +281,7 @@ impl Core {
                 self.on_breaker(&service, routing_version, reason);
             }
             Input::Measured(measurement) => self.on_measured(measurement),
-            Input::Guarded(away) => self.away = away,
+            Input::Guarded(away) => self.away = away.map(bounded),
             Input::Operator(command) => self.on_command(command),
             Input::Read(request) => self.on_read(request),
         }

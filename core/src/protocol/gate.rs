@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use crate::domain::analysis::{Analysis, Verdict};
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
 use crate::domain::rollout::Change;
+use crate::domain::text::bounded;
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
 use crate::domain::window::{Evidence, Window};
@@ -117,6 +118,7 @@ impl Core {
 
     pub(super) fn on_measured(&mut self, measurement: Measurement) {
         let Measurement { service, routing_version, name, value } = measurement;
+        let value = value.map_err(bounded);
         let now = self.now.mono;
         if let Some(gate) = self.gates.get_mut(&service).filter(|gate| gate.routing_version == routing_version) {
             gate.measured.insert(name, (now, value));
@@ -138,18 +140,20 @@ impl Core {
             return;
         }
         let service = snapshot.service.clone();
-        let brake = snapshot.brake.is_some();
         let gate = self.gates.get_mut(&service).expect("a gate just read");
-        gate.snapshots.insert(from.clone(), (self.now.mono, HealthSnapshot { handover: None, ..snapshot }));
+        let brake = snapshot.brake.map(bounded);
+        let snapshot = HealthSnapshot { brake, handover: None, ..snapshot };
+        let is_braked = snapshot.brake.is_some();
+        gate.snapshots.insert(from.clone(), (self.now.mono, snapshot));
         self.judge(&service);
-        if brake {
+        if is_braked {
             self.tick_autopilot(&[service]);
         }
     }
 
     pub(super) fn on_breaker(&mut self, service: &ServiceId, routing_version: u64, reason: String) {
         if self.gates.get(service).is_some_and(|gate| gate.routing_version == routing_version) {
-            self.brake(service, reason);
+            self.brake(service, bounded(reason));
         }
     }
 

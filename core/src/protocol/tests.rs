@@ -9,7 +9,7 @@ use super::Timings;
 use super::checkpoint::Checkpoint;
 use super::codec;
 use super::ledger::Ledger;
-use super::message::{Answer, Decision, GateVote, Message, Refusal};
+use super::message::{Answer, Decision, GateVote, HealthSnapshot, Message, Refusal, Vote};
 use super::record::{
     Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial, Slot,
 };
@@ -22,6 +22,7 @@ use crate::domain::trial::Judgement;
 use crate::domain::window::Evidence;
 use crate::fixtures;
 
+mod text;
 mod trial;
 
 const CLUSTER: ClusterId = ClusterId([7; 16]);
