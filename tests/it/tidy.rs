@@ -84,6 +84,22 @@ fn rooms_import_only_what_they_may() {
     assert!(wrong.is_empty(), "imports against the house's directions:\n{wrong:#?}");
 }
 
+/// Returns what stands between the first `before` in a file of the project and the next double quote or `-`.
+fn found_in(file: &str, before: &str) -> String {
+    let text = fs::read_to_string(root().with_file_name(file)).unwrap();
+    let rest = text.split_once(before).unwrap_or_else(|| panic!("{file}: expected {before:?}")).1;
+    rest.split(['"', '-']).next().unwrap().to_string()
+}
+
+#[test]
+fn the_image_is_built_with_the_pinned_toolchain() {
+    let pinned = found_in("rust-toolchain.toml", "channel = \"");
+    assert_eq!(found_in("deploy/Dockerfile", "FROM rust:"), pinned);
+    let number = |version: &str| version.split('.').map(|part| part.parse().unwrap()).collect::<Vec<u32>>();
+    let oldest = found_in("Cargo.toml", "rust-version = \"");
+    assert!(number(&oldest) <= number(&pinned), "rust-version is {oldest}, expected at most {pinned}");
+}
+
 #[test]
 fn nothing_is_left_to_do_in_comments() {
     let words = ["TO", "FIX"].map(|half| format!("{half}{}", if half == "TO" { "DO" } else { "ME" }));
