@@ -1,4 +1,25 @@
-//! Aviary: safe weighted rollouts. The map of the house, in reading order.
+//! Aviary: safe weighted rollouts. The map of its rooms, in reading order; `ARCHITECTURE.md` gives the reasons.
+//!
+//! The core is a crate of its own, `aviary-core`, without IO, clock or runtime:
+//!
+//! 1. [`domain`]: what a rollout is. Start at [`domain::rollout::Service::after`], which says what each change does.
+//! 2. [`protocol`]: how nodes agree. Start at [`protocol::Core::handle`], one input in, effects out.
+//!
+//! The shell around it is this crate:
+//!
+//! 3. [`ports`]: the traits through which the shell reaches disks, networks, clocks, event sources and sinks.
+//! 4. [`node`]: the loop that feeds the core one input at a time, persists, then sends; links and frames between nodes.
+//! 5. [`adapters`]: what implements the ports: disk, TLS, Kafka, Redis, Prometheus, memory.
+//! 6. [`door`]: what both HTTP listeners share: accepting, limiting and closing connections.
+//! 7. [`proxy`]: the data plane, which forwards clients' requests by the published weights and counts their outcomes.
+//! 8. [`telemetry`]: events that other programs report, read, checked, deduplicated and counted.
+//! 9. [`decisions`]: what the cluster decided, read from the log and published to streams, Kafka and Redis.
+//! 10. [`router`]: splits a Kafka topic's records between the stable and the canary service.
+//! 11. [`schema`]: the code that is generated from `proto/`.
+//! 12. [`api`]: the operators' HTTP and gRPC API.
+//! 13. [`config`]: the files that people write, checked once, at the edge.
+//! 14. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
+//! 15. [`cli`]: the command line, a file for each verb or small group of verbs.
 
 pub use aviary_core::{domain, protocol};
 

@@ -100,7 +100,7 @@ impl KafkaBroker {
         Ok(wanted.into_iter().map(|(topic, _)| topic).collect())
     }
 
-    /// Returns what [`Broker::open`] does, without becoming the router: for those who only look.
+    /// Returns what [`Broker::open`](crate::ports::Broker::open) does, without becoming the router: for those who only look.
     pub fn look(&self) -> Result<Opened, OutsideError> {
         let partitions = self.partitions(&self.names.topics[0])?;
         let (Some(partitions), Some(_)) = (partitions, self.partitions(&self.names.control)?) else {
