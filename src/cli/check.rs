@@ -10,7 +10,7 @@ use super::Exit;
 /// Verbs of `aviary config`.
 #[derive(Debug, Subcommand)]
 pub enum ConfigVerb {
-    /// Check node files (TOML) and rollout files (YAML).
+    /// Check the files of nodes (TOML), rollouts and routers (YAML).
     Check(CheckArgs),
 }
 
@@ -18,12 +18,12 @@ pub enum ConfigVerb {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary config check config/*.toml config/rollout.yaml")]
 pub struct CheckArgs {
-    /// The files; the ending says which kind: .toml a node, .yaml or .yml a rollout.
+    /// Files to check: `.toml` is a node's file, `.yaml` or `.yml` a rollout or a router.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 }
 
-/// Checks all files, and tells of each what is wrong with it.
+/// Checks each file and prints its first error, or `ok`; exits with 1 if any file has an error.
 pub fn run(verb: &ConfigVerb) -> anyhow::Result<Exit> {
     let ConfigVerb::Check(args) = verb;
     let mut exit = Exit::Done;
@@ -50,9 +50,9 @@ fn check(file: &Path) -> anyhow::Result<()> {
             }
         }
         found => {
-            let found = found.map_or("none".into(), |ending| format!(".{ending}"));
+            let found = found.map_or("no extension".into(), |ending| format!(".{ending}"));
             anyhow::bail!(
-                "{}: ending is {found}, expected .toml (a node) or .yaml (a rollout, a router)",
+                "{}: the file ends in {found}, expected .toml (a node) or .yaml (a rollout or a router)",
                 file.display()
             )
         }

@@ -191,8 +191,9 @@ impl Api {
         let token = match token {
             None => None,
             Some(token) => {
-                let mut value = HeaderValue::try_from(format!("Bearer {token}"))
-                    .context("the token contains a character that no header may have")?;
+                let mut value = HeaderValue::try_from(format!("Bearer {token}")).context(
+                    "the token contains a character that is not allowed in a header, expected printable ASCII",
+                )?;
                 value.set_sensitive(true);
                 Some(value)
             }
@@ -246,7 +247,7 @@ impl Api {
                 Ok(answer) => answer.error(),
                 Err(error) => error.to_string(),
             };
-            eprintln!("outcome open, asking again with the same key: {why}");
+            eprintln!("outcome unknown, retrying with the same key: {why}");
             self.last.fetch_add(1, Ordering::Relaxed);
             sleep(RETRY_PAUSE).await;
         }

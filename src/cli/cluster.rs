@@ -24,44 +24,44 @@ use super::{Exit, read, show};
 /// Verbs of `aviary cluster`.
 #[derive(Debug, Subcommand)]
 pub enum ClusterVerb {
-    /// Make the nodes' identities and the first record of their log; run once, before the nodes.
+    /// Create a cluster: certificates, data directories and the first record of the log. Run it once, before the nodes.
     Init(InitArgs),
-    /// Make a node's certificate again, before it ends; a node that runs takes it up by itself.
+    /// Renew a node's certificate. A running node loads the new one by itself.
     Issue(IssueArgs),
-    /// Found a new cluster from one node's data, when the majority's disks are lost for good; offline.
+    /// Create a new cluster from one node's data, after a majority lost their disks. The node must be stopped.
     ForceNew(ForceNewArgs),
-    /// Make a new node's data directory, for a cluster that runs.
+    /// Create the data directory of a new node for an existing cluster.
     Join(JoinArgs),
-    /// Make a node a voter; `join` shows its incarnation, and it must run.
+    /// Make a running node a voter; `join` printed its incarnation.
     Add(ReadmitArgs),
-    /// Go on without a node for good.
+    /// Remove a node from the cluster permanently.
     Remove(MemberArgs),
-    /// Show the members, who coordinates, and how far each one is.
+    /// Show the members, the coordinator, and each member's last log slot.
     Status,
-    /// Let rollouts go on without this node's Yes, while it is repaired; it serves stable only.
+    /// Exclude a node from promotion votes, for example during a repair. It serves stable only.
     Bench(MemberArgs),
-    /// Need this node's Yes again.
+    /// Include a node in promotion votes again.
     Unbench(MemberArgs),
-    /// Count a node's votes again after its disk was lost: it shows its new incarnation in `cluster status`.
+    /// Restore a node's vote after its disk was replaced. `cluster status` shows its new incarnation.
     Readmit(ReadmitArgs),
 }
 
 /// Arguments of `aviary cluster init`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:\n  aviary cluster init --config config/node-a.toml --config config/node-b.toml \
-    --config config/node-c.toml\n\nA data directory that holds anything is refused and left as it is.")]
+    --config config/node-c.toml\n\nA data directory that is not empty is refused and not changed.")]
 pub struct InitArgs {
-    /// A node's file (TOML); once for each node.
+    /// File of a node (TOML); repeat the option for each node.
     #[arg(long, value_name = "FILE", required = true)]
     pub config: Vec<PathBuf>,
-    /// Makes each node's data in ROOT/<node id>, whatever the files say: for trials beside data that matters.
+    /// Creates each node's data in ROOT/NODE instead of the `data_dir` of its file, for trials.
     #[arg(long, value_name = "ROOT")]
     pub data_root: Option<PathBuf>,
-    /// Where the cluster's certificate authority is made; default: `ca` beside the first node's data. Keep it, off the
-    /// nodes: whoever has its key can be any node.
+    /// Directory for the cluster's certificate authority; default: `ca` beside the first node's data. Keep it off the nodes:
+    /// its key can issue a certificate for any node.
     #[arg(long, value_name = "DIR")]
     pub ca: Option<PathBuf>,
-    /// How long the nodes' certificates are good for.
+    /// Validity of the nodes' certificates.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     pub valid: Duration,
 }
@@ -69,18 +69,18 @@ pub struct InitArgs {
 /// Arguments of `aviary cluster issue`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:\n  aviary cluster issue --ca data/ca --config config/node-b.toml\n\n\
-    The old certificate stays good until it ends.")]
+    The old certificate stays valid until it expires.")]
 pub struct IssueArgs {
-    /// The authority's directory, as `cluster init` made it.
+    /// Directory of the certificate authority that `cluster init` created.
     #[arg(long, value_name = "DIR")]
     ca: PathBuf,
     /// The node's file (TOML).
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Where the node's data is, if `cluster init` was given it: ROOT/<node id>.
+    /// The --data-root that `cluster init` was given, if any.
     #[arg(long, value_name = "ROOT")]
     data_root: Option<PathBuf>,
-    /// How long the certificate is good for.
+    /// Validity of the certificate.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
 }
@@ -88,20 +88,20 @@ pub struct IssueArgs {
 /// Arguments of `aviary cluster force-new`.
 #[derive(Debug, Clone, Args)]
 #[command(
-    after_help = "What the lost nodes decided and this one did not hear of is gone: that is why it asks. All canary traffic\n\
-    goes to stable, the cluster gets a new id, and nodes of the old one are refused. Stop the surviving node first.\n\n\
+    after_help = "Decisions that only the lost nodes knew are lost, so the command asks for confirmation. All traffic goes to stable,\n\
+    the cluster gets a new id, and it refuses nodes of the old cluster. Stop the surviving node first.\n\n\
     Example, after two of three disks were lost:\n  aviary cluster force-new --from data/node-a --config config/node-a.toml \\\n    \
     --config config/node-b.toml --config config/node-c.toml --data-root data-new"
 )]
 pub struct ForceNewArgs {
-    /// The surviving node's data directory; it is read, and left as it is.
+    /// Data directory of the surviving node; it is only read.
     #[arg(long, value_name = "DIR")]
     from: PathBuf,
     #[command(flatten)]
     init: InitArgs,
 }
 
-/// Founds a cluster from what one node of another still has.
+/// Creates a cluster that continues from one node's data of another cluster; asks for confirmation on standard input.
 pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
     let Recovered { ledger, log, register, notes, .. } = DiskStore::open(&args.from)?;
     notes.iter().for_each(|note| eprintln!("note: {note}"));
@@ -118,15 +118,17 @@ pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
     println!("{}: cluster {old}, {} slots, {} services", args.from.display(), ledger.head, ledger.services.len());
     if let Some(lost) = register.as_ref().filter(|register| register.head > ledger.head) {
         println!(
-            "slots {} to {} are lost: the register remembers them, the log does not hold them",
+            "slots {} to {} are lost: the register names them, but the log does not contain them",
             ledger.head.next(),
             lost.head
         );
     }
-    println!("What this node did not hear of is gone for good. Type the cluster's id to found a new cluster from it:");
+    println!(
+        "Decisions that this node does not know are lost. To create a new cluster from its data, type the cluster id:"
+    );
     let mut typed = String::new();
     std::io::stdin().read_line(&mut typed)?;
-    anyhow::ensure!(typed.trim() == old.to_string(), "found {:?}, expected {old}: nothing was done", typed.trim());
+    anyhow::ensure!(typed.trim() == old.to_string(), "found {:?}, expected {old}: nothing was changed", typed.trim());
     found(&args.init, |founding| {
         let Act::Genesis { cluster, members } = &founding.genesis.record.intent.act else {
             unreachable!("a founding begins with a genesis");
@@ -143,16 +145,16 @@ pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
     3. aviary node --config config/node-d.toml\n  4. aviary cluster add d --incarnation HEX"
 )]
 pub struct JoinArgs {
-    /// Data directory of a node of the cluster, or a directory with its file `genesis`.
+    /// Data directory of an existing node, or a directory with a copy of its file `genesis`.
     #[arg(long, value_name = "DIR")]
     genesis: PathBuf,
-    /// The authority's directory, as `cluster init` made it; not needed with control.plaintext = true.
+    /// Directory of the certificate authority that `cluster init` created; not needed with control.plaintext = true.
     #[arg(long, value_name = "DIR")]
     ca: Option<PathBuf>,
-    /// The new node's file (TOML).
+    /// File of the new node (TOML).
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// How long its certificate is good for.
+    /// Validity of its certificate.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
 }
@@ -162,20 +164,30 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
     let config = super::node::load(&args.config, None)?;
     let genesis = DiskStore::read_genesis(&args.genesis)?;
     let Act::Genesis { cluster, members } = &genesis.record.intent.act else {
-        anyhow::bail!("{}: its first record is no genesis", args.genesis.display());
+        anyhow::bail!(
+            "{}: the first record is not a genesis record, expected the genesis of a cluster",
+            args.genesis.display()
+        );
     };
     let node = config.id.clone();
     anyhow::ensure!(
         !members.0.contains_key(&node),
-        "node {node} is one of the cluster's first nodes, expected a new one"
+        "node {node} is already in the cluster's genesis, expected a new node id"
     );
     let issued = match (identity_files(&config), &args.ca) {
         (None, _) => None,
-        (Some(_), None) => anyhow::bail!("--ca is missing: {} expects an identity", config.file.display()),
+        (Some(_), None) => anyhow::bail!(
+            "--ca is missing, expected the certificate authority: {} uses mutual TLS",
+            config.file.display()
+        ),
         (Some(files), Some(ca)) => {
             let authority = Authority::load(ca)?;
             let found = authority.cluster();
-            anyhow::ensure!(found == *cluster, "{} is cluster {found}'s, expected {cluster}'s", ca.display());
+            anyhow::ensure!(
+                found == *cluster,
+                "{} belongs to cluster {found}, expected cluster {cluster}",
+                ca.display()
+            );
             Some((files, authority.issue(&node, args.valid)?))
         }
     };
@@ -194,21 +206,21 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
         issued.install(&files)?;
     }
     println!("node {node} of cluster {cluster}: {}", config.data_dir.display());
-    println!("start it, then: aviary cluster add {node} --incarnation {}", register.incarnation);
+    println!("next: start the node, then run: aviary cluster add {node} --incarnation {}", register.incarnation);
     Ok(())
 }
 
-/// Makes a node's identity again.
+/// Renews a node's certificate and key.
 pub fn issue(args: &IssueArgs) -> anyhow::Result<()> {
     let config = super::node::load(&args.config, args.data_root.as_deref())?;
     let authority = Authority::load(&args.ca)?;
     let Some(files) = identity_files(&config) else {
-        anyhow::bail!("{} has control.plaintext = true, expected a node with an identity", config.file.display());
+        anyhow::bail!("{} has control.plaintext = true, expected a node that uses mutual TLS", config.file.display());
     };
     authority.issue(&config.id, args.valid)?.install(&files)?;
     let valid = humantime::format_duration(args.valid);
     println!(
-        "node {} of cluster {}: {}, good for {valid}",
+        "node {} of cluster {}: {}, valid for {valid}",
         config.id,
         authority.cluster(),
         files.certificate.display()
@@ -216,7 +228,7 @@ pub fn issue(args: &IssueArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A node, and how the change is sent.
+/// A node id, and the options of a write.
 #[derive(Debug, Args)]
 pub struct MemberArgs {
     /// The node's id, such as c.
@@ -225,12 +237,12 @@ pub struct MemberArgs {
     write: WriteArgs,
 }
 
-/// A node's new run of its disk, and how the change is sent.
+/// A node id, the incarnation of its data, and the options of a write.
 #[derive(Debug, Args)]
 pub struct ReadmitArgs {
     /// The node's id, such as c.
     node: String,
-    /// The incarnation to count, as the node logs it at start: 16 hexadecimal digits.
+    /// Incarnation whose votes are to count, 16 hexadecimal digits; the node logs it at start.
     #[arg(long, value_name = "HEX", value_parser = incarnation)]
     incarnation: String,
     #[command(flatten)]
@@ -262,7 +274,7 @@ fn found(
         let entries = std::fs::read_dir(&config.data_dir).map(|mut entries| entries.next().is_some());
         anyhow::ensure!(
             !entries.unwrap_or(false),
-            "{} is not empty, expected a new directory: a cluster is made once",
+            "{} is not empty, expected a new or empty directory",
             config.data_dir.display()
         );
     }
@@ -287,7 +299,10 @@ fn found(
         println!("node {}: {}", config.id, config.data_dir.display());
     }
     if authority.is_some() {
-        println!("certificate authority: {} (keep it, off the nodes: its key can make any node)", ca.display());
+        println!(
+            "certificate authority: {} (keep it off the nodes: its key can issue a certificate for any node)",
+            ca.display()
+        );
     }
     Ok(())
 }
@@ -318,7 +333,7 @@ async fn change(api: &Api, verb: &str, body: Value, args: WriteArgs, format: For
     Ok(write::send(api, path, "application/json", body.to_string(), args, format).await?.0)
 }
 
-/// Returns the cluster for people.
+/// Formats the cluster's state for a terminal.
 pub fn status(json: &Value) -> String {
     let head = facts(&[
         ("cluster", ["cluster_id", "cluster"].map(|key| show::text(json, key)).concat()),

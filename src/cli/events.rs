@@ -1,4 +1,4 @@
-//! `aviary events`: what happened, one line each; with `-f`, as it happens.
+//! `aviary events`: prints the cluster's events, one per line; `-f` follows new ones.
 
 use std::time::Duration;
 
@@ -12,13 +12,13 @@ use super::{Exit, show};
 
 /// Arguments of `aviary events`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  aviary events                    everything so far\n  \
-    aviary events -f                 what happens from here on\n  aviary events -f --after 120     from slot 121 on")]
+#[command(after_help = "Examples:\n  aviary events                    all events in the log\n  \
+    aviary events -f                 new events only\n  aviary events -f --after 120     events from slot 121 on")]
 pub struct EventsArgs {
-    /// Go on as things happen; without it, end once the stream has been silent for half a second.
+    /// Follow new events; without it, the command ends after 0.5 s without an event.
     #[arg(short, long)]
     follow: bool,
-    /// Begin after this slot. Default: 0, or with -f what happens from here on.
+    /// Begin after this slot; default: 0, with -f only new events.
     #[arg(long, value_name = "SLOT")]
     after: Option<u64>,
 }
@@ -26,7 +26,7 @@ pub struct EventsArgs {
 const SILENCE: Duration = Duration::from_millis(500);
 const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// Prints events.
+/// Prints events, one per line, until the stream is silent or Ctrl-C.
 pub async fn run(api: &Api, args: &EventsArgs, format: Format) -> anyhow::Result<Exit> {
     let after = if args.follow { args.after } else { Some(args.after.unwrap_or(0)) };
     let mut feed = api.follow(after);
@@ -49,7 +49,7 @@ pub async fn run(api: &Api, args: &EventsArgs, format: Format) -> anyhow::Result
                 return Err(Unreachable::new(lost).into());
             }
             Some(Feed::Lost(why)) => {
-                eprintln!("stream lost, trying the next node: {why}");
+                eprintln!("event stream lost, trying the next node: {why}");
                 lost.push(why);
             }
             Some(Feed::Refused(why)) => anyhow::bail!(why),

@@ -1,4 +1,4 @@
-//! `aviary judge`: recorded or live requests in, verdicts with their evidence out, as lines of JSON.
+//! `aviary judge`: reads recorded or live requests, and prints verdicts with their evidence as lines of JSON.
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
@@ -13,18 +13,18 @@ use crate::domain::trial::Judgement;
 
 /// Arguments of `aviary judge`.
 #[derive(Debug, Args)]
-#[command(after_help = format!("Standard input, one object a line, in the order of arrival:\n{LINES}\n\nEach tick is answered with one \
-    line; without ticks there is one for each second of the requests' own time.\nSee also `aviary replay`, which prints decisions only."))]
+#[command(after_help = format!("Standard input: one JSON object per line, in order of arrival:\n{LINES}\n\nEach tick gives one line of \
+    output. Without ticks, each second of the requests' own time gives one.\nSee also `aviary replay`, which prints decisions only."))]
 pub struct JudgeArgs {
-    /// Judge as this rollout file says; without one: SEQUENTIAL, by errors, median and 95th percentile.
+    /// Rollout file with the analysis rules; default: SEQUENTIAL on errors, median and 95th percentile latency.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Probability of ever rolling back a canary that is no worse than tolerated, 0.0001 to 0.5; default the file's, or 0.01.
+    /// Bound on the probability of ever rolling back a canary within tolerance, 0.0001 to 0.5; default: the file's, or 0.01.
     #[arg(long, value_name = "P")]
     alpha: Option<f64>,
 }
 
-/// Judges standard input.
+/// Analyses standard input and prints one line of JSON for each tick.
 pub fn run(args: &JudgeArgs) -> anyhow::Result<Exit> {
     let mut feed = Feed::new(Rules::load(args.file.as_deref(), args.alpha)?);
     let (input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());

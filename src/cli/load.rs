@@ -1,4 +1,4 @@
-//! `aviary load`: steady traffic, and who answered it.
+//! `aviary load`: sends requests at a constant rate and counts the answers by version.
 //!
 //! The loop is open: requests leave by the clock, not when answers come, and latency counts from the moment a request
 //! was due, so that a slow server can't hide behind fewer requests.
@@ -25,35 +25,35 @@ use crate::domain::stats::Stats;
 /// Arguments of `aviary load`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary load --url http://127.0.0.1:8081/predict,http://127.0.0.1:8082/predict \
-    --rate 200 --duration 30s\n\nWith -o json: one object a second, then a last one with \"summary\": true.\n\
-    Exit code 2 when not a single request was answered.")]
+    --rate 200 --duration 30s\n\n-o json prints one object per second, then a last one with \"summary\": true.\n\
+    Exit code 2: no request was answered.")]
 pub struct LoadArgs {
-    /// Where to send requests, in turn.
+    /// URLs to send requests to, in turn.
     #[arg(long, value_delimiter = ',', required = true, value_name = "URL[,URL…]")]
     url: Vec<Uri>,
-    /// Requests a second, over all URLs.
+    /// Requests per second, over all URLs.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     rate: u64,
-    /// How long; without it, until Ctrl-C.
+    /// Duration of the run; default: until Ctrl-C.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     duration: Option<Duration>,
-    /// Draw an X-User-ID header from this many users.
+    /// Add a header X-User-ID, drawn at random from this many users.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     users: Option<u64>,
-    /// Body to POST; without it, requests are GET.
+    /// Body to send with POST; without it, requests are GET.
     #[arg(long, value_name = "TEXT")]
     body: Option<String>,
-    /// Most requests under way at once; those due beyond it are counted as not sent.
+    /// Maximum of concurrent requests; a request that would exceed it is counted as not sent.
     #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=65_536))]
     concurrency: u64,
-    /// Also write what -o json prints to this file.
+    /// Also write the output of -o json to this file.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 }
 
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
-/// One request's end.
+/// Result of one request.
 #[derive(Debug, Clone)]
 struct Sample {
     node: Arc<str>,
@@ -72,7 +72,7 @@ impl Sample {
     }
 }
 
-/// What one version answered: at one node, or at all of them.
+/// Answers of one version, counted at one node or at all of them.
 #[derive(Debug, Clone, Default)]
 struct Answers {
     count: u64,

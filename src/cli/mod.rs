@@ -36,16 +36,16 @@ use crate::ports::OutsideError;
 use client::{Address, Api, Unreachable};
 use output::Format;
 
-/// How the program ends, for scripts.
+/// Exit code of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// Done, or the rollout completed.
+    /// 0: done, or the rollout completed.
     Done,
-    /// Refused, aborted, rolled back, paused, or a file that isn't right.
+    /// 1: the cluster refused, aborted, rolled back or paused, or a file has an error.
     Refused,
-    /// Timeout, no quorum, or no node answered: it may be tried again.
+    /// 2: timeout, no quorum, or no node answered; a retry may succeed.
     Unavailable,
-    /// The command line itself is wrong.
+    /// 64: the command line has an error.
     Usage,
 }
 
@@ -69,26 +69,26 @@ impl From<Exit> for ExitCode {
 const EXAMPLES: &str = "\
 Examples:
   aviary apply -f config/rollout.yaml --wait     start a rollout and follow it to its end
-  aviary watch fraud-model                       the same, as a live picture
-  aviary abort fraud-model --reason 'odd scores' everything back to stable; never waits for a gate
-  aviary get fraud-model --all-nodes             what each node serves by, and whether they agree
-  aviary get fraud-model --field phase           one field, for scripts
+  aviary watch fraud-model                       show the same on a live screen
+  aviary abort fraud-model --reason 'odd scores' send all traffic to stable, without a health vote
+  aviary get fraud-model --all-nodes             compare the routing of all nodes
+  aviary get fraud-model --field phase           print one field, for scripts
   aviary cluster bench c                         let rollouts go on while node c is repaired
   aviary upstream --listen 127.0.0.1:9101 --version v1
   aviary load --url http://127.0.0.1:8081/predict --rate 200 --duration 30s
 
 Exit codes:
-  0   done; the rollout completed
-  1   refused, aborted, rolled back or paused; or a file is wrong
-  2   timeout, no quorum, or no node could be reached: may be tried again
-  64  the command line is wrong
+  0   done, or the rollout completed
+  1   refused, aborted, rolled back or paused, or a file has an error
+  2   timeout, no quorum, or no node could be reached: you can retry
+  64  the command line has an error
 
 Environment:
   AVIARY_API    addresses of the nodes' API ports, separated by commas
-  AVIARY_TOKEN  bearer token for writes to nodes off loopback (or --token-file)
-  NO_COLOR      no colours, if set to anything";
+  AVIARY_TOKEN  bearer token; an API that listens off loopback needs one (or --token-file)
+  NO_COLOR      if it is set, output has no colours";
 
-/// Safe weighted rollouts: nodes that agree on how much traffic a canary may get.
+/// Weighted canary rollouts whose nodes agree, by a vote, on how much traffic the canary gets.
 #[derive(Debug, Parser)]
 #[command(name = "aviary", version, about, after_help = EXAMPLES, arg_required_else_help = true)]
 #[command(propagate_version = true, max_term_width = 110)]
@@ -99,27 +99,27 @@ struct Cli {
     verb: Verb,
 }
 
-/// What every verb understands.
+/// Options of every verb.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Everywhere")]
 struct Global {
-    /// API ports of the nodes; the next one is tried when one can't be reached.
+    /// Addresses of the nodes' API ports; if a node can't be reached, the next one is tried.
     #[arg(long, env = "AVIARY_API", global = true, value_delimiter = ',', value_name = "URL[,URL…]")]
     #[arg(default_value = "http://127.0.0.1:50051,http://127.0.0.1:50052,http://127.0.0.1:50053")]
     api: Vec<Address>,
-    /// File that holds the bearer token; without it AVIARY_TOKEN is read. Never an argument: those are visible to all.
+    /// File with the bearer token; default: the variable AVIARY_TOKEN. Arguments are visible to all users, so none takes a token.
     #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// How answers are printed; json is the server's, untouched.
+    /// Format of the output; `json` prints the node's answer unchanged.
     #[arg(short = 'o', long = "output", global = true, default_value = "table", value_name = "FORMAT")]
     output: Format,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Run one node until it is told to stop.
+    /// Run one node until SIGINT or SIGTERM.
     Node(node::NodeArgs),
-    /// Make a cluster, look at it, take nodes out of the vote and back in.
+    /// Create a cluster, show its members, and change which nodes vote.
     #[command(subcommand)]
     Cluster(cluster::ClusterVerb),
     /// Start a rollout from a file.
@@ -128,53 +128,53 @@ enum Verb {
     List,
     /// Show one rollout.
     Get(read::GetArgs),
-    /// Wait for a rollout's end: exit 0 completed, 1 rolled back or paused, 2 timeout.
+    /// Wait until a rollout ends. Exit code: 0 completed, 1 rolled back or paused, 2 timeout.
     Status(status::StatusArgs),
-    /// Go to the next step, or to 100 % at once.
+    /// Promote the canary to the next step, or to 100 %.
     Promote(write::PromoteArgs),
-    /// Hold the weight.
+    /// Hold the canary's weight until `resume`.
     Pause(write::ReasonArgs),
-    /// Go on after a pause.
+    /// Continue a paused rollout.
     Resume(write::NameArgs),
-    /// Everything back to stable; always wins, and never waits for a gate.
+    /// Send all traffic to stable. Needs a majority of nodes, but no health vote.
     Abort(write::ReasonArgs),
     /// Start a rolled-back rollout again.
     Retry(write::NameArgs),
-    /// Start a completed rollout the other way round; abort one in progress.
+    /// Start a rollout back to the former version; a rollout in progress is aborted.
     Undo(write::NameArgs),
-    /// Show what was decided about a service, and why.
+    /// Show the recorded decisions about a service, with their reasons.
     History(read::HistoryArgs),
-    /// Watch a rollout live in the terminal.
+    /// Show a rollout on a live screen.
     Watch(watch::WatchArgs),
-    /// Print events, as one line each.
+    /// Print the cluster's events, one per line.
     Events(events::EventsArgs),
-    /// Check files without a cluster.
+    /// Check configuration files without a cluster.
     #[command(subcommand)]
     Config(check::ConfigVerb),
-    /// Run the data plane alone, with a fixed weight.
+    /// Run the data plane alone, with a fixed canary weight.
     Proxy(proxy::ProxyArgs),
-    /// Judge requests from standard input, tick by tick.
+    /// Analyse requests from standard input and print a verdict for each tick.
     Judge(judge::JudgeArgs),
-    /// What a rollout's analysis can find with this traffic, and how long that takes.
+    /// Estimate which regressions a rollout's analysis can detect, and how fast.
     Plan(plan::PlanArgs),
-    /// Judge a recording again: the decisions, and why.
+    /// Analyse a recording again and print each decision with its reason.
     Replay(replay::ReplayArgs),
-    /// Split a Kafka topic between two versions' services: every record to exactly one of them.
+    /// Split a Kafka topic between the stable and the canary service; each record goes to exactly one.
     #[cfg(feature = "kafka")]
     #[command(subcommand)]
     Router(router::RouterVerb),
-    /// Run a demo model server with adjustable latency and errors.
+    /// Run a demo model server whose latency and error rate can be set.
     Upstream(upstream::UpstreamArgs),
-    /// Report made-up events.
+    /// Report synthetic telemetry events.
     #[command(subcommand)]
     Telemetry(telemetry::TelemetryVerb),
-    /// Send steady traffic and count who answers.
+    /// Send requests at a constant rate and count the answers by version.
     Load(load::LoadArgs),
-    /// Make a bearer token for the API, and the line that lets it in.
+    /// Create a bearer token for the API, and its line for `[api] tokens_file`.
     Token(token::TokenArgs),
     /// Print a shell's completion script.
     Completions {
-        /// The shell.
+        /// Shell that the script is for.
         shell: clap_complete::Shell,
     },
 }

@@ -1,4 +1,4 @@
-//! `aviary node`: puts one node together from its file and runs it until it is told to stop.
+//! `aviary node`: builds one node from its file and runs it until SIGINT or SIGTERM.
 
 use std::fs::{self, OpenOptions};
 use std::io::IsTerminal as _;
@@ -46,12 +46,12 @@ use crate::telemetry::Intake;
 /// Arguments of `aviary node`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:\n  aviary node --config config/node-a.toml\n\n\
-    The data directory must have been made by `aviary cluster init`: a node without its genesis refuses to vote.")]
+    `aviary cluster init` or `aviary cluster join` must have created the data directory.")]
 pub struct NodeArgs {
-    /// The node's file (TOML).
+    /// File of the node (TOML).
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// Keeps the node's data in ROOT/<node id>, whatever the file says: for trials beside data that matters.
+    /// Keeps the node's data in ROOT/NODE instead of the `data_dir` of its file, for trials.
     #[arg(long, value_name = "ROOT")]
     pub data_root: Option<PathBuf>,
 }
@@ -128,7 +128,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     };
     match ended? {
         Ok(outcome) => outcome.with_context(|| format!("node {} stopped", config.id)),
-        Err(_) => bail!("node {} stopped: an invariant does not hold, see the log", config.id),
+        Err(_) => bail!("node {} stopped: an invariant was violated; the log names it", config.id),
     }
 }
 
@@ -179,7 +179,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
     let cluster = ledger.cluster;
     if let Some(found) = register.as_ref().map(|register| &register.node).filter(|found| **found != config.id) {
         let (dir, file) = (config.data_dir.display(), config.file.display());
-        bail!("{dir} belongs to node {found}, expected node {}, which {file} names", config.id);
+        bail!("{dir} belongs to node {found}, expected node {} of {file}", config.id);
     }
     if register.is_none() {
         error!("this node's register is gone: it follows without a vote until an operator readmits it");
@@ -235,7 +235,7 @@ fn tokens(config: &NodeConfig) -> anyhow::Result<Option<Tokens>> {
             return Ok(None);
         }
         let (file, address) = (config.file.display(), &config.listen.api);
-        bail!("{file}: listen.api is {address}, off loopback, expected api.tokens_file beside it");
+        bail!("{file}: listen.api is {address}, off loopback, expected api.tokens_file to be set");
     };
     let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
     Ok(Some(Tokens::parse(&text).with_context(|| file.display().to_string())?))

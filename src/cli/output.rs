@@ -1,18 +1,18 @@
-//! What answers look like: the server's JSON, YAML, or a table; colours only where somebody looks.
+//! Formats answers as the node's JSON, as YAML or as a table, with colours only on a terminal.
 
 use std::io::{IsTerminal, Write};
 
 use comfy_table::{Table, presets};
 use serde_json::Value;
 
-/// How answers are printed.
+/// Format of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// For people.
+    /// Tables and lines of text.
     Table,
-    /// The server's answer, untouched.
+    /// The node's answer, unchanged.
     Json,
-    /// The server's answer as YAML.
+    /// The node's answer, as YAML.
     Yaml,
 }
 
@@ -57,13 +57,13 @@ pub fn facts(rows: &[(&str, String)]) -> String {
 /// A colour with a meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tone {
-    /// All is well.
+    /// Green: success.
     Good,
-    /// Somebody may want to look.
+    /// Yellow: unusual, no action needed yet.
     Odd,
-    /// Somebody should look.
+    /// Red: failure.
     Bad,
-    /// Less important.
+    /// Dimmed: less important.
     Faint,
 }
 

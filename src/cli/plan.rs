@@ -1,4 +1,4 @@
-//! `aviary plan`: what a rollout's analysis can find with a service's traffic, and how long that takes. Nothing is changed.
+//! `aviary plan`: estimates which regressions a rollout's analysis can detect, and how fast. It changes nothing.
 
 use std::path::PathBuf;
 
@@ -22,27 +22,27 @@ use crate::synthetic::{Profile, Regression, Traffic};
 /// Arguments of `aviary plan`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Each step is played through many times, with made-up traffic that looks like the service's and the code that \
-    nodes judge by.\n\nExamples:\n  aviary plan -f config/rollout.yaml                                   # traffic as the cluster sees it now\n  \
+    after_help = "Simulates each step many times, with synthetic traffic like the service's and the analysis code of the nodes.\n\n\
+    Examples:\n  aviary plan -f config/rollout.yaml                                   # traffic as the cluster sees it now\n  \
     aviary plan -f config/rollout.yaml --rps 200 --error-rate 0.5 --p50-ms 80 --p95-ms 210"
 )]
 pub struct PlanArgs {
-    /// The rollout file.
+    /// File of the rollout (YAML).
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
-    /// Requests a second, of both versions; without it, what the cluster sees of the service.
+    /// Requests per second of both versions together; default: the rate that the cluster measures for the service.
     #[arg(long, value_name = "N")]
     rps: Option<f64>,
-    /// Share of them that fail today, in percent.
+    /// Error rate of the stable version, in percent.
     #[arg(long, value_name = "PERCENT", default_value_t = 0.1, requires = "rps")]
     error_rate: f64,
-    /// Median latency today.
+    /// Median latency of the stable version, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 50.0, requires = "rps")]
     p50_ms: f64,
-    /// 95th percentile.
+    /// 95th percentile of the stable version's latency, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 150.0, requires = "rps")]
     p95_ms: f64,
-    /// How often a step is played through for each question.
+    /// Simulated runs of a step for each regression.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(5..=1000))]
     runs: u64,
 }
@@ -114,7 +114,7 @@ fn checked(profile: Profile) -> anyhow::Result<Profile> {
 async fn observed(api: &Api, spec: &RolloutSpec) -> anyhow::Result<Profile> {
     let service = &spec.service;
     let answer = api.get(&format!("/v1/rollouts/{}", segment(service.as_str()))).await?;
-    let unseen = || format!("{service}: the cluster has seen no traffic of it lately, expected some, or --rps");
+    let unseen = || format!("{service}: the cluster measured no recent traffic, expected some, or the option --rps");
     if !answer.status.is_success() {
         bail!(unseen());
     }

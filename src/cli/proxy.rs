@@ -1,4 +1,4 @@
-//! `aviary proxy`: the data plane alone, with a fixed weight: for trying it out, and for benchmarks.
+//! `aviary proxy`: the data plane alone, with a fixed canary weight, for trials and benchmarks.
 
 use std::sync::Arc;
 
@@ -27,25 +27,25 @@ use crate::proxy::settings::ProxySettings;
 /// Arguments of `aviary proxy`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary proxy --listen 127.0.0.1:8080 --stable http://127.0.0.1:9101 \
-    --canary http://127.0.0.1:9102 --weight 5\n\nThe same code path as in a node, without a cluster: nobody agrees on the weight, and \
-    nothing is promoted. A canary\nthat fails five times in a row is off until the next start.")]
+    --canary http://127.0.0.1:9102 --weight 5\n\nRuns a node's data plane without a cluster: the weight is fixed, and nothing is promoted.\n\
+    After five consecutive failures the canary gets no traffic until the next start.")]
 pub struct ProxyArgs {
-    /// Where to listen.
+    /// Address to listen on, `host:port`.
     #[arg(long, value_name = "ADDRESS")]
     listen: String,
-    /// The stable version's server; several, separated by commas, take turns.
+    /// Servers of the stable version; requests are balanced between them.
     #[arg(long, value_name = "URL[,URL…]", value_delimiter = ',', required = true, value_parser = checked_url)]
     stable: Vec<String>,
-    /// The canary's.
+    /// Servers of the canary.
     #[arg(long, value_name = "URL[,URL…]", value_delimiter = ',', required = true, value_parser = checked_url)]
     canary: Vec<String>,
     /// The canary's share, in percent, such as 5 or 0.01.
     #[arg(long, value_name = "PERCENT", value_parser = weight)]
     weight: Weight,
-    /// Threads that carry requests; default one for each core.
+    /// Worker threads; default: one per core.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
-    /// Microseconds that a worker stays awake after a read: shorter latency at low load, for its core's time.
+    /// Microseconds that a worker polls after a read before it sleeps: lower latency at low load, for CPU time.
     #[arg(long, value_name = "US", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
     busy_poll_us: u64,
 }

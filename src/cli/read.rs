@@ -1,4 +1,4 @@
-//! Verbs that only look: `list`, `get`, `history`.
+//! Verbs that only read: `list`, `get`, `history`.
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -11,14 +11,14 @@ use super::{Exit, show};
 /// Arguments of `aviary get`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  aviary get fraud-model\n  aviary get fraud-model --field state.weights.v2\n  \
-    aviary get fraud-model --all-nodes      exit 0 when all nodes agree, 1 when they don't")]
+    aviary get fraud-model --all-nodes      exit code 0: all nodes agree; 1: they differ")]
 pub struct GetArgs {
     /// The service.
     name: String,
-    /// Print only this field of the answer: a name, found wherever it stands, or a path such as state.weights.v2.
+    /// Print only this field of the answer: a name at any depth, or a path such as state.weights.v2.
     #[arg(long, value_name = "PATH")]
     field: Option<String>,
-    /// Ask every node what it serves by (/routing/state), and compare.
+    /// Read /routing/state of every node and compare.
     #[arg(long, conflicts_with = "field")]
     all_nodes: bool,
 }
@@ -30,7 +30,7 @@ pub struct HistoryArgs {
     name: String,
 }
 
-/// Lists the rollouts.
+/// Lists the rollouts, one row per service.
 pub async fn list(api: &Api, format: Format) -> anyhow::Result<Exit> {
     let answer = api.get("/v1/rollouts").await?;
     print(&answer, format, |json| {

@@ -19,8 +19,8 @@ pub const LINES: &str = "  \
     {\"id\":17,\"timestamp_ms\":12,\"version\":\"stable\",\"status\":200,\"latency_ms\":81.2}\n  \
     {\"type\":\"weight\",\"timestamp_ms\":900000,\"canary_share\":0.2}\n  \
     {\"type\":\"tick\",\"timestamp_ms\":1000}\n  {\"type\":\"end\"}\n\n\
-    Only requests are needed. A status of 500 or more is an error. A request that comes twice (same id) counts once; one that comes \
-    late counts\nin its own tick as long as that is open, else in the next one; ticks stay open for as long as requests come late.";
+    Only request lines are required. A status of 500 or more is an error. A repeated id counts once. A late request counts in its\n\
+    own tick while that is open, otherwise in the next one; a tick stays open as long as recent requests were late.";
 
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]

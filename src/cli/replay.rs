@@ -1,4 +1,4 @@
-//! `aviary replay`: a recording through the code that nodes judge by; prints what would have been decided, and why.
+//! `aviary replay`: runs a recording through the nodes' analysis code and prints the decisions with their reasons.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -14,19 +14,19 @@ use crate::domain::trial::{Judgement, Summary};
 
 /// Arguments of `aviary replay`.
 #[derive(Debug, Args)]
-#[command(after_help = format!("The recording, one object a line, in the order of arrival:\n{LINES}\n\nThe same recording and rollout give \
-    the same decisions, each time.\n\nExample:\n  aviary replay -f config/rollout.yaml yesterday.ndjson"))]
+#[command(after_help = format!("The recording: one JSON object per line, in order of arrival:\n{LINES}\n\nThe same recording and rollout always \
+    give the same decisions.\n\nExample:\n  aviary replay -f config/rollout.yaml yesterday.ndjson"))]
 pub struct ReplayArgs {
-    /// The rollout file with the rules; without one: SEQUENTIAL, by errors, median and 95th percentile.
+    /// Rollout file with the analysis rules; default: SEQUENTIAL on errors, median and 95th percentile latency.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Probability of ever rolling back a canary that is no worse than tolerated, 0.0001 to 0.5; default the file's, or 0.01.
+    /// Bound on the probability of ever rolling back a canary within tolerance, 0.0001 to 0.5; default: the file's, or 0.01.
     #[arg(long, value_name = "P")]
     alpha: Option<f64>,
-    /// Print lines of JSON.
+    /// Print JSON, one object per line.
     #[arg(long)]
     json: bool,
-    /// The recording; `-` for standard input.
+    /// File with the recording; `-` reads standard input.
     #[arg(value_name = "RECORDING")]
     recording: PathBuf,
 }

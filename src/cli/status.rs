@@ -1,4 +1,4 @@
-//! `aviary status`: follows a rollout to its end, telling each transition as it happens.
+//! `aviary status`: follows a rollout to its end and prints each transition.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use super::{Exit, show};
 
 /// Arguments of `aviary status`.
 #[derive(Debug, Args)]
-#[command(after_help = "Exit codes: 0 completed, 1 rolled back or paused, 2 timeout or no node reached.\n\n\
+#[command(after_help = "Exit codes: 0 completed, 1 rolled back or paused, 2 timeout or no node reachable.\n\n\
     Example:\n  aviary status fraud-model --timeout 5m && echo shipped")]
 pub struct StatusArgs {
     /// The service.
     name: String,
-    /// How long to wait; without it, for as long as it takes.
+    /// Maximum wait; default: no limit.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
     /// Last slot that the reader knows of: a node that lags behind it is not believed.
@@ -45,9 +45,9 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
     loop {
         let next = match timeout_at(end, feed.recv()).await {
             Ok(Some(next)) => next,
-            Ok(None) => anyhow::bail!("the event stream ended for good"),
+            Ok(None) => anyhow::bail!("the event stream ended, expected it to continue on another node"),
             Err(_) => {
-                eprintln!("timeout: the rollout has not ended within {}", humantime::format_duration(waited(args)));
+                eprintln!("timeout: the rollout did not end within {}", humantime::format_duration(waited(args)));
                 return Ok(Exit::Unavailable);
             }
         };
@@ -78,7 +78,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
                 continue;
             }
             Feed::Lost(why) => {
-                eprintln!("stream lost, trying the next node: {why}");
+                eprintln!("event stream lost, trying the next node: {why}");
                 continue;
             }
             Feed::Refused(why) => anyhow::bail!(why),

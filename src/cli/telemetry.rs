@@ -1,4 +1,4 @@
-//! `aviary telemetry produce`: made-up events of a service, for trying out what is decided by them.
+//! `aviary telemetry produce`: reports synthetic events of a service, for trials of the analysis.
 
 use std::time::Duration;
 
@@ -27,20 +27,20 @@ use crate::schema::v1::TelemetryEvent;
 /// Verbs of `aviary telemetry`.
 #[derive(Debug, Subcommand)]
 pub enum TelemetryVerb {
-    /// Report made-up events to the cluster.
+    /// Report synthetic events to the cluster or to Kafka.
     Produce(ProduceArgs),
 }
 
-/// What happens after `--after`.
+/// Behaviour of the simulated versions after `--after`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Profile {
-    /// Nothing: both versions are well.
+    /// Both versions stay healthy.
     Healthy,
-    /// One in ten of the canary's answers is an error.
+    /// 10 % of the canary's answers are errors.
     ErrorBurst,
-    /// The canary takes twice as long.
+    /// The canary's latency doubles.
     Slow,
-    /// One in three answers of both versions is an error.
+    /// A third of the answers of both versions are errors.
     SharedIncident,
 }
 
@@ -48,43 +48,43 @@ pub enum Profile {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  aviary telemetry produce --service fraud-model --stable v1 --canary v2 --share 20 --rate 500 \
-    --profile error-burst --after 20s\n\nEvents are sent to POST /v1/telemetry, in batches, to the nodes of --api in turn; with --kafka, to a topic. \
-    Before --after both versions are well:\n0.5 % errors, 80 ms in the median, 215 ms at the 95th percentile."
+    --profile error-burst --after 20s\n\nSends batches of events to POST /v1/telemetry of the nodes of --api in turn; with --kafka, to a topic.\n\
+    Before --after, both versions are healthy: 0.5 % errors, median 80 ms, 95th percentile 215 ms."
 )]
 pub struct ProduceArgs {
-    /// The service, as its rollout names it.
+    /// Name of the service, as in its rollout file.
     #[arg(long)]
     service: ServiceId,
-    /// Its stable version.
+    /// Id of the stable version.
     #[arg(long)]
     stable: VersionId,
-    /// Its canary.
+    /// Id of the canary version.
     #[arg(long)]
     canary: VersionId,
     /// The canary's share of the events, in percent.
     #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = super::proxy::weight)]
     share: Weight,
-    /// Events a second.
+    /// Events per second.
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     rate: u64,
-    /// What happens to them.
+    /// Behaviour of the versions after --after.
     #[arg(long, value_enum, default_value_t = Profile::Healthy)]
     profile: Profile,
-    /// When it begins to.
+    /// Time after which the profile begins.
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = humantime::parse_duration)]
     after: Duration,
-    /// How long; without it, until Ctrl-C.
+    /// Duration of the run; default: until Ctrl-C.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     duration: Option<Duration>,
-    /// Write to Kafka instead, at these brokers: `host:port,host:port`.
+    /// Write to Kafka instead of the API; brokers as `host:port,host:port`.
     #[cfg(feature = "kafka")]
     #[arg(long, value_name = "BROKERS")]
     kafka: Option<String>,
-    /// The topic to write to.
+    /// Topic to write to.
     #[cfg(feature = "kafka")]
     #[arg(long, value_name = "TOPIC", default_value = "telemetry.raw", requires = "kafka")]
     topic: String,
-    /// The same seed gives the same events, but for their times.
+    /// Seed; the same seed gives the same events with other times.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
 }
@@ -176,7 +176,7 @@ impl<'a> Out<'a> {
                         let kinds = json["rejected"].as_object().into_iter().flatten();
                         *rejected += kinds.filter_map(|(_, count)| count.as_u64()).sum::<u64>();
                         if let (Some(first), true) = (json["first_rejected"].get(0), *accepted == 0) {
-                            bail!("{address}: nothing counts: {}", first["error"].as_str().unwrap_or_default());
+                            bail!("{address}: no event was accepted: {}", first["error"].as_str().unwrap_or_default());
                         }
                     }
                     Ok(answer) => bail!("{address}: {} {}", answer.status, answer.error()),

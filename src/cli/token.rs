@@ -8,12 +8,12 @@ use crate::api::auth::Role;
 /// Arguments of `aviary token`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary token --role operator --name alice\n\n\
-    Give the token to its owner, for AVIARY_TOKEN or a --token-file; put the line into every node's tokens_file.")]
+    Give the token to its owner, for AVIARY_TOKEN or --token-file. Add the line to the tokens_file of each node.")]
 pub struct TokenArgs {
-    /// viewer looks, operator changes rollouts, admin changes the cluster too.
+    /// Role: `viewer` reads, `operator` also changes rollouts, `admin` also changes the cluster.
     #[arg(long)]
     role: Role,
-    /// Whose it is, as logs and records show it: letters, digits, '.', '_', '-' and '@'.
+    /// Name of the owner in logs and records: 1 to 64 letters, digits, '.', '_', '-' or '@'.
     #[arg(long, value_parser = name)]
     name: String,
 }
@@ -26,7 +26,7 @@ fn name(text: &str) -> Result<String, String> {
     }
 }
 
-/// Prints a new token, once, and the line that lets it in.
+/// Prints a new random token and its line for the tokens file; the token is not stored.
 pub fn run(args: &TokenArgs) -> Exit {
     let token = format!("avy_{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>());
     println!("token: {token}");

@@ -25,19 +25,19 @@ use super::Exit;
     Answers /predict, /v1/models/…, /v2/models/… (any method), /healthz, and GET or PUT /fault.")]
 #[command(disable_version_flag = true)]
 pub struct UpstreamArgs {
-    /// Where to listen.
+    /// Address to listen on, `host:port`.
     #[arg(long, value_name = "ADDRESS")]
     listen: SocketAddr,
-    /// The version that answers name.
+    /// Version that the answers name.
     #[arg(long)]
     version: String,
-    /// Shortest time an answer takes, in milliseconds.
+    /// Minimum latency of an answer, in milliseconds.
     #[arg(long, default_value_t = 5, value_name = "MS")]
     latency_ms: u64,
-    /// Random time added to it, at most, in milliseconds.
+    /// Maximum of the random extra latency, in milliseconds.
     #[arg(long, default_value_t = 0, value_name = "MS")]
     latency_jitter_ms: u64,
-    /// Share of answers that are errors (500), in percent.
+    /// Percentage of answers that are errors (status 500).
     #[arg(long, default_value_t = 0.0, value_name = "PERCENT", value_parser = percent)]
     error_percent: f64,
 }
@@ -81,7 +81,7 @@ pub async fn run(args: UpstreamArgs) -> anyhow::Result<Exit> {
     let listen = args.listen;
     let listener = tokio::net::TcpListener::bind(listen)
         .await
-        .with_context(|| format!("{listen}: found no way to listen, expected a free port of this machine"))?;
+        .with_context(|| format!("{listen}: can't listen, expected a free port of this machine"))?;
     println!("upstream {} listens on http://{}", args.version, listener.local_addr()?);
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let (stop, stopped) = tokio::sync::watch::channel(false);
@@ -97,7 +97,7 @@ pub async fn run(args: UpstreamArgs) -> anyhow::Result<Exit> {
     stop.send_replace(true);
     match tokio::time::timeout(STOP_MAX, server).await {
         Ok(served) => served??,
-        Err(_) => eprintln!("requests still in flight after {} s are dropped", STOP_MAX.as_secs()),
+        Err(_) => eprintln!("dropping requests that are still in flight after {} s", STOP_MAX.as_secs()),
     }
     Ok(Exit::Done)
 }

@@ -1,4 +1,4 @@
-//! `aviary watch`: a rollout as a live picture, fed by the event stream; plain lines when nobody looks at a terminal.
+//! `aviary watch`: shows a rollout on a live screen from the event stream; without a terminal it prints plain lines.
 
 use std::collections::VecDeque;
 use std::io::IsTerminal;
@@ -85,7 +85,7 @@ impl Screen {
             Some(Feed::Lost(why)) => format!("{}  stream lost: {why}", show::clock_of(wall_ms())),
             Some(Feed::Connected) => return Ok(()),
             Some(Feed::Refused(why)) => anyhow::bail!(why),
-            None => anyhow::bail!("the event stream ended for good"),
+            None => anyhow::bail!("the event stream ended, expected it to continue on another node"),
         };
         self.events.push_back(line);
         if self.events.len() > EVENTS_SHOWN {

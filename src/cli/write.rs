@@ -15,13 +15,13 @@ use super::client::{Answer, Api, Write, segment};
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, show, status};
 
-/// How a write is sent.
+/// Options of every write.
 #[derive(Debug, Clone, Args)]
 pub struct WriteArgs {
-    /// Names this request: repeated with the same key, it is carried out once. Default: a random one, printed.
+    /// Idempotency key: repeated requests with the same key are carried out once. Default: a random key, which is printed.
     #[arg(long, value_name = "KEY")]
     pub idempotency_key: Option<String>,
-    /// How long to repeat the request, under the same key, while its outcome is open.
+    /// How long to retry, with the same key, while the outcome is unknown.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     pub timeout: Duration,
 }
@@ -30,10 +30,10 @@ pub struct WriteArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary apply -f config/rollout.yaml --wait")]
 pub struct ApplyArgs {
-    /// The rollout's file (YAML).
+    /// File of the rollout (YAML).
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
-    /// Follow the rollout to its end, as `aviary status` does.
+    /// Wait until the rollout ends, like `aviary status`.
     #[arg(long)]
     wait: bool,
     #[command(flatten)]
@@ -54,7 +54,7 @@ pub struct NameArgs {
 pub struct PromoteArgs {
     /// The service.
     name: String,
-    /// To 100 % at once: skips the steps between and the wait for samples; a failing gate still says no.
+    /// Promote to 100 %: skips the remaining steps and the wait for samples. Unhealthy nodes still refuse.
     #[arg(long)]
     full: bool,
     #[command(flatten)]
@@ -66,7 +66,7 @@ pub struct PromoteArgs {
 pub struct ReasonArgs {
     /// The service.
     name: String,
-    /// Why, for the history.
+    /// Reason, recorded in the history.
     #[arg(long, default_value = "", hide_default_value = true)]
     reason: String,
     #[command(flatten)]
@@ -84,7 +84,7 @@ struct Metadata {
     name: String,
 }
 
-/// Starts a rollout.
+/// Starts a rollout; with `--wait`, follows it to its end.
 pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result<Exit> {
     let file = args.file.display();
     let body = std::fs::read_to_string(&args.file).with_context(|| file.to_string())?;
@@ -97,7 +97,7 @@ pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result
     status::run(api, &status::StatusArgs::after(named.metadata.name, told), format).await
 }
 
-/// Goes on to the next step.
+/// Promotes the canary.
 pub async fn promote(api: &Api, args: PromoteArgs, format: Format) -> anyhow::Result<Exit> {
     act(api, "promote", &args.name, &json!({ "full": args.full }), args.write, format).await
 }

@@ -153,7 +153,7 @@ fn one_survivor_founds_a_new_cluster_on_stable() {
     };
     let output = force_new("yes\n");
     assert!(!output.status.success() && !root.exists());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("nothing was done"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nothing was changed"));
     let output = force_new(&id);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut nodes = Vec::new();
