@@ -21,7 +21,7 @@ fn heads(criterion: &mut Criterion) {
             let mut room = Room::default();
             let Ok(Opening::Plain(asked)) = wire::request(black_box(REQUEST), &mut room) else { panic!("plain") };
             out.clear();
-            asked.write("10.0.0.9", &mut out);
+            asked.write("10.0.0.9", &[], &mut out);
             black_box(&out);
         });
     });

@@ -30,9 +30,9 @@ use tokio_util::sync::CancellationToken;
 use crate::domain::time::Mono;
 use crate::door::{Admitted, Door};
 
+use super::hop::{self, is_hop_by_hop};
 use super::table::{NoRoute, Pick, Place, Route, Router};
 use super::upstream::{Pool, Server, Visit};
-use super::wire::is_hop_by_hop;
 use super::{Body, BodyError, own, problem};
 
 /// What a worker's general way needs.
@@ -277,7 +277,7 @@ async fn forward(
     let grpc = is_grpc(request.headers());
     let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
-    prepare(&mut head.headers, &head.uri, peer);
+    prepare(&mut head.headers, &route.reads, &head.uri, peer);
     let upload = Arc::new(Upload::new(body, router.settings.total_timeout_ms));
     loop {
         let pool = route.pool(pick);
@@ -428,11 +428,11 @@ fn outgoing(head: &http::request::Parts, server: &Server, body: Lent) -> Request
     request
 }
 
-/// Makes a client's headers an upstream's.
-fn prepare(headers: &mut HeaderMap, uri: &Uri, peer: SocketAddr) {
+/// Makes a client's headers an upstream's; `configured` are the fields that the service's rollout reads.
+fn prepare(headers: &mut HeaderMap, configured: &[String], uri: &Uri, peer: SocketAddr) {
     let upgrade = headers.get(UPGRADE).cloned();
     let trailers = headers.get(TE).is_some_and(|te| te == "trailers");
-    strip(headers);
+    strip(headers, configured);
     if let Some(upgrade) = upgrade {
         headers.insert(UPGRADE, upgrade);
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
@@ -463,12 +463,12 @@ fn prepare(headers: &mut HeaderMap, uri: &Uri, peer: SocketAddr) {
     headers.append(VIA, HeaderValue::from_static("1.1 aviary"));
 }
 
-/// Takes out what concerns one connection only, also what its Connection header names.
-fn strip(headers: &mut HeaderMap) {
+/// Removes the fields that concern one connection only, and those that a Connection option names and may remove.
+fn strip(headers: &mut HeaderMap, configured: &[String]) {
     let named: Vec<HeaderName> = (headers.get_all(CONNECTION).iter())
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
+        .flat_map(|value| hop::options(value.as_bytes()))
+        .filter_map(|name| HeaderName::from_bytes(name).ok())
+        .filter(|name| !hop::is_relied_on(name.as_str(), configured))
         .collect();
     named.into_iter().for_each(|name| drop(headers.remove(name)));
     let hops: Vec<_> = headers.keys().filter(|name| is_hop_by_hop(name.as_str())).cloned().collect();
@@ -499,7 +499,7 @@ fn answered_here(general: &General, route: &Route, pool: &Pool, pick: Pick, bega
 /// An upstream's answer, on its way to the client.
 fn passed_on(pool: &Pool, answer: Response<Incoming>, mut outcome: Outcome) -> Response<Body> {
     let (mut head, body) = answer.into_parts();
-    strip(&mut head.headers);
+    strip(&mut head.headers, &[]);
     mark(&mut head.headers, &outcome.route, pool);
     if head.status.is_server_error() || (outcome.grpc && grpc_failed(&head.headers)) {
         // At once, not at the body's end: the breaker is in a hurry.
@@ -614,10 +614,23 @@ mod tests {
             headers.insert(name, HeaderValue::from_static(value));
         }
         let uri = "http://models.example/predict".parse().unwrap();
-        prepare(&mut headers, &uri, "127.0.0.9:1".parse().unwrap());
+        prepare(&mut headers, &[], &uri, "127.0.0.9:1".parse().unwrap());
         let names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         assert_eq!(names, ["x-kept", "host", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-for", "via"]);
         assert_eq!(headers["x-forwarded-for"], "127.0.0.9");
         assert_eq!(headers["host"], "models.example");
+    }
+    #[test]
+    fn no_connection_option_removes_a_field_that_is_relied_on() {
+        let configured = ["x-user".to_string()];
+        for name in hop::RELIED_ON.into_iter().chain(["x-user"]).filter(|name| !is_hop_by_hop(name)) {
+            let mut headers = HeaderMap::new();
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static("7"));
+            headers.insert("x-mine", HeaderValue::from_static("1"));
+            let options = format!("X-Mine, {}", name.to_uppercase());
+            headers.insert(CONNECTION, HeaderValue::from_str(&options).unwrap());
+            strip(&mut headers, &configured);
+            assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), [name]);
+        }
     }
 }

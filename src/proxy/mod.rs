@@ -2,7 +2,8 @@
 //!
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
 //! `worker` is one thread's share of it; `relay` carries plain requests, `forward` all others; `wire` is HTTP/1.1 as
-//! bytes; `table` compiles the view, `upstream` chooses servers, `probe` asks them, `outcome` counts and trips the breaker.
+//! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `probe`
+//! asks them, `outcome` counts and trips the breaker.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use crate::door::{self, Accept, Door};
 use crate::node::handle::NodeHandle;
 
 mod forward;
+pub mod hop;
 pub mod outcome;
 mod probe;
 mod relay;

@@ -207,7 +207,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         };
         let end = asked.length + taken;
         let mut out = worker.buffer();
-        asked.write(&self.address, &mut out);
+        asked.write(&self.address, &route.reads, &mut out);
         out.extend_from_slice(&bytes[asked.length..end]);
         self.ahead.clear();
         self.ahead.extend_from_slice(&bytes[end..]);

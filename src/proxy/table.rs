@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use http::HeaderMap;
 
 use crate::domain::ids::ServiceId;
-use crate::domain::plan::{HashOn, HealthCheck};
+use crate::domain::plan::{HashOn, HealthCheck, RolloutSpec};
 use crate::domain::time::Mono;
 use crate::domain::weights::{Weight, sticky_ticket};
 use crate::domain::window::Evidence;
@@ -37,6 +37,8 @@ pub struct Route {
     pub canary: Option<Pool>,
     /// All its servers can be reached by a plain relay.
     pub plain: bool,
+    /// Fields that its rollout decides by, which no Connection option removes: those of `hashOn` and `matches`.
+    pub reads: Box<[String]>,
     pub track: Arc<Track>,
     salt: u64,
 }
@@ -108,6 +110,7 @@ impl Route {
             service: service.clone(),
             serving: serving.clone(),
             plain: plain(&stable) && canary.as_ref().is_none_or(plain),
+            reads: reads(&serving.spec),
             stable,
             canary,
             track,
@@ -149,6 +152,16 @@ impl Route {
         };
         if ticket < effective_bp { Pick::Canary } else { Pick::Stable }
     }
+}
+
+/// Returns the names of the fields that a rollout decides by; cookies are among those of [`super::hop::RELIED_ON`].
+fn reads(spec: &RolloutSpec) -> Box<[String]> {
+    let matched = spec.matches.iter().flat_map(|m| &m.headers).map(|(name, _)| name);
+    let hashed = spec.hash_on.iter().filter_map(|hash_on| match hash_on {
+        HashOn::Header(name) => Some(name),
+        HashOn::Cookie(_) | HashOn::ClientAddress => None,
+    });
+    hashed.chain(matched).cloned().collect()
 }
 
 /// All services, as of one view.

@@ -7,6 +7,8 @@ use std::mem::MaybeUninit;
 
 use httparse::{Header, Status};
 
+use super::hop;
+
 /// Bytes of a head, at most.
 pub const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// Fields of a head, at most.
@@ -255,7 +257,7 @@ impl Framing {
                 4 if is(name, "host") => found.hosts = found.hosts.saturating_add(1),
                 7 if is(name, "upgrade") => found.upgrade = true,
                 10 if is(name, "connection") => {
-                    for option in value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
+                    for option in hop::options(value) {
                         match option {
                             _ if option.eq_ignore_ascii_case(b"close") => found.close = true,
                             _ if option.eq_ignore_ascii_case(b"keep-alive") || option.is_empty() => {}
@@ -292,25 +294,30 @@ impl Framing {
     }
 }
 
-/// Returns true for fields that concern one connection only (RFC 9110, 7.6.1).
-pub fn is_hop_by_hop(name: &str) -> bool {
-    match name.len() {
-        2 => is(name, "te"),
-        7 => is(name, "upgrade"),
-        10 => is(name, "connection") || is(name, "keep-alive"),
-        16 => is(name, "proxy-connection"),
-        17 => is(name, "transfer-encoding"),
-        18 => is(name, "proxy-authenticate"),
-        19 => is(name, "proxy-authorization"),
-        _ => false,
-    }
+/// Decides which of a message's fields are passed on.
+struct Passage<'m, 'h, 'b> {
+    fields: Fields<'h, 'b>,
+    /// A Connection field has options of its own.
+    named: bool,
+    /// Fields that the service's rollout reads.
+    configured: &'m [String],
 }
 
-/// Returns true when a Connection field names this one.
-fn is_named(fields: Fields<'_, '_>, name: &str) -> bool {
-    let connections = fields.iter().filter(|field| is(field.name, "connection"));
-    let mut options = connections.flat_map(|field| field.value.split(|byte| *byte == b','));
-    options.any(|option| option.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+impl Passage<'_, '_, '_> {
+    /// Writes a field unless it concerns one connection only.
+    fn put(&self, name: &str, value: &[u8], out: &mut Vec<u8>) {
+        let stays = hop::is_hop_by_hop(name) || (self.named && self.is_removed(name));
+        if !stays {
+            put(out, name.as_bytes(), value);
+        }
+    }
+
+    /// Returns true when a Connection option names this field, and may.
+    fn is_removed(&self, name: &str) -> bool {
+        let connections = self.fields.iter().filter(|field| is(field.name, "connection"));
+        let mut options = connections.flat_map(|field| hop::options(field.value));
+        options.any(|option| option.eq_ignore_ascii_case(name.as_bytes())) && !hop::is_relied_on(name, self.configured)
+    }
 }
 
 fn put(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
@@ -320,14 +327,6 @@ fn put(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// Writes a field unless it concerns one connection only.
-fn pass_on(name: &str, value: &[u8], fields: Fields<'_, '_>, named: bool, out: &mut Vec<u8>) {
-    let stays = is_hop_by_hop(name) || (named && is_named(fields, name));
-    if !stays {
-        put(out, name.as_bytes(), value);
-    }
-}
-
 fn put_framing(body: Body, out: &mut Vec<u8>) {
     if matches!(body, Body::Chunked(_)) {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");
@@ -335,8 +334,10 @@ fn put_framing(body: Body, out: &mut Vec<u8>) {
 }
 
 impl Asked<'_, '_> {
-    /// Writes the head that an upstream gets, on behalf of the client at `peer` (an IP address).
-    pub fn write(&self, peer: &str, out: &mut Vec<u8>) {
+    /// Writes the head that an upstream gets, on behalf of the client at `peer` (an IP address); `configured` are the
+    /// fields that the service's rollout reads.
+    pub fn write(&self, peer: &str, configured: &[String], out: &mut Vec<u8>) {
+        let passage = Passage { fields: self.fields, named: self.named, configured };
         for part in [self.method, " ", self.target, " HTTP/1.1\r\n"] {
             out.extend_from_slice(part.as_bytes());
         }
@@ -356,7 +357,7 @@ impl Asked<'_, '_> {
                 17 if is(name, "x-forwarded-proto") => has_proto = true,
                 _ => {}
             }
-            pass_on(name, value, self.fields, self.named, out);
+            passage.put(name, value, out);
         }
         put_framing(self.body, out);
         if !has_host {
@@ -453,6 +454,7 @@ impl Answered<'_, '_> {
         out.push(b' ');
         out.extend_from_slice(self.reason.as_bytes());
         out.extend_from_slice(b"\r\n");
+        let passage = Passage { fields: self.fields, named: self.named, configured: &[] };
         let mut dated = false;
         for Header { name, value } in self.fields {
             match name.len() {
@@ -461,7 +463,7 @@ impl Answered<'_, '_> {
                 17 if is(name, "x-routing-version") => continue,
                 _ => {}
             }
-            pass_on(name, value, self.fields, self.named, out);
+            passage.put(name, value, out);
         }
         put_framing(self.body, out);
         if !self.is_interim() {

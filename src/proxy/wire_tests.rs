@@ -7,7 +7,7 @@ fn sent_on(request: &str) -> Result<(String, Body), Refusal> {
     match super::request(request.as_bytes(), &mut room)? {
         Opening::Plain(asked) => {
             let mut out = Vec::new();
-            asked.write("10.0.0.9", &mut out);
+            asked.write("10.0.0.9", &[], &mut out);
             Ok((String::from_utf8(out).unwrap(), asked.body))
         }
         other => panic!("{other:?}"),
@@ -30,6 +30,41 @@ fn a_head_is_sent_on_with_what_a_gateway_adds() {
          traceparent: 00-1-1-01\r\nContent-Length: 5\r\nx-forwarded-host: m.example\r\nx-forwarded-proto: http\r\n\
          x-forwarded-for: 1.1.1.1, 2.2.2.2, 10.0.0.9\r\nforwarded: for=10.0.0.9;proto=http\r\nvia: 1.1 aviary\r\n\r\n";
     assert_eq!((head.as_str(), body), (expected, Body::Length(5)));
+}
+
+#[test]
+fn no_connection_option_removes_a_field_that_is_relied_on() {
+    for name in hop::RELIED_ON {
+        let field = match name {
+            "host" => "Host: x".to_string(),
+            "content-length" => "Host: x\r\nContent-Length: 5".into(),
+            "transfer-encoding" => "Host: x\r\nTransfer-Encoding: chunked".into(),
+            _ => format!("Host: x\r\n{name}: 7"),
+        };
+        let request = |options: &str| sent_on(&format!("POST / HTTP/1.1\r\n{field}\r\nConnection: {options}\r\n\r\n"));
+        let answer =
+            |options: &str| to_client(&format!("HTTP/1.1 200 OK\r\n{field}\r\nConnection: {options}\r\n\r\n"), false);
+        let upper = name.to_uppercase();
+        for options in [name.to_string(), format!("X-Mine, {upper}"), format!("x-mine\r\nConnection:,{upper}\t,")] {
+            assert_eq!(request(&options), request("close"), "a request with Connection: {options}");
+            assert_eq!(answer(&options), answer("keep-alive"), "an answer with Connection: {options}");
+        }
+    }
+}
+
+#[test]
+fn fields_that_a_rollout_reads_are_not_removed_either() {
+    let request = "GET / HTTP/1.1\r\nHost: x\r\nConnection: X-User, X-Mine\r\nX-User: u1\r\nX-Mine: 1\r\n\r\n";
+    let mut room = Room::default();
+    let Ok(Opening::Plain(asked)) = super::request(request.as_bytes(), &mut room) else { panic!("{request}") };
+    let head = |configured: &[String]| {
+        let mut out = Vec::new();
+        asked.write("10.0.0.9", configured, &mut out);
+        String::from_utf8(out).unwrap()
+    };
+    assert!(!head(&[]).contains("X-User") && !head(&[]).contains("X-Mine"), "{}", head(&[]));
+    let with = head(&["x-user".into()]);
+    assert!(with.contains("\r\nX-User: u1\r\n") && !with.contains("X-Mine"), "{with}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod api;
 mod cluster;
 mod formats;
 mod fuzz;
+mod hop;
 mod judge;
 mod measure;
 mod proxy;

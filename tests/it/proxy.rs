@@ -32,14 +32,14 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// Longest wait for what must happen.
-const SOON: Duration = Duration::from_secs(10);
-const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+pub(crate) const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 const FAILED: &str = "HTTP/1.1 500 Failed\r\ncontent-length: 2\r\n\r\nno";
 
 /// A proxy, its node's door, and what it told the node.
-struct World {
-    address: SocketAddr,
-    node: NodeHandle,
+pub(crate) struct World {
+    pub(crate) address: SocketAddr,
+    pub(crate) node: NodeHandle,
     told: mpsc::Receiver<Request>,
     _stop: DropGuard,
 }
@@ -48,12 +48,12 @@ fn version(name: &str) -> VersionId {
     VersionId::new(name).unwrap()
 }
 
-fn view(stable: Option<SocketAddr>, canary: Option<SocketAddr>, bp: u16) -> View {
+pub(crate) fn view(stable: Option<SocketAddr>, canary: Option<SocketAddr>, bp: u16) -> View {
     view_of(stable, canary, bp, |_| {})
 }
 
 /// Returns a view whose rollout was made otherwise than usual. A role without a server has the other one's.
-fn view_of(
+pub(crate) fn view_of(
     stable: Option<SocketAddr>,
     canary: Option<SocketAddr>,
     bp: u16,
@@ -116,7 +116,7 @@ fn view_of(
     }
 }
 
-fn settings() -> ProxySettings {
+pub(crate) fn settings() -> ProxySettings {
     ProxySettings {
         connect_timeout_ms: 500,
         first_byte_timeout_ms: 600,
@@ -129,11 +129,11 @@ fn settings() -> ProxySettings {
 }
 
 /// Starts a proxy that holds a lease, which nothing renews, for the whole of a short test.
-async fn world(view: View) -> World {
+pub(crate) async fn world(view: View) -> World {
     world_with(view, settings()).await
 }
 
-async fn world_with(view: View, settings: ProxySettings) -> World {
+pub(crate) async fn world_with(view: View, settings: ProxySettings) -> World {
     let published = Published::new(Arc::new(view), Arc::new(BootClock));
     let (node, told, _) = NodeHandle::new(published, MemoryStore::default().reader());
     hold_lease(&node);
@@ -144,18 +144,18 @@ async fn world_with(view: View, settings: ProxySettings) -> World {
     World { address, node, told, _stop: stop.drop_guard() }
 }
 
-fn hold_lease(node: &NodeHandle) {
+pub(crate) fn hold_lease(node: &NodeHandle) {
     let now = node.published.clock().now().mono;
     node.published.set_lease(Some(now));
 }
 
 impl World {
     /// Sends a GET with these extra header lines, and returns the whole answer.
-    async fn get(&self, path: &str, headers: &str) -> String {
+    pub(crate) async fn get(&self, path: &str, headers: &str) -> String {
         self.raw(&format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n")).await
     }
 
-    async fn raw(&self, request: &str) -> String {
+    pub(crate) async fn raw(&self, request: &str) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
@@ -164,7 +164,7 @@ impl World {
     }
 
     /// Returns what the node was told until `wait` passed: (canary's answers, its errors, breaker trips).
-    async fn told_within(&mut self, wait: Duration) -> (u64, u64, usize) {
+    pub(crate) async fn told_within(&mut self, wait: Duration) -> (u64, u64, usize) {
         let (mut count, mut errors, mut trips) = (0, 0, 0);
         let _ = timeout(wait, async {
             while let Some(request) = self.told.recv().await {
@@ -184,7 +184,7 @@ impl World {
 }
 
 /// Starts an upstream that handles each connection by `handle`.
-async fn upstream<F>(handle: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
+pub(crate) async fn upstream<F>(handle: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -199,7 +199,7 @@ where
 }
 
 /// Reads a request's head, whatever its length; what follows stays unread or is lost.
-async fn head(stream: &mut TcpStream) -> String {
+pub(crate) async fn head(stream: &mut TcpStream) -> String {
     let mut found = Vec::new();
     let mut byte = [0];
     while !found.ends_with(b"\r\n\r\n") {
@@ -212,7 +212,7 @@ async fn head(stream: &mut TcpStream) -> String {
 }
 
 /// Starts an upstream that gives this answer to each request without a body.
-async fn answering(answer: &'static str) -> SocketAddr {
+pub(crate) async fn answering(answer: &'static str) -> SocketAddr {
     upstream(move |mut stream| async move {
         while !head(&mut stream).await.is_empty() {
             if stream.write_all(answer.as_bytes()).await.is_err() {
@@ -502,7 +502,7 @@ fn the_data_plane_alone_splits_by_its_weight_and_says_what_is_wrong() {
 }
 
 /// Sends a GET on a connection that stays open, and returns the answer, whose body has a length.
-async fn ask(stream: &mut TcpStream, request: &str) -> String {
+pub(crate) async fn ask(stream: &mut TcpStream, request: &str) -> String {
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = timeout(SOON, head(stream)).await.expect("a head in time");
     let length = answer.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
