@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A hook for `aviary router` that runs Kafka's console consumer as the service: an example, and what the tests use.
+# A hook of `aviary router` that runs Kafka's console consumer as the service. An example; the tests use it too.
 #
 #   console.sh start|stop stable|canary TOPIC GROUP
 #
-# Starting what runs, and stopping what doesn't, does nothing. What a service reads is appended to DIR/SIDE.log, one line for a record:
+# A start of a running service and a stop of a stopped one do nothing. Each record that a service reads becomes a line of DIR/SIDE.log:
 # partition, offset, headers, key, value.
 #
-# SERVICES_DIR      DIR, for logs and process ids; default target/router-services
+# SERVICES_DIR      DIR for logs and process ids; default: target/router-services
 # KAFKA_BOOTSTRAP   the broker; the router sets it
-# OFFSET_RESET      where a group without a place begins; default none: the router has set its place
-# KAFKA_JARS        the broker's jars; default those of scripts/services.sh
+# OFFSET_RESET      auto.offset.reset of the group; default: none, because the router sets its offsets
+# KAFKA_JARS        directory of the broker's jars; default: that of scripts/services.sh
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 dir=${SERVICES_DIR:-$root/target/router-services}
@@ -29,7 +29,7 @@ stop() {
   return 1
 }
 
-# A call that comes after a newer one does nothing: whoever made it was held up, or died.
+# A call with an older number than the last one is late, and does nothing.
 exec 9>"$dir/$side.lock"
 flock 9
 number=${AVIARY_CALL:-}
@@ -40,7 +40,7 @@ fi
 
 case "$call" in
   stop)
-    # Only if it reads that topic: it may have been started on another one meanwhile.
+    # Only if it reads that topic: a newer call may have started it on another one.
     [ "$(cat "$topic_file" 2>/dev/null)" != "$topic" ] || stop ;;
   start)
     if runs && [ "$(cat "$topic_file")" = "$topic" ]; then exit 0; fi

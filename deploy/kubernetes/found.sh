@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Founds the cluster in Kubernetes, once: identities and tokens are made here and handed over as Secrets; the founding one is deleted
-# as soon as every node has taken it up. Needs kubectl, and aviary on this machine.
-#   deploy/kubernetes/found.sh DIR      DIR gets the certificate authority and the admin's token: keep it, off the cluster
+# Creates the cluster in Kubernetes, once. Certificates and tokens are made on this machine and passed as Secrets; the founding Secret is
+# deleted as soon as every node has unpacked it. Needs kubectl and aviary on this machine.
+#   deploy/kubernetes/found.sh DIR      writes the certificate authority and the admin's token to DIR; keep DIR off the cluster
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 keep=${1:?"expected a directory for the certificate authority and the token: deploy/kubernetes/found.sh DIR"}
