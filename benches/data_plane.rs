@@ -4,8 +4,8 @@ use std::hint::black_box;
 
 use aviary::domain::ids::{ServiceId, VersionId};
 use aviary::domain::weights::sticky_ticket;
-use aviary::proxy::outcome::{ANSWERS, Breaker, Counts};
-use aviary::proxy::wire::{self, Body, Mark, Opening, Room};
+use aviary::proxy::outcome::{ANSWERS, CircuitBreaker, Counts};
+use aviary::proxy::wire::{self, Body, Opening, ResponseFields, Room};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 const REQUEST: &[u8] =
@@ -25,7 +25,8 @@ fn heads(criterion: &mut Criterion) {
             black_box(&out);
         });
     });
-    let mark = Mark { lines: b"x-served-by: v2\r\nx-routing-version: 7\r\n", date: &[b'0'; 29], close: false };
+    let mark =
+        ResponseFields { lines: b"x-served-by: v2\r\nx-routing-version: 7\r\n", date: &[b'0'; 29], close: false };
     criterion.bench_function("answer head: read, rewritten", |bencher| {
         bencher.iter(|| {
             let mut room = Room::default();
@@ -56,13 +57,13 @@ fn decisions(criterion: &mut Criterion) {
         bencher.iter(|| sticky_ticket(7, black_box(b"user-1234567")));
     });
     let counts = Counts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2, ANSWERS);
-    let breaker = Breaker::default();
+    let circuit_breaker = CircuitBreaker::default();
     let mut latency_us = 0;
     criterion.bench_function("an answer counted", |bencher| {
         bencher.iter(|| {
             latency_us = (latency_us + 977) % 100_000;
             counts.add(0, 200, black_box(latency_us), false);
-            breaker.canary(false)
+            circuit_breaker.canary(false)
         });
     });
 }

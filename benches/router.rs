@@ -12,7 +12,7 @@ use std::time::Duration;
 use aviary::adapters::clock::BootClock;
 use aviary::adapters::kafka::{KafkaBroker, Names};
 use aviary::config::node::Kafka;
-use aviary::domain::course::Call;
+use aviary::domain::course::HookCall;
 use aviary::domain::split::Side;
 use aviary::domain::time::Mono;
 use aviary::domain::weights::Weight;
@@ -116,7 +116,7 @@ impl Run {
 struct NoServices;
 
 impl Hooks for NoServices {
-    fn call(&mut self, _: Call, _: Side, _: Topic, _: u64) -> Result<(), OutsideError> {
+    fn call(&mut self, _: HookCall, _: Side, _: Topic, _: u64) -> Result<(), OutsideError> {
         Ok(())
     }
 }

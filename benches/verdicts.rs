@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 
 use aviary::domain::analysis::Analysis;
-use aviary::domain::sequential::{Decision, Policy, Sequential};
+use aviary::domain::sequential::{Policy, Sequential, SequentialVerdict};
 use aviary::domain::window::Evidence;
 use aviary::synthetic::{Profile, Regression, Traffic};
 
@@ -189,7 +189,7 @@ impl Detector for Ours {
         if weight_changes {
             self.0.weight_changed();
         }
-        self.0.advance(second * 1_000, evidence).decision == Decision::Rollback
+        self.0.advance(second * 1_000, evidence).decision == SequentialVerdict::Rollback
     }
 }
 
@@ -358,7 +358,7 @@ fn nulls(rounds: u64, alpha: f64) -> u64 {
             }
             left -= 1;
             let evidence = traffic.next(60.0, 0.2, rate, Regression::NONE);
-            test.advance(second * 1_000, &evidence).decision == Decision::Rollback
+            test.advance(second * 1_000, &evidence).decision == SequentialVerdict::Rollback
         })
     };
     (0..rounds).filter(|seed| is_rolled_back(*seed)).count() as u64

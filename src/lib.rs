@@ -28,7 +28,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod decisions;
-pub mod door;
+pub mod listener;
 pub mod node;
 pub mod ports;
 pub mod proxy;

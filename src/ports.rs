@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::domain::course::Call;
+use crate::domain::course::HookCall;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::split::Side;
 use crate::domain::text::bounded;
 use crate::domain::time::Now;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{Chosen, Register, SavedTrial, Slot};
+use crate::protocol::record::{AcceptorState, Chosen, SavedRun, Slot};
 use crate::schema::v1::Decision;
 
 /// A store could not do what it must. The process stops: a promise that may not be on disk can't be made.
@@ -33,7 +33,7 @@ pub struct StoreError {
 /// A node's durable memory.
 pub trait Store: Send {
     /// Writes the register; on return it and every record appended before survive power loss.
-    fn persist(&mut self, register: &Register) -> Result<(), StoreError>;
+    fn persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError>;
 
     /// Appends the record of the next slot; it survives power loss once a later [`Store::persist`] returned.
     fn append(&mut self, chosen: &Chosen) -> Result<(), StoreError>;
@@ -51,9 +51,9 @@ pub trait Store: Send {
 
 /// Where trials outlive a node's process, should all nodes restart at once. Nothing is promised by it: what is lost is judged
 /// anew.
-pub trait TrialStore: Send {
+pub trait RunStore: Send {
     /// Saves the trial of a service in place of the one before, without waiting for it, or none: it is over.
-    fn save(&mut self, service: &ServiceId, trial: Option<Box<SavedTrial>>);
+    fn save(&mut self, service: &ServiceId, run: Option<Box<SavedRun>>);
 }
 
 /// Reads the log.
@@ -71,7 +71,7 @@ pub struct Recovered<S> {
     /// The store, ready to be written.
     pub store: S,
     /// The promises; none when no slot of the register is readable: the node's memory is gone.
-    pub register: Option<Register>,
+    pub acceptor: Option<AcceptorState>,
     /// The sum of the log that the records build on: the checkpoint's, or that of genesis alone.
     pub ledger: Ledger,
     /// The records after it: contiguous, the chain verified.
@@ -191,11 +191,11 @@ pub struct Record<'a> {
 
 /// Which version gets a record, and under which weight that was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stamp {
+pub struct Assignment {
     /// The version.
     pub side: Side,
     /// The weight's number.
-    pub epoch: u64,
+    pub weight_version: u64,
 }
 
 /// How far a router has read a partition.
@@ -204,7 +204,7 @@ pub struct Place {
     /// The next offset that is read.
     pub next: i64,
     /// The state at that place.
-    pub note: String,
+    pub metadata: String,
 }
 
 /// What a router finds when it opens.
@@ -259,7 +259,7 @@ pub trait Broker: Send {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
     ) -> Result<usize, OutsideError>;
 
     /// Copies up to `most` records of the canary's topic, `from` on and before `until`, to stable's.
@@ -269,7 +269,7 @@ pub trait Broker: Send {
         from: i64,
         until: i64,
         most: usize,
-        epoch: u64,
+        weight_version: u64,
     ) -> Result<Reclaimed, OutsideError>;
 
     /// Waits until what was copied is written; returns the last offsets in stable's and canary's topic, for each partition.
@@ -292,7 +292,7 @@ pub trait Broker: Send {
 pub trait Hooks: Send {
     /// Starts or stops a service, which may be what it is already. Calls are numbered: one that comes after a newer one of the same
     /// version, because whoever made it was held up or died, must do nothing.
-    fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError>;
+    fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError>;
 }
 
 /// A record that is posted.

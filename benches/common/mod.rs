@@ -5,7 +5,7 @@ use std::sync::Arc;
 use aviary::adapters::clock::BootClock;
 use aviary::adapters::memory::MemoryStore;
 use aviary::domain::ids::{NodeId, TxId};
-use aviary::domain::rollout::{Change, Mark, Service};
+use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::node::handle::{NodeHandle, Published};
 use aviary::ports::{Clock, Store};
 use aviary::protocol::View;
@@ -17,8 +17,8 @@ const ROLLOUT: &str = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: f
 /// Returns the intake of a node with so many rollouts under way.
 pub fn intake(services: u64) -> Intake {
     let spec = Arc::new(aviary::config::rollout::parse(ROLLOUT, "bench").expect("a rollout"));
-    let mark = Mark { tx: TxId::new("bench").expect("a name"), at: BootClock.now().wall };
-    let service = Service::after(None, &spec.service.clone(), &Change::Start(spec), &mark).expect("a start");
+    let stamp = Stamp { tx: TxId::new("bench").expect("a name"), at: BootClock.now().wall };
+    let service = Service::after(None, &spec.service.clone(), &Change::Start(spec), &stamp).expect("a start");
     let mut view = View::fixed(NodeId::new("a").expect("a name"), service);
     let (_, one) = view.services.pop_first().expect("the one it was made of");
     view.services = (0..services).map(|number| (name(number).parse().expect("a name"), one.clone())).collect();

@@ -109,7 +109,7 @@ impl Coverage {
             Event::Voted { vote, .. } if vote == "yes" => self.event("voted yes"),
             Event::Voted { vote, .. } if vote == "no" => self.event("voted no"),
             Event::Voted { .. } => self.event("abstained"),
-            Event::Braked { .. } => self.event("braked"),
+            Event::LocalHold { .. } => self.event("braked"),
             Event::Lease { held: false } => self.event("lease lost"),
             Event::Enforced { .. } => self.event("rollback enforced"),
             Event::Coordinator { .. } => self.event("coordinator changed"),
@@ -172,9 +172,9 @@ fn moment(output: &Output, coordinates: bool) -> Option<usize> {
     let other = |point: usize| Some(POINTS.len() * KINDS.len() * ROLES.len() + point * ROLES.len() + role);
     match output {
         Output::Send { message, .. } => match &**message {
-            Message::Prepare(prepare) => about(0, prepare.intent.act.name()),
-            Message::Decision(Decision::Propose(_, record)) => about(1, record.intent.act.name()),
-            Message::Decision(Decision::Chosen(chosen)) => about(2, chosen.record.intent.act.name()),
+            Message::Prepare(prepare) => about(0, prepare.intent.operation.name()),
+            Message::Decision(Decision::Propose(_, record)) => about(1, record.intent.operation.name()),
+            Message::Decision(Decision::Chosen(chosen)) => about(2, chosen.record.intent.operation.name()),
             Message::Vote(vote) => other(match vote.answer {
                 Answer::Gate { .. } => 0,
                 Answer::Accept => 1,
@@ -182,7 +182,7 @@ fn moment(output: &Output, coordinates: bool) -> Option<usize> {
             }),
             _ => None,
         },
-        Output::Append(chosen) => about(3, chosen.record.intent.act.name()),
+        Output::Append(chosen) => about(3, chosen.record.intent.operation.name()),
         Output::Persist(_) => other(3),
         Output::Publish(_) => other(4),
         Output::Reply(..) => other(5),

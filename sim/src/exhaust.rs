@@ -15,8 +15,10 @@ use aviary_core::domain::time::{Mono, Now, Wall};
 use aviary_core::domain::weights::Weight;
 use aviary_core::protocol::ledger::Ledger;
 use aviary_core::protocol::message::{Decision, Message};
-use aviary_core::protocol::record::{Chosen, ConfigChange, Register, Slot};
-use aviary_core::protocol::{Command, Core, Input, Op, Outcome, Output, RequestId, Retention, Settings, Timings};
+use aviary_core::protocol::record::{AcceptorState, Chosen, ConfigChange, Slot};
+use aviary_core::protocol::{
+    Command, Core, Input, OperatorRequest, Outcome, Output, RequestId, Retention, Settings, Timings,
+};
 use std::sync::Arc;
 
 use crate::truth::Truth;
@@ -60,7 +62,7 @@ const PATIENCE_MS: u64 = 1_600;
 
 #[derive(Clone)]
 struct Disk {
-    register: Option<Register>,
+    acceptor: Option<AcceptorState>,
     log: Vec<Chosen>,
     durable: usize,
 }
@@ -96,7 +98,7 @@ fn index(node: &NodeId) -> usize {
 }
 
 /// The questions: a raise at one node, a change of members and a rollback at others, so that they meet.
-fn question(number: u8) -> (usize, Op) {
+fn question(number: u8) -> (usize, OperatorRequest) {
     let service = ServiceId::new("s").expect("valid");
     let backend = |version: &str| Backend::new(VersionId::new(version).expect("valid"), vec![]);
     let stage = |bp| Stage { weight: Weight::from_bp(bp).expect("in range"), hold_ms: 60_000, manual: true };
@@ -115,16 +117,16 @@ fn question(number: u8) -> (usize, Op) {
         progress_deadline_ms: 600_000,
     };
     match number {
-        0 => (0, Op::Apply(Arc::new(spec))),
-        1 => (1, Op::Config(ConfigChange::Bench(name(2)))),
-        _ => (2, Op::Abort { service, reason: "x".into() }),
+        0 => (0, OperatorRequest::Apply(Arc::new(spec))),
+        1 => (1, OperatorRequest::Config(ConfigChange::Cordon(name(2)))),
+        _ => (2, OperatorRequest::Abort { service, reason: "x".into() }),
     }
 }
 
 impl State {
     fn new(bounds: Bounds) -> Self {
         let (genesis, members) = genesis_of(NODES);
-        let disk = |i| Disk { register: Some(first_register(i, &genesis)), log: vec![genesis.clone()], durable: 1 };
+        let disk = |i| Disk { acceptor: Some(first_register(i, &genesis)), log: vec![genesis.clone()], durable: 1 };
         let mut state = Self {
             now_ms: 10_000,
             cores: Vec::new(),
@@ -165,7 +167,7 @@ impl State {
             peers: Default::default(),
         };
         let ledger = Ledger::new(&disk.log[0]).expect("a log begins with its genesis");
-        Core::start(settings, disk.register.clone(), ledger, &disk.log[1..], BTreeMap::new(), self.now())
+        Core::start(settings, disk.acceptor.clone(), ledger, &disk.log[1..], BTreeMap::new(), self.now())
     }
 
     fn incarnation(&self, i: usize) -> Incarnation {
@@ -177,11 +179,12 @@ impl State {
         let node = name(i);
         for output in outputs.into_iter().take(most) {
             match output {
-                Output::Persist(register) => {
+                Output::Persist(acceptor) => {
                     let disk = &mut self.disks[i];
-                    (disk.register, disk.durable) = (Some((*register).clone()), disk.log.len());
-                    let chosen = self.truth.persisted(&node, &register)?;
-                    if let Some((record, _)) = chosen.filter(|(record, _)| record.intent.act.raises_exposure()) {
+                    (disk.acceptor, disk.durable) = (Some((*acceptor).clone()), disk.log.len());
+                    let chosen = self.truth.persisted(&node, &acceptor)?;
+                    if let Some((record, _)) = chosen.filter(|(record, _)| record.intent.operation.increases_exposure())
+                    {
                         let yes = record.certificate.as_ref().map_or(0, |certificate| certificate.yes.len());
                         let needed = self.truth.membership_for(record.slot).map_or(0, |m| m.gate_voters().count());
                         if yes < needed {
@@ -276,9 +279,9 @@ impl State {
             Move::Ask(number) => {
                 let mut next = self.clone();
                 next.asked |= 1 << number;
-                let (i, op) = question(number);
+                let (i, asked) = question(number);
                 let tx = TxId::new(format!("t{number}")).expect("valid");
-                let input = Input::Operator(Command { request: RequestId(u64::from(number)), tx, op });
+                let input = Input::Operator(Command { request: RequestId(u64::from(number)), tx, asked });
                 next.given(i, input)
             }
             Move::Timeout => {
@@ -297,7 +300,7 @@ impl State {
                 let mut next = self.clone();
                 next.wipes -= 1;
                 let disk = &mut next.disks[i];
-                (disk.register, disk.durable) = (None, 1);
+                (disk.acceptor, disk.durable) = (None, 1);
                 next.restart(i)?;
                 Ok(vec![next])
             }
@@ -376,7 +379,7 @@ impl State {
 
     fn fingerprint(&self) -> (u64, u64) {
         let cores: Vec<_> = self.cores.iter().map(Core::fingerprint).collect();
-        let disks: Vec<_> = self.disks.iter().map(|disk| (&disk.register, disk.log.len(), disk.durable)).collect();
+        let disks: Vec<_> = self.disks.iter().map(|disk| (&disk.acceptor, disk.log.len(), disk.durable)).collect();
         let mut wire: Vec<_> = self.wire.iter().collect();
         wire.sort_by_key(|(from, to, ..)| (*from, *to));
         let counts = (self.now_ms, self.asked, self.crashes, self.wipes, self.timeouts, self.losses);

@@ -253,8 +253,8 @@ fn run(arguments: &Arguments, seeds: std::ops::Range<u64>, options: Options) -> 
         count as f64 / real,
         virtual_s / real,
         total.slots,
-        total.raises,
-        total.unarmed,
+        total.increases,
+        total.in_doubt,
         total.crashes,
         total.wipes,
         total.installs,
@@ -314,8 +314,8 @@ fn run_whole(seeds: std::ops::Range<u64>, ms: u64) -> anyhow::Result<ExitCode> {
 fn add(total: &mut Summary, one: &Summary) {
     total.us += one.us;
     total.slots += one.slots;
-    total.raises += one.raises;
-    total.unarmed += one.unarmed;
+    total.increases += one.increases;
+    total.in_doubt += one.in_doubt;
     total.crashes += one.crashes;
     total.wipes += one.wipes;
     total.installs += one.installs;

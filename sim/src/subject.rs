@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
 use aviary_core::domain::time::Now;
 use aviary_core::protocol::ledger::Ledger;
-use aviary_core::protocol::record::{Chosen, Register, SavedTrial};
+use aviary_core::protocol::record::{AcceptorState, Chosen, SavedRun};
 use aviary_core::protocol::{Input, Output, Retention, Timings};
 
 /// What a node's process is started with.
@@ -25,14 +25,19 @@ pub struct Setup {
     /// Everybody it may talk with.
     pub peers: BTreeSet<NodeId>,
     /// The trials that it saved.
-    pub trials: BTreeMap<ServiceId, SavedTrial>,
+    pub runs: BTreeMap<ServiceId, SavedRun>,
 }
 
 /// One node's process.
 pub trait Subject: Sized {
     /// Starts it on what its disk holds: the register, and a ledger with the records after it.
-    fn start(setup: Setup, register: Option<Register>, ledger: Ledger, log: &[Chosen], now: Now)
-    -> (Self, Vec<Output>);
+    fn start(
+        setup: Setup,
+        acceptor: Option<AcceptorState>,
+        ledger: Ledger,
+        log: &[Chosen],
+        now: Now,
+    ) -> (Self, Vec<Output>);
     /// Hands it one input.
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output>;
 }
@@ -40,15 +45,15 @@ pub trait Subject: Sized {
 impl Subject for aviary_core::protocol::Core {
     fn start(
         setup: Setup,
-        register: Option<Register>,
+        acceptor: Option<AcceptorState>,
         ledger: Ledger,
         log: &[Chosen],
         now: Now,
     ) -> (Self, Vec<Output>) {
-        let Setup { node, cluster, timings, seed, fresh_incarnation, retention, peers, trials } = setup;
+        let Setup { node, cluster, timings, seed, fresh_incarnation, retention, peers, runs } = setup;
         let settings =
             aviary_core::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention, peers };
-        Self::start(settings, register, ledger, log, trials, now)
+        Self::start(settings, acceptor, ledger, log, runs, now)
     }
 
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output> {

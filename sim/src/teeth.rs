@@ -6,7 +6,7 @@ use aviary_core::domain::ids::Incarnation;
 use aviary_core::domain::time::Now;
 use aviary_core::protocol::ledger::Ledger;
 use aviary_core::protocol::message::{Answer, Decision, GateVote, Message};
-use aviary_core::protocol::record::{Chosen, Register};
+use aviary_core::protocol::record::{AcceptorState, Chosen};
 use aviary_core::protocol::{Core, Input, Observation, Output, View};
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ const SUFFIX: u8 = 5;
 const RECEIPT: u8 = 6;
 const GRANTED: u8 = 7;
 const EARLY: u8 = 8;
-const UNARMED: u8 = 9;
+const IN_DOUBT: u8 = 9;
 const STALE: u8 = 10;
 const REUSED: u8 = 11;
 const UNSYNCED: u8 = 12;
@@ -47,7 +47,7 @@ pub const ALL: [Tooth; 14] = [
     Tooth { name: "the lease is measured from the answer's receipt", run: run::<RECEIPT> },
     Tooth { name: "a lease is granted whatever was accepted since", run: run::<GRANTED> },
     Tooth { name: "a record is served and told before it is durable", run: run::<EARLY> },
-    Tooth { name: "a raise that was decided in doubt is served", run: run::<UNARMED> },
+    Tooth { name: "a raise that was decided in doubt is served", run: run::<IN_DOUBT> },
     Tooth { name: "evidence of an earlier step counts for this one", run: run::<STALE> },
     Tooth { name: "a ballot is used again after a restart", run: run::<REUSED> },
     Tooth { name: "a vote leaves before the write it promises", run: run::<UNSYNCED> },
@@ -76,7 +76,7 @@ struct Toothed<const BUG: u8> {
 impl<const BUG: u8> Subject for Toothed<BUG> {
     fn start(
         setup: Setup,
-        register: Option<Register>,
+        acceptor: Option<AcceptorState>,
         ledger: Ledger,
         log: &[Chosen],
         now: Now,
@@ -85,12 +85,12 @@ impl<const BUG: u8> Subject for Toothed<BUG> {
         let cluster = setup.cluster;
         let last = log.last().map_or((ledger.head, ledger.head_hash), |last| (last.record.slot, last.record.hash()));
         let mut log = log;
-        let register = match (BUG, register) {
+        let acceptor = match (BUG, acceptor) {
             (WIPED, None) => {
                 // It takes the place it had, as if it remembered everything.
-                let bound = ledger.membership.0.get(&node).map_or(Incarnation(1), |member| member.incarnation);
+                let bound = ledger.members.0.get(&node).map_or(Incarnation(1), |member| member.incarnation);
                 let (head, head_hash) = last;
-                Some(Register {
+                Some(AcceptorState {
                     cluster,
                     node,
                     incarnation: bound,
@@ -102,22 +102,22 @@ impl<const BUG: u8> Subject for Toothed<BUG> {
                 })
             }
             (_, None) => None,
-            (PROMISE, Some(register)) => Some(Register { promised: None, ..register }),
-            (ACCEPT, Some(register)) => Some(Register { accepted: None, ..register }),
-            (SUFFIX, Some(register)) if register.head > last.0 => {
-                Some(Register { head: last.0, head_hash: last.1, ..register })
+            (PROMISE, Some(acceptor)) => Some(AcceptorState { promised: None, ..acceptor }),
+            (ACCEPT, Some(acceptor)) => Some(AcceptorState { accepted: None, ..acceptor }),
+            (SUFFIX, Some(acceptor)) if acceptor.head > last.0 => {
+                Some(AcceptorState { head: last.0, head_hash: last.1, ..acceptor })
             }
-            (REUSED, Some(register)) => Some(Register { boot: register.boot.saturating_sub(1), ..register }),
-            (REPEATED, Some(register)) if log.len() > 1 => {
+            (REUSED, Some(acceptor)) => Some(AcceptorState { boot: acceptor.boot.saturating_sub(1), ..acceptor }),
+            (REPEATED, Some(acceptor)) if log.len() > 1 => {
                 // It believes the log to end before its last record.
                 log = &log[..log.len() - 1];
                 let (head, head_hash) = log.last().map_or(last, |last| (last.record.slot, last.record.hash()));
                 let accepted = None;
-                Some(Register { head: head.min(register.head), head_hash, accepted, ..register })
+                Some(AcceptorState { head: head.min(acceptor.head), head_hash, accepted, ..acceptor })
             }
-            (_, register) => register,
+            (_, acceptor) => acceptor,
         };
-        let (core, outputs) = <Core as Subject>::start(setup, register, ledger, log, now);
+        let (core, outputs) = <Core as Subject>::start(setup, acceptor, ledger, log, now);
         let mut toothed = Self { core, view: None, seen: Vec::new() };
         let outputs = toothed.bend(now, outputs);
         (toothed, outputs)
@@ -149,7 +149,7 @@ impl<const BUG: u8> Toothed<BUG> {
                     *gate = GateVote::Yes("the others are for it".into());
                 }
             }
-            (UNARMED, Message::Decision(Decision::Chosen(chosen) | Decision::CatchUp(chosen))) => {
+            (IN_DOUBT, Message::Decision(Decision::Chosen(chosen) | Decision::CatchUp(chosen))) => {
                 if let Some(certificate) = &chosen.record.certificate {
                     chosen.ballot = Some(certificate.ballot.clone());
                 }

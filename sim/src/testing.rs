@@ -7,7 +7,7 @@ use aviary_core::domain::rollout::Change;
 use aviary_core::domain::routing::{RoutingState, Status};
 use aviary_core::domain::time::Wall;
 use aviary_core::domain::weights::{Weight, Weights};
-use aviary_core::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Register, Slot};
+use aviary_core::protocol::record::{Accepted, AcceptorState, Ballot, Chosen, Intent, Operation, Record, Slot};
 use std::sync::Arc;
 
 use crate::truth::{Served, Truth};
@@ -43,7 +43,7 @@ pub fn pause(slot: u64, tx: &str) -> Chosen {
         tx: TxId::new(tx).unwrap(),
         digest: 0,
         at: Wall(0),
-        act: Act::Change(service(), Change::Pause { reason: "test".into() }),
+        operation: Operation::Change(service(), Change::Pause { reason: "test".into() }),
     };
     let record =
         Record { slot: Slot(slot), prev_hash: genesis().record.hash(), intent, state: None, certificate: None };
@@ -53,7 +53,7 @@ pub fn pause(slot: u64, tx: &str) -> Chosen {
 /// A change of the service at `slot`.
 pub fn change(slot: u64, change: Change) -> Record {
     let mut record = pause(slot, &format!("t{slot}")).record;
-    record.intent.act = Act::Change(service(), change);
+    record.intent.operation = Operation::Change(service(), change);
     record
 }
 
@@ -91,9 +91,9 @@ pub fn spec() -> Arc<RolloutSpec> {
     })
 }
 
-pub fn register(name: &str, round: u64, tx: &str) -> Register {
+pub fn acceptor(name: &str, round: u64, tx: &str) -> AcceptorState {
     let accepted = Accepted { ballot: ballot("a", round), record: pause(1, tx).record };
-    Register {
+    AcceptorState {
         cluster: ClusterId([7; 16]),
         node: node(name),
         incarnation: Incarnation(1 + u64::from(name.as_bytes()[0] - b'a')),

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use aviary_core::domain::ids::NodeId;
 use aviary_core::domain::time::{Mono, Now};
 use aviary_core::protocol::ledger::Ledger;
-use aviary_core::protocol::message::{Answer, Decision, GateVote, Heartbeat, Message, Prepare, Role, Vote};
-use aviary_core::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Membership, Record, Register, Slot};
+use aviary_core::protocol::message::{Answer, Decision, GateVote, Heartbeat, Membership, Message, Prepare, Vote};
+use aviary_core::protocol::record::{
+    Accepted, AcceptorState, Ballot, Chosen, Intent, Members, Operation, Record, Slot,
+};
 use aviary_core::protocol::{Input, Output};
 
 use crate::subject::{Setup, Subject};
@@ -35,8 +37,8 @@ struct Attempt {
 
 /// One node.
 pub struct Toy<const BUG: u8> {
-    register: Register,
-    members: Membership,
+    acceptor: AcceptorState,
+    members: Members,
     head_hash: aviary_core::protocol::record::Hash,
     head: Slot,
     attempt: Option<Attempt>,
@@ -48,13 +50,13 @@ pub struct Toy<const BUG: u8> {
 
 impl<const BUG: u8> Toy<BUG> {
     fn persist(&mut self) {
-        self.register.head = self.head;
-        self.register.head_hash = self.head_hash;
-        self.out.push(Output::Persist(Box::new(self.register.clone())));
+        self.acceptor.head = self.head;
+        self.acceptor.head_hash = self.head_hash;
+        self.out.push(Output::Persist(Box::new(self.acceptor.clone())));
     }
 
     fn peers(&self) -> Vec<NodeId> {
-        self.members.0.keys().filter(|node| **node != self.register.node).cloned().collect()
+        self.members.0.keys().filter(|node| **node != self.acceptor.node).cloned().collect()
     }
 
     fn send(&mut self, to: NodeId, message: Message) {
@@ -66,7 +68,7 @@ impl<const BUG: u8> Toy<BUG> {
     }
 
     fn counts(&self) -> bool {
-        BUG == WIPED_VOTES || self.members.counts(&self.register.node, self.register.incarnation)
+        BUG == WIPED_VOTES || self.members.counts(&self.acceptor.node, self.acceptor.incarnation)
     }
 
     fn vote(&mut self, to: NodeId, ballot: Ballot, slot: Slot, answer: Answer) {
@@ -79,10 +81,10 @@ impl<const BUG: u8> Toy<BUG> {
     }
 
     fn begin(&mut self, intent: Intent) {
-        self.round = self.register.promised.as_ref().map_or(0, |ballot| ballot.round) + 1;
-        let (node, incarnation, boot) = (self.register.node.clone(), self.register.incarnation, self.register.boot);
+        self.round = self.acceptor.promised.as_ref().map_or(0, |ballot| ballot.round) + 1;
+        let (node, incarnation, boot) = (self.acceptor.node.clone(), self.acceptor.incarnation, self.acceptor.boot);
         let ballot = Ballot { round: self.round, node: node.clone(), incarnation, boot };
-        self.register.promised = Some(ballot.clone());
+        self.acceptor.promised = Some(ballot.clone());
         self.persist();
         let prepare = Prepare {
             ballot: ballot.clone(),
@@ -93,7 +95,7 @@ impl<const BUG: u8> Toy<BUG> {
             evidence_age_ms_max: 0,
         };
         self.tell(&Message::Prepare(prepare));
-        let own = self.register.accepted.clone().map(Box::new);
+        let own = self.acceptor.accepted.clone().map(Box::new);
         let promised = BTreeMap::from([(node, own)]);
         let since = self.now.mono;
         self.attempt = Some(Attempt { ballot, intent, promised, proposed: None, accepted: BTreeSet::new(), since });
@@ -114,9 +116,9 @@ impl<const BUG: u8> Toy<BUG> {
             };
             let record = highest.map_or(fresh, |accepted| accepted.record.clone());
             attempt.proposed = Some(record.clone());
-            attempt.accepted.insert(self.register.node.clone());
+            attempt.accepted.insert(self.acceptor.node.clone());
             let ballot = attempt.ballot.clone();
-            self.register.accepted = Some(Accepted { ballot: ballot.clone(), record: record.clone() });
+            self.acceptor.accepted = Some(Accepted { ballot: ballot.clone(), record: record.clone() });
             self.persist();
             self.tell(&Message::Decision(Decision::Propose(ballot, Box::new(record))));
         }
@@ -136,7 +138,7 @@ impl<const BUG: u8> Toy<BUG> {
         }
         self.head = chosen.record.slot;
         self.head_hash = chosen.record.hash();
-        self.register.accepted = None;
+        self.acceptor.accepted = None;
         self.attempt = None;
         self.out.push(Output::Append(Box::new(chosen)));
     }
@@ -144,27 +146,27 @@ impl<const BUG: u8> Toy<BUG> {
     fn receive(&mut self, from: NodeId, message: Message) {
         match message {
             Message::Prepare(p) if p.slot == self.head.next() && self.counts() => {
-                let stale = self.register.promised.as_ref() > Some(&p.ballot);
+                let stale = self.acceptor.promised.as_ref() > Some(&p.ballot);
                 if stale && BUG != FORGETS_PROMISE {
                     return;
                 }
                 self.attempt = None;
-                self.register.promised = Some(p.ballot.clone());
+                self.acceptor.promised = Some(p.ballot.clone());
                 self.persist();
-                let told = self.register.accepted.clone().filter(|_| BUG != HIDES_ACCEPTED).map(Box::new);
+                let told = self.acceptor.accepted.clone().filter(|_| BUG != HIDES_ACCEPTED).map(Box::new);
                 let gate = GateVote::Abstain("a toy".into());
                 self.vote(from, p.ballot, p.slot, Answer::Gate { accepted: told, gate });
             }
             Message::Decision(Decision::Propose(ballot, record))
                 if record.slot == self.head.next() && self.counts() =>
             {
-                if self.register.promised.as_ref() > Some(&ballot) {
+                if self.acceptor.promised.as_ref() > Some(&ballot) {
                     return;
                 }
                 let slot = record.slot;
                 self.attempt = None;
-                self.register.promised = Some(ballot.clone());
-                self.register.accepted = Some(Accepted { ballot: ballot.clone(), record: *record });
+                self.acceptor.promised = Some(ballot.clone());
+                self.acceptor.accepted = Some(Accepted { ballot: ballot.clone(), record: *record });
                 self.persist();
                 self.vote(from, ballot, slot, Answer::Accept);
             }
@@ -203,9 +205,9 @@ impl<const BUG: u8> Toy<BUG> {
             acknowledges: None,
             head: self.head,
             head_hash: self.head_hash,
-            unarmed: Default::default(),
+            in_doubt: Default::default(),
             open: None,
-            role: Role::Voter,
+            membership: Membership::Voter,
         };
         self.tell(&Message::Heartbeat(heartbeat));
     }
@@ -214,14 +216,14 @@ impl<const BUG: u8> Toy<BUG> {
 impl<const BUG: u8> Subject for Toy<BUG> {
     fn start(
         setup: Setup,
-        register: Option<Register>,
+        acceptor: Option<AcceptorState>,
         ledger: Ledger,
         log: &[Chosen],
         now: Now,
     ) -> (Self, Vec<Output>) {
         let base = (ledger.head, ledger.head_hash);
         let last = log.last().map_or(base, |last| (last.record.slot, last.record.hash()));
-        let mut register = register.unwrap_or(Register {
+        let mut acceptor = acceptor.unwrap_or(AcceptorState {
             cluster: setup.cluster,
             node: setup.node,
             incarnation: setup.fresh_incarnation,
@@ -231,12 +233,12 @@ impl<const BUG: u8> Subject for Toy<BUG> {
             head: base.0,
             head_hash: base.1,
         });
-        register.boot += 1;
-        register.accepted = register.accepted.filter(|accepted| accepted.record.slot > last.0);
-        let round = register.promised.as_ref().map_or(0, |ballot| ballot.round);
-        let ((head, head_hash), members) = (last, ledger.membership);
+        acceptor.boot += 1;
+        acceptor.accepted = acceptor.accepted.filter(|accepted| accepted.record.slot > last.0);
+        let round = acceptor.promised.as_ref().map_or(0, |ballot| ballot.round);
+        let ((head, head_hash), members) = (last, ledger.members);
         let (attempt, out, beat) = (None, Vec::new(), now.mono);
-        let mut toy = Self { register, members, head, head_hash, attempt, out, beat, round, now };
+        let mut toy = Self { acceptor, members, head, head_hash, attempt, out, beat, round, now };
         toy.persist();
         let out = std::mem::take(&mut toy.out);
         (toy, out)
@@ -248,11 +250,11 @@ impl<const BUG: u8> Subject for Toy<BUG> {
             Input::Tick => self.tick(),
             Input::Received { from, message, .. } => self.receive(from, *message),
             Input::Operator(command) if self.attempt.is_none() && self.counts() => {
-                let act = Act::Abort { service: None, refused: "everything".into(), reasons: vec![] };
+                let operation = Operation::Abort { service: None, refused: "everything".into(), reasons: vec![] };
                 // Made unique: the toy keeps no outcomes, and so can't tell a repeated transaction.
-                let unique = format!("{}.{}.{}", command.tx, self.register.node, command.request.0);
+                let unique = format!("{}.{}.{}", command.tx, self.acceptor.node, command.request.0);
                 let tx = aviary_core::domain::ids::TxId::new(unique).expect("short enough");
-                self.begin(Intent { tx, digest: 0, at: now.wall, act });
+                self.begin(Intent { tx, digest: 0, at: now.wall, operation });
             }
             _ => {}
         }

@@ -5,19 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use aviary_core::domain::ids::{Incarnation, NodeId, ServiceId, VersionId};
 use aviary_core::domain::plan::{OnPartition, RolloutSpec};
 use aviary_core::domain::rollout::{Change, Target};
-use aviary_core::protocol::Op;
+use aviary_core::protocol::OperatorRequest;
 use aviary_core::protocol::Outcome;
 use aviary_core::protocol::RequestId;
 use aviary_core::protocol::message::Message;
 use aviary_core::protocol::record::{
-    Accepted, Act, Ballot, Chosen, ConfigChange, Hash, Member, Membership, Record, Register, Slot,
+    Accepted, AcceptorState, Ballot, Chosen, ConfigChange, Hash, Member, Members, Operation, Record, Slot,
 };
 use std::sync::Arc;
 
 /// Something that happened.
 pub enum Fact<'a> {
     /// A register became durable.
-    Persisted(&'a NodeId, &'a Register),
+    Persisted(&'a NodeId, &'a AcceptorState),
     /// A node learned a chosen record.
     Appended(&'a NodeId, &'a Chosen),
     /// A process started on this log.
@@ -25,7 +25,7 @@ pub enum Fact<'a> {
     /// A message left.
     Sent(&'a NodeId, Incarnation, &'a Message),
     /// A client asked.
-    Asked(RequestId, &'a str, &'a Op),
+    Asked(RequestId, &'a str, &'a OperatorRequest),
     /// A client asked for a linearizable read.
     Reads(RequestId),
     /// A client was answered.
@@ -33,7 +33,7 @@ pub enum Fact<'a> {
     /// A majority accepted a record in a ballot.
     Chosen(&'a Record, &'a Ballot),
     /// A node stopped its canary by itself.
-    Braked(&'a NodeId, &'a ServiceId),
+    LocalHold(&'a NodeId, &'a ServiceId),
     /// What a node would serve at this moment.
     Served(Served<'a>),
     /// Canary answers of a service at a routing version reached a node's gate: how many, and how many failed.
@@ -88,18 +88,18 @@ pub struct Truth {
     /// Every chosen slot; genesis first.
     pub log: Vec<Known>,
     /// The membership after each slot.
-    pub memberships: Vec<Membership>,
+    pub memberships: Vec<Members>,
     /// Durable accepts.
     pub accepts: BTreeMap<(Slot, Ballot), Support>,
     /// Durable promises.
     pub promises: BTreeMap<Ballot, BTreeSet<(NodeId, Incarnation)>>,
     /// Each node's last durable register.
-    pub registers: BTreeMap<NodeId, Register>,
+    pub acceptors: BTreeMap<NodeId, AcceptorState>,
 }
 
 impl Truth {
     /// Returns the truth at genesis.
-    pub fn new(genesis: Record, members: Membership) -> Self {
+    pub fn new(genesis: Record, members: Members) -> Self {
         let hash = genesis.hash();
         let first = Known { record: genesis, hash, ballots: BTreeSet::new(), armed: true };
         Self {
@@ -108,7 +108,7 @@ impl Truth {
             memberships: vec![members],
             accepts: BTreeMap::new(),
             promises: BTreeMap::new(),
-            registers: BTreeMap::new(),
+            acceptors: BTreeMap::new(),
         }
     }
 
@@ -118,12 +118,12 @@ impl Truth {
     }
 
     /// Returns the newest membership.
-    pub fn membership(&self) -> &Membership {
+    pub fn members(&self) -> &Members {
         self.memberships.last().expect("genesis has one")
     }
 
     /// Returns the membership that decides `slot`; none while its predecessor isn't chosen.
-    pub fn membership_for(&self, slot: Slot) -> Option<&Membership> {
+    pub fn membership_for(&self, slot: Slot) -> Option<&Members> {
         self.memberships.get(slot.0.checked_sub(1)? as usize)
     }
 
@@ -133,12 +133,12 @@ impl Truth {
     }
 
     /// Counts a durable register. Returns what became chosen by it, or how agreement broke.
-    pub fn persisted(&mut self, node: &NodeId, register: &Register) -> Result<Option<(Record, Ballot)>, String> {
-        self.registers.insert(node.clone(), register.clone());
-        if let Some(promised) = &register.promised {
-            self.promises.entry(promised.clone()).or_default().insert((node.clone(), register.incarnation));
+    pub fn persisted(&mut self, node: &NodeId, acceptor: &AcceptorState) -> Result<Option<(Record, Ballot)>, String> {
+        self.acceptors.insert(node.clone(), acceptor.clone());
+        if let Some(promised) = &acceptor.promised {
+            self.promises.entry(promised.clone()).or_default().insert((node.clone(), acceptor.incarnation));
         }
-        let Some(Accepted { ballot, record }) = &register.accepted else { return Ok(None) };
+        let Some(Accepted { ballot, record }) = &acceptor.accepted else { return Ok(None) };
         let key = (record.slot, ballot.clone());
         let hash = record.hash();
         let support = self.accepts.entry(key.clone()).or_insert_with(|| Support { hash, by: BTreeSet::new() });
@@ -148,7 +148,7 @@ impl Truth {
                 record.slot, support.hash
             ));
         }
-        if !support.by.insert((node.clone(), register.incarnation)) {
+        if !support.by.insert((node.clone(), acceptor.incarnation)) {
             return Ok(None);
         }
         let Some(members) = self.memberships.get(record.slot.0 as usize - 1) else {
@@ -166,16 +166,16 @@ impl Truth {
     }
 
     fn choose(&mut self, hash: Hash, record: Record, ballot: Ballot) -> Result<Option<(Record, Ballot)>, String> {
-        let armed = !Chosen { ballot: Some(ballot.clone()), record: record.clone() }.is_unarmed();
+        let armed = !Chosen { ballot: Some(ballot.clone()), record: record.clone() }.is_in_doubt();
         if let Some(known) = self.log.get_mut(record.slot.0 as usize) {
             if known.hash != hash {
                 return Err(format!(
                     "slot {} has two chosen values: {} tx {} in {:?}, and {} tx {} in {ballot}",
                     record.slot,
-                    known.record.intent.act.name(),
+                    known.record.intent.operation.name(),
                     known.record.intent.tx,
                     known.ballots.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                    record.intent.act.name(),
+                    record.intent.operation.name(),
                     record.intent.tx
                 ));
             }
@@ -183,8 +183,8 @@ impl Truth {
             known.armed |= armed;
             return Ok(first.then_some((record, ballot)));
         }
-        let mut members = self.membership().clone();
-        if let Act::Config(change) = &record.intent.act {
+        let mut members = self.members().clone();
+        if let Operation::Config(change) = &record.intent.operation {
             apply(&mut members, change);
         }
         self.memberships.push(members);
@@ -194,17 +194,17 @@ impl Truth {
     }
 }
 
-fn apply(members: &mut Membership, change: &ConfigChange) {
+fn apply(members: &mut Members, change: &ConfigChange) {
     if let ConfigChange::Add(node, incarnation) = change {
-        members.0.entry(node.clone()).or_insert(Member { incarnation: *incarnation, benched: false });
+        members.0.entry(node.clone()).or_insert(Member { incarnation: *incarnation, cordoned: false });
     }
     if let ConfigChange::Remove(node) = change {
         members.0.remove(node);
     }
     let Some(member) = members.0.get_mut(change.node()) else { return };
     match change {
-        ConfigChange::Bench(_) => member.benched = true,
-        ConfigChange::Unbench(_) => member.benched = false,
+        ConfigChange::Cordon(_) => member.cordoned = true,
+        ConfigChange::Uncordon(_) => member.cordoned = false,
         ConfigChange::Readmit(_, incarnation) => member.incarnation = *incarnation,
         ConfigChange::Add(..) | ConfigChange::Remove(_) => {}
     }
@@ -233,32 +233,34 @@ pub struct Courses {
     pub now: BTreeMap<ServiceId, Course>,
     before: BTreeMap<Slot, Course>,
     /// Benched nodes.
-    pub benched: BTreeSet<NodeId>,
+    pub cordoned: BTreeSet<NodeId>,
 }
 
 impl Courses {
     /// Goes one record on; an error says which rule the record breaks.
     pub fn follow(&mut self, record: &Record, armed: bool) -> Result<(), String> {
-        match &record.intent.act {
-            Act::Config(ConfigChange::Bench(node)) => {
-                self.benched.insert(node.clone());
+        match &record.intent.operation {
+            Operation::Config(ConfigChange::Cordon(node)) => {
+                self.cordoned.insert(node.clone());
             }
-            Act::Config(ConfigChange::Unbench(node) | ConfigChange::Remove(node)) => {
-                self.benched.remove(node);
+            Operation::Config(ConfigChange::Uncordon(node) | ConfigChange::Remove(node)) => {
+                self.cordoned.remove(node);
             }
             _ => {}
         }
-        let Some(service) = record.intent.act.service() else { return Ok(()) };
+        let Some(service) = record.intent.operation.service() else { return Ok(()) };
         let course = self.now.get(service).cloned().unwrap_or_default();
-        if record.intent.act.raises_exposure() {
+        if record.intent.operation.increases_exposure() {
             self.before.insert(record.slot, course.clone());
         }
-        let next = match &record.intent.act {
-            Act::Change(_, change) => course.after(change, armed)?,
-            Act::Revert { raised, .. } => {
-                self.before.get(raised).cloned().ok_or(format!("reverts slot {raised}, which raised nothing"))?
+        let next = match &record.intent.operation {
+            Operation::Change(_, change) => course.after(change, armed)?,
+            Operation::Revert { increased, .. } => {
+                self.before.get(increased).cloned().ok_or(format!("reverts slot {increased}, which raised nothing"))?
             }
-            Act::Judge { .. } | Act::Abort { .. } | Act::Config(_) | Act::Genesis { .. } => return Ok(()),
+            Operation::Judge { .. } | Operation::Abort { .. } | Operation::Config(_) | Operation::Genesis { .. } => {
+                return Ok(());
+            }
         };
         self.now.insert(service.clone(), next);
         Ok(())

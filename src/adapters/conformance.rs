@@ -5,13 +5,13 @@ use crate::domain::time::Wall;
 use crate::ports::Store;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{Act, Ballot, Chosen, Hash, Intent, Membership, Record, Register, Slot};
+use crate::protocol::record::{AcceptorState, Ballot, Chosen, Hash, Intent, Members, Operation, Record, Slot};
 
 /// A kind of store whose content outlives the process that wrote it.
 pub(crate) trait Subject: Sized {
     type Store: Store;
     /// Makes the durable content of a node that never ran.
-    fn create(register: &Register, genesis: &Chosen) -> Self;
+    fn create(acceptor: &AcceptorState, genesis: &Chosen) -> Self;
     /// Starts a process on it.
     fn open(&mut self) -> Found<Self::Store>;
     /// Ends that process.
@@ -21,7 +21,7 @@ pub(crate) trait Subject: Sized {
 /// What a process finds at its start.
 pub(crate) struct Found<S> {
     pub store: S,
-    pub register: Option<Register>,
+    pub acceptor: Option<AcceptorState>,
     pub ledger: Ledger,
     pub log: Vec<Chosen>,
 }
@@ -30,9 +30,9 @@ pub(crate) struct Found<S> {
 pub(crate) fn check<S: Subject>() {
     let log = chain(60);
     let genesis = Ledger::new(&log[0]).unwrap();
-    let mut subject = S::create(&register(1, 0), &log[0]);
+    let mut subject = S::create(&acceptor(1, 0), &log[0]);
     let mut found = subject.open();
-    assert_eq!((found.register, &found.ledger, found.log), (Some(register(1, 0)), &genesis, vec![]), "a fresh node");
+    assert_eq!((found.acceptor, &found.ledger, found.log), (Some(acceptor(1, 0)), &genesis, vec![]), "a fresh node");
 
     let reader = found.store.reader();
     assert_eq!(reader.read(Slot(0), 9).unwrap(), log[..1]);
@@ -42,10 +42,10 @@ pub(crate) fn check<S: Subject>() {
         let seen = reader.read(chosen.record.slot, 9).unwrap();
         assert_eq!(seen, std::slice::from_ref(chosen), "readers see appended records at once");
         if boot % 3 == 0 {
-            found.store.persist(&register(boot, chosen.record.slot.0)).unwrap();
+            found.store.persist(&acceptor(boot, chosen.record.slot.0)).unwrap();
         }
     }
-    found.store.persist(&register(99, 39)).unwrap();
+    found.store.persist(&acceptor(99, 39)).unwrap();
     assert_eq!(reader.read(Slot(7), 5).unwrap(), log[7..12]);
     assert_eq!(reader.read(Slot(40), 5).unwrap(), []);
     assert_eq!(reader.read(Slot(0), 0).unwrap(), []);
@@ -53,8 +53,8 @@ pub(crate) fn check<S: Subject>() {
     subject.close(found.store);
 
     let found = subject.open();
-    let expected = (Some(register(99, 39)), &genesis, log[1..40].to_vec());
-    assert_eq!((found.register, &found.ledger, found.log), expected, "what was persisted survives");
+    let expected = (Some(acceptor(99, 39)), &genesis, log[1..40].to_vec());
+    assert_eq!((found.acceptor, &found.ledger, found.log), expected, "what was persisted survives");
     assert_eq!(found.store.reader().read(Slot(0), 100).unwrap(), log[..40]);
     subject.close(found.store);
 
@@ -69,13 +69,13 @@ fn check_checkpoints<S: Subject>(subject: &mut S, log: &[Chosen]) {
     assert_eq!(reader.checkpoint().unwrap(), Some(Checkpoint::of(&summed)));
     assert_eq!(reader.read(Slot(0), 3).unwrap(), log[30..33], "what is gone is gone");
     found.store.append(&log[40]).unwrap();
-    found.store.persist(&register(100, 40)).unwrap();
+    found.store.persist(&acceptor(100, 40)).unwrap();
     drop(reader);
     subject.close(found.store);
 
     let mut found = subject.open();
-    let expected = (Some(register(100, 40)), &summed, log[40..41].to_vec());
-    assert_eq!((found.register, &found.ledger, found.log), expected, "a node starts from its checkpoint");
+    let expected = (Some(acceptor(100, 40)), &summed, log[40..41].to_vec());
+    assert_eq!((found.acceptor, &found.ledger, found.log), expected, "a node starts from its checkpoint");
     assert_eq!(found.store.reader().read(Slot(29), 100).unwrap(), log[30..41]);
 
     let summed = sum(&log[..51]);
@@ -83,12 +83,12 @@ fn check_checkpoints<S: Subject>(subject: &mut S, log: &[Chosen]) {
     assert_eq!(found.store.reader().read(Slot(0), 100).unwrap(), []);
     found.store.append(&log[51]).unwrap();
     found.store.append(&log[52]).unwrap();
-    found.store.persist(&register(101, 52)).unwrap();
+    found.store.persist(&acceptor(101, 52)).unwrap();
     subject.close(found.store);
 
     let found = subject.open();
-    let expected = (Some(register(101, 52)), &summed, log[51..53].to_vec());
-    assert_eq!((found.register, &found.ledger, found.log), expected, "a peer's checkpoint takes the log's place");
+    let expected = (Some(acceptor(101, 52)), &summed, log[51..53].to_vec());
+    assert_eq!((found.acceptor, &found.ledger, found.log), expected, "a peer's checkpoint takes the log's place");
     assert_eq!(found.store.reader().read(Slot(0), 100).unwrap(), log[51..53]);
     subject.close(found.store);
 }
@@ -109,11 +109,11 @@ pub(crate) fn chain(length: u64) -> Vec<Chosen> {
 pub(crate) fn chain_of(length: u64, bytes: usize) -> Vec<Chosen> {
     let mut prev_hash = Hash::default();
     let chosen = |slot| {
-        let act = match slot {
-            0 => Act::Genesis { cluster: ClusterId([7; 16]), members: Membership::default() },
-            _ => Act::Abort { service: None, refused: "Start".into(), reasons: vec!["x".repeat(bytes)] },
+        let operation = match slot {
+            0 => Operation::Genesis { cluster: ClusterId([7; 16]), members: Members::default() },
+            _ => Operation::Abort { service: None, refused: "Start".into(), reasons: vec!["x".repeat(bytes)] },
         };
-        let intent = Intent { tx: TxId::new(format!("tx-{slot}")).unwrap(), digest: slot, at: Wall(slot), act };
+        let intent = Intent { tx: TxId::new(format!("tx-{slot}")).unwrap(), digest: slot, at: Wall(slot), operation };
         let record = Record { slot: Slot(slot), prev_hash, intent, state: None, certificate: None };
         prev_hash = record.hash();
         Chosen { ballot: (slot > 0).then(|| ballot(slot)), record }
@@ -122,8 +122,8 @@ pub(crate) fn chain_of(length: u64, bytes: usize) -> Vec<Chosen> {
 }
 
 /// Returns promises that `boot` tells from all others.
-pub(crate) fn register(boot: u64, head: u64) -> Register {
-    Register {
+pub(crate) fn acceptor(boot: u64, head: u64) -> AcceptorState {
+    AcceptorState {
         cluster: ClusterId([7; 16]),
         node: NodeId::new("a").unwrap(),
         incarnation: Incarnation(1),

@@ -11,7 +11,7 @@ use hyper_util::rt::TokioExecutor;
 use tracing::info;
 
 use crate::config::router::{HooksConfig, RouterConfig};
-use crate::domain::course::Call;
+use crate::domain::course::HookCall;
 use crate::domain::split::Side;
 use crate::ports::{Hooks, OutsideError, Topic};
 
@@ -31,7 +31,7 @@ impl ServiceHooks {
 }
 
 impl Hooks for ServiceHooks {
-    fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
+    fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
         let (call_number, number) = (number, number.to_string());
         let service = self.config.service(side);
         let topic = match topic {

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::domain::ids::ServiceId;
-use crate::ports::{LogReader, Store, StoreError, TrialStore};
+use crate::ports::{LogReader, RunStore, Store, StoreError};
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{Chosen, Register, SavedTrial, Slot};
+use crate::protocol::record::{AcceptorState, Chosen, SavedRun, Slot};
 
 /// A store in memory; clones are handles of the same one.
 #[derive(Debug, Clone, Default)]
@@ -17,13 +17,13 @@ pub struct MemoryStore(Arc<Mutex<Contents>>);
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Contents {
     /// The promises.
-    pub register: Option<Register>,
+    pub acceptor: Option<AcceptorState>,
     /// The newest checkpoint.
     pub checkpoint: Option<Checkpoint>,
     /// The records that are kept: from genesis on, or around the checkpoint.
     pub log: Vec<Chosen>,
     /// The saved trials.
-    pub trials: BTreeMap<ServiceId, SavedTrial>,
+    pub runs: BTreeMap<ServiceId, SavedRun>,
     /// How many records the last persist covered.
     durable: usize,
 }
@@ -47,8 +47,8 @@ impl Contents {
 
 impl MemoryStore {
     /// Returns a store that holds what an earlier one left, all of it durable.
-    pub fn new(register: Option<Register>, log: Vec<Chosen>) -> Self {
-        Self::of(Contents { register, log, ..Contents::default() })
+    pub fn new(acceptor: Option<AcceptorState>, log: Vec<Chosen>) -> Self {
+        Self::of(Contents { acceptor, log, ..Contents::default() })
     }
 
     /// Returns a store with these contents, all of them durable.
@@ -72,9 +72,9 @@ impl MemoryStore {
 }
 
 impl Store for MemoryStore {
-    fn persist(&mut self, register: &Register) -> Result<(), StoreError> {
+    fn persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError> {
         let mut contents = self.contents();
-        contents.register = Some(register.clone());
+        contents.acceptor = Some(acceptor.clone());
         contents.durable = contents.log.len();
         Ok(())
     }
@@ -109,12 +109,12 @@ impl Store for MemoryStore {
     }
 }
 
-impl TrialStore for MemoryStore {
-    fn save(&mut self, service: &ServiceId, trial: Option<Box<SavedTrial>>) {
-        let trials = &mut self.contents().trials;
-        match trial {
-            Some(trial) => drop(trials.insert(service.clone(), *trial)),
-            None => drop(trials.remove(service)),
+impl RunStore for MemoryStore {
+    fn save(&mut self, service: &ServiceId, run: Option<Box<SavedRun>>) {
+        let runs = &mut self.contents().runs;
+        match run {
+            Some(run) => drop(runs.insert(service.clone(), *run)),
+            None => drop(runs.remove(service)),
         }
     }
 }
@@ -134,7 +134,7 @@ impl LogReader for MemoryStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapters::conformance::{self, Found, Subject, chain, register};
+    use crate::adapters::conformance::{self, Found, Subject, acceptor, chain};
 
     #[derive(Default)]
     struct Memory {
@@ -144,15 +144,15 @@ mod tests {
     impl Subject for Memory {
         type Store = MemoryStore;
 
-        fn create(register: &Register, genesis: &Chosen) -> Self {
-            let (register, log) = (Some(register.clone()), vec![genesis.clone()]);
-            Self { left: Contents { register, log, ..Contents::default() } }
+        fn create(acceptor: &AcceptorState, genesis: &Chosen) -> Self {
+            let (acceptor, log) = (Some(acceptor.clone()), vec![genesis.clone()]);
+            Self { left: Contents { acceptor, log, ..Contents::default() } }
         }
 
         fn open(&mut self) -> Found<MemoryStore> {
             let (ledger, log) = self.left.recovered();
-            let (register, log) = (self.left.register.clone(), log.to_vec());
-            Found { store: MemoryStore::of(self.left.clone()), register, ledger, log }
+            let (acceptor, log) = (self.left.acceptor.clone(), log.to_vec());
+            Found { store: MemoryStore::of(self.left.clone()), acceptor, ledger, log }
         }
 
         fn close(&mut self, store: MemoryStore) {
@@ -168,13 +168,13 @@ mod tests {
     #[test]
     fn a_power_cut_takes_what_no_persist_covered() {
         let log = chain(5);
-        let mut store = MemoryStore::new(Some(register(1, 0)), log[..1].to_vec());
+        let mut store = MemoryStore::new(Some(acceptor(1, 0)), log[..1].to_vec());
         store.append(&log[1]).unwrap();
-        store.persist(&register(2, 1)).unwrap();
+        store.persist(&acceptor(2, 1)).unwrap();
         store.append(&log[2]).unwrap();
         store.append(&log[3]).unwrap();
         let left = store.survivors(0);
-        assert_eq!((left.register, left.log), (Some(register(2, 1)), log[..2].to_vec()));
+        assert_eq!((left.acceptor, left.log), (Some(acceptor(2, 1)), log[..2].to_vec()));
         assert_eq!(store.survivors(1).log, log[..3]);
         assert_eq!(store.survivors(usize::MAX).log, log[..4]);
     }

@@ -116,7 +116,7 @@ impl RedisDecisions {
         let script = Script::new(PUBLISH);
         let mut call = script.prepare_invoke();
         call.key(self.published()).key(format!("{}:rollout:{service}", self.prefix));
-        call.key(format!("{}:window:{service}:{}:{to_ms}", self.prefix, decision.rollout_version));
+        call.key(format!("{}:window:{service}:{}:{to_ms}", self.prefix, decision.rollout_generation));
         call.arg(publisher).arg(sequence).arg(verdict.unwrap_or("")).arg(WINDOW_KEPT_S);
         if window.is_none() {
             let at = decision.decision_time.unwrap_or_default();

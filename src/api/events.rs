@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::protocol::record::{Act, Chosen, Slot};
+use crate::protocol::record::{Chosen, Operation, Slot};
 use crate::protocol::{Announcement, Event};
 
 use super::ApiState;
@@ -94,25 +94,25 @@ async fn replay(state: &ApiState, mut told: Slot, client: &mpsc::Sender<Sse>) ->
 /// Returns a record of the log as it was announced, as far as the log knows.
 fn retold(state: &ApiState, chosen: &Chosen) -> Option<Announcement> {
     let record = &chosen.record;
-    let event = match &record.intent.act {
-        Act::Config(change) => Event::Membership {
+    let event = match &record.intent.operation {
+        Operation::Config(change) => Event::Membership {
             slot: record.slot,
-            kind: record.intent.act.name().into(),
+            kind: record.intent.operation.name().into(),
             node: change.node().clone(),
             txid: record.intent.tx.clone(),
         },
-        Act::Judge { service, since_version, judgement } => Event::Judged {
+        Operation::Judge { service, rollout_generation, window_verdict } => Event::Judged {
             slot: Some(record.slot),
             service: service.clone(),
-            since_version: *since_version,
-            judgement: (**judgement).clone(),
+            rollout_generation: *rollout_generation,
+            window_verdict: (**window_verdict).clone(),
         },
-        act => Event::Routing {
+        operation => Event::Routing {
             slot: record.slot,
-            kind: act.name().into(),
+            kind: operation.name().into(),
             state: record.state.clone()?,
             phase: phase_after(state, chosen),
-            reasons: act.reasons(),
+            reasons: operation.reasons(),
             took_ms: None,
         },
     };
@@ -123,7 +123,7 @@ fn retold(state: &ApiState, chosen: &Chosen) -> Option<Announcement> {
 /// record holds the routing only.
 fn phase_after(state: &ApiState, chosen: &Chosen) -> String {
     let view = state.node.published.view();
-    let service = chosen.record.intent.act.service().and_then(|id| view.services.get(id));
+    let service = chosen.record.intent.operation.service().and_then(|id| view.services.get(id));
     let last = service.filter(|service| service.slot == chosen.record.slot);
     last.map(|service| service.service.rollout.phase.to_string()).unwrap_or_default()
 }

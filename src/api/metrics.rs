@@ -65,9 +65,9 @@ pub async fn scrape(State(state): State<ApiState>) -> Response {
         let lease_ms = found.service.rollout.spec.lease_ms;
         let left = state.node.published.lease_ms_left(lease_ms).unwrap_or(0) as f64 / 1000.0;
         gauge!("aviary_lease_remaining_seconds", "service" => service.clone()).set(left);
-        if let Some(odds) = &found.odds {
-            gauge!("aviary_analysis_e_value", "service" => service.clone()).set(odds.e_value);
-            gauge!("aviary_analysis_alpha_spent", "service" => service).set(odds.alpha_spent);
+        if let Some(sequential) = &found.sequential {
+            gauge!("aviary_analysis_e_value", "service" => service.clone()).set(sequential.e_value);
+            gauge!("aviary_analysis_alpha_spent", "service" => service).set(sequential.alpha_spent);
         }
     }
     state.metrics.run_upkeep();
@@ -114,9 +114,9 @@ pub async fn count(node: NodeHandle) {
                     histogram!("aviary_commit_duration_seconds", "kind" => kind, "outcome" => outcome).record(seconds);
                 }
             }
-            Event::Judged { service, judgement, .. } => {
-                let of = if judgement.is_window { "window" } else { "comparison" };
-                let (service, verdict) = (service.to_string(), judgement.verdict.word());
+            Event::Judged { service, window_verdict, .. } => {
+                let of = if window_verdict.is_window { "window" } else { "comparison" };
+                let (service, verdict) = (service.to_string(), window_verdict.verdict.word());
                 counter!("aviary_judgements_total", "service" => service, "of" => of, "verdict" => verdict)
                     .increment(1);
             }

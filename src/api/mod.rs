@@ -20,7 +20,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::NodeId;
-use crate::door::{self, Accept};
+use crate::listener::{self, Accept};
 use crate::node::handle::NodeHandle;
 use crate::telemetry::Intake;
 
@@ -54,7 +54,7 @@ const BODY_BYTES_MAX: usize = 256 * 1024;
 /// Longest wait for a connection to another node.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 /// Bounds of the API's port: people and scripts, not traffic.
-const LIMITS: door::Limits = door::Limits {
+const LIMITS: listener::Limits = listener::Limits {
     name: "api",
     connections_max: 1024,
     half_open_max: 128,
@@ -89,7 +89,7 @@ pub async fn serve(listener: impl Accept, state: ApiState) {
         let answered = tower::ServiceExt::oneshot(router.clone(), request.map(axum::body::Body::new));
         async { answered.await.unwrap_or_else(|never| match never {}) }
     };
-    door::serve(listener, LIMITS, shutdown, answer).await;
+    listener::serve(listener, LIMITS, shutdown, answer).await;
 }
 
 const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \

@@ -109,8 +109,8 @@ fn ready(node: &NodeHandle) -> Response<Full<Bytes>> {
 pub fn routing_state(node: &NodeHandle, service: &ServiceId) -> Option<Value> {
     let view = node.published.view();
     let found = view.services.get(service)?;
-    let ServiceView { service: agreed, slot, hash, serving, waiting_for, enforced, .. } = &**found;
-    let (routing, rollout) = (&agreed.routing, &agreed.rollout);
+    let ServiceView { service: service_state, slot, hash, serving, waiting_for, enforced, .. } = &**found;
+    let (routing, rollout) = (&service_state.routing, &service_state.rollout);
     let effective = Weight::from_bp(node.published.effective_bp(serving)).unwrap_or_default();
     let mut effective_weights =
         Map::from_iter([(serving.stable.version.to_string(), json!(effective.rest().fraction()))]);
@@ -165,7 +165,7 @@ pub fn health_snapshot(node: &NodeHandle, service: &ServiceId) -> Option<Value> 
         "cluster": versions(&found.cluster),
         "verdict": found.verdict.as_ref().map(|verdict| verdict.word()),
         "verdict_reason": found.verdict.as_ref().map(|verdict| verdict.reason()),
-        "odds": found.odds,
+        "sequential": found.sequential,
     }))
 }
 

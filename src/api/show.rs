@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::domain::ids::ServiceId;
 use crate::domain::plan::{Backend, Stage};
 use crate::node::log::weights_json;
-use crate::protocol::record::{Act, Chosen, Slot};
+use crate::protocol::record::{Chosen, Operation, Slot};
 
 use super::{ApiState, error, read};
 
@@ -74,8 +74,8 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
             let records = log.read(from, BATCH)?;
             let Some(last) = records.last() else { break };
             from = last.record.slot.next();
-            let concerns = |act: &Act| act.service() == Some(&id) && !act.is_verdict();
-            for chosen in records.iter().filter(|chosen| concerns(&chosen.record.intent.act)) {
+            let concerns = |operation: &Operation| operation.service() == Some(&id) && !operation.is_verdict();
+            for chosen in records.iter().filter(|chosen| concerns(&chosen.record.intent.operation)) {
                 found.push_back(record_json(chosen));
                 if found.len() > HISTORY_MAX {
                     found.pop_front();
@@ -96,16 +96,16 @@ fn record_json(chosen: &Chosen) -> Value {
     let state = record.state.as_ref();
     json!({
         "slot": record.slot,
-        "kind": record.intent.act.name(),
+        "kind": record.intent.operation.name(),
         "txid": record.intent.tx,
         "at": record.intent.at.to_string(),
         "ballot": chosen.ballot.as_ref().map(ToString::to_string),
         "version": state.map(|state| state.version),
         "weights": state.map(weights_json),
         "status": state.map(|state| state.status),
-        "reasons": record.intent.act.reasons(),
+        "reasons": record.intent.operation.reasons(),
         "yes": record.certificate.as_ref().map(|certificate| &certificate.yes),
-        "unarmed": chosen.is_unarmed(),
+        "unarmed": chosen.is_in_doubt(),
         "hash": record.hash().to_string(),
     })
 }
@@ -116,7 +116,7 @@ pub async fn cluster(State(state): State<ApiState>) -> Response {
     let members = view.members.iter().map(|(node, member)| {
         let json = json!({
             "alive": member.alive,
-            "benched": member.benched,
+            "benched": member.cordoned,
             "head": member.head,
             "incarnation": member.incarnation.to_string(),
             "counts_not": member.counts_not,
@@ -127,7 +127,7 @@ pub async fn cluster(State(state): State<ApiState>) -> Response {
         "cluster": view.cluster.to_string(),
         "node": view.node,
         "incarnation": view.incarnation.to_string(),
-        "role": format!("{:?}", view.role),
+        "role": format!("{:?}", view.membership),
         "mode": state.node.published.mode(),
         "coordinator": view.coordinator,
         "head": view.head,

@@ -18,7 +18,7 @@ use crate::domain::routing::RoutingState;
 use crate::domain::text::bounded;
 use crate::node::log::weights_json;
 use crate::protocol::record::ConfigChange;
-use crate::protocol::{Op, Outcome};
+use crate::protocol::{OperatorRequest, Outcome};
 
 use super::auth::Actor;
 use super::{ApiState, BODY_BYTES_MAX, error};
@@ -40,7 +40,10 @@ pub async fn apply(
     };
     let file = headers.get("x-aviary-file").and_then(|name| name.to_str().ok()).unwrap_or("rollout");
     match crate::config::rollout::parse(text, file) {
-        Ok(spec) => submit(&state, actor.as_deref(), "/v1/rollouts", &headers, &body, Op::Apply(Arc::new(spec))).await,
+        Ok(spec) => {
+            submit(&state, actor.as_deref(), "/v1/rollouts", &headers, &body, OperatorRequest::Apply(Arc::new(spec)))
+                .await
+        }
         Err(why) => error(StatusCode::BAD_REQUEST, why.to_string()),
     }
 }
@@ -74,19 +77,19 @@ pub async fn change(
     let reason = bounded(reason.unwrap_or_default());
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
     let reason = actor.as_ref().map_or_else(|| reason.clone(), |actor| format!("{reason} (by {})", actor.name));
-    let op = match verb.as_str() {
-        "promote" => Op::Promote { service, full },
-        "pause" => Op::Pause { service, reason },
-        "resume" => Op::Resume { service },
-        "abort" => Op::Abort { service, reason },
-        "retry" => Op::Retry { service },
-        "undo" => Op::Undo { service },
+    let asked = match verb.as_str() {
+        "promote" => OperatorRequest::Promote { service, full },
+        "pause" => OperatorRequest::Pause { service, reason },
+        "resume" => OperatorRequest::Resume { service },
+        "abort" => OperatorRequest::Abort { service, reason },
+        "retry" => OperatorRequest::Retry { service },
+        "undo" => OperatorRequest::Undo { service },
         _ => {
             let expected = "promote, pause, resume, abort, retry or undo";
             return error(StatusCode::NOT_FOUND, format!("{verb:?} is unknown, expected {expected}"));
         }
     };
-    submit(&state, actor.as_deref(), &format!("/v1/rollouts/{name}/{verb}"), &headers, &body, op).await
+    submit(&state, actor.as_deref(), &format!("/v1/rollouts/{name}/{verb}"), &headers, &body, asked).await
 }
 
 #[derive(Debug, Deserialize)]
@@ -111,8 +114,8 @@ pub async fn configure(
     };
     let incarnation = incarnation.map(|text| u64::from_str_radix(&text, 16).map(Incarnation));
     let change = match (verb.as_str(), incarnation) {
-        ("bench", None) => ConfigChange::Bench(node),
-        ("unbench", None) => ConfigChange::Unbench(node),
+        ("bench", None) => ConfigChange::Cordon(node),
+        ("unbench", None) => ConfigChange::Uncordon(node),
         ("remove", None) => ConfigChange::Remove(node),
         ("readmit", Some(Ok(incarnation))) => ConfigChange::Readmit(node, incarnation),
         ("add", Some(Ok(incarnation))) => ConfigChange::Add(node, incarnation),
@@ -129,7 +132,8 @@ pub async fn configure(
             );
         }
     };
-    submit(&state, actor.as_deref(), &format!("/v1/cluster/{verb}"), &headers, &body, Op::Config(change)).await
+    submit(&state, actor.as_deref(), &format!("/v1/cluster/{verb}"), &headers, &body, OperatorRequest::Config(change))
+        .await
 }
 
 /// Has a change decided, by the coordinator if it can be reached, else by this node: any node may run a ballot, and
@@ -140,7 +144,7 @@ async fn submit(
     path: &str,
     headers: &HeaderMap,
     body: &Bytes,
-    op: Op,
+    asked: OperatorRequest,
 ) -> Response {
     let key = match headers.get("idempotency-key").map(|key| key.to_str()) {
         None => random_key(),
@@ -161,7 +165,7 @@ async fn submit(
     }
     let who = actor.map_or("anybody on loopback", |actor| &actor.name);
     info!(%tx, path, actor = who, "write asked for");
-    let outcome = state.node.submit(tx.clone(), op).await;
+    let outcome = state.node.submit(tx.clone(), asked).await;
     answer(&tx, outcome)
 }
 

@@ -8,7 +8,7 @@ use crate::domain::ids::Incarnation;
 use crate::ports::{Clock as _, Recovered, Store as _};
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{Accepted, Act, Chosen, Register, Slot};
+use crate::protocol::record::{Accepted, AcceptorState, Chosen, Operation, Slot};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -39,9 +39,9 @@ pub enum ClusterVerb {
     /// Show the members, the coordinator, and each member's last log slot.
     Status,
     /// Exclude a node from promotion votes, for example during a repair. It serves stable only.
-    Bench(MemberArgs),
+    Cordon(MemberArgs),
     /// Include a node in promotion votes again.
-    Unbench(MemberArgs),
+    Uncordon(MemberArgs),
     /// Restore a node's vote after its disk was replaced. `cluster status` shows its new incarnation.
     Readmit(ReadmitArgs),
 }
@@ -103,20 +103,20 @@ pub struct ForceNewArgs {
 
 /// Creates a cluster that continues from one node's data of another cluster; asks for confirmation on standard input.
 pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
-    let Recovered { ledger, log, register, notes, .. } = DiskStore::open(&args.from)?;
+    let Recovered { ledger, log, acceptor, notes, .. } = DiskStore::open(&args.from)?;
     notes.iter().for_each(|note| eprintln!("note: {note}"));
     let mut ledger = ledger;
     for chosen in &log {
         ledger.apply(chosen)?;
     }
     // What it accepted last may have been decided, and somebody may have been told so.
-    let accepted = register.as_ref().and_then(|register| register.accepted.clone());
+    let accepted = acceptor.as_ref().and_then(|acceptor| acceptor.accepted.clone());
     if let Some(Accepted { ballot, record }) = accepted.filter(|accepted| accepted.record.slot == ledger.head.next()) {
         ledger.apply(&Chosen { ballot: Some(ballot), record })?;
     }
     let old = ledger.cluster;
     println!("{}: cluster {old}, {} slots, {} services", args.from.display(), ledger.head, ledger.services.len());
-    if let Some(lost) = register.as_ref().filter(|register| register.head > ledger.head) {
+    if let Some(lost) = acceptor.as_ref().filter(|acceptor| acceptor.head > ledger.head) {
         println!(
             "slots {} to {} are lost: the register names them, but the log does not contain them",
             ledger.head.next(),
@@ -130,7 +130,7 @@ pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
     std::io::stdin().read_line(&mut typed)?;
     anyhow::ensure!(typed.trim() == old.to_string(), "found {:?}, expected {old}: nothing was changed", typed.trim());
     found(&args.init, |founding| {
-        let Act::Genesis { cluster, members } = &founding.genesis.record.intent.act else {
+        let Operation::Genesis { cluster, members } = &founding.genesis.record.intent.operation else {
             unreachable!("a founding begins with a genesis");
         };
         Ok(Some(ledger.refounded(*cluster, members.clone(), BootClock.now().wall)?))
@@ -163,7 +163,7 @@ pub struct JoinArgs {
 pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
     let config = super::node::load(&args.config, None)?;
     let genesis = DiskStore::read_genesis(&args.genesis)?;
-    let Act::Genesis { cluster, members } = &genesis.record.intent.act else {
+    let Operation::Genesis { cluster, members } = &genesis.record.intent.operation else {
         anyhow::bail!(
             "{}: the first record is not a genesis record, expected the genesis of a cluster",
             args.genesis.display()
@@ -191,7 +191,7 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
             Some((files, authority.issue(&node, args.valid)?))
         }
     };
-    let register = Register {
+    let acceptor = AcceptorState {
         cluster: *cluster,
         node: node.clone(),
         incarnation: Incarnation(rand::random()),
@@ -201,12 +201,12 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
         head: Slot(0),
         head_hash: genesis.record.hash(),
     };
-    DiskStore::create(&config.data_dir, &register, &genesis)?;
+    DiskStore::create(&config.data_dir, &acceptor, &genesis)?;
     if let Some((files, issued)) = issued {
         issued.install(&files)?;
     }
     println!("node {node} of cluster {cluster}: {}", config.data_dir.display());
-    println!("next: start the node, then run: aviary cluster add {node} --incarnation {}", register.incarnation);
+    println!("next: start the node, then run: aviary cluster add {node} --incarnation {}", acceptor.incarnation);
     Ok(())
 }
 
@@ -285,11 +285,11 @@ fn found(
     let ledger = continued(&founding)?;
     println!("cluster {}", founding.cluster);
     for config in &configs {
-        let mut register = founding.registers[&config.id].clone();
+        let mut acceptor = founding.acceptors[&config.id].clone();
         if let Some(ledger) = &ledger {
-            (register.head, register.head_hash) = (ledger.head, ledger.head_hash);
+            (acceptor.head, acceptor.head_hash) = (ledger.head, ledger.head_hash);
         }
-        DiskStore::create(&config.data_dir, &register, &founding.genesis)?;
+        DiskStore::create(&config.data_dir, &acceptor, &founding.genesis)?;
         if let Some(ledger) = ledger.as_ref().filter(|ledger| ledger.head > Slot(0)) {
             DiskStore::open(&config.data_dir)?.store.install(&Checkpoint::of(ledger))?;
         }
@@ -314,8 +314,8 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
             unreachable!("handled before the runtime starts")
         }
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
-        ClusterVerb::Bench(args) => change(api, "bench", json!({ "node": args.node }), args.write, format).await,
-        ClusterVerb::Unbench(args) => change(api, "unbench", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Cordon(args) => change(api, "bench", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Uncordon(args) => change(api, "unbench", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Remove(args) => change(api, "remove", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Add(args) => {
             let body = json!({ "node": args.node, "incarnation": args.incarnation });

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Exit;
 use super::recording::{Feed, LINES, Rules, Step};
-use crate::domain::trial::Judgement;
+use crate::domain::run::WindowVerdict;
 
 /// Arguments of `aviary judge`.
 #[derive(Debug, Args)]
@@ -32,8 +32,9 @@ pub fn run(args: &JudgeArgs) -> anyhow::Result<Exit> {
         let line = line.context("standard input")?;
         for step in feed.take(&line).with_context(|| format!("line {}", number + 1))? {
             match step {
-                Step::Tick(at_ms, judgements) => {
-                    let said = writeln!(output, "{}", answer(&feed, at_ms, &judgements)).and_then(|()| output.flush());
+                Step::Tick(at_ms, window_verdicts) => {
+                    let said =
+                        writeln!(output, "{}", answer(&feed, at_ms, &window_verdicts)).and_then(|()| output.flush());
                     said.context("standard output")?;
                 }
                 Step::End => return Ok(Exit::Done),
@@ -43,10 +44,10 @@ pub fn run(args: &JudgeArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn answer(feed: &Feed, at_ms: u64, judgements: &[Judgement]) -> Value {
-    let verdict = feed.trial.overall();
+fn answer(feed: &Feed, at_ms: u64, window_verdicts: &[WindowVerdict]) -> Value {
+    let verdict = feed.run.overall();
     let mut answer = json!({"timestamp_ms": at_ms, "decision": verdict.word(), "reason": verdict.reason()});
-    if let Some((policy, found)) = feed.trial.finding() {
+    if let Some((policy, found)) = feed.run.result() {
         answer["e"] = found.e.into();
         answer["bound"] = (1.0 / policy.alpha).into();
         answer["e_errors"] = found.e_errors.into();
@@ -57,8 +58,8 @@ fn answer(feed: &Feed, at_ms: u64, judgements: &[Judgement]) -> Value {
         let promotion = policy.required.iter().zip(&found.promotion);
         answer["promotion"] = promotion.map(|(required, e)| (required.name.clone(), json!(e))).collect();
     }
-    if !judgements.is_empty() {
-        answer["judgements"] = json!(judgements);
+    if !window_verdicts.is_empty() {
+        answer["judgements"] = json!(window_verdicts);
     }
     answer
 }

@@ -17,7 +17,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::adapters::clock::BootClock;
-use crate::adapters::disk::{DiskStore, DiskTrials};
+use crate::adapters::disk::{DiskRuns, DiskStore};
 #[cfg(feature = "kafka")]
 use crate::adapters::kafka::{KafkaDecisions, KafkaTelemetry};
 use crate::adapters::listen::{listen, listen_many};
@@ -173,15 +173,15 @@ fn start_kafka(
 }
 
 fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Result<Running> {
-    let Recovered { store, register, ledger, log, notes } = DiskStore::open(&config.data_dir)?;
-    let trials = DiskTrials::open(&config.data_dir)?;
-    notes.iter().chain(&trials.notes).for_each(|note| warn!("{note}"));
+    let Recovered { store, acceptor, ledger, log, notes } = DiskStore::open(&config.data_dir)?;
+    let runs = DiskRuns::open(&config.data_dir)?;
+    notes.iter().chain(&runs.notes).for_each(|note| warn!("{note}"));
     let cluster = ledger.cluster;
-    if let Some(found) = register.as_ref().map(|register| &register.node).filter(|found| **found != config.id) {
+    if let Some(found) = acceptor.as_ref().map(|acceptor| &acceptor.node).filter(|found| **found != config.id) {
         let (dir, file) = (config.data_dir.display(), config.file.display());
         bail!("{dir} belongs to node {found}, expected node {} of {file}", config.id);
     }
-    if register.is_none() {
+    if acceptor.is_none() {
         error!("this node's register is gone: it follows without a vote until an operator readmits it");
     }
     info!(checkpoint = %ledger.head, records = log.len(), %cluster, "journal read");
@@ -202,11 +202,11 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         Parts {
             settings,
             store: Box::new(store),
-            register,
+            acceptor,
             ledger,
             log,
-            saved: trials.saved,
-            trials: Box::new(trials.store),
+            saved: runs.saved,
+            runs: Box::new(runs.store),
             network,
             listen: config.listen.control.clone(),
             peers: config.peers.iter().map(|(node, peer)| (node.clone(), peer.control.clone())).collect(),

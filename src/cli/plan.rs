@@ -12,9 +12,9 @@ use super::output::{self, Format};
 use crate::config;
 use crate::domain::analysis::Verdict;
 use crate::domain::plan::RolloutSpec;
+use crate::domain::run::AnalysisRun;
+use crate::domain::ticks::TickSample;
 use crate::domain::time::Mono;
-use crate::domain::timeline::Sighting;
-use crate::domain::trial::Trial;
 use crate::domain::weights::Weight;
 use crate::domain::window::Window;
 use crate::synthetic::{Profile, Regression, Traffic};
@@ -195,7 +195,7 @@ impl Play<'_> {
         let analysis = self.spec.analysis.clone();
         // At 100 % there is no stable traffic left to compare with.
         let policy = analysis.sequential(self.spec.planned_ms()).filter(|_| self.weight != Weight::FULL);
-        let mut trial: Trial<()> = Trial::new(analysis.clone(), policy, 1_000, 0);
+        let mut run: AnalysisRun<()> = AnalysisRun::new(analysis.clone(), policy, 1_000, 0);
         let mut window = Window::default();
         let mut traffic = Traffic::new(&self.profile, seed);
         let mut ended = Ended { stopped: None, ready: None };
@@ -205,10 +205,10 @@ impl Play<'_> {
             let now = Mono::from_millis(second * 1_000);
             window.add(now, &evidence);
             window.expire(now, analysis.window_ms);
-            trial.put(&(), second - 1, &Sighting { version: 1, evidence });
-            trial.advance(second * 1_000, [].iter());
+            run.put(&(), second - 1, &TickSample { version: 1, evidence });
+            run.advance(second * 1_000, [].iter());
             // As a gate does: the limits on the sliding window, and the comparison.
-            let compared = trial.verdict().unwrap_or(Verdict::Promote);
+            let compared = run.verdict().unwrap_or(Verdict::Promote);
             match analysis.judge(window.total()).or_worse(compared) {
                 Verdict::Rollback(_) | Verdict::Pause(_) => {
                     ended.stopped = Some(second);

@@ -15,7 +15,7 @@ use crate::config::rollout::checked_url;
 use crate::domain::analysis::Analysis;
 use crate::domain::ids::{NodeId, ServiceId, TxId, VersionId};
 use crate::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
-use crate::domain::rollout::{Change, Mark, Service};
+use crate::domain::rollout::{Change, Service, Stamp};
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
 use crate::node::handle::{NodeHandle, Published, Request};
@@ -73,7 +73,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let (handle, mut requests, _events) = NodeHandle::new(published, log);
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {
-            if let Request::BreakerTripped { reason, .. } = request {
+            if let Request::CircuitBreakerTripped { reason, .. } = request {
                 warn!("everything goes to stable until the next start: {reason}");
             }
         }
@@ -113,7 +113,7 @@ fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
         progress_deadline_ms: 600_000,
     };
     let spec = Arc::new(spec.checked()?);
-    let mark = Mark { tx: TxId::new("proxy")?, at: BootClock.now().wall };
-    let service = Service::after(None, &id, &Change::Start(spec.clone()), &mark).context("a first rollout")?;
+    let stamp = Stamp { tx: TxId::new("proxy")?, at: BootClock.now().wall };
+    let service = Service::after(None, &id, &Change::Start(spec.clone()), &stamp).context("a first rollout")?;
     Ok(View::fixed(NodeId::new("proxy")?, service))
 }

@@ -8,9 +8,9 @@ use serde::Deserialize;
 
 use crate::config;
 use crate::domain::analysis::Analysis;
+use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::sequential::Policy;
-use crate::domain::timeline::Sighting;
-use crate::domain::trial::{Judgement, Trial};
+use crate::domain::ticks::TickSample;
 use crate::domain::window::Tally;
 
 /// The lines, for `--help`.
@@ -130,7 +130,7 @@ impl Rules {
 /// What a line of a recording may lead to.
 pub enum Step {
     /// A tick ended, so many milliseconds after the start, with these judgements.
-    Tick(u64, Vec<Judgement>),
+    Tick(u64, Vec<WindowVerdict>),
     /// The recording says that it is over.
     End,
 }
@@ -138,7 +138,7 @@ pub enum Step {
 /// A recording on its way into a trial.
 pub struct Feed {
     rules: Rules,
-    pub trial: Trial<()>,
+    pub run: AnalysisRun<()>,
     /// Ticks that aren't closed yet, by the requests' own time.
     open: BTreeMap<u64, Tally>,
     /// The tick in which each weight but the first came into force.
@@ -154,10 +154,10 @@ pub struct Feed {
 impl Feed {
     /// Returns one that begins at 0 ms.
     pub fn new(rules: Rules) -> Self {
-        let trial = Trial::new(rules.analysis.clone(), rules.policy.clone(), TICK_MS, 0);
+        let run = AnalysisRun::new(rules.analysis.clone(), rules.policy.clone(), TICK_MS, 0);
         Self {
             rules,
-            trial,
+            run,
             open: BTreeMap::new(),
             weights: Vec::new(),
             lateness: Lateness::default(),
@@ -176,7 +176,7 @@ impl Feed {
         if line.contains("\"type\"") {
             match serde_json::from_str(line)? {
                 Control::Start { tick_ms, horizon_ms } => self.start(tick_ms.unwrap_or(TICK_MS), horizon_ms)?,
-                Control::Weight { timestamp_ms } => self.weights.push(timestamp_ms / self.trial.tick_ms()),
+                Control::Weight { timestamp_ms } => self.weights.push(timestamp_ms / self.run.tick_ms()),
                 Control::Tick { timestamp_ms } => {
                     self.ticks = true;
                     self.open_ms = timestamp_ms;
@@ -200,11 +200,11 @@ impl Feed {
             other => bail!("version is {other:?}, expected \"stable\" or \"canary\""),
         };
         if request.id.is_none_or(|id| self.seen.is_new(id)) {
-            let now = (self.open_ms / self.trial.tick_ms()).saturating_sub(1);
-            let tick = (at as u64 / self.trial.tick_ms()).min(now);
+            let now = (self.open_ms / self.run.tick_ms()).saturating_sub(1);
+            let tick = (at as u64 / self.run.tick_ms()).min(now);
             self.lateness.seen(now - tick);
             // Whose tick is closed counts in the first one that isn't.
-            let tally = self.open.entry(tick.max(self.trial.next_tick())).or_default();
+            let tally = self.open.entry(tick.max(self.run.next_tick())).or_default();
             let counts = if is_canary { &mut tally.canary } else { &mut tally.stable };
             counts.record((latency * 1000.0) as u64, request.status >= 500);
         }
@@ -213,25 +213,25 @@ impl Feed {
 
     /// Ends the tick that is open, as after the last line, and closes those that nobody is late for any more.
     pub fn turn(&mut self) -> Step {
-        let (at_ms, tick_ms) = (self.open_ms, self.trial.tick_ms());
+        let (at_ms, tick_ms) = (self.open_ms, self.run.tick_ms());
         self.open_ms += tick_ms;
         let end = (at_ms / tick_ms).saturating_sub(self.lateness.turn());
         Step::Tick(at_ms, self.close(end))
     }
 
     /// Closes all that is open, as at the end; returns what was decided by it.
-    pub fn finish(&mut self) -> Vec<Judgement> {
-        self.close(self.open_ms / self.trial.tick_ms())
+    pub fn finish(&mut self) -> Vec<WindowVerdict> {
+        self.close(self.open_ms / self.run.tick_ms())
     }
 
     /// Closes the ticks before `end`.
-    fn close(&mut self, end: u64) -> Vec<Judgement> {
+    fn close(&mut self, end: u64) -> Vec<WindowVerdict> {
         let later = self.open.split_off(&end);
         for (tick, mut tally) in std::mem::replace(&mut self.open, later) {
             let version = 1 + self.weights.iter().filter(|since| **since <= tick).count() as u64;
-            self.trial.put(&(), tick, &Sighting { version, evidence: tally.take() });
+            self.run.put(&(), tick, &TickSample { version, evidence: tally.take() });
         }
-        self.trial.advance(end * self.trial.tick_ms(), [].iter())
+        self.run.advance(end * self.run.tick_ms(), [].iter())
     }
 
     fn start(&mut self, tick_ms: u64, horizon_ms: Option<u64>) -> anyhow::Result<()> {
@@ -242,7 +242,7 @@ impl Feed {
         if let (Some(policy), Some(horizon_ms)) = (&mut policy, horizon_ms) {
             policy.horizon_seconds = (horizon_ms as f64 / 1000.0).max(1.0);
         }
-        self.trial = Trial::new(self.rules.analysis.clone(), policy, tick_ms, 0);
+        self.run = AnalysisRun::new(self.rules.analysis.clone(), policy, tick_ms, 0);
         self.open_ms = tick_ms;
         Ok(())
     }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::Exit;
 use super::recording::{Feed, LINES, Rules, Step};
-use crate::domain::trial::{Judgement, Summary};
+use crate::domain::run::{Summary, WindowVerdict};
 
 /// Arguments of `aviary replay`.
 #[derive(Debug, Args)]
@@ -44,19 +44,19 @@ pub fn run(args: &ReplayArgs) -> anyhow::Result<Exit> {
         let line = line.with_context(|| name.clone())?;
         for step in feed.take(&line).with_context(|| format!("{name}: line {}", number + 1))? {
             match step {
-                Step::Tick(at_ms, judgements) => {
+                Step::Tick(at_ms, window_verdicts) => {
                     last = at_ms;
-                    judgements.iter().for_each(|judgement| print(judgement, args.json));
+                    window_verdicts.iter().for_each(|window_verdict| print(window_verdict, args.json));
                 }
                 Step::End => break 'lines,
             }
         }
     }
-    if let Step::Tick(at_ms, judgements) = feed.turn() {
+    if let Step::Tick(at_ms, window_verdicts) = feed.turn() {
         last = at_ms.max(last);
-        judgements.iter().chain(&feed.finish()).for_each(|judgement| print(judgement, args.json));
+        window_verdicts.iter().chain(&feed.finish()).for_each(|window_verdict| print(window_verdict, args.json));
     }
-    let verdict = feed.trial.overall();
+    let verdict = feed.run.overall();
     if args.json {
         println!("{}", json!({"end_ms": last, "verdict": verdict}));
     } else {
@@ -65,18 +65,21 @@ pub fn run(args: &ReplayArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn print(judgement: &Judgement, as_json: bool) {
+fn print(window_verdict: &WindowVerdict, as_json: bool) {
     if as_json {
-        println!("{}", json!(judgement));
+        println!("{}", json!(window_verdict));
         return;
     }
-    let Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: _ } = judgement;
+    let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
     let side = |summary: &Summary| {
         let p95 = summary.p95_ms.map_or("-".into(), |ms| format!("{ms:.1} ms"));
         format!("{} answers, {} errors, p95 {p95}", summary.count, summary.errors)
     };
-    let by = odds.map_or("THRESHOLD".into(), |odds| {
-        format!("SEQUENTIAL e {:.2} of {:.0}, α spent {:.4}", odds.e_value, odds.bound, odds.alpha_spent)
+    let by = sequential.map_or("THRESHOLD".into(), |sequential| {
+        format!(
+            "SEQUENTIAL e {:.2} of {:.0}, α spent {:.4}",
+            sequential.e_value, sequential.bound, sequential.alpha_spent
+        )
     });
     println!("{}-{}  {:8} {}", clock(*from_ms), clock(*to_ms), verdict.word(), verdict.reason());
     println!("                   canary {}; stable {}; {by}", side(canary), side(stable));

@@ -160,8 +160,10 @@ fn failed(side: &Value) -> String {
 
 /// Returns the comparison's reckoning in words; empty without one.
 pub fn evidence(value: &Value) -> String {
-    let Some(odds) = seek(value, "odds").filter(|odds| odds.is_object()) else { return String::new() };
-    let number = |key: &str| odds[key].as_f64().unwrap_or_default();
+    let Some(sequential) = seek(value, "sequential").filter(|sequential| sequential.is_object()) else {
+        return String::new();
+    };
+    let number = |key: &str| sequential[key].as_f64().unwrap_or_default();
     let (e_value, bound, spent) = (number("e_value"), number("bound"), number("alpha_spent"));
     format!("e {e_value:.2} of {bound:.0}, α spent {spent:.4}")
 }

@@ -99,21 +99,28 @@ pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result
 
 /// Promotes the canary.
 pub async fn promote(api: &Api, args: PromoteArgs, format: Format) -> anyhow::Result<Exit> {
-    act(api, "promote", &args.name, &json!({ "full": args.full }), args.write, format).await
+    operation(api, "promote", &args.name, &json!({ "full": args.full }), args.write, format).await
 }
 
 /// Sends a verb with a reason.
 pub async fn with_reason(api: &Api, verb: &str, args: ReasonArgs, format: Format) -> anyhow::Result<Exit> {
     let body = if args.reason.is_empty() { json!({}) } else { json!({ "reason": args.reason }) };
-    act(api, verb, &args.name, &body, args.write, format).await
+    operation(api, verb, &args.name, &body, args.write, format).await
 }
 
 /// Sends a verb without anything else.
 pub async fn with_name(api: &Api, verb: &str, args: NameArgs, format: Format) -> anyhow::Result<Exit> {
-    act(api, verb, &args.name, &json!({}), args.write, format).await
+    operation(api, verb, &args.name, &json!({}), args.write, format).await
 }
 
-async fn act(api: &Api, verb: &str, name: &str, body: &Value, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
+async fn operation(
+    api: &Api,
+    verb: &str,
+    name: &str,
+    body: &Value,
+    args: WriteArgs,
+    format: Format,
+) -> anyhow::Result<Exit> {
     let path = format!("/v1/rollouts/{}/{verb}", segment(name));
     Ok(send(api, path, "application/json", body.to_string(), args, format).await?.0)
 }

@@ -6,7 +6,7 @@ use rand::{Rng, RngExt};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, TxId};
 use crate::domain::time::Wall;
-use crate::protocol::record::{Act, Chosen, Hash, Intent, Member, Membership, Record, Register, Slot};
+use crate::protocol::record::{AcceptorState, Chosen, Hash, Intent, Member, Members, Operation, Record, Slot};
 
 use super::node::NodeConfig;
 
@@ -18,7 +18,7 @@ pub struct Founding {
     /// The first record, the same on every node.
     pub genesis: Chosen,
     /// Each node's first promises.
-    pub registers: BTreeMap<NodeId, Register>,
+    pub acceptors: BTreeMap<NodeId, AcceptorState>,
 }
 
 /// Why files don't make a cluster.
@@ -75,23 +75,23 @@ pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<
 
     let cluster = ClusterId(random.random());
     let members: BTreeMap<_, _> = (nodes.keys())
-        .map(|node| (node.clone(), Member { incarnation: Incarnation(random.random()), benched: false }))
+        .map(|node| (node.clone(), Member { incarnation: Incarnation(random.random()), cordoned: false }))
         .collect();
-    let act = Act::Genesis { cluster, members: Membership(members.clone()) };
+    let operation = Operation::Genesis { cluster, members: Members(members.clone()) };
     let tx = TxId::new("genesis").expect("a word is an id");
-    let intent = Intent { tx, digest: 0, at, act };
+    let intent = Intent { tx, digest: 0, at, operation };
     let record = Record { slot: Slot(0), prev_hash: Hash::default(), intent, state: None, certificate: None };
     let head_hash = record.hash();
-    let register = |(node, member): (NodeId, Member)| {
+    let acceptor = |(node, member): (NodeId, Member)| {
         let incarnation = member.incarnation;
         let empty = (None, None, Slot(0));
         let (promised, accepted, head) = empty;
-        (node.clone(), Register { cluster, node, incarnation, boot: 0, promised, accepted, head, head_hash })
+        (node.clone(), AcceptorState { cluster, node, incarnation, boot: 0, promised, accepted, head, head_hash })
     };
     Ok(Founding {
         cluster,
         genesis: Chosen { ballot: None, record },
-        registers: members.into_iter().map(register).collect(),
+        acceptors: members.into_iter().map(acceptor).collect(),
     })
 }
 
@@ -156,8 +156,8 @@ mod tests {
     fn all_registers_remember_the_one_genesis() {
         let founding = found_of(&[config("a", &["b"], "x"), config("b", &["a"], "y")]).unwrap();
         let hash = founding.genesis.record.hash();
-        assert!(founding.registers.values().all(|register| register.head_hash == hash));
-        let lives: BTreeSet<_> = founding.registers.values().map(|register| register.incarnation).collect();
+        assert!(founding.acceptors.values().all(|acceptor| acceptor.head_hash == hash));
+        let lives: BTreeSet<_> = founding.acceptors.values().map(|acceptor| acceptor.incarnation).collect();
         assert_eq!(lives.len(), 2);
     }
 

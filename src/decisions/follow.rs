@@ -34,13 +34,13 @@ pub enum Lost {
 }
 
 /// Tells every decision once, in order: first those that are in the log already, then each as it is made.
-pub struct Follower {
+pub struct LogTail {
     log: Arc<dyn LogReader>,
     live: Receiver<Arc<Announcement>>,
     told: Slot,
 }
 
-impl Follower {
+impl LogTail {
     /// Returns a follower of the decisions after `after`; none: of those from now on.
     pub fn new(node: &NodeHandle, after: Option<Slot>) -> Self {
         let live = node.events();

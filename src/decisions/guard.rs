@@ -17,16 +17,16 @@ pub fn run(node: &NodeHandle, mut probe: Box<dyn GuardProbe>, shutdown: &Cancell
     let mut told: Option<bool> = None;
     while !shutdown.is_cancelled() {
         let found = probe.probe();
-        let away = found.as_ref().err().map(ToString::to_string);
-        if told != Some(away.is_none()) {
-            told = Some(away.is_none());
-            match &away {
+        let unavailable = found.as_ref().err().map(ToString::to_string);
+        if told != Some(unavailable.is_none()) {
+            told = Some(unavailable.is_none());
+            match &unavailable {
                 Some(why) => warn!("promotions hold: {why}"),
                 None => info!("the store that promotions depend on answers"),
             }
         }
-        metrics::gauge!("aviary_guard_up").set(f64::from(u8::from(away.is_none())));
-        node.guarded(away);
+        metrics::gauge!("aviary_guard_up").set(f64::from(u8::from(unavailable.is_none())));
+        node.guarded(unavailable);
         std::thread::sleep(PROBE);
     }
 }

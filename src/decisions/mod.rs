@@ -6,9 +6,9 @@ use prost_types::Timestamp;
 
 use crate::domain::analysis;
 use crate::domain::rollout::Change;
-use crate::domain::trial::{Judgement, Summary};
-use crate::protocol::record::{Act, Chosen};
-use crate::schema::v1::{Decision, DecisionKind, Verdict, VersionSummary, WindowVerdict};
+use crate::domain::run::{Summary, WindowVerdict};
+use crate::protocol::record::{Chosen, Operation};
+use crate::schema::v1::{self, Decision, DecisionKind, Verdict, VersionSummary};
 
 pub mod follow;
 pub mod guard;
@@ -17,60 +17,62 @@ pub mod publish;
 /// Returns what a record decides about a service; none for what is no service's.
 pub fn decision(chosen: &Chosen) -> Option<Decision> {
     let record = &chosen.record;
-    let act = &record.intent.act;
+    let operation = &record.intent.operation;
     let state = record.state.as_ref()?;
-    let (window, rollout_version) = match act {
-        Act::Judge { judgement, since_version, .. } => (Some(window(judgement)), *since_version),
+    let (window, rollout_generation) = match operation {
+        Operation::Judge { window_verdict, rollout_generation, .. } => {
+            (Some(window(window_verdict)), *rollout_generation)
+        }
         _ => (None, 0),
     };
     let at_ms = record.intent.at.0;
     Some(Decision {
         sequence: record.slot.0,
         service: state.service.to_string(),
-        kind: kind(act).into(),
+        kind: kind(operation).into(),
         transaction_id: record.intent.tx.to_string(),
         routing_version: state.version,
         stable_version: state.stable_model_id.to_string(),
         canary_version: state.canary_model_id.as_ref().map(ToString::to_string).unwrap_or_default(),
         canary_weight_bp: state.canary_weight().bp().into(),
-        reasons: act.reasons(),
+        reasons: operation.reasons(),
         decision_time: Some(Timestamp { seconds: (at_ms / 1000) as i64, nanos: (at_ms % 1000 * 1_000_000) as i32 }),
         window,
-        rollout_version,
+        rollout_generation,
     })
 }
 
-fn kind(act: &Act) -> DecisionKind {
-    match act {
-        Act::Change(_, Change::Start(_)) => DecisionKind::Start,
-        Act::Change(_, Change::Promote { .. }) => DecisionKind::Promote,
-        Act::Change(_, Change::Pause { .. }) => DecisionKind::Pause,
-        Act::Change(_, Change::Resume) => DecisionKind::Resume,
-        Act::Change(_, Change::Rollback { .. }) => DecisionKind::Rollback,
-        Act::Revert { .. } => DecisionKind::Revert,
-        Act::Abort { .. } => DecisionKind::Abort,
-        Act::Judge { .. } => DecisionKind::Verdict,
-        Act::Genesis { .. } | Act::Config(_) => DecisionKind::Unspecified,
+fn kind(operation: &Operation) -> DecisionKind {
+    match operation {
+        Operation::Change(_, Change::Start(_)) => DecisionKind::Start,
+        Operation::Change(_, Change::Promote { .. }) => DecisionKind::Promote,
+        Operation::Change(_, Change::Pause { .. }) => DecisionKind::Pause,
+        Operation::Change(_, Change::Resume) => DecisionKind::Resume,
+        Operation::Change(_, Change::Rollback { .. }) => DecisionKind::Rollback,
+        Operation::Revert { .. } => DecisionKind::Revert,
+        Operation::Abort { .. } => DecisionKind::Abort,
+        Operation::Judge { .. } => DecisionKind::Verdict,
+        Operation::Genesis { .. } | Operation::Config(_) => DecisionKind::Unspecified,
     }
 }
 
-fn window(judgement: &Judgement) -> WindowVerdict {
-    let Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: _ } = judgement;
+fn window(window_verdict: &WindowVerdict) -> v1::WindowVerdict {
+    let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
     let verdict = match verdict {
         analysis::Verdict::Promote => Verdict::Promote,
         analysis::Verdict::Hold(_) => Verdict::Hold,
         analysis::Verdict::Pause(_) => Verdict::Pause,
         analysis::Verdict::Rollback(_) => Verdict::Rollback,
     };
-    WindowVerdict {
+    v1::WindowVerdict {
         verdict: verdict.into(),
         from_ms: *from_ms,
         to_ms: *to_ms,
         stable: Some(summary(stable)),
         canary: Some(summary(canary)),
-        e_value: odds.map(|odds| odds.e_value),
-        e_value_bound: odds.map(|odds| odds.bound),
-        alpha_spent: odds.map(|odds| odds.alpha_spent),
+        e_value: sequential.map(|sequential| sequential.e_value),
+        e_value_bound: sequential.map(|sequential| sequential.bound),
+        alpha_spent: sequential.map(|sequential| sequential.alpha_spent),
     }
 }
 

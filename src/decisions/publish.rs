@@ -6,7 +6,7 @@ use metrics::{counter, gauge};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::follow::{Follower, Lost};
+use super::follow::{LogTail, Lost};
 use crate::node::handle::NodeHandle;
 use crate::ports::{DecisionSink, OutsideError};
 use crate::protocol::Mode;
@@ -77,15 +77,15 @@ async fn turn(
         Err(why) => return (sink, Err(why)),
     };
     info!(sink = name, after = told.0, "publishing decisions");
-    let mut follower = Follower::new(node, Some(told));
+    let mut tail = LogTail::new(node, Some(told));
     while coordinates(node) {
         let decisions = tokio::select! {
-            next = tokio::time::timeout(KEEP, follower.next()) => match next {
+            next = tokio::time::timeout(KEEP, tail.next()) => match next {
                 Ok(Ok(decisions)) => decisions,
                 Ok(Err(Lost::Compacted { after, first })) => {
                     warn!(sink = name, after = after.0, first = first.0, "decisions are gone from the log unpublished");
                     counter!("aviary_publish_gaps_total", "sink" => name).increment(1);
-                    follower.skip_to(Slot(first.0 - 1));
+                    tail.skip_to(Slot(first.0 - 1));
                     continue;
                 }
                 Ok(Err(why)) => return (sink, Err(OutsideError::new(name, why))),
@@ -93,7 +93,7 @@ async fn turn(
             },
             () = deposed(node) => break,
         };
-        let (count, through) = (decisions.len() as u64, follower.told());
+        let (count, through) = (decisions.len() as u64, tail.told());
         let (back, published) = blocking(sink, move |sink| sink.publish(&decisions, through)).await;
         sink = back;
         if let Err(why) = published {

@@ -95,17 +95,17 @@ impl Failpoint {
 /// The record kind an output is about, and the points before and behind it.
 fn moment(output: &Output) -> Option<(&str, Option<Point>, Option<Point>)> {
     match output {
-        Output::Append(chosen) => Some((chosen.record.intent.act.name(), None, Some(Point::AfterAppend))),
+        Output::Append(chosen) => Some((chosen.record.intent.operation.name(), None, Some(Point::AfterAppend))),
         Output::Send { message, .. } => match &**message {
             Message::Prepare(prepare) => {
-                Some((prepare.intent.act.name(), Some(Point::BeforePrepare), Some(Point::AfterPrepare)))
+                Some((prepare.intent.operation.name(), Some(Point::BeforePrepare), Some(Point::AfterPrepare)))
             }
             Message::Vote(_) => Some(("", Some(Point::BeforeVote), None)),
             Message::Decision(Decision::Propose(_, record)) => {
-                Some((record.intent.act.name(), Some(Point::BeforePropose), Some(Point::AfterPropose)))
+                Some((record.intent.operation.name(), Some(Point::BeforePropose), Some(Point::AfterPropose)))
             }
             Message::Decision(Decision::Chosen(chosen)) => {
-                Some((chosen.record.intent.act.name(), Some(Point::BeforeChosen), Some(Point::AfterChosen)))
+                Some((chosen.record.intent.operation.name(), Some(Point::BeforeChosen), Some(Point::AfterChosen)))
             }
             Message::Decision(Decision::CatchUp(_) | Decision::Checkpoint(_))
             | Message::Heartbeat(_)

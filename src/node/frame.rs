@@ -18,14 +18,14 @@ use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId};
 use crate::domain::rollout::Change;
+use crate::domain::run::WindowVerdict;
 use crate::domain::stats::Stats;
-use crate::domain::trial::Judgement;
 use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
 use crate::protocol::checkpoint::PART_BYTES;
 use crate::protocol::codec;
-use crate::protocol::message::{Answer, Decision, Handover, HealthSnapshot, Message, Refusal, Vote};
-use crate::protocol::record::{Accepted, Act, Ballot, Chosen, Intent, Record, Slot};
+use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, RunTransfer, Vote};
+use crate::protocol::record::{Accepted, Ballot, Chosen, Intent, Operation, Record, Slot};
 
 /// The first bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"AVRY";
@@ -454,25 +454,25 @@ fn check_record(record: &Record) -> Result<(), FrameError> {
 
 fn check_intent(intent: &Intent) -> Result<(), FrameError> {
     at_most("timestamp", intent.at.0, WALL_MS_MAX)?;
-    match &intent.act {
-        Act::Change(service, Change::Start(spec)) => {
+    match &intent.operation {
+        Operation::Change(service, Change::Start(spec)) => {
             if *service != spec.service {
                 return Err(malformed(format_args!("rollout of {}, expected {service}", spec.service)));
             }
             spec.as_ref().clone().checked().map(drop).map_err(malformed)
         }
-        Act::Revert { raised, .. } => check_slot(*raised),
-        Act::Judge { judgement, since_version, .. } => {
-            at_most("routing version", *since_version, NUMBER_MAX)?;
-            check_judgement(judgement)
+        Operation::Revert { increased, .. } => check_slot(*increased),
+        Operation::Judge { window_verdict, rollout_generation, .. } => {
+            at_most("routing version", *rollout_generation, NUMBER_MAX)?;
+            check_judgement(window_verdict)
         }
-        Act::Change(..) | Act::Genesis { .. } | Act::Abort { .. } | Act::Config(_) => Ok(()),
+        Operation::Change(..) | Operation::Genesis { .. } | Operation::Abort { .. } | Operation::Config(_) => Ok(()),
     }
 }
 
-fn check_judgement(judgement: &Judgement) -> Result<(), FrameError> {
-    at_most("end of a window", judgement.to_ms, WALL_MS_MAX)?;
-    match judgement.is_finite() {
+fn check_judgement(window_verdict: &WindowVerdict) -> Result<(), FrameError> {
+    at_most("end of a window", window_verdict.to_ms, WALL_MS_MAX)?;
+    match window_verdict.is_finite() {
         true => Ok(()),
         false => Err(malformed("a judgement with a figure that is no number")),
     }
@@ -484,23 +484,23 @@ const SIGHTINGS_MAX: u64 = 64;
 fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
     at_most("effective weight in basis points", snapshot.effective_bp.into(), Weight::WHOLE.into())?;
     at_most("routing version", snapshot.routing_version, NUMBER_MAX)?;
-    at_most("routing version", snapshot.since_version, NUMBER_MAX)?;
-    at_most("sightings", snapshot.sightings.len() as u64, SIGHTINGS_MAX)?;
+    at_most("routing version", snapshot.rollout_generation, NUMBER_MAX)?;
+    at_most("sightings", snapshot.tick_samples.len() as u64, SIGHTINGS_MAX)?;
     check_evidence(&snapshot.evidence)?;
-    for (tick, sighting) in &snapshot.sightings {
+    for (tick, tick_sample) in &snapshot.tick_samples {
         at_most("tick", *tick, NUMBER_MAX)?;
-        at_most("routing version", sighting.version, NUMBER_MAX)?;
-        check_evidence(&sighting.evidence)?;
+        at_most("routing version", tick_sample.version, NUMBER_MAX)?;
+        check_evidence(&tick_sample.evidence)?;
     }
-    snapshot.handover.as_deref().map_or(Ok(()), check_handover)
+    snapshot.transfer.as_deref().map_or(Ok(()), check_handover)
 }
 
-fn check_handover(handover: &Handover) -> Result<(), FrameError> {
-    at_most("milliseconds since the rollout began", handover.at_ms, WALL_MS_MAX)?;
-    if !handover.is_sound() {
+fn check_handover(transfer: &RunTransfer) -> Result<(), FrameError> {
+    at_most("milliseconds since the rollout began", transfer.at_ms, WALL_MS_MAX)?;
+    if !transfer.is_sound() {
         return Err(malformed("the trial contradicts itself, expected its parts to agree"));
     }
-    handover.closed.iter().try_for_each(check_judgement)
+    transfer.closed.iter().try_for_each(check_judgement)
 }
 
 fn check_evidence(evidence: &Evidence) -> Result<(), FrameError> {
@@ -523,13 +523,13 @@ fn check_stats(version: &str, stats: &Stats) -> Result<(), FrameError> {
 mod tests {
     use super::*;
     use crate::domain::analysis::Analysis;
+    use crate::domain::run::AnalysisRun;
     use crate::domain::sequential::Policy;
     use crate::domain::stats::BINS;
-    use crate::domain::timeline::Sighting;
-    use crate::domain::trial::Trial;
+    use crate::domain::ticks::TickSample;
     use proptest::prelude::*;
 
-    use crate::protocol::message::{GateVote, Heartbeat, Role};
+    use crate::protocol::message::{GateVote, Heartbeat, Membership};
     use crate::protocol::record::Hash;
 
     fn node(text: &str) -> NodeId {
@@ -554,14 +554,14 @@ mod tests {
 
     fn snapshot(evidence: Evidence) -> Message {
         Message::HealthSnapshot(HealthSnapshot {
-            since_version: 3,
-            sightings: vec![(17, Sighting { version: 4, evidence: evidence.clone() })],
+            rollout_generation: 3,
+            tick_samples: vec![(17, TickSample { version: 4, evidence: evidence.clone() })],
             asks: None,
-            handover: None,
+            transfer: None,
             service: "s".parse().unwrap(),
             routing_version: 1,
             evidence,
-            brake: None,
+            local_hold: None,
             lease_ms_left: 0,
             effective_bp: 500,
         })
@@ -573,9 +573,9 @@ mod tests {
             acknowledges: None,
             head: Slot(head),
             head_hash: Hash([3; 32]),
-            unarmed: None,
+            in_doubt: None,
             open: None,
-            role: Role::Voter,
+            membership: Membership::Voter,
         })
     }
 
@@ -650,44 +650,44 @@ mod tests {
     }
 
     /// Returns a trial of three nodes whose every bin of latency holds answers, in the middle of a window.
-    fn trial(answers: u32) -> Trial<NodeId> {
+    fn run(answers: u32) -> AnalysisRun<NodeId> {
         let analysis = Analysis { window_ms: 4_000, ..Analysis::default() };
-        let mut trial = Trial::new(analysis, Some(Policy::default()), 250, 0);
+        let mut run = AnalysisRun::new(analysis, Some(Policy::default()), 250, 0);
         let names = ["a", "b", "c"].map(node);
         let full = || Stats::from_counts(u64::from(answers), 1 << 40, [answers; BINS]);
         for tick in 0..40 {
-            let sighting = Sighting { version: 3, evidence: Evidence { stable: full(), canary: full() } };
-            names.iter().for_each(|name| _ = trial.put(name, tick, &sighting));
-            trial.advance(tick * 250, names.iter());
+            let tick_sample = TickSample { version: 3, evidence: Evidence { stable: full(), canary: full() } };
+            names.iter().for_each(|name| _ = run.put(name, tick, &tick_sample));
+            run.advance(tick * 250, names.iter());
         }
-        trial.put(&names[1], 41, &Sighting::default());
-        trial
+        run.put(&names[1], 41, &TickSample::default());
+        run
     }
 
-    fn handover(trial: Trial<NodeId>) -> Message {
+    fn transfer(run: AnalysisRun<NodeId>) -> Message {
         let Message::HealthSnapshot(told) = snapshot(Evidence::default()) else { unreachable!("a snapshot") };
-        let handover = Handover { at_ms: 10_300, trial, closed: vec![Judgement::unseen(0, 4_000)] };
-        Message::HealthSnapshot(HealthSnapshot { handover: Some(Box::new(handover)), ..told })
+        let transfer = RunTransfer { at_ms: 10_300, run, closed: vec![WindowVerdict::unseen(0, 4_000)] };
+        Message::HealthSnapshot(HealthSnapshot { transfer: Some(Box::new(transfer)), ..told })
     }
 
     #[test]
     fn a_trial_whose_bins_are_all_full_fits_a_frame_and_comes_out_as_it_was() {
-        let mut sent = trial(1 << 20);
-        let mut bytes = framed(&handover(sent.clone()));
+        let mut sent = run(1 << 20);
+        let mut bytes = framed(&transfer(sent.clone()));
         assert!(bytes.len() < BODY_BYTES_MAX * 3 / 4, "{}", bytes.len());
         let Some(Envelope { payload: Payload::Message(message), .. }) = greeted().decode(&mut bytes).unwrap() else {
             panic!("a whole frame");
         };
-        let Message::HealthSnapshot(HealthSnapshot { handover: Some(found), .. }) = *message else {
+        let Message::HealthSnapshot(HealthSnapshot { transfer: Some(found), .. }) = *message else {
             panic!("a handover");
         };
-        let mut found = found.trial;
+        let mut found = found.run;
         assert_eq!(found, sent);
-        let more = Sighting { version: 4, evidence: Evidence { stable: Stats::default(), canary: full_of_errors() } };
+        let more = TickSample { version: 4, evidence: Evidence { stable: Stats::default(), canary: full_of_errors() } };
         for tick in 41..50 {
-            let go_on = |trial: &mut Trial<NodeId>| {
-                trial.put(&node("a"), tick, &more);
-                trial.advance(tick * 250, [node("a")].iter())
+            let go_on = |run: &mut AnalysisRun<NodeId>| {
+                run.put(&node("a"), tick, &more);
+                run.advance(tick * 250, [node("a")].iter())
             };
             assert_eq!(go_on(&mut found), go_on(&mut sent));
         }
@@ -702,8 +702,8 @@ mod tests {
     #[test]
     fn an_altered_trial_breaks_nothing() {
         use rand::{RngExt as _, SeedableRng as _};
-        let sent = trial(3);
-        let whole = framed(&handover(sent.clone()));
+        let sent = run(3);
+        let whole = framed(&transfer(sent.clone()));
         let mut random = rand::rngs::SmallRng::seed_from_u64(1);
         let (mut taken, mut refused) = (0, 0);
         for _ in 0..600 {
@@ -717,15 +717,17 @@ mod tests {
             match greeted().decode(&mut bytes) {
                 Ok(Some(Envelope { payload: Payload::Message(message), .. })) => {
                     taken += 1;
-                    let Message::HealthSnapshot(HealthSnapshot { handover: Some(found), .. }) = *message else {
+                    let Message::HealthSnapshot(HealthSnapshot { transfer: Some(found), .. }) = *message else {
                         continue;
                     };
-                    let mut found = found.trial;
+                    let mut found = found.run;
                     if !found.is_like(&sent) {
                         continue;
                     }
-                    let more =
-                        Sighting { version: 9, evidence: Evidence { stable: full_of_errors(), ..Default::default() } };
+                    let more = TickSample {
+                        version: 9,
+                        evidence: Evidence { stable: full_of_errors(), ..Default::default() },
+                    };
                     let first = found.next_tick();
                     for tick in first..first + 20 {
                         found.put(&node("a"), tick, &more);
@@ -759,12 +761,12 @@ mod tests {
             on_partition: OnPartition::Stable,
             progress_deadline_ms: 60_000,
         };
-        let act = Act::Change("s".parse().unwrap(), Change::Start(spec.into()));
+        let operation = Operation::Change("s".parse().unwrap(), Change::Start(spec.into()));
         let prepare = Prepare {
             ballot: Ballot { round: 1, node: node("a"), incarnation: Incarnation(9), boot: 1 },
             slot: Slot(1),
             base_hash: Hash::default(),
-            intent: Intent { tx: "t".parse().unwrap(), digest: 0, at: Default::default(), act },
+            intent: Intent { tx: "t".parse().unwrap(), digest: 0, at: Default::default(), operation },
             recovery: false,
             evidence_age_ms_max: 2_000,
         };

@@ -11,8 +11,8 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use crate::domain::ids::TxId;
 use crate::domain::time::Mono;
 use crate::ports::{Clock, LogReader};
-use crate::protocol::message::Role;
-use crate::protocol::{Announcement, Mode, Observation, Op, Outcome, Serving, View};
+use crate::protocol::message::Membership;
+use crate::protocol::{Announcement, Mode, Observation, OperatorRequest, Outcome, Serving, View};
 
 /// Requests that may wait for the node's loop.
 pub const REQUESTS_MAX: usize = 256;
@@ -27,7 +27,7 @@ pub enum Request {
         /// The transaction id.
         tx: TxId,
         /// What is asked.
-        op: Op,
+        asked: OperatorRequest,
         /// Where the answer goes.
         reply: oneshot::Sender<Outcome>,
     },
@@ -43,7 +43,7 @@ pub enum Request {
     /// Why the store that promotions depend on doesn't do what it should; none when it does.
     Guarded(Option<String>),
     /// The data plane's circuit breaker.
-    BreakerTripped {
+    CircuitBreakerTripped {
         /// The service, by its observation's name.
         service: crate::domain::ids::ServiceId,
         /// The routing version.
@@ -124,10 +124,10 @@ impl Published {
 
     /// Returns what the node as a whole is able to do.
     pub fn mode(&self) -> Mode {
-        match self.view.load().role {
-            Role::Learner => Mode::Learner,
-            Role::Voter if self.lease_ms_left(LEASE_MS_SHOWN).is_some() => Mode::Normal,
-            Role::Voter => Mode::FailSafe,
+        match self.view.load().membership {
+            Membership::Learner => Mode::Learner,
+            Membership::Voter if self.lease_ms_left(LEASE_MS_SHOWN).is_some() => Mode::Normal,
+            Membership::Voter => Mode::FailSafe,
         }
     }
 }
@@ -161,9 +161,9 @@ impl NodeHandle {
     }
 
     /// Asks for a change and waits for its outcome.
-    pub async fn submit(&self, tx: TxId, op: Op) -> Outcome {
+    pub async fn submit(&self, tx: TxId, asked: OperatorRequest) -> Outcome {
         let (reply, answer) = oneshot::channel();
-        self.ask(Request::Submit { tx, op, reply }, answer).await
+        self.ask(Request::Submit { tx, asked, reply }, answer).await
     }
 
     /// Waits until this node knows every write that was answered before the call.
@@ -200,7 +200,7 @@ impl NodeHandle {
 
     /// Tells the loop that the data plane stopped a canary by itself.
     pub async fn breaker_tripped(&self, service: crate::domain::ids::ServiceId, routing_version: u64, reason: String) {
-        let _ = self.requests.send(Request::BreakerTripped { service, routing_version, reason }).await;
+        let _ = self.requests.send(Request::CircuitBreakerTripped { service, routing_version, reason }).await;
     }
 
     /// Hands over another system's metric.
@@ -209,8 +209,8 @@ impl NodeHandle {
     }
 
     /// Tells the loop whether the store that promotions depend on does what it should; told again soon when the loop is behind.
-    pub fn guarded(&self, away: Option<String>) {
-        let _ = self.requests.try_send(Request::Guarded(away));
+    pub fn guarded(&self, unavailable: Option<String>) {
+        let _ = self.requests.try_send(Request::Guarded(unavailable));
     }
 
     /// Follows events from here on.

@@ -5,7 +5,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::domain::analysis::Verdict;
 use crate::domain::routing::{RoutingState, Status};
-use crate::domain::trial::Judgement;
+use crate::domain::run::WindowVerdict;
 use crate::protocol::{Announcement, Event};
 
 /// Writes one announcement to the log.
@@ -40,16 +40,16 @@ pub fn write(announcement: &Announcement) {
                 warn!(%service, version = routing_version, verdict, reason, samples, "verdict");
             }
         }
-        Event::Judged { slot, service, judgement, .. } => {
-            let Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: _ } = judgement;
-            let e_value = odds.map(|odds| odds.e_value);
+        Event::Judged { slot, service, window_verdict, .. } => {
+            let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
+            let e_value = sequential.map(|sequential| sequential.e_value);
             let word = verdict.word();
             info!(
                 slot = slot.map(|slot| slot.0), %service, from_ms, to_ms, verdict = word, reason = verdict.reason(), canary = canary.count,
                 canary_errors = canary.errors, stable = stable.count, stable_errors = stable.errors, e_value, "judged"
             );
         }
-        Event::Braked { service, reason } => warn!(%service, reason, "canary stopped on this node"),
+        Event::LocalHold { service, reason } => warn!(%service, reason, "canary stopped on this node"),
         Event::Enforced { service, slot, took_ms } => {
             info!(%service, slot = slot.0, took_ms, "lowering enforced everywhere");
         }

@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::domain::ids::{NodeId, ServiceId};
-use crate::ports::{Clock, LogReader, Network, Store, TrialStore};
+use crate::ports::{Clock, LogReader, Network, RunStore, Store};
 use crate::protocol::checkpoint::Outgoing;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::message::{Decision, Message};
-use crate::protocol::record::{Chosen, Register, SavedTrial, Slot};
+use crate::protocol::record::{AcceptorState, Chosen, SavedRun, Slot};
 use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, RequestId, Settings};
 
 use super::failpoint::Failpoint;
@@ -34,15 +34,15 @@ pub struct Parts {
     /// Its disk.
     pub store: Box<dyn Store>,
     /// The promises on it.
-    pub register: Option<Register>,
+    pub acceptor: Option<AcceptorState>,
     /// The sum of the log that `log` builds on.
     pub ledger: Ledger,
     /// The log on it, after that.
     pub log: Vec<Chosen>,
     /// The trials that it saved.
-    pub saved: BTreeMap<ServiceId, SavedTrial>,
+    pub saved: BTreeMap<ServiceId, SavedRun>,
     /// Where it saves them.
-    pub trials: Box<dyn TrialStore>,
+    pub runs: Box<dyn RunStore>,
     /// The way to its peers.
     pub network: Arc<dyn Network>,
     /// Its control port.
@@ -82,11 +82,11 @@ pub fn prepare(
     let Parts {
         settings,
         store,
-        register,
+        acceptor,
         ledger,
         log,
         saved,
-        trials,
+        runs,
         network,
         listen,
         peers,
@@ -97,7 +97,7 @@ pub fn prepare(
     if let Some(failpoint) = &failpoint {
         warn!(?failpoint, "this process will abort itself: AVIARY_FAILPOINT is set");
     }
-    let (core, outputs) = Core::start(settings, register, ledger, &log, saved, clock.now());
+    let (core, outputs) = Core::start(settings, acceptor, ledger, &log, saved, clock.now());
     drop(log);
     let published = Published::new(core.view().clone(), clock.clone());
     let reader = store.reader();
@@ -108,7 +108,7 @@ pub fn prepare(
         let limits = Limits { versions, ..Limits::default() };
         let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
         let (replies, outgoing) = (BTreeMap::new(), BTreeMap::new());
-        let mut shell = Shell { core, store, trials, reader, published, events, clock, replies, outgoing, failpoint };
+        let mut shell = Shell { core, store, runs, reader, published, events, clock, replies, outgoing, failpoint };
         // Nothing is sent before the start itself is durable: `boot` makes this process's ballots its own.
         let early = outputs.into_iter().partition::<Vec<_>, _>(|output| matches!(output, Output::Persist(_)));
         shell.carry_out_local(early.0)?;
@@ -160,7 +160,7 @@ pub fn start(parts: Parts, shutdown: CancellationToken) -> anyhow::Result<Runnin
 struct Shell {
     core: Core,
     store: Box<dyn Store>,
-    trials: Box<dyn TrialStore>,
+    runs: Box<dyn RunStore>,
     reader: Arc<dyn LogReader>,
     published: Published,
     events: broadcast::Sender<Arc<Announcement>>,
@@ -201,9 +201,9 @@ impl Shell {
         *next += 1;
         let id = RequestId(*next);
         match request {
-            Request::Submit { tx, op, reply } => {
+            Request::Submit { tx, asked, reply } => {
                 self.replies.insert(id, reply);
-                Input::Operator(Command { request: id, tx, op })
+                Input::Operator(Command { request: id, tx, asked })
             }
             Request::Read { reply } => {
                 self.replies.insert(id, reply);
@@ -211,9 +211,9 @@ impl Shell {
             }
             Request::Observed(observations) => Input::Telemetry(observations),
             Request::Measured(measurement) => Input::Measured(measurement),
-            Request::Guarded(away) => Input::Guarded(away),
-            Request::BreakerTripped { service, routing_version, reason } => {
-                Input::BreakerTripped { service, routing_version, reason }
+            Request::Guarded(unavailable) => Input::Guarded(unavailable),
+            Request::CircuitBreakerTripped { service, routing_version, reason } => {
+                Input::CircuitBreakerTripped { service, routing_version, reason }
             }
         }
     }
@@ -221,8 +221,8 @@ impl Shell {
     /// Carries out what needs no peer.
     fn carry_out_local(&mut self, outputs: Vec<Output>) -> anyhow::Result<()> {
         for output in outputs {
-            if let Output::Persist(register) = output {
-                self.store.persist(&register).context("the register can't be written")?;
+            if let Output::Persist(acceptor) = output {
+                self.store.persist(&acceptor).context("the register can't be written")?;
             }
         }
         Ok(())
@@ -241,12 +241,12 @@ impl Shell {
                     links.send(&to, *message);
                     unsent = true;
                 }
-                Output::Persist(register) => {
+                Output::Persist(acceptor) => {
                     if std::mem::take(&mut unsent) {
                         // Lets the links write first: peers work while this node's disk does.
                         tokio::task::yield_now().await;
                     }
-                    self.store.persist(&register).context("the register can't be written")?;
+                    self.store.persist(&acceptor).context("the register can't be written")?;
                 }
                 Output::Append(chosen) => self.store.append(&chosen).context("the log can't be written")?,
                 Output::Checkpoint { checkpoint, keep_from } => {
@@ -261,7 +261,7 @@ impl Shell {
                     self.send_log(links, &to, from, through)?;
                     unsent = true;
                 }
-                Output::SaveTrial(service, trial) => self.trials.save(&service, trial),
+                Output::SaveRun(service, run) => self.runs.save(&service, run),
                 Output::Publish(view) => self.published.publish(view),
                 Output::Lease(from) => self.published.set_lease(from),
                 Output::Reply(request, outcome) => {

@@ -28,25 +28,25 @@ use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::time::Mono;
-use crate::door::{Admitted, Door};
+use crate::listener::{Admitted, ConnectionLimiter};
 
 use super::hop::{self, is_hop_by_hop};
-use super::table::{NoRoute, Pick, Place, Route, Router};
-use super::upstream::{Pool, Server, Visit};
+use super::table::{NoRoute, Pick, Place, Route, RoutingTable};
+use super::upstream::{InFlightGuard, Pool, Server};
 use super::{Body, BodyError, own, problem};
 
 /// What a worker's general way needs.
 #[derive(Clone)]
-pub struct General {
-    router: Arc<Router>,
-    lane: usize,
+pub struct SlowPath {
+    router: Arc<RoutingTable>,
+    shard: usize,
     http1: Client<HttpConnector, Lent>,
     http2: Client<HttpConnector, Lent>,
 }
 
-impl General {
+impl SlowPath {
     /// Returns the general way of the worker that counts in this lane.
-    pub fn new(router: Arc<Router>, lane: usize) -> Self {
+    pub fn new(router: Arc<RoutingTable>, shard: usize) -> Self {
         let client = |http2| {
             let mut connector = HttpConnector::new();
             connector.set_nodelay(true);
@@ -55,7 +55,7 @@ impl General {
             let mut builder = Client::builder(TokioExecutor::new());
             builder.pool_timer(TokioTimer::new()).pool_idle_timeout(idle).http2_only(http2).build(connector)
         };
-        Self { http1: client(false), http2: client(true), lane, router }
+        Self { http1: client(false), http2: client(true), shard, router }
     }
 
     /// Serves a connection of which this much was read, until it ends; `shutdown` lets its open requests end.
@@ -65,7 +65,7 @@ impl General {
         stream: S,
         peer: SocketAddr,
         place: Admitted,
-        door: &Door,
+        limiter: &ConnectionLimiter,
         shutdown: &CancellationToken,
     ) where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -76,7 +76,7 @@ impl General {
             async move { Ok::<_, Infallible>(answer(&general, request, peer).await) }
         });
         let stream = TokioIo::new(Rewound { ahead: ahead.into(), stream });
-        let mut http = door.http();
+        let mut http = limiter.http();
         // A client that only ends its side is answered.
         http.http1().half_close(true);
         let connection = async {
@@ -87,11 +87,11 @@ impl General {
             }
             connection.await
         };
-        door.watch(connection, &place, peer).await;
+        limiter.watch(connection, &place, peer).await;
     }
 
     fn count(&self, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
-        self.router.count(self.lane, route, pick, status, began, error);
+        self.router.count(self.shard, route, pick, status, began, error);
     }
 }
 
@@ -138,7 +138,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Rewound<S> {
     }
 }
 
-async fn answer(general: &General, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
+async fn answer(general: &SlowPath, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
     let router = &general.router;
     if let Some(response) = crate::api::read::answer(&router.node, request.method(), request.uri()).await {
         return response.map(own);
@@ -265,7 +265,7 @@ enum Failure {
 
 /// Carries a request to whoever serves it.
 async fn forward(
-    general: &General,
+    general: &SlowPath,
     route: &Arc<Route>,
     mut request: Request<Incoming>,
     peer: SocketAddr,
@@ -285,18 +285,18 @@ async fn forward(
             return answered_here(general, route, pool, pick, began);
         }
         match attempt(general, pool, &head, &upload, began).await {
-            Ok((mut answer, visit)) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            Ok((mut answer, in_flight)) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 general.count(route, pick, 101, began, false);
                 let Some(client) = upgrade else {
                     return problem(StatusCode::BAD_GATEWAY, "found a switch of protocols that nobody asked for", grpc);
                 };
-                join(client, hyper::upgrade::on(&mut answer), place, visit);
+                join(client, hyper::upgrade::on(&mut answer), place, in_flight);
                 let (mut head, _) = answer.into_parts();
                 mark(&mut head.headers, route, pool);
                 head.extensions.clear();
                 return Response::from_parts(head, own(Default::default()));
             }
-            Ok((answer, visit)) => {
+            Ok((answer, in_flight)) => {
                 let counted = false;
                 let outcome = Outcome {
                     general: general.clone(),
@@ -306,7 +306,7 @@ async fn forward(
                     began,
                     counted,
                     upload,
-                    visit,
+                    in_flight,
                     grpc,
                     _place: place,
                 };
@@ -342,9 +342,14 @@ async fn forward(
 }
 
 /// Joins both sides of a connection that is HTTP no more.
-fn join(client: hyper::upgrade::OnUpgrade, upstream: hyper::upgrade::OnUpgrade, place: Place, visit: Visit) {
+fn join(
+    client: hyper::upgrade::OnUpgrade,
+    upstream: hyper::upgrade::OnUpgrade,
+    place: Place,
+    in_flight: InFlightGuard,
+) {
     tokio::spawn(async move {
-        let _held = (place, visit);
+        let _held = (place, in_flight);
         if let (Ok(client), Ok(upstream)) = tokio::join!(client, upstream) {
             let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(upstream)).await;
         }
@@ -353,15 +358,15 @@ fn join(client: hyper::upgrade::OnUpgrade, upstream: hyper::upgrade::OnUpgrade, 
 
 /// Tries a version's servers until one takes the request.
 async fn attempt(
-    general: &General,
+    general: &SlowPath,
     pool: &Pool,
     head: &http::request::Parts,
     upload: &Arc<Upload>,
     began: Mono,
-) -> Result<(Response<Incoming>, Visit), Failure> {
+) -> Result<(Response<Incoming>, InFlightGuard), Failure> {
     let (mut unreachable, mut tried) = (String::new(), Vec::new());
-    while let Some(visit) = pool.choose(began, &tried) {
-        let server = visit.server.clone();
+    while let Some(in_flight) = pool.choose(began, &tried) {
+        let server = in_flight.server.clone();
         tried.push(server.id);
         let body = upload.body().take();
         let body = Lent { body, upload: upload.clone(), read: false };
@@ -370,10 +375,10 @@ async fn attempt(
         let client = if server.http2 { &general.http2 } else { &general.http1 };
         let answered = in_time(limit, upload, client.request(request)).await;
         if !matches!(answered, Some(Ok(_))) && !upload.is(CUT) {
-            visit.ended(true, general.router.now());
+            in_flight.ended(true, general.router.now());
         }
         match answered {
-            Some(Ok(answer)) => return Ok((answer, visit)),
+            Some(Ok(answer)) => return Ok((answer, in_flight)),
             Some(Err(error)) if error.is_connect() => unreachable = format!("{}: {}", server.authority, root(&error)),
             Some(Err(_)) if upload.is(CUT) => return Err(Failure::Client("the request's body broke off")),
             Some(Err(error)) => return Err(Failure::Broken(root(&error))),
@@ -484,7 +489,7 @@ fn mark(headers: &mut HeaderMap, route: &Route, pool: &Pool) {
 }
 
 /// A version without servers: the node says who would have served.
-fn answered_here(general: &General, route: &Route, pool: &Pool, pick: Pick, began: Mono) -> Response<Body> {
+fn answered_here(general: &SlowPath, route: &Route, pool: &Pool, pick: Pick, began: Mono) -> Response<Body> {
     let node = general.router.node.published.view().node.clone();
     let body = json!({
         "service": route.service, "served_by": pool.version, "routing_version": route.serving.routing_version, "node": node,
@@ -521,14 +526,14 @@ fn grpc_failed(headers: &HeaderMap) -> bool {
 
 /// What is to be counted when a body ends, breaks, or is dropped by a client that went away.
 struct Outcome {
-    general: General,
+    general: SlowPath,
     route: Arc<Route>,
     pick: Pick,
     status: u16,
     began: Mono,
     counted: bool,
     upload: Arc<Upload>,
-    visit: Visit,
+    in_flight: InFlightGuard,
     grpc: bool,
     _place: Place,
 }
@@ -537,7 +542,7 @@ impl Outcome {
     fn count(&mut self, error: bool) {
         if !std::mem::replace(&mut self.counted, true) {
             self.general.count(&self.route, self.pick, self.status, self.began, error);
-            self.visit.ended(error, self.began);
+            self.in_flight.ended(error, self.began);
         }
     }
 }

@@ -17,7 +17,7 @@ use serde_json::json;
 use tokio::runtime::LocalRuntime;
 use tokio_util::sync::CancellationToken;
 
-use crate::door::{self, Accept, Door};
+use crate::listener::{self, Accept, ConnectionLimiter};
 use crate::node::handle::NodeHandle;
 
 mod forward;
@@ -33,7 +33,7 @@ mod worker;
 
 use probe::Prober;
 use settings::ProxySettings;
-use table::Router;
+use table::RoutingTable;
 use worker::Worker;
 
 /// A failure of a body that passes through.
@@ -55,19 +55,19 @@ pub async fn serve(
     settings: ProxySettings,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let (router, door) = prepare(node, settings, listeners.len());
+    let (router, limiter) = prepare(node, settings, listeners.len());
     let mut threads = Vec::new();
-    for (lane, listener) in listeners.into_iter().enumerate() {
-        let (router, door, shutdown) = (router.clone(), door.clone(), shutdown.clone());
+    for (shard, listener) in listeners.into_iter().enumerate() {
+        let (router, limiter, shutdown) = (router.clone(), limiter.clone(), shutdown.clone());
         let work = move || -> anyhow::Result<()> {
             let runtime = LocalRuntime::new()?;
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
-                Worker::new(router, lane).serve(listener, door, shutdown).await;
+                Worker::new(router, shard).serve(listener, limiter, shutdown).await;
                 Ok(())
             })
         };
-        threads.push(std::thread::Builder::new().name(format!("data-{lane}")).spawn(work)?);
+        threads.push(std::thread::Builder::new().name(format!("data-{shard}")).spawn(work)?);
     }
     drain(&router, &shutdown).await;
     let ended = tokio::task::spawn_blocking(move || {
@@ -81,24 +81,24 @@ pub async fn serve(
 
 /// Serves one listener's clients on the runtime that runs this, which must be a local one.
 pub async fn serve_here(listener: impl Accept, node: NodeHandle, settings: ProxySettings, shutdown: CancellationToken) {
-    let (router, door) = prepare(node, settings, 1);
-    let worker = Worker::new(router.clone(), 0).serve(listener, door, shutdown.clone());
+    let (router, limiter) = prepare(node, settings, 1);
+    let worker = Worker::new(router.clone(), 0).serve(listener, limiter, shutdown.clone());
     tokio::join!(worker, drain(&router, &shutdown));
 }
 
-fn prepare(node: NodeHandle, settings: ProxySettings, lanes: usize) -> (Arc<Router>, Door) {
-    let door = Door::new(door::Limits {
+fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<RoutingTable>, ConnectionLimiter) {
+    let limiter = ConnectionLimiter::new(listener::Limits {
         name: "data",
         connections_max: settings.connections_max,
         half_open_max: HALF_OPEN_MAX.min(settings.connections_max),
         header_timeout: Duration::from_millis(settings.header_timeout_ms),
         grace: GRACE,
     });
-    (Arc::new(Router::new(node, settings, lanes)), door)
+    (Arc::new(RoutingTable::new(node, settings, shards)), limiter)
 }
 
 /// Hands over what was counted, and asks servers whether they are well, until `shutdown`.
-async fn drain(router: &Router, shutdown: &CancellationToken) {
+async fn drain(router: &RoutingTable, shutdown: &CancellationToken) {
     let prober = Prober::new(router.settings.connect_timeout());
     let mut tick = tokio::time::interval(DRAIN);
     loop {

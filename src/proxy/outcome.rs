@@ -17,14 +17,14 @@ pub const COPIES: Names = ("aviary_mirrored_requests_total", "aviary_mirrored_re
 
 /// One version's answers since the last drain, each worker's in a lane of its own.
 pub struct Counts {
-    lanes: Box<[Lane]>,
+    shards: Box<[Shard]>,
     by_class: [Counter; 5],
     durations: Histogram,
 }
 
 /// What one worker counted; nobody else writes here but the drain.
 #[repr(align(128))]
-struct Lane {
+struct Shard {
     latency_sum_us: AtomicU64,
     by_class: [AtomicU32; 5],
     /// Answers by latency: those that were no errors, and those that were.
@@ -33,50 +33,50 @@ struct Lane {
 
 impl Counts {
     /// Returns the counts of a version, in these metrics, with a lane for each worker.
-    pub fn new(service: &ServiceId, version: &VersionId, lanes: usize, (total, seconds): Names) -> Self {
+    pub fn new(service: &ServiceId, version: &VersionId, shards: usize, (total, seconds): Names) -> Self {
         let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx"].map(|class| {
             metrics::counter!(total, "service" => service.to_string(),
                 "version" => version.to_string(), "code_class" => class)
         });
         let durations = metrics::histogram!(seconds, "service" => service.to_string(),
             "version" => version.to_string());
-        let lane = |_| Lane {
+        let shard = |_| Shard {
             latency_sum_us: AtomicU64::new(0),
             by_class: Default::default(),
             histograms: [(); 2].map(|()| (0..BINS).map(|_| AtomicU32::new(0)).collect()),
         };
-        Self { lanes: (0..lanes).map(lane).collect(), by_class, durations }
+        Self { shards: (0..shards).map(shard).collect(), by_class, durations }
     }
 
     /// Counts an answer of this worker's.
-    pub fn add(&self, lane: usize, status: u16, latency_us: u64, error: bool) {
-        let lane = &self.lanes[lane];
-        lane.latency_sum_us.fetch_add(latency_us, Relaxed);
-        lane.histograms[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
+    pub fn add(&self, shard: usize, status: u16, latency_us: u64, error: bool) {
+        let shard = &self.shards[shard];
+        shard.latency_sum_us.fetch_add(latency_us, Relaxed);
+        shard.histograms[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
         // Last, and seen last: whoever takes it finds the rest.
-        lane.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Release);
+        shard.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Release);
     }
 
     /// Returns what was counted since the last call, and puts it into the metrics.
     pub fn take(&self) -> Stats {
         let mut stats = Stats::default();
-        for lane in &self.lanes {
+        for shard in &self.shards {
             let mut is_new = false;
             for (count, counter) in
-                lane.by_class.iter().zip(&self.by_class).filter(|(count, _)| count.load(Acquire) > 0)
+                shard.by_class.iter().zip(&self.by_class).filter(|(count, _)| count.load(Acquire) > 0)
             {
                 counter.increment(count.swap(0, Acquire).into());
                 is_new = true;
             }
             if is_new {
-                stats += &lane.take(&self.durations);
+                stats += &shard.take(&self.durations);
             }
         }
         stats
     }
 }
 
-impl Lane {
+impl Shard {
     fn take(&self, durations: &Histogram) -> Stats {
         let sum = self.latency_sum_us.swap(0, Relaxed);
         let take = |(bin, count): (usize, &AtomicU32)| {
@@ -95,7 +95,7 @@ impl Lane {
 
 /// Stops a canary that fails every request while stable doesn't: a brake, not a verdict.
 #[derive(Default)]
-pub struct Breaker {
+pub struct CircuitBreaker {
     tripped: AtomicBool,
     failures: AtomicU32,
     /// The last stable results, one bit each, 1 for a failure; a leading 1 marks how many there are.
@@ -107,7 +107,7 @@ pub const FAILURES_MAX: u32 = 5;
 /// Stable results that are remembered.
 const STABLE_RESULTS: u32 = 20;
 
-impl Breaker {
+impl CircuitBreaker {
     /// Returns true once it tripped, for good.
     pub fn is_tripped(&self) -> bool {
         self.tripped.load(Relaxed)
@@ -151,19 +151,20 @@ mod tests {
 
     #[test]
     fn five_failures_in_a_row_trip_the_breaker_once() {
-        let breaker = Breaker::default();
-        let found: Vec<_> = [true, true, false, true, true, true, true, true, true].map(|e| breaker.canary(e)).into();
+        let circuit_breaker = CircuitBreaker::default();
+        let found: Vec<_> =
+            [true, true, false, true, true, true, true, true, true].map(|e| circuit_breaker.canary(e)).into();
         assert_eq!(found, [false, false, false, false, false, false, false, true, false]);
-        assert!(breaker.is_tripped());
+        assert!(circuit_breaker.is_tripped());
     }
 
     #[test]
     fn a_failure_that_stable_shares_trips_nothing() {
-        let breaker = Breaker::default();
-        (0..50).for_each(|_| breaker.stable(true));
-        assert!((0..50).all(|_| !breaker.canary(true)));
-        (0..11).for_each(|_| breaker.stable(false));
-        assert!(breaker.canary(true));
+        let circuit_breaker = CircuitBreaker::default();
+        (0..50).for_each(|_| circuit_breaker.stable(true));
+        assert!((0..50).all(|_| !circuit_breaker.canary(true)));
+        (0..11).for_each(|_| circuit_breaker.stable(false));
+        assert!(circuit_breaker.canary(true));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use crate::domain::plan::HealthCheck;
 
-use super::table::Router;
+use super::table::RoutingTable;
 use super::upstream::Server;
 
 /// Longest wait for an answer.
@@ -39,7 +39,7 @@ impl Prober {
     }
 
     /// Asks every server whose turn it is.
-    pub fn ask(&self, router: &Router) {
+    pub fn ask(&self, router: &RoutingTable) {
         let now = router.now();
         for (server, check) in router.table().due(now) {
             let client = if server.http2 { self.http2.clone() } else { self.http1.clone() };

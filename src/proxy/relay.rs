@@ -17,12 +17,12 @@ use tokio::net::TcpStream;
 
 use crate::api::read;
 use crate::domain::time::Mono;
-use crate::door::Admitted;
+use crate::listener::Admitted;
 
 use super::table::{Pick, Place, Route};
-use super::upstream::{Pool, Visit};
-use super::wire::{self, Body, HEAD_BYTES_MAX, Mark, Opening, Refusal, Room};
-use super::worker::{Watch, Worker};
+use super::upstream::{InFlightGuard, Pool};
+use super::wire::{self, Body, HEAD_BYTES_MAX, Opening, Refusal, ResponseFields, Room};
+use super::worker::{Deadline, Worker};
 
 /// Bytes of further requests that are read while one is under way.
 const AHEAD_BYTES_MAX: usize = 16 * 1024;
@@ -131,7 +131,7 @@ where
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     /// Waits for a head; nothing of it is used up unless it is a plain request.
-    fn poll_next(&mut self, worker: &Rc<Worker>, watch: &Watch, idle_ms: u64, cx: &mut Context<'_>) -> Poll<Next> {
+    fn poll_next(&mut self, worker: &Rc<Worker>, watch: &Deadline, idle_ms: u64, cx: &mut Context<'_>) -> Poll<Next> {
         let mut tried = 0;
         loop {
             if self.ahead.len() > tried {
@@ -266,7 +266,7 @@ enum End {
 }
 
 /// Carries a request to whoever serves it, and the answer back; returns true when the connection stays open.
-async fn carry<S>(worker: &Rc<Worker>, watch: &Watch, client: &mut Client<S>, mut request: Request) -> bool
+async fn carry<S>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client<S>, mut request: Request) -> bool
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -277,10 +277,10 @@ where
     let mut again = true;
     let failure = loop {
         let pool = route.pool(request.pick);
-        let Some(visit) = pool.choose(request.began, &tried) else {
+        let Some(in_flight) = pool.choose(request.began, &tried) else {
             break Failure::Unreachable(io::Error::other("no server is left to try"));
         };
-        match attempt(worker, watch, client, &mut request, pool, &visit).await {
+        match attempt(worker, watch, client, &mut request, pool, &in_flight).await {
             Ok(stays) => {
                 worker.give_back(request.out);
                 return stays;
@@ -288,10 +288,10 @@ where
             Err(failure) => {
                 let unreachable = matches!(failure, Failure::Unreachable(_));
                 if !matches!(failure, Failure::Client(_)) {
-                    visit.ended(true, worker.router.now());
+                    in_flight.ended(true, worker.router.now());
                 }
                 if unreachable && pool.has_choice() && tried.len() + 1 < pool.servers.len() {
-                    tried.push(visit.server.id);
+                    tried.push(in_flight.server.id);
                     continue;
                 }
                 if matches!(failure, Failure::Stale) && request.whole && request.is_idempotent && again {
@@ -332,16 +332,16 @@ where
 /// Tries one server: an error when no answer began.
 async fn attempt<S>(
     worker: &Rc<Worker>,
-    watch: &Watch,
+    watch: &Deadline,
     client: &mut Client<S>,
     request: &mut Request,
     pool: &Pool,
-    visit: &Visit,
+    in_flight: &InFlightGuard,
 ) -> Result<bool, Failure>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let server = &visit.server;
+    let server = &in_flight.server;
     let (upstream, reused) = match worker.kept(server.id) {
         Some(upstream) => (upstream, true),
         None => match server.connect(worker.settings().connect_timeout()).await {
@@ -355,7 +355,7 @@ where
         client,
         request,
         pool,
-        visit,
+        in_flight,
         upstream,
         reused,
         sent: 0,
@@ -384,11 +384,11 @@ where
 /// A request under way at one server, and its answer.
 struct Exchange<'x, S> {
     worker: &'x Rc<Worker>,
-    watch: &'x Watch,
+    watch: &'x Deadline,
     client: &'x mut Client<S>,
     request: &'x mut Request,
     pool: &'x Pool,
-    visit: &'x Visit,
+    in_flight: &'x InFlightGuard,
     upstream: TcpStream,
     /// It served another request before.
     reused: bool,
@@ -570,7 +570,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             let early = !self.request.body.has_ended();
             self.closes = self.request.close || early || answered.body == Body::Open || self.worker.is_stopping();
             let date = self.worker.date();
-            answered.write(Mark { lines: &self.pool.mark, date: date.as_bytes(), close: self.closes }, &mut self.back);
+            answered.write(
+                ResponseFields { lines: &self.pool.mark, date: date.as_bytes(), close: self.closes },
+                &mut self.back,
+            );
             if answered.is_interim() {
                 if rest.is_empty() {
                     return Ok(());
@@ -593,7 +596,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
     fn count(&mut self, error: bool) {
         if !std::mem::replace(&mut self.counted, true) {
             count(self.worker, self.request, self.status, error);
-            self.visit.ended(error, self.request.began);
+            self.in_flight.ended(error, self.request.began);
         }
     }
 
@@ -647,7 +650,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             return false;
         }
         if sent && self.stays_open {
-            self.worker.keep(self.visit.server.id, self.upstream);
+            self.worker.keep(self.in_flight.server.id, self.upstream);
         }
         if !sent {
             linger(self.worker, self.watch, self.client).await;
@@ -659,13 +662,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
 fn count(worker: &Worker, request: &Request, status: u16, error: bool) {
     let Request { route, pick, is_copy, began, .. } = request;
     match is_copy {
-        true => worker.router.count_copy(worker.lane, route, status, *began, error),
-        false => worker.router.count(worker.lane, route, *pick, status, *began, error),
+        true => worker.router.count_copy(worker.shard, route, status, *began, error),
+        false => worker.router.count(worker.shard, route, *pick, status, *began, error),
     }
 }
 
 /// Reads what a refused client still sends, for a moment: it would lose the answer if its connection were closed first.
-async fn linger<S: AsyncRead + AsyncWrite + Unpin>(worker: &Rc<Worker>, watch: &Watch, client: &mut Client<S>) {
+async fn linger<S: AsyncRead + AsyncWrite + Unpin>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client<S>) {
     let _ = client.stream.shutdown().await;
     watch.rest();
     let mut left = LINGER_BYTES_MAX;

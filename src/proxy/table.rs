@@ -15,18 +15,18 @@ use crate::domain::window::Evidence;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
-use super::outcome::{ANSWERS, Breaker, COPIES, Counts, FAILURES_MAX};
+use super::outcome::{ANSWERS, COPIES, CircuitBreaker, Counts, FAILURES_MAX};
 use super::settings::ProxySettings;
 use super::upstream::{Pool, Server, Servers};
 use super::wire;
 
 /// What outlives the views of one routing version.
-pub struct Track {
+pub struct Counters {
     pub stable: Counts,
     pub canary: Option<Counts>,
     /// Of requests that were mirrored to the canary.
     pub copies: Option<Counts>,
-    pub breaker: Breaker,
+    pub circuit_breaker: CircuitBreaker,
 }
 
 /// One service, ready to serve.
@@ -39,7 +39,7 @@ pub struct Route {
     pub plain: bool,
     /// Fields that its rollout decides by, which no Connection option removes: those of `hashOn` and `matches`.
     pub reads: Box<[String]>,
-    pub track: Arc<Track>,
+    pub counters: Arc<Counters>,
     salt: u64,
 }
 
@@ -92,15 +92,15 @@ impl Route {
     fn new(service: &ServiceId, serving: &Serving, before: Option<&Route>, shared: &Shared) -> Self {
         let same = before.filter(|before| before.serving.routing_version == serving.routing_version);
         let same = same.filter(|before| before.canary.is_some() == serving.canary.is_some());
-        let lanes = shared.lanes;
-        let track = same.map(|before| before.track.clone()).unwrap_or_else(|| {
+        let shards = shared.shards;
+        let counters = same.map(|before| before.counters.clone()).unwrap_or_else(|| {
             let canary = serving.canary.as_ref().map(|(backend, _)| &backend.version);
             let mirrored = canary.filter(|_| serving.spec.mirror > Weight::ZERO);
-            Arc::new(Track {
-                stable: Counts::new(service, &serving.stable.version, lanes, ANSWERS),
-                canary: canary.map(|version| Counts::new(service, version, lanes, ANSWERS)),
-                copies: mirrored.map(|version| Counts::new(service, version, lanes, COPIES)),
-                breaker: Breaker::default(),
+            Arc::new(Counters {
+                stable: Counts::new(service, &serving.stable.version, shards, ANSWERS),
+                canary: canary.map(|version| Counts::new(service, version, shards, ANSWERS)),
+                copies: mirrored.map(|version| Counts::new(service, version, shards, COPIES)),
+                circuit_breaker: CircuitBreaker::default(),
             })
         });
         let pool = |backend| Pool::new(backend, serving.routing_version, &shared.servers);
@@ -113,7 +113,7 @@ impl Route {
             reads: reads(&serving.spec),
             stable,
             canary,
-            track,
+            counters,
             salt: xxhash_rust::xxh3::xxh3_64(service.as_str().as_bytes()),
         }
     }
@@ -128,7 +128,7 @@ impl Route {
 
     /// Returns who serves a request, given the canary's share at this moment.
     fn pick(&self, effective_bp: u16, fields: &impl Fields, peer: &str) -> Pick {
-        if effective_bp == 0 || self.track.breaker.is_tripped() {
+        if effective_bp == 0 || self.counters.circuit_breaker.is_tripped() {
             return Pick::Stable;
         }
         match fields.value("x-canary") {
@@ -174,11 +174,11 @@ pub struct Table {
 struct Shared {
     servers: Servers,
     /// Workers.
-    lanes: usize,
+    shards: usize,
 }
 
 /// The data plane's state.
-pub struct Router {
+pub struct RoutingTable {
     pub node: NodeHandle,
     pub settings: ProxySettings,
     open: AtomicUsize,
@@ -188,7 +188,7 @@ pub struct Router {
 }
 
 /// A request's place among those that are open.
-pub struct Place(Arc<Router>);
+pub struct Place(Arc<RoutingTable>);
 
 impl Drop for Place {
     fn drop(&mut self) {
@@ -204,9 +204,9 @@ pub struct NoRoute {
     pub why: String,
 }
 
-impl Router {
-    pub fn new(node: NodeHandle, settings: ProxySettings, lanes: usize) -> Self {
-        let shared = Shared { servers: Servers::default(), lanes };
+impl RoutingTable {
+    pub fn new(node: NodeHandle, settings: ProxySettings, shards: usize) -> Self {
+        let shared = Shared { servers: Servers::default(), shards };
         let view = node.published.view();
         let routes = compile(&view, &BTreeMap::new(), &shared);
         let table = ArcSwap::from_pointee(Table { routes, view });
@@ -254,28 +254,28 @@ impl Router {
         share > 0
             && route.canary.is_some()
             && self.node.published.effective_bp_at(&route.serving, now) > 0
-            && !route.track.breaker.is_tripped()
+            && !route.counters.circuit_breaker.is_tripped()
             && rand::random_range(0..Weight::WHOLE) < share
     }
 
     /// Counts the answer to a copy: what nobody waits for is no evidence, and shows in metrics of its own.
-    pub fn count_copy(&self, lane: usize, route: &Route, status: u16, began: Mono, error: bool) {
-        if let Some(copies) = &route.track.copies {
-            copies.add(lane, status, self.now().0.saturating_sub(began.0), error);
+    pub fn count_copy(&self, shard: usize, route: &Route, status: u16, began: Mono, error: bool) {
+        if let Some(copies) = &route.counters.copies {
+            copies.add(shard, status, self.now().0.saturating_sub(began.0), error);
         }
     }
 
     /// Counts an answer that came to a client, or should have; tells the node when it was one failure of the canary too
     /// many.
-    pub fn count(&self, lane: usize, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
+    pub fn count(&self, shard: usize, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
         let latency_us = self.now().0.saturating_sub(began.0);
-        let track = &route.track;
-        let (Pick::Canary, Some(canary)) = (pick, &track.canary) else {
-            track.stable.add(lane, status, latency_us, error);
-            return track.breaker.stable(error);
+        let counters = &route.counters;
+        let (Pick::Canary, Some(canary)) = (pick, &counters.canary) else {
+            counters.stable.add(shard, status, latency_us, error);
+            return counters.circuit_breaker.stable(error);
         };
-        canary.add(lane, status, latency_us, error);
-        if track.breaker.canary(error) {
+        canary.add(shard, status, latency_us, error);
+        if counters.circuit_breaker.canary(error) {
             let reason = format!("the last {FAILURES_MAX} canary answers failed while stable's did not");
             let (node, service, version) = (self.node.clone(), route.service.clone(), route.serving.routing_version);
             tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
@@ -285,14 +285,14 @@ impl Router {
     /// Returns what was counted since the last call.
     pub fn drain(&self) -> Vec<Observation> {
         let table = self.table();
-        let copies = table.routes.values().filter_map(|route| route.track.copies.as_ref());
+        let copies = table.routes.values().filter_map(|route| route.counters.copies.as_ref());
         copies.for_each(|copies| drop(copies.take()));
         let observed = table.routes.values().map(|route| Observation {
             service: route.service.clone(),
             routing_version: route.serving.routing_version,
             evidence: Evidence {
-                stable: route.track.stable.take(),
-                canary: route.track.canary.as_ref().map(Counts::take).unwrap_or_default(),
+                stable: route.counters.stable.take(),
+                canary: route.counters.canary.as_ref().map(Counts::take).unwrap_or_default(),
             },
         });
         observed.filter(|observation| observation.evidence != Evidence::default()).collect()

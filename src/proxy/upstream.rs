@@ -149,10 +149,10 @@ impl Pool {
     }
 
     /// Returns the least loaded server that was not tried, of those that don't fail; of all, when all fail.
-    pub fn choose(&self, now: Mono, tried: &[usize]) -> Option<Visit> {
+    pub fn choose(&self, now: Mono, tried: &[usize]) -> Option<InFlightGuard> {
         if !self.has_choice() {
             let server = self.servers.first().filter(|server| !tried.contains(&server.id))?;
-            return Some(Visit { server: server.clone(), counted: false });
+            return Some(InFlightGuard { server: server.clone(), counted: false });
         }
         let first = self.next.fetch_add(1, Relaxed);
         let count = self.servers.len();
@@ -162,18 +162,18 @@ impl Pool {
         };
         let server = least(&mut untried().filter(|server| server.may_serve(now))).or_else(|| least(&mut untried()))?;
         server.open.fetch_add(1, Relaxed);
-        Some(Visit { server, counted: true })
+        Some(InFlightGuard { server, counted: true })
     }
 }
 
 /// A request at a server.
-pub struct Visit {
+pub struct InFlightGuard {
     /// The server.
     pub server: Arc<Server>,
     counted: bool,
 }
 
-impl Visit {
+impl InFlightGuard {
     /// Says how it ended: with an error of the server's, or not.
     pub fn ended(&self, error: bool, now: Mono) {
         let server = &self.server;
@@ -196,7 +196,7 @@ impl Visit {
     }
 }
 
-impl Drop for Visit {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         if self.counted {
             self.server.open.fetch_sub(1, Relaxed);
@@ -217,11 +217,11 @@ mod tests {
     fn the_least_loaded_server_is_next() {
         let pool = pool(&["http://a:1", "http://b:1", "http://c:1"]);
         let first: Vec<_> = (0..3).map(|_| pool.choose(Mono(0), &[]).unwrap()).collect();
-        let mut ids: Vec<_> = first.iter().map(|visit| visit.server.id).collect();
+        let mut ids: Vec<_> = first.iter().map(|in_flight| in_flight.server.id).collect();
         ids.sort_unstable();
         assert_eq!(ids, [0, 1, 2]);
         let free = first[1].server.id;
-        let kept = [&first[0], &first[2]].map(|visit| visit.server.clone());
+        let kept = [&first[0], &first[2]].map(|in_flight| in_flight.server.clone());
         for server in &kept {
             server.open.fetch_add(1, Relaxed);
         }
@@ -234,8 +234,8 @@ mod tests {
         let pool = pool(&["http://a:1", "http://b:1"]);
         let bad = 0;
         for _ in 0..5 {
-            let visit = pool.choose(Mono(0), &[1]).unwrap();
-            visit.ended(true, Mono(0));
+            let in_flight = pool.choose(Mono(0), &[1]).unwrap();
+            in_flight.ended(true, Mono(0));
         }
         let chosen = |at| pool.choose(Mono::from_millis(at), &[]).unwrap().server.id;
         assert!((0..20).all(|_| chosen(9_999) != bad));

@@ -432,7 +432,7 @@ pub fn answer<'h, 'b>(
 
 /// What this node adds to an answer.
 #[derive(Debug, Clone, Copy)]
-pub struct Mark<'m> {
+pub struct ResponseFields<'m> {
     /// Whole lines that say who served.
     pub lines: &'m [u8],
     /// The time, as Date has it, for answers without one.
@@ -448,7 +448,7 @@ impl Answered<'_, '_> {
     }
 
     /// Writes the head that the client gets; an interim one is not marked.
-    pub fn write(&self, mark: Mark<'_>, out: &mut Vec<u8>) {
+    pub fn write(&self, mark: ResponseFields<'_>, out: &mut Vec<u8>) {
         out.extend_from_slice(b"HTTP/1.1 ");
         out.extend([self.status / 100, self.status / 10 % 10, self.status % 10].map(|digit| b'0' + digit as u8));
         out.push(b' ');

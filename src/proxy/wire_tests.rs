@@ -107,7 +107,7 @@ fn to_client(answer: &str, to_head: bool) -> Result<(String, Body, bool), Refusa
     let mut room = Room::default();
     let answered = super::answer(answer.as_bytes(), to_head, &mut room)?.expect("a whole head");
     let mut out = Vec::new();
-    answered.write(Mark { lines: b"x-served-by: v2\r\n", date: b"now", close: false }, &mut out);
+    answered.write(ResponseFields { lines: b"x-served-by: v2\r\n", date: b"now", close: false }, &mut out);
     Ok((String::from_utf8(out).unwrap(), answered.body, answered.stays_open))
 }
 

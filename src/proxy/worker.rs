@@ -14,12 +14,12 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::door::{Accept, Admitted, Door};
+use crate::listener::{Accept, Admitted, ConnectionLimiter};
 
-use super::forward::General;
+use super::forward::SlowPath;
 use super::relay;
 use super::settings::ProxySettings;
-use super::table::{Router, Table};
+use super::table::{RoutingTable, Table};
 
 /// Bytes read at a time.
 const SCRATCH_BYTES: usize = 64 * 1024;
@@ -32,10 +32,10 @@ const SWEEP: Duration = Duration::from_millis(50);
 /// One thread's share of the data plane.
 pub struct Worker {
     /// What all workers share.
-    pub router: Arc<Router>,
+    pub router: Arc<RoutingTable>,
     /// Where it counts.
-    pub lane: usize,
-    general: General,
+    pub shard: usize,
+    general: SlowPath,
     table: RefCell<(u64, Arc<Table>)>,
     kept: RefCell<Vec<Vec<Kept>>>,
     scratch: RefCell<Box<[u8]>>,
@@ -64,26 +64,26 @@ struct Kept {
 struct Clock {
     /// Milliseconds, as of the last sweep.
     now_ms: Cell<u64>,
-    deadlines: RefCell<Slab<Rc<Deadline>>>,
+    deadlines: RefCell<Slab<Rc<DeadlineEntry>>>,
 }
 
-struct Deadline {
+struct DeadlineEntry {
     at_ms: Cell<u64>,
     waker: Waker,
 }
 
 /// A connection's deadline; to set it costs nothing. Dropping it ends it.
-pub struct Watch {
+pub struct Deadline {
     clock: Rc<Clock>,
     key: usize,
-    deadline: Rc<Deadline>,
+    deadline: Rc<DeadlineEntry>,
     /// No deadline is later than this.
     end_ms: Cell<u64>,
 }
 
 const RESTING: u64 = u64::MAX;
 
-impl Watch {
+impl Deadline {
     /// Takes the deadline away.
     pub fn rest(&self) {
         self.deadline.at_ms.set(RESTING);
@@ -118,7 +118,7 @@ impl Watch {
     }
 }
 
-impl Drop for Watch {
+impl Drop for Deadline {
     fn drop(&mut self) {
         self.clock.deadlines.borrow_mut().remove(self.key);
     }
@@ -126,11 +126,11 @@ impl Drop for Watch {
 
 impl Worker {
     /// Returns the worker that counts in this lane.
-    pub fn new(router: Arc<Router>, lane: usize) -> Rc<Self> {
-        let general = General::new(router.clone(), lane);
+    pub fn new(router: Arc<RoutingTable>, shard: usize) -> Rc<Self> {
+        let general = SlowPath::new(router.clone(), shard);
         let table = (router.node.published.number(), router.table());
         Rc::new(Self {
-            lane,
+            shard,
             general,
             table: RefCell::new(table),
             kept: RefCell::default(),
@@ -145,7 +145,12 @@ impl Worker {
     }
 
     /// Serves a listener's clients until `shutdown`, then lets open requests end.
-    pub async fn serve<L: Accept>(self: Rc<Self>, mut listener: L, door: Door, shutdown: CancellationToken) {
+    pub async fn serve<L: Accept>(
+        self: Rc<Self>,
+        mut listener: L,
+        limiter: ConnectionLimiter,
+        shutdown: CancellationToken,
+    ) {
         self.sweep();
         let sweeping = self.clone();
         let sweeper = tokio::task::spawn_local(async move {
@@ -158,15 +163,15 @@ impl Worker {
         });
         let poller = tokio::task::spawn_local(self.clone().poll_busily());
         let connections = tokio_util::task::TaskTracker::new();
-        while let Some((stream, peer, place)) = door.admit(&mut listener, &shutdown).await {
-            let (worker, door, shutdown) = (self.clone(), door.clone(), shutdown.clone());
-            connections.spawn_local(async move { worker.connection(stream, peer, place, &door, &shutdown).await });
+        while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
+            let (worker, limiter, shutdown) = (self.clone(), limiter.clone(), shutdown.clone());
+            connections.spawn_local(async move { worker.connection(stream, peer, place, &limiter, &shutdown).await });
         }
         drop(listener);
         self.stopping.set(true);
         self.clock.deadlines.borrow().iter().for_each(|(_, deadline)| deadline.waker.wake_by_ref());
         connections.close();
-        let _ = tokio::time::timeout(door.limits().grace, connections.wait()).await;
+        let _ = tokio::time::timeout(limiter.limits().grace, connections.wait()).await;
         sweeper.abort();
         poller.abort();
     }
@@ -176,14 +181,14 @@ impl Worker {
         mut stream: S,
         peer: SocketAddr,
         place: Admitted,
-        door: &Door,
+        limiter: &ConnectionLimiter,
         shutdown: &CancellationToken,
     ) where
         S: tokio::io::AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         if let Some(ahead) = relay::serve(&self, &mut stream, peer, &place).await {
             debug!(%peer, "not a plain request: the general way");
-            self.general.serve(ahead, stream, peer, place, door, shutdown).await;
+            self.general.serve(ahead, stream, peer, place, limiter, shutdown).await;
         }
     }
 
@@ -236,11 +241,11 @@ impl Worker {
     }
 
     /// Returns a deadline for the task that asks.
-    pub async fn watch(&self) -> Watch {
+    pub async fn watch(&self) -> Deadline {
         let waker = std::future::poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
-        let deadline = Rc::new(Deadline { at_ms: Cell::new(RESTING), waker });
+        let deadline = Rc::new(DeadlineEntry { at_ms: Cell::new(RESTING), waker });
         let key = self.clock.deadlines.borrow_mut().insert(deadline.clone());
-        Watch { clock: self.clock.clone(), key, deadline, end_ms: Cell::new(RESTING) }
+        Deadline { clock: self.clock.clone(), key, deadline, end_ms: Cell::new(RESTING) }
     }
 
     /// Returns the limits in force.

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use crate::domain::course::{Ask, Call, Course, End, Entry, Phase, Places};
+use crate::domain::course::{ControlCommand, End, Entry, HookCall, Phase, Places, RouterState};
 use crate::domain::split::{Side, Split, Ticket};
 use crate::domain::weights::Weight;
-use crate::ports::{Broker, Commit, Hooks, OutsideError, Place, Record, Stamp, Topic};
+use crate::ports::{Assignment, Broker, Commit, Hooks, OutsideError, Place, Record, Topic};
 
 /// What a router is to do.
 #[derive(Debug, Clone, Copy)]
@@ -33,11 +33,11 @@ pub struct Plan {
 
 /// What the cluster has committed about a rollout.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Agreed {
+pub struct CommittedWeight {
     /// The canary's share.
     pub weight: Weight,
     /// The routing version.
-    pub epoch: u64,
+    pub weight_version: u64,
     /// Set once the rollout is over.
     pub end: Option<End>,
 }
@@ -48,7 +48,7 @@ pub enum Steering {
     /// Whoever writes to the control topic.
     Alone,
     /// The cluster; none: it can't be asked, or not in time. Then nothing moves.
-    Cluster(Option<Agreed>),
+    Cluster(Option<CommittedWeight>),
 }
 
 /// What a turn came to.
@@ -74,7 +74,7 @@ pub struct Engine {
 
 /// What the broker holds about the rollout.
 struct State {
-    course: Course,
+    course: RouterState,
     splits: Vec<Split>,
     next: Places,
     /// The canary's lag, and when it was looked at.
@@ -85,7 +85,7 @@ struct State {
     /// The source is read on from `next`.
     reads: bool,
     /// Services that were called in this phase, since this state was read.
-    called: Vec<(Call, Side, Topic)>,
+    called: Vec<(HookCall, Side, Topic)>,
     /// When that was forgotten last, so that they are called again.
     called_ms: u64,
 }
@@ -145,27 +145,27 @@ impl Engine {
         let state = self.state.insert(state);
         for entry in self.broker.entries()? {
             // Phases are nobody's but this router's, as long as it is one.
-            if let Some(entry @ Entry::Ask(_)) = read_entry(&entry)? {
+            if let Some(entry @ Entry::Command(_)) = read_entry(&entry)? {
                 state.course.add(entry);
             }
         }
-        if let Steering::Cluster(Some(Agreed { end: Some(end), .. })) = steering
+        if let Steering::Cluster(Some(CommittedWeight { end: Some(end), .. })) = steering
             && state.course.phase.is_some()
             && state.course.is_changed_by(end)
         {
             let ask = match end {
-                End::Promote => Ask::Promote,
-                End::Abort(reason) => Ask::Abort { reason: reason.clone() },
+                End::Promote => ControlCommand::Promote,
+                End::Abort(reason) => ControlCommand::Abort { reason: reason.clone() },
             };
-            state.course.add(Entry::Ask(ask.clone()));
-            self.write(&Entry::Ask(ask), Commit::default())?;
+            state.course.add(Entry::Command(ask.clone()));
+            self.write(&Entry::Command(ask), Commit::default())?;
             return Ok(Turn::Busy(0));
         }
         let aborted = matches!(state.course.end, Some(End::Abort(_)));
         match state.course.phase.clone() {
             None => match steering {
                 Steering::Cluster(None) => Ok(Turn::Waits(UNKNOWN.into())),
-                Steering::Cluster(Some(Agreed { end: Some(End::Abort(_)), .. })) => {
+                Steering::Cluster(Some(CommittedWeight { end: Some(End::Abort(_)), .. })) => {
                     Ok(Turn::Waits("the cluster's next rollout: the last one was rolled back".into()))
                 }
                 _ => self.enter(Phase::Taking, Commit::default()),
@@ -176,7 +176,7 @@ impl Engine {
             ) if aborted => self.enter(Phase::Reclaiming { from }, Commit::default()),
             Some(Phase::Starting { from }) => {
                 for side in Side::BOTH {
-                    self.call(Call::Start, side, Topic::Of(side))?;
+                    self.call(HookCall::Start, side, Topic::Of(side))?;
                 }
                 self.enter(Phase::Running { from }, Commit::default())
             }
@@ -185,7 +185,7 @@ impl Engine {
             Some(Phase::Draining { from, winner }) => self.drain(from, winner),
             Some(Phase::Returning { from, through, winner }) => self.hand_back(now_ms, from, through, winner),
             Some(Phase::Done { winner, .. }) => {
-                self.call(Call::Start, winner, Topic::Source)?;
+                self.call(HookCall::Start, winner, Topic::Source)?;
                 Ok(Turn::Over)
             }
         }
@@ -194,7 +194,7 @@ impl Engine {
     /// Becomes the only router, and reads what the former one left.
     fn open(&mut self) -> Result<State, OutsideError> {
         let opened = self.broker.open()?;
-        let mut course = Course::default();
+        let mut course = RouterState::default();
         for entry in &opened.entries {
             if let Some(entry) = read_entry(entry)? {
                 course.add(entry);
@@ -213,7 +213,7 @@ impl Engine {
                     );
                     return Err(OutsideError::new("router", why));
                 };
-                let split = Split::from_note(&place.note)
+                let split = Split::from_metadata(&place.metadata)
                     .map_err(|why| OutsideError::new(format!("partition {partition}"), why))?;
                 splits.push(split);
                 next.push(place.next);
@@ -258,11 +258,11 @@ impl Engine {
     }
 
     /// Starts or stops a service, once. The entry before it says so, and that no other router has taken over.
-    fn call(&mut self, call: Call, side: Side, topic: Topic) -> Result<(), OutsideError> {
+    fn call(&mut self, call: HookCall, side: Side, topic: Topic) -> Result<(), OutsideError> {
         if self.state().called.contains(&(call, side, topic)) {
             return Ok(());
         }
-        let entry = Entry::Call { call, side, topic: topic.word().into() };
+        let entry = Entry::Hook { call, side, topic: topic.word().into() };
         self.write(&entry, Commit::default())?;
         let state = self.state();
         state.course.add(entry);
@@ -281,7 +281,7 @@ impl Engine {
             state.called.clear();
             state.called_ms = now_ms;
         }
-        self.call(Call::Stop, side, topic)?;
+        self.call(HookCall::Stop, side, topic)?;
         let members = self.broker.members(side)?;
         Ok((members > 0)
             .then(|| Turn::Waits(format!("the {} service's group has {members} members, expected none", side.word()))))
@@ -318,7 +318,7 @@ impl Engine {
         let split = Split::new(0, self.plan.weight);
         let mut commit = Commit::default();
         for (partition, next) in from.iter().enumerate() {
-            commit.places.push((partition, Place { next: *next, note: split.note() }));
+            commit.places.push((partition, Place { next: *next, metadata: split.metadata() }));
         }
         for side in Side::BOTH {
             let bounds = self.broker.bounds(Topic::Of(side))?;
@@ -346,10 +346,12 @@ impl Engine {
         let plan = self.plan;
         let state = self.state();
         let asked = state.course.end == Some(End::Promote);
-        let (weight, epoch, promoted) = match steering {
+        let (weight, weight_version, promoted) = match steering {
             Steering::Cluster(None) => return Ok(Turn::Waits(UNKNOWN.into())),
             // In a cluster it is nobody else's to say: what is asked here doesn't raise the weight there.
-            Steering::Cluster(Some(agreed)) => (agreed.weight, agreed.epoch, asked && agreed.end == Some(End::Promote)),
+            Steering::Cluster(Some(committed)) => {
+                (committed.weight, committed.weight_version, asked && committed.end == Some(End::Promote))
+            }
             Steering::Alone => (state.course.weight.unwrap_or(plan.weight), state.course.weights, asked),
         };
         let weight = if promoted { Weight::FULL } else { weight };
@@ -357,8 +359,11 @@ impl Engine {
         let mut changed = vec![false; state.splits.len()];
         for (split, changed) in state.splits.iter_mut().zip(&mut changed) {
             let (present, number) = split.weight();
-            let new = present != weight || (number < epoch && !promoted);
-            if new && !(lags && weight > present) && split.turn_to(weight, epoch.max(number), now_ms, plan.keyed) {
+            let new = present != weight || (number < weight_version && !promoted);
+            if new
+                && !(lags && weight > present)
+                && split.turn_to(weight, weight_version.max(number), now_ms, plan.keyed)
+            {
                 *changed = true;
             }
         }
@@ -381,7 +386,7 @@ impl Engine {
             let key = record.key.filter(|_| plan.keyed);
             let ticket = Ticket::of(plan.salt, key, record.partition, record.offset);
             let split = &mut splits[record.partition];
-            Stamp { side: split.take(ticket), epoch: split.weight().1 }
+            Assignment { side: split.take(ticket), weight_version: split.weight().1 }
         })?;
         if copied > 0 {
             self.wrote()?;
@@ -455,8 +460,8 @@ impl Engine {
                 return Err(OutsideError::new("the canary service's group", why));
             };
             while at <= last {
-                let epoch = self.state().splits[partition].weight().1;
-                let reclaimed = self.broker.reclaim(partition, at, last + 1, most, epoch)?;
+                let weight_version = self.state().splits[partition].weight().1;
+                let reclaimed = self.broker.reclaim(partition, at, last + 1, most, weight_version)?;
                 let written = self.broker.flush()?[partition][Side::Stable as usize];
                 let state = self.state();
                 if let Some(written) = written {
@@ -474,8 +479,8 @@ impl Engine {
         }
         let state = self.state();
         for split in &mut state.splits {
-            let epoch = split.weight().1 + 1;
-            split.stop_canary(epoch);
+            let weight_version = split.weight().1 + 1;
+            split.stop_canary(weight_version);
         }
         let places = state.places(|_| true);
         self.enter(Phase::Draining { from, winner: Side::Stable }, Commit { places, ..Commit::default() })
@@ -528,7 +533,9 @@ impl Report {
 impl State {
     fn places(&self, wanted: impl Fn(usize) -> bool) -> Vec<(usize, Place)> {
         let places = self.splits.iter().zip(&self.next).enumerate().filter(|(partition, _)| wanted(*partition));
-        places.map(|(partition, (split, next))| (partition, Place { next: *next, note: split.note() })).collect()
+        places
+            .map(|(partition, (split, next))| (partition, Place { next: *next, metadata: split.metadata() }))
+            .collect()
     }
 }
 

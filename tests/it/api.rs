@@ -9,15 +9,15 @@ use aviary::adapters::memory::MemoryStore;
 use aviary::api::auth::Tokens;
 use aviary::api::{self, ApiState};
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
-use aviary::domain::rollout::{Change, Mark, Service};
+use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::domain::routing::RoutingState;
 use aviary::domain::time::Wall;
 use aviary::domain::window::Evidence;
 use aviary::node::handle::{NodeHandle, Published, Request};
 use aviary::ports::Store;
-use aviary::protocol::message::Role;
-use aviary::protocol::record::{Act, Chosen, Hash, Intent, Record, Slot};
-use aviary::protocol::{Announcement, Event, Op, Outcome, ServiceView, Serving, View};
+use aviary::protocol::message::Membership;
+use aviary::protocol::record::{Chosen, Hash, Intent, Operation, Record, Slot};
+use aviary::protocol::{Announcement, Event, OperatorRequest, Outcome, ServiceView, Serving, View};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
     stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
 
-type Asked = Arc<Mutex<Vec<(TxId, Op)>>>;
+type Asked = Arc<Mutex<Vec<(TxId, OperatorRequest)>>>;
 
 struct Node {
     port: u16,
@@ -43,14 +43,14 @@ impl Drop for Node {
     }
 }
 
-fn mark(slot: u64) -> Mark {
-    Mark { tx: TxId::new(format!("tx-{slot}")).unwrap(), at: Wall(slot) }
+fn stamp(slot: u64) -> Stamp {
+    Stamp { tx: TxId::new(format!("tx-{slot}")).unwrap(), at: Wall(slot) }
 }
 
 fn started() -> (Change, Service) {
     let spec = aviary::config::rollout::parse(ROLLOUT, "rollout").unwrap_or_else(|e| panic!("{e}"));
     let change = Change::Start(Arc::new(spec));
-    let service = Service::after(None, &id(), &change, &mark(1)).unwrap();
+    let service = Service::after(None, &id(), &change, &stamp(1)).unwrap();
     (change, service)
 }
 
@@ -60,13 +60,13 @@ fn id() -> ServiceId {
 
 fn rollback() -> (Change, Service) {
     let change = Change::Rollback { reason: "errors: 9 %".into() };
-    let service = Service::after(Some(&started().1), &id(), &change, &mark(2)).unwrap();
+    let service = Service::after(Some(&started().1), &id(), &change, &stamp(2)).unwrap();
     (change, service)
 }
 
 fn record(slot: u64, change: Change, state: RoutingState) -> Chosen {
-    let act = Act::Change(id(), change);
-    let intent = Intent { tx: mark(slot).tx, digest: 0, at: Wall(slot), act };
+    let operation = Operation::Change(id(), change);
+    let intent = Intent { tx: stamp(slot).tx, digest: 0, at: Wall(slot), operation };
     Chosen {
         ballot: None,
         record: Record { slot: Slot(slot), prev_hash: Hash([0; 32]), intent, state: Some(state), certificate: None },
@@ -91,7 +91,7 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
         local: Evidence::default(),
         cluster: Evidence::default(),
         verdict: None,
-        odds: None,
+        sequential: None,
         waiting_for: String::new(),
         enforced: true,
     };
@@ -99,7 +99,7 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
         node: NodeId::new(name).unwrap(),
         cluster: ClusterId([1; 16]),
         incarnation: Incarnation(1),
-        role: Role::Voter,
+        membership: Membership::Voter,
         head: Slot(head),
         head_hash: Hash([0; 32]),
         coordinator: NodeId::new(coordinator).unwrap(),
@@ -128,8 +128,8 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
     let told = asked.clone();
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {
-            if let Request::Submit { tx, op, reply } = request {
-                told.lock().unwrap().push((tx, op));
+            if let Request::Submit { tx, asked, reply } = request {
+                told.lock().unwrap().push((tx, asked));
                 let _ =
                     reply.send(Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false });
             }

@@ -12,19 +12,19 @@ use std::sync::Arc;
 use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use aviary::domain::rollout::Change;
+use aviary::domain::run::{AnalysisRun, WindowVerdict};
 use aviary::domain::sequential::Policy;
 use aviary::domain::time::Wall;
-use aviary::domain::trial::{Judgement, Trial};
 use aviary::protocol::checkpoint::{Checkpoint, Part};
 use aviary::protocol::codec;
 use aviary::protocol::ledger::Ledger;
 use aviary::protocol::message::{
-    Acknowledgement, Answer, Asks, Decision, GateVote, Handover, HealthSnapshot, Heartbeat, Message, Prepare, Refusal,
-    Role, Vote,
+    Acknowledgement, Answer, Asks, Decision, GateVote, HealthSnapshot, Heartbeat, Membership, Message, Prepare,
+    Refusal, RunTransfer, Vote,
 };
 use aviary::protocol::record::{
-    Accepted, Act, Ballot, Certificate, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial,
-    Slot,
+    Accepted, AcceptorState, Ballot, Certificate, Chosen, ConfigChange, Intent, Member, Members, Operation, Record,
+    SavedRun, Slot,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -37,15 +37,15 @@ fn ballot(round: u64) -> Ballot {
     Ballot { round, node: node("a"), incarnation: Incarnation(0xaaaa), boot: 3 }
 }
 
-fn intent(tx: &str, act: Act) -> Intent {
-    Intent { tx: TxId::new(tx).unwrap(), digest: 77, at: Wall(1_790_000_000_000), act }
+fn intent(tx: &str, operation: Operation) -> Intent {
+    Intent { tx: TxId::new(tx).unwrap(), digest: 77, at: Wall(1_790_000_000_000), operation }
 }
 
 /// A log with a record of each kind.
 fn log() -> Vec<Chosen> {
-    let member = |name, incarnation| (node(name), Member { incarnation: Incarnation(incarnation), benched: false });
-    let members = Membership([member("a", 0xaaaa), member("b", 0xbbbb), member("c", 0xcccc)].into());
-    let genesis = intent("genesis", Act::Genesis { cluster: ClusterId([7; 16]), members });
+    let member = |name, incarnation| (node(name), Member { incarnation: Incarnation(incarnation), cordoned: false });
+    let members = Members([member("a", 0xaaaa), member("b", 0xbbbb), member("c", 0xcccc)].into());
+    let genesis = intent("genesis", Operation::Genesis { cluster: ClusterId([7; 16]), members });
     let first =
         Record { slot: Slot(0), prev_hash: Default::default(), intent: genesis, state: None, certificate: None };
     let mut log = vec![Chosen { ballot: None, record: first }];
@@ -56,21 +56,25 @@ fn log() -> Vec<Chosen> {
     let spec = Arc::new(aviary::config::rollout::parse(text, "test").unwrap());
     let service = ServiceId::new("s").unwrap();
     let yes: BTreeMap<_, _> = ["a", "b", "c"].map(|name| (node(name), "no canary traffic yet".to_string())).into();
-    let acts = [
-        (Act::Change(service.clone(), Change::Start(spec)), true),
-        (Act::Change(service.clone(), Change::Pause { reason: "lunch".into() }), false),
-        (Act::Change(service.clone(), Change::Resume), false),
+    let operations = [
+        (Operation::Change(service.clone(), Change::Start(spec)), true),
+        (Operation::Change(service.clone(), Change::Pause { reason: "lunch".into() }), false),
+        (Operation::Change(service.clone(), Change::Resume), false),
         (
-            Act::Abort { service: Some(service.clone()), refused: "Promote".into(), reasons: vec!["b: no".into()] },
+            Operation::Abort {
+                service: Some(service.clone()),
+                refused: "Promote".into(),
+                reasons: vec!["b: no".into()],
+            },
             false,
         ),
-        (Act::Config(ConfigChange::Bench(node("c"))), false),
-        (Act::Config(ConfigChange::Readmit(node("c"), Incarnation(0xdddd))), false),
-        (Act::Change(service, Change::Rollback { reason: "errors".into() }), false),
+        (Operation::Config(ConfigChange::Cordon(node("c"))), false),
+        (Operation::Config(ConfigChange::Readmit(node("c"), Incarnation(0xdddd))), false),
+        (Operation::Change(service, Change::Rollback { reason: "errors".into() }), false),
     ];
-    for (number, (act, votes)) in acts.into_iter().enumerate() {
+    for (number, (operation, votes)) in operations.into_iter().enumerate() {
         let certificate = votes.then(|| Certificate { ballot: ballot(2), yes: yes.clone() });
-        let record = ledger.next_record(intent(&format!("t{number}"), act), certificate).unwrap();
+        let record = ledger.next_record(intent(&format!("t{number}"), operation), certificate).unwrap();
         let chosen = Chosen { ballot: Some(ballot(2)), record };
         ledger.apply(&chosen).unwrap();
         log.push(chosen);
@@ -108,13 +112,13 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
     let mut golden = Golden(known.collect(), String::new());
     let log = log();
     for chosen in &log {
-        golden.add(&format!("record-{}", chosen.record.intent.act.name()), chosen);
+        golden.add(&format!("record-{}", chosen.record.intent.operation.name()), chosen);
     }
     let mut ledger = Ledger::new(&log[0]).unwrap();
     log[1..].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
     golden.add("ledger", &ledger);
     let accepted = Accepted { ballot: ballot(4), record: log[7].record.clone() };
-    let register = Register {
+    let acceptor = AcceptorState {
         cluster: ClusterId([7; 16]),
         node: node("a"),
         incarnation: Incarnation(0xaaaa),
@@ -124,7 +128,7 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         head: Slot(6),
         head_hash: log[6].record.hash(),
     };
-    golden.add("register", &register);
+    golden.add("register", &acceptor);
 
     let vote = |answer| Message::Vote(Vote { ballot: ballot(4), slot: Slot(7), head: Slot(6), answer });
     let heartbeat = Heartbeat {
@@ -132,30 +136,30 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         acknowledges: Some(Acknowledgement { nonce: 2, granted: true }),
         head: Slot(6),
         head_hash: log[6].record.hash(),
-        unarmed: Some(Slot(1)),
+        in_doubt: Some(Slot(1)),
         open: Some(ballot(4)),
-        role: Role::Voter,
+        membership: Membership::Voter,
     };
-    let handover = |policy| {
-        let mut trial = Trial::new(Analysis::default(), policy, 250, 4_000);
-        trial.put(&node("a"), 17, &Default::default());
-        Handover { at_ms: 4_500, trial, closed: vec![Judgement::unseen(0, 30_000)] }
+    let transfer = |policy| {
+        let mut run = AnalysisRun::new(Analysis::default(), policy, 250, 4_000);
+        run.put(&node("a"), 17, &Default::default());
+        RunTransfer { at_ms: 4_500, run, closed: vec![WindowVerdict::unseen(0, 30_000)] }
     };
     // Of a comparison with stable these are thousands of bytes, most of them 0.
-    let compared = codec::encode(&handover(Some(Policy::default())));
+    let compared = codec::encode(&transfer(Some(Policy::default())));
     golden.add("handover-hash", &blake3::hash(&compared).to_hex().to_string());
-    golden.add("saved-trial", &SavedTrial { since_version: 1, at: Wall(1_790_000_000_000), trial: handover(None) });
+    golden.add("saved-trial", &SavedRun { rollout_generation: 1, at: Wall(1_790_000_000_000), run: transfer(None) });
     let snapshot = HealthSnapshot {
         service: ServiceId::new("s").unwrap(),
         routing_version: 2,
         evidence: Default::default(),
-        brake: Some("errors".into()),
+        local_hold: Some("errors".into()),
         lease_ms_left: 1_500,
         effective_bp: 500,
-        since_version: 1,
-        sightings: vec![(17, Default::default())],
+        rollout_generation: 1,
+        tick_samples: vec![(17, Default::default())],
         asks: Some(Asks { whom: Some(node("b")), saved: 16 }),
-        handover: Some(Box::new(handover(None))),
+        transfer: Some(Box::new(transfer(None))),
     };
     let part: Part = Checkpoint { slot: Slot(7), bytes: b"ledger".as_slice().into() }.parts().remove(0);
     let prepare = Prepare {

@@ -15,7 +15,7 @@ use aviary::config::rollout;
 use aviary::protocol::checkpoint::Checkpoint;
 use aviary::protocol::codec;
 use aviary::protocol::message::Message;
-use aviary::protocol::record::{Chosen, Record, Register, Slot};
+use aviary::protocol::record::{AcceptorState, Chosen, Record, Slot};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde::Serialize;
@@ -112,8 +112,12 @@ fn altered_records_registers_and_messages_are_refused_or_whole() {
     runner(20_000)
         .run(&cases, |(which, edits)| {
             let bytes = edited(corpus[which].1.clone(), &edits);
-            let found =
-                [takes::<Chosen>(&bytes), takes::<Record>(&bytes), takes::<Register>(&bytes), takes::<Message>(&bytes)];
+            let found = [
+                takes::<Chosen>(&bytes),
+                takes::<Record>(&bytes),
+                takes::<AcceptorState>(&bytes),
+                takes::<Message>(&bytes),
+            ];
             taken.set(taken.get() + found.iter().filter(|taken| **taken).count());
             let _ = Checkpoint { slot: Slot(7), bytes: bytes.into() }.ledger();
             Ok(())

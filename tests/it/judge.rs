@@ -120,10 +120,11 @@ fn a_recording_is_judged_by_a_rollouts_own_rules_the_same_each_time() {
     );
     assert!(windows[1]["verdict"]["Hold"].as_str().unwrap().contains("errors-vs-stable"), "{}", windows[1]);
     assert_eq!(windows[2]["verdict"]["Rollback"], "errors: 100.00 % of 200 answers, limit 5 %");
-    let found = lines.iter().find(|line| line["odds"].is_object() && line["verdict"]["Rollback"].is_string()).unwrap();
+    let found =
+        lines.iter().find(|line| line["sequential"].is_object() && line["verdict"]["Rollback"].is_string()).unwrap();
     let reason = found["verdict"]["Rollback"].as_str().unwrap();
     assert!(reason.contains("errors-vs-stable") && reason.contains("20 of 420 failed, stable's 0 of 1680"), "{reason}");
-    assert_eq!((&found["to_ms"], &found["odds"]["bound"]), (&21_000.into(), &100.0.into()));
+    assert_eq!((&found["to_ms"], &found["sequential"]["bound"]), (&21_000.into(), &100.0.into()));
     let text = replay(&[]);
     assert!(text.contains("00:00:20-00:00:30  ROLLBACK errors: 100.00 %"), "{text}");
     // `judge -f` decides by the same rules, window by window.

@@ -201,19 +201,19 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
         std::thread::sleep(Duration::from_millis(random.random_range(1_000..4_000)));
         let victim = random.random_range(0..3);
         kills[victim] += 1;
-        let away = Duration::from_millis(random.random_range(200..3_000));
+        let unavailable = Duration::from_millis(random.random_range(200..3_000));
         match victim {
             0 => {
                 let node = random.random_range(0..3);
                 cluster.kill(node);
-                std::thread::sleep(away);
+                std::thread::sleep(unavailable);
                 cluster.spawn(node, None);
                 cluster.wait_ready(node);
             }
             other => {
                 let own = if other == 1 { &kafka } else { &store };
                 own.kill();
-                std::thread::sleep(away);
+                std::thread::sleep(unavailable);
                 own.up();
             }
         }

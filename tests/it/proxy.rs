@@ -11,13 +11,13 @@ use aviary::adapters::memory::MemoryStore;
 use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
 use aviary::domain::plan::{Backend, HashOn, HealthCheck, OnPartition, RolloutSpec, Stage};
-use aviary::domain::rollout::{Change, Mark, Service};
+use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::domain::time::Wall;
 use aviary::domain::weights::Weight;
 use aviary::domain::window::Evidence;
 use aviary::node::handle::{NodeHandle, Published, Request};
 use aviary::ports::Store;
-use aviary::protocol::message::Role;
+use aviary::protocol::message::Membership;
 use aviary::protocol::record::{Hash, Slot};
 use aviary::protocol::{ServiceView, Serving, View};
 use aviary::proxy;
@@ -80,8 +80,8 @@ pub(crate) fn view_of(
     };
     change(&mut spec);
     let spec = Arc::new(spec);
-    let mark = Mark { tx: TxId::new("tx-1").unwrap(), at: Wall(0) };
-    let service = Service::after(None, &id, &Change::Start(spec.clone()), &mark).unwrap();
+    let stamp = Stamp { tx: TxId::new("tx-1").unwrap(), at: Wall(0) };
+    let service = Service::after(None, &id, &Change::Start(spec.clone()), &stamp).unwrap();
     let serving = Serving {
         routing_version: service.routing.version,
         stable: spec.stable.clone(),
@@ -98,7 +98,7 @@ pub(crate) fn view_of(
         local: Evidence::default(),
         cluster: Evidence::default(),
         verdict: None,
-        odds: None,
+        sequential: None,
         waiting_for: String::new(),
         enforced: true,
     };
@@ -107,7 +107,7 @@ pub(crate) fn view_of(
         node: node.clone(),
         cluster: ClusterId([0; 16]),
         incarnation: Incarnation(1),
-        role: Role::Voter,
+        membership: Membership::Voter,
         head: Slot(1),
         head_hash: Hash::default(),
         coordinator: node,
@@ -173,7 +173,7 @@ impl World {
                         count += all.iter().map(|o| o.evidence.canary.count).sum::<u64>();
                         errors += all.iter().map(|o| o.evidence.canary.errors).sum::<u64>();
                     }
-                    Request::BreakerTripped { .. } => trips += 1,
+                    Request::CircuitBreakerTripped { .. } => trips += 1,
                     _ => {}
                 }
             }

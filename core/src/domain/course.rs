@@ -89,7 +89,7 @@ impl Phase {
 /// What people ask of a router.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case", rename_all_fields = "camelCase")]
-pub enum Ask {
+pub enum ControlCommand {
     /// The canary's share.
     SetWeight {
         /// In basis points.
@@ -111,11 +111,11 @@ pub enum Entry {
     /// A phase was entered.
     Phase(Phase),
     /// Somebody asked for something.
-    Ask(Ask),
+    Command(ControlCommand),
     /// A service is about to be started or stopped.
-    Call {
+    Hook {
         /// `start` or `stop`.
-        call: Call,
+        call: HookCall,
         /// Whose service.
         side: Side,
         /// The topic that it reads.
@@ -126,14 +126,14 @@ pub enum Entry {
 /// What is asked of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Call {
+pub enum HookCall {
     /// Begin to read, if it doesn't.
     Start,
     /// Read no more; what was read is committed.
     Stop,
 }
 
-impl Call {
+impl HookCall {
     /// Returns its word for hooks.
     pub fn word(self) -> &'static str {
         match self {
@@ -154,7 +154,7 @@ pub enum End {
 
 /// What a control topic's entries add up to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Course {
+pub struct RouterState {
     /// The present phase; none before the first.
     pub phase: Option<Phase>,
     /// The weight that was last asked for.
@@ -167,18 +167,18 @@ pub struct Course {
     pub calls: u64,
 }
 
-impl Course {
+impl RouterState {
     /// Adds an entry.
     pub fn add(&mut self, entry: Entry) {
         match entry {
             Entry::Phase(phase) => self.phase = Some(phase),
-            Entry::Ask(Ask::SetWeight { weight }) => {
+            Entry::Command(ControlCommand::SetWeight { weight }) => {
                 self.weights += 1;
                 self.weight = Some(weight);
             }
-            Entry::Ask(Ask::Promote) => self.end = self.end.take().or(Some(End::Promote)),
-            Entry::Ask(Ask::Abort { reason }) => self.end = Some(End::Abort(reason)),
-            Entry::Call { .. } => self.calls += 1,
+            Entry::Command(ControlCommand::Promote) => self.end = self.end.take().or(Some(End::Promote)),
+            Entry::Command(ControlCommand::Abort { reason }) => self.end = Some(End::Abort(reason)),
+            Entry::Hook { .. } => self.calls += 1,
         }
     }
 
@@ -204,12 +204,12 @@ mod tests {
                 r#"{"phase":"draining","from":[3,0],"winner":"canary"}"#,
             ),
             (
-                Entry::Ask(Ask::SetWeight { weight: Weight::from_bp(1000).unwrap() }),
+                Entry::Command(ControlCommand::SetWeight { weight: Weight::from_bp(1000).unwrap() }),
                 r#"{"ask":"set-weight","weight":1000}"#,
             ),
-            (Entry::Ask(Ask::Promote), r#"{"ask":"promote"}"#),
+            (Entry::Command(ControlCommand::Promote), r#"{"ask":"promote"}"#),
             (
-                Entry::Call { call: Call::Stop, side: Side::Stable, topic: "orders".into() },
+                Entry::Hook { call: HookCall::Stop, side: Side::Stable, topic: "orders".into() },
                 r#"{"call":"stop","side":"stable","topic":"orders"}"#,
             ),
         ];
@@ -221,13 +221,13 @@ mod tests {
 
     #[test]
     fn an_abort_wins_over_a_promotion() {
-        let mut course = Course::default();
-        for ask in [Ask::Promote, Ask::Abort { reason: "odd".into() }, Ask::Promote] {
-            course.add(Entry::Ask(ask));
+        let mut course = RouterState::default();
+        for ask in [ControlCommand::Promote, ControlCommand::Abort { reason: "odd".into() }, ControlCommand::Promote] {
+            course.add(Entry::Command(ask));
         }
         assert_eq!(course.end, Some(End::Abort("odd".into())));
         assert!(!course.is_changed_by(&End::Promote) && !course.is_changed_by(&End::Abort("again".into())));
-        let promoted = Course { end: Some(End::Promote), ..Course::default() };
+        let promoted = RouterState { end: Some(End::Promote), ..RouterState::default() };
         assert!(promoted.is_changed_by(&End::Abort("odd".into())) && !promoted.is_changed_by(&End::Promote));
     }
 }

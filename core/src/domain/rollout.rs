@@ -57,7 +57,7 @@ pub struct Rollout {
     /// Why it is paused or rolled back; empty otherwise.
     pub reason: String,
     /// The routing version that it began with.
-    pub since_version: u64,
+    pub rollout_generation: u64,
     /// When it began.
     pub since: Wall,
 }
@@ -110,12 +110,12 @@ pub enum Change {
 
 impl Change {
     /// Returns true when the canary may get more traffic by it, which needs every node's Yes.
-    pub fn raises_exposure(&self) -> bool {
+    pub fn increases_exposure(&self) -> bool {
         matches!(self, Self::Start(_) | Self::Promote { .. })
     }
 
     /// Returns true when the canary gets less traffic by it, which nodes obey before they remember it.
-    pub fn lowers_exposure(&self) -> bool {
+    pub fn decreases_exposure(&self) -> bool {
         matches!(self, Self::Rollback { .. })
     }
 
@@ -187,7 +187,7 @@ pub enum ChangeError {
 
 /// A transaction's identity, as it marks the state it leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mark {
+pub struct Stamp {
     /// Its id.
     pub tx: TxId,
     /// When it was proposed.
@@ -196,7 +196,7 @@ pub struct Mark {
 
 impl Service {
     /// Returns the service that `spec` describes before any canary traffic: everything on its stable version.
-    pub fn before_start(spec: &Arc<RolloutSpec>, mark: &Mark) -> Self {
+    pub fn before_start(spec: &Arc<RolloutSpec>, stamp: &Stamp) -> Self {
         let routing = RoutingState {
             service: spec.service.clone(),
             version: 0,
@@ -204,16 +204,16 @@ impl Service {
             canary_model_id: None,
             weights: Weights::all_to(spec.stable.version.clone()),
             status: Status::Committed,
-            txid: mark.tx.clone(),
-            timestamp: mark.at,
+            txid: stamp.tx.clone(),
+            timestamp: stamp.at,
         };
         let rollout = Rollout {
             spec: spec.clone(),
             phase: Phase::RolledBack,
             stage: 0,
             reason: String::new(),
-            since_version: 0,
-            since: mark.at,
+            rollout_generation: 0,
+            since: stamp.at,
         };
         Self { routing, stable: spec.stable.clone(), rollout }
     }
@@ -223,10 +223,10 @@ impl Service {
         current: Option<&Self>,
         service: &ServiceId,
         change: &Change,
-        mark: &Mark,
+        stamp: &Stamp,
     ) -> Result<Self, ChangeError> {
         if let Change::Start(spec) = change {
-            return Self::started(current, spec, mark);
+            return Self::started(current, spec, stamp);
         }
         let Some(current) = current else { return Err(ChangeError::UnknownService(service.clone())) };
         let Rollout { spec, phase, stage, .. } = &current.rollout;
@@ -241,30 +241,30 @@ impl Service {
                     return Err(ChangeError::NotNext { found: *to, stage: *stage, stages: spec.stages.len() });
                 }
                 Ok(match to {
-                    Target::Stage(next) => current.at_stage(*next, mark),
-                    Target::Complete => current.completed(mark),
+                    Target::Stage(next) => current.at_stage(*next, stamp),
+                    Target::Complete => current.completed(stamp),
                 })
             }
-            Change::Rollback { reason } => Ok(current.rolled_back(reason, mark)),
+            Change::Rollback { reason } => Ok(current.rolled_back(reason, stamp)),
             Change::Pause { .. } if *phase == Phase::Paused => {
                 Err(ChangeError::Phase { version, phase: *phase, expected: "Progressing or Baking" })
             }
-            Change::Pause { reason } => Ok(current.in_phase(Phase::Paused, reason.clone(), mark)),
+            Change::Pause { reason } => Ok(current.in_phase(Phase::Paused, reason.clone(), stamp)),
             Change::Resume if *phase != Phase::Paused => {
                 Err(ChangeError::Phase { version, phase: *phase, expected: "Paused" })
             }
-            Change::Resume => Ok(current.in_phase(current.phase_at(*stage), String::new(), mark)),
+            Change::Resume => Ok(current.in_phase(current.phase_at(*stage), String::new(), stamp)),
         }
     }
 
     /// Returns the service after a transaction about it was decided without effect.
-    pub fn after_abort(&self, mark: &Mark) -> Self {
-        self.marked(Status::Aborted, mark)
+    pub fn after_abort(&self, stamp: &Stamp) -> Self {
+        self.stamped(Status::Aborted, stamp)
     }
 
     /// Returns this earlier state, restored after the raise that followed it was reverted; `version` is the raise's.
-    pub fn restored(&self, version: u64, reason: &str, mark: &Mark) -> Self {
-        let mut service = self.marked(Status::Committed, mark);
+    pub fn restored(&self, version: u64, reason: &str, stamp: &Stamp) -> Self {
+        let mut service = self.stamped(Status::Committed, stamp);
         service.routing.version = version + 1;
         service.rollout.reason = reason.into();
         service
@@ -293,8 +293,8 @@ impl Service {
         if stage == self.rollout.spec.last_stage() { Phase::Baking } else { Phase::Progressing }
     }
 
-    fn started(current: Option<&Self>, spec: &Arc<RolloutSpec>, mark: &Mark) -> Result<Self, ChangeError> {
-        let mut service = Self::before_start(spec, mark);
+    fn started(current: Option<&Self>, spec: &Arc<RolloutSpec>, stamp: &Stamp) -> Result<Self, ChangeError> {
+        let mut service = Self::before_start(spec, stamp);
         if let Some(current) = current {
             let Rollout { phase, spec: running, .. } = &current.rollout;
             if phase.is_active() {
@@ -307,12 +307,12 @@ impl Service {
             }
             service.routing.version = current.routing.version;
         }
-        service.rollout.since_version = service.routing.version + 1;
-        Ok(service.at_stage(0, mark))
+        service.rollout.rollout_generation = service.routing.version + 1;
+        Ok(service.at_stage(0, stamp))
     }
 
-    fn at_stage(&self, stage: usize, mark: &Mark) -> Self {
-        let mut service = self.in_phase(self.phase_at(stage), String::new(), mark);
+    fn at_stage(&self, stage: usize, stamp: &Stamp) -> Self {
+        let mut service = self.in_phase(self.phase_at(stage), String::new(), stamp);
         let (stable, canary) = (&self.stable.version, &self.rollout.spec.canary.version);
         service.rollout.stage = stage;
         service.routing.version += 1;
@@ -322,18 +322,18 @@ impl Service {
         service
     }
 
-    fn completed(&self, mark: &Mark) -> Self {
+    fn completed(&self, stamp: &Stamp) -> Self {
         let backend = self.rollout.spec.canary.clone();
-        self.settled(backend, Phase::Completed, String::new(), mark)
+        self.settled(backend, Phase::Completed, String::new(), stamp)
     }
 
-    fn rolled_back(&self, reason: &str, mark: &Mark) -> Self {
-        self.settled(self.stable.clone(), Phase::RolledBack, reason.into(), mark)
+    fn rolled_back(&self, reason: &str, stamp: &Stamp) -> Self {
+        self.settled(self.stable.clone(), Phase::RolledBack, reason.into(), stamp)
     }
 
     /// Everything to one backend, no canary.
-    fn settled(&self, backend: Backend, phase: Phase, reason: String, mark: &Mark) -> Self {
-        let mut service = self.in_phase(phase, reason, mark);
+    fn settled(&self, backend: Backend, phase: Phase, reason: String, stamp: &Stamp) -> Self {
+        let mut service = self.in_phase(phase, reason, stamp);
         service.routing.version += 1;
         service.routing.stable_model_id = backend.version.clone();
         service.routing.canary_model_id = None;
@@ -342,18 +342,18 @@ impl Service {
         service
     }
 
-    fn in_phase(&self, phase: Phase, reason: String, mark: &Mark) -> Self {
-        let mut service = self.marked(Status::Committed, mark);
+    fn in_phase(&self, phase: Phase, reason: String, stamp: &Stamp) -> Self {
+        let mut service = self.stamped(Status::Committed, stamp);
         service.rollout.phase = phase;
         service.rollout.reason = reason;
         service
     }
 
-    fn marked(&self, status: Status, mark: &Mark) -> Self {
+    fn stamped(&self, status: Status, stamp: &Stamp) -> Self {
         let mut service = self.clone();
         service.routing.status = status;
-        service.routing.txid = mark.tx.clone();
-        service.routing.timestamp = mark.at;
+        service.routing.txid = stamp.tx.clone();
+        service.routing.timestamp = stamp.at;
         service
     }
 }

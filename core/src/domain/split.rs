@@ -10,9 +10,9 @@ use super::weights::{Weight, sticky_ticket};
 /// Tickets that move are looked at in this many groups, or fewer: each moves once its own records are read.
 const BUCKETS_MAX: u16 = 64;
 /// Longest text that a broker keeps beside an offset, by its own default (`offset.metadata.max.bytes`).
-const NOTE_BYTES_MAX: usize = 4096;
+const METADATA_BYTES_MAX: usize = 4096;
 /// The version of the note.
-const NOTE: u8 = 1;
+const METADATA: u8 = 1;
 
 /// One of the two versions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ impl Ticket {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Split {
     /// Which weight it is, counted from the rollout's start.
-    epoch: u64,
+    weight_version: u64,
     /// The canary's share, of all tickets that don't wait.
     weight: Weight,
     /// A change of weight that keyed tickets still wait for.
@@ -108,7 +108,7 @@ struct Change {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Note {
+struct OffsetMetadata {
     v: u8,
     #[serde(flatten)]
     split: Split,
@@ -116,39 +116,44 @@ struct Note {
 
 /// A note beside an offset that no router of this version wrote.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("found {found:?} beside a committed offset, expected a router's note of version {NOTE}: {why}")]
-pub struct NoteError {
+#[error("found {found:?} beside a committed offset, expected a router's note of version {METADATA}: {why}")]
+pub struct OffsetMetadataError {
     found: String,
     why: String,
 }
 
 impl Split {
     /// Returns a partition's state before its first record.
-    pub fn new(epoch: u64, weight: Weight) -> Self {
-        Self { epoch, weight, change: None, taken: 0, given: [0; 2], last: [None; 2], reclaimed: None }
+    pub fn new(weight_version: u64, weight: Weight) -> Self {
+        Self { weight_version, weight, change: None, taken: 0, given: [0; 2], last: [None; 2], reclaimed: None }
     }
 
     /// Returns the state that a note holds.
-    pub fn from_note(note: &str) -> Result<Self, NoteError> {
-        let error = |why: String| NoteError { found: note.chars().take(80).collect(), why };
-        let read: Note = serde_json::from_str(note).map_err(|why| error(why.to_string()))?;
+    pub fn from_metadata(metadata: &str) -> Result<Self, OffsetMetadataError> {
+        let error = |why: String| OffsetMetadataError { found: metadata.chars().take(80).collect(), why };
+        let read: OffsetMetadata = serde_json::from_str(metadata).map_err(|why| error(why.to_string()))?;
         let buckets = read.split.change.as_ref().map_or(1, |change| change.waits.len());
         match read {
-            Note { v, .. } if v != NOTE => Err(error(format!("its version is {v}"))),
+            OffsetMetadata { v, .. } if v != METADATA => Err(error(format!("its version is {v}"))),
             _ if buckets == 0 || buckets > usize::from(BUCKETS_MAX) => Err(error(format!("{buckets} buckets"))),
-            Note { split, .. } if split.taken != split.given.iter().sum::<u64>() => {
+            OffsetMetadata { split, .. } if split.taken != split.given.iter().sum::<u64>() => {
                 Err(error("it doesn't add up".into()))
             }
-            Note { split, .. } => Ok(split),
+            OffsetMetadata { split, .. } => Ok(split),
         }
     }
 
     /// Returns the text that goes beside the committed offset.
-    pub fn note(&self) -> String {
+    pub fn metadata(&self) -> String {
         assert!(self.change.as_ref().is_none_or(|change| change.unwritten == 0), "a note of offsets that aren't known");
-        let note = serde_json::to_string(&Note { v: NOTE, split: self.clone() }).expect("numbers and names");
-        assert!(note.len() <= NOTE_BYTES_MAX, "a note of {} bytes, expected {NOTE_BYTES_MAX} at most", note.len());
-        note
+        let metadata =
+            serde_json::to_string(&OffsetMetadata { v: METADATA, split: self.clone() }).expect("numbers and names");
+        assert!(
+            metadata.len() <= METADATA_BYTES_MAX,
+            "a note of {} bytes, expected {METADATA_BYTES_MAX} at most",
+            metadata.len()
+        );
+        metadata
     }
 
     /// Returns the version that gets the next record, which is counted.
@@ -191,12 +196,12 @@ impl Split {
     }
 
     /// Takes up the next weight; false while an earlier change is not over. Where the order of keys doesn't matter, nothing waits.
-    pub fn turn_to(&mut self, weight: Weight, epoch: u64, now_ms: u64, ordered: bool) -> bool {
+    pub fn turn_to(&mut self, weight: Weight, weight_version: u64, now_ms: u64, ordered: bool) -> bool {
         if self.change.is_some() {
             return false;
         }
         let (former, until) = (self.weight, self.last[former_side(self.weight, weight) as usize]);
-        (self.weight, self.epoch) = (weight, epoch);
+        (self.weight, self.weight_version) = (weight, weight_version);
         if let (Some(until), true) = (until, ordered && former != weight) {
             let buckets = former.max(weight).bp().abs_diff(former.min(weight).bp()).min(BUCKETS_MAX);
             let waits = vec![Some(until); usize::from(buckets)];
@@ -242,13 +247,13 @@ impl Split {
     }
 
     /// Gives everything to stable from here on: the canary has nothing left that it could still read.
-    pub fn stop_canary(&mut self, epoch: u64) {
-        (self.weight, self.epoch, self.change) = (Weight::ZERO, epoch, None);
+    pub fn stop_canary(&mut self, weight_version: u64) {
+        (self.weight, self.weight_version, self.change) = (Weight::ZERO, weight_version, None);
     }
 
     /// Returns the canary's share, and which one it is.
     pub fn weight(&self) -> (Weight, u64) {
-        (self.weight, self.epoch)
+        (self.weight, self.weight_version)
     }
 
     /// Returns how many records were read from the source.
@@ -321,22 +326,22 @@ mod tests {
     #[test]
     fn a_note_brings_everything_back() {
         let split = begun();
-        assert_eq!(Split::from_note(&split.note()).unwrap(), split);
+        assert_eq!(Split::from_metadata(&split.metadata()).unwrap(), split);
         let full = Split { last: [Some(i64::MAX); 2], ..Split::new(u64::MAX, bp(0)) };
         let mut full = Split { taken: u64::MAX, given: [u64::MAX, 0], reclaimed: Some(i64::MAX), ..full };
         assert!(full.turn_to(bp(10_000), u64::MAX, u64::MAX, true));
-        assert_eq!(Split::from_note(&full.note()).unwrap(), full, "of {} bytes", full.note().len());
+        assert_eq!(Split::from_metadata(&full.metadata()).unwrap(), full, "of {} bytes", full.metadata().len());
     }
 
     #[test]
     fn a_note_of_somebody_else_is_refused_by_name() {
-        for note in [
+        for metadata in [
             "",
             "lag=7",
-            &begun().note().replace("\"v\":1", "\"v\":2"),
-            &begun().note().replace("\"taken\":1", "\"taken\":2"),
+            &begun().metadata().replace("\"v\":1", "\"v\":2"),
+            &begun().metadata().replace("\"taken\":1", "\"taken\":2"),
         ] {
-            let error = Split::from_note(note).unwrap_err().to_string();
+            let error = Split::from_metadata(metadata).unwrap_err().to_string();
             assert!(error.contains("expected a router's note"), "{error}");
         }
     }

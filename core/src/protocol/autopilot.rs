@@ -8,12 +8,12 @@ use crate::domain::rollout::{Change, Phase, Rollout};
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
 
-use super::coordinator::Wish;
+use super::coordinator::Proposal;
 use super::core::Core;
 use super::gate::Gate;
-use super::ledger::Agreed;
-use super::message::Role;
-use super::record::{Act, Ballot, Intent};
+use super::ledger::ServiceState;
+use super::message::Membership;
+use super::record::{Ballot, Intent, Operation};
 
 /// How long a braked node waits for the coordinator's rollback before it asks for one itself.
 const BRAKE_PATIENCE_MS: u64 = 300;
@@ -23,7 +23,7 @@ const OPEN_PATIENCE_MS: u64 = 1_500;
 impl Core {
     /// Does what is next for these services, and for the log.
     pub(super) fn tick_autopilot(&mut self, services: &[ServiceId]) {
-        if self.role() != Role::Voter {
+        if self.membership() != Membership::Voter {
             return;
         }
         if self.is_coordinator() {
@@ -32,13 +32,13 @@ impl Core {
         }
         services.iter().for_each(|id| self.fly(id));
         if self.is_coordinator() {
-            self.use_free_desk();
+            self.use_idle_coordinator();
         }
     }
 
     /// Begins what waits until nothing else is being decided: a change first, verdicts then.
-    pub(super) fn use_free_desk(&mut self) {
-        if !self.desk.is_free() {
+    pub(super) fn use_idle_coordinator(&mut self) {
+        if !self.coordination.is_free() {
             return;
         }
         if let Some(id) = self.waits.take() {
@@ -48,30 +48,30 @@ impl Core {
     }
 
     fn fly(&mut self, id: &ServiceId) {
-        let (agreed, gate) = (&self.ledger.services[id], &self.gates[id]);
-        if !agreed.service.rollout.phase.is_active() {
+        let (service_state, gate) = (&self.ledger.services[id], &self.gates[id]);
+        if !service_state.service.rollout.phase.is_active() {
             return;
         }
-        if let Some(reason) = self.rollback_reason(agreed, gate) {
-            if !self.desk.has(id, true) && self.may_try(gate) {
+        if let Some(reason) = self.rollback_reason(service_state, gate) {
+            if !self.coordination.has(id, true) && self.may_try(gate) {
                 self.pause_tries(id);
-                self.wish(Wish::Act(Act::Change(id.clone(), Change::Rollback { reason })));
+                self.submit_own(Proposal::Operation(Operation::Change(id.clone(), Change::Rollback { reason })));
             }
             return;
         }
         if !self.is_coordinator() || self.now.mono < gate.retry_at {
             return;
         }
-        let rollout = &agreed.service.rollout;
+        let rollout = &service_state.service.rollout;
         let change = match &gate.verdict {
             Some(Verdict::Pause(why)) if rollout.phase != Phase::Paused => Some(Change::Pause { reason: why.clone() }),
-            _ => self.step(agreed, gate),
+            _ => self.step(service_state, gate),
         };
-        if change.is_some() && !self.desk.is_free() {
+        if change.is_some() && !self.coordination.is_free() {
             self.waits = Some(id.clone());
         } else if let Some(change) = change {
             self.pause_tries(id);
-            self.wish(Wish::Act(Act::Change(id.clone(), change)));
+            self.submit_own(Proposal::Operation(Operation::Change(id.clone(), change)));
         }
     }
 
@@ -89,11 +89,11 @@ impl Core {
     }
 
     /// Returns why the rollout must go back, when this node is the one to say so.
-    fn rollback_reason(&self, agreed: &Agreed, gate: &Gate) -> Option<String> {
+    fn rollback_reason(&self, service_state: &ServiceState, gate: &Gate) -> Option<String> {
         let now = self.now.mono;
         let own = &self.settings.node;
-        if let Some(why) = &gate.brake {
-            let patient = now.millis_since(gate.braked_at) >= BRAKE_PATIENCE_MS;
+        if let Some(why) = &gate.local_hold {
+            let patient = now.millis_since(gate.held_at) >= BRAKE_PATIENCE_MS;
             return (self.is_coordinator() || patient).then(|| format!("{own}: {why}"));
         }
         if !self.is_coordinator() {
@@ -102,52 +102,53 @@ impl Core {
         if let Some((node, why)) = gate.peer_brake(now, self.settings.timings.evidence_age_ms_max) {
             return Some(format!("{node}: {why}"));
         }
-        let Rollout { spec, phase, .. } = &agreed.service.rollout;
-        if *phase == Phase::Paused || self.waits_for_operator(agreed) {
+        let Rollout { spec, phase, .. } = &service_state.service.rollout;
+        if *phase == Phase::Paused || self.waits_for_operator(service_state) {
             return None;
         }
         let deadline = spec.progress_deadline_ms;
         let still = now.millis_since(gate.progress_since);
-        let planned = self.hold_ms(agreed);
+        let planned = self.hold_ms(service_state);
         if still >= deadline.saturating_add(planned) {
-            let weight = agreed.service.routing.canary_weight();
+            let weight = service_state.service.routing.canary_weight();
             return Some(format!("no progress at {weight} within {} s", deadline / 1000));
         }
-        let silent = spec.analysis.no_data == NoData::Fail && self.is_due(agreed, gate);
-        let silent = silent && agreed.service.routing.canary_weight() > Weight::ZERO;
+        let silent = spec.analysis.no_data == NoData::Fail && self.is_due(service_state, gate);
+        let silent = silent && service_state.service.routing.canary_weight() > Weight::ZERO;
         (silent && self.cluster_evidence(gate).canary.count == 0).then(|| "no canary data in the whole step".into())
     }
 
-    fn waits_for_operator(&self, agreed: &Agreed) -> bool {
-        let Rollout { spec, stage, .. } = &agreed.service.rollout;
+    fn waits_for_operator(&self, service_state: &ServiceState) -> bool {
+        let Rollout { spec, stage, .. } = &service_state.service.rollout;
         spec.stages[*stage].manual
     }
 
-    fn hold_ms(&self, agreed: &Agreed) -> u64 {
-        let Rollout { spec, stage, .. } = &agreed.service.rollout;
+    fn hold_ms(&self, service_state: &ServiceState) -> u64 {
+        let Rollout { spec, stage, .. } = &service_state.service.rollout;
         let bake = if *stage == spec.last_stage() { spec.bake_ms } else { 0 };
         spec.stages[*stage].hold_ms.saturating_add(bake)
     }
 
-    fn is_due(&self, agreed: &Agreed, gate: &Gate) -> bool {
-        self.now.mono.millis_since(gate.stage_since) >= self.hold_ms(agreed)
+    fn is_due(&self, service_state: &ServiceState, gate: &Gate) -> bool {
+        self.now.mono.millis_since(gate.stage_since) >= self.hold_ms(service_state)
     }
 
     /// Returns the next change of a healthy rollout whose step is due.
-    fn step(&self, agreed: &Agreed, gate: &Gate) -> Option<Change> {
-        let rollout = &agreed.service.rollout;
-        if rollout.phase == Phase::Paused || self.waits_for_operator(agreed) || !self.is_due(agreed, gate) {
+    fn step(&self, service_state: &ServiceState, gate: &Gate) -> Option<Change> {
+        let rollout = &service_state.service.rollout;
+        if rollout.phase == Phase::Paused || self.waits_for_operator(service_state) || !self.is_due(service_state, gate)
+        {
             return None;
         }
-        if self.silent_gate_voter().is_some() || self.away.is_some() {
+        if self.silent_gate_voter().is_some() || self.unavailable.is_some() {
             return None;
         }
-        let unexposed = agreed.service.routing.canary_weight() == Weight::ZERO;
+        let unexposed = service_state.service.routing.canary_weight() == Weight::ZERO;
         if unexposed || gate.verdict == Some(Verdict::Promote) {
-            return Some(Change::Promote { to: agreed.service.next(false), full: false });
+            return Some(Change::Promote { to: service_state.service.next(false), full: false });
         }
         let analysis = &rollout.spec.analysis;
-        let held = self.now.mono.millis_since(gate.stage_since).saturating_sub(self.hold_ms(agreed));
+        let held = self.now.mono.millis_since(gate.stage_since).saturating_sub(self.hold_ms(service_state));
         match (analysis.inconclusive_after_ms, &gate.verdict) {
             (Some(after), Some(Verdict::Hold(why))) if held >= after => {
                 Some(Change::Pause { reason: format!("inconclusive: {why}") })
@@ -157,31 +158,31 @@ impl Core {
     }
 
     fn silent_gate_voter(&self) -> Option<&crate::domain::ids::NodeId> {
-        self.ledger.membership.gate_voters().find(|node| !self.is_live_voter(node))
+        self.ledger.members.gate_voters().find(|node| !self.is_live_voter(node))
     }
 
     /// Returns what a rollout waits for, in words for people.
-    pub(super) fn waiting_for(&self, id: &ServiceId, agreed: &Agreed, gate: &Gate) -> String {
-        let rollout = &agreed.service.rollout;
+    pub(super) fn waiting_for(&self, id: &ServiceId, service_state: &ServiceState, gate: &Gate) -> String {
+        let rollout = &service_state.service.rollout;
         if !rollout.phase.is_active() {
             return String::new();
         }
-        if gate.brake.is_some() || self.desk.has(id, true) {
+        if gate.local_hold.is_some() || self.coordination.has(id, true) {
             return "the rollback to be decided".into();
         }
         if rollout.phase == Phase::Paused {
             return "an operator: resume, promote or abort".into();
         }
-        if self.waits_for_operator(agreed) {
+        if self.waits_for_operator(service_state) {
             return "an operator: promote or abort".into();
         }
         if let Some(node) = self.silent_gate_voter() {
             return format!("node {node}, which is silent; bench it to go on without it");
         }
-        if let Some(why) = &self.away {
+        if let Some(why) = &self.unavailable {
             return format!("what promotions depend on: {why}");
         }
-        let left = self.hold_ms(agreed).saturating_sub(self.now.mono.millis_since(gate.stage_since));
+        let left = self.hold_ms(service_state).saturating_sub(self.now.mono.millis_since(gate.stage_since));
         if left > 0 {
             return format!("the pause to end, {} s left", left.div_ceil(1000));
         }
@@ -194,22 +195,22 @@ impl Core {
 
     /// Finishes what a lost or slow coordinator left in the open slot.
     fn settle_open_slot(&mut self) {
-        if !self.desk.is_free() {
+        if !self.coordination.is_free() {
             return;
         }
         let Some(intent) = self.open_intent() else { return };
-        self.wish(Wish::Settle(intent));
+        self.submit_own(Proposal::Settle(intent));
     }
 
     /// Returns the open slot's intent, as far as this node knows it, when it is time to settle it.
     fn open_intent(&self) -> Option<Option<Intent>> {
         let now = self.now.mono;
         let overdue = |ballot: &Ballot, since: Mono| {
-            let own = ballot.node == self.settings.node && self.desk.is_free();
+            let own = ballot.node == self.settings.node && self.coordination.is_free();
             let lost = own || !self.is_alive(&ballot.node);
             lost || now.millis_since(since) >= OPEN_PATIENCE_MS
         };
-        if let Some(accepted) = &self.register.accepted {
+        if let Some(accepted) = &self.acceptor.accepted {
             return overdue(&accepted.ballot, self.accepted_at).then(|| Some(accepted.record.intent.clone()));
         }
         if let Some(prepared) = &self.prepared
@@ -223,12 +224,12 @@ impl Core {
 
     /// Undoes a raise that was decided in doubt.
     fn revert_doubtful(&mut self) {
-        let Some((id, raise)) = self.ledger.unarmed() else { return };
-        if self.desk.has(id, true) || !self.desk.is_free() {
+        let Some((id, increase)) = self.ledger.in_doubt() else { return };
+        if self.coordination.has(id, true) || !self.coordination.is_free() {
             return;
         }
-        let reason = format!("slot {} was decided in doubt", raise.slot);
-        let act = Act::Revert { service: id.clone(), raised: raise.slot, reason };
-        self.wish(Wish::Act(act));
+        let reason = format!("slot {} was decided in doubt", increase.slot);
+        let operation = Operation::Revert { service: id.clone(), increased: increase.slot, reason };
+        self.submit_own(Proposal::Operation(operation));
     }
 }

@@ -11,17 +11,17 @@ use crate::domain::text::bounded;
 use crate::domain::time::Mono;
 
 use super::core::Core;
-use super::message::{Answer, Decision, GateVote, Message, Prepare, Refusal, Role, Vote};
-use super::record::{Accepted, Act, Ballot, Certificate, Chosen, ConfigChange, Intent, Record, Slot};
-use super::{Command, Op, Outcome, Output, RequestId, codec};
+use super::message::{Answer, Decision, GateVote, Membership, Message, Prepare, Refusal, Vote};
+use super::record::{Accepted, Ballot, Certificate, Chosen, ConfigChange, Intent, Operation, Record, Slot};
+use super::{Command, OperatorRequest, Outcome, Output, RequestId, codec};
 
 /// What is asked for: by an operator, or by the node itself.
 #[derive(Debug, Clone)]
-pub(super) enum Wish {
+pub(super) enum Proposal {
     /// An operator's request.
-    Op(Op),
+    OperatorRequest(OperatorRequest),
     /// A change that the autopilot or the brake wants.
-    Act(Act),
+    Operation(Operation),
     /// Settle what a lost coordinator left open: propose what was accepted; of what was only voted on, do what lowers exposure, and
     /// abort the rest.
     Settle(Option<Intent>),
@@ -32,7 +32,7 @@ pub(super) enum Wish {
 pub(super) struct Pending {
     pub tx: TxId,
     pub digest: u64,
-    pub wish: Wish,
+    pub proposal: Proposal,
     /// Who waits for the answer.
     pub requests: Vec<RequestId>,
     /// When it came.
@@ -61,7 +61,7 @@ enum Stage {
 
 /// What this node coordinates.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Desk {
+pub(super) struct CoordinatorState {
     queue: VecDeque<Pending>,
     attempt: Option<Attempt>,
     /// The ballot of the last attempt and its slot. It serves for later slots until a higher one is promised.
@@ -74,7 +74,7 @@ pub(super) struct Desk {
     made_up: u64,
 }
 
-impl Desk {
+impl CoordinatorState {
     /// Returns how long a decided record took since this node proposed it; none when another node did.
     pub fn took_ms(&self, record: &Record, now: Mono) -> Option<u64> {
         let attempt = self.attempt.as_ref()?;
@@ -87,36 +87,38 @@ impl Desk {
     }
 
     /// Returns true when a change of this service of the given kind is under way or waiting here.
-    pub fn has(&self, service: &ServiceId, lowering: bool) -> bool {
+    pub fn has(&self, service: &ServiceId, decrease: bool) -> bool {
         let open = self.attempt.as_ref().map(|attempt| &attempt.pending);
         open.into_iter()
             .chain(&self.queue)
-            .any(|pending| pending.wish.concerns(service) && pending.wish.lowers() == lowering)
+            .any(|pending| pending.proposal.concerns(service) && pending.proposal.decreases() == decrease)
     }
 }
 
-impl Wish {
-    fn lowers(&self) -> bool {
+impl Proposal {
+    fn decreases(&self) -> bool {
         match self {
-            Self::Op(op) => matches!(
-                op,
-                Op::Abort { .. } | Op::Undo { .. } | Op::Config(ConfigChange::Bench(_) | ConfigChange::Remove(_))
+            Self::OperatorRequest(asked) => matches!(
+                asked,
+                OperatorRequest::Abort { .. }
+                    | OperatorRequest::Undo { .. }
+                    | OperatorRequest::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_))
             ),
-            Self::Act(act) => act.lowers_exposure(),
+            Self::Operation(operation) => operation.decreases_exposure(),
             Self::Settle(_) => false,
         }
     }
 
     fn concerns(&self, service: &ServiceId) -> bool {
         match self {
-            Self::Op(op) => op.service() == Some(service),
-            Self::Act(act) => act.service() == Some(service),
+            Self::OperatorRequest(asked) => asked.service() == Some(service),
+            Self::Operation(operation) => operation.service() == Some(service),
             Self::Settle(_) => false,
         }
     }
 }
 
-impl Op {
+impl OperatorRequest {
     /// Returns the service it concerns.
     pub fn service(&self) -> Option<&ServiceId> {
         match self {
@@ -151,11 +153,11 @@ impl From<ChangeError> for Obstacle {
 
 impl Core {
     pub(super) fn on_command(&mut self, command: Command) {
-        let Command { request, tx, op } = command;
-        let digest = xxhash_rust::xxh3::xxh3_64(&codec::encode(&op));
-        let desk = &mut self.desk;
-        let open = desk.attempt.as_mut().map(|attempt| &mut attempt.pending);
-        if let Some(pending) = open.into_iter().chain(&mut desk.queue).find(|pending| pending.tx == tx) {
+        let Command { request, tx, asked } = command;
+        let digest = xxhash_rust::xxh3::xxh3_64(&codec::encode(&asked));
+        let coordination = &mut self.coordination;
+        let open = coordination.attempt.as_mut().map(|attempt| &mut attempt.pending);
+        if let Some(pending) = open.into_iter().chain(&mut coordination.queue).find(|pending| pending.tx == tx) {
             if pending.digest == digest {
                 pending.requests.push(request);
                 return;
@@ -166,46 +168,55 @@ impl Core {
         }
         let outcome = if self.ledger.settled.contains_key(&tx) {
             self.settled_outcome(&tx, digest)
-        } else if self.role() == Role::Learner {
+        } else if self.membership() == Membership::Learner {
             let why = self.view().members.get(&self.settings.node).and_then(|member| member.counts_not.clone());
             Outcome::Refused(format!("this node has no vote: {}", why.unwrap_or_else(|| "it is no member".into())))
-        } else if self.desk.queue.len() >= QUEUE_MAX {
+        } else if self.coordination.queue.len() >= QUEUE_MAX {
             Outcome::Busy
         } else {
             let requests = vec![request];
-            self.enqueue(Pending { tx, digest, wish: Wish::Op(op), requests, since: self.now.mono });
+            self.enqueue(Pending {
+                tx,
+                digest,
+                proposal: Proposal::OperatorRequest(asked),
+                requests,
+                since: self.now.mono,
+            });
             return;
         };
         self.out.push(Output::Reply(request, outcome));
     }
 
     /// Queues a wish of this node's own, with a transaction id that nobody else makes up.
-    pub(super) fn wish(&mut self, wish: Wish) {
-        self.desk.made_up += 1;
-        let (node, boot) = (&self.settings.node, self.register.boot);
-        let incarnation = self.register.incarnation.0 & 0xffff;
-        let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.desk.made_up));
+    pub(super) fn submit_own(&mut self, proposal: Proposal) {
+        self.coordination.made_up += 1;
+        let (node, boot) = (&self.settings.node, self.acceptor.boot);
+        let incarnation = self.acceptor.incarnation.0 & 0xffff;
+        let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.coordination.made_up));
         let tx = tx.expect("a made-up id is made of id characters");
-        self.enqueue(Pending { tx, digest: 0, wish, requests: Vec::new(), since: self.now.mono });
+        self.enqueue(Pending { tx, digest: 0, proposal, requests: Vec::new(), since: self.now.mono });
     }
 
     /// A lowering goes first, and hurries what is being decided.
     fn enqueue(&mut self, pending: Pending) {
-        if pending.wish.lowers() {
-            if let Some(attempt) = &mut self.desk.attempt {
+        if pending.proposal.decreases() {
+            if let Some(attempt) = &mut self.coordination.attempt {
                 attempt.hurry = true;
             }
-            self.desk.queue.push_front(pending);
+            self.coordination.queue.push_front(pending);
             self.try_propose();
         } else {
-            self.desk.queue.push_back(pending);
+            self.coordination.queue.push_back(pending);
         }
     }
 
     /// Begins the next ballot when the desk is free.
     pub(super) fn pump(&mut self) {
-        while self.desk.attempt.is_none() && self.now.mono >= self.desk.not_before && self.role() == Role::Voter {
-            let Some(pending) = self.desk.queue.pop_front() else { return };
+        while self.coordination.attempt.is_none()
+            && self.now.mono >= self.coordination.not_before
+            && self.membership() == Membership::Voter
+        {
+            let Some(pending) = self.coordination.queue.pop_front() else { return };
             self.begin(pending);
         }
     }
@@ -216,11 +227,13 @@ impl Core {
             self.reply(&pending, &outcome);
             return;
         }
-        let act = match self.act_for(&pending.wish) {
-            Ok(act) => act,
+        let operation = match self.operation_for(&pending.proposal) {
+            Ok(operation) => operation,
             Err(obstacle) => {
-                let outcome = match (obstacle, pending.wish.service().and_then(|id| self.ledger.services.get(id))) {
-                    (Obstacle::Unchanged, Some(agreed)) => Outcome::Unchanged(agreed.service.routing.clone()),
+                let outcome = match (obstacle, pending.proposal.service().and_then(|id| self.ledger.services.get(id))) {
+                    (Obstacle::Unchanged, Some(service_state)) => {
+                        Outcome::Unchanged(service_state.service.routing.clone())
+                    }
                     (Obstacle::Unchanged, None) => Outcome::Refused("nothing to do".into()),
                     (Obstacle::Refused(why), _) => Outcome::Refused(why),
                 };
@@ -228,23 +241,23 @@ impl Core {
                 return;
             }
         };
-        let intent = match &pending.wish {
-            Wish::Settle(Some(intent)) if !self.ledger.settled.contains_key(&intent.tx) => intent.clone(),
-            _ => Intent { tx: pending.tx.clone(), digest: pending.digest, at: self.now.wall, act },
+        let intent = match &pending.proposal {
+            Proposal::Settle(Some(intent)) if !self.ledger.settled.contains_key(&intent.tx) => intent.clone(),
+            _ => Intent { tx: pending.tx.clone(), digest: pending.digest, at: self.now.wall, operation },
         };
         if let Err(error) = self.ledger.next_record(intent.clone(), None) {
             self.reply(&pending, &Outcome::Refused(error.to_string()));
             return;
         }
         let slot = self.ledger.head.next();
-        let ballot = self.ballot_for(slot, matches!(pending.wish, Wish::Settle(_)));
+        let ballot = self.ballot_for(slot, matches!(pending.proposal, Proposal::Settle(_)));
         let now = self.now.mono;
-        let hurry = self.desk.queue.front().is_some_and(|next| next.wish.lowers());
+        let hurry = self.coordination.queue.front().is_some_and(|next| next.proposal.decreases());
         let stage = Stage::Preparing { votes: BTreeMap::new(), refused: BTreeMap::new() };
         let resend = now.after_ms(self.settings.timings.resend_ms);
         let attempt = Attempt { pending, ballot, slot, intent, began: now, resend, hurry, stage };
         let prepare = self.prepare_of(&attempt);
-        self.desk.attempt = Some(attempt);
+        self.coordination.attempt = Some(attempt);
         // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
         self.broadcast(&Message::Prepare(prepare.clone()));
         self.vote_myself(&prepare);
@@ -255,20 +268,20 @@ impl Core {
     /// and this node promised no higher one since: who promised it has promised it for every later slot, and need not
     /// write that again. An open slot is settled with a higher one, which makes what it completes in doubt.
     fn ballot_for(&mut self, slot: Slot, settling: bool) -> Ballot {
-        let standing = self.desk.standing.take().filter(|(ballot, asked)| {
-            !settling && *asked < slot && self.promised() == Some(ballot) && ballot.round >= self.desk.round
+        let standing = self.coordination.standing.take().filter(|(ballot, asked)| {
+            !settling && *asked < slot && self.promised() == Some(ballot) && ballot.round >= self.coordination.round
         });
         let ballot = standing.map(|(ballot, _)| ballot).unwrap_or_else(|| {
             let promised = self.promised().map_or(0, |ballot| ballot.round);
-            self.desk.round = self.desk.round.max(promised) + 1;
+            self.coordination.round = self.coordination.round.max(promised) + 1;
             Ballot {
-                round: self.desk.round,
+                round: self.coordination.round,
                 node: self.settings.node.clone(),
-                incarnation: self.register.incarnation,
-                boot: self.register.boot,
+                incarnation: self.acceptor.incarnation,
+                boot: self.acceptor.boot,
             }
         });
-        self.desk.standing = Some((ballot.clone(), slot));
+        self.coordination.standing = Some((ballot.clone(), slot));
         ballot
     }
 
@@ -278,7 +291,7 @@ impl Core {
             slot: attempt.slot,
             base_hash: self.ledger.head_hash,
             intent: attempt.intent.clone(),
-            recovery: matches!(attempt.pending.wish, Wish::Settle(_)),
+            recovery: matches!(attempt.pending.proposal, Proposal::Settle(_)),
             evidence_age_ms_max: self.settings.timings.evidence_age_ms_max,
         }
     }
@@ -286,23 +299,24 @@ impl Core {
     fn vote_myself(&mut self, prepare: &Prepare) {
         let gate = match prepare.recovery {
             true => GateVote::Abstain("settling an open slot".into()),
-            false => self.gate_vote(&prepare.intent.act, prepare.evidence_age_ms_max),
+            false => self.gate_vote(&prepare.intent.operation, prepare.evidence_age_ms_max),
         };
         self.promise(&prepare.ballot);
         self.note_prepared(prepare, &gate);
-        let accepted = self.register.accepted.clone();
+        let accepted = self.acceptor.accepted.clone();
         let own = self.settings.node.clone();
-        if let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &mut self.desk.attempt {
+        if let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &mut self.coordination.attempt {
             votes.insert(own, (accepted, gate));
         }
     }
 
     pub(super) fn on_vote(&mut self, from: &NodeId, incarnation: Incarnation, vote: Vote) {
         if let Answer::Refuse(Refusal::Stale(ballot)) = &vote.answer {
-            self.desk.round = self.desk.round.max(ballot.round);
+            self.coordination.round = self.coordination.round.max(ballot.round);
         }
         let counts = self.counts(from, incarnation);
-        let Some(attempt) = self.desk.attempt.as_mut().filter(|a| a.ballot == vote.ballot && a.slot == vote.slot)
+        let Some(attempt) =
+            self.coordination.attempt.as_mut().filter(|a| a.ballot == vote.ballot && a.slot == vote.slot)
         else {
             return;
         };
@@ -333,7 +347,7 @@ impl Core {
     }
 
     fn note_refused(&mut self, from: &NodeId, why: String) {
-        if let Some(Attempt { stage: Stage::Preparing { refused, .. }, .. }) = &mut self.desk.attempt {
+        if let Some(Attempt { stage: Stage::Preparing { refused, .. }, .. }) = &mut self.coordination.attempt {
             refused.insert(from.clone(), why);
             self.try_propose();
         }
@@ -341,23 +355,23 @@ impl Core {
 
     /// Gives up the ballot, to try again with a higher one after a random part of `wait_ms`.
     fn step_back(&mut self, (least, most): (u64, u64)) {
-        let Some(attempt) = self.desk.attempt.take() else { return };
+        let Some(attempt) = self.coordination.attempt.take() else { return };
         let wait = self.draws.between(least, most);
-        self.desk.not_before = self.now.mono.after_ms(wait);
-        if !matches!(attempt.pending.wish, Wish::Settle(_)) {
-            self.desk.queue.push_front(attempt.pending);
+        self.coordination.not_before = self.now.mono.after_ms(wait);
+        if !matches!(attempt.pending.proposal, Proposal::Settle(_)) {
+            self.coordination.queue.push_front(attempt.pending);
         }
     }
 
     /// Proposes when the votes allow it: what some vote had accepted; else the intent, or its refusal.
     pub(super) fn try_propose(&mut self) {
-        let quorum = self.ledger.membership.quorum();
-        let Some(attempt) = &self.desk.attempt else { return };
+        let quorum = self.ledger.members.quorum();
+        let Some(attempt) = &self.coordination.attempt else { return };
         let Stage::Preparing { votes, refused } = &attempt.stage else { return };
         if votes.len() < quorum {
             return;
         }
-        let settling = matches!(attempt.pending.wish, Wish::Settle(_));
+        let settling = matches!(attempt.pending.proposal, Proposal::Settle(_));
         let accepted = votes.values().filter_map(|(accepted, _)| accepted.as_ref()).max_by_key(|a| &a.ballot);
         if let Some(accepted) = accepted {
             let record = accepted.record.clone();
@@ -366,24 +380,24 @@ impl Core {
         }
         let intent = attempt.intent.clone();
         if settling {
-            match &attempt.pending.wish {
-                Wish::Settle(Some(_)) => match self.ledger.next_record(intent.clone(), None) {
+            match &attempt.pending.proposal {
+                Proposal::Settle(Some(_)) => match self.ledger.next_record(intent.clone(), None) {
                     // Lowering needs nobody's permission, a lost coordinator's neither.
-                    Ok(record) if intent.act.lowers_exposure() => self.propose(record),
+                    Ok(record) if intent.operation.decreases_exposure() => self.propose(record),
                     _ => self.propose_abort(intent, vec!["its coordinator was lost".into()]),
                 },
-                _ => self.desk.attempt = None,
+                _ => self.coordination.attempt = None,
             }
             return;
         }
-        if !intent.act.raises_exposure() {
+        if !intent.operation.increases_exposure() {
             self.propose_intent(intent, None);
             return;
         }
         let expired = self.now.mono.millis_since(attempt.began) >= self.settings.timings.vote_ms;
         let mut yes = BTreeMap::new();
         let (mut reasons, mut missing) = (Vec::new(), Vec::new());
-        for node in self.ledger.membership.gate_voters() {
+        for node in self.ledger.members.gate_voters() {
             match (votes.get(node), refused.get(node)) {
                 (Some((_, GateVote::Yes(why))), _) => drop(yes.insert(node.clone(), bounded(why.clone()))),
                 (Some((_, GateVote::No(why))), _) => reasons.push(format!("{node}: no: {why}")),
@@ -408,16 +422,16 @@ impl Core {
     }
 
     fn propose_abort(&mut self, intent: Intent, reasons: Vec<String>) {
-        let (service, refused) = (intent.act.service().cloned(), intent.act.name().into());
+        let (service, refused) = (intent.operation.service().cloned(), intent.operation.name().into());
         let reasons = reasons.into_iter().map(bounded).collect();
-        self.propose_intent(Intent { act: Act::Abort { service, refused, reasons }, ..intent }, None);
+        self.propose_intent(Intent { operation: Operation::Abort { service, refused, reasons }, ..intent }, None);
     }
 
     fn propose_intent(&mut self, intent: Intent, certificate: Option<Certificate>) {
         match self.ledger.next_record(intent, certificate) {
             Ok(record) => self.propose(record),
             Err(error) => {
-                let Some(attempt) = self.desk.attempt.take() else { return };
+                let Some(attempt) = self.coordination.attempt.take() else { return };
                 self.reply(&attempt.pending, &Outcome::Refused(error.to_string()));
             }
         }
@@ -426,10 +440,10 @@ impl Core {
     fn propose(&mut self, record: Record) {
         let own = self.settings.node.clone();
         let resend = self.now.mono.after_ms(self.settings.timings.resend_ms);
-        let Some(attempt) = &mut self.desk.attempt else { return };
+        let Some(attempt) = &mut self.coordination.attempt else { return };
         assert_eq!(record.slot, attempt.slot, "a ballot is about one slot");
         let ballot = attempt.ballot.clone();
-        if self.register.promised.as_ref() != Some(&ballot) {
+        if self.acceptor.promised.as_ref() != Some(&ballot) {
             self.step_back(BACK_OFF_MS);
             return;
         }
@@ -442,8 +456,8 @@ impl Core {
     }
 
     fn try_choose(&mut self) {
-        let quorum = self.ledger.membership.quorum();
-        let Some(attempt) = &self.desk.attempt else { return };
+        let quorum = self.ledger.members.quorum();
+        let Some(attempt) = &self.coordination.attempt else { return };
         let Stage::Proposing { record, accepts } = &attempt.stage else { return };
         if accepts.len() < quorum {
             return;
@@ -456,16 +470,16 @@ impl Core {
     /// Follows up a record that was just added to the ledger: answers who waited for it, frees the desk.
     pub(super) fn settle(&mut self, record: &Record) {
         self.release_desk(record.slot);
-        if let Some(at) = self.desk.queue.iter().position(|pending| pending.tx == record.intent.tx) {
-            let pending = self.desk.queue.remove(at).expect("a position just found");
+        if let Some(at) = self.coordination.queue.iter().position(|pending| pending.tx == record.intent.tx) {
+            let pending = self.coordination.queue.remove(at).expect("a position just found");
             // Nobody asked for a verdict, and its outcome is not kept.
             if !pending.requests.is_empty() {
                 let outcome = self.settled_outcome(&pending.tx, pending.digest).first_time();
                 self.reply(&pending, &outcome);
             }
         }
-        if record.intent.act.lowers_exposure()
-            && let Some(id) = record.intent.act.service().cloned()
+        if record.intent.operation.decreases_exposure()
+            && let Some(id) = record.intent.operation.service().cloned()
         {
             let lease_ms = self.ledger.services[&id].service.rollout.spec.lease_ms;
             self.enforce(id, record.slot, lease_ms);
@@ -474,10 +488,10 @@ impl Core {
 
     /// Gives up the attempt at a slot that is decided; its wish waits for the next one.
     pub(super) fn release_desk(&mut self, decided: Slot) {
-        if self.desk.attempt.as_ref().is_some_and(|attempt| attempt.slot <= decided) {
-            let attempt = self.desk.attempt.take().expect("an attempt just seen");
-            if !matches!(attempt.pending.wish, Wish::Settle(_)) {
-                self.desk.queue.push_front(attempt.pending);
+        if self.coordination.attempt.as_ref().is_some_and(|attempt| attempt.slot <= decided) {
+            let attempt = self.coordination.attempt.take().expect("an attempt just seen");
+            if !matches!(attempt.pending.proposal, Proposal::Settle(_)) {
+                self.coordination.queue.push_front(attempt.pending);
             }
         }
     }
@@ -485,7 +499,7 @@ impl Core {
     pub(super) fn tick_attempt(&mut self) {
         let now = self.now.mono;
         let timings = self.settings.timings;
-        let Some(attempt) = &self.desk.attempt else {
+        let Some(attempt) = &self.coordination.attempt else {
             self.expire_queue();
             return;
         };
@@ -502,7 +516,7 @@ impl Core {
 
     fn resend(&mut self) {
         let now = self.now.mono;
-        let Some(attempt) = self.desk.attempt.as_ref().filter(|attempt| now >= attempt.resend) else { return };
+        let Some(attempt) = self.coordination.attempt.as_ref().filter(|attempt| now >= attempt.resend) else { return };
         let (message, done): (_, BTreeSet<_>) = match &attempt.stage {
             Stage::Preparing { votes, .. } => {
                 (Message::Prepare(self.prepare_of(attempt)), votes.keys().cloned().collect())
@@ -516,40 +530,39 @@ impl Core {
             self.out.push(Output::Send { to: node.clone(), message: Box::new(message.clone()) });
         }
         let resend = now.after_ms(self.settings.timings.resend_ms);
-        if let Some(attempt) = &mut self.desk.attempt {
+        if let Some(attempt) = &mut self.coordination.attempt {
             attempt.resend = resend;
         }
     }
 
     /// No majority of votes in time: nothing was proposed, and the client may try again.
     fn give_up_preparing(&mut self) {
-        let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &self.desk.attempt else { return };
+        let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &self.coordination.attempt else { return };
         let outcome =
-            Outcome::NoQuorum { reached: votes.keys().cloned().collect(), needed: self.ledger.membership.quorum() };
-        let attempt = self.desk.attempt.take().expect("an attempt just seen");
+            Outcome::NoQuorum { reached: votes.keys().cloned().collect(), needed: self.ledger.members.quorum() };
+        let attempt = self.coordination.attempt.take().expect("an attempt just seen");
         self.reply(&attempt.pending, &outcome);
     }
 
     /// No majority confirmed in time: clients hear so, and the ballot goes on.
     fn doubt(&mut self) {
-        let Some(attempt) = &mut self.desk.attempt else { return };
+        let Some(attempt) = &mut self.coordination.attempt else { return };
         let pending = Pending { requests: std::mem::take(&mut attempt.pending.requests), ..attempt.pending.clone() };
         self.reply(&pending, &Outcome::InDoubt);
     }
 
     fn expire_queue(&mut self) {
         let (now, limit) = (self.now.mono, self.settings.timings.vote_ms * 3 / 2);
-        let blocked = self.desk.attempt.is_some() || self.role() == Role::Learner;
+        let blocked = self.coordination.attempt.is_some() || self.membership() == Membership::Learner;
         if !blocked {
             return;
         }
-        let (late, waiting) = std::mem::take(&mut self.desk.queue)
+        let (late, waiting) = std::mem::take(&mut self.coordination.queue)
             .into_iter()
             .partition::<VecDeque<_>, _>(|pending| now.millis_since(pending.since) >= limit);
-        self.desk.queue = waiting;
-        let reached =
-            self.ledger.membership.0.keys().filter(|node| self.is_live_voter(node)).cloned().collect::<Vec<_>>();
-        let needed = self.ledger.membership.quorum();
+        self.coordination.queue = waiting;
+        let reached = self.ledger.members.0.keys().filter(|node| self.is_live_voter(node)).cloned().collect::<Vec<_>>();
+        let needed = self.ledger.members.quorum();
         let outcome = if reached.len() < needed { Outcome::NoQuorum { reached, needed } } else { Outcome::Busy };
         late.iter().for_each(|pending| self.reply(pending, &outcome));
     }
@@ -568,26 +581,31 @@ impl Core {
             Some(reasons) => Outcome::Aborted { slot, reasons: reasons.clone(), repeated: true },
             None => {
                 let services = self.ledger.services.values();
-                let state = services.map(|agreed| &agreed.service.routing).find(|routing| routing.txid == *tx).cloned();
+                let state = services
+                    .map(|service_state| &service_state.service.routing)
+                    .find(|routing| routing.txid == *tx)
+                    .cloned();
                 Outcome::Committed { slot, state, repeated: true }
             }
         }
     }
 
     /// Returns what a wish comes to as things stand.
-    fn act_for(&self, wish: &Wish) -> Result<Act, Obstacle> {
-        match wish {
-            Wish::Act(act) => Ok(act.clone()),
-            Wish::Settle(_) => {
-                Ok(Act::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
+    fn operation_for(&self, proposal: &Proposal) -> Result<Operation, Obstacle> {
+        match proposal {
+            Proposal::Operation(operation) => Ok(operation.clone()),
+            Proposal::Settle(_) => {
+                Ok(Operation::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
             }
-            Wish::Op(Op::Config(change)) => {
+            Proposal::OperatorRequest(OperatorRequest::Config(change)) => {
                 if let ConfigChange::Readmit(node, incarnation) | ConfigChange::Add(node, incarnation) = change {
                     self.check_readmission(node, *incarnation).map_err(Obstacle::Refused)?;
                 }
-                Ok(Act::Config(change.clone()))
+                Ok(Operation::Config(change.clone()))
             }
-            Wish::Op(op) => self.change_for(op).map(|(id, change)| Act::Change(id, change)),
+            Proposal::OperatorRequest(asked) => {
+                self.change_for(asked).map(|(id, change)| Operation::Change(id, change))
+            }
         }
     }
 
@@ -596,27 +614,27 @@ impl Core {
     fn check_readmission(&self, node: &NodeId, incarnation: Incarnation) -> Result<(), String> {
         let own = *node == self.settings.node;
         let heard = self.peers.get(node).filter(|_| self.is_alive(node)).and_then(|peer| peer.incarnation);
-        match if own { Some(self.register.incarnation) } else { heard } {
+        match if own { Some(self.acceptor.incarnation) } else { heard } {
             Some(found) if found == incarnation => Ok(()),
             Some(found) => Err(format!("node {node} has incarnation {found}, expected {incarnation}, as asked")),
             None => Err(format!("node {node} is not heard from: start it, then ask again")),
         }
     }
 
-    fn change_for(&self, op: &Op) -> Result<(ServiceId, Change), Obstacle> {
-        let id = op.service().expect("an operation that is no Config concerns a service").clone();
-        let known = self.ledger.services.get(&id).map(|agreed| &agreed.service);
+    fn change_for(&self, asked: &OperatorRequest) -> Result<(ServiceId, Change), Obstacle> {
+        let id = asked.service().expect("an operation that is no Config concerns a service").clone();
+        let known = self.ledger.services.get(&id).map(|service_state| &service_state.service);
         let known_or = || known.ok_or_else(|| ChangeError::UnknownService(id.clone()));
-        let change = match op {
-            Op::Apply(spec) => self.apply(known, spec)?,
-            Op::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
-            Op::Pause { reason, .. } => Change::Pause { reason: reason.clone() },
-            Op::Resume { .. } => Change::Resume,
-            Op::Abort { reason, .. } => match known_or()?.rollout.phase {
+        let change = match asked {
+            OperatorRequest::Apply(spec) => self.apply(known, spec)?,
+            OperatorRequest::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
+            OperatorRequest::Pause { reason, .. } => Change::Pause { reason: reason.clone() },
+            OperatorRequest::Resume { .. } => Change::Resume,
+            OperatorRequest::Abort { reason, .. } => match known_or()?.rollout.phase {
                 Phase::RolledBack => return Err(Obstacle::Unchanged),
                 _ => Change::Rollback { reason: reason.clone() },
             },
-            Op::Retry { .. } => {
+            OperatorRequest::Retry { .. } => {
                 let rollout = &known_or()?.rollout;
                 if rollout.phase != Phase::RolledBack {
                     let version = rollout.spec.canary.version.clone();
@@ -624,7 +642,7 @@ impl Core {
                 }
                 Change::Start(rollout.spec.clone())
             }
-            Op::Undo { .. } => match &known_or()?.rollout {
+            OperatorRequest::Undo { .. } => match &known_or()?.rollout {
                 rollout if rollout.phase == Phase::Completed => Change::Start(rollout.spec.reversed().into()),
                 rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
                 rollout => {
@@ -632,7 +650,7 @@ impl Core {
                     return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
                 }
             },
-            Op::Config(_) => unreachable!("no service, so not here"),
+            OperatorRequest::Config(_) => unreachable!("no service, so not here"),
         };
         Ok((id, change))
     }
@@ -649,11 +667,11 @@ impl Core {
     }
 }
 
-impl Wish {
+impl Proposal {
     fn service(&self) -> Option<&ServiceId> {
         match self {
-            Self::Op(op) => op.service(),
-            Self::Act(act) => act.service(),
+            Self::OperatorRequest(asked) => asked.service(),
+            Self::Operation(operation) => operation.service(),
             Self::Settle(_) => None,
         }
     }

@@ -10,14 +10,14 @@ use crate::domain::text::bounded;
 use crate::domain::time::{Mono, Now};
 
 use super::checkpoint::{Checkpoint, Incoming, Part};
-use super::coordinator::Desk;
+use super::coordinator::CoordinatorState;
 use super::gate::Gate;
 use super::lease::Lease;
-use super::ledger::{Agreed, Ledger};
-use super::message::{Decision, Message, Role};
-use super::participant::{Cast, Prepared};
-use super::record::{Act, Ballot, Chosen, Record, Register, SavedTrial, Slot};
-use super::watch::Watch;
+use super::ledger::{Ledger, ServiceState};
+use super::message::{Decision, Membership, Message};
+use super::participant::{LastVote, Prepared};
+use super::record::{AcceptorState, Ballot, Chosen, Operation, Record, SavedRun, Slot};
+use super::tracker::RunTracker;
 use super::{Event, Input, MemberView, Output, ServiceView, Serving, Timings, View};
 
 /// What a node is told about itself.
@@ -66,7 +66,7 @@ pub(super) struct Peer {
     /// Its last decided slot.
     pub head: Option<Slot>,
     /// Its role, by its own word.
-    pub role: Option<Role>,
+    pub membership: Option<Membership>,
     /// It accepted a record in its open slot: the ballot, the slot, and since when this node knows.
     pub open: Option<(Ballot, Slot, Mono)>,
     /// The records sent to it last, and when.
@@ -93,16 +93,16 @@ impl Draws {
 #[derive(Debug, Clone)]
 pub struct Core {
     pub(super) settings: Settings,
-    pub(super) register: Register,
+    pub(super) acceptor: AcceptorState,
     pub(super) ledger: Ledger,
     /// The log lacks slots that the register remembers: no votes until they are back.
     pub(super) rebuilding: bool,
     pub(super) peers: BTreeMap<NodeId, Peer>,
     pub(super) lease: Lease,
     pub(super) gates: BTreeMap<ServiceId, Gate>,
-    pub(super) watches: BTreeMap<ServiceId, Watch>,
+    pub(super) trackers: BTreeMap<ServiceId, RunTracker>,
     /// Trials that this node saved before it restarted, until their watches begin.
-    pub(super) trials: BTreeMap<ServiceId, SavedTrial>,
+    pub(super) runs: BTreeMap<ServiceId, SavedRun>,
     /// More windows were due than were asked for to be decided: the next ones needn't wait for a tick.
     pub(super) more_windows: bool,
     /// A service whose next change was due while something else was being decided.
@@ -110,12 +110,12 @@ pub struct Core {
     /// The service whose trial was saved last.
     pub(super) saved_last: Option<ServiceId>,
     /// The vote given in the open slot, to repeat it.
-    pub(super) cast: Option<Cast>,
+    pub(super) last_vote: Option<LastVote>,
     /// The intent voted on in the open slot.
     pub(super) prepared: Option<Prepared>,
     /// When the register's accepted record was accepted.
     pub(super) accepted_at: Mono,
-    pub(super) desk: Desk,
+    pub(super) coordination: CoordinatorState,
     /// Chosen records that came before their predecessors.
     pub(super) early: BTreeMap<Slot, Chosen>,
     /// A peer's checkpoint, as far as it came.
@@ -132,7 +132,7 @@ pub struct Core {
     /// The service that had its turn last, and when.
     turned: (Option<ServiceId>, Mono),
     /// Why promotions hold: the store that they depend on is away.
-    pub(super) away: Option<String>,
+    pub(super) unavailable: Option<String>,
     /// When this process began.
     started: Mono,
     published_at: Mono,
@@ -165,17 +165,17 @@ const ROUND_MS: u64 = 100;
 const REFRESH_MS: u64 = 250;
 
 impl Core {
-    /// Starts a node from what its disk holds. A missing `register` means that its memory is gone: it takes a fresh
+    /// Starts a node from what its disk holds. A missing `acceptor` means that its memory is gone: it takes a fresh
     /// incarnation, follows as a learner, and has no vote. The outputs are the start's, to be carried out first.
     ///
-    /// `ledger` is the newest checkpoint's, or genesis alone; `log` are the records after it; `trials` are those that it
+    /// `ledger` is the newest checkpoint's, or genesis alone; `log` are the records after it; `runs` are those that it
     /// saved. Panics when the log is no chain; stores verify that when they open.
     pub fn start(
         settings: Settings,
-        register: Option<Register>,
+        acceptor: Option<AcceptorState>,
         mut ledger: Ledger,
         log: &[Chosen],
-        trials: BTreeMap<ServiceId, SavedTrial>,
+        runs: BTreeMap<ServiceId, SavedRun>,
         now: Now,
     ) -> (Self, Vec<Output>) {
         assert_eq!(ledger.cluster, settings.cluster, "the log is this cluster's");
@@ -184,7 +184,7 @@ impl Core {
             ledger.apply(chosen).expect("a verified log is a chain of possible records");
         }
 
-        let mut register = register.unwrap_or_else(|| Register {
+        let mut acceptor = acceptor.unwrap_or_else(|| AcceptorState {
             cluster: settings.cluster,
             node: settings.node.clone(),
             incarnation: settings.fresh_incarnation,
@@ -195,29 +195,29 @@ impl Core {
             head_hash: base_hash,
         });
         assert_eq!(
-            (&register.node, register.cluster),
+            (&acceptor.node, acceptor.cluster),
             (&settings.node, settings.cluster),
             "the register is this node's"
         );
-        register.boot += 1;
-        let rebuilding = ledger.head < register.head;
-        let remembered = log.iter().find(|chosen| chosen.record.slot == register.head);
-        let remembered = remembered.map(|chosen| chosen.record.hash()).or((register.head == base).then_some(base_hash));
+        acceptor.boot += 1;
+        let rebuilding = ledger.head < acceptor.head;
+        let remembered = log.iter().find(|chosen| chosen.record.slot == acceptor.head);
+        let remembered = remembered.map(|chosen| chosen.record.hash()).or((acceptor.head == base).then_some(base_hash));
         if let (false, Some(hash)) = (rebuilding, remembered) {
-            assert_eq!(hash, register.head_hash, "I2: the log holds what the register remembers");
+            assert_eq!(hash, acceptor.head_hash, "I2: the log holds what the register remembers");
         }
-        let mut draws = Draws(settings.seed ^ register.boot.rotate_left(32) ^ register.incarnation.0);
+        let mut draws = Draws(settings.seed ^ acceptor.boot.rotate_left(32) ^ acceptor.incarnation.0);
         let suspect_ms = draws.between(settings.timings.suspect_ms, settings.timings.suspect_ms * 3 / 2);
         // No other process of this node used these numbers: a late answer to one of them extends nothing here.
         let first_nonce = draws.between(1, 1 << 60);
-        let others = ledger.membership.0.keys().chain(&settings.peers).filter(|node| **node != settings.node);
+        let others = ledger.members.0.keys().chain(&settings.peers).filter(|node| **node != settings.node);
         let peers = others.map(|node| (node.clone(), Peer { announced_alive: true, ..Peer::default() })).collect();
         let coordinator = settings.node.clone();
         let view = Arc::new(View {
             node: settings.node.clone(),
             cluster: settings.cluster,
-            incarnation: register.incarnation,
-            role: Role::Learner,
+            incarnation: acceptor.incarnation,
+            membership: Membership::Learner,
             head: ledger.head,
             head_hash: ledger.head_hash,
             coordinator: coordinator.clone(),
@@ -226,21 +226,21 @@ impl Core {
         });
         let mut core = Self {
             settings,
-            register,
+            acceptor,
             ledger,
             rebuilding,
             peers,
             lease: Lease::starting_at(first_nonce),
             gates: BTreeMap::new(),
-            watches: BTreeMap::new(),
-            trials,
+            trackers: BTreeMap::new(),
+            runs,
             more_windows: false,
             waits: None,
             saved_last: None,
-            cast: None,
+            last_vote: None,
             prepared: None,
             accepted_at: now.mono,
-            desk: Desk::default(),
+            coordination: CoordinatorState::default(),
             early: BTreeMap::new(),
             incoming: Incoming::default(),
             draws,
@@ -250,7 +250,7 @@ impl Core {
             out: Vec::new(),
             outdated: Outdated { all: true, ..Outdated::default() },
             shown: BTreeMap::new(),
-            away: None,
+            unavailable: None,
             turned: (None, now.mono),
             started: now.mono,
             published_at: now.mono,
@@ -261,8 +261,8 @@ impl Core {
         core.new_gates();
         // A log that isn't whole yet may lack the beginning of their rollouts.
         if !core.rebuilding {
-            let left = std::mem::take(&mut core.trials);
-            core.out.extend(left.into_keys().map(|id| Output::SaveTrial(id, None)));
+            let left = std::mem::take(&mut core.runs);
+            core.out.extend(left.into_keys().map(|id| Output::SaveRun(id, None)));
         }
         core.beat();
         let outputs = core.finish();
@@ -277,17 +277,17 @@ impl Core {
             Input::Received { from, incarnation, message } => self.on_message(&from, incarnation, *message),
             Input::Unreachable(node) => self.on_unreachable(&node),
             Input::Telemetry(observations) => self.on_telemetry(&observations),
-            Input::BreakerTripped { service, routing_version, reason } => {
-                self.on_breaker(&service, routing_version, reason);
+            Input::CircuitBreakerTripped { service, routing_version, reason } => {
+                self.on_circuit_breaker(&service, routing_version, reason);
             }
             Input::Measured(measurement) => self.on_measured(measurement),
-            Input::Guarded(away) => self.away = away.map(bounded),
+            Input::Guarded(unavailable) => self.unavailable = unavailable.map(bounded),
             Input::Operator(command) => self.on_command(command),
             Input::Read(request) => self.on_read(request),
         }
         self.pump();
         if self.more_windows && self.is_coordinator() {
-            self.use_free_desk();
+            self.use_idle_coordinator();
             self.pump();
         }
         self.finish()
@@ -297,9 +297,10 @@ impl Core {
     /// exhaustive search knows its states by. Evidence and leases are left out.
     pub fn fingerprint(&self) -> u64 {
         let known: Vec<_> =
-            self.peers.values().map(|p| (p.unreachable, p.incarnation, p.head, p.role, &p.open)).collect();
-        let state = (&self.register, self.ledger.head_hash, self.rebuilding, known, &self.coordinator);
-        let open = (&self.cast, &self.prepared, self.accepted_at, &self.desk, &self.early, &self.draws, self.now);
+            self.peers.values().map(|p| (p.unreachable, p.incarnation, p.head, p.membership, &p.open)).collect();
+        let state = (&self.acceptor, self.ledger.head_hash, self.rebuilding, known, &self.coordinator);
+        let open =
+            (&self.last_vote, &self.prepared, self.accepted_at, &self.coordination, &self.early, &self.draws, self.now);
         xxhash_rust::xxh3::xxh3_64(format!("{state:?} {open:?}").as_bytes())
     }
 
@@ -312,7 +313,7 @@ impl Core {
         self.watch_peers();
         self.tick_lease();
         let services = self.next_turn();
-        self.tick_watches(&services);
+        self.tick_trackers(&services);
         self.tick_gates(&services);
         self.tick_attempt();
         self.tick_reads();
@@ -403,14 +404,14 @@ impl Core {
     // What the parts share.
 
     /// Returns what this node counts as.
-    pub(super) fn role(&self) -> Role {
-        let counts = self.ledger.membership.counts(&self.settings.node, self.register.incarnation);
-        if counts && !self.rebuilding { Role::Voter } else { Role::Learner }
+    pub(super) fn membership(&self) -> Membership {
+        let counts = self.ledger.members.counts(&self.settings.node, self.acceptor.incarnation);
+        if counts && !self.rebuilding { Membership::Voter } else { Membership::Learner }
     }
 
     /// Returns true when a peer's votes count.
     pub(super) fn counts(&self, node: &NodeId, incarnation: Incarnation) -> bool {
-        self.ledger.membership.counts(node, incarnation)
+        self.ledger.members.counts(node, incarnation)
     }
 
     /// Returns true while a peer is heard from.
@@ -427,15 +428,15 @@ impl Core {
     /// Returns true while a peer is heard from and its votes count.
     pub(super) fn is_live_voter(&self, node: &NodeId) -> bool {
         if *node == self.settings.node {
-            return self.role() == Role::Voter;
+            return self.membership() == Membership::Voter;
         }
         let Some(peer) = self.peers.get(node) else { return false };
         let counts = peer.incarnation.is_none_or(|incarnation| self.counts(node, incarnation));
-        self.is_alive(node) && counts && peer.role != Some(Role::Learner)
+        self.is_alive(node) && counts && peer.membership != Some(Membership::Learner)
     }
 
     pub(super) fn is_coordinator(&self) -> bool {
-        self.coordinator == self.settings.node && self.role() == Role::Voter
+        self.coordinator == self.settings.node && self.membership() == Membership::Voter
     }
 
     pub(super) fn send(&mut self, to: &NodeId, message: Message) {
@@ -455,26 +456,26 @@ impl Core {
     /// Makes the register durable as it stands, together with the log so far.
     pub(super) fn persist(&mut self) {
         if !self.rebuilding {
-            self.register.head = self.ledger.head;
-            self.register.head_hash = self.ledger.head_hash;
+            self.acceptor.head = self.ledger.head;
+            self.acceptor.head_hash = self.ledger.head_hash;
         }
-        self.out.push(Output::Persist(Box::new(self.register.clone())));
+        self.out.push(Output::Persist(Box::new(self.acceptor.clone())));
     }
 
     /// Returns the highest ballot that this node knows to be promised.
     pub(super) fn promised(&self) -> Option<&Ballot> {
-        self.register.promised.as_ref()
+        self.acceptor.promised.as_ref()
     }
 
     fn forget_settled_accept(&mut self) {
-        if self.register.accepted.as_ref().is_some_and(|a| a.record.slot <= self.ledger.head) {
-            self.register.accepted = None;
+        if self.acceptor.accepted.as_ref().is_some_and(|a| a.record.slot <= self.ledger.head) {
+            self.acceptor.accepted = None;
         }
     }
 
     /// Takes note of members that weren't known before.
     fn meet_members(&mut self) {
-        for node in self.ledger.membership.0.keys().filter(|node| **node != self.settings.node) {
+        for node in self.ledger.members.0.keys().filter(|node| **node != self.settings.node) {
             self.peers.entry(node.clone()).or_default();
         }
     }
@@ -489,7 +490,7 @@ impl Core {
             self.announce(Event::Peer { node, alive });
             self.outdated.all = true;
         }
-        let members = self.ledger.membership.0.keys();
+        let members = self.ledger.members.0.keys();
         let lowest = members.filter(|node| self.is_live_voter(node)).min();
         let coordinator = lowest.unwrap_or(&self.settings.node).clone();
         if coordinator != self.coordinator {
@@ -504,21 +505,21 @@ impl Core {
     pub(super) fn learn(&mut self, chosen: Chosen) {
         let record = &chosen.record;
         self.ledger.apply(&chosen).unwrap_or_else(|error| panic!("I1: chosen record {}: {error}", record.slot));
-        if record.slot == self.register.head && self.rebuilding {
-            assert_eq!(self.ledger.head_hash, self.register.head_hash, "I2: the rebuilt log is the one remembered");
+        if record.slot == self.acceptor.head && self.rebuilding {
+            assert_eq!(self.ledger.head_hash, self.acceptor.head_hash, "I2: the rebuilt log is the one remembered");
             self.rebuilding = false;
         }
         self.forget_settled_accept();
         if self.prepared.as_ref().is_some_and(|prepared| prepared.slot <= record.slot) {
             self.prepared = None;
         }
-        self.cast = None;
+        self.last_vote = None;
         self.meet_members();
         self.renew_gate(&chosen);
         // A verdict changes nothing that is shown but the head: the next refresh has it.
-        let is_shown = !record.intent.act.is_verdict();
+        let is_shown = !record.intent.operation.is_verdict();
         if is_shown {
-            self.outdate(&record.intent.act);
+            self.outdate(&record.intent.operation);
             self.publish();
         }
         // Whoever hears of it finds it in the log.
@@ -526,7 +527,7 @@ impl Core {
         self.announce_record(&chosen);
         self.settle(record);
         if is_shown {
-            self.outdate(&record.intent.act);
+            self.outdate(&record.intent.operation);
         }
         let Retention { checkpoint_every, history } = self.settings.retention;
         if self.ledger.head.0.is_multiple_of(checkpoint_every) && !self.rebuilding {
@@ -536,8 +537,8 @@ impl Core {
     }
 
     /// Notes that what an act concerns must be shown anew.
-    pub(super) fn outdate(&mut self, act: &Act) {
-        match act.service() {
+    pub(super) fn outdate(&mut self, operation: &Operation) {
+        match operation.service() {
             Some(id) if self.ledger.services.contains_key(id) => drop(self.outdated.services.insert(id.clone())),
             _ => self.outdated.all = true,
         }
@@ -561,15 +562,15 @@ impl Core {
             }
         };
         let slot = ledger.head;
-        if slot == self.register.head && self.rebuilding {
-            assert_eq!(ledger.head_hash, self.register.head_hash, "I2: the checkpoint is of the log remembered");
+        if slot == self.acceptor.head && self.rebuilding {
+            assert_eq!(ledger.head_hash, self.acceptor.head_hash, "I2: the checkpoint is of the log remembered");
         }
-        self.rebuilding &= slot < self.register.head;
+        self.rebuilding &= slot < self.acceptor.head;
         self.ledger = ledger;
         self.early.retain(|early, _| *early > slot);
         self.forget_settled_accept();
         self.prepared = self.prepared.take().filter(|prepared| prepared.slot > slot);
-        self.cast = None;
+        self.last_vote = None;
         self.meet_members();
         self.new_gates();
         self.out.push(Output::Install(checkpoint));
@@ -583,17 +584,17 @@ impl Core {
     fn new_gates(&mut self) {
         let now = self.now;
         let mut before = std::mem::take(&mut self.gates);
-        let gates = self.ledger.services.iter().map(|(id, agreed)| {
+        let gates = self.ledger.services.iter().map(|(id, service_state)| {
             // A brake, and the evidence behind it, outlives a checkpoint that changes nothing about them.
-            let same = |gate: &Gate| gate.routing_version == agreed.service.routing.version;
+            let same = |gate: &Gate| gate.routing_version == service_state.service.routing.version;
             if let Some(gate) = before.remove(id).filter(same) {
                 return (id.clone(), gate);
             }
-            let since = now.mono.before_ms(now.wall.0.saturating_sub(agreed.service.routing.timestamp.0));
-            (id.clone(), Gate::new(agreed, since))
+            let since = now.mono.before_ms(now.wall.0.saturating_sub(service_state.service.routing.timestamp.0));
+            (id.clone(), Gate::new(service_state, since))
         });
         self.gates = gates.collect();
-        self.watches.retain(|id, _| self.gates.contains_key(id));
+        self.trackers.retain(|id, _| self.gates.contains_key(id));
         for id in self.gates.keys().cloned().collect::<Vec<_>>() {
             self.renew_watch(&id, true);
         }
@@ -601,29 +602,29 @@ impl Core {
 
     fn announce_record(&mut self, chosen: &Chosen) {
         let Record { slot, intent, .. } = &chosen.record;
-        let kind = intent.act.name().to_string();
-        let took_ms = self.desk.took_ms(&chosen.record, self.now.mono);
-        let event = match &intent.act {
-            Act::Config(change) => {
+        let kind = intent.operation.name().to_string();
+        let took_ms = self.coordination.took_ms(&chosen.record, self.now.mono);
+        let event = match &intent.operation {
+            Operation::Config(change) => {
                 let node = change.node().clone();
                 Event::Membership { slot: *slot, kind, node, txid: intent.tx.clone() }
             }
-            Act::Abort { service: None, .. } | Act::Genesis { .. } => return,
-            Act::Judge { service, since_version, judgement } => {
-                let (service, judgement) = (service.clone(), (**judgement).clone());
-                Event::Judged { slot: Some(*slot), service, since_version: *since_version, judgement }
+            Operation::Abort { service: None, .. } | Operation::Genesis { .. } => return,
+            Operation::Judge { service, rollout_generation, window_verdict } => {
+                let (service, window_verdict) = (service.clone(), (**window_verdict).clone());
+                Event::Judged { slot: Some(*slot), service, rollout_generation: *rollout_generation, window_verdict }
             }
-            Act::Abort { service: Some(id), refused, reasons } => {
-                let Some(agreed) = self.ledger.services.get(id) else { return };
-                let phase = agreed.service.rollout.phase.to_string();
-                let (state, kind) = (agreed.service.routing.clone(), format!("Abort({refused})"));
+            Operation::Abort { service: Some(id), refused, reasons } => {
+                let Some(service_state) = self.ledger.services.get(id) else { return };
+                let phase = service_state.service.rollout.phase.to_string();
+                let (state, kind) = (service_state.service.routing.clone(), format!("Abort({refused})"));
                 Event::Routing { slot: *slot, kind, state, phase, reasons: reasons.clone(), took_ms }
             }
-            Act::Change(id, _) | Act::Revert { service: id, .. } => {
-                let agreed = &self.ledger.services[id];
-                let rollout = &agreed.service.rollout;
+            Operation::Change(id, _) | Operation::Revert { service: id, .. } => {
+                let service_state = &self.ledger.services[id];
+                let rollout = &service_state.service.rollout;
                 let reasons = Some(rollout.reason.clone()).filter(|r| !r.is_empty()).into_iter().collect();
-                let (state, phase) = (agreed.service.routing.clone(), rollout.phase.to_string());
+                let (state, phase) = (service_state.service.routing.clone(), rollout.phase.to_string());
                 Event::Routing { slot: *slot, kind, state, phase, reasons, took_ms }
             }
         };
@@ -632,20 +633,22 @@ impl Core {
 
     /// Tells people that a transaction was prepared here.
     pub(super) fn announce_prepared(&mut self, slot: Slot, record_intent: &super::record::Intent) {
-        let Some(id) = record_intent.act.service().filter(|_| !record_intent.act.is_verdict()) else { return };
+        let Some(id) = record_intent.operation.service().filter(|_| !record_intent.operation.is_verdict()) else {
+            return;
+        };
         let Ok(record) = self.ledger.next_record(record_intent.clone(), None) else { return };
         let Some(state) = record.state else { return };
         let phase = self.ledger.services.get(id).map_or(String::new(), |a| a.service.rollout.phase.to_string());
         let state = RoutingState { status: Status::Prepared, ..state };
-        let kind = record_intent.act.name().into();
+        let kind = record_intent.operation.name().into();
         self.announce(Event::Routing { slot, kind, state, phase, reasons: Vec::new(), took_ms: None });
     }
 
     fn build_view(&self) -> View {
-        let members = self.ledger.membership.0.iter().map(|(node, member)| {
+        let members = self.ledger.members.0.iter().map(|(node, member)| {
             let view = MemberView {
                 incarnation: member.incarnation,
-                benched: member.benched,
+                cordoned: member.cordoned,
                 alive: self.is_alive(node),
                 head: if *node == self.settings.node {
                     Some(self.ledger.head)
@@ -659,8 +662,8 @@ impl Core {
         View {
             node: self.settings.node.clone(),
             cluster: self.settings.cluster,
-            incarnation: self.register.incarnation,
-            role: self.role(),
+            incarnation: self.acceptor.incarnation,
+            membership: self.membership(),
             head: self.ledger.head,
             head_hash: self.ledger.head_hash,
             coordinator: self.coordinator.clone(),
@@ -671,65 +674,68 @@ impl Core {
 
     fn counts_not(&self, node: &NodeId, bound: Incarnation) -> Option<String> {
         let own = *node == self.settings.node;
-        let found = if own { Some(self.register.incarnation) } else { self.peers.get(node)?.incarnation };
-        let role = if own { Some(self.role()) } else { self.peers.get(node)?.role };
+        let found = if own { Some(self.acceptor.incarnation) } else { self.peers.get(node)?.incarnation };
+        let membership = if own { Some(self.membership()) } else { self.peers.get(node)?.membership };
         match found {
             Some(found) if found != bound => {
                 Some(format!("its memory is gone: incarnation is {found}, expected {bound}; readmit it"))
             }
-            Some(_) if role == Some(Role::Learner) => Some("it is rebuilding its log from its peers".into()),
+            Some(_) if membership == Some(Membership::Learner) => {
+                Some("it is rebuilding its log from its peers".into())
+            }
             _ => None,
         }
     }
 
-    fn service_view(&self, id: &ServiceId, agreed: &Agreed) -> ServiceView {
+    fn service_view(&self, id: &ServiceId, service_state: &ServiceState) -> ServiceView {
         let gate = &self.gates[id];
-        let serving = self.serving(agreed, gate);
-        let active = agreed.service.rollout.phase.is_active();
+        let serving = self.serving(service_state, gate);
+        let active = service_state.service.rollout.phase.is_active();
         ServiceView {
-            service: agreed.service.clone(),
-            slot: agreed.slot,
-            hash: agreed.hash,
+            service: service_state.service.clone(),
+            slot: service_state.slot,
+            hash: service_state.hash,
             serving,
             local: gate.local().clone(),
             cluster: self.cluster_evidence(gate),
             verdict: active.then(|| gate.verdict.clone()).flatten(),
-            odds: self.watches.get(id).and_then(Watch::odds),
-            waiting_for: self.waiting_for(id, agreed, gate),
+            sequential: self.trackers.get(id).and_then(RunTracker::sequential),
+            waiting_for: self.waiting_for(id, service_state, gate),
             enforced: self.lease.is_enforced(id),
         }
     }
 
     /// Returns what a service is served by: never more than agreed, less where something holds it back.
-    pub(super) fn serving(&self, agreed: &Agreed, gate: &Gate) -> Serving {
-        let unarmed = agreed.raise.as_ref().filter(|raise| raise.unarmed);
-        let service = unarmed.map_or(&agreed.service, |raise| &raise.before);
+    pub(super) fn serving(&self, service_state: &ServiceState, gate: &Gate) -> Serving {
+        let in_doubt = service_state.increase.as_ref().filter(|increase| increase.in_doubt);
+        let service = in_doubt.map_or(&service_state.service, |increase| &increase.before);
         let spec = &service.rollout.spec;
-        let lowering = Ledger::lowering_in(self.register.accepted.as_ref()).is_some_and(|slot| {
-            let accepted = &self.register.accepted.as_ref().expect("a lowering was accepted").record;
-            slot > self.ledger.head && accepted.intent.act.service() == Some(&service.routing.service)
+        let decrease = Ledger::decrease_in(self.acceptor.accepted.as_ref()).is_some_and(|slot| {
+            let accepted = &self.acceptor.accepted.as_ref().expect("a lowering was accepted").record;
+            slot > self.ledger.head && accepted.intent.operation.service() == Some(&service.routing.service)
         });
-        let held_back = if self.role() == Role::Learner {
+        let held_back = if self.membership() == Membership::Learner {
             Some("this node has no vote".to_string())
-        } else if self.ledger.membership.is_benched(&self.settings.node) {
+        } else if self.ledger.members.is_cordoned(&self.settings.node) {
             Some("this node is benched".into())
-        } else if lowering {
+        } else if decrease {
             Some("a rollback is being decided".into())
-        } else if let Some(why) = &gate.brake {
+        } else if let Some(why) = &gate.local_hold {
             Some(format!("brake: {why}"))
         } else {
-            unarmed.map(|raise| format!("slot {} was decided in doubt and is being reverted", raise.slot))
+            in_doubt.map(|increase| format!("slot {} was decided in doubt and is being reverted", increase.slot))
         };
         let canary = service.routing.canary_model_id.as_ref().map(|_| {
-            let stopped = held_back.is_some() && unarmed.is_none() || gate.brake.is_some() || lowering;
-            let stopped =
-                stopped || self.role() == Role::Learner || self.ledger.membership.is_benched(&self.settings.node);
+            let stopped = held_back.is_some() && in_doubt.is_none() || gate.local_hold.is_some() || decrease;
+            let stopped = stopped
+                || self.membership() == Membership::Learner
+                || self.ledger.members.is_cordoned(&self.settings.node);
             let weight = if stopped { 0 } else { service.routing.canary_weight().bp() };
             (spec.canary.clone(), weight)
         });
         let leased = service.needs_lease() && spec.on_partition == crate::domain::plan::OnPartition::Stable;
         Serving {
-            routing_version: agreed.service.routing.version,
+            routing_version: service_state.service.routing.version,
             stable: service.stable.clone(),
             canary,
             lease_ms: leased.then_some(spec.lease_ms),

@@ -14,10 +14,10 @@ use crate::domain::weights::Weight;
 use crate::domain::window::{Evidence, Window};
 
 use super::core::Core;
-use super::ledger::Agreed;
+use super::ledger::ServiceState;
 use super::message::{GateVote, HealthSnapshot, Message};
-use super::record::{Act, Chosen};
-use super::watch::Watch;
+use super::record::{Chosen, Operation};
+use super::tracker::RunTracker;
 use super::{Event, Measurement, Observation};
 
 /// One service's evidence at its present routing version, and what follows from it.
@@ -30,9 +30,9 @@ pub(super) struct Gate {
     /// The latest snapshot of each peer, and when it came.
     snapshots: BTreeMap<NodeId, (Mono, HealthSnapshot)>,
     /// Why this node stopped the canary by itself; none while it hasn't.
-    pub brake: Option<String>,
+    pub local_hold: Option<String>,
     /// When it did.
-    pub braked_at: Mono,
+    pub held_at: Mono,
     /// What the analysis says at the moment.
     pub verdict: Option<Verdict>,
     /// When peers are told of it next.
@@ -48,14 +48,14 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    pub fn new(agreed: &Agreed, since: Mono) -> Self {
+    pub fn new(service_state: &ServiceState, since: Mono) -> Self {
         Self {
-            routing_version: agreed.service.routing.version,
+            routing_version: service_state.service.routing.version,
             window: Window::default(),
             measured: BTreeMap::new(),
             snapshots: BTreeMap::new(),
-            brake: None,
-            braked_at: since,
+            local_hold: None,
+            held_at: since,
             verdict: None,
             next_snapshot: Mono::default(),
             stage_since: since,
@@ -83,7 +83,7 @@ impl Gate {
     /// Returns the brake of a peer that spoke within `age_ms`, and whose.
     pub fn peer_brake(&self, now: Mono, age_ms: u64) -> Option<(&NodeId, &str)> {
         let fresh = self.snapshots.iter().filter(|(_, (at, _))| now.millis_since(*at) <= age_ms);
-        fresh.filter_map(|(node, (_, snapshot))| Some((node, snapshot.brake.as_deref()?))).next()
+        fresh.filter_map(|(node, (_, snapshot))| Some((node, snapshot.local_hold.as_deref()?))).next()
     }
 }
 
@@ -109,8 +109,8 @@ impl Core {
             if gate.routing_version == *routing_version {
                 gate.window.add(self.now.mono, evidence);
             }
-            if let Some(watch) = self.watches.get_mut(service) {
-                watch.observe(*routing_version, evidence);
+            if let Some(tracker) = self.trackers.get_mut(service) {
+                tracker.observe(*routing_version, evidence);
             }
             self.judge(service);
         }
@@ -129,21 +129,21 @@ impl Core {
     pub(super) fn on_snapshot(&mut self, from: &NodeId, incarnation: Incarnation, snapshot: HealthSnapshot) {
         let counts = self.counts(from, incarnation);
         let Some(gate) = self.gates.get_mut(&snapshot.service).filter(|_| counts) else { return };
-        if let Some(watch) = self.watches.get_mut(&snapshot.service) {
-            watch.hear(&self.settings.node, from, &snapshot, self.now.mono);
+        if let Some(tracker) = self.trackers.get_mut(&snapshot.service) {
+            tracker.hear(&self.settings.node, from, &snapshot, self.now.mono);
         }
         let routing_version = gate.routing_version;
         if snapshot.asks.as_ref().is_some_and(|asks| asks.whom.as_ref() == Some(&self.settings.node)) {
-            self.hand_over(from, &snapshot.service, snapshot.since_version);
+            self.hand_over(from, &snapshot.service, snapshot.rollout_generation);
         }
         if snapshot.routing_version != routing_version {
             return;
         }
         let service = snapshot.service.clone();
         let gate = self.gates.get_mut(&service).expect("a gate just read");
-        let brake = snapshot.brake.map(bounded);
-        let snapshot = HealthSnapshot { brake, handover: None, ..snapshot };
-        let is_braked = snapshot.brake.is_some();
+        let local_hold = snapshot.local_hold.map(bounded);
+        let snapshot = HealthSnapshot { local_hold, transfer: None, ..snapshot };
+        let is_braked = snapshot.local_hold.is_some();
         gate.snapshots.insert(from.clone(), (self.now.mono, snapshot));
         self.judge(&service);
         if is_braked {
@@ -151,9 +151,9 @@ impl Core {
         }
     }
 
-    pub(super) fn on_breaker(&mut self, service: &ServiceId, routing_version: u64, reason: String) {
+    pub(super) fn on_circuit_breaker(&mut self, service: &ServiceId, routing_version: u64, reason: String) {
         if self.gates.get(service).is_some_and(|gate| gate.routing_version == routing_version) {
-            self.brake(service, bounded(reason));
+            self.local_hold(service, bounded(reason));
         }
     }
 
@@ -181,35 +181,35 @@ impl Core {
 
     /// Returns what this node tells of a service.
     pub(super) fn snapshot(&self, id: &ServiceId) -> HealthSnapshot {
-        let (gate, agreed) = (&self.gates[id], &self.ledger.services[id]);
-        let serving = self.serving(agreed, gate);
+        let (gate, service_state) = (&self.gates[id], &self.ledger.services[id]);
+        let serving = self.serving(service_state, gate);
         let evidence = gate.local().clone();
-        let lease_ms_left = self.lease.ms_left(self.now.mono, agreed.service.rollout.spec.lease_ms);
+        let lease_ms_left = self.lease.ms_left(self.now.mono, service_state.service.rollout.spec.lease_ms);
         let leased = serving.lease_ms.is_none() || lease_ms_left > 0;
-        let (since_version, sightings, asks) = self.watches.get(id).map(Watch::told).unwrap_or_default();
+        let (rollout_generation, tick_samples, asks) = self.trackers.get(id).map(RunTracker::told).unwrap_or_default();
         HealthSnapshot {
             service: id.clone(),
             routing_version: gate.routing_version,
             evidence,
-            brake: gate.brake.clone(),
+            local_hold: gate.local_hold.clone(),
             lease_ms_left,
             effective_bp: serving.canary.map_or(0, |(_, bp)| if leased { bp } else { 0 }),
-            since_version,
-            sightings,
+            rollout_generation,
+            tick_samples,
             asks,
-            handover: None,
+            transfer: None,
         }
     }
 
     /// Judges the evidence anew; evidence of harm stops this node's canary traffic at once.
     pub(super) fn judge(&mut self, id: &ServiceId) {
-        let (gate, agreed) = (&self.gates[id], &self.ledger.services[id]);
-        let rollout = &agreed.service.rollout;
+        let (gate, service_state) = (&self.gates[id], &self.ledger.services[id]);
+        let rollout = &service_state.service.rollout;
         if !rollout.phase.is_active() {
             return;
         }
         let evidence = self.cluster_evidence(gate);
-        let verdict = self.verdict(gate, agreed, &evidence);
+        let verdict = self.verdict(gate, service_state, &evidence);
         let word = gate.verdict.as_ref().map(Verdict::word);
         let (news, samples) = (word != Some(verdict.word()), evidence.canary.count);
         let routing_version = gate.routing_version;
@@ -224,21 +224,21 @@ impl Core {
         }
         self.gates.get_mut(id).expect("a gate just read").verdict = Some(verdict);
         if let Some(why) = harm {
-            self.brake(id, why);
+            self.local_hold(id, why);
         }
     }
 
     /// The worst of: the limits on what the cluster saw, the limits on what this node saw where that is a veto, the
     /// comparison with stable, and what other systems measured.
-    fn verdict(&self, gate: &Gate, agreed: &Agreed, cluster: &Evidence) -> Verdict {
-        let analysis = &agreed.service.rollout.spec.analysis;
+    fn verdict(&self, gate: &Gate, service_state: &ServiceState, cluster: &Evidence) -> Verdict {
+        let analysis = &service_state.service.rollout.spec.analysis;
         let alone = match analysis.judge_alone(gate.local()) {
             veto @ (Verdict::Rollback(_) | Verdict::Pause(_)) => veto,
             Verdict::Promote | Verdict::Hold(_) => Verdict::Promote,
         };
-        let compared = match self.compared(agreed) {
+        let compared = match self.compared(service_state) {
             // At 100 % there is no stable traffic left to compare with: the limits alone watch the canary.
-            Verdict::Hold(_) if agreed.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
+            Verdict::Hold(_) if service_state.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
             verdict => verdict,
         };
         let seen = analysis.judge(cluster).or_worse(alone).or_worse(compared);
@@ -246,49 +246,49 @@ impl Core {
     }
 
     /// Stops this node's canary traffic at once, and tells everybody.
-    pub(super) fn brake(&mut self, id: &ServiceId, reason: String) {
+    pub(super) fn local_hold(&mut self, id: &ServiceId, reason: String) {
         let now = self.now.mono;
-        let agreed = &self.ledger.services[id];
-        let exposed = agreed.service.routing.canary_model_id.is_some();
+        let service_state = &self.ledger.services[id];
+        let exposed = service_state.service.routing.canary_model_id.is_some();
         let gate = self.gates.get_mut(id).expect("every service has a gate");
-        if !exposed || gate.brake.is_some() {
+        if !exposed || gate.local_hold.is_some() {
             return;
         }
-        gate.brake = Some(reason.clone());
-        gate.braked_at = now;
+        gate.local_hold = Some(reason.clone());
+        gate.held_at = now;
         self.outdated.services.insert(id.clone());
         self.publish();
-        self.announce(Event::Braked { service: id.clone(), reason });
+        self.announce(Event::LocalHold { service: id.clone(), reason });
         self.send_snapshot(id);
         self.tick_autopilot(std::slice::from_ref(id));
     }
 
     /// Returns this node's vote on an act.
-    pub(super) fn gate_vote(&self, act: &Act, age_ms: u64) -> GateVote {
-        let Act::Change(id, change) = act else { return GateVote::Yes("needs no gate".into()) };
-        if !change.raises_exposure() {
+    pub(super) fn gate_vote(&self, operation: &Operation, age_ms: u64) -> GateVote {
+        let Operation::Change(id, change) = operation else { return GateVote::Yes("needs no gate".into()) };
+        if !change.increases_exposure() {
             return GateVote::Yes("needs no gate".into());
         }
-        if let Some(why) = &self.away {
+        if let Some(why) = &self.unavailable {
             return GateVote::Abstain(why.clone());
         }
-        let Some(agreed) = self.ledger.services.get(id) else {
+        let Some(service_state) = self.ledger.services.get(id) else {
             return GateVote::Yes("no canary traffic yet".into());
         };
-        if agreed.raise.as_ref().is_some_and(|raise| raise.unarmed) {
+        if service_state.increase.as_ref().is_some_and(|increase| increase.in_doubt) {
             return GateVote::No("the last raise was decided in doubt and must be reverted first".into());
         }
         let Change::Promote { full, .. } = change else { return GateVote::Yes("no canary traffic yet".into()) };
         let gate = &self.gates[id];
-        if let Some(why) = &gate.brake {
+        if let Some(why) = &gate.local_hold {
             return GateVote::No(format!("brake: {why}"));
         }
-        if agreed.service.routing.canary_weight() == Weight::ZERO {
+        if service_state.service.routing.canary_weight() == Weight::ZERO {
             return GateVote::Yes("no canary traffic yet".into());
         }
         let evidence = self.evidence_within(gate, age_ms);
         let seen = describe(&evidence);
-        match self.verdict(gate, agreed, &evidence) {
+        match self.verdict(gate, service_state, &evidence) {
             Verdict::Promote => GateVote::Yes(seen),
             Verdict::Hold(why) if *full => GateVote::Yes(format!("{why}; the operator skipped the wait")),
             Verdict::Hold(why) => GateVote::Abstain(why),
@@ -298,35 +298,36 @@ impl Core {
 
     /// Begins evidence anew where a decided record changed the weights.
     pub(super) fn renew_gate(&mut self, chosen: &Chosen) {
-        let act = &chosen.record.intent.act;
-        let Some(id) = act.service().filter(|_| !act.is_verdict()) else { return };
+        let operation = &chosen.record.intent.operation;
+        let Some(id) = operation.service().filter(|_| !operation.is_verdict()) else { return };
         self.renew_watch(id, false);
-        let Some(agreed) = self.ledger.services.get(id) else { return };
+        let Some(service_state) = self.ledger.services.get(id) else { return };
         let now = self.now.mono;
-        let version = agreed.service.routing.version;
-        let late = self.now.wall.0.saturating_sub(agreed.service.routing.timestamp.0);
-        let gate = self.gates.entry(id.clone()).or_insert_with(|| Gate::new(agreed, now));
+        let version = service_state.service.routing.version;
+        let late = self.now.wall.0.saturating_sub(service_state.service.routing.timestamp.0);
+        let gate = self.gates.entry(id.clone()).or_insert_with(|| Gate::new(service_state, now));
         if gate.routing_version != version || gate.stage_since == Mono::default() {
             let (failures, retry_at) = (gate.failures, gate.retry_at);
-            let was_braked = gate.brake.take().map(|why| (why, gate.braked_at));
+            let was_held = gate.local_hold.take().map(|why| (why, gate.held_at));
             // A record caught up with late began its stage when it was made, as far as wall clocks agree.
-            *gate = Gate::new(agreed, now.before_ms(late.min(LATE_MS_MAX)));
-            if chosen.record.intent.act.raises_exposure() {
+            *gate = Gate::new(service_state, now.before_ms(late.min(LATE_MS_MAX)));
+            if chosen.record.intent.operation.increases_exposure() {
                 gate.progress_since = now;
             } else {
                 (gate.failures, gate.retry_at) = (failures, retry_at);
             }
-            let started = matches!(chosen.record.intent.act, Act::Change(_, Change::Start(_)));
-            if let (Some((why, at)), false) = (was_braked, started || agreed.service.routing.canary_model_id.is_none())
+            let started = matches!(chosen.record.intent.operation, Operation::Change(_, Change::Start(_)));
+            if let (Some((why, at)), false) =
+                (was_held, started || service_state.service.routing.canary_model_id.is_none())
             {
-                gate.brake = Some(why);
-                gate.braked_at = at;
+                gate.local_hold = Some(why);
+                gate.held_at = at;
             }
         }
-        if matches!(chosen.record.intent.act, Act::Change(_, Change::Resume)) {
+        if matches!(chosen.record.intent.operation, Operation::Change(_, Change::Resume)) {
             gate.progress_since = now;
         }
-        if matches!(chosen.record.intent.act, Act::Abort { .. }) {
+        if matches!(chosen.record.intent.operation, Operation::Abort { .. }) {
             gate.failures = gate.failures.saturating_add(1);
             let wait = (RETRY_MS << gate.failures.min(5)).min(RETRY_MS_MAX);
             gate.retry_at = now.after_ms(wait);

@@ -10,7 +10,7 @@ use crate::domain::time::Mono;
 
 use super::core::Core;
 use super::ledger::Ledger;
-use super::message::{Acknowledgement, Heartbeat, Message, Role};
+use super::message::{Acknowledgement, Heartbeat, Membership, Message};
 use super::record::Slot;
 use super::{Event, Outcome, Output, RequestId};
 
@@ -93,8 +93,8 @@ impl Core {
 
     /// The shortest lease in use; 2 s where no rollout names one.
     fn lease_shown_ms(&self) -> u64 {
-        let services = self.ledger.services.values().filter(|agreed| agreed.service.needs_lease());
-        services.map(|agreed| agreed.service.rollout.spec.lease_ms).min().unwrap_or(2_000)
+        let services = self.ledger.services.values().filter(|service_state| service_state.service.needs_lease());
+        services.map(|service_state| service_state.service.rollout.spec.lease_ms).min().unwrap_or(2_000)
     }
 
     /// Sends every peer a heartbeat that asks for an answer.
@@ -108,7 +108,7 @@ impl Core {
         let heartbeat = self.heartbeat(Some(nonce), None);
         self.broadcast(&Message::Heartbeat(heartbeat));
         let (own, granted) = (self.settings.node.clone(), self.grants_lease(self.ledger.head));
-        if self.role() == Role::Voter {
+        if self.membership() == Membership::Voter {
             self.on_acknowledged(&own, Acknowledgement { nonce, granted });
         }
         nonce
@@ -120,28 +120,28 @@ impl Core {
             acknowledges,
             head: self.ledger.head,
             head_hash: self.ledger.head_hash,
-            unarmed: self.ledger.unarmed().map(|(_, raise)| raise.slot),
-            open: self.register.accepted.as_ref().map(|accepted| accepted.ballot.clone()),
-            role: self.role(),
+            in_doubt: self.ledger.in_doubt().map(|(_, increase)| increase.slot),
+            open: self.acceptor.accepted.as_ref().map(|accepted| accepted.ballot.clone()),
+            membership: self.membership(),
         }
     }
 
     /// Returns true when a node at `head` knows every lowering that this one knows or has accepted.
     fn grants_lease(&self, head: Slot) -> bool {
-        let accepted = Ledger::lowering_in(self.register.accepted.as_ref()).unwrap_or(Slot(0));
-        self.ledger.last_lowering.max(accepted) <= head
+        let accepted = Ledger::decrease_in(self.acceptor.accepted.as_ref()).unwrap_or(Slot(0));
+        self.ledger.last_decrease.max(accepted) <= head
     }
 
     pub(super) fn on_heartbeat(&mut self, from: &NodeId, incarnation: Incarnation, heartbeat: Heartbeat) {
         let counts = self.counts(from, incarnation);
         if let Some(nonce) = heartbeat.nonce {
-            let granted = counts && self.role() == Role::Voter && self.grants_lease(heartbeat.head);
+            let granted = counts && self.membership() == Membership::Voter && self.grants_lease(heartbeat.head);
             let answer = self.heartbeat(None, Some(Acknowledgement { nonce, granted }));
             self.send(from, Message::Heartbeat(answer));
         }
         self.note_heartbeat(from, &heartbeat);
         if counts
-            && heartbeat.role == Role::Voter
+            && heartbeat.membership == Membership::Voter
             && let Some(acknowledgement) = heartbeat.acknowledges
         {
             self.note_read(from, &heartbeat, acknowledgement.nonce);
@@ -155,8 +155,8 @@ impl Core {
     fn note_heartbeat(&mut self, from: &NodeId, heartbeat: &Heartbeat) {
         let (now, head) = (self.now.mono, self.ledger.head);
         let Some(peer) = self.peers.get_mut(from) else { return };
-        let news = peer.role != Some(heartbeat.role) || peer.head != Some(heartbeat.head);
-        peer.role = Some(heartbeat.role);
+        let news = peer.membership != Some(heartbeat.membership) || peer.head != Some(heartbeat.head);
+        peer.membership = Some(heartbeat.membership);
         peer.head = Some(heartbeat.head);
         peer.open = match (&heartbeat.open, peer.open.take()) {
             (Some(ballot), Some((known, slot, since))) if *ballot == known && heartbeat.head.next() == slot => {
@@ -166,20 +166,20 @@ impl Core {
             _ => None,
         };
         self.outdated.cluster |= news;
-        if let Some(slot) = heartbeat.unarmed.filter(|slot| *slot <= head) {
-            self.outdated.all |= self.ledger.disarm(slot);
+        if let Some(slot) = heartbeat.in_doubt.filter(|slot| *slot <= head) {
+            self.outdated.all |= self.ledger.mark_in_doubt(slot);
         }
     }
 
     fn on_acknowledged(&mut self, from: &NodeId, acknowledgement: Acknowledgement) {
-        let quorum = self.ledger.membership.quorum();
+        let quorum = self.ledger.members.quorum();
         let Some(beat) = self.lease.beats.get_mut(&acknowledgement.nonce) else { return };
         beat.answered.insert(from.clone());
         if acknowledgement.granted {
             beat.granted.insert(from.clone());
         }
         let sent = beat.sent;
-        if beat.granted.len() >= quorum && self.lease.from < Some(sent) && self.role() == Role::Voter {
+        if beat.granted.len() >= quorum && self.lease.from < Some(sent) && self.membership() == Membership::Voter {
             self.lease.from = Some(sent);
             self.out.push(Output::Lease(Some(sent)));
         }
@@ -198,7 +198,7 @@ impl Core {
             return;
         }
         let now = self.now.mono;
-        let lowest = self.ledger.membership.0.keys().map(|node| match *node == self.settings.node {
+        let lowest = self.ledger.members.0.keys().map(|node| match *node == self.settings.node {
             true => Some(self.ledger.head),
             false => self.peers.get(node).and_then(|peer| peer.head),
         });
@@ -222,11 +222,11 @@ impl Core {
     // Linearizable reads.
 
     pub(super) fn on_read(&mut self, request: RequestId) {
-        if self.role() == Role::Learner {
+        if self.membership() == Membership::Learner {
             self.out.push(Output::Reply(request, Outcome::Refused("this node has no vote".into())));
             return;
         }
-        let own_open = self.register.accepted.is_some();
+        let own_open = self.acceptor.accepted.is_some();
         let through = if own_open { self.ledger.head.next() } else { self.ledger.head };
         let nonce = self.beat();
         let answered = BTreeSet::from([self.settings.node.clone()]);
@@ -245,7 +245,7 @@ impl Core {
     }
 
     pub(super) fn tick_reads(&mut self) {
-        let (now, head, needed) = (self.now.mono, self.ledger.head, self.ledger.membership.quorum());
+        let (now, head, needed) = (self.now.mono, self.ledger.head, self.ledger.members.quorum());
         let mut answers = Vec::new();
         self.lease.reads.retain(|request, read| {
             let outcome = if read.answered.len() >= needed && head >= read.through {

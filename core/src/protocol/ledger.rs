@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
-use crate::domain::rollout::{Change, ChangeError, Mark, Service};
+use crate::domain::rollout::{Change, ChangeError, Service, Stamp};
 use crate::domain::time::Wall;
 
-use super::record::{Accepted, Act, Chosen, ConfigChange, Hash, Intent, Member, Membership, Record, Slot};
+use super::record::{Accepted, Chosen, ConfigChange, Hash, Intent, Member, Members, Operation, Record, Slot};
 
 /// Transactions whose outcome is remembered: those of this many last slots. A key that comes back later than that is
 /// a new transaction.
@@ -27,7 +27,7 @@ pub struct Settled {
 
 /// One service, as agreed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Agreed {
+pub struct ServiceState {
     /// Its state.
     pub service: Service,
     /// The last record that concerned it.
@@ -35,20 +35,20 @@ pub struct Agreed {
     /// That record's hash.
     pub hash: Hash,
     /// The last rise in exposure, while nothing has lowered it since.
-    pub raise: Option<Raise>,
+    pub increase: Option<Increase>,
     /// The windows of its rollout are decided up to here, in milliseconds since its start.
-    pub judged_ms: u64,
+    pub decided_ms: u64,
 }
 
 /// A rise in exposure that could still be undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Raise {
+pub struct Increase {
     /// Its slot.
     pub slot: Slot,
     /// The service before it.
     pub before: Service,
     /// True when it was decided in doubt: nobody serves by it.
-    pub unarmed: bool,
+    pub in_doubt: bool,
 }
 
 /// Why a record can't be the next one.
@@ -91,7 +91,7 @@ pub enum RecordError {
     },
     /// There is nothing to revert.
     #[error("slot {0} is not the last raise of its service, expected one that can be reverted")]
-    NoRaise(Slot),
+    NoIncrease(Slot),
     /// The membership change can't be made.
     #[error("node {0} {1}")]
     Member(NodeId, &'static str),
@@ -116,25 +116,25 @@ pub struct Ledger {
     /// Its hash.
     pub head_hash: Hash,
     /// Who decides.
-    pub membership: Membership,
+    pub members: Members,
     /// Incarnations that another one replaced. What such a disk promised since is on another disk, or nowhere: its votes
     /// never count again.
     retired: BTreeSet<(NodeId, Incarnation)>,
     /// The services.
-    pub services: BTreeMap<ServiceId, Agreed>,
+    pub services: BTreeMap<ServiceId, ServiceState>,
     /// The outcomes of the last [`SETTLED_MAX`] transactions.
     pub settled: BTreeMap<TxId, Settled>,
     /// The same transactions, oldest first.
     order: VecDeque<TxId>,
     /// The last record that lowered some exposure; slot 0 when none did.
-    pub last_lowering: Slot,
+    pub last_decrease: Slot,
 }
 
 /// What an act leads to.
 enum Effect {
     Nothing,
     Service(Box<Service>),
-    Membership(Membership),
+    Members(Members),
     /// Windows decided up to here.
     Judged(u64),
 }
@@ -142,7 +142,7 @@ enum Effect {
 impl Ledger {
     /// Returns the sum of a log that holds only its genesis; none when `genesis` isn't one.
     pub fn new(genesis: &Chosen) -> Option<Self> {
-        let Record { slot: Slot(0), intent: Intent { act: Act::Genesis { cluster, members }, .. }, .. } =
+        let Record { slot: Slot(0), intent: Intent { operation: Operation::Genesis { cluster, members }, .. }, .. } =
             &genesis.record
         else {
             return None;
@@ -151,12 +151,12 @@ impl Ledger {
             cluster: *cluster,
             head: Slot(0),
             head_hash: genesis.record.hash(),
-            membership: members.clone(),
+            members: members.clone(),
             retired: BTreeSet::new(),
             services: BTreeMap::new(),
             settled: BTreeMap::new(),
             order: VecDeque::new(),
-            last_lowering: Slot(0),
+            last_decrease: Slot(0),
         })
     }
 
@@ -168,8 +168,10 @@ impl Ledger {
     ) -> Result<Record, RecordError> {
         let state = match self.effect(&intent)? {
             Effect::Service(service) => Some(service.routing),
-            Effect::Judged(_) => intent.act.service().and_then(|id| self.service(id)).map(|now| now.routing.clone()),
-            Effect::Nothing | Effect::Membership(_) => None,
+            Effect::Judged(_) => {
+                intent.operation.service().and_then(|id| self.service(id)).map(|now| now.routing.clone())
+            }
+            Effect::Nothing | Effect::Members(_) => None,
         };
         Ok(Record { slot: self.head.next(), prev_hash: self.head_hash, intent, state, certificate })
     }
@@ -187,10 +189,10 @@ impl Ledger {
         if let Some(settled) = self.settled.get(&record.intent.tx) {
             return Err(RecordError::Settled { tx: record.intent.tx.clone(), slot: settled.slot });
         }
-        if record.intent.act.raises_exposure() {
+        if record.intent.operation.increases_exposure() {
             let yes = record.certificate.as_ref().map(|c| &c.yes);
             let missing: Vec<_> = self
-                .membership
+                .members
                 .gate_voters()
                 .filter(|node| !yes.is_some_and(|yes| yes.contains_key(*node)))
                 .map(NodeId::as_str)
@@ -211,34 +213,37 @@ impl Ledger {
         let record = &chosen.record;
         self.check(record)?;
         let hash = record.hash();
-        let act = &record.intent.act;
-        match (self.effect(&record.intent)?, act.service()) {
+        let operation = &record.intent.operation;
+        match (self.effect(&record.intent)?, operation.service()) {
             (Effect::Service(service), Some(id)) => {
-                let raise = self.raise_after(chosen, &service);
-                let since = service.rollout.since_version;
-                let before = self.services.get(id).filter(|agreed| agreed.service.rollout.since_version == since);
-                let judged_ms = before.map_or(0, |agreed| agreed.judged_ms);
-                let agreed = Agreed { service: *service, slot: record.slot, hash, raise, judged_ms };
-                self.services.insert(id.clone(), agreed);
+                let increase = self.increase_after(chosen, &service);
+                let since = service.rollout.rollout_generation;
+                let before = self
+                    .services
+                    .get(id)
+                    .filter(|service_state| service_state.service.rollout.rollout_generation == since);
+                let decided_ms = before.map_or(0, |service_state| service_state.decided_ms);
+                let service_state = ServiceState { service: *service, slot: record.slot, hash, increase, decided_ms };
+                self.services.insert(id.clone(), service_state);
             }
             (Effect::Judged(until), Some(id)) => {
-                self.services.get_mut(id).expect("a service whose window was just checked").judged_ms = until;
+                self.services.get_mut(id).expect("a service whose window was just checked").decided_ms = until;
             }
-            (Effect::Membership(membership), _) => {
-                for (node, member) in std::mem::replace(&mut self.membership, membership).0 {
-                    if !self.membership.counts(&node, member.incarnation) {
+            (Effect::Members(members), _) => {
+                for (node, member) in std::mem::replace(&mut self.members, members).0 {
+                    if !self.members.counts(&node, member.incarnation) {
                         self.retired.insert((node, member.incarnation));
                     }
                 }
             }
             (Effect::Nothing, _) | (Effect::Service(_) | Effect::Judged(_), None) => {}
         }
-        let refused = match act {
-            Act::Abort { reasons, .. } => Some(reasons.clone()),
+        let refused = match operation {
+            Operation::Abort { reasons, .. } => Some(reasons.clone()),
             _ => None,
         };
         // A window can't be decided again in any case: it needs no room among the outcomes that clients may ask for.
-        if !act.is_verdict() {
+        if !operation.is_verdict() {
             let settled = Settled { slot: record.slot, digest: record.intent.digest, refused };
             self.settled.insert(record.intent.tx.clone(), settled);
             self.order.push_back(record.intent.tx.clone());
@@ -248,8 +253,8 @@ impl Ledger {
         {
             self.settled.remove(&oldest);
         }
-        if act.lowers_exposure() {
-            self.last_lowering = record.slot;
+        if operation.decreases_exposure() {
+            self.last_decrease = record.slot;
         }
         self.head = record.slot;
         self.head_hash = hash;
@@ -258,111 +263,126 @@ impl Ledger {
 
     /// Returns what another cluster begins with that takes over from this log, which lost its majority: the same services,
     /// all of their traffic on stable, other members and another id.
-    pub fn refounded(mut self, cluster: ClusterId, members: Membership, at: Wall) -> Result<Self, RecordError> {
-        let active = self.services.iter().filter(|(_, agreed)| agreed.service.routing.canary_model_id.is_some());
+    pub fn refounded(mut self, cluster: ClusterId, members: Members, at: Wall) -> Result<Self, RecordError> {
+        let active =
+            self.services.iter().filter(|(_, service_state)| service_state.service.routing.canary_model_id.is_some());
         for (number, id) in active.map(|(id, _)| id.clone()).collect::<Vec<_>>().into_iter().enumerate() {
             let reason = "the cluster was founded anew from one node".to_string();
             let tx = TxId::new(format!("refound-{cluster}-{number}")).expect("made of id characters");
-            let intent = Intent { tx, digest: 0, at, act: Act::Change(id, Change::Rollback { reason }) };
+            let intent = Intent { tx, digest: 0, at, operation: Operation::Change(id, Change::Rollback { reason }) };
             let record = self.next_record(intent, None)?;
             self.apply(&Chosen { ballot: None, record })?;
         }
         self.cluster = cluster;
-        self.membership = members;
+        self.members = members;
         self.retired.clear();
         Ok(self)
     }
 
     /// Notes that the raise at `slot`, if it is still some service's last, was completed by a later ballot.
     /// Returns true when that is news.
-    pub fn disarm(&mut self, slot: Slot) -> bool {
-        let raises = self.services.values_mut().filter_map(|agreed| agreed.raise.as_mut());
-        raises.filter(|raise| raise.slot == slot && !raise.unarmed).map(|raise| raise.unarmed = true).count() > 0
+    pub fn mark_in_doubt(&mut self, slot: Slot) -> bool {
+        let increases = self.services.values_mut().filter_map(|service_state| service_state.increase.as_mut());
+        increases
+            .filter(|increase| increase.slot == slot && !increase.in_doubt)
+            .map(|increase| increase.in_doubt = true)
+            .count()
+            > 0
     }
 
     /// Returns the first raise that was decided in doubt and not undone.
-    pub fn unarmed(&self) -> Option<(&ServiceId, &Raise)> {
-        self.services.iter().find_map(|(id, agreed)| Some((id, agreed.raise.as_ref().filter(|raise| raise.unarmed)?)))
+    pub fn in_doubt(&self) -> Option<(&ServiceId, &Increase)> {
+        self.services.iter().find_map(|(id, service_state)| {
+            Some((id, service_state.increase.as_ref().filter(|increase| increase.in_doubt)?))
+        })
     }
 
     /// Returns true when accepting this record means that some node must serve less.
-    pub fn lowering_in(accepted: Option<&Accepted>) -> Option<Slot> {
-        accepted.filter(|a| a.record.intent.act.lowers_exposure()).map(|a| a.record.slot)
+    pub fn decrease_in(accepted: Option<&Accepted>) -> Option<Slot> {
+        accepted.filter(|a| a.record.intent.operation.decreases_exposure()).map(|a| a.record.slot)
     }
 
     fn effect(&self, intent: &Intent) -> Result<Effect, RecordError> {
-        let mark = Mark { tx: intent.tx.clone(), at: intent.at };
+        let stamp = Stamp { tx: intent.tx.clone(), at: intent.at };
         let service = |service| Ok(Effect::Service(Box::new(service)));
-        match &intent.act {
-            Act::Genesis { .. } => Err(RecordError::Genesis(self.head.next())),
-            Act::Change(id, change) => {
+        match &intent.operation {
+            Operation::Genesis { .. } => Err(RecordError::Genesis(self.head.next())),
+            Operation::Change(id, change) => {
                 if matches!(change, Change::Start(spec) if &spec.service != id) {
                     return Err(RecordError::State);
                 }
-                service(Service::after(self.service(id), id, change, &mark)?)
+                service(Service::after(self.service(id), id, change, &stamp)?)
             }
-            Act::Revert { service: id, raised, reason } => {
-                let agreed = self.services.get(id).ok_or(RecordError::NoRaise(*raised))?;
-                match &agreed.raise {
-                    Some(raise) if raise.slot == *raised => {
-                        service(raise.before.restored(agreed.service.routing.version, reason, &mark))
+            Operation::Revert { service: id, increased, reason } => {
+                let service_state = self.services.get(id).ok_or(RecordError::NoIncrease(*increased))?;
+                match &service_state.increase {
+                    Some(increase) if increase.slot == *increased => {
+                        service(increase.before.restored(service_state.service.routing.version, reason, &stamp))
                     }
-                    _ => Err(RecordError::NoRaise(*raised)),
+                    _ => Err(RecordError::NoIncrease(*increased)),
                 }
             }
-            Act::Abort { service: id, .. } => match id.as_ref().and_then(|id| self.service(id)) {
-                Some(current) => service(current.after_abort(&mark)),
+            Operation::Abort { service: id, .. } => match id.as_ref().and_then(|id| self.service(id)) {
+                Some(current) => service(current.after_abort(&stamp)),
                 None => Ok(Effect::Nothing),
             },
-            Act::Config(change) => Ok(Effect::Membership(self.membership_after(change)?)),
-            Act::Judge { service: id, since_version, judgement } => {
-                let agreed = self.services.get(id).filter(|agreed| agreed.service.rollout.phase.is_active());
-                let length = agreed.map_or(1, |agreed| agreed.service.rollout.spec.analysis.window_ms);
-                let follows = |agreed: &Agreed| {
-                    agreed.service.rollout.since_version == *since_version
-                        && agreed.judged_ms == judgement.from_ms
-                        && judgement.to_ms > judgement.from_ms
-                        && judgement.to_ms % length == 0
+            Operation::Config(change) => Ok(Effect::Members(self.members_after(change)?)),
+            Operation::Judge { service: id, rollout_generation, window_verdict } => {
+                let service_state =
+                    self.services.get(id).filter(|service_state| service_state.service.rollout.phase.is_active());
+                let length =
+                    service_state.map_or(1, |service_state| service_state.service.rollout.spec.analysis.window_ms);
+                let follows = |service_state: &ServiceState| {
+                    service_state.service.rollout.rollout_generation == *rollout_generation
+                        && service_state.decided_ms == window_verdict.from_ms
+                        && window_verdict.to_ms > window_verdict.from_ms
+                        && window_verdict.to_ms % length == 0
                 };
-                if agreed.is_some_and(follows) {
-                    return Ok(Effect::Judged(judgement.to_ms));
+                if service_state.is_some_and(follows) {
+                    return Ok(Effect::Judged(window_verdict.to_ms));
                 }
-                let expected = agreed.map_or("none".into(), |agreed| agreed.judged_ms.to_string());
-                Err(RecordError::Window { expected, found: (judgement.from_ms, judgement.to_ms, *since_version) })
+                let expected =
+                    service_state.map_or("none".into(), |service_state| service_state.decided_ms.to_string());
+                Err(RecordError::Window {
+                    expected,
+                    found: (window_verdict.from_ms, window_verdict.to_ms, *rollout_generation),
+                })
             }
         }
     }
 
     fn service(&self, id: &ServiceId) -> Option<&Service> {
-        self.services.get(id).map(|agreed| &agreed.service)
+        self.services.get(id).map(|service_state| &service_state.service)
     }
 
-    fn raise_after(&self, chosen: &Chosen, after: &Service) -> Option<Raise> {
-        let act = &chosen.record.intent.act;
-        let current = act.service().and_then(|id| self.services.get(id));
-        if act.raises_exposure() {
-            let mark = Mark { tx: chosen.record.intent.tx.clone(), at: chosen.record.intent.at };
-            let before = match (current, act) {
+    fn increase_after(&self, chosen: &Chosen, after: &Service) -> Option<Increase> {
+        let operation = &chosen.record.intent.operation;
+        let current = operation.service().and_then(|id| self.services.get(id));
+        if operation.increases_exposure() {
+            let stamp = Stamp { tx: chosen.record.intent.tx.clone(), at: chosen.record.intent.at };
+            let before = match (current, operation) {
                 // A retried or new rollout of a known service falls back to the service as it was, with the new
                 // rollout on record, so that `retry` starts that one.
-                (Some(current), Act::Change(_, Change::Start(spec))) => {
-                    let mut before = Service::before_start(spec, &mark);
+                (Some(current), Operation::Change(_, Change::Start(spec))) => {
+                    let mut before = Service::before_start(spec, &stamp);
                     before.routing.version = current.service.routing.version;
                     before
                 }
                 (Some(current), _) => current.service.clone(),
-                (None, _) => Service::before_start(&after.rollout.spec, &mark),
+                (None, _) => Service::before_start(&after.rollout.spec, &stamp),
             };
-            return Some(Raise { slot: chosen.record.slot, before, unarmed: chosen.is_unarmed() });
+            return Some(Increase { slot: chosen.record.slot, before, in_doubt: chosen.is_in_doubt() });
         }
-        match act {
-            Act::Abort { .. } | Act::Change(_, Change::Pause { .. } | Change::Resume) => current?.raise.clone(),
+        match operation {
+            Operation::Abort { .. } | Operation::Change(_, Change::Pause { .. } | Change::Resume) => {
+                current?.increase.clone()
+            }
             _ => None,
         }
     }
 
-    fn membership_after(&self, change: &ConfigChange) -> Result<Membership, RecordError> {
-        let mut members = self.membership.clone();
+    fn members_after(&self, change: &ConfigChange) -> Result<Members, RecordError> {
+        let mut members = self.members.clone();
         let node = change.node();
         let error = |why| Err(RecordError::Member(node.clone(), why));
         let retired = |incarnation: &Incarnation| self.retired.contains(&(node.clone(), *incarnation));
@@ -372,15 +392,15 @@ impl Ledger {
             (ConfigChange::Add(_, incarnation) | ConfigChange::Readmit(_, incarnation), _) if retired(incarnation) => {
                 return error("had that incarnation before: an old disk never counts again");
             }
-            (ConfigChange::Add(_, incarnation), None) => Some(Member { incarnation: *incarnation, benched: false }),
+            (ConfigChange::Add(_, incarnation), None) => Some(Member { incarnation: *incarnation, cordoned: false }),
             (_, None) => return error("is not a member, expected one of the cluster's"),
-            (ConfigChange::Bench(_), Some(member)) if member.benched => return error("is benched already"),
-            (ConfigChange::Unbench(_), Some(member)) if !member.benched => return error("is not benched"),
+            (ConfigChange::Cordon(_), Some(member)) if member.cordoned => return error("is benched already"),
+            (ConfigChange::Uncordon(_), Some(member)) if !member.cordoned => return error("is not benched"),
             (ConfigChange::Readmit(_, incarnation), Some(member)) if member.incarnation == *incarnation => {
                 return error("has that incarnation already");
             }
-            (ConfigChange::Bench(_), Some(member)) => Some(Member { benched: true, ..member }),
-            (ConfigChange::Unbench(_), Some(member)) => Some(Member { benched: false, ..member }),
+            (ConfigChange::Cordon(_), Some(member)) => Some(Member { cordoned: true, ..member }),
+            (ConfigChange::Uncordon(_), Some(member)) => Some(Member { cordoned: false, ..member }),
             (ConfigChange::Readmit(_, incarnation), Some(member)) => {
                 Some(Member { incarnation: *incarnation, ..member })
             }

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{NodeId, ServiceId};
-use crate::domain::timeline::Sighting;
-use crate::domain::trial::{Judgement, Trial};
+use crate::domain::run::{AnalysisRun, WindowVerdict};
+use crate::domain::ticks::TickSample;
 use crate::domain::window::Evidence;
 
 use super::checkpoint::Part;
@@ -127,7 +127,7 @@ pub enum Decision {
 
 /// What a node counts as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Role {
+pub enum Membership {
     /// Its votes count.
     Voter,
     /// It follows, without a vote: its memory is gone, or it is rebuilding its log.
@@ -155,11 +155,11 @@ pub struct Heartbeat {
     /// Its hash.
     pub head_hash: Hash,
     /// A rise in exposure that the sender knows as decided in doubt and not undone.
-    pub unarmed: Option<Slot>,
+    pub in_doubt: Option<Slot>,
     /// The ballot of a record that the sender accepted in the open slot.
     pub open: Option<Ballot>,
     /// What the sender counts as, by its own word.
-    pub role: Role,
+    pub membership: Membership,
 }
 
 /// One service's recent traffic as one node saw it. Each snapshot replaces the one before.
@@ -172,19 +172,19 @@ pub struct HealthSnapshot {
     /// The sliding window.
     pub evidence: Evidence,
     /// Why the sender stopped its canary traffic by itself; none while it hasn't.
-    pub brake: Option<String>,
+    pub local_hold: Option<String>,
     /// What is left of the sender's lease.
     pub lease_ms_left: u64,
     /// The canary share the sender serves, in basis points.
     pub effective_bp: u16,
     /// The routing version that its rollout began with.
-    pub since_version: u64,
+    pub rollout_generation: u64,
     /// What the sender saw lately, by ticks since the rollout began; each is final.
-    pub sightings: Vec<(u64, Sighting)>,
+    pub tick_samples: Vec<(u64, TickSample)>,
     /// The sender came late to the rollout, and asks for its trial.
     pub asks: Option<Asks>,
     /// The sender's trial, for a receiver that asked for it.
-    pub handover: Option<Box<Handover>>,
+    pub transfer: Option<Box<RunTransfer>>,
 }
 
 /// A node that came late to a rollout asks for its trial.
@@ -198,18 +198,18 @@ pub struct Asks {
 
 /// A trial as far as one node knows it, for another that came late.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Handover {
+pub struct RunTransfer {
     /// Milliseconds since the rollout began, on the sender's clock.
     pub at_ms: u64,
     /// The trial.
-    pub trial: Trial<NodeId>,
+    pub run: AnalysisRun<NodeId>,
     /// Windows that are closed and, as far as the sender knows, not decided yet.
-    pub closed: Vec<Judgement>,
+    pub closed: Vec<WindowVerdict>,
 }
 
-impl Handover {
+impl RunTransfer {
     /// Returns true when its parts agree, as they do in every one of ours; bytes from outside may not.
     pub fn is_sound(&self) -> bool {
-        self.at_ms < 1 << 53 && self.trial.is_sound() && self.closed.iter().all(Judgement::is_finite)
+        self.at_ms < 1 << 53 && self.run.is_sound() && self.closed.iter().all(WindowVerdict::is_finite)
     }
 }

@@ -25,8 +25,8 @@ use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::{Backend, RolloutSpec};
 use crate::domain::rollout::Service;
 use crate::domain::routing::RoutingState;
+use crate::domain::run::{SequentialEvidence, WindowVerdict};
 use crate::domain::time::{Mono, Wall};
-use crate::domain::trial::{Judgement, Odds};
 use crate::domain::window::Evidence;
 
 mod autopilot;
@@ -42,13 +42,13 @@ mod participant;
 pub mod record;
 #[cfg(test)]
 mod tests;
-mod watch;
+mod tracker;
 
 pub use self::core::{Core, Retention, Settings};
 
 use checkpoint::Checkpoint;
-use message::{Message, Role};
-use record::{Chosen, ConfigChange, Hash, Register, SavedTrial, Slot};
+use message::{Membership, Message};
+use record::{AcceptorState, Chosen, ConfigChange, Hash, SavedRun, Slot};
 
 /// Durations of the protocol, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +86,7 @@ pub struct RequestId(pub u64);
 
 /// What an operator asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Op {
+pub enum OperatorRequest {
     /// Begin this rollout.
     Apply(Arc<RolloutSpec>),
     /// Go to the next stage, or (`full`) to 100 %.
@@ -137,7 +137,7 @@ pub struct Command {
     /// The transaction's id: the client's `Idempotency-Key`.
     pub tx: TxId,
     /// What is asked.
-    pub op: Op,
+    pub asked: OperatorRequest,
 }
 
 /// What one version's traffic did since the last report.
@@ -188,7 +188,7 @@ pub enum Input {
     /// Another system's metric.
     Measured(Measurement),
     /// The data plane's circuit breaker stopped a canary by itself.
-    BreakerTripped {
+    CircuitBreakerTripped {
         /// The service.
         service: ServiceId,
         /// The routing version it was routed by.
@@ -208,7 +208,7 @@ pub enum Input {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
     /// Write the register durably, and with it everything appended before.
-    Persist(Box<Register>),
+    Persist(Box<AcceptorState>),
     /// Append a chosen record to the log.
     Append(Box<Chosen>),
     /// Tell a peer.
@@ -237,7 +237,7 @@ pub enum Output {
         through: Slot,
     },
     /// Save the trial of a service in place of the one before, or none: it is over. No barrier, and no promise.
-    SaveTrial(ServiceId, Option<Box<SavedTrial>>),
+    SaveRun(ServiceId, Option<Box<SavedRun>>),
     /// Serve by this.
     Publish(Arc<View>),
     /// Canary traffic that needs a lease may go on until its lease length after this; none: stop it.
@@ -340,7 +340,7 @@ pub struct ServiceView {
     /// What the analysis says, when the canary has traffic.
     pub verdict: Option<Verdict>,
     /// The comparison's reckoning; none without one.
-    pub odds: Option<Odds>,
+    pub sequential: Option<SequentialEvidence>,
     /// What the rollout waits for, in words; empty when it waits for nothing.
     pub waiting_for: String,
     /// The last lowering: true once every voter obeys it or every lease it could outlive has ended.
@@ -356,7 +356,7 @@ pub struct MemberView {
     /// Whose votes count.
     pub incarnation: Incarnation,
     /// Out of the gate set.
-    pub benched: bool,
+    pub cordoned: bool,
     /// Heard from lately.
     pub alive: bool,
     /// Its last decided slot, by its last word.
@@ -375,7 +375,7 @@ pub struct View {
     /// This run of its disk.
     pub incarnation: Incarnation,
     /// Voter or learner; whether it holds a lease is the reader's to compare with the clock.
-    pub role: Role,
+    pub membership: Membership,
     /// Last decided slot.
     pub head: Slot,
     /// Its hash.
@@ -410,7 +410,7 @@ impl View {
             local: Evidence::default(),
             cluster: Evidence::default(),
             verdict: None,
-            odds: None,
+            sequential: None,
             waiting_for: String::new(),
             enforced: true,
         };
@@ -418,7 +418,7 @@ impl View {
             node: node.clone(),
             cluster: ClusterId([0; 16]),
             incarnation: Incarnation(0),
-            role: Role::Voter,
+            membership: Membership::Voter,
             head: Slot(0),
             head_hash: Hash::default(),
             coordinator: node,
@@ -489,12 +489,12 @@ pub enum Event {
         /// The service.
         service: ServiceId,
         /// The routing version that its rollout began with.
-        since_version: u64,
+        rollout_generation: u64,
         /// What was decided, and what that rests on.
-        judgement: Judgement,
+        window_verdict: WindowVerdict,
     },
     /// This node stopped its canary traffic by itself.
-    Braked {
+    LocalHold {
         /// The service.
         service: ServiceId,
         /// Why.

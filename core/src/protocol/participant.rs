@@ -6,13 +6,13 @@ use crate::domain::ids::{Incarnation, NodeId};
 use crate::domain::time::Mono;
 
 use super::core::Core;
-use super::message::{Answer, Decision, GateVote, Message, Prepare, Refusal, Role, Vote};
+use super::message::{Answer, Decision, GateVote, Membership, Message, Prepare, Refusal, Vote};
 use super::record::{Accepted, Ballot, Chosen, Intent, Record, Slot};
 use super::{Event, Output};
 
 /// The vote given last, to repeat it.
 #[derive(Debug, Clone)]
-pub(super) struct Cast {
+pub(super) struct LastVote {
     ballot: Ballot,
     slot: Slot,
     gate: GateVote,
@@ -71,7 +71,7 @@ impl Core {
         if slot > self.ledger.head.next() {
             return Some(Refusal::Ahead);
         }
-        if !self.counts(from, incarnation) || self.role() != Role::Voter {
+        if !self.counts(from, incarnation) || self.membership() != Membership::Voter {
             return Some(Refusal::NotVoter);
         }
         None
@@ -80,17 +80,20 @@ impl Core {
     /// Promises the ballot and returns the vote; the same one for the same ballot and slot, as long as the process
     /// lives. After a restart the gate is asked again: it knows less by then, and never says Yes on old evidence.
     fn vote(&mut self, prepare: &Prepare) -> Answer {
-        let accepted = self.register.accepted.clone().map(Box::new);
-        let cast = self.cast.as_ref().filter(|cast| cast.ballot == prepare.ballot && cast.slot == prepare.slot);
-        if let Some(cast) = cast {
-            return Answer::Gate { accepted, gate: cast.gate.clone() };
+        let accepted = self.acceptor.accepted.clone().map(Box::new);
+        let last_vote = self
+            .last_vote
+            .as_ref()
+            .filter(|last_vote| last_vote.ballot == prepare.ballot && last_vote.slot == prepare.slot);
+        if let Some(last_vote) = last_vote {
+            return Answer::Gate { accepted, gate: last_vote.gate.clone() };
         }
         let gate = match prepare.recovery {
             true => GateVote::Abstain("settling an open slot".into()),
-            false => self.gate_vote(&prepare.intent.act, prepare.evidence_age_ms_max),
+            false => self.gate_vote(&prepare.intent.operation, prepare.evidence_age_ms_max),
         };
         self.promise(&prepare.ballot);
-        self.cast = Some(Cast { ballot: prepare.ballot.clone(), slot: prepare.slot, gate: gate.clone() });
+        self.last_vote = Some(LastVote { ballot: prepare.ballot.clone(), slot: prepare.slot, gate: gate.clone() });
         self.note_prepared(prepare, &gate);
         Answer::Gate { accepted, gate }
     }
@@ -99,7 +102,7 @@ impl Core {
     pub(super) fn promise(&mut self, ballot: &Ballot) {
         assert!(self.promised().is_none_or(|promised| promised <= ballot), "I6: a promise is kept");
         if self.promised() != Some(ballot) {
-            self.register.promised = Some(ballot.clone());
+            self.acceptor.promised = Some(ballot.clone());
             self.persist();
         }
     }
@@ -163,17 +166,17 @@ impl Core {
     /// Accepts a record, durably. What lowers exposure is obeyed from here on.
     pub(super) fn accept(&mut self, ballot: Ballot, record: Record) {
         assert!(self.promised().is_none_or(|promised| *promised <= ballot), "I6: a promise is kept");
-        let accepted = self.register.accepted.as_ref();
+        let accepted = self.acceptor.accepted.as_ref();
         let same = accepted.is_some_and(|a| a.ballot == ballot && a.record.slot == record.slot);
         if same {
             return;
         }
-        let is_verdict = record.intent.act.is_verdict();
+        let is_verdict = record.intent.operation.is_verdict();
         if !is_verdict {
-            self.outdate(&record.intent.act);
+            self.outdate(&record.intent.operation);
         }
-        self.register.promised = Some(ballot.clone());
-        self.register.accepted = Some(Accepted { ballot, record });
+        self.acceptor.promised = Some(ballot.clone());
+        self.acceptor.accepted = Some(Accepted { ballot, record });
         self.accepted_at = self.now.mono;
         if !is_verdict {
             self.publish();
@@ -188,7 +191,7 @@ impl Core {
         }
         if slot == self.ledger.head {
             assert_eq!(chosen.record.hash(), self.ledger.head_hash, "I1: one record in slot {slot}");
-            if chosen.is_unarmed() && self.ledger.disarm(slot) {
+            if chosen.is_in_doubt() && self.ledger.mark_in_doubt(slot) {
                 self.outdated.all = true;
             }
             return;

@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::rollout::Change;
 use crate::domain::routing::RoutingState;
+use crate::domain::run::WindowVerdict;
 use crate::domain::time::Wall;
-use crate::domain::trial::Judgement;
 
-use super::message::Handover;
+use super::message::RunTransfer;
 
 /// Position in the log; 0 is genesis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -76,14 +76,14 @@ pub struct Member {
     /// The only incarnation whose votes count.
     pub incarnation: Incarnation,
     /// True when rollouts go on without this node's Yes; it stays an acceptor, and on stable.
-    pub benched: bool,
+    pub cordoned: bool,
 }
 
 /// Who decides: the configuration in force.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Membership(pub BTreeMap<NodeId, Member>);
+pub struct Members(pub BTreeMap<NodeId, Member>);
 
-impl Membership {
+impl Members {
     /// Returns how many voters make a majority.
     pub fn quorum(&self) -> usize {
         self.0.len() / 2 + 1
@@ -96,12 +96,12 @@ impl Membership {
 
     /// Returns the nodes whose Yes a rise in exposure needs.
     pub fn gate_voters(&self) -> impl Iterator<Item = &NodeId> {
-        self.0.iter().filter(|(_, member)| !member.benched).map(|(node, _)| node)
+        self.0.iter().filter(|(_, member)| !member.cordoned).map(|(node, _)| node)
     }
 
     /// Returns true when `node` is out of the gate set.
-    pub fn is_benched(&self, node: &NodeId) -> bool {
-        self.0.get(node).is_some_and(|member| member.benched)
+    pub fn is_cordoned(&self, node: &NodeId) -> bool {
+        self.0.get(node).is_some_and(|member| member.cordoned)
     }
 }
 
@@ -109,9 +109,9 @@ impl Membership {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConfigChange {
     /// Let rollouts go on without this node.
-    Bench(NodeId),
+    Cordon(NodeId),
     /// Need its Yes again.
-    Unbench(NodeId),
+    Uncordon(NodeId),
     /// Count this incarnation's votes from here on.
     Readmit(NodeId, Incarnation),
     /// Make this node, in this incarnation, a voter.
@@ -123,8 +123,8 @@ pub enum ConfigChange {
 impl ConfigChange {
     /// Returns the node concerned.
     pub fn node(&self) -> &NodeId {
-        let (Self::Bench(node)
-        | Self::Unbench(node)
+        let (Self::Cordon(node)
+        | Self::Uncordon(node)
         | Self::Readmit(node, _)
         | Self::Add(node, _)
         | Self::Remove(node)) = self;
@@ -134,8 +134,8 @@ impl ConfigChange {
     /// Returns the change's name.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Bench(_) => "Bench",
-            Self::Unbench(_) => "Unbench",
+            Self::Cordon(_) => "Bench",
+            Self::Uncordon(_) => "Unbench",
             Self::Readmit(..) => "Readmit",
             Self::Add(..) => "Add",
             Self::Remove(_) => "Remove",
@@ -145,22 +145,22 @@ impl ConfigChange {
 
 /// What one transaction is about.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Act {
+pub enum Operation {
     /// The first record of every log.
     Genesis {
         /// The cluster.
         cluster: ClusterId,
         /// Its first voters.
-        members: Membership,
+        members: Members,
     },
     /// A change of one service.
     Change(ServiceId, Change),
-    /// The raise at `raised` was decided in doubt: undo it.
+    /// The raise at `increased` was decided in doubt: undo it.
     Revert {
         /// The service it concerned.
         service: ServiceId,
         /// The slot of the raise.
-        raised: Slot,
+        increased: Slot,
         /// Why.
         reason: String,
     },
@@ -180,13 +180,13 @@ pub enum Act {
         /// The service.
         service: ServiceId,
         /// The routing version that the rollout began with.
-        since_version: u64,
+        rollout_generation: u64,
         /// The verdict, and what it rests on.
-        judgement: Box<Judgement>,
+        window_verdict: Box<WindowVerdict>,
     },
 }
 
-impl Act {
+impl Operation {
     /// Returns the record kind's name.
     pub fn name(&self) -> &'static str {
         match self {
@@ -220,22 +220,22 @@ impl Act {
             Self::Revert { reason, .. } | Self::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => {
                 vec![reason.clone()]
             }
-            Self::Judge { judgement, .. } => vec![judgement.verdict.reason().to_string()],
+            Self::Judge { window_verdict, .. } => vec![window_verdict.verdict.reason().to_string()],
             Self::Change(..) | Self::Genesis { .. } | Self::Config(_) => Vec::new(),
         };
         reasons.into_iter().filter(|reason| !reason.is_empty()).collect()
     }
 
     /// Returns true when it needs every gate voter's Yes.
-    pub fn raises_exposure(&self) -> bool {
-        matches!(self, Self::Change(_, change) if change.raises_exposure())
+    pub fn increases_exposure(&self) -> bool {
+        matches!(self, Self::Change(_, change) if change.increases_exposure())
     }
 
     /// Returns true when some node must serve less canary by it.
-    pub fn lowers_exposure(&self) -> bool {
+    pub fn decreases_exposure(&self) -> bool {
         match self {
-            Self::Change(_, change) => change.lowers_exposure(),
-            Self::Revert { .. } | Self::Config(ConfigChange::Bench(_) | ConfigChange::Remove(_)) => true,
+            Self::Change(_, change) => change.decreases_exposure(),
+            Self::Revert { .. } | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
             Self::Genesis { .. } | Self::Abort { .. } | Self::Config(_) | Self::Judge { .. } => false,
         }
     }
@@ -251,7 +251,7 @@ pub struct Intent {
     /// When its coordinator proposed it.
     pub at: Wall,
     /// What is to happen.
-    pub act: Act,
+    pub operation: Operation,
 }
 
 /// The health votes of one ballot: what allows a rise in exposure.
@@ -298,9 +298,9 @@ pub struct Chosen {
 impl Chosen {
     /// Returns true when a rise in exposure was completed by a later ballot than the one that voted on it: its
     /// evidence may be stale, so nobody serves by it.
-    pub fn is_unarmed(&self) -> bool {
+    pub fn is_in_doubt(&self) -> bool {
         let Some(certificate) = &self.record.certificate else { return false };
-        self.record.intent.act.raises_exposure() && self.ballot.as_ref() != Some(&certificate.ballot)
+        self.record.intent.operation.increases_exposure() && self.ballot.as_ref() != Some(&certificate.ballot)
     }
 }
 
@@ -315,7 +315,7 @@ pub struct Accepted {
 
 /// A node's promises: what it must not forget, whatever happens to its log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Register {
+pub struct AcceptorState {
     /// The cluster.
     pub cluster: ClusterId,
     /// The node.
@@ -336,11 +336,11 @@ pub struct Register {
 
 /// A trial on a node's disk, should all nodes restart at once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedTrial {
+pub struct SavedRun {
     /// The routing version that its rollout began with.
-    pub since_version: u64,
+    pub rollout_generation: u64,
     /// When it was saved.
     pub at: Wall,
     /// The trial at that time.
-    pub trial: Handover,
+    pub run: RunTransfer,
 }

@@ -11,19 +11,21 @@ use super::codec;
 use super::ledger::Ledger;
 use super::message::{Answer, Decision, GateVote, HealthSnapshot, Message, Refusal, Vote};
 use super::record::{
-    Accepted, Act, Ballot, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial, Slot,
+    Accepted, AcceptorState, Ballot, Chosen, ConfigChange, Intent, Member, Members, Operation, Record, SavedRun, Slot,
 };
-use super::{Command, Core, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Settings};
+use super::{
+    Command, Core, Event, Input, Observation, OperatorRequest, Outcome, Output, RequestId, Retention, Settings,
+};
 use crate::domain::analysis::Analysis;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
+use crate::domain::run::WindowVerdict;
 use crate::domain::time::{Mono, Now, Wall};
-use crate::domain::trial::Judgement;
 use crate::domain::window::Evidence;
 use crate::fixtures;
 
+mod run;
 mod text;
-mod trial;
 
 const CLUSTER: ClusterId = ClusterId([7; 16]);
 
@@ -40,9 +42,9 @@ fn spec() -> Arc<RolloutSpec> {
 }
 
 fn genesis() -> Chosen {
-    let member = |name| (node(name), Member { incarnation: Incarnation(1), benched: false });
-    let act = Act::Genesis { cluster: CLUSTER, members: Membership(["a", "b", "c"].map(member).into()) };
-    let intent = Intent { tx: TxId::new("genesis").unwrap(), digest: 0, at: Wall(0), act };
+    let member = |name| (node(name), Member { incarnation: Incarnation(1), cordoned: false });
+    let operation = Operation::Genesis { cluster: CLUSTER, members: Members(["a", "b", "c"].map(member).into()) };
+    let intent = Intent { tx: TxId::new("genesis").unwrap(), digest: 0, at: Wall(0), operation };
     let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
     Chosen { ballot: None, record }
 }
@@ -50,10 +52,10 @@ fn genesis() -> Chosen {
 /// Three cores, their disks, and the messages under way.
 struct Rig {
     cores: BTreeMap<NodeId, Core>,
-    registers: BTreeMap<NodeId, Register>,
+    acceptors: BTreeMap<NodeId, AcceptorState>,
     logs: BTreeMap<NodeId, Vec<Chosen>>,
     checkpoints: BTreeMap<NodeId, Checkpoint>,
-    trials: BTreeMap<NodeId, BTreeMap<ServiceId, SavedTrial>>,
+    runs: BTreeMap<NodeId, BTreeMap<ServiceId, SavedRun>>,
     /// Nodes that are configured beside the first three.
     others: BTreeSet<NodeId>,
     /// Of nodes whose incarnation isn't 1.
@@ -69,7 +71,7 @@ struct Rig {
     story: Vec<String>,
     replies: BTreeMap<u64, Outcome>,
     /// What each node judged; with the slot, where it is in the log.
-    judged: Vec<(NodeId, Option<Slot>, Judgement)>,
+    judged: Vec<(NodeId, Option<Slot>, WindowVerdict)>,
 }
 
 impl Rig {
@@ -81,12 +83,12 @@ impl Rig {
         let mut rig = Self {
             retention,
             checkpoints: BTreeMap::new(),
-            trials: BTreeMap::new(),
+            runs: BTreeMap::new(),
             others: BTreeSet::new(),
             incarnations: BTreeMap::new(),
             decided: BTreeMap::new(),
             cores: BTreeMap::new(),
-            registers: BTreeMap::new(),
+            acceptors: BTreeMap::new(),
             logs: BTreeMap::new(),
             wire: VecDeque::new(),
             loses: |_, _, _| false,
@@ -104,7 +106,7 @@ impl Rig {
 
     /// Starts a node that never ran.
     fn found(&mut self, name: &NodeId) {
-        let register = Register {
+        let acceptor = AcceptorState {
             cluster: CLUSTER,
             node: name.clone(),
             incarnation: Incarnation(1),
@@ -114,7 +116,7 @@ impl Rig {
             head: Slot(0),
             head_hash: genesis().record.hash(),
         };
-        self.registers.insert(name.clone(), register);
+        self.acceptors.insert(name.clone(), acceptor);
         self.logs.insert(name.clone(), vec![genesis()]);
         self.restart(name);
     }
@@ -134,12 +136,12 @@ impl Rig {
             retention: self.retention,
             peers: self.others.clone(),
         };
-        let register = self.registers.get(name).cloned();
-        let trials = self.trials.get(name).cloned().unwrap_or_default();
+        let acceptor = self.acceptors.get(name).cloned();
+        let runs = self.runs.get(name).cloned().unwrap_or_default();
         let ledger = self.checkpoints.get(name).map(|checkpoint| checkpoint.ledger().unwrap());
         let ledger = ledger.unwrap_or_else(|| Ledger::new(&genesis()).unwrap());
         let log: Vec<_> = self.logs[name].iter().filter(|c| c.record.slot > ledger.head).cloned().collect();
-        let (core, outputs) = Core::start(settings, register, ledger, &log, trials, self.now());
+        let (core, outputs) = Core::start(settings, acceptor, ledger, &log, runs, self.now());
         self.cores.insert(name.clone(), core);
         self.carry_out(name, outputs);
     }
@@ -162,7 +164,7 @@ impl Rig {
                 self.story.push(format!("{name} {line}"));
             }
             match output {
-                Output::Persist(register) => drop(self.registers.insert(name.clone(), *register)),
+                Output::Persist(acceptor) => drop(self.acceptors.insert(name.clone(), *acceptor)),
                 Output::Append(chosen) => {
                     let known = self.decided.entry(chosen.record.slot).or_insert_with(|| chosen.record.clone());
                     assert_eq!(*known, chosen.record, "one record in a slot");
@@ -180,14 +182,14 @@ impl Rig {
                     self.checkpoints.insert(name.clone(), checkpoint);
                 }
                 Output::Reply(request, outcome) => drop(self.replies.insert(request.0, outcome)),
-                Output::Announce(Event::Judged { slot, judgement, .. }) => {
-                    self.judged.push((name.clone(), slot, judgement));
+                Output::Announce(Event::Judged { slot, window_verdict, .. }) => {
+                    self.judged.push((name.clone(), slot, window_verdict));
                 }
-                Output::SaveTrial(service, trial) => {
-                    let trials = self.trials.entry(name.clone()).or_default();
-                    match trial {
-                        Some(trial) => drop(trials.insert(service, *trial)),
-                        None => drop(trials.remove(&service)),
+                Output::SaveRun(service, run) => {
+                    let runs = self.runs.entry(name.clone()).or_default();
+                    match run {
+                        Some(run) => drop(runs.insert(service, *run)),
+                        None => drop(runs.remove(&service)),
                     }
                 }
                 Output::Publish(_) | Output::Lease(_) | Output::Announce(_) => {}
@@ -234,20 +236,20 @@ impl Rig {
     }
 
     /// Asks a node for something under request and transaction `number`.
-    fn ask(&mut self, name: &str, number: u64, op: Op) {
+    fn ask(&mut self, name: &str, number: u64, asked: OperatorRequest) {
         let tx = TxId::new(format!("t{number}")).unwrap();
-        self.handle(&node(name), Input::Operator(Command { request: RequestId(number), tx, op }));
+        self.handle(&node(name), Input::Operator(Command { request: RequestId(number), tx, asked }));
     }
 
-    fn asked(&mut self, name: &str, number: u64, op: Op) -> Outcome {
-        self.ask(name, number, op);
+    fn asked(&mut self, name: &str, number: u64, asked: OperatorRequest) -> Outcome {
+        self.ask(name, number, asked);
         self.settle();
         self.run_for(1_600);
         self.replies[&number].clone()
     }
 
-    fn abort(&self) -> Op {
-        Op::Abort { service: service(), reason: "test".into() }
+    fn abort(&self) -> OperatorRequest {
+        OperatorRequest::Abort { service: service(), reason: "test".into() }
     }
 
     fn canary_bp(&self, name: &str) -> u16 {
@@ -275,14 +277,16 @@ impl Rig {
 fn told(output: &Output) -> Option<String> {
     let slot_of = |accepted: &Option<Accepted>| accepted.as_ref().map(|accepted| accepted.record.slot.0);
     Some(match output {
-        Output::Persist(register) => {
-            let promised = register.promised.as_ref().map_or("-".into(), Ballot::to_string);
-            match slot_of(&register.accepted) {
+        Output::Persist(acceptor) => {
+            let promised = acceptor.promised.as_ref().map_or("-".into(), Ballot::to_string);
+            match slot_of(&acceptor.accepted) {
                 Some(slot) => format!("persists: promised {promised}, accepted slot {slot}"),
                 None => format!("persists: promised {promised}"),
             }
         }
-        Output::Append(chosen) => format!("appends slot {} {}", chosen.record.slot, chosen.record.intent.act.name()),
+        Output::Append(chosen) => {
+            format!("appends slot {} {}", chosen.record.slot, chosen.record.intent.operation.name())
+        }
         Output::Send { to, message } => format!("to {to}: {}", said(message)?),
         Output::SendLog { to, from, through } => format!("to {to}: log {from}..{through}"),
         Output::Checkpoint { checkpoint, keep_from } => {
@@ -291,15 +295,15 @@ fn told(output: &Output) -> Option<String> {
         Output::Install(checkpoint) => format!("installs checkpoint {}", checkpoint.slot),
         Output::Reply(request, outcome) => format!("replies {}: {}", request.0, outcome_in_short(outcome)),
         Output::Announce(Event::Voted { vote, reason, .. }) => format!("votes {vote}: {reason}"),
-        Output::Announce(_) | Output::Publish(_) | Output::Lease(_) | Output::SaveTrial(..) => return None,
+        Output::Announce(_) | Output::Publish(_) | Output::Lease(_) | Output::SaveRun(..) => return None,
     })
 }
 
 fn said(message: &Message) -> Option<String> {
     Some(match message {
         Message::Prepare(prepare) => {
-            let act = prepare.intent.act.name();
-            format!("PREPARE {} slot {} {act}", prepare.ballot, prepare.slot)
+            let operation = prepare.intent.operation.name();
+            format!("PREPARE {} slot {} {operation}", prepare.ballot, prepare.slot)
         }
         Message::Vote(vote) => match &vote.answer {
             Answer::Gate { accepted, gate } => {
@@ -316,7 +320,7 @@ fn said(message: &Message) -> Option<String> {
             Answer::Refuse(refusal) => format!("VOTE refuse: {refusal:?}"),
         },
         Message::Decision(Decision::Propose(ballot, record)) => {
-            format!("DECISION propose {ballot} slot {} {}", record.slot, record.intent.act.name())
+            format!("DECISION propose {ballot} slot {} {}", record.slot, record.intent.operation.name())
         }
         Message::Decision(Decision::Chosen(chosen)) => format!("DECISION chosen slot {}", chosen.record.slot),
         Message::Decision(Decision::CatchUp(chosen)) => format!("DECISION catch-up slot {}", chosen.record.slot),
@@ -336,7 +340,7 @@ fn outcome_in_short(outcome: &Outcome) -> String {
 #[test]
 fn a_first_commit_forces_two_writes_at_each_node_and_the_next_one_only_one() {
     let mut rig = Rig::new();
-    rig.ask("a", 1, Op::Apply(spec()));
+    rig.ask("a", 1, OperatorRequest::Apply(spec()));
     rig.settle();
     let expected = "\
 a to b: PREPARE 1.a.1 slot 1 Start
@@ -395,7 +399,7 @@ c appends slot 2 Rollback";
 #[test]
 fn a_raise_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor() {
     let mut rig = Rig::new();
-    rig.ask("a", 1, Op::Apply(spec()));
+    rig.ask("a", 1, OperatorRequest::Apply(spec()));
     // b and c promise and vote; the votes reach nobody.
     rig.deliver(0);
     rig.deliver(0);
@@ -404,9 +408,9 @@ fn a_raise_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor()
     rig.run_for(3_500);
     let (b, c) = (&rig.logs[&node("b")], &rig.logs[&node("c")]);
     assert_eq!((b.len(), c.len()), (2, 2));
-    assert!(matches!(&b[1].record.intent.act, Act::Abort { refused, reasons, .. }
+    assert!(matches!(&b[1].record.intent.operation, Operation::Abort { refused, reasons, .. }
         if refused == "Start" && reasons == &["its coordinator was lost"]));
-    let outcome = rig.asked("b", 1, Op::Apply(spec()));
+    let outcome = rig.asked("b", 1, OperatorRequest::Apply(spec()));
     assert!(matches!(outcome, Outcome::Aborted { slot: Slot(1), repeated: true, .. }), "{outcome:?}");
     rig.check();
 }
@@ -414,7 +418,7 @@ fn a_raise_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor()
 #[test]
 fn a_rollback_that_was_voted_on_and_lost_its_coordinator_is_done_by_a_survivor() {
     let mut rig = Rig::new();
-    rig.ask("a", 1, Op::Apply(spec()));
+    rig.ask("a", 1, OperatorRequest::Apply(spec()));
     rig.settle();
     let abort = rig.abort();
     rig.ask("a", 2, abort.clone());
@@ -426,7 +430,11 @@ fn a_rollback_that_was_voted_on_and_lost_its_coordinator_is_done_by_a_survivor()
     rig.run_for(3_500);
     let (b, c) = (&rig.logs[&node("b")], &rig.logs[&node("c")]);
     assert_eq!((b.len(), c.len()), (3, 3), "nobody had to ask again");
-    assert!(matches!(&b[2].record.intent.act, Act::Change(_, change) if change.lowers_exposure()), "{:?}", b[2]);
+    assert!(
+        matches!(&b[2].record.intent.operation, Operation::Change(_, change) if change.decreases_exposure()),
+        "{:?}",
+        b[2]
+    );
     let outcome = rig.asked("b", 2, abort);
     assert!(matches!(outcome, Outcome::Committed { slot: Slot(2), repeated: true, .. }), "{outcome:?}");
     rig.check();
@@ -435,7 +443,7 @@ fn a_rollback_that_was_voted_on_and_lost_its_coordinator_is_done_by_a_survivor()
 #[test]
 fn a_raise_that_a_later_ballot_completes_is_served_by_nobody_and_reverted() {
     let mut rig = Rig::new();
-    rig.ask("a", 1, Op::Apply(spec()));
+    rig.ask("a", 1, OperatorRequest::Apply(spec()));
     (0..4).for_each(|_| rig.deliver(0));
     // The proposal reaches b alone; then a is gone.
     let proposals = rig.wire.iter().filter(|(_, to, _)| *to == node("b")).count();
@@ -449,16 +457,16 @@ fn a_raise_that_a_later_ballot_completes_is_served_by_nobody_and_reverted() {
         rig.settle();
         assert_eq!((rig.canary_bp("b"), rig.canary_bp("c")), (0, 0), "nobody serves what was decided in doubt");
     }
-    let names: Vec<_> = rig.logs[&node("b")].iter().map(|chosen| chosen.record.intent.act.name()).collect();
+    let names: Vec<_> = rig.logs[&node("b")].iter().map(|chosen| chosen.record.intent.operation.name()).collect();
     assert_eq!(names, ["Genesis", "Start", "Revert"]);
-    assert!(rig.logs[&node("b")][1].is_unarmed());
+    assert!(rig.logs[&node("b")][1].is_in_doubt());
     rig.check();
 }
 
 #[test]
 fn a_repeated_prepare_gets_the_same_vote_and_costs_no_write() {
     let mut rig = Rig::new();
-    rig.ask("a", 1, Op::Apply(spec()));
+    rig.ask("a", 1, OperatorRequest::Apply(spec()));
     let prepare = rig.wire[0].clone();
     rig.deliver(0);
     rig.take_story();
@@ -470,8 +478,8 @@ fn a_repeated_prepare_gets_the_same_vote_and_costs_no_write() {
 #[test]
 fn a_higher_promise_refuses_a_lower_ballot() {
     let mut rig = Rig::new();
-    rig.ask("a", 1, Op::Apply(spec()));
-    rig.ask("b", 2, Op::Apply(spec()));
+    rig.ask("a", 1, OperatorRequest::Apply(spec()));
+    rig.ask("b", 2, OperatorRequest::Apply(spec()));
     // b's ballot 1.b.1 is above 1.a.1: c promises it first, then refuses a's.
     rig.wire.retain(|(_, to, message)| *to == node("c") && matches!(message, Message::Prepare(_)));
     rig.take_story();
@@ -489,11 +497,11 @@ fn a_higher_promise_refuses_a_lower_ballot() {
 #[test]
 fn a_node_without_its_register_neither_votes_nor_accepts() {
     let mut rig = Rig::new();
-    rig.registers.remove(&node("c"));
+    rig.acceptors.remove(&node("c"));
     rig.restart(&node("c"));
     rig.run_for(600);
     rig.take_story();
-    rig.ask("a", 1, Op::Apply(spec()));
+    rig.ask("a", 1, OperatorRequest::Apply(spec()));
     rig.settle();
     let by_c: Vec<_> = rig.take_story().into_iter().filter(|line| line.starts_with("c ")).collect();
     assert_eq!(by_c[0], "c to a: VOTE refuse: NotVoter");
@@ -505,15 +513,15 @@ fn a_node_without_its_register_neither_votes_nor_accepts() {
 #[test]
 fn nodes_whose_logs_came_back_shorter_decide_nothing_until_they_have_the_rest() {
     let mut rig = Rig::new();
-    rig.asked("a", 1, Op::Apply(spec()));
+    rig.asked("a", 1, OperatorRequest::Apply(spec()));
     let abort = rig.abort();
     rig.asked("a", 2, abort);
-    rig.asked("a", 3, Op::Retry { service: service() });
+    rig.asked("a", 3, OperatorRequest::Retry { service: service() });
     // Two of three disks lose the end of their logs; the third node, which has it, is dead.
     rig.kill("a");
     for name in ["b", "c"].map(node) {
         // The register remembers what the log held when it was written last; it has accepted slot 3 itself.
-        assert_eq!(rig.registers[&name].head, Slot(2));
+        assert_eq!(rig.acceptors[&name].head, Slot(2));
         rig.logs.get_mut(&name).unwrap().truncate(2);
         rig.restart(&name);
     }
@@ -533,13 +541,13 @@ fn nodes_whose_logs_came_back_shorter_decide_nothing_until_they_have_the_rest() 
 #[test]
 fn what_a_client_was_told_outlives_a_restart_of_everybody() {
     let mut rig = Rig::new();
-    let first = rig.asked("a", 1, Op::Apply(spec()));
+    let first = rig.asked("a", 1, OperatorRequest::Apply(spec()));
     assert!(matches!(first, Outcome::Committed { slot: Slot(1), repeated: false, .. }), "{first:?}");
     for name in ["a", "b", "c"].map(node) {
         rig.restart(&name);
     }
     rig.run_for(600);
-    let again = rig.asked("c", 1, Op::Apply(spec()));
+    let again = rig.asked("c", 1, OperatorRequest::Apply(spec()));
     assert!(matches!(again, Outcome::Committed { slot: Slot(1), repeated: true, .. }), "{again:?}");
     let abort = rig.abort();
     assert_eq!(rig.asked("b", 1, abort), Outcome::KeyReused { slot: Slot(1) });
@@ -549,7 +557,7 @@ fn what_a_client_was_told_outlives_a_restart_of_everybody() {
 #[test]
 fn a_coordinator_that_restarts_uses_another_ballot() {
     let mut rig = Rig::new();
-    rig.asked("a", 1, Op::Apply(spec()));
+    rig.asked("a", 1, OperatorRequest::Apply(spec()));
     rig.restart(&node("a"));
     rig.run_for(600);
     rig.take_story();
@@ -562,7 +570,7 @@ fn a_coordinator_that_restarts_uses_another_ballot() {
 #[test]
 fn without_a_majority_a_write_says_so_and_decides_nothing() {
     let mut rig = Rig::new();
-    rig.asked("a", 1, Op::Apply(spec()));
+    rig.asked("a", 1, OperatorRequest::Apply(spec()));
     rig.kill("b");
     rig.kill("c");
     let abort = rig.abort();
@@ -585,12 +593,12 @@ fn without_a_majority_a_write_says_so_and_decides_nothing() {
 #[test]
 fn a_node_that_lags_behind_what_its_peers_keep_starts_from_their_checkpoint() {
     let mut rig = Rig::keeping(Retention { checkpoint_every: 8, history: 4 });
-    rig.asked("a", 1, Op::Apply(spec()));
+    rig.asked("a", 1, OperatorRequest::Apply(spec()));
     rig.kill("c");
     for number in 2..14 {
-        let pause = Op::Pause { service: service(), reason: "test".into() };
-        let op = if number % 2 == 0 { pause } else { Op::Resume { service: service() } };
-        rig.ask("a", number, op);
+        let pause = OperatorRequest::Pause { service: service(), reason: "test".into() };
+        let asked = if number % 2 == 0 { pause } else { OperatorRequest::Resume { service: service() } };
+        rig.ask("a", number, asked);
         rig.settle();
         rig.run_for(100);
     }
@@ -607,7 +615,7 @@ fn a_node_that_lags_behind_what_its_peers_keep_starts_from_their_checkpoint() {
     rig.restart(&node("c"));
     rig.run_for(600);
     rig.kill("b");
-    let outcome = rig.asked("c", 3, Op::Resume { service: service() });
+    let outcome = rig.asked("c", 3, OperatorRequest::Resume { service: service() });
     assert!(matches!(outcome, Outcome::Committed { slot: Slot(3), repeated: true, .. }), "{outcome:?}");
     let abort = rig.abort();
     let outcome = rig.asked("a", 99, abort);
@@ -620,8 +628,8 @@ fn a_change_of_one_service_makes_nothing_anew_for_the_others() {
     let mut rig = Rig::new();
     let mut other = spec().as_ref().clone();
     other.service = ServiceId::new("other").unwrap();
-    rig.asked("a", 1, Op::Apply(spec()));
-    rig.asked("a", 2, Op::Apply(other.into()));
+    rig.asked("a", 1, OperatorRequest::Apply(spec()));
+    rig.asked("a", 2, OperatorRequest::Apply(other.into()));
     let view = |rig: &Rig| rig.cores[&node("b")].view().services.clone();
     let before = view(&rig);
     // What is seen meanwhile is shown with the next refresh.
@@ -629,7 +637,7 @@ fn a_change_of_one_service_makes_nothing_anew_for_the_others() {
     seen.evidence.canary.record(1_000, false);
     rig.handle(&node("b"), Input::Telemetry(vec![seen]));
     let (service, reason) = (service(), "test".to_string());
-    rig.handle(&node("b"), Input::BreakerTripped { service: service.clone(), routing_version: 1, reason });
+    rig.handle(&node("b"), Input::CircuitBreakerTripped { service: service.clone(), routing_version: 1, reason });
     let after = view(&rig);
     assert_eq!(after[&service].serving.canary.as_ref().unwrap().1, 0);
     assert!(!Arc::ptr_eq(&before[&service], &after[&service]));
@@ -648,7 +656,7 @@ fn peers_are_told_of_every_service_a_few_at_a_time() {
     for i in 0..50 {
         let mut other = spec().as_ref().clone();
         other.service = name(i);
-        rig.asked("a", i, Op::Apply(other.into()));
+        rig.asked("a", i, OperatorRequest::Apply(other.into()));
     }
     for (tick_ms, most) in [(20, 11), (100, 50)] {
         let mut told = BTreeMap::<ServiceId, u64>::new();
@@ -672,19 +680,19 @@ fn peers_are_told_of_every_service_a_few_at_a_time() {
 #[test]
 fn a_brake_outlives_a_checkpoint_taken_over_from_a_peer() {
     let mut rig = Rig::keeping(Retention { checkpoint_every: 4, history: 0 });
-    rig.asked("a", 1, Op::Apply(spec()));
+    rig.asked("a", 1, OperatorRequest::Apply(spec()));
     // c hears nothing more; it brakes by itself, and its peers go on without changing the weights.
     let c = rig.cores.remove(&node("c")).unwrap();
     for number in 2..10 {
-        let pause = Op::Pause { service: service(), reason: "test".into() };
-        let op = if number % 2 == 0 { pause } else { Op::Resume { service: service() } };
-        rig.ask("a", number, op);
+        let pause = OperatorRequest::Pause { service: service(), reason: "test".into() };
+        let asked = if number % 2 == 0 { pause } else { OperatorRequest::Resume { service: service() } };
+        rig.ask("a", number, asked);
         rig.settle();
         rig.run_for(100);
     }
     rig.cores.insert(node("c"), c);
     let (service, reason) = (service(), "test".to_string());
-    rig.handle(&node("c"), Input::BreakerTripped { service, routing_version: 1, reason });
+    rig.handle(&node("c"), Input::CircuitBreakerTripped { service, routing_version: 1, reason });
     rig.wire.clear();
     assert_eq!(rig.canary_bp("c"), 0);
     rig.take_story();
@@ -701,8 +709,8 @@ fn a_brake_outlives_a_checkpoint_taken_over_from_a_peer() {
 #[test]
 fn a_readmission_binds_what_the_node_is_now_and_never_an_old_disk() {
     let mut rig = Rig::new();
-    let readmit = |incarnation| Op::Config(ConfigChange::Readmit(node("c"), Incarnation(incarnation)));
-    let old = rig.registers.remove(&node("c")).unwrap();
+    let readmit = |incarnation| OperatorRequest::Config(ConfigChange::Readmit(node("c"), Incarnation(incarnation)));
+    let old = rig.acceptors.remove(&node("c")).unwrap();
     rig.incarnations.insert(node("c"), Incarnation(9));
     rig.restart(&node("c"));
     rig.run_for(600);
@@ -715,23 +723,23 @@ fn a_readmission_binds_what_the_node_is_now_and_never_an_old_disk() {
     let outcome = rig.asked("a", 2, readmit(9));
     assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
     // Somebody brings the old disk back.
-    rig.registers.insert(node("c"), old);
+    rig.acceptors.insert(node("c"), old);
     rig.incarnations.remove(&node("c"));
     rig.restart(&node("c"));
     rig.run_for(600);
     let why = told(rig.asked("a", 3, readmit(1)));
     assert_eq!(why, "node c had that incarnation before: an old disk never counts again");
     rig.kill("b");
-    let outcome = rig.asked("a", 4, Op::Config(ConfigChange::Bench(node("b"))));
+    let outcome = rig.asked("a", 4, OperatorRequest::Config(ConfigChange::Cordon(node("b"))));
     assert!(matches!(outcome, Outcome::NoQuorum { .. }), "{outcome:?}");
 }
 
 #[test]
 fn a_cluster_grows_and_shrinks_by_one_node_at_a_time() {
     let mut rig = Rig::new();
-    rig.asked("a", 1, Op::Apply(spec()));
+    rig.asked("a", 1, OperatorRequest::Apply(spec()));
     let abort = rig.abort();
-    let config = |change| Op::Config(change);
+    let config = |change| OperatorRequest::Config(change);
     let add = |name, incarnation| config(ConfigChange::Add(node(name), Incarnation(incarnation)));
     let why = |outcome: Outcome| match outcome {
         Outcome::Refused(why) => why,
@@ -757,11 +765,11 @@ fn a_cluster_grows_and_shrinks_by_one_node_at_a_time() {
     rig.kill("a");
     rig.run_for(2_000);
     assert!(matches!(rig.asked("d", 4, abort.clone()), Outcome::Committed { .. }));
-    let outcome = rig.asked("b", 5, Op::Retry { service: service() });
+    let outcome = rig.asked("b", 5, OperatorRequest::Retry { service: service() });
     assert!(matches!(&outcome, Outcome::Aborted { reasons, .. } if reasons[0].starts_with("a: ")), "{outcome:?}");
     rig.kill("b");
     rig.run_for(2_000);
-    rig.ask("c", 6, Op::Pause { service: service(), reason: "test".into() });
+    rig.ask("c", 6, OperatorRequest::Pause { service: service(), reason: "test".into() });
     rig.run_for(3_000);
     assert!(!matches!(rig.replies[&6], Outcome::Committed { .. }), "{:?}", rig.replies[&6]);
 
@@ -771,9 +779,9 @@ fn a_cluster_grows_and_shrinks_by_one_node_at_a_time() {
     assert!(matches!(rig.asked("b", 7, config(ConfigChange::Remove(node("a")))), Outcome::Committed { .. }));
     rig.kill("c");
     rig.run_for(2_000);
-    let outcome = rig.asked("d", 8, config(ConfigChange::Bench(node("c"))));
+    let outcome = rig.asked("d", 8, config(ConfigChange::Cordon(node("c"))));
     assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
-    assert!(matches!(rig.asked("d", 9, Op::Retry { service: service() }), Outcome::Committed { .. }));
+    assert!(matches!(rig.asked("d", 9, OperatorRequest::Retry { service: service() }), Outcome::Committed { .. }));
     // The removed node comes back: it learns that it is none, and its disk never counts again.
     rig.restart(&node("a"));
     rig.run_for(2_000);
@@ -800,7 +808,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (0usize..12).prop_map(Step::Repeat),
         4 => Just(Step::Tick),
         1 => (0u8..3).prop_map(Step::Restart),
-        1 => (0u8..3, 0u8..4).prop_map(|(node, op)| Step::Ask(node, op)),
+        1 => (0u8..3, 0u8..4).prop_map(|(node, asked)| Step::Ask(node, asked)),
     ];
     proptest::collection::vec(step, 50..600)
 }
@@ -820,15 +828,15 @@ proptest! {
                 Step::Repeat(i) => rig.wire.extend(rig.wire.get(at(i)).cloned()),
                 Step::Tick => rig.tick(),
                 Step::Restart(i) => rig.restart(&node(["a", "b", "c"][usize::from(i)])),
-                Step::Ask(i, op) => {
+                Step::Ask(i, asked) => {
                     number += 1;
-                    let op = match op {
-                        0 => Op::Apply(spec()),
+                    let asked = match asked {
+                        0 => OperatorRequest::Apply(spec()),
                         1 => rig.abort(),
-                        2 => Op::Retry { service: service() },
-                        _ => Op::Promote { service: service(), full: true },
+                        2 => OperatorRequest::Retry { service: service() },
+                        _ => OperatorRequest::Promote { service: service(), full: true },
                     };
-                    rig.ask(["a", "b", "c"][usize::from(i)], number, op);
+                    rig.ask(["a", "b", "c"][usize::from(i)], number, asked);
                 }
             }
             rig.check();
@@ -841,7 +849,7 @@ proptest! {
         for (number, outcome) in told {
             let tx = TxId::new(format!("t{number}")).unwrap();
             let record = rig.decided.values().find(|record| record.intent.tx == tx);
-            let aborted = record.map(|record| matches!(record.intent.act, Act::Abort { .. }));
+            let aborted = record.map(|record| matches!(record.intent.operation, Operation::Abort { .. }));
             match outcome {
                 Outcome::Committed { .. } => prop_assert_eq!(aborted, Some(false), "t{} was answered COMMITTED", number),
                 Outcome::Aborted { .. } => prop_assert_eq!(aborted, Some(true), "t{} was answered ABORTED", number),

@@ -22,7 +22,7 @@ impl Invariant for Agreement {
         let known = truth.chosen(slot).ok_or_else(|| {
             format!(
                 "{node} learned slot {slot} ({}), which no majority of bound voters accepted",
-                chosen.record.intent.act.name()
+                chosen.record.intent.operation.name()
             )
         })?;
         if known.hash != hash {
@@ -92,9 +92,9 @@ mod tests {
     fn two_majorities_for_one_slot_are_caught() {
         let mut truth = truth();
         for voter in ["a", "b"] {
-            truth.persisted(&node(voter), &register(voter, 1, "x")).unwrap();
+            truth.persisted(&node(voter), &acceptor(voter, 1, "x")).unwrap();
         }
-        assert!(truth.persisted(&node("b"), &register("b", 2, "y")).unwrap().is_none());
-        assert!(truth.persisted(&node("c"), &register("c", 2, "y")).unwrap_err().contains("two chosen values"));
+        assert!(truth.persisted(&node("b"), &acceptor("b", 2, "y")).unwrap().is_none());
+        assert!(truth.persisted(&node("c"), &acceptor("c", 2, "y")).unwrap_err().contains("two chosen values"));
     }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aviary_core::protocol::record::{Act, ConfigChange, Slot};
-use aviary_core::protocol::{Op, Outcome, RequestId};
+use aviary_core::protocol::record::{ConfigChange, Operation, Slot};
+use aviary_core::protocol::{OperatorRequest, Outcome, RequestId};
 
 use super::Invariant;
 use crate::truth::{Fact, Truth};
@@ -11,7 +11,7 @@ use crate::truth::{Fact, Truth};
 /// I4 and I5.
 #[derive(Default)]
 pub struct Answers {
-    asked: BTreeMap<RequestId, (String, Op)>,
+    asked: BTreeMap<RequestId, (String, OperatorRequest)>,
     slots: BTreeMap<String, Slot>,
     answers: BTreeMap<String, (bool, Slot)>,
     /// The last slot that anybody was told of, and what it was when each request was asked.
@@ -23,24 +23,24 @@ pub struct Answers {
 
 impl Answers {
     fn decided(&mut self, request: RequestId, committed: bool, slot: Slot, truth: &Truth) -> Result<(), String> {
-        let Some((tx, op)) = self.asked.get(&request) else { return Err("an answer to nobody's question".into()) };
+        let Some((tx, asked)) = self.asked.get(&request) else { return Err("an answer to nobody's question".into()) };
         let word = if committed { "COMMITTED" } else { "ABORTED" };
         let known = truth.chosen(slot).ok_or(format!("{tx} answered {word} at slot {slot}, which isn't chosen"))?;
-        let act = &known.record.intent.act;
-        let is_abort = matches!(act, Act::Abort { .. });
+        let operation = &known.record.intent.operation;
+        let is_abort = matches!(operation, Operation::Abort { .. });
         let own = known.record.intent.tx.as_str() == tx;
-        let reverted = !committed && act.raises_exposure() && !known.armed;
-        let revert = !committed && matches!(act, Act::Revert { .. });
+        let reverted = !committed && operation.increases_exposure() && !known.armed;
+        let revert = !committed && matches!(operation, Operation::Revert { .. });
         let own_outcome = own && (is_abort != committed || reverted);
         if !own_outcome && !revert {
             return Err(format!(
                 "{tx} answered {word} at slot {slot}, which holds {} of {}",
-                act.name(),
+                operation.name(),
                 known.record.intent.tx
             ));
         }
-        if own && committed && !fits(op, act) {
-            return Err(format!("{tx} answered {word}: asked {op:?}, slot {slot} holds {}", act.name()));
+        if own && committed && !fits(asked, operation) {
+            return Err(format!("{tx} answered {word}: asked {asked:?}, slot {slot} holds {}", operation.name()));
         }
         // Linearizable: what is decided first was asked before the answer to what is decided after it.
         let least = self.told_before.get(&request).copied().unwrap_or_default();
@@ -58,21 +58,25 @@ impl Answers {
     }
 }
 
-/// Returns true when `act` can be what `op` led to.
-fn fits(op: &Op, act: &Act) -> bool {
-    match (op, act) {
-        (Op::Config(ConfigChange::Bench(a)), Act::Config(ConfigChange::Bench(b))) => a == b,
-        (Op::Config(ConfigChange::Unbench(a)), Act::Config(ConfigChange::Unbench(b))) => a == b,
-        (Op::Config(ConfigChange::Remove(a)), Act::Config(ConfigChange::Remove(b))) => a == b,
-        (Op::Config(ConfigChange::Add(a, i)), Act::Config(ConfigChange::Add(b, j))) => a == b && i == j,
-        (Op::Config(ConfigChange::Readmit(a, i)), Act::Config(ConfigChange::Readmit(b, j))) => a == b && i == j,
-        (Op::Config(_), _) | (_, Act::Config(_)) => false,
-        (Op::Apply(_) | Op::Retry { .. }, act) => act.name() == "Start",
-        (Op::Undo { .. }, act) => matches!(act.name(), "Start" | "Rollback"),
-        (Op::Promote { .. }, act) => act.name() == "Promote",
-        (Op::Pause { .. }, act) => act.name() == "Pause",
-        (Op::Resume { .. }, act) => act.name() == "Resume",
-        (Op::Abort { .. }, act) => act.name() == "Rollback",
+/// Returns true when `operation` can be what `asked` led to.
+fn fits(asked: &OperatorRequest, operation: &Operation) -> bool {
+    match (asked, operation) {
+        (OperatorRequest::Config(ConfigChange::Cordon(a)), Operation::Config(ConfigChange::Cordon(b))) => a == b,
+        (OperatorRequest::Config(ConfigChange::Uncordon(a)), Operation::Config(ConfigChange::Uncordon(b))) => a == b,
+        (OperatorRequest::Config(ConfigChange::Remove(a)), Operation::Config(ConfigChange::Remove(b))) => a == b,
+        (OperatorRequest::Config(ConfigChange::Add(a, i)), Operation::Config(ConfigChange::Add(b, j))) => {
+            a == b && i == j
+        }
+        (OperatorRequest::Config(ConfigChange::Readmit(a, i)), Operation::Config(ConfigChange::Readmit(b, j))) => {
+            a == b && i == j
+        }
+        (OperatorRequest::Config(_), _) | (_, Operation::Config(_)) => false,
+        (OperatorRequest::Apply(_) | OperatorRequest::Retry { .. }, operation) => operation.name() == "Start",
+        (OperatorRequest::Undo { .. }, operation) => matches!(operation.name(), "Start" | "Rollback"),
+        (OperatorRequest::Promote { .. }, operation) => operation.name() == "Promote",
+        (OperatorRequest::Pause { .. }, operation) => operation.name() == "Pause",
+        (OperatorRequest::Resume { .. }, operation) => operation.name() == "Resume",
+        (OperatorRequest::Abort { .. }, operation) => operation.name() == "Rollback",
     }
 }
 
@@ -83,14 +87,14 @@ impl Invariant for Answers {
 
     fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
         match fact {
-            Fact::Asked(request, tx, op) => {
+            Fact::Asked(request, tx, asked) => {
                 // Asked twice, the first time is what counts.
                 if !self.asked.values().any(|(known, _)| known == tx) {
                     self.told_before.insert(*request, self.told);
                 } else {
                     self.again.insert((*tx).into());
                 }
-                self.asked.insert(*request, ((*tx).into(), (*op).clone()));
+                self.asked.insert(*request, ((*tx).into(), (*asked).clone()));
             }
             Fact::Chosen(record, _) => {
                 let tx = record.intent.tx.as_str().to_string();
@@ -156,8 +160,8 @@ mod tests {
     #[test]
     fn an_answer_before_the_majority_is_caught() {
         let mut answers = Answers::default();
-        let (truth, op) = (truth(), Op::Resume { service: service() });
-        answers.see(&Fact::Asked(RequestId(1), "x", &op), &truth).unwrap();
+        let (truth, asked) = (truth(), OperatorRequest::Resume { service: service() });
+        answers.see(&Fact::Asked(RequestId(1), "x", &asked), &truth).unwrap();
         let outcome = Outcome::Committed { slot: Slot(1), state: None, repeated: false };
         assert!(answers.see(&Fact::Replied(RequestId(1), &outcome), &truth).unwrap_err().contains("isn't chosen"));
     }

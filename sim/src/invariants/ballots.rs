@@ -19,9 +19,9 @@ impl Invariant for Promises {
     }
 
     fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
-        let Fact::Persisted(node, register) = fact else { return Ok(()) };
-        let now = (register.promised.clone(), register.head, register.boot);
-        let before = self.0.insert(((*node).clone(), register.incarnation), now.clone());
+        let Fact::Persisted(node, acceptor) = fact else { return Ok(()) };
+        let now = (acceptor.promised.clone(), acceptor.head, acceptor.boot);
+        let before = self.0.insert(((*node).clone(), acceptor.incarnation), now.clone());
         match before {
             Some(before) if before.0 > now.0 => Err(format!("{node} promised {:?}, then {:?}", before.0, now.0)),
             Some(before) if before.2 > now.2 => Err(format!("{node} booted {}, then {}", before.2, now.2)),
@@ -74,8 +74,8 @@ mod tests {
     #[test]
     fn a_falling_promise_is_caught() {
         let (mut promises, truth) = (Promises::default(), truth());
-        promises.see(&Fact::Persisted(&node("a"), &register("a", 2, "x")), &truth).unwrap();
-        assert!(promises.see(&Fact::Persisted(&node("a"), &register("a", 1, "x")), &truth).is_err());
+        promises.see(&Fact::Persisted(&node("a"), &acceptor("a", 2, "x")), &truth).unwrap();
+        assert!(promises.see(&Fact::Persisted(&node("a"), &acceptor("a", 1, "x")), &truth).is_err());
     }
 
     #[test]

@@ -25,19 +25,19 @@ impl Invariant for Ceiling {
             Fact::Started(node, log) => {
                 let mut courses = Courses::default();
                 for chosen in *log {
-                    courses.follow(&chosen.record, !chosen.is_unarmed())?;
+                    courses.follow(&chosen.record, !chosen.is_in_doubt())?;
                 }
                 self.learned.insert((*node).clone(), courses);
                 self.braked.retain(|(braked, _)| braked != *node);
                 Ok(())
             }
             Fact::Appended(node, chosen) => {
-                if let Some(service) = chosen.record.intent.act.service() {
+                if let Some(service) = chosen.record.intent.operation.service() {
                     self.braked.remove(&((*node).clone(), service.clone()));
                 }
-                self.learned.entry((*node).clone()).or_default().follow(&chosen.record, !chosen.is_unarmed())
+                self.learned.entry((*node).clone()).or_default().follow(&chosen.record, !chosen.is_in_doubt())
             }
-            Fact::Braked(node, service) => {
+            Fact::LocalHold(node, service) => {
                 self.braked.insert(((*node).clone(), (*service).clone()));
                 Ok(())
             }
@@ -51,7 +51,7 @@ impl Invariant for Ceiling {
                         served.service
                     ));
                 }
-                if courses.benched.contains(node) {
+                if courses.cordoned.contains(node) {
                     return Err(format!("{node} serves {bp} bp though it knows itself benched"));
                 }
                 if !served.leased && served.on_partition == OnPartition::Stable {

@@ -26,7 +26,7 @@ impl Invariant for Certificates {
                 }
                 Ok(())
             }
-            Fact::Chosen(record, ballot) if record.intent.act.raises_exposure() => {
+            Fact::Chosen(record, ballot) if record.intent.operation.increases_exposure() => {
                 let slot = record.slot;
                 let certificate =
                     record.certificate.as_ref().ok_or(format!("slot {slot}: a raise without certificate"))?;
@@ -56,18 +56,18 @@ impl Invariant for Certificates {
 #[cfg(test)]
 mod tests {
     use aviary_core::domain::rollout::{Change, Target};
-    use aviary_core::protocol::record::{Act, Certificate};
+    use aviary_core::protocol::record::{Certificate, Operation};
 
     use super::*;
     use crate::testing::*;
 
     #[test]
     fn a_yes_that_nobody_said_is_caught() {
-        let mut raise = pause(1, "x").record;
-        raise.intent.act = Act::Change(service(), Change::Promote { to: Target::Stage(1), full: false });
+        let mut increase = pause(1, "x").record;
+        increase.intent.operation = Operation::Change(service(), Change::Promote { to: Target::Stage(1), full: false });
         let yes = ["a", "b", "c"].map(|voter| (node(voter), "fine".to_string()));
-        raise.certificate = Some(Certificate { ballot: ballot("a", 1), yes: yes.into() });
-        let error = Certificates::default().see(&Fact::Chosen(&raise, &ballot("a", 1)), &truth()).unwrap_err();
+        increase.certificate = Some(Certificate { ballot: ballot("a", 1), yes: yes.into() });
+        let error = Certificates::default().see(&Fact::Chosen(&increase, &ballot("a", 1)), &truth()).unwrap_err();
         assert!(error.contains("never said Yes"), "{error}");
     }
 }

@@ -23,7 +23,7 @@ pub struct Enforcement {
     /// Raises that so far were chosen in doubt only.
     doubtful: BTreeSet<Slot>,
     allowed: BTreeMap<(ServiceId, VersionId), Vec<Allowed>>,
-    benched: BTreeMap<NodeId, u64>,
+    cordoned: BTreeMap<NodeId, u64>,
 }
 
 /// Longest real time that a lease of this length lasts on the slowest allowed clock, in microseconds.
@@ -48,20 +48,20 @@ impl Enforcement {
         if self.courses.follow(record, armed).is_err() {
             return;
         }
-        for node in &self.courses.benched {
-            self.benched.entry(node.clone()).or_insert(truth.now);
+        for node in &self.courses.cordoned {
+            self.cordoned.entry(node.clone()).or_insert(truth.now);
         }
-        self.benched.retain(|node, _| self.courses.benched.contains(node));
-        let act = &record.intent.act;
-        let Some(service) = act.service().filter(|_| !act.is_verdict()) else { return };
+        self.cordoned.retain(|node, _| self.courses.cordoned.contains(node));
+        let operation = &record.intent.operation;
+        let Some(service) = operation.service().filter(|_| !operation.is_verdict()) else { return };
         let (Some(course), old) = (self.courses.now.get(service), before.get(service)) else { return };
-        let completed = !course.active && record.intent.act.name() == "Promote";
+        let completed = !course.active && record.intent.operation.name() == "Promote";
         if completed {
             return;
         }
         // A rollout that starts follows one that was rolled back, and ended then, or one that completed: its canary is
         // the stable of this one, and a node that still calls it canary exceeds nothing.
-        let starts = record.intent.act.name() == "Start";
+        let starts = record.intent.operation.name() == "Start";
         if let Some(spec) = old.and_then(|old| old.spec.as_ref()).filter(|_| !starts) {
             let key = (service.clone(), spec.canary.version.clone());
             for allowed in self.allowed.entry(key).or_default() {
@@ -86,7 +86,7 @@ impl Enforcement {
 impl Enforcement {
     /// The ballot that voted on a raise reached its majority after a later one did: who learns of it so may serve it.
     fn armed_late(&mut self, record: &aviary_core::protocol::record::Record, truth: &Truth) {
-        let Some(service) = record.intent.act.service() else { return };
+        let Some(service) = record.intent.operation.service() else { return };
         let Some(course) = self.courses.now.get_mut(service) else { return };
         let (Some(spec), Some(state)) = (&course.spec, &record.state) else { return };
         let bp = state.canary_weight().bp();
@@ -128,7 +128,7 @@ impl Invariant for Enforcement {
                 }
                 let lease = self.courses.now.get(served.service).and_then(|course| course.spec.as_ref());
                 let lease = lease.map_or(3_000, |spec| spec.lease_ms.max(3_000));
-                match self.benched.get(served.node) {
+                match self.cordoned.get(served.node) {
                     Some(since) if truth.now > since + longest_us(lease) => {
                         Err(format!("{} serves {} bp a lease's length after it was benched", served.node, served.bp))
                     }

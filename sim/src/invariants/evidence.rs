@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aviary_core::domain::ids::ServiceId;
 use aviary_core::domain::rollout::Change;
-use aviary_core::protocol::record::{Act, Record, Slot};
+use aviary_core::protocol::record::{Operation, Record, Slot};
 
 use super::Invariant;
 use crate::truth::{Courses, Fact, Truth};
@@ -20,7 +20,9 @@ pub struct Observed {
 
 impl Observed {
     fn promoted(&self, record: &Record) -> Result<(), String> {
-        let Act::Change(service, Change::Promote { full: false, .. }) = &record.intent.act else { return Ok(()) };
+        let Operation::Change(service, Change::Promote { full: false, .. }) = &record.intent.operation else {
+            return Ok(());
+        };
         let (Some(course), Some(state)) = (self.courses.now.get(service), &record.state) else { return Ok(()) };
         let Some(spec) = course.spec.as_ref().filter(|spec| spec.stages[course.stage].weight.bp() > 0) else {
             return Ok(());

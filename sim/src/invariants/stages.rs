@@ -22,9 +22,10 @@ impl Invariant for Stages {
             return Ok(());
         }
         self.seen = record.slot;
-        let act = &record.intent.act;
+        let operation = &record.intent.operation;
         self.courses.follow(record, true).map_err(|why| format!("slot {}: {why}", record.slot))?;
-        let Some((course, state)) = act.service().and_then(|s| self.courses.now.get(s)).zip(record.state.as_ref())
+        let Some((course, state)) =
+            operation.service().and_then(|s| self.courses.now.get(s)).zip(record.state.as_ref())
         else {
             return Ok(());
         };
@@ -33,7 +34,7 @@ impl Invariant for Stages {
             return Err(format!(
                 "slot {} ({}): routes {found} bp, its stage {} has {expected} bp",
                 record.slot,
-                act.name(),
+                operation.name(),
                 course.stage
             ));
         }

@@ -11,12 +11,12 @@ pub struct Writes;
 
 impl Writes {
     fn vote(node: &NodeId, incarnation: Incarnation, vote: &Vote, truth: &Truth) -> Result<(), String> {
-        let register = truth.registers.get(node);
+        let acceptor = truth.acceptors.get(node);
         let me = (node.clone(), incarnation);
         match &vote.answer {
             Answer::Refuse(_) => return Ok(()),
             Answer::Gate { accepted, .. } => {
-                if register.and_then(|r| r.promised.as_ref()) < Some(&vote.ballot) {
+                if acceptor.and_then(|r| r.promised.as_ref()) < Some(&vote.ballot) {
                     return Err(format!("{node} votes in {} before the promise is durable", vote.ballot));
                 }
                 let slot = truth.accepts.range((vote.slot, lowest())..).take_while(|(key, _)| key.0 == vote.slot);
@@ -105,7 +105,7 @@ mod tests {
         let mut truth = truth();
         let early = vote(Answer::Accept);
         assert!(Writes.see(&Fact::Sent(&node("a"), Incarnation(1), &early), &truth).is_err());
-        truth.persisted(&node("a"), &register("a", 1, "x")).unwrap();
+        truth.persisted(&node("a"), &acceptor("a", 1, "x")).unwrap();
         Writes.see(&Fact::Sent(&node("a"), Incarnation(1), &early), &truth).unwrap();
         let unbound = Fact::Sent(&node("a"), Incarnation(9), &early);
         assert!(Writes.see(&unbound, &truth).is_err());

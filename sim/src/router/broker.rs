@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use aviary::ports::{Commit, Opened, OutsideError, Place, Record, Stamp, Topic};
+use aviary::ports::{Assignment, Commit, Opened, OutsideError, Place, Record, Topic};
 use aviary_core::domain::split::Side;
 
 use super::log::{Fate, Log};
@@ -18,7 +18,7 @@ pub struct Item {
     /// Its partition and offset in the source.
     pub origin: (usize, i64),
     /// The weight's number that its router wrote beside it.
-    pub epoch: u64,
+    pub weight_version: u64,
 }
 
 /// What all routers and services see.
@@ -33,7 +33,7 @@ pub struct Broker {
     /// Next offsets of the services' groups.
     pub groups: BTreeMap<(Side, Topic), Vec<Option<i64>>>,
     /// The newest producer's.
-    pub epoch: u64,
+    pub weight_version: u64,
     /// Open transactions of producers.
     open: BTreeMap<u64, Transaction>,
     /// Seeded bug: an older producer can go on.
@@ -53,7 +53,7 @@ pub struct Transaction {
 /// A router's connection.
 pub struct Handle {
     /// Its producer's epoch; 0 before the first.
-    pub epoch: u64,
+    pub weight_version: u64,
     at: Vec<i64>,
     entries_at: i64,
     /// Last offsets since the last commit.
@@ -63,7 +63,7 @@ pub struct Handle {
 impl Handle {
     /// Returns a connection that has done nothing yet.
     pub fn new(partitions: usize) -> Self {
-        Self { epoch: 0, at: vec![0; partitions], entries_at: 0, written: vec![[None; 2]; partitions] }
+        Self { weight_version: 0, at: vec![0; partitions], entries_at: 0, written: vec![[None; 2]; partitions] }
     }
 
     /// Says whether records were written since the last commit.
@@ -90,7 +90,7 @@ impl Broker {
             control: Log::new(0),
             places: vec![None; bases.len()],
             groups: groups.map(|group| (group, vec![None; bases.len()])).collect(),
-            epoch: 0,
+            weight_version: 0,
             open: BTreeMap::new(),
             unfenced: false,
             uncommitted: false,
@@ -123,26 +123,26 @@ impl Broker {
     /// Appends a record to the source.
     pub fn emit(&mut self, partition: usize, key: Option<&'static [u8]>, transaction: Option<usize>) -> i64 {
         let log = &mut self.topics[0][partition];
-        log.append(Item { key, origin: (partition, log.high()), epoch: 0 }, transaction)
+        log.append(Item { key, origin: (partition, log.high()), weight_version: 0 }, transaction)
     }
 
     /// Says whether a newer router has taken over.
     pub fn is_fenced(&self, handle: &Handle) -> bool {
-        handle.epoch != self.epoch && !self.unfenced
+        handle.weight_version != self.weight_version && !self.unfenced
     }
 
     /// Makes a router the only one.
     pub fn open(&mut self, handle: &mut Handle) -> Opened {
-        self.epoch += 1;
-        let before = if self.unfenced { handle.epoch + 1 } else { self.epoch };
-        let former: Vec<u64> = self.open.range(..before).map(|(epoch, _)| *epoch).collect();
-        for epoch in former {
-            if !self.unfenced || epoch == handle.epoch {
-                let transaction = self.open.remove(&epoch).expect("it was listed");
+        self.weight_version += 1;
+        let before = if self.unfenced { handle.weight_version + 1 } else { self.weight_version };
+        let former: Vec<u64> = self.open.range(..before).map(|(weight_version, _)| *weight_version).collect();
+        for weight_version in former {
+            if !self.unfenced || weight_version == handle.weight_version {
+                let transaction = self.open.remove(&weight_version).expect("it was listed");
                 self.end(transaction.number, Fate::Aborted);
             }
         }
-        handle.epoch = self.epoch;
+        handle.weight_version = self.weight_version;
         handle.written.fill([None; 2]);
         handle.entries_at = 0;
         let entries = self.entries(handle);
@@ -151,9 +151,9 @@ impl Broker {
 
     /// Ends the newest router's transaction, as if it had taken too long; returns whether there was one.
     pub fn expire(&mut self) -> bool {
-        let Some(transaction) = self.open.remove(&self.epoch) else { return false };
+        let Some(transaction) = self.open.remove(&self.weight_version) else { return false };
         self.end(transaction.number, Fate::Aborted);
-        self.epoch += 1;
+        self.weight_version += 1;
         true
     }
 
@@ -179,7 +179,7 @@ impl Broker {
         dice: &mut Dice,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
     ) -> usize {
         let mut count = 0;
         for _ in 0..2 * handle.at.len() {
@@ -193,7 +193,7 @@ impl Broker {
                 };
                 let Some((offset, item)) = next.filter(|_| held.get(partition) != Some(&true)) else { break };
                 let stamp = assign(Record { partition, offset, key: item.key });
-                self.write(handle, stamp.side, partition, Item { epoch: stamp.epoch, ..item });
+                self.write(handle, stamp.side, partition, Item { weight_version: stamp.weight_version, ..item });
                 handle.at[partition] = offset + 1;
                 count += 1;
             }
@@ -208,14 +208,14 @@ impl Broker {
         partition: usize,
         (from, until): (i64, i64),
         most: usize,
-        epoch: u64,
+        weight_version: u64,
     ) -> (u64, i64) {
         let (mut count, mut at) = (0, from);
         while (count as usize) < most
             && let Some((offset, item)) =
                 self.next(Topic::Of(Side::Canary), partition, at).filter(|(at, _)| *at < until)
         {
-            self.write(handle, Side::Stable, partition, Item { epoch, ..item });
+            self.write(handle, Side::Stable, partition, Item { weight_version, ..item });
             (at, count) = (offset + 1, count + 1);
         }
         (count, at)
@@ -235,7 +235,7 @@ impl Broker {
 
     fn transaction(&mut self, handle: &Handle) -> &mut Transaction {
         let fates = &mut self.fates;
-        self.open.entry(handle.epoch).or_insert_with(|| {
+        self.open.entry(handle.weight_version).or_insert_with(|| {
             fates.push(Fate::Open);
             Transaction { number: fates.len() - 1, wrote: Vec::new() }
         })
@@ -269,7 +269,7 @@ impl Broker {
             self.append(handle, entry)?;
         }
         let transaction = self.transaction(handle).clone();
-        self.open.remove(&handle.epoch);
+        self.open.remove(&handle.weight_version);
         self.end(transaction.number, Fate::Committed);
         for (partition, place) in &commit.places {
             self.places[*partition] = Some(place.clone());

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use aviary::ports::{Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
-use aviary_core::domain::course::Call;
+use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Topic};
+use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 
 use super::broker::Handle;
@@ -29,7 +29,7 @@ impl Door {
     fn call<T>(
         &mut self,
         name: &str,
-        act: impl FnOnce(&mut World, &mut Handle) -> Result<T, OutsideError>,
+        operation: impl FnOnce(&mut World, &mut Handle) -> Result<T, OutsideError>,
     ) -> Result<T, OutsideError> {
         interrupt(&self.world, self.who, false);
         let mut world = lock(&self.world);
@@ -39,7 +39,7 @@ impl Door {
         }
         let result = match world.fault(self.who, name) {
             None => {
-                let result = act(&mut world, &mut self.handle);
+                let result = operation(&mut world, &mut self.handle);
                 if result.is_err() && world.broker.is_fenced(&self.handle) {
                     let wrote = self.handle.has_written();
                     world.truth.saw(if wrote { "zombie fenced with records written" } else { "zombie fenced" });
@@ -47,7 +47,7 @@ impl Door {
                 result
             }
             Some(Fault::Before) => Err(OutsideError::new("broker", format!("{name} failed"))),
-            Some(Fault::After) => match act(&mut world, &mut self.handle) {
+            Some(Fault::After) => match operation(&mut world, &mut self.handle) {
                 Ok(_) => Err(OutsideError::new("broker", format!("{name} timed out"))),
                 Err(error) => Err(error),
             },
@@ -70,7 +70,7 @@ impl Broker for Door {
             world.say(format!("router {who} opens"));
             world.truth.opened();
             let opened = world.broker.open(handle);
-            world.routers[who].epoch = handle.epoch;
+            world.routers[who].weight_version = handle.weight_version;
             Ok(opened)
         })
     }
@@ -91,7 +91,7 @@ impl Broker for Door {
         _wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
     ) -> Result<usize, OutsideError> {
         self.call("copy", |world, handle| {
             world.now_ms += 20;
@@ -108,10 +108,10 @@ impl Broker for Door {
         from: i64,
         until: i64,
         most: usize,
-        epoch: u64,
+        weight_version: u64,
     ) -> Result<Reclaimed, OutsideError> {
         self.call("reclaim", |world, handle| {
-            let (count, next) = world.broker.reclaim(handle, partition, (from, until), most, epoch);
+            let (count, next) = world.broker.reclaim(handle, partition, (from, until), most, weight_version);
             Ok(Reclaimed { count, next })
         })
     }
@@ -177,7 +177,7 @@ pub struct Hand {
 }
 
 impl Hooks for Hand {
-    fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
+    fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
         let late = lock(&self.world).late;
         if late {
             interrupt(&self.world, self.who, true);
@@ -185,7 +185,7 @@ impl Hooks for Hand {
         let mut world = lock(&self.world);
         world.happen();
         let (who, words) = (self.who, format!("{} {} on {}", call.word(), side.word(), topic.word()));
-        if !late && world.routers[who].epoch != world.broker.epoch {
+        if !late && world.routers[who].weight_version != world.broker.weight_version {
             world.violate(format!("hook: router {who} calls {words}, and another has taken over"));
         }
         if world.defers(call, side, topic, number) {

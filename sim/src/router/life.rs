@@ -94,7 +94,7 @@ fn start(shared: &Shared) -> usize {
         let (change_ms_max, lag_max) = (world.plan.change_ms_max, world.plan.lag_max);
         let known = Known { change_ms_max, lag_max, ..Known::default() };
         let ahead_ms = world.dice.between(0, 2 * SKEW_MS);
-        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, epoch: 0, known });
+        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, weight_version: 0, known });
         world.say(format!("router {who} is started"));
         (who, world.bug, world.plan, world.partitions())
     };

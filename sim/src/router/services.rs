@@ -3,7 +3,7 @@
 //! Processing a record and committing it never come apart here: a service that forgets what it did is not the router's fault.
 
 use aviary::ports::Topic;
-use aviary_core::domain::course::Call;
+use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 
 use super::broker::Broker;
@@ -49,20 +49,21 @@ impl Service {
     }
 
     /// Starts or stops it.
-    pub fn call(&mut self, call: Call, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
+    pub fn call(&mut self, call: HookCall, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
         match (call, self.state) {
-            (Call::Start, State::Off | State::Lingers { .. }) => {
+            (HookCall::Start, State::Off | State::Lingers { .. }) => {
                 let lows = broker.topic(self.topic).iter().map(|log| log.low());
                 let next = &broker.groups[&(self.side, self.topic)];
                 self.at = lows.zip(next).map(|(low, next)| next.unwrap_or(low).max(low)).collect();
                 self.state = State::On;
             }
-            (Call::Start, State::Stops { .. }) => self.state = State::On,
-            (Call::Stop, State::On) if dice.chance(5000) => {
+            (HookCall::Start, State::Stops { .. }) => self.state = State::On,
+            (HookCall::Stop, State::On) if dice.chance(5000) => {
                 self.state = State::Stops { until_ms: now_ms + dice.between(1, 400) };
             }
-            (Call::Stop, State::On) => self.stop(broker, dice, now_ms),
-            (Call::Start, State::On) | (Call::Stop, State::Off | State::Stops { .. } | State::Lingers { .. }) => {}
+            (HookCall::Stop, State::On) => self.stop(broker, dice, now_ms),
+            (HookCall::Start, State::On)
+            | (HookCall::Stop, State::Off | State::Stops { .. } | State::Lingers { .. }) => {}
         }
     }
 

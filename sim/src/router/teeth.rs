@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use aviary::ports::{Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Stamp, Topic};
-use aviary_core::domain::course::Call;
+use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Topic};
+use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 
 use super::door::{Door, Hand};
@@ -83,7 +83,7 @@ struct Bent {
     bug: Bug,
     partitions: usize,
     /// Records copied since the last commit: partition, offset, and who got them.
-    copied: Vec<(usize, i64, Stamp)>,
+    copied: Vec<(usize, i64, Assignment)>,
     sought: bool,
 }
 
@@ -105,7 +105,7 @@ impl Bent {
                     left[record.partition] -= 1;
                     let same =
                         self.copied.iter().find(|(at, offset, _)| (*at, *offset) == (record.partition, record.offset));
-                    same.map_or(Stamp { side: Side::Stable, epoch: 0 }, |(.., stamp)| *stamp)
+                    same.map_or(Assignment { side: Side::Stable, weight_version: 0 }, |(.., stamp)| *stamp)
                 })?;
             }
         }
@@ -135,7 +135,7 @@ impl Broker for Bent {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
     ) -> Result<usize, OutsideError> {
         let copied = &mut self.copied;
         self.door.copy(wait, most, held, &mut |record| {
@@ -151,9 +151,9 @@ impl Broker for Bent {
         from: i64,
         until: i64,
         most: usize,
-        epoch: u64,
+        weight_version: u64,
     ) -> Result<Reclaimed, OutsideError> {
-        self.door.reclaim(partition, from, until, most, epoch)
+        self.door.reclaim(partition, from, until, most, weight_version)
     }
 
     fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError> {
@@ -217,7 +217,7 @@ struct BentHand {
 }
 
 impl Hooks for BentHand {
-    fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
+    fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
         match (self.bug, self.hand.call(call, side, topic, number)) {
             (Bug::Hook, Err(_)) => Ok(()),
             (_, result) => result,

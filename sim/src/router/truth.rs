@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use aviary::ports::{Commit, Topic};
-use aviary_core::domain::course::{Ask, Entry, Phase};
+use aviary_core::domain::course::{ControlCommand, Entry, Phase};
 use aviary_core::domain::split::{Side, Split};
 use aviary_core::domain::weights::{Weight, sticky_ticket};
 
@@ -174,12 +174,12 @@ impl Truth {
             self.wrote(broker, *side, *partition, *offset)?;
         }
         for (partition, place) in &commit.places {
-            self.placed(broker, *partition, place.next, &place.note, (known, transaction))?;
+            self.placed(broker, *partition, place.next, &place.metadata, (known, transaction))?;
         }
         match commit.entry.as_ref().map(|entry| serde_json::from_str(entry)) {
             Some(Ok(Entry::Phase(phase))) => self.entered(phase, known)?,
-            Some(Ok(Entry::Ask(Ask::Promote))) => self.asked(Weight::FULL),
-            Some(Ok(Entry::Ask(_) | Entry::Call { .. })) | None => {}
+            Some(Ok(Entry::Command(ControlCommand::Promote))) => self.asked(Weight::FULL),
+            Some(Ok(Entry::Command(_) | Entry::Hook { .. })) | None => {}
             Some(Err(why)) => return Err(format!("entry: {why}")),
         }
         Ok(())
@@ -219,10 +219,10 @@ impl Truth {
         broker: &Broker,
         partition: usize,
         next: i64,
-        note: &str,
+        metadata: &str,
         (known, transaction): (Known, &Transaction),
     ) -> Result<(), String> {
-        let split = Split::from_note(note).map_err(|why| format!("note: {why}"))?;
+        let split = Split::from_metadata(metadata).map_err(|why| format!("note: {why}"))?;
         let counts = &mut self.counts[partition];
         if let Some((_, before)) = &self.splits[partition] {
             if next < *before {
@@ -238,7 +238,7 @@ impl Truth {
                 "counts: partition {partition} took and gave {found:?} by its note, expected {expected:?}"
             ));
         }
-        let (weight, epoch) = split.weight();
+        let (weight, weight_version) = split.weight();
         if weight > self.highest {
             return Err(format!("share: the weight is {weight}, and at most {} was asked for", self.highest));
         }
@@ -247,8 +247,8 @@ impl Truth {
             let item = broker.topic(Topic::Of(*side))[partition].get(&broker.fates, *offset).expect("just committed");
             let free = !reclaims && (!self.keyed || item.key.is_none());
             let drawn = if self.ticket(item) < weight.bp() { Side::Canary } else { Side::Stable };
-            if item.epoch != epoch || free && drawn != *side {
-                return Err(format!("stamp: {item:?} went to {} under {weight}, epoch {epoch}", side.word()));
+            if item.weight_version != weight_version || free && drawn != *side {
+                return Err(format!("stamp: {item:?} went to {} under {weight}, epoch {weight_version}", side.word()));
             }
         }
         let took = !reclaims && transaction.wrote.iter().any(|(_, of, _)| *of == partition);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use aviary::adapters::memory::MemoryStore;
 use aviary::api::{self, ApiState};
-use aviary::door::Accept;
+use aviary::listener::Accept;
 use aviary::node::run::{self, Parts};
 use aviary::ports::{Clock, Connection, Later, Listener, Network};
 use aviary::proxy;
@@ -32,8 +32,8 @@ const CONTROL: u16 = 7001;
 pub fn new_disks() -> [Arc<Mutex<MemoryStore>>; 3] {
     let (genesis, _) = genesis_of(3);
     [0, 1, 2].map(|i| {
-        let register = first_register(i, &genesis);
-        Arc::new(Mutex::new(MemoryStore::new(Some(register), vec![genesis.clone()])))
+        let acceptor = first_register(i, &genesis);
+        Arc::new(Mutex::new(MemoryStore::new(Some(acceptor), vec![genesis.clone()])))
     })
 }
 
@@ -69,11 +69,11 @@ pub async fn live(i: usize, town: Town) -> turmoil::Result {
             retention: Retention::default(),
             peers: peers.keys().cloned().collect(),
         },
-        register: contents.register.clone(),
+        acceptor: contents.acceptor.clone(),
         log: log.to_vec(),
-        saved: contents.trials.clone(),
+        saved: contents.runs.clone(),
         ledger,
-        trials: Box::new(store.clone()),
+        runs: Box::new(store.clone()),
         store: Box::new(store),
         network: Arc::new(Simulated),
         listen: format!("0.0.0.0:{CONTROL}"),

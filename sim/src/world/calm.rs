@@ -36,23 +36,25 @@ impl<S: Subject> World<S> {
                 ));
             }
             let helper = self.voter();
-            if self.truth.membership().0.contains_key(&node) {
-                self.decide(helper, Op::Config(ConfigChange::Readmit(node, incarnation)))?;
+            if self.truth.members().0.contains_key(&node) {
+                self.decide(helper, OperatorRequest::Config(ConfigChange::Readmit(node, incarnation)))?;
                 continue;
             }
             let j = self.nodes.iter().position(|other| other.id == node).expect("a node just listed");
             match self.added_as(j)? {
-                Some(incarnation) => drop(self.decide(helper, Op::Config(ConfigChange::Add(node, incarnation)))?),
+                Some(incarnation) => {
+                    self.decide(helper, OperatorRequest::Config(ConfigChange::Add(node, incarnation)))?;
+                }
                 None => {
                     self.start(j)?;
                     self.run_until(self.now + 2_000_000)?;
                 }
             }
         }
-        let benched: Vec<NodeId> =
-            self.truth.membership().0.iter().filter(|(_, m)| m.benched).map(|(n, _)| n.clone()).collect();
-        for node in benched {
-            self.decide(0, Op::Config(ConfigChange::Unbench(node)))?;
+        let cordoned: Vec<NodeId> =
+            self.truth.members().0.iter().filter(|(_, m)| m.cordoned).map(|(n, _)| n.clone()).collect();
+        for node in cordoned {
+            self.decide(0, OperatorRequest::Config(ConfigChange::Uncordon(node)))?;
         }
         self.within(4_500, "readmitted nodes agree and hold leases", |world| world.agree())?;
         self.complete_a_rollout()
@@ -61,8 +63,8 @@ impl<S: Subject> World<S> {
     /// Returns a node whose vote counts.
     pub(super) fn voter(&self) -> usize {
         let counts = |node: &Node<S>| {
-            let register = node.register.as_ref();
-            register.is_some_and(|register| self.truth.membership().counts(&node.id, register.incarnation))
+            let acceptor = node.acceptor.as_ref();
+            acceptor.is_some_and(|acceptor| self.truth.members().counts(&node.id, acceptor.incarnation))
         };
         self.nodes.iter().position(counts).unwrap_or(0)
     }
@@ -71,11 +73,11 @@ impl<S: Subject> World<S> {
         let service = self.services[0].clone();
         for _ in 0..6 {
             let i = self.dice.below(self.nodes.len());
-            self.decide(i, Op::Abort { service: service.clone(), reason: "a fresh start".into() })?;
+            self.decide(i, OperatorRequest::Abort { service: service.clone(), reason: "a fresh start".into() })?;
             self.within(4_500, "the abort is known everywhere", |world| world.agree())?;
             let stable = self.stable_of(i, &service);
             let spec = self.spec(&service, &stable, true);
-            let request = self.decide(i, Op::Apply(spec.clone()))?;
+            let request = self.decide(i, OperatorRequest::Apply(spec.clone()))?;
             if !matches!(self.replies.get(&request), Some(Outcome::Committed { .. })) {
                 continue;
             }
@@ -104,7 +106,7 @@ impl<S: Subject> World<S> {
         self.nodes.iter().all(|node| {
             let Some(process) = &node.process else { return false };
             let Some(view) = &process.view else { return false };
-            let bound = self.truth.membership().counts(&node.id, view.incarnation);
+            let bound = self.truth.members().counts(&node.id, view.incarnation);
             let leased = process.lease.is_some_and(|from| node.now(self.now).mono < from.after_ms(1_000));
             view.head == head && (leased || !bound)
         })
@@ -122,9 +124,9 @@ impl<S: Subject> World<S> {
     }
 
     /// Asks and waits for an answer; every question must have one within the stated bound.
-    pub(super) fn decide(&mut self, i: usize, op: Op) -> Result<u64, Violation> {
-        let words = brief_op(&op);
-        let request = self.submit(i, op)?;
+    pub(super) fn decide(&mut self, i: usize, asked: OperatorRequest) -> Result<u64, Violation> {
+        let words = brief_op(&asked);
+        let request = self.submit(i, asked)?;
         self.within(3_500, &format!("an answer to {words}"), |world| world.replies.contains_key(&request))?;
         self.trace.line(self.now, "*", "answered", || format!("{words}: {:?}", self.replies.get(&request)));
         Ok(request)

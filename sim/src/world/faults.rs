@@ -128,11 +128,11 @@ impl<S: Subject> World<S> {
         let keeps_log = self.dice.chance(3_000);
         let node = &mut self.nodes[i];
         node.damaged = true;
-        node.register = None;
+        node.acceptor = None;
         if !keeps_log {
             node.log.truncate(1);
             (node.checkpoint, node.first) = (None, 0);
-            node.trials.clear();
+            node.runs.clear();
             node.durable = 1;
         }
         self.summary.wipes += 1;
@@ -142,9 +142,9 @@ impl<S: Subject> World<S> {
 
     /// Forgets the damage of nodes that have everything again and whose votes count.
     pub(super) fn mend(&mut self) {
-        let (members, head) = (self.truth.membership().clone(), self.truth.log.len());
+        let (members, head) = (self.truth.members().clone(), self.truth.log.len());
         for node in &mut self.nodes {
-            let bound = node.register.as_ref().is_some_and(|register| members.counts(&node.id, register.incarnation));
+            let bound = node.acceptor.as_ref().is_some_and(|acceptor| members.counts(&node.id, acceptor.incarnation));
             node.damaged &= !(bound && node.durable >= head);
         }
     }
@@ -270,10 +270,10 @@ impl<S: Subject> World<S> {
         }
         self.crash(i)?;
         let node = &mut self.nodes[i];
-        let Some(register) = &node.register else { return Ok(()) };
+        let Some(acceptor) = &node.acceptor else { return Ok(()) };
         let what;
         if self.more.chance(5_000) {
-            let mut bytes = disk::image(node.older.as_ref().unwrap_or(register), register);
+            let mut bytes = disk::image(node.older.as_ref().unwrap_or(acceptor), acceptor);
             // What is in use is the beginning of each half.
             let half = self.more.below(2) * (bytes.len() / 2);
             let span = *self.more.pick(&[600, 4_096, bytes.len() / 2]);
@@ -281,14 +281,14 @@ impl<S: Subject> World<S> {
             bytes[at] ^= 1 << self.more.below(8);
             let found = disk::promises(&bytes);
             what = format!("byte {at} of its register, which is lost: {}", found.is_none());
-            if found.as_ref().is_some_and(|found| found != register) {
+            if found.as_ref().is_some_and(|found| found != acceptor) {
                 return Err(Violation {
                     invariant: "disk",
                     what: format!("{}: a flipped bit made {found:?}", node.id),
                 });
             }
             node.damaged |= found.is_none();
-            node.register = found;
+            node.acceptor = found;
         } else {
             let least = node.checkpoint.as_ref().map_or(1, |checkpoint| checkpoint.slot.0 as usize + 1);
             if least >= node.log.len() {
@@ -327,7 +327,7 @@ impl<S: Subject> World<S> {
         node.log.truncate(left);
         node.durable = left;
         node.damaged = true;
-        let shorter = node.register.as_ref().is_some_and(|register| register.head.0 >= left as u64);
+        let shorter = node.acceptor.as_ref().is_some_and(|acceptor| acceptor.head.0 >= left as u64);
         self.trace.line(self.now, self.nodes[i].id.as_str(), "lost", || format!("all after {left} records"));
         if shorter {
             self.coverage.event("log rebuilt");
@@ -342,7 +342,7 @@ impl<S: Subject> World<S> {
         let version = shown.service.routing.version;
         // Sometimes it trips for a weight that is over by the time it is heard.
         let routing_version = version.saturating_sub(u64::from(self.more.chance(3_000)));
-        self.give(i, Input::BreakerTripped { service, routing_version, reason: "canary answers failed".into() })
+        self.give(i, Input::CircuitBreakerTripped { service, routing_version, reason: "canary answers failed".into() })
     }
 
     /// Evidence of unknown services, of weights that are over or yet to come, and of impossible size: nothing follows.
@@ -360,9 +360,9 @@ impl<S: Subject> World<S> {
 
     /// Operators take nodes out of the cluster, give them new disks, and add them again.
     fn move_members(&mut self, i: usize) -> Step {
-        let members = self.truth.membership();
+        let members = self.truth.members();
         let outside = self.nodes.iter().position(|node| !members.0.contains_key(&node.id));
-        let op = match outside {
+        let asked = match outside {
             None if members.0.len() > 2 => ConfigChange::Remove(name(self.more.below(self.nodes.len()))),
             None => return Ok(()),
             Some(j) => match self.added_as(j)? {
@@ -370,7 +370,7 @@ impl<S: Subject> World<S> {
                 None => return Ok(()),
             },
         };
-        self.submit(i, Op::Config(op)).map(drop)
+        self.submit(i, OperatorRequest::Config(asked)).map(drop)
     }
 
     /// Returns the incarnation to add a node that is outside with; none while it has none that could count: then it
@@ -391,9 +391,9 @@ impl<S: Subject> World<S> {
         }
         self.crash(j)?;
         let node = &mut self.nodes[j];
-        (node.register, node.checkpoint, node.first, node.durable) = (None, None, 0, 1);
+        (node.acceptor, node.checkpoint, node.first, node.durable) = (None, None, 0, 1);
         node.log.truncate(1);
-        node.trials.clear();
+        node.runs.clear();
         self.trace.line(self.now, id.as_str(), "new disk", String::new);
         Ok(None)
     }

@@ -17,10 +17,10 @@ use aviary_core::protocol::checkpoint::Checkpoint;
 use aviary_core::protocol::ledger::Ledger;
 use aviary_core::protocol::message::{Decision, Message};
 use aviary_core::protocol::record::{
-    Act, Chosen, ConfigChange, Intent, Member, Membership, Record, Register, SavedTrial, Slot,
+    AcceptorState, Chosen, ConfigChange, Intent, Member, Members, Operation, Record, SavedRun, Slot,
 };
 use aviary_core::protocol::{
-    Command, Event, Input, Observation, Op, Outcome, Output, RequestId, Retention, Timings, View, codec,
+    Command, Event, Input, Observation, OperatorRequest, Outcome, Output, RequestId, Retention, Timings, View, codec,
 };
 
 use crate::coverage::Coverage;
@@ -88,7 +88,7 @@ pub struct Summary {
     /// Chosen slots.
     pub slots: u64,
     /// Chosen raises.
-    pub raises: u64,
+    pub increases: u64,
     /// Crashes.
     pub crashes: u64,
     /// Wiped disks.
@@ -96,7 +96,7 @@ pub struct Summary {
     /// Checkpoints taken over from a peer.
     pub installs: u64,
     /// Chosen unarmed.
-    pub unarmed: u64,
+    pub in_doubt: u64,
     /// Steps with canary traffic.
     pub exposed: u64,
 }
@@ -145,18 +145,18 @@ impl Ord for Entry {
     }
 }
 /// Returns the genesis of a cluster of this many nodes, and its members.
-pub fn genesis_of(nodes: usize) -> (Chosen, Membership) {
-    let member = |i: usize| (name(i), Member { incarnation: Incarnation(i as u64 + 1), benched: false });
-    let members = Membership((0..nodes).map(member).collect());
-    let act = Act::Genesis { cluster: ClusterId([7; 16]), members: members.clone() };
-    let intent = Intent { tx: TxId::new("genesis").expect("a valid name"), digest: 0, at: Wall(0), act };
+pub fn genesis_of(nodes: usize) -> (Chosen, Members) {
+    let member = |i: usize| (name(i), Member { incarnation: Incarnation(i as u64 + 1), cordoned: false });
+    let members = Members((0..nodes).map(member).collect());
+    let operation = Operation::Genesis { cluster: ClusterId([7; 16]), members: members.clone() };
+    let intent = Intent { tx: TxId::new("genesis").expect("a valid name"), digest: 0, at: Wall(0), operation };
     let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
     (Chosen { ballot: None, record }, members)
 }
 
 /// Returns the register of a node that never ran.
-pub fn first_register(index: usize, genesis: &Chosen) -> Register {
-    Register {
+pub fn first_register(index: usize, genesis: &Chosen) -> AcceptorState {
+    AcceptorState {
         cluster: ClusterId([7; 16]),
         node: name(index),
         incarnation: Incarnation(index as u64 + 1),
@@ -195,7 +195,7 @@ pub struct World<S> {
     services: Vec<ServiceId>,
     moods: Vec<Mood>,
     requests: u64,
-    old: Vec<(TxId, Op)>,
+    old: Vec<(TxId, OperatorRequest)>,
     replies: BTreeMap<u64, Outcome>,
     calm: bool,
     summary: Summary,
@@ -419,10 +419,10 @@ impl<S: Subject> World<S> {
             "*    {} nodes, {} services, chosen head {head}, membership {:?}",
             self.nodes.len(),
             self.services.len(),
-            self.truth.membership()
+            self.truth.members()
         )];
         for node in &self.nodes {
-            let register = node.register.as_ref().map(|r| {
+            let acceptor = node.acceptor.as_ref().map(|r| {
                 let accepted = r.accepted.as_ref().map(|a| format!("{} slot {}", a.ballot, a.record.slot));
                 format!(
                     "boot {} promised {:?} accepted {accepted:?} head {}",
@@ -434,8 +434,10 @@ impl<S: Subject> World<S> {
             let process = match &node.process {
                 None => "down".into(),
                 Some(p) => {
-                    let view =
-                        p.view.as_ref().map(|v| format!("{:?} head {} coordinator {}", v.role, v.head, v.coordinator));
+                    let view = p
+                        .view
+                        .as_ref()
+                        .map(|v| format!("{:?} head {} coordinator {}", v.membership, v.head, v.coordinator));
                     let left = p
                         .lease
                         .map(|from| self.nodes.first().map_or(0, |_| node.now(self.now).mono.millis_since(from)));
@@ -443,7 +445,7 @@ impl<S: Subject> World<S> {
                 }
             };
             lines.push(format!(
-                "{:<3}  log {} ({} durable) · {register:?} · {process}",
+                "{:<3}  log {} ({} durable) · {acceptor:?} · {process}",
                 node.id,
                 node.log.len(),
                 node.durable

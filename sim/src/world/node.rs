@@ -8,21 +8,21 @@ pub(super) struct Process<S> {
     pub view: Option<Arc<View>>,
     pub lease: Option<Mono>,
     pub pending: VecDeque<Output>,
-    pub writing: Option<Box<Register>>,
+    pub writing: Option<Box<AcceptorState>>,
     pub inbox: VecDeque<Input>,
     pub paused: bool,
 }
 
 pub(super) struct Node<S> {
     pub id: NodeId,
-    pub register: Option<Register>,
+    pub acceptor: Option<AcceptorState>,
     /// Those before the last write, which the file still holds.
-    pub older: Option<Register>,
+    pub older: Option<AcceptorState>,
     /// The whole log as this node would have it, also what it keeps only the sum of.
     pub log: Vec<Chosen>,
     /// The sum it starts from.
     pub checkpoint: Option<Checkpoint>,
-    pub trials: BTreeMap<ServiceId, SavedTrial>,
+    pub runs: BTreeMap<ServiceId, SavedRun>,
     /// The first slot whose record it can still read.
     pub first: usize,
     pub durable: usize,
@@ -61,11 +61,11 @@ impl<S: Subject> World<S> {
     pub(super) fn node(index: usize, genesis: &Chosen, dice: &mut Dice) -> Node<S> {
         Node {
             id: name(index),
-            register: Some(first_register(index, genesis)),
+            acceptor: Some(first_register(index, genesis)),
             older: None,
             log: vec![genesis.clone()],
             checkpoint: None,
-            trials: BTreeMap::new(),
+            runs: BTreeMap::new(),
             first: 0,
             durable: 1,
             process: None,
@@ -104,13 +104,13 @@ impl<S: Subject> World<S> {
             fresh_incarnation,
             retention: self.retention,
             peers: (0..count).map(name).collect(),
-            trials: node.trials.clone(),
+            runs: node.runs.clone(),
         };
-        let incarnation = node.register.as_ref().map_or(fresh_incarnation, |register| register.incarnation);
-        let (register, log, now) = (node.register.clone(), node.log.clone(), node.now(at));
+        let incarnation = node.acceptor.as_ref().map_or(fresh_incarnation, |acceptor| acceptor.incarnation);
+        let (acceptor, log, now) = (node.acceptor.clone(), node.log.clone(), node.now(at));
         let checkpoint = node.checkpoint.clone();
         self.trace.line(at, node.id.as_str(), "starts", || {
-            let known = register
+            let known = acceptor
                 .as_ref()
                 .map(|r| format!("promised {:?} head {}", r.promised.as_ref().map(|b| b.to_string()), r.head));
             format!("{} records, register {known:?}", log.len())
@@ -121,7 +121,7 @@ impl<S: Subject> World<S> {
                 None => Ledger::new(&log[0]).expect("a log begins with its genesis"),
             };
             let after = ledger.head.0 as usize + 1;
-            S::start(setup, register, ledger, &log[after..], now)
+            S::start(setup, acceptor, ledger, &log[after..], now)
         })?;
         node.process = Some(Process {
             core,
@@ -185,11 +185,11 @@ impl<S: Subject> World<S> {
         let at = self.now;
         let id = self.nodes[i].id.clone();
         match output {
-            Output::Persist(register) => {
+            Output::Persist(acceptor) => {
                 let slow = self.dice.between(0, self.mix.write_us_max);
                 let epoch = self.nodes[i].epoch;
                 let process = self.nodes[i].process.as_mut().expect("it acts");
-                process.writing = Some(register);
+                process.writing = Some(acceptor);
                 if std::mem::take(&mut self.nodes[i].write_fails) {
                     self.trace.line(at, id.as_str(), "can't write", String::new);
                     return self.crash(i);
@@ -204,7 +204,7 @@ impl<S: Subject> World<S> {
                     format!(
                         "slot {} {} in {:?}",
                         chosen.record.slot,
-                        chosen.record.intent.act.name(),
+                        chosen.record.intent.operation.name(),
                         chosen.ballot.as_ref().map(|b| b.to_string())
                     )
                 });
@@ -235,8 +235,8 @@ impl<S: Subject> World<S> {
                     self.send(i, &to, Message::Decision(Decision::CatchUp(Box::new(chosen))))?;
                 }
             }
-            Output::SaveTrial(service, Some(trial)) => drop(self.nodes[i].trials.insert(service, *trial)),
-            Output::SaveTrial(service, None) => drop(self.nodes[i].trials.remove(&service)),
+            Output::SaveRun(service, Some(run)) => drop(self.nodes[i].runs.insert(service, *run)),
+            Output::SaveRun(service, None) => drop(self.nodes[i].runs.remove(&service)),
             Output::Publish(view) => {
                 self.nodes[i].process.as_mut().expect("it acts").view = Some(view);
             }
@@ -252,8 +252,8 @@ impl<S: Subject> World<S> {
             Output::Announce(event) => {
                 self.trace.line(at, id.as_str(), "announces", || format!("{event:?}"));
                 self.coverage.announced(&event);
-                if let Event::Braked { service, .. } = &event {
-                    self.fact(Fact::Braked(&id, service))?;
+                if let Event::LocalHold { service, .. } = &event {
+                    self.fact(Fact::LocalHold(&id, service))?;
                 }
             }
         }
@@ -289,33 +289,33 @@ impl<S: Subject> World<S> {
 
     pub(super) fn written(&mut self, i: usize) -> Step {
         let node = &mut self.nodes[i];
-        let Some(register) = node.process.as_mut().and_then(|process| process.writing.take()) else { return Ok(()) };
-        node.older = node.register.replace((*register).clone());
+        let Some(acceptor) = node.process.as_mut().and_then(|process| process.writing.take()) else { return Ok(()) };
+        node.older = node.acceptor.replace((*acceptor).clone());
         node.durable = node.log.len();
         let id = node.id.clone();
-        self.trace.fold_bytes(&codec::encode(&*register));
+        self.trace.fold_bytes(&codec::encode(&*acceptor));
         self.trace.line(self.now, id.as_str(), "persists", || {
-            let accepted = register
+            let accepted = acceptor
                 .accepted
                 .as_ref()
-                .map(|a| format!("{} slot {} {}", a.ballot, a.record.slot, a.record.intent.act.name()));
+                .map(|a| format!("{} slot {} {}", a.ballot, a.record.slot, a.record.intent.operation.name()));
             format!(
                 "promised {:?} accepted {accepted:?} head {}",
-                register.promised.as_ref().map(|b| b.to_string()),
-                register.head
+                acceptor.promised.as_ref().map(|b| b.to_string()),
+                acceptor.head
             )
         });
-        let chosen = self.truth.persisted(&id, &register).map_err(|what| broken("I1 agreement", what))?;
-        self.fact(Fact::Persisted(&id, &register))?;
+        let chosen = self.truth.persisted(&id, &acceptor).map_err(|what| broken("I1 agreement", what))?;
+        self.fact(Fact::Persisted(&id, &acceptor))?;
         if let Some((record, ballot)) = chosen {
             let known = self.truth.chosen(record.slot).expect("just chosen");
-            self.summary.raises += u64::from(record.intent.act.raises_exposure());
-            self.summary.unarmed += u64::from(!known.armed);
+            self.summary.increases += u64::from(record.intent.operation.increases_exposure());
+            self.summary.in_doubt += u64::from(!known.armed);
             if !known.armed {
                 self.coverage.event("raise chosen in doubt");
             }
             self.trace.line(self.now, "*", "chosen", || {
-                format!("slot {} {} {} in {ballot}", record.slot, record.intent.act.name(), record.intent.tx)
+                format!("slot {} {} {} in {ballot}", record.slot, record.intent.operation.name(), record.intent.tx)
             });
             self.fact(Fact::Chosen(&record, &ballot))?;
         }
@@ -374,8 +374,8 @@ pub(super) fn node_now(base: u64, from: u64, ppm: i64, wall: u64, at: u64) -> No
     Now { mono: Mono(base + skewed), wall: Wall(wall + at / 1000) }
 }
 
-fn guarded<T>(act: impl FnOnce() -> T) -> Result<T, Violation> {
-    catch_unwind(AssertUnwindSafe(act)).map_err(|cause| {
+fn guarded<T>(operation: impl FnOnce() -> T) -> Result<T, Violation> {
+    catch_unwind(AssertUnwindSafe(operation)).map_err(|cause| {
         let text = cause.downcast_ref::<String>().cloned();
         let text = text.or_else(|| cause.downcast_ref::<&str>().map(|text| text.to_string()));
         broken("panic", text.unwrap_or_default())

@@ -105,32 +105,32 @@ impl<S: Subject> World<S> {
             return self.read(i);
         }
         if !self.old.is_empty() && self.dice.chance(1_500) {
-            let (tx, op) = self.old[self.dice.below(self.old.len())].clone();
-            return self.ask(i, tx, op).map(drop);
+            let (tx, asked) = self.old[self.dice.below(self.old.len())].clone();
+            return self.ask(i, tx, asked).map(drop);
         }
         let service = self.services[self.dice.below(self.services.len())].clone();
         let reason = || "an operator's whim".to_string();
         let peer = name(self.dice.below(self.nodes.len()));
-        let op = match self.dice.weighted(&[30, 15, 5, 6, 8, 8, 6, 5, 2, 4, 8]) {
+        let asked = match self.dice.weighted(&[30, 15, 5, 6, 8, 8, 6, 5, 2, 4, 8]) {
             0 => {
                 let stable = self.stable_of(i, &service);
-                Op::Apply(self.spec(&service, &stable, false))
+                OperatorRequest::Apply(self.spec(&service, &stable, false))
             }
-            1 => Op::Promote { service, full: false },
-            2 => Op::Promote { service, full: true },
-            3 => Op::Pause { service, reason: reason() },
-            4 => Op::Resume { service },
-            5 => Op::Abort { service, reason: reason() },
-            6 => Op::Retry { service },
-            7 => Op::Undo { service },
-            8 => Op::Config(ConfigChange::Bench(peer)),
-            9 => Op::Config(ConfigChange::Unbench(peer)),
+            1 => OperatorRequest::Promote { service, full: false },
+            2 => OperatorRequest::Promote { service, full: true },
+            3 => OperatorRequest::Pause { service, reason: reason() },
+            4 => OperatorRequest::Resume { service },
+            5 => OperatorRequest::Abort { service, reason: reason() },
+            6 => OperatorRequest::Retry { service },
+            7 => OperatorRequest::Undo { service },
+            8 => OperatorRequest::Config(ConfigChange::Cordon(peer)),
+            9 => OperatorRequest::Config(ConfigChange::Uncordon(peer)),
             _ => match self.unbound().first() {
-                Some((node, incarnation)) => Op::Config(ConfigChange::Readmit(node.clone(), *incarnation)),
+                Some((node, incarnation)) => OperatorRequest::Config(ConfigChange::Readmit(node.clone(), *incarnation)),
                 None => return Ok(()),
             },
         };
-        self.submit(i, op).map(drop)
+        self.submit(i, asked).map(drop)
     }
 
     /// Returns the running nodes whose votes don't count, with the incarnation to readmit.
@@ -139,25 +139,25 @@ impl<S: Subject> World<S> {
             .nodes
             .iter()
             .filter_map(|node| Some((node.id.clone(), node.process.as_ref()?.view.as_ref()?.incarnation)));
-        running.filter(|(node, incarnation)| !self.truth.membership().counts(node, *incarnation)).collect()
+        running.filter(|(node, incarnation)| !self.truth.members().counts(node, *incarnation)).collect()
     }
 
-    pub(super) fn submit(&mut self, i: usize, op: Op) -> Result<u64, Violation> {
+    pub(super) fn submit(&mut self, i: usize, asked: OperatorRequest) -> Result<u64, Violation> {
         let tx = TxId::new(format!("t{}", self.requests)).expect("valid");
-        self.old.push((tx.clone(), op.clone()));
-        self.ask(i, tx, op)
+        self.old.push((tx.clone(), asked.clone()));
+        self.ask(i, tx, asked)
     }
 
-    pub(super) fn ask(&mut self, i: usize, tx: TxId, op: Op) -> Result<u64, Violation> {
+    pub(super) fn ask(&mut self, i: usize, tx: TxId, asked: OperatorRequest) -> Result<u64, Violation> {
         if self.nodes[i].process.is_none() {
             return Ok(0);
         }
         self.requests += 1;
         let request = RequestId(self.requests);
         self.trace
-            .line(self.now, self.nodes[i].id.as_str(), "asked", || format!("{} {tx} {}", request.0, brief_op(&op)));
-        self.fact(Fact::Asked(request, tx.as_str(), &op))?;
-        self.give(i, Input::Operator(Command { request, tx, op }))?;
+            .line(self.now, self.nodes[i].id.as_str(), "asked", || format!("{} {tx} {}", request.0, brief_op(&asked)));
+        self.fact(Fact::Asked(request, tx.as_str(), &asked))?;
+        self.give(i, Input::Operator(Command { request, tx, asked }))?;
         Ok(request.0)
     }
 

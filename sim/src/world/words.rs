@@ -2,9 +2,11 @@
 
 use super::*;
 
-pub(super) fn brief_op(op: &Op) -> String {
-    match op {
-        Op::Apply(spec) => format!("Apply {} {} → {}", spec.service, spec.stable.version, spec.canary.version),
+pub(super) fn brief_op(asked: &OperatorRequest) -> String {
+    match asked {
+        OperatorRequest::Apply(spec) => {
+            format!("Apply {} {} → {}", spec.service, spec.stable.version, spec.canary.version)
+        }
         other => format!("{other:?}"),
     }
 }
@@ -15,22 +17,22 @@ pub(super) fn brief(message: &Message) -> String {
             "PREPARE {} slot {} {} {} recovery {}",
             p.ballot,
             p.slot,
-            p.intent.act.name(),
+            p.intent.operation.name(),
             p.intent.tx,
             p.recovery
         ),
         Message::Vote(v) => format!("VOTE {} slot {} {:?}", v.ballot, v.slot, v.answer),
         Message::Decision(Decision::Propose(b, r)) => {
-            format!("PROPOSE {b} slot {} {} {}", r.slot, r.intent.act.name(), r.intent.tx)
+            format!("PROPOSE {b} slot {} {} {}", r.slot, r.intent.operation.name(), r.intent.tx)
         }
         Message::Decision(Decision::Chosen(c)) => {
-            format!("CHOSEN slot {} {}", c.record.slot, c.record.intent.act.name())
+            format!("CHOSEN slot {} {}", c.record.slot, c.record.intent.operation.name())
         }
         Message::Decision(Decision::Checkpoint(part)) => {
             format!("CHECKPOINT slot {} part {} of {}", part.slot, part.index, part.parts)
         }
         Message::Decision(Decision::CatchUp(c)) => {
-            format!("CATCHUP slot {} {}", c.record.slot, c.record.intent.act.name())
+            format!("CATCHUP slot {} {}", c.record.slot, c.record.intent.operation.name())
         }
         Message::Heartbeat(h) => format!(
             "HEARTBEAT nonce {:?} ack {:?} head {} open {:?} unarmed {:?} {:?}",
@@ -38,11 +40,11 @@ pub(super) fn brief(message: &Message) -> String {
             h.acknowledges,
             h.head,
             h.open.as_ref().map(|b| b.to_string()),
-            h.unarmed,
-            h.role
+            h.in_doubt,
+            h.membership
         ),
         Message::HealthSnapshot(h) => {
-            format!("HEALTH v{} brake {:?} effective {} bp", h.routing_version, h.brake, h.effective_bp)
+            format!("HEALTH v{} brake {:?} effective {} bp", h.routing_version, h.local_hold, h.effective_bp)
         }
     }
 }

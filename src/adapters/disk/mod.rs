@@ -14,22 +14,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+mod acceptor;
 mod checkpoint;
 mod journal;
-mod register;
-mod trials;
+mod runs;
 
 use super::clock::BootClock;
 use crate::ports::{Clock, LogReader, Recovered, Store, StoreError};
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{Act, Chosen, Register, Slot};
+use crate::protocol::record::{AcceptorState, Chosen, Operation, Slot};
+use acceptor::{AcceptorFile, SLOT_BYTES, Saved, bytes_needed};
+pub use acceptor::{image, promises};
 use journal::{Chain, Failure, Journal, OpenFailure, Syncer, speaks_of_content};
 pub use journal::{decode_entry, encode_entry};
-use register::{RegisterFile, SLOT_BYTES, Saved, bytes_needed};
-pub use register::{image, promises};
-pub use trials::DiskTrials;
+pub use runs::DiskRuns;
 
 /// How long sled may take to open before its directory counts as broken.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);
@@ -71,7 +71,7 @@ pub enum OpenError {
 
 /// A node's durable memory in a directory of its own.
 pub struct DiskStore {
-    register: RegisterFile,
+    acceptor: AcceptorFile,
     /// Records that the journal may not have synced, with their slots.
     tail: VecDeque<(Slot, Vec<u8>)>,
     next: Slot,
@@ -85,25 +85,25 @@ pub struct DiskStore {
 
 impl DiskStore {
     /// Sets up a data directory for a node that never ran: its first register, and the log's first record.
-    pub fn create(dir: &Path, register: &Register, genesis: &Chosen) -> Result<(), OpenError> {
+    pub fn create(dir: &Path, acceptor: &AcceptorState, genesis: &Chosen) -> Result<(), OpenError> {
         let paths = Paths::of(dir);
         fs::create_dir_all(dir).map_err(|e| trouble(dir, "create the data directory", e))?;
         let _lock = lock(&paths)?;
-        for (path, found) in [(&paths.register, "register"), (&paths.journal, "journal")] {
+        for (path, found) in [(&paths.acceptor, "register"), (&paths.journal, "journal")] {
             if path.exists() {
                 return Err(OpenError::Occupied { dir: dir.into(), found });
             }
         }
-        let register = encoded("register", &paths.register, register)?;
+        let acceptor = encoded("register", &paths.acceptor, acceptor)?;
         encoded("genesis", &paths.genesis, genesis)?;
         write_whole(&paths.genesis, &encode_entry(genesis)).map_err(|e| trouble(&paths.genesis, "write genesis", e))?;
         // The register is what makes a node: it comes last, complete, under its own name.
         let draft = dir.join("register.new");
         remove_if_there(&draft).map_err(|e| trouble(&draft, "remove an unfinished register", e))?;
-        let mut found = RegisterFile::open(&draft)?;
-        found.file.write(&register, std::iter::empty())?;
-        let renamed = fs::rename(&draft, &paths.register).and_then(|()| sync_directory(dir));
-        renamed.map_err(|e| trouble(&paths.register, "put the register in place", e))?;
+        let mut found = AcceptorFile::open(&draft)?;
+        found.file.write(&acceptor, std::iter::empty())?;
+        let renamed = fs::rename(&draft, &paths.acceptor).and_then(|()| sync_directory(dir));
+        renamed.map_err(|e| trouble(&paths.acceptor, "put the register in place", e))?;
         let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         Ok(parent.map_or(Ok(()), sync_directory).map_err(|e| trouble(dir, "sync the parent directory", e))?)
     }
@@ -123,32 +123,32 @@ impl DiskStore {
 
     fn open_within(dir: &Path, patience: Duration) -> Result<Recovered<Self>, OpenError> {
         let paths = Paths::of(dir);
-        if ![&paths.register, &paths.journal, &paths.genesis].iter().any(|path| path.exists()) {
+        if ![&paths.acceptor, &paths.journal, &paths.genesis].iter().any(|path| path.exists()) {
             return Err(OpenError::NoGenesis { dir: dir.into() });
         }
         let lock = Arc::new(lock(&paths)?);
-        let register::Found { file, saved, mut notes } = RegisterFile::open(&paths.register)?;
+        let acceptor::Found { file, saved, mut notes } = AcceptorFile::open(&paths.acceptor)?;
         sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
-        let (register, tail) = saved.map_or((None, Vec::new()), |Saved { register, tail, .. }| (Some(register), tail));
+        let (acceptor, tail) = saved.map_or((None, Vec::new()), |Saved { acceptor, tail, .. }| (Some(acceptor), tail));
         let opening = Opening { paths: &paths, lock: &lock, patience };
         let (journal, ledger, chain) = opening.recover(&tail, &mut notes)?;
         let (journal, next) = (Arc::new(journal), chain.next());
         let syncer = Syncer::start(journal.clone(), next);
         let syncer = syncer.map_err(|e| trouble(&paths.journal, "start the journal's thread", e))?;
-        let store = Self { register: file, tail: VecDeque::new(), next, syncer, journal, failure: None, paths };
+        let store = Self { acceptor: file, tail: VecDeque::new(), next, syncer, journal, failure: None, paths };
         let mut log = chain.into_log();
         log.drain(..log.partition_point(|chosen| chosen.record.slot <= ledger.head));
-        Ok(Recovered { store, register, ledger, log, notes })
+        Ok(Recovered { store, acceptor, ledger, log, notes })
     }
 
-    fn try_persist(&mut self, register: &Register) -> Result<(), StoreError> {
-        let register = encoded("register", &self.paths.register, register)?;
+    fn try_persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError> {
+        let acceptor = encoded("register", &self.paths.acceptor, acceptor)?;
         self.forget_synced()?;
-        if !self.fits(register.len()) {
+        if !self.fits(acceptor.len()) {
             self.syncer.wait().map_err(|failure| self.behind(failure))?;
             self.forget_synced()?;
         }
-        self.register.write(&register, self.tail.iter().map(|(_, entry)| entry.as_slice()))
+        self.acceptor.write(&acceptor, self.tail.iter().map(|(_, entry)| entry.as_slice()))
     }
 
     fn try_append(&mut self, chosen: &Chosen) -> Result<(), StoreError> {
@@ -184,9 +184,9 @@ impl DiskStore {
         written.map_err(|e| trouble(path, "write a checkpoint", e))
     }
 
-    fn fits(&self, register: usize) -> bool {
+    fn fits(&self, acceptor: usize) -> bool {
         let lengths = || self.tail.iter().map(|(_, entry)| entry.len());
-        lengths().sum::<usize>() <= TAIL_BYTES_MAX && bytes_needed(register, lengths()) <= SLOT_BYTES
+        lengths().sum::<usize>() <= TAIL_BYTES_MAX && bytes_needed(acceptor, lengths()) <= SLOT_BYTES
     }
 
     fn forget_synced(&mut self) -> Result<(), StoreError> {
@@ -205,7 +205,7 @@ impl DiskStore {
     fn unless_failed(&mut self, operation: impl FnOnce(&mut Self) -> Result<(), StoreError>) -> Result<(), StoreError> {
         if let Some(failure) = &self.failure {
             let source = io::Error::other(format!("an earlier write failed: {failure}"));
-            return Err(trouble(&self.paths.register, "write after a failure", source));
+            return Err(trouble(&self.paths.acceptor, "write after a failure", source));
         }
         let result = operation(self);
         self.failure = result.as_ref().err().map(ToString::to_string);
@@ -214,8 +214,8 @@ impl DiskStore {
 }
 
 impl Store for DiskStore {
-    fn persist(&mut self, register: &Register) -> Result<(), StoreError> {
-        self.unless_failed(|store| store.try_persist(register))
+    fn persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError> {
+        self.unless_failed(|store| store.try_persist(acceptor))
     }
 
     fn append(&mut self, chosen: &Chosen) -> Result<(), StoreError> {
@@ -265,7 +265,7 @@ impl LogReader for Reader {
 struct Paths {
     dir: PathBuf,
     lock: PathBuf,
-    register: PathBuf,
+    acceptor: PathBuf,
     genesis: PathBuf,
     checkpoint: PathBuf,
     journal: PathBuf,
@@ -277,7 +277,7 @@ impl Paths {
         Self {
             dir: dir.into(),
             lock: at("lock"),
-            register: at("register"),
+            acceptor: at("register"),
             genesis: at("genesis"),
             checkpoint: at("checkpoint"),
             journal: at("journal"),
@@ -336,8 +336,8 @@ impl Opening<'_> {
     /// Reads the checkpoint; one that is damaged, or another cluster's, is moved aside.
     fn checkpoint(&self, genesis: Option<&Chosen>, notes: &mut Vec<String>) -> Result<Option<Ledger>, OpenError> {
         let path = &self.paths.checkpoint;
-        let cluster = genesis.and_then(|chosen| match &chosen.record.intent.act {
-            Act::Genesis { cluster, .. } => Some(*cluster),
+        let cluster = genesis.and_then(|chosen| match &chosen.record.intent.operation {
+            Operation::Genesis { cluster, .. } => Some(*cluster),
             _ => None,
         });
         let why = match checkpoint::read(path).map_err(|e| trouble(path, "read the checkpoint", e))? {
@@ -406,7 +406,7 @@ impl Opening<'_> {
                 false => chain.push(chosen),
             });
             if let Err(why) = added {
-                let path = self.paths.register.display();
+                let path = self.paths.acceptor.display();
                 notes.push(format!("{path}: the register's records don't continue the journal: {why}"));
                 break;
             }

@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
 use super::*;
-use crate::adapters::conformance::{self, Found, Subject, chain, chain_of, register, sum};
+use crate::adapters::conformance::{self, Found, Subject, acceptor, chain, chain_of, sum};
 
 /// A data directory that goes away with the test.
 struct Disk(TempDir);
@@ -16,16 +16,16 @@ struct Disk(TempDir);
 impl Subject for Disk {
     type Store = DiskStore;
 
-    fn create(register: &Register, genesis: &Chosen) -> Self {
+    fn create(acceptor: &AcceptorState, genesis: &Chosen) -> Self {
         let dir = TempDir::new().unwrap();
-        DiskStore::create(dir.path(), register, genesis).unwrap();
+        DiskStore::create(dir.path(), acceptor, genesis).unwrap();
         Self(dir)
     }
 
     fn open(&mut self) -> Found<DiskStore> {
-        let Recovered { store, register, ledger, log, notes } = DiskStore::open(self.0.path()).unwrap();
+        let Recovered { store, acceptor, ledger, log, notes } = DiskStore::open(self.0.path()).unwrap();
         assert_eq!(notes, Vec::<String>::new());
-        Found { store, register, ledger, log }
+        Found { store, acceptor, ledger, log }
     }
 
     fn close(&mut self, _: DiskStore) {}
@@ -33,10 +33,10 @@ impl Subject for Disk {
 
 impl Disk {
     /// Starts a process on it; returns the log with its genesis.
-    fn begin(&mut self) -> (DiskStore, Option<Register>, Vec<Chosen>) {
+    fn begin(&mut self) -> (DiskStore, Option<AcceptorState>, Vec<Chosen>) {
         let opened = open(self.0.path()).unwrap();
         assert_eq!(opened.notes, Vec::<String>::new());
-        (opened.store, opened.register, opened.log)
+        (opened.store, opened.acceptor, opened.log)
     }
 }
 
@@ -50,11 +50,11 @@ const RECORDS: u64 = 30;
 /// Writes `RECORDS` records with the register at the last of them, and closes the store.
 fn written() -> (Disk, Vec<Chosen>) {
     let log = chain(RECORDS);
-    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
     for chosen in &log[1..] {
         store.append(chosen).unwrap();
-        store.persist(&register(chosen.record.slot.0 + 1, chosen.record.slot.0)).unwrap();
+        store.persist(&acceptor(chosen.record.slot.0 + 1, chosen.record.slot.0)).unwrap();
     }
     (disk, log)
 }
@@ -63,23 +63,23 @@ fn written() -> (Disk, Vec<Chosen>) {
 fn settled() -> (Disk, Vec<Chosen>) {
     let (mut disk, log) = written();
     let (mut store, ..) = disk.begin();
-    store.persist(&register(RECORDS, RECORDS - 1)).unwrap();
+    store.persist(&acceptor(RECORDS, RECORDS - 1)).unwrap();
     (disk, log)
 }
 
 /// What was found, without a checkpoint: the log with its genesis.
 struct Opened {
     store: DiskStore,
-    register: Option<Register>,
+    acceptor: Option<AcceptorState>,
     log: Vec<Chosen>,
     notes: Vec<String>,
 }
 
 fn open(dir: &Path) -> Result<Opened, OpenError> {
-    let Recovered { store, register, ledger, log, notes } = DiskStore::open_within(dir, Duration::from_secs(2))?;
+    let Recovered { store, acceptor, ledger, log, notes } = DiskStore::open_within(dir, Duration::from_secs(2))?;
     let whole = store.reader().read(Slot(0), usize::MAX).unwrap();
     assert_eq!((&ledger, &log[..]), (&Ledger::new(&whole[0]).unwrap(), &whole[1..]));
-    Ok(Opened { store, register, log: whole, notes })
+    Ok(Opened { store, acceptor, log: whole, notes })
 }
 
 /// Copies everything but the lock, as a power cut would leave it that loses nothing written.
@@ -114,19 +114,19 @@ fn survives(dir: &Path, log: &[Chosen], what: &str) -> usize {
     let length = recovered.log.len();
     assert!((1..=log.len()).contains(&length), "{what}: {length} records");
     assert_eq!(recovered.log, log[..length], "{what}");
-    let Some(promises) = &recovered.register else {
-        recovered.store.persist(&register(50, 0)).unwrap();
+    let Some(promises) = &recovered.acceptor else {
+        recovered.store.persist(&acceptor(50, 0)).unwrap();
         drop(recovered.store);
-        assert_eq!(open(dir).unwrap().register, Some(register(50, 0)), "{what}");
+        assert_eq!(open(dir).unwrap().acceptor, Some(acceptor(50, 0)), "{what}");
         return length;
     };
     assert!((RECORDS - 1..=RECORDS).contains(&promises.boot), "{what}: {promises:?}");
-    let promises = register(60, RECORDS - 1);
+    let promises = acceptor(60, RECORDS - 1);
     log[length..].iter().for_each(|chosen| recovered.store.append(chosen).unwrap());
     recovered.store.persist(&promises).unwrap();
     drop(recovered.store);
     let again = open(dir).unwrap();
-    assert_eq!((again.register, again.log), (Some(promises), log.to_vec()), "{what}");
+    assert_eq!((again.acceptor, again.log), (Some(promises), log.to_vec()), "{what}");
     length
 }
 
@@ -166,7 +166,7 @@ fn a_directory_in_use_is_refused_even_if_only_a_reader_is_left() {
 #[test]
 fn a_node_that_exists_is_never_created_again() {
     let (disk, log) = written();
-    let create = || DiskStore::create(disk.0.path(), &register(1, 0), &log[0]);
+    let create = || DiskStore::create(disk.0.path(), &acceptor(1, 0), &log[0]);
     assert!(matches!(create(), Err(OpenError::Occupied { found: "register", .. })));
     fs::remove_file(disk.0.path().join("register")).unwrap();
     assert!(matches!(create(), Err(OpenError::Occupied { found: "journal", .. })));
@@ -175,19 +175,19 @@ fn a_node_that_exists_is_never_created_again() {
 #[test]
 fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
     let log = chain(20);
-    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
     log[1..5].iter().for_each(|chosen| store.append(chosen).unwrap());
     drop(store);
     // The register carries records that the journal has, and records that never reached it.
-    let mut file = RegisterFile::open(&disk.0.path().join("register")).unwrap().file;
+    let mut file = AcceptorFile::open(&disk.0.path().join("register")).unwrap().file;
     let tail: Vec<_> = log[3..].iter().map(encode_entry).collect();
-    file.write(&codec::encode(&register(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
+    file.write(&codec::encode(&acceptor(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
     let (mut store, promises, found) = disk.begin();
-    assert_eq!((promises, &found), (Some(register(2, 19)), &log));
+    assert_eq!((promises, &found), (Some(acceptor(2, 19)), &log));
     assert_eq!(store.reader().read(Slot(0), 99).unwrap(), log);
     // What was healed is in the journal: the next promise need not carry it.
-    store.persist(&register(3, 19)).unwrap();
+    store.persist(&acceptor(3, 19)).unwrap();
     assert!(store.tail.is_empty());
     drop(store);
     assert_eq!(disk.begin().2, log);
@@ -196,9 +196,9 @@ fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
 #[test]
 fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
     let (disk, log) = settled();
-    let mut file = RegisterFile::open(&disk.0.path().join("register")).unwrap().file;
+    let mut file = AcceptorFile::open(&disk.0.path().join("register")).unwrap().file;
     let tail = encode_entry(&chain(RECORDS + 2)[RECORDS as usize + 1]);
-    file.write(&codec::encode(&register(RECORDS, 0)), [tail.as_slice()].into_iter()).unwrap();
+    file.write(&codec::encode(&acceptor(RECORDS, 0)), [tail.as_slice()].into_iter()).unwrap();
     let recovered = open(disk.0.path()).unwrap();
     assert_eq!(recovered.log, log);
     assert!(recovered.notes[0].contains("don't continue the journal: slot 30 is missing"), "{:?}", recovered.notes);
@@ -207,10 +207,10 @@ fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
 #[test]
 fn records_too_big_for_the_register_wait_for_the_journal() {
     let log = chain_of(12, 50_000);
-    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
     log[1..].iter().for_each(|chosen| store.append(chosen).unwrap());
-    store.persist(&register(2, 11)).unwrap();
+    store.persist(&acceptor(2, 11)).unwrap();
     assert!(store.tail.len() <= 1, "the tail holds {} records of 50 kB", store.tail.len());
     drop(store);
     assert_eq!(open(disk.0.path()).unwrap().log, log);
@@ -219,29 +219,29 @@ fn records_too_big_for_the_register_wait_for_the_journal() {
 #[test]
 fn a_value_that_could_not_be_read_back_is_refused() {
     let log = chain_of(2, 70_000);
-    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
     let error = store.append(&log[1]).unwrap_err().to_string();
     assert!(error.contains("expected at most 65536"), "{error}");
-    let error = store.persist(&register(2, 0)).unwrap_err().to_string();
+    let error = store.persist(&acceptor(2, 0)).unwrap_err().to_string();
     assert!(error.contains("an earlier write failed"), "{error}");
 }
 
 #[test]
 fn a_failed_background_sync_stops_the_store() {
     let log = chain(3);
-    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
     store.append(&log[1]).unwrap();
     store.syncer.fail("no such disk");
-    let error = store.persist(&register(2, 1)).unwrap_err().to_string();
+    let error = store.persist(&acceptor(2, 1)).unwrap_err().to_string();
     assert!(
         error.contains("could not sync the journal in the background") && error.contains("no such disk"),
         "{error}"
     );
     assert!(store.append(&log[2]).unwrap_err().to_string().contains("an earlier write failed"));
     drop(store);
-    assert_eq!(open(disk.0.path()).unwrap().register, Some(register(1, 0)));
+    assert_eq!(open(disk.0.path()).unwrap().acceptor, Some(acceptor(1, 0)));
 }
 
 #[test]
@@ -267,12 +267,12 @@ fn a_journal_is_not_blamed_for_the_machine() {
 #[test]
 fn a_rotten_slot_costs_the_vote_unless_the_other_is_surely_newer() {
     // create wrote both slots, so 29 promises later the newest one is in slot 0.
-    let newest = register(RECORDS, RECORDS - 1);
+    let newest = acceptor(RECORDS, RECORDS - 1);
     for (at, expected) in [(40, None), (SLOT_BYTES as u64 + 40, Some(&newest)), (4000, None)] {
         let (disk, log) = written();
         flip(&disk.0.path().join("register"), at);
         let recovered = open(disk.0.path()).unwrap();
-        assert_eq!((recovered.register.as_ref(), &recovered.log), (expected, &log), "byte {at}");
+        assert_eq!((recovered.acceptor.as_ref(), &recovered.log), (expected, &log), "byte {at}");
         let notes = recovered.notes;
         assert!(notes[0].contains("of the register is damaged: the checksum of sector"), "{notes:?}");
         assert_eq!(notes[0].contains("the newest promise may be lost"), expected.is_none(), "{notes:?}");
@@ -289,12 +289,12 @@ fn a_rotten_slot_costs_the_vote_unless_the_other_is_surely_newer() {
             ruin => file.write_all_at(ruin, at).unwrap(),
         }
         let mut recovered = open(disk.0.path()).unwrap();
-        assert_eq!((recovered.register, &recovered.log), (None, &log), "{} bytes at {at}", ruin.len());
+        assert_eq!((recovered.acceptor, &recovered.log), (None, &log), "{} bytes at {at}", ruin.len());
         // The next promise makes both slots whole again.
-        recovered.store.persist(&register(70, RECORDS - 1)).unwrap();
+        recovered.store.persist(&acceptor(70, RECORDS - 1)).unwrap();
         drop(recovered.store);
         let recovered = open(disk.0.path()).unwrap();
-        assert_eq!((recovered.register, recovered.notes), (Some(register(70, RECORDS - 1)), vec![]));
+        assert_eq!((recovered.acceptor, recovered.notes), (Some(acceptor(70, RECORDS - 1)), vec![]));
     }
 }
 
@@ -304,13 +304,13 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
     // Small registers, and some that carry records over many sectors.
     for bytes in [100, 9_000] {
         let log = chain_of(6, bytes);
-        let mut disk = Disk::create(&register(1, 0), &log[0]);
+        let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
         let (mut store, ..) = disk.begin();
         let path = disk.0.path().join("register");
         for boot in 2..6u64 {
             let before = fs::read(&path).unwrap();
             store.append(&log[boot as usize - 1]).unwrap();
-            store.persist(&register(boot, boot - 1)).unwrap();
+            store.persist(&acceptor(boot, boot - 1)).unwrap();
             let after = fs::read(&path).unwrap();
             let changed: Vec<_> =
                 (0..after.len() / 512).filter(|i| before[i * 512..][..512] != after[i * 512..][..512]).collect();
@@ -327,10 +327,10 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
                 let copy = TempDir::new().unwrap();
                 let copy = copy.path().join("register");
                 fs::write(&copy, torn).unwrap();
-                let found = RegisterFile::open(&copy).unwrap();
+                let found = AcceptorFile::open(&copy).unwrap();
                 let whole = kept.len() == changed.len();
-                let expected = register(if whole { boot } else { boot - 1 }, boot - 1 - u64::from(!whole));
-                let found_register = found.saved.map(|saved| saved.register);
+                let expected = acceptor(if whole { boot } else { boot - 1 }, boot - 1 - u64::from(!whole));
+                let found_register = found.saved.map(|saved| saved.acceptor);
                 assert_eq!(found_register, Some(expected), "round {round}: {kept:?} of {changed:?}: {:?}", found.notes);
             }
         }
@@ -404,7 +404,7 @@ fn genesis_comes_from_its_file_or_from_the_journal() {
     assert_eq!(fs::read(&genesis).unwrap(), saved, "the file is written again");
     fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
     let (store, promises, found) = disk.begin();
-    assert_eq!((promises, found), (Some(register(RECORDS, RECORDS - 1)), log[..1].to_vec()));
+    assert_eq!((promises, found), (Some(acceptor(RECORDS, RECORDS - 1)), log[..1].to_vec()));
     drop(store);
     flip(&genesis, 9);
     fs::remove_dir_all(disk.0.path().join("journal")).unwrap();
@@ -468,14 +468,14 @@ fn random_damage_never_alters_a_record_nor_makes_a_hole() {
 #[expect(clippy::disallowed_methods, reason = "it measures the disk")]
 fn a_promise_costs_one_sync() {
     let log = chain(400);
-    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
     let mut micros: Vec<_> = log[1..]
         .iter()
         .map(|chosen| {
             let start = std::time::Instant::now();
             store.append(chosen).unwrap();
-            store.persist(&register(2, chosen.record.slot.0)).unwrap();
+            store.persist(&acceptor(2, chosen.record.slot.0)).unwrap();
             start.elapsed().as_micros()
         })
         .collect();
@@ -493,7 +493,7 @@ fn summed() -> (Disk, Vec<Chosen>) {
     for chosen in &log[RECORDS as usize..] {
         store.append(chosen).unwrap();
     }
-    store.persist(&register(RECORDS + 3, RECORDS + 2)).unwrap();
+    store.persist(&acceptor(RECORDS + 3, RECORDS + 2)).unwrap();
     (disk, log)
 }
 
@@ -565,20 +565,20 @@ fn another_clusters_checkpoint_is_moved_aside() {
 fn grown(count: u64) -> Disk {
     let retention = crate::protocol::Retention::default();
     let log = chain(1);
-    let mut disk = Disk::create(&register(1, 0), &log[0]);
+    let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
     let mut ledger = Ledger::new(&log[0]).unwrap();
     for slot in 1..=count {
-        let act = Act::Abort { service: None, refused: "Start".into(), reasons: vec!["x".repeat(300)] };
+        let operation = Operation::Abort { service: None, refused: "Start".into(), reasons: vec!["x".repeat(300)] };
         let tx = crate::domain::ids::TxId::new(format!("tx-{slot}")).unwrap();
         let at = crate::domain::time::Wall(slot);
-        let intent = crate::protocol::record::Intent { tx, digest: slot, at, act };
+        let intent = crate::protocol::record::Intent { tx, digest: slot, at, operation };
         let record = ledger.next_record(intent, None).unwrap();
         let chosen = Chosen { ballot: log[0].ballot.clone(), record };
         ledger.apply(&chosen).unwrap();
         store.append(&chosen).unwrap();
         if slot % 64 == 0 {
-            store.persist(&register(slot, slot)).unwrap();
+            store.persist(&acceptor(slot, slot)).unwrap();
         }
         if slot % retention.checkpoint_every == 0 {
             store.checkpoint(&Checkpoint::of(&ledger), Slot(slot.saturating_sub(retention.history) + 1)).unwrap();

@@ -14,7 +14,7 @@ mod health;
 mod rollouts;
 
 use super::ApiState;
-use crate::decisions::follow::{Follower, Lost};
+use crate::decisions::follow::{LogTail, Lost};
 use crate::domain::ids::ServiceId;
 use crate::protocol::Outcome;
 use crate::protocol::record::Slot;
@@ -72,7 +72,7 @@ impl DecisionService for Decisions {
             None => None,
         };
         // Before the answer: what is decided once a client knows that it is connected is told.
-        let mut decisions = Follower::new(&state.node, after);
+        let mut decisions = LogTail::new(&state.node, after);
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
         let response = |told| Ok(WatchDecisionsResponse { event: Some(told) });
         tokio::spawn(async move {

@@ -14,7 +14,7 @@ use super::output::{self, Format};
 use crate::adapters::clock::BootClock;
 use crate::adapters::kafka::{KafkaBroker, Names};
 use crate::config::router::RouterConfig;
-use crate::domain::course::{Ask, Course, End, Entry, Phase};
+use crate::domain::course::{ControlCommand, End, Entry, Phase, RouterState};
 use crate::domain::split::{Side, Split};
 use crate::domain::weights::Weight;
 use crate::ports::Topic;
@@ -91,14 +91,16 @@ pub fn run(verb: RouterVerb, format: Format) -> anyhow::Result<Exit> {
         RouterVerb::Status(args) => status::status(&load(&args)?, format),
         RouterVerb::Audit(args) => audit::run(&load(&args)?, format),
         RouterVerb::SetWeight(SetWeightArgs { weight, ask }) => {
-            asked(&ask, Ask::SetWeight { weight }, &format!("the canary's share is {weight}"), |state| {
+            asked(&ask, ControlCommand::SetWeight { weight }, &format!("the canary's share is {weight}"), |state| {
                 !state.splits.is_empty()
                     && state.splits.iter().all(|split| split.weight().0 == weight && split.former().is_none())
             })
         }
-        RouterVerb::Promote(ask) => asked(&ask, Ask::Promote, "promoted", |state| state.winner() == Some(Side::Canary)),
+        RouterVerb::Promote(ask) => {
+            asked(&ask, ControlCommand::Promote, "promoted", |state| state.winner() == Some(Side::Canary))
+        }
         RouterVerb::Abort(AbortArgs { reason, ask }) => {
-            asked(&ask, Ask::Abort { reason }, "aborted", |state| state.winner() == Some(Side::Stable))
+            asked(&ask, ControlCommand::Abort { reason }, "aborted", |state| state.winner() == Some(Side::Stable))
         }
     }
 }
@@ -127,7 +129,7 @@ fn broker(config: &RouterConfig) -> anyhow::Result<KafkaBroker> {
 
 /// A router as its topics and groups show it, whether it runs or not.
 struct Seen {
-    course: Course,
+    course: RouterState,
     splits: Vec<Split>,
     next: Vec<i64>,
 }
@@ -135,14 +137,14 @@ struct Seen {
 impl Seen {
     fn look(broker: &KafkaBroker) -> anyhow::Result<Self> {
         let opened = broker.look()?;
-        let mut course = Course::default();
+        let mut course = RouterState::default();
         for line in &opened.entries {
             if let Ok(entry) = serde_json::from_str(line) {
                 course.add(entry);
             }
         }
         let places: Vec<_> = opened.places.into_iter().flatten().collect();
-        let splits = places.iter().map(|place| Split::from_note(&place.note)).collect::<Result<_, _>>()?;
+        let splits = places.iter().map(|place| Split::from_metadata(&place.metadata)).collect::<Result<_, _>>()?;
         Ok(Self { course, splits, next: places.iter().map(|place| place.next).collect() })
     }
 
@@ -159,12 +161,12 @@ impl Seen {
 }
 
 /// Asks something of a router by an entry of its control topic, and waits until it is done.
-fn asked(args: &AskArgs, ask: Ask, done: &str, is_done: impl Fn(&Seen) -> bool) -> anyhow::Result<Exit> {
+fn asked(args: &AskArgs, ask: ControlCommand, done: &str, is_done: impl Fn(&Seen) -> bool) -> anyhow::Result<Exit> {
     let config = load(&args.file)?;
     if config.push.is_some() {
         bail!("{}: spec.push: the weight is the file's, or the cluster's", args.file.file.display());
     }
-    if config.follow.is_some() && !matches!(ask, Ask::Abort { .. }) {
+    if config.follow.is_some() && !matches!(ask, ControlCommand::Abort { .. }) {
         bail!(
             "{}: spec.follow: the cluster says what the weight is: ask it (aviary promote {})",
             args.file.file.display(),
@@ -180,10 +182,10 @@ fn asked(args: &AskArgs, ask: Ask, done: &str, is_done: impl Fn(&Seen) -> bool) 
     if seen.course.phase.is_none() && seen.splits.is_empty() && broker.partitions(&config.control())?.is_none() {
         bail!("router {} is not started, expected: aviary router start -f {}", config.name, args.file.file.display());
     }
-    if let (Some(End::Abort(reason)), false) = (&seen.course.end, matches!(ask, Ask::Abort { .. })) {
+    if let (Some(End::Abort(reason)), false) = (&seen.course.end, matches!(ask, ControlCommand::Abort { .. })) {
         bail!("router {} is being aborted: {reason}", config.name);
     }
-    let line = serde_json::to_string(&Entry::Ask(ask)).context("an entry has a text")?;
+    let line = serde_json::to_string(&Entry::Command(ask)).context("an entry has a text")?;
     broker.ask(&line)?;
     if args.no_wait {
         return output::line("asked").map(|()| Exit::Done);

@@ -33,7 +33,7 @@ use crate::domain::split::Side;
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
 use crate::ports::{Clock, OutsideError};
-use crate::router::engine::{Agreed, Engine, Plan, Report, Steering, Turn};
+use crate::router::engine::{CommittedWeight, Engine, Plan, Report, Steering, Turn};
 use crate::router::push::{PushPlan, Pushed, Pusher};
 use crate::router::run;
 
@@ -95,7 +95,7 @@ async fn serve(args: &StartArgs, config: RouterConfig) -> anyhow::Result<Exit> {
         tokio::spawn(async move { axum::serve(listener, app).await });
     }
     let shutdown = CancellationToken::new();
-    let (steer, steering) = watch::channel(None::<(Agreed, Mono)>);
+    let (steer, steering) = watch::channel(None::<(CommittedWeight, Mono)>);
     if let Some(follow) = &config.follow {
         let addresses: Vec<Address> =
             follow.api.iter().map(|url| url.parse()).collect::<Result<_, _>>().map_err(anyhow::Error::msg)?;
@@ -160,7 +160,7 @@ fn push(
     while !shutdown.is_cancelled() {
         let weight = match steer() {
             Steering::Alone => config.weight,
-            Steering::Cluster(Some(agreed)) => agreed.weight,
+            Steering::Cluster(Some(committed)) => committed.weight,
             Steering::Cluster(None) => {
                 if !std::mem::replace(&mut waits, true) {
                     info!("waiting for the cluster: what it has committed isn't known");
@@ -207,7 +207,7 @@ fn salt(config: &RouterConfig) -> u64 {
 /// The router's thread.
 fn work(
     config: &RouterConfig,
-    steering: &watch::Receiver<Option<(Agreed, Mono)>>,
+    steering: &watch::Receiver<Option<(CommittedWeight, Mono)>>,
     told: &watch::Sender<Option<Report>>,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<bool> {
@@ -217,7 +217,7 @@ fn work(
         true => {
             let known = steering.borrow();
             let known = known.as_ref().filter(|(_, until)| BootClock.now().mono < *until);
-            Steering::Cluster(known.map(|(agreed, _)| agreed.clone()))
+            Steering::Cluster(known.map(|(committed, _)| committed.clone()))
         }
     };
     if let Some(settings) = &config.push {
@@ -295,7 +295,7 @@ fn show(report: Option<&Report>) -> Value {
 
 /// Asks the cluster what it has committed. An answer counts as long as the node that gave it may act by it: for its lease, from the
 /// moment it was asked.
-async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option<(Agreed, Mono)>>) {
+async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option<(CommittedWeight, Mono)>>) {
     let path = format!("/routing/state?service={}", segment(config.name.as_str()));
     let mut ticks = tokio::time::interval(ASK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -314,12 +314,13 @@ async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option
             };
             match known {
                 // A node that lags may know only what was agreed before: that isn't gone back to.
-                Ok((agreed, _)) if agreed.epoch < newest => {
-                    failed.push(format!("{address}: knows version {} only, expected {newest}", agreed.epoch));
+                Ok((committed, _)) if committed.weight_version < newest => {
+                    failed
+                        .push(format!("{address}: knows version {} only, expected {newest}", committed.weight_version));
                 }
-                Ok((agreed, lease)) => {
-                    newest = agreed.epoch;
-                    steer.send_replace(Some((agreed, asked.after_ms(lease.as_millis() as u64))));
+                Ok((committed, lease)) => {
+                    newest = committed.weight_version;
+                    steer.send_replace(Some((committed, asked.after_ms(lease.as_millis() as u64))));
                     failed.clear();
                     break;
                 }
@@ -335,7 +336,7 @@ async fn ask_cluster(api: Api, config: RouterConfig, steer: watch::Sender<Option
 }
 
 /// Returns what a node's routing state says of a router's rollout, and for how long it may be acted by.
-fn read_state(state: &Value, config: &RouterConfig) -> Result<(Agreed, Duration), String> {
+fn read_state(state: &Value, config: &RouterConfig) -> Result<(CommittedWeight, Duration), String> {
     let canary = config.service(Side::Canary).version.as_str();
     let stable = config.service(Side::Stable).version.as_str();
     let text = |key: &str| state[key].as_str().unwrap_or_default();
@@ -354,10 +355,10 @@ fn read_state(state: &Value, config: &RouterConfig) -> Result<(Agreed, Duration)
     };
     // What is over needs no lease.
     let lease_ms = if end.is_some() { 10_000 } else { state["lease_ms_left"].as_u64().unwrap_or(0) };
-    let epoch = state["version"].as_u64().unwrap_or(0);
+    let weight_version = state["version"].as_u64().unwrap_or(0);
     match lease_ms {
         0 => Err("it holds no lease".into()),
-        ms => Ok((Agreed { weight, epoch, end }, Duration::from_millis(ms))),
+        ms => Ok((CommittedWeight { weight, weight_version, end }, Duration::from_millis(ms))),
     }
 }
 

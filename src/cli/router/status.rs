@@ -113,10 +113,10 @@ pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
             .collect(),
     };
     let partitions = seen.splits.iter().enumerate().map(|(partition, split)| {
-        let (weight, epoch) = split.weight();
+        let (weight, weight_version) = split.weight();
         json!({
             "partition": partition, "next": seen.next[partition], "unread": unread[partition],
-            "weight": weight.fraction(), "epoch": epoch, "changing": split.former().is_some(), "taken": split.taken(),
+            "weight": weight.fraction(), "epoch": weight_version, "changing": split.former().is_some(), "taken": split.taken(),
             "stable": split.given(Side::Stable), "canary": split.given(Side::Canary),
             "stable_lag": lags[0][partition], "canary_lag": lags[1][partition],
         })

@@ -9,7 +9,7 @@ use super::*;
 use crate::adapters::net::PlainNetwork;
 use crate::domain::ids::{ClusterId, Incarnation};
 use crate::node::frame;
-use crate::protocol::message::{Heartbeat, Role};
+use crate::protocol::message::{Heartbeat, Membership};
 use crate::protocol::record::{Hash, Slot};
 
 fn id(text: &str) -> NodeId {
@@ -26,9 +26,9 @@ fn heartbeat(head: u64) -> Message {
         acknowledges: None,
         head: Slot(head),
         head_hash: Hash::default(),
-        unarmed: None,
+        in_doubt: None,
         open: None,
-        role: Role::Voter,
+        membership: Membership::Voter,
     })
 }
 

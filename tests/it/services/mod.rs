@@ -118,8 +118,8 @@ async fn listen(
 ) -> Result<(), tonic::Status> {
     let address = format!("http://127.0.0.1:{port}");
     let endpoint = tonic::transport::Endpoint::from_shared(address).unwrap().connect_timeout(Duration::from_secs(1));
-    let away = |why: tonic::transport::Error| tonic::Status::unavailable(why.to_string());
-    let mut client = DecisionServiceClient::new(endpoint.connect().await.map_err(away)?);
+    let unavailable = |why: tonic::transport::Error| tonic::Status::unavailable(why.to_string());
+    let mut client = DecisionServiceClient::new(endpoint.connect().await.map_err(unavailable)?);
     let silent = |_| tonic::Status::deadline_exceeded("it is silent");
     let asked = tokio::time::timeout(Duration::from_secs(6), client.watch_decisions(request)).await;
     let mut stream = asked.map_err(silent)??.into_inner();

@@ -34,7 +34,7 @@ fn is_state_of(state: &BTreeMap<String, String>, decision: &Decision) -> bool {
 fn has_all(cluster: &Cluster, url: &str, windows: &[(&Decision, &WindowVerdict)]) {
     let (prefix, mut connection) = (prefix(cluster), redis::Client::open(url).unwrap().get_connection().unwrap());
     for (decision, window) in windows {
-        let key = format!("{prefix}:window:svc:{}:{}", decision.rollout_version, window.to_ms);
+        let key = format!("{prefix}:window:svc:{}:{}", decision.rollout_generation, window.to_ms);
         let verdict: String = redis::cmd("GET").arg(&key).query(&mut connection).unwrap();
         let word = window.verdict().as_str_name().trim_start_matches("VERDICT_").to_string();
         assert_eq!(verdict, format!("{} {word}", decision.sequence), "{key}");

@@ -23,7 +23,7 @@ fn decision(sequence: u64) -> Decision {
         sequence,
         service: "svc".into(),
         kind: DecisionKind::Verdict.into(),
-        rollout_version: 1,
+        rollout_generation: 1,
         window: Some(WindowVerdict { to_ms: sequence * 1000, verdict: 1, ..WindowVerdict::default() }),
         ..Decision::default()
     }

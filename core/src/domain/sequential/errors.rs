@@ -13,15 +13,15 @@ use super::{Mixture, Policy};
 #[derive(Debug, Clone, Copy)]
 enum Alternative {
     /// Its odds of failing are so many times stable's.
-    Odds(f64),
+    SequentialEvidence(f64),
     /// This share of its requests fails.
     Share(f64),
 }
 
 const ALTERNATIVES: [Alternative; 5] = [
-    Alternative::Odds(1.7),
-    Alternative::Odds(3.0),
-    Alternative::Odds(7.0),
+    Alternative::SequentialEvidence(1.7),
+    Alternative::SequentialEvidence(3.0),
+    Alternative::SequentialEvidence(7.0),
     Alternative::Share(0.12),
     Alternative::Share(0.8),
 ];
@@ -107,12 +107,12 @@ pub(super) fn bet(
     mut chance: impl FnMut() -> f64,
 ) -> bool {
     let stable = rate.value();
-    let odds = stable / (1.0 - stable);
+    let sequential = stable / (1.0 - stable);
     let mut ratios = [0.0; COUNT];
     for (k, (ratio, alternative)) in ratios.iter_mut().zip(ALTERNATIVES).enumerate() {
         *ratio = match alternative {
-            Alternative::Odds(times) => times,
-            Alternative::Share(share) => (share / (1.0 - share)).max(odds * (1.6 + 0.4 * k as f64)) / odds,
+            Alternative::SequentialEvidence(times) => times,
+            Alternative::Share(share) => (share / (1.0 - share)).max(sequential * (1.6 + 0.4 * k as f64)) / sequential,
         };
     }
     let margin = 1.0 + policy.error_margin + policy.error_allowance / stable;

@@ -169,7 +169,7 @@ impl<const K: usize> Mixture<K> {
 
 /// What the evidence says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Decision {
+pub enum SequentialVerdict {
     /// As good as stable, within the margins.
     Promote,
     /// Not enough evidence of anything.
@@ -182,9 +182,9 @@ pub enum Decision {
 
 /// A decision and what it rests on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Finding {
+pub struct SequentialResult {
     /// The decision.
-    pub decision: Decision,
+    pub decision: SequentialVerdict,
     /// The e-value of harm: 1/α rolls back.
     pub e: f64,
     /// Its part from errors.
@@ -297,9 +297,9 @@ impl Sequential {
     }
 
     /// Takes everything that happened since the last call, up to `at_ms` after the start; returns what it says.
-    pub fn advance(&mut self, at_ms: u64, evidence: &Evidence) -> Finding {
+    pub fn advance(&mut self, at_ms: u64, evidence: &Evidence) -> SequentialResult {
         if self.rolled_back {
-            return self.finding();
+            return self.result();
         }
         let (since, seconds) = (self.at_ms as f64 / 1000.0, at_ms.saturating_sub(self.at_ms) as f64 / 1000.0);
         let now = at_ms as f64 / 1000.0;
@@ -325,7 +325,7 @@ impl Sequential {
             self.close(at_ms, seconds);
         }
         self.at_ms = at_ms;
-        self.finding()
+        self.result()
     }
 
     fn add(&mut self, evidence: &Evidence) {
@@ -416,40 +416,40 @@ impl Sequential {
     }
 
     /// Returns what a finding means, in words: the metric, the evidence and what it rests on.
-    pub fn reason(&self, found: &Finding) -> String {
+    pub fn reason(&self, found: &SequentialResult) -> String {
         let Policy { required, errors_share, alpha, alpha_promote, .. } = &self.policy;
         let by_errors = errors_share * found.e_errors >= (1.0 - errors_share) * found.e_latency;
         let named = |errors: bool| required.iter().find(|required| matches!(required.harm, Harm::Errors(_)) == errors);
         let (requests, errors) = (found.requests, found.errors);
         let counts = format!("{} of {} failed, stable's {} of {}", errors.1, requests.1, errors.0, requests.0);
         match found.decision {
-            Decision::Promote => String::new(),
-            Decision::Hold => {
+            SequentialVerdict::Promote => String::new(),
+            SequentialVerdict::Hold => {
                 let least = found.promotion.iter().zip(required).min_by(|a, b| a.0.total_cmp(b.0));
                 let (e, name) = least.map_or((0.0, ""), |(e, required)| (e.exp(), &required.name));
                 format!("{name}: evidence {e:.2} of {:.0} that the canary is as good; {counts}", 1.0 / alpha_promote)
             }
-            Decision::Pause | Decision::Rollback => {
+            SequentialVerdict::Pause | SequentialVerdict::Rollback => {
                 let name = named(by_errors).or(named(!by_errors)).map_or("", |required| &required.name);
                 format!("{name}: evidence {:.0} of {:.0} that the canary is worse; {counts}", found.e, 1.0 / alpha)
             }
         }
     }
 
-    fn finding(&mut self) -> Finding {
+    fn result(&mut self) -> SequentialResult {
         self.rolled_back |= self.e >= 1.0 / self.policy.alpha;
         let enough = (1.0 / self.policy.alpha_promote).ln();
         let decision = if self.rolled_back {
-            Decision::Rollback
+            SequentialVerdict::Rollback
         } else if self.e >= 1.0 / (PAUSE_TIMES * self.policy.alpha).min(0.5) {
-            Decision::Pause
+            SequentialVerdict::Pause
         } else if self.promotion.iter().all(|e| *e >= enough) {
-            Decision::Promote
+            SequentialVerdict::Promote
         } else {
-            Decision::Hold
+            SequentialVerdict::Hold
         };
         let share = self.policy.errors_share;
-        Finding {
+        SequentialResult {
             decision,
             e: self.e,
             e_errors: self.errors.value(),

@@ -31,7 +31,12 @@ impl Traffic {
 }
 
 /// Returns the first second at which the test said so; each second of traffic comes from `next`.
-fn first(policy: &Policy, seconds: u64, decision: Decision, mut next: impl FnMut(u64) -> Evidence) -> Option<u64> {
+fn first(
+    policy: &Policy,
+    seconds: u64,
+    decision: SequentialVerdict,
+    mut next: impl FnMut(u64) -> Evidence,
+) -> Option<u64> {
     let mut test = Sequential::new(policy.clone());
     (1..=seconds).find(|second| test.advance(second * 1000, &next(*second)).decision == decision)
 }
@@ -39,7 +44,8 @@ fn first(policy: &Policy, seconds: u64, decision: Decision, mut next: impl FnMut
 #[test]
 fn a_canary_that_fails_every_request_is_rolled_back_at_once() {
     let mut traffic = Traffic(1);
-    let found = first(&Policy::default(), 10, Decision::Rollback, |_| traffic.second(200, 0.05, (0.005, 1.0), 1.0));
+    let found =
+        first(&Policy::default(), 10, SequentialVerdict::Rollback, |_| traffic.second(200, 0.05, (0.005, 1.0), 1.0));
     assert_eq!(found, Some(1));
 }
 
@@ -47,16 +53,16 @@ fn a_canary_that_fails_every_request_is_rolled_back_at_once() {
 fn harm_is_found_and_what_both_share_is_not() {
     let mut traffic = Traffic(2);
     let policy = Policy::default();
-    let errors = first(&policy, 120, Decision::Rollback, |_| traffic.second(200, 0.05, (0.005, 0.055), 1.0));
+    let errors = first(&policy, 120, SequentialVerdict::Rollback, |_| traffic.second(200, 0.05, (0.005, 0.055), 1.0));
     assert!(errors.is_some_and(|second| second < 60), "{errors:?}");
-    let slow = first(&policy, 300, Decision::Rollback, |_| traffic.second(200, 0.05, (0.005, 0.005), 1.2));
+    let slow = first(&policy, 300, SequentialVerdict::Rollback, |_| traffic.second(200, 0.05, (0.005, 0.005), 1.2));
     assert!(slow.is_some_and(|second| (10..120).contains(&second)), "{slow:?}");
-    let late = first(&policy, 700, Decision::Rollback, |second| {
+    let late = first(&policy, 700, SequentialVerdict::Rollback, |second| {
         let rate = if second > 500 { 0.055 } else { 0.005 };
         traffic.second(200, 0.05, (0.005, rate), 1.0)
     });
     assert!(late.is_some_and(|second| (500..620).contains(&second)), "{late:?}");
-    let incident = first(&policy, 600, Decision::Rollback, |second| {
+    let incident = first(&policy, 600, SequentialVerdict::Rollback, |second| {
         let rate = if (200..300).contains(&second) { 0.3 } else { 0.005 };
         traffic.second(200, 0.05, (rate, rate), 1.0)
     });
@@ -67,7 +73,7 @@ fn harm_is_found_and_what_both_share_is_not() {
 fn a_canary_that_warms_up_is_not_a_slow_one() {
     for seed in 0..5 {
         let mut traffic = Traffic(100 + seed);
-        let found = first(&Policy::default(), 200, Decision::Rollback, |second| {
+        let found = first(&Policy::default(), 200, SequentialVerdict::Rollback, |second| {
             let slowness = 1.0 + 2.0 * (-(second as f64) / 8.0).exp();
             traffic.second(200, 0.05, (0.005, 0.005), slowness)
         });
@@ -79,10 +85,10 @@ fn a_canary_that_warms_up_is_not_a_slow_one() {
 fn a_healthy_canary_is_promoted_and_a_silent_one_is_not() {
     let mut traffic = Traffic(3);
     let policy = Policy::default();
-    let healthy = first(&policy, 600, Decision::Promote, |_| traffic.second(200, 0.2, (0.005, 0.005), 1.0));
+    let healthy = first(&policy, 600, SequentialVerdict::Promote, |_| traffic.second(200, 0.2, (0.005, 0.005), 1.0));
     assert!(healthy.is_some_and(|second| second > 30), "{healthy:?}");
-    assert_eq!(first(&policy, 600, Decision::Promote, |_| Evidence::default()), None);
-    assert_eq!(first(&policy, 600, Decision::Promote, |_| traffic.second(200, 0.0, (0.005, 0.0), 1.0)), None);
+    assert_eq!(first(&policy, 600, SequentialVerdict::Promote, |_| Evidence::default()), None);
+    assert_eq!(first(&policy, 600, SequentialVerdict::Promote, |_| traffic.second(200, 0.0, (0.005, 0.0), 1.0)), None);
 }
 
 /// The property itself, small; `AVIARY_ROUNDS=10000` looks longer. Error rates jump about, for both versions alike.
@@ -94,7 +100,7 @@ fn healthy_canaries_are_rolled_back_more_rarely_than_alpha() {
         let rolled_back = (0..rounds).filter(|round| {
             let mut traffic = Traffic(7_000 + round);
             let (mut left, mut rate) = (0, 0.01);
-            let found = first(&policy, 200, Decision::Rollback, |_| {
+            let found = first(&policy, 200, SequentialVerdict::Rollback, |_| {
                 if left == 0 {
                     left = 1 + (traffic.chance() * 30.0) as u64;
                     rate = if traffic.chance() < 0.3 { traffic.chance() * 0.5 } else { 0.01 };

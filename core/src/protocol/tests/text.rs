@@ -18,14 +18,15 @@ fn longest() -> usize {
 fn asking() -> Rig {
     let mut rig = Rig::new();
     let stages = [fixtures::manual(500), fixtures::held(10_000, 0)];
-    rig.asked("a", 1, Op::Apply(Arc::new(fixtures::rollout(&stages, fixtures::by_query()))));
+    rig.asked("a", 1, OperatorRequest::Apply(Arc::new(fixtures::rollout(&stages, fixtures::by_query()))));
     rig
 }
 
 impl Rig {
     /// Asks for a promotion, which is refused for reasons that are cut, and that every register can hold.
     fn assert_refused_in_short(&mut self) {
-        let Outcome::Aborted { reasons, .. } = self.asked("a", 2, Op::Promote { service: service(), full: false })
+        let Outcome::Aborted { reasons, .. } =
+            self.asked("a", 2, OperatorRequest::Promote { service: service(), full: false })
         else {
             panic!("{:?}", self.replies[&2]);
         };
@@ -33,8 +34,8 @@ impl Rig {
         for why in reasons {
             assert!(why.chars().count() <= longest(), "{why}");
         }
-        for register in self.registers.values() {
-            assert!(codec::encode(register).len() < 32 * 1024);
+        for acceptor in self.acceptors.values() {
+            assert!(codec::encode(acceptor).len() < 32 * 1024);
         }
     }
 }
@@ -62,7 +63,7 @@ fn a_store_that_is_away_for_an_essay_refuses_a_promotion_in_short() {
 #[test]
 fn a_peer_that_refuses_with_an_essay_is_recorded_in_short() {
     let mut rig = asking();
-    rig.ask("a", 2, Op::Promote { service: service(), full: false });
+    rig.ask("a", 2, OperatorRequest::Promote { service: service(), full: false });
     let (from, to, prepare) =
         rig.wire.iter().find(|(.., message)| matches!(message, Message::Prepare(_))).cloned().unwrap();
     let Message::Prepare(prepare) = prepare else { unreachable!() };
@@ -83,11 +84,11 @@ fn a_peer_that_refuses_with_an_essay_is_recorded_in_short() {
 fn a_breaker_or_a_peer_that_stops_a_canary_for_an_essay_rolls_back_in_short() {
     let brakes = |rig: &mut Rig, by_peer: bool| match by_peer {
         false => {
-            let tripped = Input::BreakerTripped { service: service(), routing_version: 1, reason: essay() };
+            let tripped = Input::CircuitBreakerTripped { service: service(), routing_version: 1, reason: essay() };
             rig.handle(&node("a"), tripped);
         }
         true => {
-            let snapshot = HealthSnapshot { brake: Some(essay()), ..rig.cores[&node("b")].snapshot(&service()) };
+            let snapshot = HealthSnapshot { local_hold: Some(essay()), ..rig.cores[&node("b")].snapshot(&service()) };
             let message = Box::new(Message::HealthSnapshot(snapshot));
             rig.handle(&node("a"), Input::Received { from: node("b"), incarnation: Incarnation(1), message });
         }
@@ -98,7 +99,7 @@ fn a_breaker_or_a_peer_that_stops_a_canary_for_an_essay_rolls_back_in_short() {
         rig.settle();
         rig.run_for(1_000);
         let last = rig.decided.values().last().unwrap();
-        let why = last.intent.act.reasons().join("");
+        let why = last.intent.operation.reasons().join("");
         assert!(why.contains("ééé") && why.chars().count() <= longest() + 30, "{why}");
     }
 }

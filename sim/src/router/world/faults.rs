@@ -1,7 +1,7 @@
 //! What goes wrong, and how often.
 
 use aviary::ports::Topic;
-use aviary_core::domain::course::{Call, Phase};
+use aviary_core::domain::course::{HookCall, Phase};
 use aviary_core::domain::split::Side;
 
 use super::World;
@@ -21,7 +21,7 @@ pub struct Rates {
     /// Another router goes on in the middle of a call.
     pub interrupt: u64,
     /// The broker goes away.
-    pub away: u64,
+    pub unavailable: u64,
     /// A transaction expires.
     pub expire: u64,
     /// A hook fails.
@@ -55,7 +55,7 @@ impl Rates {
             after: *dice.pick(&[0, 30, 200]),
             die: *dice.pick(&[0, 30, 150]),
             interrupt: *dice.pick(&[0, 30, 200]),
-            away: *dice.pick(&[0, 0, 10]),
+            unavailable: *dice.pick(&[0, 0, 10]),
             expire: *dice.pick(&[0, 20, 100]),
             hook: *dice.pick(&[0, 2_000]),
             emit: *dice.pick(&[500, 2_000, 5_000]),
@@ -69,7 +69,7 @@ impl Rates {
 
 impl World {
     /// Draws whether a hook call has its effect later than it ends.
-    pub fn defers(&mut self, call: Call, side: Side, topic: Topic, number: u64) -> bool {
+    pub fn defers(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> bool {
         let defers = self.late && self.faulty && self.dice.chance(LATE);
         if defers {
             let due_ms = self.now_ms + self.dice.between(1, 5_000);

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aviary::ports::Topic;
-use aviary::router::engine::{Agreed, Engine, Plan};
-use aviary_core::domain::course::Call;
+use aviary::router::engine::{CommittedWeight, Engine, Plan};
+use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 use aviary_core::domain::weights::Weight;
 
@@ -57,7 +57,7 @@ pub struct World {
     /// The newest call's number, of each version.
     pub called: [u64; 2],
     /// Hook calls that failed, and when they have their effect.
-    pending: Vec<(u64, Call, Side, Topic, u64)>,
+    pending: Vec<(u64, HookCall, Side, Topic, u64)>,
     /// Says what happens.
     pub words: bool,
     /// What happened.
@@ -65,7 +65,7 @@ pub struct World {
     rates: Rates,
     away_until_ms: u64,
     /// The cluster's decisions; none when routers are on their own.
-    agreed: Option<Agreed>,
+    committed: Option<CommittedWeight>,
     /// The cluster can be asked.
     lease: bool,
     /// Records that are still to be emitted.
@@ -86,7 +86,7 @@ pub struct Router {
     /// How far its clock is ahead of the world's.
     pub ahead_ms: u64,
     /// Its producer's epoch.
-    pub epoch: u64,
+    pub weight_version: u64,
     /// What it knew at its turn's begin.
     pub known: Known,
 }
@@ -118,7 +118,8 @@ impl World {
         let services = Side::BOTH.into_iter().flat_map(|side| [(side, Topic::Source), (side, Topic::Of(side))]);
         let services: Vec<_> = services.map(|(side, topic)| Service::new(side, topic, &mut dice)).collect();
         let rates = Rates::new(&mut dice);
-        let agreed = dice.chance(4000).then_some(Agreed { weight: plan.weight, epoch: 1, end: None });
+        let committed =
+            dice.chance(4000).then_some(CommittedWeight { weight: plan.weight, weight_version: 1, end: None });
         let mut world = Self {
             now_ms: 1_000,
             truth: Truth::new(plan.salt, plan.keyed, plan.weight, vec![0; count]),
@@ -137,7 +138,7 @@ impl World {
             lines: Vec::new(),
             rates,
             away_until_ms: 0,
-            agreed,
+            committed,
             lease: true,
             quota: dice.between(20, 300),
             keys: dice.between(1, KEYS.len() as u64) as usize,
@@ -167,7 +168,7 @@ impl World {
             begins.push(low);
         }
         self.truth.begin_at(begins);
-        self.call(Call::Start, Side::Stable, Topic::Source, 0);
+        self.call(HookCall::Start, Side::Stable, Topic::Source, 0);
     }
 
     /// Returns how many partitions there are.
@@ -199,7 +200,7 @@ impl World {
     }
 
     /// Starts or stops a service, unless a newer call of its version has come before.
-    pub fn call(&mut self, call: Call, side: Side, topic: Topic, number: u64) {
+    pub fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) {
         if number < self.called[side as usize] {
             return;
         }

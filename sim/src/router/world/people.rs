@@ -1,8 +1,8 @@
 //! What people and programs around the routers do: they write to the topics, ask for weights and ends, and read.
 
 use aviary::ports::Topic;
-use aviary::router::engine::{Agreed, Steering};
-use aviary_core::domain::course::{Ask, End, Entry};
+use aviary::router::engine::{CommittedWeight, Steering};
+use aviary_core::domain::course::{ControlCommand, End, Entry};
 use aviary_core::domain::split::Side;
 use aviary_core::domain::weights::Weight;
 
@@ -51,13 +51,13 @@ impl World {
         if self.dice.chance(self.rates.end) {
             self.ask_end();
         }
-        if self.agreed.is_some() && self.dice.chance(if self.lease { self.rates.lease } else { 500 }) {
+        if self.committed.is_some() && self.dice.chance(if self.lease { self.rates.lease } else { 500 }) {
             self.lease = !self.lease;
             if !self.lease {
                 self.truth.saw("lease lost");
             }
         }
-        if self.dice.chance(self.rates.away) {
+        if self.dice.chance(self.rates.unavailable) {
             self.away_until_ms = self.now_ms + self.dice.between(1, 300);
         }
     }
@@ -90,25 +90,25 @@ impl World {
         self.broker.end(number, fate);
     }
 
-    fn ask(&mut self, ask: Ask) {
+    fn ask(&mut self, ask: ControlCommand) {
         self.say(format!("somebody asks: {ask:?}"));
-        let line = serde_json::to_string(&Entry::Ask(ask)).expect("an entry has a text");
+        let line = serde_json::to_string(&Entry::Command(ask)).expect("an entry has a text");
         self.broker.control.append(line, None);
     }
 
     fn ask_weight(&mut self) {
         let weight = weight(&mut self.dice);
         let by_hand = self.dice.chance(2000);
-        match &mut self.agreed {
-            Some(_) if by_hand => self.ask(Ask::SetWeight { weight }),
-            Some(agreed) => {
-                (agreed.weight, agreed.epoch) = (weight, agreed.epoch + 1);
+        match &mut self.committed {
+            Some(_) if by_hand => self.ask(ControlCommand::SetWeight { weight }),
+            Some(committed) => {
+                (committed.weight, committed.weight_version) = (weight, committed.weight_version + 1);
                 self.truth.asked(weight);
                 self.say(format!("the cluster agrees on {weight}"));
             }
             None => {
                 self.truth.asked(weight);
-                self.ask(Ask::SetWeight { weight });
+                self.ask(ControlCommand::SetWeight { weight });
             }
         }
     }
@@ -123,36 +123,36 @@ impl World {
             self.truth.asked(Weight::FULL);
         }
         let by_hand = self.dice.chance(2000);
-        match &mut self.agreed {
-            Some(agreed) if !by_hand => {
-                if agreed.end.is_none() {
+        match &mut self.committed {
+            Some(committed) if !by_hand => {
+                if committed.end.is_none() {
                     self.truth.saw("cluster's end taken over");
-                    agreed.end = Some(end);
+                    committed.end = Some(end);
                 }
             }
             Some(_) | None => self.ask(match end {
-                End::Promote => Ask::Promote,
-                End::Abort(reason) => Ask::Abort { reason },
+                End::Promote => ControlCommand::Promote,
+                End::Abort(reason) => ControlCommand::Abort { reason },
             }),
         }
     }
 
     /// Says what a router that is turned now is told.
     pub fn steering(&self) -> Steering {
-        match &self.agreed {
+        match &self.committed {
             None => Steering::Alone,
-            Some(agreed) => Steering::Cluster(self.lease.then(|| agreed.clone())),
+            Some(committed) => Steering::Cluster(self.lease.then(|| committed.clone())),
         }
     }
 
     /// Returns the weight that the routers are to come to.
     pub fn wanted(&self) -> Weight {
         let asked = self.control().filter_map(|entry| match entry {
-            Entry::Ask(Ask::SetWeight { weight }) => Some(weight),
+            Entry::Command(ControlCommand::SetWeight { weight }) => Some(weight),
             _ => None,
         });
-        match &self.agreed {
-            Some(agreed) => agreed.weight,
+        match &self.committed {
+            Some(committed) => committed.weight,
             None => asked.last().unwrap_or(self.plan.weight),
         }
     }
@@ -165,14 +165,15 @@ impl World {
 
     /// Returns whether the cluster's rollout was rolled back.
     pub fn is_rolled_back(&self) -> bool {
-        matches!(&self.agreed, Some(Agreed { end: Some(End::Abort(_)), .. }))
+        matches!(&self.committed, Some(CommittedWeight { end: Some(End::Abort(_)), .. }))
     }
 
     /// Returns what a router that is turned now knows; its clock and its plan are its own.
     pub fn known(&self) -> Known {
         let steering = self.steering();
-        let agreed = matches!(&steering, Steering::Cluster(Some(Agreed { end: Some(End::Abort(_)), .. })));
-        let aborted = agreed || self.control().any(|entry| matches!(entry, Entry::Ask(Ask::Abort { .. })));
+        let committed = matches!(&steering, Steering::Cluster(Some(CommittedWeight { end: Some(End::Abort(_)), .. })));
+        let aborted =
+            committed || self.control().any(|entry| matches!(entry, Entry::Command(ControlCommand::Abort { .. })));
         Known { blind: steering == Steering::Cluster(None), aborted, world_ms: self.now_ms, ..Known::default() }
     }
 

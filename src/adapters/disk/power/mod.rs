@@ -15,7 +15,7 @@ use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
 use super::{DiskStore, OpenError};
-use crate::adapters::conformance::{chain_of, register, sum};
+use crate::adapters::conformance::{acceptor, chain_of, sum};
 use crate::ports::{Recovered, Store};
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::record::{Chosen, Slot};
@@ -45,7 +45,7 @@ fn a_nodes_life_to_be_recorded() {
     let mut marks = fs::File::create(root.join(MARKS)).unwrap();
     let mut mark = |what: &str, boot: u64| marks.write_all(format!("{what} {boot}").as_bytes()).unwrap();
     mark("begin", 1);
-    DiskStore::create(&dir, &register(1, 0), &log[0]).unwrap();
+    DiskStore::create(&dir, &acceptor(1, 0), &log[0]).unwrap();
     mark("done", 1);
     let open = || DiskStore::open(&dir).unwrap().store;
     let mut store = open();
@@ -53,7 +53,7 @@ fn a_nodes_life_to_be_recorded() {
     let mut promise = |store: &mut DiskStore, head: u64| {
         boot += 1;
         mark("begin", boot);
-        store.persist(&register(boot, head)).unwrap();
+        store.persist(&acceptor(boot, head)).unwrap();
         mark("done", boot);
     };
     for slot in (1..40).chain(INSTALLED + 1..RECORDS) {
@@ -111,7 +111,7 @@ fn events(mut bytes: &[u8]) -> Vec<Event> {
             6 => Event::Rename { from: path, to },
             7 => Event::Unlink(path),
             8 => Event::MakeDir(path),
-            op => panic!("op {op} is unknown"),
+            asked => panic!("op {asked} is unknown"),
         });
         bytes = rest;
     }
@@ -299,7 +299,7 @@ impl Disk {
         let (done, begun) = (self.mark("done"), self.mark("begin"));
         let root = TempDir::new().unwrap();
         self.cut(root.path(), fate);
-        let Recovered { register: found, ledger, log: records, notes, .. } =
+        let Recovered { acceptor: found, ledger, log: records, notes, .. } =
             match DiskStore::open(&root.path().join("data")) {
                 Ok(recovered) => recovered,
                 Err(OpenError::NoGenesis { .. }) if done == 0 => return,

@@ -19,7 +19,7 @@ use tracing::info;
 use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush};
 use crate::config::node::Kafka;
 use crate::domain::split::Side;
-use crate::ports::{Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, Record, Stamp, Topic};
+use crate::ports::{Assignment, Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, Record, Topic};
 
 mod topics;
 mod writer;
@@ -32,7 +32,7 @@ pub const SOURCE_HEADER: &str = "x-aviary-source";
 /// Which version it was given to.
 pub const VERSION_HEADER: &str = "x-aviary-version";
 /// Under which weight.
-pub const EPOCH_HEADER: &str = "x-aviary-epoch";
+pub const WEIGHT_VERSION_HEADER: &str = "x-aviary-epoch";
 
 /// The broker ends a transaction by itself that takes longer.
 const TRANSACTION_MS_MAX: u64 = 15_000;
@@ -209,7 +209,7 @@ impl KafkaBroker {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
     ) -> Result<usize, KafkaError> {
         let open = self.open.as_mut().ok_or(KafkaError::Canceled)?;
         open.hold(&self.names.source, held)?;
@@ -225,7 +225,8 @@ impl KafkaBroker {
             let stamped = open.writer.stamped(&self.names, stamp);
             // A record that a router has copied before says so of that one.
             let own = next.headers().into_iter().flat_map(|headers| headers.iter());
-            let own = own.filter(|header| ![SOURCE_HEADER, VERSION_HEADER, EPOCH_HEADER].contains(&header.key));
+            let own =
+                own.filter(|header| ![SOURCE_HEADER, VERSION_HEADER, WEIGHT_VERSION_HEADER].contains(&header.key));
             let headers = own
                 .fold(stamped.clone(), OwnedHeaders::insert)
                 .insert(Header { key: SOURCE_HEADER, value: Some(&source) });
@@ -245,7 +246,12 @@ impl KafkaBroker {
         Ok(copied)
     }
 
-    fn try_reclaim(&mut self, at: (usize, i64, i64), most: usize, epoch: u64) -> Result<Reclaimed, KafkaError> {
+    fn try_reclaim(
+        &mut self,
+        at: (usize, i64, i64),
+        most: usize,
+        weight_version: u64,
+    ) -> Result<Reclaimed, KafkaError> {
         let (partition, from, until) = at;
         let reader = self.ends()?;
         let open = self.open.as_mut().ok_or(KafkaError::Canceled)?;
@@ -263,8 +269,9 @@ impl KafkaBroker {
                     return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OffsetOutOfRange));
                 }
                 Some(Ok(message)) => {
-                    let mut headers = open.writer.stamped(&self.names, Stamp { side: Side::Stable, epoch }).clone();
-                    let stamps = [VERSION_HEADER, EPOCH_HEADER];
+                    let mut headers =
+                        open.writer.stamped(&self.names, Assignment { side: Side::Stable, weight_version }).clone();
+                    let stamps = [VERSION_HEADER, WEIGHT_VERSION_HEADER];
                     for header in message.headers().into_iter().flat_map(|headers| headers.iter()) {
                         if !stamps.contains(&header.key) {
                             headers = headers.insert(header);
@@ -292,7 +299,7 @@ impl KafkaBroker {
             for (partition, place) in &commit.places {
                 let mut element = list.add_partition(&names.source, *partition as i32);
                 element.set_offset(Offset::Offset(place.next))?;
-                element.set_metadata(&place.note);
+                element.set_metadata(&place.metadata);
             }
             again(|| open.writer.producer.send_offsets_to_transaction(&list, &open.group, ANSWER_MAX))?;
         }
@@ -345,7 +352,7 @@ fn offsets(list: &TopicPartitionList, partitions: usize) -> Result<Vec<Option<(i
 fn places(source: &BaseConsumer<Quiet>, topic: &str, partitions: usize) -> Result<Vec<Option<Place>>, KafkaError> {
     let committed = source.committed_offsets(whole(topic, partitions), ANSWER_MAX)?;
     let found = offsets(&committed, partitions)?;
-    Ok(found.into_iter().map(|found| found.map(|(next, note)| Place { next, note })).collect())
+    Ok(found.into_iter().map(|found| found.map(|(next, metadata)| Place { next, metadata })).collect())
 }
 
 /// Reads the control topic up to its end.
@@ -425,7 +432,7 @@ impl Broker for KafkaBroker {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Stamp,
+        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
     ) -> Result<usize, OutsideError> {
         self.try_copy(wait, most, held, assign).map_err(|error| self.error(error))
     }
@@ -436,9 +443,9 @@ impl Broker for KafkaBroker {
         from: i64,
         until: i64,
         most: usize,
-        epoch: u64,
+        weight_version: u64,
     ) -> Result<Reclaimed, OutsideError> {
-        self.try_reclaim((partition, from, until), most, epoch).map_err(|error| self.error(error))
+        self.try_reclaim((partition, from, until), most, weight_version).map_err(|error| self.error(error))
     }
 
     fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError> {

@@ -10,10 +10,10 @@ use rdkafka::message::{BorrowedMessage, DeliveryResult, Header, Message as _, Ow
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 
 use super::super::{log, send};
-use super::{EPOCH_HEADER, Names, VERSION_HEADER};
+use super::{Names, VERSION_HEADER, WEIGHT_VERSION_HEADER};
 use crate::domain::split::Side;
 use crate::domain::time::Mono;
-use crate::ports::{Clock, Stamp};
+use crate::ports::{Assignment, Clock};
 
 /// What the broker said about records of the open transaction.
 pub struct Deliveries {
@@ -88,15 +88,15 @@ impl Writer {
     }
 
     /// Returns the headers that say which version a record was given to, and under which weight.
-    pub fn stamped(&mut self, names: &Names, stamp: Stamp) -> &OwnedHeaders {
-        if self.stamped.as_ref().is_none_or(|(epoch, _)| *epoch != stamp.epoch) {
-            let epoch = stamp.epoch.to_string();
+    pub fn stamped(&mut self, names: &Names, stamp: Assignment) -> &OwnedHeaders {
+        if self.stamped.as_ref().is_none_or(|(weight_version, _)| *weight_version != stamp.weight_version) {
+            let weight_version = stamp.weight_version.to_string();
             let made = names.versions.each_ref().map(|version| {
                 OwnedHeaders::new_with_capacity(3)
                     .insert(Header { key: VERSION_HEADER, value: Some(version) })
-                    .insert(Header { key: EPOCH_HEADER, value: Some(&epoch) })
+                    .insert(Header { key: WEIGHT_VERSION_HEADER, value: Some(&weight_version) })
             });
-            self.stamped = Some((stamp.epoch, made));
+            self.stamped = Some((stamp.weight_version, made));
         }
         &self.stamped.as_ref().expect("made above").1[stamp.side as usize]
     }

@@ -6,16 +6,16 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId};
+use crate::domain::run::{AnalysisRun, SequentialEvidence, WindowVerdict};
+use crate::domain::ticks::TickSample;
 use crate::domain::time::{Mono, Now};
-use crate::domain::timeline::Sighting;
-use crate::domain::trial::{Judgement, Odds, Trial};
 use crate::domain::window::Evidence;
 
-use super::coordinator::Wish;
+use super::coordinator::Proposal;
 use super::core::{Core, one_round};
-use super::ledger::Agreed;
-use super::message::{Asks, Handover, HealthSnapshot, Message, Role};
-use super::record::{Act, SavedTrial};
+use super::ledger::ServiceState;
+use super::message::{Asks, HealthSnapshot, Membership, Message, RunTransfer};
+use super::record::{Operation, SavedRun};
 use super::{Event, Output};
 
 /// Length of a tick, in milliseconds.
@@ -46,17 +46,17 @@ const SAVED_EVERY_MS: u64 = 1_000;
 
 /// What this node saw of one rollout, and what it makes of that and of its peers' word.
 #[derive(Debug, Clone)]
-pub(super) struct Watch {
-    since_version: u64,
+pub(super) struct RunTracker {
+    rollout_generation: u64,
     /// When the rollout began, on this node's clock.
     began: Mono,
     /// The tick that this node is in, and what it saw in it.
-    open: (u64, Sighting),
+    open: (u64, TickSample),
     /// Its last ticks.
-    recent: VecDeque<(u64, Sighting)>,
-    trial: Trial<NodeId>,
+    recent: VecDeque<(u64, TickSample)>,
+    run: AnalysisRun<NodeId>,
     /// Windows that are closed here, and not decided yet as far as this node knows.
-    closed: VecDeque<Judgement>,
+    closed: VecDeque<WindowVerdict>,
     /// This node came late, and asks for a peer's trial; its own waits meanwhile.
     asking: Option<Asking>,
     /// When the trial is saved next.
@@ -73,9 +73,9 @@ struct Asking {
     /// Peers that ask themselves, and how far the trials go that they saved: they have nothing else to hand over.
     also: BTreeMap<NodeId, u64>,
     /// What peers tell meanwhile.
-    heard: BTreeMap<(u64, NodeId), Sighting>,
+    heard: BTreeMap<(u64, NodeId), TickSample>,
     /// The trial that this node saved before it restarted, and when the rollout began by that, on its present clock.
-    saved: Option<(Mono, Handover)>,
+    saved: Option<(Mono, RunTransfer)>,
 }
 
 impl Asking {
@@ -115,34 +115,34 @@ impl Asking {
 
     /// Returns how far the trial goes that this node saved, in milliseconds since the rollout began; 0: there is none.
     fn saved(&self) -> u64 {
-        self.saved.as_ref().map_or(0, |(_, handover)| handover.at_ms.max(1))
+        self.saved.as_ref().map_or(0, |(_, transfer)| transfer.at_ms.max(1))
     }
 }
 
-impl Watch {
+impl RunTracker {
     /// Returns the watch over a rollout that this node learned of just now; `restarts` when it may have known it before, and
     /// `saved` its trial.
-    fn new(agreed: &Agreed, now: Now, restarts: bool, saved: Option<SavedTrial>) -> Self {
-        let rollout = &agreed.service.rollout;
+    fn new(service_state: &ServiceState, now: Now, restarts: bool, saved: Option<SavedRun>) -> Self {
+        let rollout = &service_state.service.rollout;
         let age_ms = now.wall.0.saturating_sub(rollout.since.0);
         let is_late = age_ms >= JUST_NOW_MS;
         let began = now.mono.before_ms(if is_late { age_ms } else { 0 });
         let at_ms = now.mono.millis_since(began);
         let analysis = rollout.spec.analysis.clone();
         let policy = analysis.sequential(rollout.spec.planned_ms());
-        let trial = Trial::new(analysis, policy, TICK_MS, at_ms);
+        let run = AnalysisRun::new(analysis, policy, TICK_MS, at_ms);
         let saved =
-            saved.filter(|saved| saved.since_version == rollout.since_version && saved.trial.trial.is_like(&trial));
-        let saved = saved.map(|SavedTrial { at, trial, .. }| {
-            let since_ms = trial.at_ms.saturating_add(now.wall.0.saturating_sub(at.0));
-            (now.mono.before_ms(since_ms), trial)
+            saved.filter(|saved| saved.rollout_generation == rollout.rollout_generation && saved.run.run.is_like(&run));
+        let saved = saved.map(|SavedRun { at, run, .. }| {
+            let since_ms = run.at_ms.saturating_add(now.wall.0.saturating_sub(at.0));
+            (now.mono.before_ms(since_ms), run)
         });
         Self {
-            since_version: rollout.since_version,
+            rollout_generation: rollout.rollout_generation,
             began,
-            open: (at_ms / TICK_MS, Sighting::default()),
+            open: (at_ms / TICK_MS, TickSample::default()),
             recent: VecDeque::new(),
-            trial,
+            run,
             closed: VecDeque::new(),
             asking: (is_late || restarts).then(|| Asking { saved, ..Asking::default() }),
             save_at: now.mono,
@@ -151,113 +151,114 @@ impl Watch {
 
     /// Takes what this node saw.
     pub fn observe(&mut self, version: u64, evidence: &Evidence) {
-        if version >= self.since_version && *evidence != Evidence::default() {
-            self.open.1.merge(&Sighting { version, evidence: evidence.clone() });
+        if version >= self.rollout_generation && *evidence != Evidence::default() {
+            self.open.1.merge(&TickSample { version, evidence: evidence.clone() });
         }
     }
 
     /// Takes what a peer saw, and its trial where this node asks for one.
     pub fn hear(&mut self, own: &NodeId, from: &NodeId, snapshot: &HealthSnapshot, now: Mono) {
-        if snapshot.since_version != self.since_version {
+        if snapshot.rollout_generation != self.rollout_generation {
             return;
         }
-        match (&mut self.asking, &snapshot.handover) {
-            (Some(_), Some(handover)) => self.take_over(own, handover, now),
+        match (&mut self.asking, &snapshot.transfer) {
+            (Some(_), Some(transfer)) => self.take_over(own, transfer, now),
             (Some(asking), None) => match &snapshot.asks {
                 Some(asks) => drop(asking.also.insert(from.clone(), asks.saved)),
                 None => drop(asking.also.remove(from)),
             },
             (None, _) => {}
         }
-        for (tick, sighting) in &snapshot.sightings {
+        for (tick, tick_sample) in &snapshot.tick_samples {
             match &mut self.asking {
                 Some(asking) if asking.heard.len() < HEARD_MAX => {
-                    asking.heard.insert((*tick, from.clone()), sighting.clone());
+                    asking.heard.insert((*tick, from.clone()), tick_sample.clone());
                 }
                 Some(_) => {}
-                None => _ = self.trial.put(from, *tick, sighting),
+                None => _ = self.run.put(from, *tick, tick_sample),
             }
         }
     }
 
     /// Goes on with a peer's trial, as if this node had conducted it: in the peer's ticks, after those that it knows of.
-    fn take_over(&mut self, own: &NodeId, handover: &Handover, now: Mono) {
-        if self.trial.is_like(&handover.trial) {
-            self.go_on(own, now.before_ms(handover.at_ms), handover.clone(), now);
+    fn take_over(&mut self, own: &NodeId, transfer: &RunTransfer, now: Mono) {
+        if self.run.is_like(&transfer.run) {
+            self.go_on(own, now.before_ms(transfer.at_ms), transfer.clone(), now);
         }
     }
 
     /// Goes on with a trial of a rollout that began then.
-    fn go_on(&mut self, own: &NodeId, began: Mono, Handover { trial, closed, .. }: Handover, now: Mono) {
-        self.trial = trial;
+    fn go_on(&mut self, own: &NodeId, began: Mono, RunTransfer { run, closed, .. }: RunTransfer, now: Mono) {
+        self.run = run;
         self.closed = closed.into();
         self.began = began;
-        self.open.0 = self.trial.next_of(own).max(now.millis_since(began) / TICK_MS);
+        self.open.0 = self.run.next_of(own).max(now.millis_since(began) / TICK_MS);
         self.stop_asking();
     }
 
     /// Goes on without a peer's trial: with what this node saved before it restarted, or with what it saw since. Returns what was
     /// decided by that.
-    fn go_on_alone(&mut self, own: &NodeId, now: Mono) -> Vec<Judgement> {
+    fn go_on_alone(&mut self, own: &NodeId, now: Mono) -> Vec<WindowVerdict> {
         let saved = self.asking.as_mut().and_then(|asking| asking.saved.take());
-        let Some((began, mut handover)) = saved else {
+        let Some((began, mut transfer)) = saved else {
             self.stop_asking();
             return Vec::new();
         };
-        let judgements = handover.trial.wake(now.millis_since(began));
-        self.go_on(own, began, handover, now);
-        judgements
+        let window_verdicts = transfer.run.wake(now.millis_since(began));
+        self.go_on(own, began, transfer, now);
+        window_verdicts
     }
 
     /// Takes what peers told meanwhile into the trial that is there.
     fn stop_asking(&mut self) {
-        for ((tick, from), sighting) in self.asking.take().into_iter().flat_map(|asking| asking.heard) {
-            self.trial.put(&from, tick, &sighting);
+        for ((tick, from), tick_sample) in self.asking.take().into_iter().flat_map(|asking| asking.heard) {
+            self.run.put(&from, tick, &tick_sample);
         }
     }
 
-    /// Returns what is handed to a peer that came late, when windows are decided up to `judged_ms`; none while this node asks
+    /// Returns what is handed to a peer that came late, when windows are decided up to `decided_ms`; none while this node asks
     /// itself.
-    fn handover(&self, judged_ms: u64, now: Mono) -> Option<Handover> {
+    fn transfer(&self, decided_ms: u64, now: Mono) -> Option<RunTransfer> {
         let at_ms = now.millis_since(self.began);
-        let closed = self.closed.iter().filter(|judgement| judgement.from_ms >= judged_ms).cloned().collect();
-        self.asking.is_none().then(|| Handover { at_ms, trial: self.trial.clone(), closed })
+        let closed =
+            self.closed.iter().filter(|window_verdict| window_verdict.from_ms >= decided_ms).cloned().collect();
+        self.asking.is_none().then(|| RunTransfer { at_ms, run: self.run.clone(), closed })
     }
 
     /// Returns what peers are told: which rollout, the last ticks, and who is asked for the trial.
-    pub fn told(&self) -> (u64, Vec<(u64, Sighting)>, Option<Asks>) {
+    pub fn told(&self) -> (u64, Vec<(u64, TickSample)>, Option<Asks>) {
         let asks = self
             .asking
             .as_ref()
             .map(|asking| Asks { whom: asking.whom.as_ref().map(|(whom, _)| whom.clone()), saved: asking.saved() });
-        (self.since_version, self.recent.iter().cloned().collect(), asks)
+        (self.rollout_generation, self.recent.iter().cloned().collect(), asks)
     }
 
     /// Returns the window that is next to be decided, once it is closed; one that nobody here saw the whole of is decided, with
     /// all that follow it, when whoever did had its time.
-    fn next_window(&mut self, agreed: &Agreed, now: Mono) -> Option<Judgement> {
+    fn next_window(&mut self, service_state: &ServiceState, now: Mono) -> Option<WindowVerdict> {
         if self.asking.is_some() {
             return None;
         }
-        let from_ms = agreed.judged_ms;
-        while self.closed.front().is_some_and(|judgement| judgement.from_ms < from_ms) {
+        let from_ms = service_state.decided_ms;
+        while self.closed.front().is_some_and(|window_verdict| window_verdict.from_ms < from_ms) {
             self.closed.pop_front();
         }
-        let length = agreed.service.rollout.spec.analysis.window_ms;
+        let length = service_state.service.rollout.spec.analysis.window_ms;
         match self.closed.front() {
             Some(next) if next.from_ms == from_ms => Some(next.clone()),
-            Some(later) => Some(Judgement::unseen(from_ms, later.from_ms)),
+            Some(later) => Some(WindowVerdict::unseen(from_ms, later.from_ms)),
             None => {
                 let over_ms = now.millis_since(self.began).saturating_sub(UNSEEN_MS);
                 let to_ms = over_ms / length * length;
-                (to_ms > from_ms).then(|| Judgement::unseen(from_ms, to_ms))
+                (to_ms > from_ms).then(|| WindowVerdict::unseen(from_ms, to_ms))
             }
         }
     }
 
     /// Returns the comparison's reckoning.
-    pub fn odds(&self) -> Option<Odds> {
-        self.trial.odds()
+    pub fn sequential(&self) -> Option<SequentialEvidence> {
+        self.run.sequential()
     }
 
     /// Closes this node's tick when it is over.
@@ -266,13 +267,13 @@ impl Watch {
         if now <= self.open.0 {
             return;
         }
-        let (tick, sighting) = std::mem::replace(&mut self.open, (now, Sighting::default()));
-        self.trial.put(own, tick, &sighting);
-        self.recent.push_back((tick, sighting));
+        let (tick, tick_sample) = std::mem::replace(&mut self.open, (now, TickSample::default()));
+        self.run.put(own, tick, &tick_sample);
+        self.recent.push_back((tick, tick_sample));
         // Ticks that this node didn't look at, because it was busy: nothing was seen in them that isn't in the one before.
         for skipped in (tick + 1).max(now.saturating_sub(TOLD_AGAIN as u64))..now {
-            self.trial.put(own, skipped, &Sighting::default());
-            self.recent.push_back((skipped, Sighting::default()));
+            self.run.put(own, skipped, &TickSample::default());
+            self.recent.push_back((skipped, TickSample::default()));
         }
         while self.recent.len() > TOLD_AGAIN {
             self.recent.pop_front();
@@ -284,33 +285,34 @@ impl Core {
     /// Begins the watch over a rollout that this node learned of, ends those that are over; `restarts` when it may have known
     /// the rollout before.
     pub(super) fn renew_watch(&mut self, id: &ServiceId, restarts: bool) {
-        let Some(agreed) = self.ledger.services.get(id) else { return };
-        let rollout = &agreed.service.rollout;
+        let Some(service_state) = self.ledger.services.get(id) else { return };
+        let rollout = &service_state.service.rollout;
         if !rollout.phase.is_active() {
-            if self.watches.remove(id).is_some() {
-                self.out.push(Output::SaveTrial(id.clone(), None));
+            if self.trackers.remove(id).is_some() {
+                self.out.push(Output::SaveRun(id.clone(), None));
             }
-        } else if self.watches.get(id).is_none_or(|watch| watch.since_version != rollout.since_version) {
-            let saved = self.trials.remove(id);
-            self.watches.insert(id.clone(), Watch::new(agreed, self.now, restarts, saved));
+        } else if self.trackers.get(id).is_none_or(|tracker| tracker.rollout_generation != rollout.rollout_generation) {
+            let saved = self.runs.remove(id);
+            self.trackers.insert(id.clone(), RunTracker::new(service_state, self.now, restarts, saved));
         }
     }
 
-    pub(super) fn tick_watches(&mut self, services: &[ServiceId]) {
+    pub(super) fn tick_trackers(&mut self, services: &[ServiceId]) {
         let now = self.now.mono;
         let expected: Vec<NodeId> =
-            self.ledger.membership.gate_voters().filter(|node| self.is_live_voter(node)).cloned().collect();
+            self.ledger.members.gate_voters().filter(|node| self.is_live_voter(node)).cloned().collect();
         let own = self.settings.node.clone();
         // Without a vote or a majority nothing goes on anyway: whoever has the trial, or saved most of it, may still come.
-        let voters = self.ledger.membership.0.keys().filter(|node| self.is_live_voter(node)).count();
-        let can_ask = self.role() == Role::Voter && voters >= self.ledger.membership.quorum();
-        let asked = self.watches.values().filter(|watch| watch.asking.as_ref().is_some_and(Asking::has_begun)).count();
+        let voters = self.ledger.members.0.keys().filter(|node| self.is_live_voter(node)).count();
+        let can_ask = self.membership() == Membership::Voter && voters >= self.ledger.members.quorum();
+        let asked =
+            self.trackers.values().filter(|tracker| tracker.asking.as_ref().is_some_and(Asking::has_begun)).count();
         let mut free = ASKED_AT_ONCE.saturating_sub(asked);
         let mut judged = Vec::new();
         for id in services {
-            let Some(watch) = self.watches.get_mut(id) else { continue };
-            let mut judgements = Vec::new();
-            if let Some(asking) = &mut watch.asking {
+            let Some(tracker) = self.trackers.get_mut(id) else { continue };
+            let mut window_verdicts = Vec::new();
+            if let Some(asking) = &mut tracker.asking {
                 let alone = asking.best(&own, &expected).is_some_and(|(saved, best)| saved == 0 || *best == own);
                 if !can_ask {
                     (asking.since, asking.whom) = (None, None);
@@ -325,25 +327,25 @@ impl Core {
                 if !alone && asking.turn(&own, &expected, now) {
                     continue;
                 }
-                judgements = watch.go_on_alone(&own, now);
+                window_verdicts = tracker.go_on_alone(&own, now);
             }
-            let at_ms = now.millis_since(watch.began);
-            watch.turn(&own, at_ms);
-            judgements.extend(watch.trial.advance(at_ms, expected.iter()));
-            for judgement in judgements {
-                if judgement.is_window {
-                    watch.closed.push_back(judgement);
+            let at_ms = now.millis_since(tracker.began);
+            tracker.turn(&own, at_ms);
+            window_verdicts.extend(tracker.run.advance(at_ms, expected.iter()));
+            for window_verdict in window_verdicts {
+                if window_verdict.is_window {
+                    tracker.closed.push_back(window_verdict);
                     continue;
                 }
-                judged.push((id.clone(), watch.since_version, judgement));
+                judged.push((id.clone(), tracker.rollout_generation, window_verdict));
             }
-            while watch.closed.len() > CLOSED_MAX {
-                watch.closed.pop_front();
+            while tracker.closed.len() > CLOSED_MAX {
+                tracker.closed.pop_front();
             }
         }
-        for (service, since_version, judgement) in judged {
+        for (service, rollout_generation, window_verdict) in judged {
             self.outdated.services.insert(service.clone());
-            self.announce(Event::Judged { slot: None, service: service.clone(), since_version, judgement });
+            self.announce(Event::Judged { slot: None, service: service.clone(), rollout_generation, window_verdict });
             self.judge(&service);
         }
         self.save_trial();
@@ -351,70 +353,77 @@ impl Core {
 
     /// Saves the trial whose turn it is.
     fn save_trial(&mut self) {
-        let Some(id) = one_round(&self.watches, self.saved_last.as_ref()).next().cloned() else { return };
-        let watch = self.watches.get_mut(&id).expect("a watch just found");
-        if self.now.mono < watch.save_at {
+        let Some(id) = one_round(&self.trackers, self.saved_last.as_ref()).next().cloned() else { return };
+        let tracker = self.trackers.get_mut(&id).expect("a watch just found");
+        if self.now.mono < tracker.save_at {
             return;
         }
-        watch.save_at = self.now.mono.after_ms(SAVED_EVERY_MS);
+        tracker.save_at = self.now.mono.after_ms(SAVED_EVERY_MS);
         self.saved_last = Some(id.clone());
-        let judged_ms = self.ledger.services[&id].judged_ms;
-        if let Some(trial) = watch.handover(judged_ms, self.now.mono) {
-            let saved = SavedTrial { since_version: watch.since_version, at: self.now.wall, trial };
-            self.out.push(Output::SaveTrial(id, Some(Box::new(saved))));
+        let decided_ms = self.ledger.services[&id].decided_ms;
+        if let Some(run) = tracker.transfer(decided_ms, self.now.mono) {
+            let saved = SavedRun { rollout_generation: tracker.rollout_generation, at: self.now.wall, run };
+            self.out.push(Output::SaveRun(id, Some(Box::new(saved))));
         }
     }
 
     /// Hands the trial of a service to a peer that asks this node for it.
-    pub(super) fn hand_over(&mut self, to: &NodeId, id: &ServiceId, since_version: u64) {
-        let watch = self.watches.get(id).filter(|watch| watch.since_version == since_version);
-        let judged_ms = self.ledger.services[id].judged_ms;
-        let Some(handover) = watch.and_then(|watch| watch.handover(judged_ms, self.now.mono)) else { return };
-        let snapshot = HealthSnapshot { handover: Some(Box::new(handover)), ..self.snapshot(id) };
+    pub(super) fn hand_over(&mut self, to: &NodeId, id: &ServiceId, rollout_generation: u64) {
+        let tracker = self.trackers.get(id).filter(|tracker| tracker.rollout_generation == rollout_generation);
+        let decided_ms = self.ledger.services[id].decided_ms;
+        let Some(transfer) = tracker.and_then(|tracker| tracker.transfer(decided_ms, self.now.mono)) else { return };
+        let snapshot = HealthSnapshot { transfer: Some(Box::new(transfer)), ..self.snapshot(id) };
         self.send(to, Message::HealthSnapshot(snapshot));
     }
 
     /// Asks for the next closed window of each rollout to be decided. A verdict can wait: it never contends for a slot that
     /// somebody's transaction is open in, which would put a raise in doubt.
     pub(super) fn judge_windows(&mut self) {
-        if self.register.accepted.is_some() || self.prepared.is_some() || !self.desk.is_free() {
+        if self.acceptor.accepted.is_some() || self.prepared.is_some() || !self.coordination.is_free() {
             return;
         }
         let mut due = Vec::new();
-        for (id, watch) in &mut self.watches {
-            let (agreed, now) = (&self.ledger.services[id], self.now.mono);
-            if let Some(judgement) = watch.next_window(agreed, now) {
+        for (id, tracker) in &mut self.trackers {
+            let (service_state, now) = (&self.ledger.services[id], self.now.mono);
+            if let Some(window_verdict) = tracker.next_window(service_state, now) {
                 // What other systems measured isn't counted by windows; it is asked when one is decided.
-                let measured = self.gates[id].measured(&agreed.service.rollout.spec.analysis, now);
-                let judgement = Judgement { verdict: judgement.verdict.or_worse(measured), ..judgement };
-                let overdue_ms = self.now.mono.millis_since(watch.began).saturating_sub(judgement.to_ms);
-                due.push((overdue_ms, id.clone(), watch.since_version, judgement));
+                let measured = self.gates[id].measured(&service_state.service.rollout.spec.analysis, now);
+                let window_verdict =
+                    WindowVerdict { verdict: window_verdict.verdict.or_worse(measured), ..window_verdict };
+                let overdue_ms = self.now.mono.millis_since(tracker.began).saturating_sub(window_verdict.to_ms);
+                due.push((overdue_ms, id.clone(), tracker.rollout_generation, window_verdict));
             }
         }
         // Many may be due at once. A few wait for their slots at a time, so that whoever else asks isn't kept waiting.
         self.more_windows = due.len() > JUDGED_AT_ONCE;
         due.sort_by_key(|(overdue_ms, ..)| std::cmp::Reverse(*overdue_ms));
-        for (_, service, since_version, judgement) in due.into_iter().take(JUDGED_AT_ONCE) {
-            self.wish(Wish::Act(Act::Judge { service, since_version, judgement: Box::new(judgement) }));
+        for (_, service, rollout_generation, window_verdict) in due.into_iter().take(JUDGED_AT_ONCE) {
+            self.submit_own(Proposal::Operation(Operation::Judge {
+                service,
+                rollout_generation,
+                window_verdict: Box::new(window_verdict),
+            }));
         }
     }
 
     /// Returns what the comparison with stable says of a rollout; Promote where there is none to make.
-    pub(super) fn compared(&self, agreed: &Agreed) -> Verdict {
-        let rollout = &agreed.service.rollout;
+    pub(super) fn compared(&self, service_state: &ServiceState) -> Verdict {
+        let rollout = &service_state.service.rollout;
         if !rollout.spec.analysis.compares() {
             return Verdict::Promote;
         }
-        let watch =
-            self.watches.get(&rollout.spec.service).filter(|watch| watch.since_version == rollout.since_version);
-        let Some(watch) = watch else { return Verdict::Hold("nothing to compare yet".into()) };
-        let why = match &watch.asking {
+        let tracker = self
+            .trackers
+            .get(&rollout.spec.service)
+            .filter(|tracker| tracker.rollout_generation == rollout.rollout_generation);
+        let Some(tracker) = tracker else { return Verdict::Hold("nothing to compare yet".into()) };
+        let why = match &tracker.asking {
             Some(_) => "this node came late, and asks its peers for what they know",
             None => "nothing to compare yet",
         };
-        match watch.trial.verdict() {
+        match tracker.run.verdict() {
             // It is of the weight before, where nothing was seen at this one yet.
-            Some(Verdict::Promote) if watch.trial.version() < agreed.service.routing.version => {
+            Some(Verdict::Promote) if tracker.run.version() < service_state.service.routing.version => {
                 Verdict::Hold("nothing to compare at this weight yet".into())
             }
             verdict => verdict.unwrap_or_else(|| Verdict::Hold(why.into())),

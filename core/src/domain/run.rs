@@ -5,9 +5,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::analysis::{Analysis, Verdict};
-use super::sequential::{Decision, Finding, Policy, Sequential};
+use super::sequential::{Policy, Sequential, SequentialResult, SequentialVerdict};
 use super::stats::Stats;
-use super::timeline::{Placed, Sighting, Timeline};
+use super::ticks::{Placed, TickMerger, TickSample};
 use super::window::Evidence;
 
 /// One version's answers in a few numbers.
@@ -35,7 +35,7 @@ impl From<&Stats> for Summary {
 
 /// What a SEQUENTIAL judgement was reckoned from.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Odds {
+pub struct SequentialEvidence {
     /// The e-value of harm.
     pub e_value: f64,
     /// What rolls back: 1/α.
@@ -50,7 +50,7 @@ pub struct Odds {
 
 /// What was decided at one moment, and what that rests on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Judgement {
+pub struct WindowVerdict {
     /// The first millisecond looked at, since the rollout's start.
     pub from_ms: u64,
     /// The first one not looked at.
@@ -62,15 +62,15 @@ pub struct Judgement {
     /// The canary's.
     pub canary: Summary,
     /// SEQUENTIAL's reckoning; none where it was THRESHOLD's alone.
-    pub odds: Option<Odds>,
+    pub sequential: Option<SequentialEvidence>,
     /// True for a closed window's, of which there is one each; false where the comparison changed its mind.
     pub is_window: bool,
 }
 
 // No figure in it is ever NaN.
-impl Eq for Judgement {}
+impl Eq for WindowVerdict {}
 
-impl Judgement {
+impl WindowVerdict {
     /// Returns what is said of time that nobody looked at, or of which only a part was seen.
     pub fn unseen(from_ms: u64, to_ms: u64) -> Self {
         Self {
@@ -79,7 +79,7 @@ impl Judgement {
             verdict: Verdict::Hold("nobody saw the whole of it".into()),
             stable: Summary::default(),
             canary: Summary::default(),
-            odds: None,
+            sequential: None,
             is_window: true,
         }
     }
@@ -87,18 +87,20 @@ impl Judgement {
     /// Returns true when every figure is a number.
     pub fn is_finite(&self) -> bool {
         let latencies = [&self.stable, &self.canary].map(|summary| [summary.p50_ms, summary.p95_ms, summary.p99_ms]);
-        let odds = self.odds.map(|odds| [odds.e_value, odds.bound, odds.e_errors, odds.e_latency, odds.alpha_spent]);
-        latencies.as_flattened().iter().flatten().chain(odds.iter().flatten()).all(|figure| figure.is_finite())
+        let sequential = self.sequential.map(|sequential| {
+            [sequential.e_value, sequential.bound, sequential.e_errors, sequential.e_latency, sequential.alpha_spent]
+        });
+        latencies.as_flattened().iter().flatten().chain(sequential.iter().flatten()).all(|figure| figure.is_finite())
     }
 }
 
 /// What is known of one rollout's canary. `S` names the sources: nodes, or one for a recording.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(bound(deserialize = "S: Ord + Deserialize<'de>"))]
-pub struct Trial<S> {
+pub struct AnalysisRun<S> {
     analysis: Analysis,
     tick_ms: u64,
-    timeline: Timeline<S>,
+    ticks: TickMerger<S>,
     /// When it began to be looked at, in milliseconds since the rollout's start.
     began_ms: u64,
     /// Windows that began before this weren't seen whole.
@@ -110,19 +112,19 @@ pub struct Trial<S> {
     /// What the last closed one said.
     closed: Option<Verdict>,
     sequential: Option<Sequential>,
-    finding: Option<Finding>,
+    result: Option<SequentialResult>,
 }
 
 // No figure in it is ever NaN.
-impl<S: Eq> Eq for Trial<S> {}
+impl<S: Eq> Eq for AnalysisRun<S> {}
 
-impl<S: Ord + Clone> Trial<S> {
+impl<S: Ord + Clone> AnalysisRun<S> {
     /// Returns a trial by these limits and this comparison, in ticks of `tick_ms`, from `at_ms` after the rollout's start on.
     pub fn new(analysis: Analysis, policy: Option<Policy>, tick_ms: u64, at_ms: u64) -> Self {
         let first = at_ms / tick_ms;
         Self {
             tick_ms,
-            timeline: Timeline::new(first),
+            ticks: TickMerger::new(first),
             began_ms: first * tick_ms,
             whole_from_ms: first * tick_ms,
             version: 0,
@@ -130,36 +132,36 @@ impl<S: Ord + Clone> Trial<S> {
             window: Evidence::default(),
             closed: None,
             sequential: policy.map(Sequential::new),
-            finding: None,
+            result: None,
             analysis,
         }
     }
 
     /// Returns true when its parts agree, as they do in every one that was built here; a peer's bytes may not.
     pub fn is_sound(&self) -> bool {
-        let finite = |found: &Finding| {
+        let finite = |found: &SequentialResult| {
             let figures = [found.e, found.e_errors, found.e_latency, found.alpha_spent];
             figures.iter().chain(&found.promotion).all(|figure| figure.is_finite())
         };
-        self.timeline.is_sound()
+        self.ticks.is_sound()
             && self.total.is_consistent()
             && self.window.is_consistent()
             && self.tick_ms > 0
             && self.began_ms <= self.whole_from_ms
-            && (self.timeline.next() + 1).checked_mul(self.tick_ms).is_some_and(|next_ms| self.whole_from_ms <= next_ms)
+            && (self.ticks.next() + 1).checked_mul(self.tick_ms).is_some_and(|next_ms| self.whole_from_ms <= next_ms)
             && self.sequential.as_ref().is_none_or(Sequential::is_sound)
-            && self.finding.as_ref().is_none_or(finite)
+            && self.result.as_ref().is_none_or(finite)
     }
 
     /// Returns true when the other one is by the same limits, the same comparison and the same ticks.
     pub fn is_like(&self, other: &Self) -> bool {
-        let policy = |trial: &Self| trial.sequential.as_ref().map(|test| test.policy().clone());
+        let policy = |run: &Self| run.sequential.as_ref().map(|test| test.policy().clone());
         self.analysis == other.analysis && self.tick_ms == other.tick_ms && policy(self) == policy(other)
     }
 
     /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.
     pub fn next_of(&self, source: &S) -> u64 {
-        self.timeline.next_of(source)
+        self.ticks.next_of(source)
     }
 
     /// Returns the length of a tick, in milliseconds.
@@ -169,19 +171,19 @@ impl<S: Ord + Clone> Trial<S> {
 
     /// Returns the first tick that isn't closed.
     pub fn next_tick(&self) -> u64 {
-        self.timeline.next()
+        self.ticks.next()
     }
 
     /// Goes on at `at_ms` after the start, until when nobody looked, and what was seen lately may be lost; returns what was
     /// decided by what is left.
-    pub fn wake(&mut self, at_ms: u64) -> Vec<Judgement> {
-        let (mut judgements, mut next) = (Vec::new(), self.timeline.next());
-        while let Some((tick, sighting)) = self.timeline.wake(at_ms / self.tick_ms) {
-            self.take(next, tick, &sighting, &mut judgements);
+    pub fn wake(&mut self, at_ms: u64) -> Vec<WindowVerdict> {
+        let (mut window_verdicts, mut next) = (Vec::new(), self.ticks.next());
+        while let Some((tick, tick_sample)) = self.ticks.wake(at_ms / self.tick_ms) {
+            self.take(next, tick, &tick_sample, &mut window_verdicts);
             next = tick + 1;
         }
         self.nobody_looked_until(at_ms.next_multiple_of(self.tick_ms));
-        judgements
+        window_verdicts
     }
 
     fn nobody_looked_until(&mut self, at_ms: u64) {
@@ -194,67 +196,67 @@ impl<S: Ord + Clone> Trial<S> {
     }
 
     /// Takes what a source saw in a tick.
-    pub fn put(&mut self, source: &S, tick: u64, sighting: &Sighting) -> Placed {
-        self.timeline.put(source, tick, sighting)
+    pub fn put(&mut self, source: &S, tick: u64, tick_sample: &TickSample) -> Placed {
+        self.ticks.put(source, tick, tick_sample)
     }
 
     /// Closes all ticks that can be closed at `at_ms` after the start, when these sources are expected; returns what was
     /// decided by them: every closed window once, and every change of mind (SEQUENTIAL).
-    pub fn advance<'s>(&mut self, at_ms: u64, expected: impl Iterator<Item = &'s S> + Clone) -> Vec<Judgement>
+    pub fn advance<'s>(&mut self, at_ms: u64, expected: impl Iterator<Item = &'s S> + Clone) -> Vec<WindowVerdict>
     where
         S: 's,
     {
-        let mut judgements = Vec::new();
-        let mut next = self.timeline.next();
-        while let Some((tick, sighting)) = self.timeline.close(at_ms / self.tick_ms, expected.clone()) {
-            self.take(next, tick, &sighting, &mut judgements);
+        let mut window_verdicts = Vec::new();
+        let mut next = self.ticks.next();
+        while let Some((tick, tick_sample)) = self.ticks.close(at_ms / self.tick_ms, expected.clone()) {
+            self.take(next, tick, &tick_sample, &mut window_verdicts);
             next = tick + 1;
         }
-        judgements
+        window_verdicts
     }
 
     /// Takes what was seen from tick `from` on; beyond that one it was slept through.
-    fn take(&mut self, from: u64, tick: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
+    fn take(&mut self, from: u64, tick: u64, tick_sample: &TickSample, window_verdicts: &mut Vec<WindowVerdict>) {
         let (from_ms, to_ms) = (from * self.tick_ms, (tick + 1) * self.tick_ms);
         if tick > from {
             self.nobody_looked_until(to_ms);
         }
-        self.total.merge(&sighting.evidence);
-        self.window.merge(&sighting.evidence);
-        self.compare(to_ms, sighting, judgements);
+        self.total.merge(&tick_sample.evidence);
+        self.window.merge(&tick_sample.evidence);
+        self.compare(to_ms, tick_sample, window_verdicts);
         let length = self.analysis.window_ms;
         let end_ms = (from_ms / length + 1) * length;
         if to_ms >= end_ms {
-            self.close_window(end_ms, judgements);
+            self.close_window(end_ms, window_verdicts);
         }
     }
 
-    fn compare(&mut self, to_ms: u64, sighting: &Sighting, judgements: &mut Vec<Judgement>) {
+    fn compare(&mut self, to_ms: u64, tick_sample: &TickSample, window_verdicts: &mut Vec<WindowVerdict>) {
         let Some(test) = &mut self.sequential else { return };
-        if sighting.version > self.version {
+        if tick_sample.version > self.version {
             if self.version > 0 {
                 test.weight_changed();
             }
-            self.version = sighting.version;
+            self.version = tick_sample.version;
         }
-        let found = test.advance(to_ms - self.began_ms, &sighting.evidence);
-        let before = self.finding.replace(found).map(|found| found.decision);
-        if before != self.finding.as_ref().map(|found| found.decision) {
-            judgements.extend(self.compared(to_ms));
+        let found = test.advance(to_ms - self.began_ms, &tick_sample.evidence);
+        let before = self.result.replace(found).map(|found| found.decision);
+        if before != self.result.as_ref().map(|found| found.decision) {
+            window_verdicts.extend(self.compared(to_ms));
         }
     }
 
-    fn close_window(&mut self, to_ms: u64, judgements: &mut Vec<Judgement>) {
+    fn close_window(&mut self, to_ms: u64, window_verdicts: &mut Vec<WindowVerdict>) {
         let window = std::mem::take(&mut self.window);
         let from_ms = to_ms - self.analysis.window_ms;
         let (stable, canary) = ((&window.stable).into(), (&window.canary).into());
         if from_ms < self.whole_from_ms {
-            judgements.push(Judgement { stable, canary, ..Judgement::unseen(from_ms, to_ms) });
+            window_verdicts.push(WindowVerdict { stable, canary, ..WindowVerdict::unseen(from_ms, to_ms) });
             return;
         }
         self.closed = Some(self.analysis.judge(&window));
-        let (verdict, odds) = (self.overall(), self.odds());
-        judgements.push(Judgement { from_ms, to_ms, verdict, stable, canary, odds, is_window: true });
+        let (verdict, sequential) = (self.overall(), self.sequential());
+        window_verdicts.push(WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: true });
     }
 
     /// Returns what the last closed window and the comparison say at the moment, the worse of the two.
@@ -268,20 +270,20 @@ impl<S: Ord + Clone> Trial<S> {
 
     /// Returns what the comparison with stable says at the moment; none without one, or before the first tick is closed.
     pub fn verdict(&self) -> Option<Verdict> {
-        let (test, found) = (self.sequential.as_ref()?, self.finding.as_ref()?);
+        let (test, found) = (self.sequential.as_ref()?, self.result.as_ref()?);
         let why = test.reason(found);
         Some(match found.decision {
-            Decision::Promote => Verdict::Promote,
-            Decision::Hold => Verdict::Hold(why),
-            Decision::Pause => Verdict::Pause(why),
-            Decision::Rollback => Verdict::Rollback(why),
+            SequentialVerdict::Promote => Verdict::Promote,
+            SequentialVerdict::Hold => Verdict::Hold(why),
+            SequentialVerdict::Pause => Verdict::Pause(why),
+            SequentialVerdict::Rollback => Verdict::Rollback(why),
         })
     }
 
     /// Returns the comparison's reckoning at the moment.
-    pub fn odds(&self) -> Option<Odds> {
-        let (test, found) = (self.sequential.as_ref()?, self.finding.as_ref()?);
-        Some(Odds {
+    pub fn sequential(&self) -> Option<SequentialEvidence> {
+        let (test, found) = (self.sequential.as_ref()?, self.result.as_ref()?);
+        Some(SequentialEvidence {
             e_value: found.e,
             bound: 1.0 / test.policy().alpha,
             e_errors: found.e_errors,
@@ -291,18 +293,18 @@ impl<S: Ord + Clone> Trial<S> {
     }
 
     /// Returns what the comparison found last.
-    pub fn finding(&self) -> Option<(&Policy, &Finding)> {
-        Some((self.sequential.as_ref()?.policy(), self.finding.as_ref()?))
+    pub fn result(&self) -> Option<(&Policy, &SequentialResult)> {
+        Some((self.sequential.as_ref()?.policy(), self.result.as_ref()?))
     }
 
-    fn compared(&self, to_ms: u64) -> Option<Judgement> {
-        Some(Judgement {
+    fn compared(&self, to_ms: u64) -> Option<WindowVerdict> {
+        Some(WindowVerdict {
             from_ms: self.began_ms,
             to_ms,
             verdict: self.verdict()?,
             stable: (&self.total.stable).into(),
             canary: (&self.total.canary).into(),
-            odds: self.odds(),
+            sequential: self.sequential(),
             is_window: false,
         })
     }
@@ -313,35 +315,37 @@ mod tests {
     use super::*;
 
     /// Returns a trial by limits alone, in windows of a minute.
-    fn by_the_minute() -> Trial<u8> {
-        Trial::new(Analysis { window_ms: 60_000, min_samples: 1, ..Analysis::default() }, None, 250, 0)
+    fn by_the_minute() -> AnalysisRun<u8> {
+        AnalysisRun::new(Analysis { window_ms: 60_000, min_samples: 1, ..Analysis::default() }, None, 250, 0)
     }
 
-    fn failing() -> Sighting {
-        let mut sighting = Sighting { version: 1, evidence: Evidence::default() };
-        (0..100).for_each(|_| sighting.evidence.canary.record(1_000, true));
-        sighting
+    fn failing() -> TickSample {
+        let mut tick_sample = TickSample { version: 1, evidence: Evidence::default() };
+        (0..100).for_each(|_| tick_sample.evidence.canary.record(1_000, true));
+        tick_sample
     }
 
     #[test]
     fn time_that_was_slept_through_ends_the_window_that_it_began_in() {
-        let mut trial = by_the_minute();
+        let mut run = by_the_minute();
         for tick in 0..300 {
-            trial.put(&1, tick, &Sighting::default());
-            trial.advance((tick + 1) * 250, [1].iter());
+            run.put(&1, tick, &TickSample::default());
+            run.advance((tick + 1) * 250, [1].iter());
         }
-        trial.put(&1, 300, &failing());
-        let slept: Vec<_> = trial.advance(600_000 + 1_000, [1].iter());
-        let told = |judgement: &Judgement| (judgement.from_ms, judgement.verdict.word(), judgement.canary.count);
+        run.put(&1, 300, &failing());
+        let slept: Vec<_> = run.advance(600_000 + 1_000, [1].iter());
+        let told = |window_verdict: &WindowVerdict| {
+            (window_verdict.from_ms, window_verdict.verdict.word(), window_verdict.canary.count)
+        };
         assert_eq!(
             slept.iter().map(told).collect::<Vec<_>>(),
             [(60_000, "HOLD", 100)],
             "in its own window, not seen whole"
         );
         for tick in 2_404..=2_880 {
-            trial.put(&1, tick, &Sighting::default());
+            run.put(&1, tick, &TickSample::default());
         }
-        let after = trial.advance(720_000 + 250, [1].iter());
+        let after = run.advance(720_000 + 250, [1].iter());
         assert_eq!(after.iter().map(told).collect::<Vec<_>>(), [(600_000, "HOLD", 0), (660_000, "HOLD", 0)]);
         assert_eq!(after[0].verdict.reason(), "nobody saw the whole of it");
         assert_ne!(after[1].verdict.reason(), "nobody saw the whole of it");

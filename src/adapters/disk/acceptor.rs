@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use super::trouble;
 use crate::ports::StoreError;
 use crate::protocol::codec;
-use crate::protocol::record::Register;
+use crate::protocol::record::AcceptorState;
 
 /// Bytes of one slot.
 pub(super) const SLOT_BYTES: usize = 128 * 1024;
@@ -38,7 +38,7 @@ const SECTORS_MIN: usize = 8;
 /// What one readable slot says.
 pub(super) struct Saved {
     /// The promises.
-    pub register: Register,
+    pub acceptor: AcceptorState,
     /// Encoded records that the journal may lack, in order.
     pub tail: Vec<Vec<u8>>,
     generation: u64,
@@ -46,7 +46,7 @@ pub(super) struct Saved {
 }
 
 /// The open file.
-pub(super) struct RegisterFile {
+pub(super) struct AcceptorFile {
     file: File,
     path: PathBuf,
     generation: u64,
@@ -58,7 +58,7 @@ pub(super) struct RegisterFile {
 /// What was found in the file at start.
 pub(super) struct Found {
     /// The file, ready to be written.
-    pub file: RegisterFile,
+    pub file: AcceptorFile,
     /// The newest promises; none when there are none, or when newer ones may have been lost.
     pub saved: Option<Saved>,
     /// What was unusual.
@@ -79,7 +79,7 @@ enum Slot {
     },
 }
 
-impl RegisterFile {
+impl AcceptorFile {
     /// Opens the file, or makes an empty one, and reads both slots.
     pub fn open(path: &Path) -> Result<Found, StoreError> {
         let existed = path.exists();
@@ -117,17 +117,17 @@ impl RegisterFile {
     /// Writes register and tail; on return they survive power loss.
     pub fn write<'a>(
         &mut self,
-        register: &[u8],
+        acceptor: &[u8],
         tail: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<(), StoreError> {
         if std::mem::take(&mut self.fresh) {
-            self.write_slot(register, tail.clone())?;
+            self.write_slot(acceptor, tail.clone())?;
         }
-        self.write_slot(register, tail)
+        self.write_slot(acceptor, tail)
     }
 
-    fn write_slot<'a>(&mut self, register: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Result<(), StoreError> {
-        let bytes = slot_bytes(self.generation, self.target, register, tail);
+    fn write_slot<'a>(&mut self, acceptor: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Result<(), StoreError> {
+        let bytes = slot_bytes(self.generation, self.target, acceptor, tail);
         assert!(bytes.len() <= SLOT_BYTES, "a slot has room for what the store puts there");
         let offset = (self.target * SLOT_BYTES) as u64;
         self.file.write_all_at(&bytes, offset).map_err(|e| trouble(&self.path, "write the register", e))?;
@@ -190,8 +190,8 @@ fn newest_promises(slots: [Slot; 2], mut damaged: impl FnMut(usize, String)) -> 
 }
 
 /// Returns the bytes that a slot needs for a register and records of these lengths.
-pub(super) fn bytes_needed(register: usize, tail: impl Iterator<Item = usize>) -> usize {
-    let payload = 4 + 4 + register + tail.map(|length| 4 + length).sum::<usize>();
+pub(super) fn bytes_needed(acceptor: usize, tail: impl Iterator<Item = usize>) -> usize {
+    let payload = 4 + 4 + acceptor + tail.map(|length| 4 + length).sum::<usize>();
     payload.div_ceil(ROOM_BYTES).next_multiple_of(SECTORS_MIN) * SECTOR_BYTES
 }
 
@@ -223,9 +223,9 @@ fn format(file: &File) -> io::Result<()> {
 }
 
 /// Returns what is written into a slot: the payload's length and the payload, spread over sectors.
-fn slot_bytes<'a>(generation: u64, slot: usize, register: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
+fn slot_bytes<'a>(generation: u64, slot: usize, acceptor: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
     let mut payload = vec![0; 4];
-    put(&mut payload, register);
+    put(&mut payload, acceptor);
     tail.for_each(|entry| put(&mut payload, entry));
     let length = u32::try_from(payload.len() - 4).expect("a payload fits into its slot");
     payload[..4].copy_from_slice(&length.to_le_bytes());
@@ -283,7 +283,7 @@ fn read_slot(bytes: &[u8], slot: usize) -> Slot {
         && whole.is_multiple_of(SECTORS_MIN)
     {
         return match read_payload(payload) {
-            Ok((register, tail)) => Slot::Good(Box::new(Saved { register, tail, generation: newest, slot })),
+            Ok((acceptor, tail)) => Slot::Good(Box::new(Saved { acceptor, tail, generation: newest, slot })),
             Err(why) => Slot::Rotten { why, newest: Some(newest) },
         };
     }
@@ -298,27 +298,27 @@ fn read_slots(bytes: &[u8]) -> [Slot; 2] {
 }
 
 /// Returns the bytes of the file after these two were written, the newer one last.
-pub fn image(older: &Register, newer: &Register) -> Vec<u8> {
+pub fn image(older: &AcceptorState, newer: &AcceptorState) -> Vec<u8> {
     let mut bytes = vec![0; SLOT_BYTES / SECTOR_BYTES * ROOM_BYTES];
     bytes = [0, 1].map(|slot| sectors_of(0, slot, &bytes)).concat();
-    for (slot, register) in [older, newer].into_iter().enumerate() {
-        let written = slot_bytes(slot as u64 + 1, slot, &codec::encode(register), std::iter::empty());
+    for (slot, acceptor) in [older, newer].into_iter().enumerate() {
+        let written = slot_bytes(slot as u64 + 1, slot, &codec::encode(acceptor), std::iter::empty());
         bytes[slot * SLOT_BYTES..][..written.len()].copy_from_slice(&written);
     }
     bytes
 }
 
 /// Returns the promises that the bytes of a file hold; none when the newest may be lost. Panics on another length.
-pub fn promises(bytes: &[u8]) -> Option<Register> {
+pub fn promises(bytes: &[u8]) -> Option<AcceptorState> {
     assert_eq!(bytes.len(), FILE_BYTES, "a register file never changes its length");
-    newest_promises(read_slots(bytes), |_, _| {}).map(|saved| saved.register)
+    newest_promises(read_slots(bytes), |_, _| {}).map(|saved| saved.acceptor)
 }
 
-fn read_payload(payload: &[u8]) -> Result<(Register, Vec<Vec<u8>>), String> {
+fn read_payload(payload: &[u8]) -> Result<(AcceptorState, Vec<Vec<u8>>), String> {
     let mut parts = parts(payload)?.into_iter();
-    let register = parts.next().ok_or("it has no register")?;
-    let register = codec::decode(register).map_err(|error| error.to_string())?;
-    Ok((register, parts.map(<[u8]>::to_vec).collect()))
+    let acceptor = parts.next().ok_or("it has no register")?;
+    let acceptor = codec::decode(acceptor).map_err(|error| error.to_string())?;
+    Ok((acceptor, parts.map(<[u8]>::to_vec).collect()))
 }
 
 fn parts(mut payload: &[u8]) -> Result<Vec<&[u8]>, String> {

@@ -1,7 +1,7 @@
 //! Trials outlive the restarts of those who conduct them.
 
 use super::*;
-use crate::domain::trial::Odds;
+use crate::domain::run::SequentialEvidence;
 use crate::protocol::Measurement;
 
 /// Compares with stable, in windows of 3 s.
@@ -12,7 +12,7 @@ fn compared() -> Arc<RolloutSpec> {
 /// Returns three nodes 8.6 s after the beginning of a rollout that is compared with stable; there was no traffic in the first 1.6 s.
 fn under_way() -> Rig {
     let mut rig = Rig::new();
-    rig.asked("a", 1, Op::Apply(compared()));
+    rig.asked("a", 1, OperatorRequest::Apply(compared()));
     rig.serve(5_000);
     rig.assert_same_odds();
     rig
@@ -45,18 +45,18 @@ impl Rig {
 
     /// Asserts that all nodes come to the same numbers at the same ticks, for 2 s. What was put into bets tells the tick.
     fn assert_same_odds(&mut self) {
-        let mut told = BTreeMap::<u64, BTreeMap<NodeId, Odds>>::new();
+        let mut told = BTreeMap::<u64, BTreeMap<NodeId, SequentialEvidence>>::new();
         for _ in 0..20 {
             self.serve(100);
             for (name, core) in &self.cores {
-                let odds = core.view().services[&service()].odds.expect("there is traffic to compare");
-                told.entry(odds.alpha_spent.to_bits()).or_default().insert(name.clone(), odds);
+                let sequential = core.view().services[&service()].sequential.expect("there is traffic to compare");
+                told.entry(sequential.alpha_spent.to_bits()).or_default().insert(name.clone(), sequential);
             }
         }
         let all: Vec<_> = told.values().filter(|nodes| nodes.len() == 3).collect();
         assert!(all.len() >= 4, "{told:?}");
         assert!(
-            told.values().all(|nodes| nodes.values().all(|odds| odds == nodes.values().next().unwrap())),
+            told.values().all(|nodes| nodes.values().all(|sequential| sequential == nodes.values().next().unwrap())),
             "{told:?}"
         );
     }
@@ -64,7 +64,9 @@ impl Rig {
     /// Returns the windows that were decided, as node `name` learned of them.
     fn windows(&self, name: &str) -> Vec<(u64, u64, u64)> {
         let decided = self.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_some());
-        decided.map(|(.., judgement)| (judgement.from_ms, judgement.to_ms, judgement.stable.count)).collect()
+        decided
+            .map(|(.., window_verdict)| (window_verdict.from_ms, window_verdict.to_ms, window_verdict.stable.count))
+            .collect()
     }
 
     /// Asserts that the windows follow each other, and that all that was served in each was counted: of the first one 210
@@ -98,7 +100,7 @@ fn a_node_that_restarts_goes_on_with_its_peers_trial() {
     // What c judged by itself, it judged with the counts of the whole rollout.
     let minds = |name: &str| {
         let by = rig.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_none());
-        by.map(|(.., judgement)| judgement.clone()).collect::<Vec<_>>()
+        by.map(|(.., window_verdict)| window_verdict.clone()).collect::<Vec<_>>()
     };
     assert_eq!(minds("c"), minds("a")[..minds("c").len()]);
 }
@@ -151,7 +153,7 @@ fn a_peer_that_asked_is_asked_once_it_has_the_trial() {
 }
 
 fn hands_over(message: &Message) -> bool {
-    matches!(message, Message::HealthSnapshot(snapshot) if snapshot.handover.is_some())
+    matches!(message, Message::HealthSnapshot(snapshot) if snapshot.transfer.is_some())
 }
 
 #[test]
@@ -173,7 +175,7 @@ fn a_node_asks_the_next_peer_when_the_first_doesnt_answer() {
 fn all_restart(rig: &mut Rig, ms: u64, lost: &[&str]) {
     ["a", "b", "c"].iter().for_each(|name| rig.kill(name));
     rig.now += 1_000 * ms;
-    lost.iter().for_each(|name| drop(rig.trials.remove(&node(name))));
+    lost.iter().for_each(|name| drop(rig.runs.remove(&node(name))));
     ["a", "b", "c"].iter().for_each(|name| rig.restart(&node(name)));
 }
 
@@ -181,8 +183,9 @@ impl Rig {
     /// Returns where the windows begin that nobody saw the whole of, and how many answers of stable were counted in them.
     fn unseen(&self, name: &str) -> Vec<(u64, u64)> {
         let decided = self.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_some());
-        let unseen = decided.filter(|(.., judgement)| judgement.verdict.reason() == "nobody saw the whole of it");
-        unseen.map(|(.., judgement)| (judgement.from_ms, judgement.stable.count)).collect()
+        let unseen =
+            decided.filter(|(.., window_verdict)| window_verdict.verdict.reason() == "nobody saw the whole of it");
+        unseen.map(|(.., window_verdict)| (window_verdict.from_ms, window_verdict.stable.count)).collect()
     }
 }
 
@@ -259,13 +262,13 @@ fn a_node_that_restarts_cut_off_takes_the_trial_when_it_is_back() {
 fn a_majority_of_which_some_are_benched_is_one() {
     let mut rig = under_way();
     for (number, name) in [(2, "b"), (3, "c")] {
-        rig.asked("a", number, Op::Config(ConfigChange::Bench(node(name))));
+        rig.asked("a", number, OperatorRequest::Config(ConfigChange::Cordon(node(name))));
     }
     ["a", "b"].iter().for_each(|name| rig.kill(name));
     rig.run_for(2_000);
     rig.restart(&node("a"));
     rig.serve(6_000);
-    assert!(rig.cores[&node("a")].view().services[&service()].odds.is_some());
+    assert!(rig.cores[&node("a")].view().services[&service()].sequential.is_some());
 }
 
 #[test]
@@ -274,18 +277,18 @@ fn a_peer_that_never_hands_over_is_not_waited_for_for_ever() {
     rig.kill("c");
     rig.loses = |_, _, message| hands_over(message);
     rig.restart(&node("c"));
-    let odds = |rig: &Rig| rig.cores[&node("c")].view().services[&service()].odds;
+    let sequential = |rig: &Rig| rig.cores[&node("c")].view().services[&service()].sequential;
     rig.serve(3_000);
-    assert_eq!(odds(&rig), None);
+    assert_eq!(sequential(&rig), None);
     rig.serve(2_000);
-    assert!(odds(&rig).is_some(), "it goes on with what it saved");
+    assert!(sequential(&rig).is_some(), "it goes on with what it saved");
 }
 
 #[test]
 fn evidence_of_a_step_is_none_for_the_next_one() {
     let mut rig = Rig::new();
     let stages = [(2_000, 1_000), (5_000, 0), (10_000, 0)].map(|(bp, hold_ms)| fixtures::held(bp, hold_ms));
-    rig.asked("a", 1, Op::Apply(Arc::new(fixtures::rollout(&stages, fixtures::errors_vs_stable()))));
+    rig.asked("a", 1, OperatorRequest::Apply(Arc::new(fixtures::rollout(&stages, fixtures::errors_vs_stable()))));
     let mut since = None;
     for _ in 0..2_000 {
         for name in ["a", "b", "c"].map(node) {
@@ -312,23 +315,23 @@ fn evidence_of_a_step_is_none_for_the_next_one() {
 #[test]
 fn what_was_saved_goes_with_its_rollout() {
     let mut rig = under_way();
-    assert_eq!(rig.trials.values().map(BTreeMap::len).collect::<Vec<_>>(), [1, 1, 1]);
-    let saved = rig.trials.clone();
+    assert_eq!(rig.runs.values().map(BTreeMap::len).collect::<Vec<_>>(), [1, 1, 1]);
+    let saved = rig.runs.clone();
     let abort = rig.abort();
     rig.asked("a", 2, abort);
-    assert_eq!(rig.trials.values().map(BTreeMap::len).collect::<Vec<_>>(), [0, 0, 0]);
+    assert_eq!(rig.runs.values().map(BTreeMap::len).collect::<Vec<_>>(), [0, 0, 0]);
     // A file that is left of it is no trial of the next one, and goes.
-    rig.asked("a", 3, Op::Retry { service: service() });
+    rig.asked("a", 3, OperatorRequest::Retry { service: service() });
     rig.serve(300);
-    rig.trials = saved.clone();
+    rig.runs = saved.clone();
     all_restart(&mut rig, 500, &[]);
     rig.serve(4_000);
     assert!(rig.windows("b").last().unwrap().0 < 6_000, "{:?}", rig.windows("b"));
     let abort = rig.abort();
     rig.asked("a", 4, abort);
-    rig.trials = saved;
+    rig.runs = saved;
     all_restart(&mut rig, 500, &[]);
-    assert_eq!(rig.trials.values().map(BTreeMap::len).collect::<Vec<_>>(), [0, 0, 0]);
+    assert_eq!(rig.runs.values().map(BTreeMap::len).collect::<Vec<_>>(), [0, 0, 0]);
 }
 
 #[test]
@@ -336,8 +339,8 @@ fn when_nothing_was_saved_the_trial_begins_anew_and_says_so() {
     let mut rig = under_way();
     all_restart(&mut rig, 500, &["a", "b", "c"]);
     rig.serve(1_500);
-    let odds = |rig: &Rig| rig.cores[&node("b")].view().services[&service()].odds;
-    assert!(odds(&rig).is_some(), "nobody waits for who has nothing");
+    let sequential = |rig: &Rig| rig.cores[&node("b")].view().services[&service()].sequential;
+    assert!(sequential(&rig).is_some(), "nobody waits for who has nothing");
     rig.serve(7_500);
     let windows = rig.windows("b");
     assert!(windows.len() >= 5, "{windows:?}");
@@ -348,7 +351,7 @@ fn when_nothing_was_saved_the_trial_begins_anew_and_says_so() {
 fn a_window_is_no_promotion_while_another_system_that_counts_says_nothing_or_no() {
     let mut rig = Rig::new();
     let stages = [fixtures::manual(2_000), fixtures::held(10_000, 0)];
-    rig.asked("a", 1, Op::Apply(Arc::new(fixtures::rollout(&stages, fixtures::by_query()))));
+    rig.asked("a", 1, OperatorRequest::Apply(Arc::new(fixtures::rollout(&stages, fixtures::by_query()))));
     rig.serve(3_000);
     for _ in 0..80 {
         for name in ["a", "b", "c"].map(node) {
@@ -359,6 +362,6 @@ fn a_window_is_no_promotion_while_another_system_that_counts_says_nothing_or_no(
         rig.serve(100);
     }
     let decided = rig.judged.iter().filter(|(at, slot, _)| *at == node("b") && slot.is_some());
-    let words: Vec<_> = decided.map(|(.., judgement)| judgement.verdict.word()).collect();
+    let words: Vec<_> = decided.map(|(.., window_verdict)| window_verdict.verdict.word()).collect();
     assert_eq!(words, ["HOLD", "PROMOTE", "PROMOTE", "PROMOTE"]);
 }

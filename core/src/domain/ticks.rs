@@ -18,16 +18,16 @@ const MEMORY: u64 = 480;
 
 /// What one source saw in one tick.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Sighting {
+pub struct TickSample {
     /// The latest routing version at which some of it was observed; 0 without traffic.
     pub version: u64,
     /// The answers.
     pub evidence: Evidence,
 }
 
-impl Sighting {
+impl TickSample {
     /// Adds another source's, or more of this one.
-    pub fn merge(&mut self, other: &Sighting) {
+    pub fn merge(&mut self, other: &TickSample) {
         self.version = self.version.max(other.version);
         self.evidence.merge(&other.evidence);
     }
@@ -49,8 +49,8 @@ pub enum Placed {
 /// Ticks that aren't closed yet, of sources `S`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(bound(deserialize = "S: Ord + Deserialize<'de>"))]
-pub struct Timeline<S> {
-    open: BTreeMap<u64, (Sighting, BTreeSet<S>)>,
+pub struct TickMerger<S> {
+    open: BTreeMap<u64, (TickSample, BTreeSet<S>)>,
     /// The first tick that isn't closed.
     next: u64,
     /// Ticks that each source has told of, as far back as it matters.
@@ -98,7 +98,7 @@ impl Told {
     }
 }
 
-impl<S: Ord + Clone> Timeline<S> {
+impl<S: Ord + Clone> TickMerger<S> {
     /// Returns a timeline that begins at this tick.
     pub fn new(first: u64) -> Self {
         Self { open: BTreeMap::new(), next: first, told: BTreeMap::new() }
@@ -117,7 +117,7 @@ impl<S: Ord + Clone> Timeline<S> {
         let (first, last) = (self.next.saturating_sub(MEMORY), self.next + MEMORY);
         self.told.values().all(|told| told.is_sound(&(first..=last)))
             && self.open.keys().all(|tick| (self.next..=last).contains(tick))
-            && self.open.values().all(|(sighting, _)| sighting.evidence.is_consistent())
+            && self.open.values().all(|(tick_sample, _)| tick_sample.evidence.is_consistent())
     }
 
     /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.
@@ -126,7 +126,7 @@ impl<S: Ord + Clone> Timeline<S> {
     }
 
     /// Takes what a source saw in a tick.
-    pub fn put(&mut self, source: &S, tick: u64, sighting: &Sighting) -> Placed {
+    pub fn put(&mut self, source: &S, tick: u64, tick_sample: &TickSample) -> Placed {
         if tick + MEMORY < self.next || tick > self.next + MEMORY {
             return Placed::Dropped;
         }
@@ -135,7 +135,7 @@ impl<S: Ord + Clone> Timeline<S> {
             return Placed::Duplicate;
         }
         let (merged, sources) = self.open.entry(tick.max(self.next)).or_default();
-        merged.merge(sighting);
+        merged.merge(tick_sample);
         if tick >= self.next {
             sources.insert(source.clone());
             Placed::InTime
@@ -145,7 +145,7 @@ impl<S: Ord + Clone> Timeline<S> {
     }
 
     /// Closes the next tick, if it can be closed at the beginning of tick `now`; returns its number, and what all saw.
-    pub fn close<'s>(&mut self, now: u64, mut expected: impl Iterator<Item = &'s S>) -> Option<(u64, Sighting)>
+    pub fn close<'s>(&mut self, now: u64, mut expected: impl Iterator<Item = &'s S>) -> Option<(u64, TickSample)>
     where
         S: 's,
     {
@@ -156,19 +156,19 @@ impl<S: Ord + Clone> Timeline<S> {
         if now <= self.next || (now <= self.next + GRACE && !expected.all(told)) {
             return None;
         }
-        let sighting = self.open.remove(&self.next).map(|(sighting, _)| sighting).unwrap_or_default();
-        Some((self.pass(self.next), sighting))
+        let tick_sample = self.open.remove(&self.next).map(|(tick_sample, _)| tick_sample).unwrap_or_default();
+        Some((self.pass(self.next), tick_sample))
     }
 
     /// Closes the next tick without waiting for anybody, because nobody looked until tick `now`; once nothing is open any more, all
     /// that are left are closed as one, whose number is the last one's.
-    pub fn wake(&mut self, now: u64) -> Option<(u64, Sighting)> {
+    pub fn wake(&mut self, now: u64) -> Option<(u64, TickSample)> {
         if now <= self.next {
             return None;
         }
         let tick = if self.open.is_empty() { now - 1 } else { self.next };
-        let sighting = self.open.remove(&tick).map(|(sighting, _)| sighting).unwrap_or_default();
-        Some((self.pass(tick), sighting))
+        let tick_sample = self.open.remove(&tick).map(|(tick_sample, _)| tick_sample).unwrap_or_default();
+        Some((self.pass(tick), tick_sample))
     }
 
     fn pass(&mut self, tick: u64) -> u64 {
@@ -186,34 +186,34 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn sighting(canary: u64) -> Sighting {
-        let mut sighting = Sighting { version: canary, ..Sighting::default() };
-        (0..canary).for_each(|i| sighting.evidence.canary.record(1_000 * i, i % 3 == 0));
-        sighting
+    fn tick_sample(canary: u64) -> TickSample {
+        let mut tick_sample = TickSample { version: canary, ..TickSample::default() };
+        (0..canary).for_each(|i| tick_sample.evidence.canary.record(1_000 * i, i % 3 == 0));
+        tick_sample
     }
 
     #[test]
     fn a_tick_waits_for_all_who_are_expected_but_not_for_ever() {
-        let mut timeline = Timeline::new(10);
-        let close = |timeline: &mut Timeline<u8>, now| {
-            timeline.close(now, [1, 2].iter()).map(|(tick, sighting)| (tick, sighting.version))
+        let mut ticks = TickMerger::new(10);
+        let close = |ticks: &mut TickMerger<u8>, now| {
+            ticks.close(now, [1, 2].iter()).map(|(tick, tick_sample)| (tick, tick_sample.version))
         };
-        assert_eq!(timeline.put(&1, 10, &sighting(3)), Placed::InTime);
-        assert_eq!(close(&mut timeline, 11), None);
-        assert_eq!(timeline.put(&2, 10, &sighting(5)), Placed::InTime);
-        assert_eq!(close(&mut timeline, 10), None, "not over yet");
-        assert_eq!(close(&mut timeline, 11), Some((10, 5)));
-        assert_eq!(timeline.put(&2, 10, &sighting(5)), Placed::Duplicate);
-        assert_eq!(timeline.put(&1, 11, &sighting(1)), Placed::InTime);
-        assert_eq!(close(&mut timeline, 19), None);
-        assert_eq!(close(&mut timeline, 20), Some((11, 1)), "source 2 had its time");
-        assert_eq!(timeline.put(&2, 11, &sighting(7)), Placed::Late);
-        assert_eq!(timeline.put(&2, 11, &sighting(7)), Placed::Duplicate);
-        assert_eq!(close(&mut timeline, 21), Some((12, 7)));
-        assert_eq!(timeline.put(&2, 10_000, &sighting(7)), Placed::Dropped);
-        assert_eq!(close(&mut timeline, 5_000), Some((4_999, 0)), "time that was slept through is one tick");
-        assert_eq!(timeline.put(&2, 13, &sighting(7)), Placed::Dropped);
-        assert_eq!(timeline.told.len(), 0, "nothing is remembered for ever");
+        assert_eq!(ticks.put(&1, 10, &tick_sample(3)), Placed::InTime);
+        assert_eq!(close(&mut ticks, 11), None);
+        assert_eq!(ticks.put(&2, 10, &tick_sample(5)), Placed::InTime);
+        assert_eq!(close(&mut ticks, 10), None, "not over yet");
+        assert_eq!(close(&mut ticks, 11), Some((10, 5)));
+        assert_eq!(ticks.put(&2, 10, &tick_sample(5)), Placed::Duplicate);
+        assert_eq!(ticks.put(&1, 11, &tick_sample(1)), Placed::InTime);
+        assert_eq!(close(&mut ticks, 19), None);
+        assert_eq!(close(&mut ticks, 20), Some((11, 1)), "source 2 had its time");
+        assert_eq!(ticks.put(&2, 11, &tick_sample(7)), Placed::Late);
+        assert_eq!(ticks.put(&2, 11, &tick_sample(7)), Placed::Duplicate);
+        assert_eq!(close(&mut ticks, 21), Some((12, 7)));
+        assert_eq!(ticks.put(&2, 10_000, &tick_sample(7)), Placed::Dropped);
+        assert_eq!(close(&mut ticks, 5_000), Some((4_999, 0)), "time that was slept through is one tick");
+        assert_eq!(ticks.put(&2, 13, &tick_sample(7)), Placed::Dropped);
+        assert_eq!(ticks.told.len(), 0, "nothing is remembered for ever");
     }
 
     proptest! {
@@ -233,22 +233,22 @@ mod tests {
 
         #[test]
         fn order_and_repetition_change_nothing(
-            sightings in prop::collection::vec((0u8..3, 0u64..6, 0u64..9), 1..40),
+            tick_samples in prop::collection::vec((0u8..3, 0u64..6, 0u64..9), 1..40),
             swaps in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..80),
         ) {
-            let unique: BTreeMap<(u8, u64), u64> = sightings.iter().map(|(source, tick, n)| ((*source, *tick), *n)).collect();
+            let unique: BTreeMap<(u8, u64), u64> = tick_samples.iter().map(|(source, tick, n)| ((*source, *tick), *n)).collect();
             let mut shuffled: Vec<_> = unique.iter().chain(unique.iter()).collect();
             for (a, b) in swaps {
                 let (a, b) = (a.index(shuffled.len()), b.index(shuffled.len()));
                 shuffled.swap(a, b);
             }
-            let (mut one, mut three) = (Timeline::new(0), Timeline::new(0));
+            let (mut one, mut three) = (TickMerger::new(0), TickMerger::new(0));
             for ((source, tick), n) in shuffled {
-                three.put(source, *tick, &sighting(*n));
+                three.put(source, *tick, &tick_sample(*n));
             }
             for tick in 0..6 {
-                let mut all = Sighting::default();
-                unique.iter().filter(|((_, at), _)| *at == tick).for_each(|(_, n)| all.merge(&sighting(*n)));
+                let mut all = TickSample::default();
+                unique.iter().filter(|((_, at), _)| *at == tick).for_each(|(_, n)| all.merge(&tick_sample(*n)));
                 one.put(&9, tick, &all);
             }
             for tick in 0..6 {

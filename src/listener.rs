@@ -73,7 +73,7 @@ impl Accept for TcpListener {
 
 /// A port's bounds in force, shared by all who accept on it.
 #[derive(Clone)]
-pub struct Door {
+pub struct ConnectionLimiter {
     limits: Limits,
     places: Arc<Semaphore>,
     half_open: Arc<HalfOpen>,
@@ -111,7 +111,7 @@ fn lock(half_open: &HalfOpen) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>
     half_open.lock().expect("nothing panics while it holds the connections")
 }
 
-impl Door {
+impl ConnectionLimiter {
     /// Returns a door within these limits.
     pub fn new(limits: Limits) -> Self {
         let refused =
@@ -215,11 +215,11 @@ where
     F: Future<Output = Response<B>> + Send + 'static,
     B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
 {
-    let door = Door::new(limits);
+    let limiter = ConnectionLimiter::new(limits);
     let graceful = GracefulShutdown::new();
-    let http = door.http();
-    while let Some((stream, peer, place)) = door.admit(&mut listener, &shutdown).await {
-        let (place, answer, door) = (Arc::new(place), answer.clone(), door.clone());
+    let http = limiter.http();
+    while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
+        let (place, answer, limiter) = (Arc::new(place), answer.clone(), limiter.clone());
         let asking = place.clone();
         let service = service_fn(move |request| {
             asking.asked();
@@ -228,7 +228,7 @@ where
         });
         let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);
-        tokio::spawn(async move { door.watch(connection, &place, peer).await });
+        tokio::spawn(async move { limiter.watch(connection, &place, peer).await });
     }
     drop(listener);
     let _ = tokio::time::timeout(limits.grace, graceful.shutdown()).await;

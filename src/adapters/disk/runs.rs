@@ -15,9 +15,9 @@ use tracing::{info, warn};
 
 use super::{remove_if_there, trouble};
 use crate::domain::ids::ServiceId;
-use crate::ports::{StoreError, TrialStore};
+use crate::ports::{RunStore, StoreError};
 use crate::protocol::codec;
-use crate::protocol::record::SavedTrial;
+use crate::protocol::record::SavedRun;
 
 /// Format and version; another version gets another magic.
 const MAGIC: [u8; 8] = *b"aviaryT\x01";
@@ -32,29 +32,29 @@ const EXTENSION: &str = "trial";
 const DRAFT: &str = "new";
 
 /// What was found in a data directory.
-pub struct FoundTrials {
+pub struct FoundRuns {
     /// Where trials are saved from now on.
-    pub store: DiskTrials,
+    pub store: DiskRuns,
     /// Those that were.
-    pub saved: BTreeMap<ServiceId, SavedTrial>,
+    pub saved: BTreeMap<ServiceId, SavedRun>,
     /// What was unusual, one sentence each, for the log.
     pub notes: Vec<String>,
 }
 
 /// A file and its new content; none: it goes.
-type Work = (PathBuf, Option<Box<SavedTrial>>);
+type Work = (PathBuf, Option<Box<SavedRun>>);
 
 /// Trials in a directory of their own.
-pub struct DiskTrials {
+pub struct DiskRuns {
     dir: PathBuf,
     /// None once it ends.
     work: Option<SyncSender<Work>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl DiskTrials {
+impl DiskRuns {
     /// Opens the trials of a node's data directory, which only one process may use.
-    pub fn open(data_dir: &Path) -> Result<FoundTrials, StoreError> {
+    pub fn open(data_dir: &Path) -> Result<FoundRuns, StoreError> {
         let dir = data_dir.join("trials");
         let (mut saved, mut notes) = (BTreeMap::new(), Vec::new());
         let files = fs::create_dir_all(&dir).and_then(|()| fs::read_dir(&dir)?.collect::<io::Result<Vec<_>>>());
@@ -69,7 +69,7 @@ impl DiskTrials {
                 _ => continue,
             };
             match found {
-                Ok(Some((service, trial))) => drop(saved.insert(service, trial)),
+                Ok(Some((service, run))) => drop(saved.insert(service, run)),
                 Ok(None) => drop(remove_if_there(&path)),
                 Err(why) => {
                     let removed = remove_if_there(&path).map_or_else(|error| error.to_string(), |()| "removed".into());
@@ -80,23 +80,23 @@ impl DiskTrials {
         let (work, waiting) = sync_channel(WAITING_MAX);
         let thread = std::thread::Builder::new().name("trials".into()).spawn(move || write_all(&waiting));
         let thread = thread.map_err(|e| trouble(&dir, "start the thread that saves trials", e))?;
-        Ok(FoundTrials { store: Self { dir, work: Some(work), thread: Some(thread) }, saved, notes })
+        Ok(FoundRuns { store: Self { dir, work: Some(work), thread: Some(thread) }, saved, notes })
     }
 }
 
-impl TrialStore for DiskTrials {
-    fn save(&mut self, service: &ServiceId, trial: Option<Box<SavedTrial>>) {
+impl RunStore for DiskRuns {
+    fn save(&mut self, service: &ServiceId, run: Option<Box<SavedRun>>) {
         let path = self.dir.join(format!("{service}.{EXTENSION}"));
         let Some(work) = &self.work else { return };
         // A disk that is too slow for all of them has the others in a later turn; that one is over is said once.
-        let _ = match trial {
+        let _ = match run {
             None => work.send((path, None)).is_ok(),
-            trial => work.try_send((path, trial)).is_ok(),
+            run => work.try_send((path, run)).is_ok(),
         };
     }
 }
 
-impl Drop for DiskTrials {
+impl Drop for DiskRuns {
     fn drop(&mut self) {
         self.work = None;
         if let Some(thread) = self.thread.take() {
@@ -106,12 +106,12 @@ impl Drop for DiskTrials {
     }
 }
 
-fn encode(trial: &SavedTrial) -> Vec<u8> {
-    let body = codec::encode(trial);
+fn encode(run: &SavedRun) -> Vec<u8> {
+    let body = codec::encode(run);
     [&MAGIC[..], &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
 }
 
-fn read(path: &Path) -> Result<Option<(ServiceId, SavedTrial)>, String> {
+fn read(path: &Path) -> Result<Option<(ServiceId, SavedRun)>, String> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let service = name.strip_suffix(EXTENSION).and_then(|name| name.strip_suffix('.'));
     let service = ServiceId::new(service.unwrap_or_default()).map_err(|error| error.to_string())?;
@@ -127,8 +127,8 @@ fn read(path: &Path) -> Result<Option<(ServiceId, SavedTrial)>, String> {
     if crc32c::crc32c(body).to_le_bytes() != header[8..] {
         return Err("its content does not match its checksum".into());
     }
-    let saved = codec::decode_within::<SavedTrial, TRIAL_BYTES_MAX>(body).map_err(|error| error.to_string())?;
-    match saved.trial.is_sound() {
+    let saved = codec::decode_within::<SavedRun, TRIAL_BYTES_MAX>(body).map_err(|error| error.to_string())?;
+    match saved.run.is_sound() {
         true => Ok(Some((service, saved))),
         false => Err("it contradicts itself".into()),
     }
@@ -137,11 +137,11 @@ fn read(path: &Path) -> Result<Option<(ServiceId, SavedTrial)>, String> {
 /// Writes what comes until nothing can come any more.
 fn write_all(waiting: &Receiver<Work>) {
     let mut failing = false;
-    for (path, trial) in waiting {
+    for (path, run) in waiting {
         let draft = path.with_extension(DRAFT);
-        let written = match trial {
+        let written = match run {
             None => remove_if_there(&draft).and_then(|()| remove_if_there(&path)),
-            Some(trial) => fs::write(&draft, encode(&trial)).and_then(|()| fs::rename(&draft, &path)),
+            Some(run) => fs::write(&draft, encode(&run)).and_then(|()| fs::rename(&draft, &path)),
         };
         match &written {
             Err(error) if !failing => {
@@ -163,14 +163,14 @@ mod tests {
 
     use super::*;
     use crate::domain::analysis::Analysis;
+    use crate::domain::run::{AnalysisRun, WindowVerdict};
     use crate::domain::time::Wall;
-    use crate::domain::trial::{Judgement, Trial};
-    use crate::protocol::message::Handover;
+    use crate::protocol::message::RunTransfer;
 
-    fn saved(at: u64) -> SavedTrial {
-        let trial = Trial::new(Analysis::default(), Some(Default::default()), 250, 4_000);
-        let trial = Handover { at_ms: 4_500, trial, closed: vec![Judgement::unseen(0, 30_000)] };
-        SavedTrial { since_version: 3, at: Wall(at), trial }
+    fn saved(at: u64) -> SavedRun {
+        let run = AnalysisRun::new(Analysis::default(), Some(Default::default()), 250, 4_000);
+        let run = RunTransfer { at_ms: 4_500, run, closed: vec![WindowVerdict::unseen(0, 30_000)] };
+        SavedRun { rollout_generation: 3, at: Wall(at), run }
     }
 
     fn id(name: &str) -> ServiceId {
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn a_trial_is_found_as_it_was_saved_last() {
         let dir = TempDir::new().unwrap();
-        let mut store = DiskTrials::open(dir.path()).unwrap().store;
+        let mut store = DiskRuns::open(dir.path()).unwrap().store;
         // Names of services that have a meaning for file systems.
         for name in ["s", "..", "s.new", "over"] {
             store.save(&id(name), Some(Box::new(saved(1))));
@@ -188,7 +188,7 @@ mod tests {
         store.save(&id("s"), Some(Box::new(saved(2))));
         store.save(&id("over"), None);
         drop(store);
-        let FoundTrials { saved: found, notes, store } = DiskTrials::open(dir.path()).unwrap();
+        let FoundRuns { saved: found, notes, store } = DiskRuns::open(dir.path()).unwrap();
         let expected = [("s", 2), ("..", 1), ("s.new", 1)].map(|(name, at)| (id(name), saved(at)));
         assert_eq!((found, notes), (expected.into(), vec![]));
         drop(store);
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn what_cant_be_read_is_told_and_removed() {
         let dir = TempDir::new().unwrap();
-        let mut store = DiskTrials::open(dir.path()).unwrap().store;
+        let mut store = DiskRuns::open(dir.path()).unwrap().store;
         for name in ["short", "altered", "newer", "good"] {
             store.save(&id(name), Some(Box::new(saved(1))));
         }
@@ -211,13 +211,13 @@ mod tests {
             bytes[place] ^= 1;
             fs::write(at(name), bytes).unwrap();
         }
-        let FoundTrials { saved: found, mut notes, .. } = DiskTrials::open(dir.path()).unwrap();
+        let FoundRuns { saved: found, mut notes, .. } = DiskRuns::open(dir.path()).unwrap();
         assert_eq!(found, [(id("good"), saved(1))].into());
         notes.sort();
         let expected = ["does not match its checksum", "expected aviaryT", "shorter than its header"];
         assert_eq!(notes.len(), 3);
         notes.iter().zip(expected).for_each(|(note, part)| assert!(note.contains(part), "{note}"));
-        assert!(DiskTrials::open(dir.path()).unwrap().notes.is_empty());
+        assert!(DiskRuns::open(dir.path()).unwrap().notes.is_empty());
         assert!(!at("s.new").exists() && at("stranger").exists(), "only what is ours");
     }
 }
