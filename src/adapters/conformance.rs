@@ -64,9 +64,9 @@ pub(crate) fn check<S: Subject>() {
 fn check_checkpoints<S: Subject>(subject: &mut S, log: &[Chosen]) {
     let mut found = subject.open();
     let summed = sum(&log[..40]);
-    found.store.checkpoint(&Checkpoint::of(&summed), Slot(30)).unwrap();
+    found.store.checkpoint(&Checkpoint::of(&summed).unwrap(), Slot(30)).unwrap();
     let reader = found.store.reader();
-    assert_eq!(reader.checkpoint().unwrap(), Some(Checkpoint::of(&summed)));
+    assert_eq!(reader.checkpoint().unwrap(), Some(Checkpoint::of(&summed).unwrap()));
     assert_eq!(reader.read(Slot(0), 3).unwrap(), log[30..33], "what is gone is gone");
     found.store.append(&log[40]).unwrap();
     found.store.persist(&acceptor(100, 40)).unwrap();
@@ -79,7 +79,7 @@ fn check_checkpoints<S: Subject>(subject: &mut S, log: &[Chosen]) {
     assert_eq!(found.store.reader().read(Slot(29), 100).unwrap(), log[30..41]);
 
     let summed = sum(&log[..51]);
-    found.store.install(&Checkpoint::of(&summed)).unwrap();
+    found.store.install(&Checkpoint::of(&summed).unwrap()).unwrap();
     assert_eq!(found.store.reader().read(Slot(0), 100).unwrap(), []);
     found.store.append(&log[51]).unwrap();
     found.store.append(&log[52]).unwrap();

@@ -291,7 +291,7 @@ fn found(
         }
         DiskStore::create(&config.data_dir, &acceptor, &founding.genesis)?;
         if let Some(ledger) = ledger.as_ref().filter(|ledger| ledger.head > Slot(0)) {
-            DiskStore::open(&config.data_dir)?.store.install(&Checkpoint::of(ledger))?;
+            DiskStore::open(&config.data_dir)?.store.install(&Checkpoint::of(ledger)?)?;
         }
         if let (Some(authority), Some(files)) = (&authority, identity_files(config)) {
             authority.issue(&config.id, args.valid)?.install(&files)?;

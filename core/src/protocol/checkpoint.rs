@@ -9,7 +9,7 @@ use super::record::{Hash, Slot};
 
 /// Bytes of a part, as it crosses the wire: what fits into a frame with room to spare.
 pub const PART_BYTES: usize = 48 * 1024;
-/// Most bytes of a checkpoint.
+/// Most bytes of a checkpoint: what can be read back from disk and from a peer. The ledger's own bounds follow from it.
 pub const CHECKPOINT_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// A ledger's encoding.
@@ -38,16 +38,20 @@ pub enum CheckpointError {
 }
 
 impl Checkpoint {
-    /// Returns the checkpoint of a ledger as it stands.
-    pub fn of(ledger: &Ledger) -> Self {
-        Self { slot: ledger.head, bytes: codec::encode(ledger).into() }
+    /// Returns the checkpoint of a ledger as it stands, or why it can't be read back: such bytes are never written.
+    pub fn of(ledger: &Ledger) -> Result<Self, DecodeError> {
+        let bytes = codec::encode(ledger);
+        match bytes.len() {
+            found if found > CHECKPOINT_BYTES_MAX => Err(DecodeError::Length { found, most: CHECKPOINT_BYTES_MAX }),
+            _ => Ok(Self { slot: ledger.head, bytes: bytes.into() }),
+        }
     }
 
     /// Returns the ledger that it holds.
     pub fn ledger(&self) -> Result<Ledger, CheckpointError> {
         let ledger: Ledger = codec::decode_within::<_, CHECKPOINT_BYTES_MAX>(&self.bytes)?;
         match ledger.head == self.slot {
-            true => Ok(ledger),
+            true => Ok(ledger.measured()),
             false => Err(CheckpointError::Slot { expected: self.slot, found: ledger.head }),
         }
     }

@@ -532,7 +532,14 @@ impl Core {
         let Retention { checkpoint_every, history } = self.settings.retention;
         if self.ledger.head.0.is_multiple_of(checkpoint_every) && !self.rebuilding {
             let keep_from = Slot(self.ledger.head.0.saturating_sub(history) + 1);
-            self.out.push(Output::Checkpoint { checkpoint: Checkpoint::of(&self.ledger), keep_from });
+            match Checkpoint::of(&self.ledger) {
+                Ok(checkpoint) => self.out.push(Output::Checkpoint { checkpoint, keep_from }),
+                // The log stays as long as it is, which is read back with the checkpoint before.
+                Err(error) => {
+                    let node = self.settings.node.clone();
+                    self.announce(Event::Rejected { node, reason: format!("its own checkpoint: {error}") });
+                }
+            }
         }
     }
 

@@ -5,14 +5,23 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
+use crate::domain::plan::RolloutSpec;
 use crate::domain::rollout::{Change, ChangeError, Service, Stamp};
 use crate::domain::time::Wall;
 
+use super::checkpoint::CHECKPOINT_BYTES_MAX;
+use super::codec;
 use super::record::{Accepted, Chosen, ConfigChange, Hash, Intent, Member, Members, Operation, Record, Slot};
 
 /// Transactions whose outcome is remembered: those of this many last slots. A key that comes back later than that is
 /// a new transaction.
 pub const SETTLED_MAX: usize = 16_384;
+
+/// Most services that a cluster knows.
+pub const SERVICES_MAX: usize = 10_000;
+/// Most bytes that the rollouts of all services may need in the ledger: half of what a checkpoint may have. The other half
+/// is for what needs no permission to grow: the outcomes of transactions, and each service's state and reasons.
+pub const SPECS_BYTES_MAX: usize = CHECKPOINT_BYTES_MAX / 2;
 
 /// How a transaction ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +110,20 @@ pub enum RecordError {
     /// A voter's Yes is missing.
     #[error("no Yes of {0} in the certificate, expected every gate voter's")]
     Certificate(String),
+    /// One service too many.
+    #[error("service {service} would be one of {found} services, expected at most {SERVICES_MAX}")]
+    Services {
+        /// The service that a rollout would add.
+        service: ServiceId,
+        /// The services that the cluster would know.
+        found: usize,
+    },
+    /// The ledger would become larger than a checkpoint that can be read back.
+    #[error("the rollouts of all services would need {found} bytes, expected at most {SPECS_BYTES_MAX}")]
+    Bytes {
+        /// The bytes that they would need.
+        found: usize,
+    },
     /// A second genesis.
     #[error("a genesis record at slot {0}, expected it at slot 0 only")]
     Genesis(Slot),
@@ -128,6 +151,14 @@ pub struct Ledger {
     order: VecDeque<TxId>,
     /// The last record that lowered some exposure; slot 0 when none did.
     pub last_decrease: Slot,
+    /// Bytes that the rollouts of all services need, as [`bytes_of`] counts them. Known from `services`, so not encoded.
+    #[serde(skip)]
+    specs_bytes: usize,
+}
+
+/// Returns the bytes that a rollout may need in the ledger: its service holds it twice while its last raise can be undone.
+fn bytes_of(spec: &RolloutSpec) -> usize {
+    2 * codec::encode(spec).len()
 }
 
 /// What an act leads to.
@@ -157,11 +188,52 @@ impl Ledger {
             settled: BTreeMap::new(),
             order: VecDeque::new(),
             last_decrease: Slot(0),
+            specs_bytes: 0,
         })
     }
 
-    /// Returns the record that `intent` makes next, or why it can't be.
+    /// Returns a decoded ledger with what isn't encoded.
+    pub(super) fn measured(mut self) -> Self {
+        self.specs_bytes =
+            self.services.values().map(|service_state| bytes_of(&service_state.service.rollout.spec)).sum();
+        self
+    }
+
+    /// Returns the record that `intent` makes next, or why it can't be proposed.
     pub fn next_record(
+        &self,
+        intent: Intent,
+        certificate: Option<super::record::Certificate>,
+    ) -> Result<Record, RecordError> {
+        self.check_room(&intent.operation)?;
+        self.record_of(intent, certificate)
+    }
+
+    /// Checks that a voter may accept a proposed record: it may be the next one, and there is room for it.
+    pub fn check_proposal(&self, record: &Record) -> Result<(), RecordError> {
+        self.check(record)?;
+        self.check_room(&record.intent.operation)
+    }
+
+    /// Checks that the ledger stays small enough to be read back. Only proposals are held to that: what is chosen already
+    /// must be taken in, whatever the limits were when it was.
+    fn check_room(&self, operation: &Operation) -> Result<(), RecordError> {
+        let Operation::Change(id, Change::Start(spec)) = operation else { return Ok(()) };
+        let known = self.service(id);
+        let found = self.services.len() + 1;
+        if known.is_none() && found > SERVICES_MAX {
+            return Err(RecordError::Services { service: id.clone(), found });
+        }
+        let before = known.map_or(0, |service| bytes_of(&service.rollout.spec));
+        let found = self.specs_bytes - before + bytes_of(spec);
+        // A rollout that needs no more than the one before is always allowed.
+        if found > SPECS_BYTES_MAX && found > self.specs_bytes {
+            return Err(RecordError::Bytes { found });
+        }
+        Ok(())
+    }
+
+    fn record_of(
         &self,
         intent: Intent,
         certificate: Option<super::record::Certificate>,
@@ -201,7 +273,7 @@ impl Ledger {
                 return Err(RecordError::Certificate(missing.join(", ")));
             }
         }
-        let follows = self.next_record(record.intent.clone(), None)?;
+        let follows = self.record_of(record.intent.clone(), None)?;
         if follows.state != record.state {
             return Err(RecordError::State);
         }
@@ -224,7 +296,7 @@ impl Ledger {
                     .filter(|service_state| service_state.service.rollout.rollout_generation == since);
                 let decided_ms = before.map_or(0, |service_state| service_state.decided_ms);
                 let service_state = ServiceState { service: *service, slot: record.slot, hash, increase, decided_ms };
-                self.services.insert(id.clone(), service_state);
+                self.put(id, service_state);
             }
             (Effect::Judged(until), Some(id)) => {
                 self.services.get_mut(id).expect("a service whose window was just checked").decided_ms = until;
@@ -259,6 +331,17 @@ impl Ledger {
         self.head = record.slot;
         self.head_hash = hash;
         Ok(())
+    }
+
+    fn put(&mut self, id: &ServiceId, service_state: ServiceState) {
+        let spec = service_state.service.rollout.spec.clone();
+        match self.services.insert(id.clone(), service_state) {
+            Some(before) if before.service.rollout.spec == spec => {}
+            before => {
+                let before = before.map_or(0, |before| bytes_of(&before.service.rollout.spec));
+                self.specs_bytes = self.specs_bytes - before + bytes_of(&spec);
+            }
+        }
     }
 
     /// Returns what another cluster begins with that takes over from this log, which lost its majority: the same services,

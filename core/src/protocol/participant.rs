@@ -156,7 +156,7 @@ impl Core {
         if record.certificate.as_ref().is_some_and(|certificate| certificate.ballot > *ballot) {
             return Some(self.reject(from, format!("ballot {ballot} carries a later certificate")));
         }
-        match self.ledger.check(record) {
+        match self.ledger.check_proposal(record) {
             Ok(()) => None,
             Err(super::ledger::RecordError::Settled { .. }) => Some(Refusal::Decided),
             Err(error) => Some(self.reject(from, error.to_string())),

@@ -24,6 +24,7 @@ use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::window::Evidence;
 use crate::fixtures;
 
+mod limits;
 mod run;
 mod text;
 

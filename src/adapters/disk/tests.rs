@@ -489,7 +489,7 @@ fn summed() -> (Disk, Vec<Chosen>) {
     let log = chain(RECORDS + 3);
     let (mut store, ..) = disk.begin();
     let ledger = sum(&log[..RECORDS as usize]);
-    store.checkpoint(&Checkpoint::of(&ledger), Slot(RECORDS - 5)).unwrap();
+    store.checkpoint(&Checkpoint::of(&ledger).unwrap(), Slot(RECORDS - 5)).unwrap();
     for chosen in &log[RECORDS as usize..] {
         store.append(chosen).unwrap();
     }
@@ -527,7 +527,7 @@ fn whatever_is_damaged_beside_a_checkpoint_the_log_is_a_prefix_and_its_sum_is_ri
             lengths.insert(length);
             // What is missing can be taken over from a peer, and is there at the next start.
             if length < log.len() {
-                store.install(&Checkpoint::of(&sum(&log))).unwrap();
+                store.install(&Checkpoint::of(&sum(&log)).unwrap()).unwrap();
                 drop(store);
                 let again = DiskStore::open_within(copied.path(), Duration::from_secs(2)).unwrap();
                 assert_eq!((again.ledger, again.log, again.notes), (sum(&log), vec![], vec![]), "{what}");
@@ -543,7 +543,7 @@ fn whatever_is_damaged_beside_a_checkpoint_the_log_is_a_prefix_and_its_sum_is_ri
 fn a_crash_while_a_peers_checkpoint_is_taken_over_leaves_the_checkpoint() {
     let (disk, _) = settled();
     let log = chain(RECORDS + 30);
-    let newer = Checkpoint::of(&sum(&log));
+    let newer = Checkpoint::of(&sum(&log)).unwrap();
     checkpoint::write(&disk.0.path().join("checkpoint"), &newer).unwrap();
     let Recovered { store, ledger, log: after, notes, .. } = DiskStore::open(disk.0.path()).unwrap();
     assert_eq!((ledger, after, notes), (sum(&log), vec![], vec![]));
@@ -555,7 +555,7 @@ fn another_clusters_checkpoint_is_moved_aside() {
     let (disk, log) = settled();
     let mut ledger = sum(&log);
     ledger.cluster = crate::domain::ids::ClusterId([8; 16]);
-    checkpoint::write(&disk.0.path().join("checkpoint"), &Checkpoint::of(&ledger)).unwrap();
+    checkpoint::write(&disk.0.path().join("checkpoint"), &Checkpoint::of(&ledger).unwrap()).unwrap();
     let opened = open(disk.0.path()).unwrap();
     assert_eq!(opened.log, log);
     assert!(opened.notes[0].contains("it is of cluster 0808"), "{:?}", opened.notes);
@@ -581,7 +581,9 @@ fn grown(count: u64) -> Disk {
             store.persist(&acceptor(slot, slot)).unwrap();
         }
         if slot % retention.checkpoint_every == 0 {
-            store.checkpoint(&Checkpoint::of(&ledger), Slot(slot.saturating_sub(retention.history) + 1)).unwrap();
+            store
+                .checkpoint(&Checkpoint::of(&ledger).unwrap(), Slot(slot.saturating_sub(retention.history) + 1))
+                .unwrap();
         }
     }
     disk

@@ -58,7 +58,7 @@ fn a_nodes_life_to_be_recorded() {
     };
     for slot in (1..40).chain(INSTALLED + 1..RECORDS) {
         if slot == INSTALLED + 1 {
-            store.install(&Checkpoint::of(&sum(&log[..=INSTALLED as usize]))).unwrap();
+            store.install(&Checkpoint::of(&sum(&log[..=INSTALLED as usize])).unwrap()).unwrap();
         }
         store.append(&log[slot as usize]).unwrap();
         promise(&mut store, slot);
@@ -70,7 +70,7 @@ fn a_nodes_life_to_be_recorded() {
             promise(&mut store, slot);
         }
         if slot.is_multiple_of(12) {
-            store.checkpoint(&Checkpoint::of(&sum(&log[..=slot as usize])), Slot(slot - 5)).unwrap();
+            store.checkpoint(&Checkpoint::of(&sum(&log[..=slot as usize])).unwrap(), Slot(slot - 5)).unwrap();
         }
         if slot == RESTART {
             drop(store);
