@@ -4,8 +4,8 @@ use std::hint::black_box;
 
 use aviary::domain::ids::{ServiceId, VersionId};
 use aviary::domain::weights::sticky_ticket;
-use aviary::proxy::outcome::{ANSWERS, CircuitBreaker, Counts};
-use aviary::proxy::wire::{self, Body, Opening, ResponseFields, Room};
+use aviary::proxy::outcome::{ANSWERS, CircuitBreaker, OutcomeCounts};
+use aviary::proxy::wire::{self, BodyFraming, Opening, ResponseFields, Room};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 const REQUEST: &[u8] =
@@ -45,7 +45,7 @@ fn chunks(criterion: &mut Criterion) {
     group.throughput(Throughput::Bytes(bytes.len() as u64));
     group.bench_function("64 KiB in chunks of 16", |bencher| {
         bencher.iter(|| {
-            let mut body = Body::CHUNKED;
+            let mut body = BodyFraming::CHUNKED;
             assert_eq!(body.take(black_box(&bytes)).unwrap(), bytes.len());
         });
     });
@@ -56,7 +56,7 @@ fn decisions(criterion: &mut Criterion) {
     criterion.bench_function("sticky ticket of a user", |bencher| {
         bencher.iter(|| sticky_ticket(7, black_box(b"user-1234567")));
     });
-    let counts = Counts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2, ANSWERS);
+    let counts = OutcomeCounts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2, ANSWERS);
     let circuit_breaker = CircuitBreaker::default();
     let mut latency_us = 0;
     criterion.bench_function("an answer counted", |bencher| {

@@ -6,7 +6,7 @@ use aviary::adapters::clock::BootClock;
 use aviary::domain::time::Mono;
 use aviary::domain::window::{Tally, Window};
 use aviary::ports::Clock;
-use aviary::telemetry::event::Event;
+use aviary::telemetry::event::ReportedEvent;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 mod common;
@@ -33,7 +33,7 @@ fn ingest(criterion: &mut Criterion) {
             bencher.iter(|| {
                 next += 1;
                 let batch = &batches[next % batches.len()];
-                black_box(intake.take(batch.iter().map(|bytes| Event::from_protobuf(bytes))))
+                black_box(intake.take(batch.iter().map(|bytes| ReportedEvent::from_protobuf(bytes))))
             });
         });
     }

@@ -8,7 +8,7 @@ use aviary::adapters::clock::BootClock;
 use aviary::adapters::kafka::KafkaTelemetry;
 use aviary::config::node::Kafka;
 use aviary::ports::{Clock, EventSource};
-use aviary::telemetry::event::Event;
+use aviary::telemetry::event::ReportedEvent;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
@@ -127,7 +127,7 @@ fn read_ours(bootstrap: &str, topic: &str, events: u64) -> f64 {
     let mut accepted = 0;
     let rate = rate(events, || {
         let read = source.poll(Duration::from_millis(100), &mut |payloads| {
-            accepted += intake.take(payloads.iter().map(|payload| Event::from_protobuf(payload))).accepted;
+            accepted += intake.take(payloads.iter().map(|payload| ReportedEvent::from_protobuf(payload))).accepted;
         });
         read.expect("events") as u64
     });

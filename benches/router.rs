@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use aviary::adapters::clock::BootClock;
-use aviary::adapters::kafka::{KafkaBroker, Names};
+use aviary::adapters::kafka::{KafkaBroker, TopicNames};
 use aviary::config::node::Kafka;
 use aviary::domain::course::HookCall;
 use aviary::domain::split::Side;

@@ -30,7 +30,7 @@ use tracing::{debug, warn};
 
 /// Bounds of a port.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct PortLimits {
     /// The port's name, in logs and metrics.
     pub name: &'static str,
     /// Connections at once; others wait in the system's queue.
@@ -74,7 +74,7 @@ impl Accept for TcpListener {
 /// A port's bounds in force, shared by all who accept on it.
 #[derive(Clone)]
 pub struct ConnectionLimiter {
-    limits: Limits,
+    limits: PortLimits,
     places: Arc<Semaphore>,
     half_open: Arc<HalfOpen>,
     next: Arc<AtomicU64>,
@@ -113,7 +113,7 @@ fn lock(half_open: &HalfOpen) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>
 
 impl ConnectionLimiter {
     /// Returns a door within these limits.
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: PortLimits) -> Self {
         let refused =
             |class| metrics::counter!("aviary_connections_refused_total", "port" => limits.name, "class" => class);
         Self {
@@ -127,7 +127,7 @@ impl ConnectionLimiter {
     }
 
     /// Returns its limits.
-    pub fn limits(&self) -> &Limits {
+    pub fn limits(&self) -> &PortLimits {
         &self.limits
     }
 
@@ -208,7 +208,7 @@ impl ConnectionLimiter {
 }
 
 /// Serves HTTP/1 and HTTP/2 with `answer` until `shutdown`, then lets open requests end.
-pub async fn serve<L, A, F, B>(mut listener: L, limits: Limits, shutdown: CancellationToken, answer: A)
+pub async fn serve<L, A, F, B>(mut listener: L, limits: PortLimits, shutdown: CancellationToken, answer: A)
 where
     L: Accept,
     A: Fn(Request<Incoming>, SocketAddr) -> F + Clone + Send + Sync + 'static,

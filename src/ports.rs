@@ -180,7 +180,7 @@ pub enum Topic {
 
 /// A record of the source, as far as the split depends on it.
 #[derive(Debug, Clone, Copy)]
-pub struct Record<'a> {
+pub struct SourceRecord<'a> {
     /// Its partition, counted from 0.
     pub partition: usize,
     /// Its offset.
@@ -259,7 +259,7 @@ pub trait Broker: Send {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
+        assign: &mut dyn FnMut(SourceRecord<'_>) -> Assignment,
     ) -> Result<usize, OutsideError>;
 
     /// Copies up to `most` records of the canary's topic, `from` on and before `until`, to stable's.

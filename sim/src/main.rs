@@ -141,7 +141,7 @@ fn main() -> anyhow::Result<ExitCode> {
     if arguments.router {
         return match arguments.teeth {
             true => Ok(router::bite()),
-            false => router::run(&router::Options {
+            false => router::run(&router::RouterOptions {
                 seeds,
                 verbose: arguments.verbose,
                 keep_going: arguments.keep_going,
@@ -277,7 +277,7 @@ fn run(arguments: &Arguments, seeds: std::ops::Range<u64>, options: Options) -> 
 fn run_whole(seeds: std::ops::Range<u64>, ms: u64) -> anyhow::Result<ExitCode> {
     let started = std::time::Instant::now();
     let count = seeds.end - seeds.start;
-    let mut total = whole::Summary::default();
+    let mut total = whole::WholeSummary::default();
     for seed in seeds {
         let one = match whole::run(seed, ms) {
             Ok(one) => one,

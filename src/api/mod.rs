@@ -54,7 +54,7 @@ const BODY_BYTES_MAX: usize = 256 * 1024;
 /// Longest wait for a connection to another node.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 /// Bounds of the API's port: people and scripts, not traffic.
-const LIMITS: listener::Limits = listener::Limits {
+const LIMITS: listener::PortLimits = listener::PortLimits {
     name: "api",
     connections_max: 1024,
     half_open_max: 128,

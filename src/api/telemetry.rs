@@ -18,7 +18,7 @@ pub const BATCH_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Batch<'b> {
+struct ReportedBatch<'b> {
     #[serde(borrow)]
     events: Vec<&'b RawValue>,
 }
@@ -27,7 +27,7 @@ struct Batch<'b> {
 fn events_of(body: &[u8]) -> serde_json::Result<Vec<&RawValue>> {
     match body.trim_ascii_start().first() {
         Some(b'[') => serde_json::from_slice(body),
-        _ => serde_json::from_slice(body).map(|Batch { events }| events),
+        _ => serde_json::from_slice(body).map(|ReportedBatch { events }| events),
     }
 }
 

@@ -94,7 +94,7 @@ pub async fn change(
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Member {
+struct MemberBody {
     node: NodeId,
     #[serde(default)]
     incarnation: Option<String>,
@@ -108,7 +108,7 @@ pub async fn configure(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    let Member { node, incarnation } = match serde_json::from_slice(&body) {
+    let MemberBody { node, incarnation } = match serde_json::from_slice(&body) {
         Ok(member) => member,
         Err(why) => return error(StatusCode::BAD_REQUEST, format!("{why}; expected {{\"node\": …}}")),
     };

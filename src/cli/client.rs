@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::sse::{SseEvent, SseParser};
 
 /// The plain HTTP client that all verbs share.
-pub type Http = Client<HttpConnector, Full<Bytes>>;
+pub type HttpClient = Client<HttpConnector, Full<Bytes>>;
 
 /// Where a node's API listens: `http://host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,14 +67,14 @@ impl Unreachable {
 
 /// A node's answer.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub struct ApiResponse {
     /// The HTTP status.
     pub status: StatusCode,
     /// The body as text.
     pub body: String,
 }
 
-impl Answer {
+impl ApiResponse {
     /// Returns the body as JSON; `Null` when it is none.
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or(Value::Null)
@@ -123,7 +123,7 @@ pub struct Write {
 
 /// What happens on an event stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Feed {
+pub enum StreamEvent {
     /// The stream is open; what is read from the API after this misses nothing.
     Connected,
     /// Something happened.
@@ -144,7 +144,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(45);
 const BODY_BYTES_MAX: usize = 64 << 20;
 
 /// Returns an HTTP client that sends small requests at once.
-pub fn http() -> Http {
+pub fn http() -> HttpClient {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(CONNECT_MAX));
     connector.set_nodelay(true);
@@ -158,18 +158,18 @@ pub struct Api {
     /// Which address answered last: the first one to be asked.
     last: Arc<AtomicUsize>,
     token: Option<HeaderValue>,
-    http: Http,
+    http: HttpClient,
 }
 
 /// Why a request got no answer.
-enum Failure {
+enum CallFailure {
     /// Nothing was sent.
     Connect(String),
     /// It may have been carried out.
     Broken(String),
 }
 
-impl Failure {
+impl CallFailure {
     fn text(self) -> String {
         match self {
             Self::Connect(text) | Self::Broken(text) => text,
@@ -207,7 +207,7 @@ impl Api {
     }
 
     /// Reads from the first node that answers.
-    pub async fn get(&self, path: &str) -> Result<Answer, Unreachable> {
+    pub async fn get(&self, path: &str) -> Result<ApiResponse, Unreachable> {
         let mut failed = Vec::new();
         for index in self.order() {
             match self.get_from(&self.addresses[index], path).await {
@@ -222,20 +222,20 @@ impl Api {
     }
 
     /// Reads from one node.
-    pub async fn get_from(&self, address: &Address, path: &str) -> Result<Answer, String> {
+    pub async fn get_from(&self, address: &Address, path: &str) -> Result<ApiResponse, String> {
         let request = self.request(Method::GET, address, path).body(Full::default()).map_err(|e| e.to_string())?;
-        self.send(request, READ_MAX).await.map_err(Failure::text)
+        self.send(request, READ_MAX).await.map_err(CallFailure::text)
     }
 
     /// Reports a batch of events, as lines of JSON, to one node.
-    pub async fn report(&self, address: &Address, lines: String) -> Result<Answer, String> {
+    pub async fn report(&self, address: &Address, lines: String) -> Result<ApiResponse, String> {
         let request = self.request(Method::POST, address, "/v1/telemetry");
         let request = request.header(header::CONTENT_TYPE, "application/x-ndjson").body(Full::from(lines));
-        self.send(request.map_err(|e| e.to_string())?, READ_MAX).await.map_err(Failure::text)
+        self.send(request.map_err(|e| e.to_string())?, READ_MAX).await.map_err(CallFailure::text)
     }
 
     /// Writes, and repeats it under the same key while its outcome is open and there is time.
-    pub async fn write(&self, write: &Write) -> Result<Answer, Unreachable> {
+    pub async fn write(&self, write: &Write) -> Result<ApiResponse, Unreachable> {
         let end = Instant::now() + write.patience;
         loop {
             let open = self.write_once(write).await;
@@ -253,7 +253,7 @@ impl Api {
         }
     }
 
-    async fn write_once(&self, write: &Write) -> Result<Answer, Unreachable> {
+    async fn write_once(&self, write: &Write) -> Result<ApiResponse, Unreachable> {
         let mut failed = Vec::new();
         for index in self.order() {
             let address = &self.addresses[index];
@@ -268,15 +268,15 @@ impl Api {
                     self.last.store(index, Ordering::Relaxed);
                     return Ok(answer);
                 }
-                Err(Failure::Connect(why)) => failed.push(format!("{address}: {why}")),
-                Err(Failure::Broken(why)) => return Err(Unreachable(vec![format!("{address}: {why}")])),
+                Err(CallFailure::Connect(why)) => failed.push(format!("{address}: {why}")),
+                Err(CallFailure::Broken(why)) => return Err(Unreachable(vec![format!("{address}: {why}")])),
             }
         }
         Err(Unreachable(failed))
     }
 
     /// Follows events in the background, from after slot `after` or from here on, until the receiver is dropped.
-    pub fn follow(&self, after: Option<u64>) -> mpsc::Receiver<Feed> {
+    pub fn follow(&self, after: Option<u64>) -> mpsc::Receiver<StreamEvent> {
         let (sender, receiver) = mpsc::channel(256);
         let api = self.clone();
         tokio::spawn(async move {
@@ -285,11 +285,11 @@ impl Api {
                 let why = match api.follow_once(&mut last_id, &sender).await {
                     Ok(why) => why,
                     Err(refused) => {
-                        let _ = sender.send(Feed::Refused(refused)).await;
+                        let _ = sender.send(StreamEvent::Refused(refused)).await;
                         return;
                     }
                 };
-                if sender.send(Feed::Lost(why)).await.is_err() {
+                if sender.send(StreamEvent::Lost(why)).await.is_err() {
                     return;
                 }
                 api.last.fetch_add(1, Ordering::Relaxed);
@@ -300,7 +300,11 @@ impl Api {
     }
 
     /// Returns why the stream ended, or (an error) why a node refuses to give one.
-    async fn follow_once(&self, last_id: &mut Option<String>, to: &mpsc::Sender<Feed>) -> Result<String, String> {
+    async fn follow_once(
+        &self,
+        last_id: &mut Option<String>,
+        to: &mpsc::Sender<StreamEvent>,
+    ) -> Result<String, String> {
         let address = &self.addresses[self.last.load(Ordering::Relaxed) % self.addresses.len()];
         let mut request = self.request(Method::GET, address, "/v1/events").header(header::ACCEPT, "text/event-stream");
         if let Some(id) = &last_id {
@@ -314,13 +318,13 @@ impl Api {
         };
         let status = response.status();
         if status.is_client_error() {
-            let answer = text_of(response.into_body()).await.map(|body| Answer { status, body });
+            let answer = text_of(response.into_body()).await.map(|body| ApiResponse { status, body });
             return Err(format!("{address}: {}", answer.map_or(status.to_string(), |a| a.error())));
         }
         if !status.is_success() {
             return Ok(format!("{address}: {status}"));
         }
-        let _ = to.send(Feed::Connected).await;
+        let _ = to.send(StreamEvent::Connected).await;
         let mut body = response.into_body();
         let mut parser = SseParser::default();
         loop {
@@ -332,7 +336,7 @@ impl Api {
             };
             for event in parser.feed(&bytes) {
                 last_id.clone_from(&event.id);
-                if to.send(Feed::Event(event)).await.is_err() {
+                if to.send(StreamEvent::Event(event)).await.is_err() {
                     return Ok("nobody listens".into());
                 }
             }
@@ -352,17 +356,17 @@ impl Api {
         }
     }
 
-    async fn send(&self, request: Request<Full<Bytes>>, most: Duration) -> Result<Answer, Failure> {
+    async fn send(&self, request: Request<Full<Bytes>>, most: Duration) -> Result<ApiResponse, CallFailure> {
         let answer = async {
             let response = self.http.request(request).await.map_err(|error| match error.is_connect() {
-                true => Failure::Connect(cause(&error)),
-                false => Failure::Broken(cause(&error)),
+                true => CallFailure::Connect(cause(&error)),
+                false => CallFailure::Broken(cause(&error)),
             })?;
             let status = response.status();
-            let body = text_of(response.into_body()).await.map_err(Failure::Broken)?;
-            Ok(Answer { status, body })
+            let body = text_of(response.into_body()).await.map_err(CallFailure::Broken)?;
+            Ok(ApiResponse { status, body })
         };
-        let late = Failure::Broken(format!("no answer within {} s", most.as_secs()));
+        let late = CallFailure::Broken(format!("no answer within {} s", most.as_secs()));
         timeout(most, answer).await.unwrap_or(Err(late))
     }
 }
@@ -482,7 +486,7 @@ mod tests {
         let mut feed = api.follow(Some(4));
         let mut ids = Vec::new();
         while ids.len() < 2 {
-            if let Some(Feed::Event(event)) = feed.recv().await {
+            if let Some(StreamEvent::Event(event)) = feed.recv().await {
                 ids.extend(event.id);
             }
         }

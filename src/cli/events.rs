@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::client::{Api, Feed, Unreachable};
+use super::client::{Api, StreamEvent, Unreachable};
 use super::output::{self, Format};
 use super::{Exit, show};
 
@@ -41,18 +41,18 @@ pub async fn run(api: &Api, args: &EventsArgs, format: Format) -> anyhow::Result
             },
         };
         match next {
-            Some(Feed::Connected) => connected = true,
-            Some(Feed::Event(event)) => output::line(&line(&event.data, format)?)?,
-            Some(Feed::Lost(_)) if connected && !args.follow => return Ok(Exit::Done),
-            Some(Feed::Lost(why)) if !connected && lost.len() + 1 >= api.addresses().len() => {
+            Some(StreamEvent::Connected) => connected = true,
+            Some(StreamEvent::Event(event)) => output::line(&line(&event.data, format)?)?,
+            Some(StreamEvent::Lost(_)) if connected && !args.follow => return Ok(Exit::Done),
+            Some(StreamEvent::Lost(why)) if !connected && lost.len() + 1 >= api.addresses().len() => {
                 lost.push(why);
                 return Err(Unreachable::new(lost).into());
             }
-            Some(Feed::Lost(why)) => {
+            Some(StreamEvent::Lost(why)) => {
                 eprintln!("event stream lost, trying the next node: {why}");
                 lost.push(why);
             }
-            Some(Feed::Refused(why)) => anyhow::bail!(why),
+            Some(StreamEvent::Refused(why)) => anyhow::bail!(why),
             None => return Err(Unreachable::new(lost).into()),
         }
     }

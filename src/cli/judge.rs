@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::Exit;
-use super::recording::{Feed, LINES, Rules, Step};
+use super::recording::{Feed, LINES, RecordingStep, Rules};
 use crate::domain::run::WindowVerdict;
 
 /// Arguments of `aviary judge`.
@@ -32,12 +32,12 @@ pub fn run(args: &JudgeArgs) -> anyhow::Result<Exit> {
         let line = line.context("standard input")?;
         for step in feed.take(&line).with_context(|| format!("line {}", number + 1))? {
             match step {
-                Step::Tick(at_ms, window_verdicts) => {
+                RecordingStep::Tick(at_ms, window_verdicts) => {
                     let said =
                         writeln!(output, "{}", answer(&feed, at_ms, &window_verdicts)).and_then(|()| output.flush());
                     said.context("standard output")?;
                 }
-                Step::End => return Ok(Exit::Done),
+                RecordingStep::End => return Ok(Exit::Done),
             }
         }
     }

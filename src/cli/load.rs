@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
-use super::client::{Http, http};
+use super::client::{HttpClient, http};
 use super::output::{self, Format};
 use super::{Exit, show, wall_ms};
 use crate::domain::stats::Stats;
@@ -74,7 +74,7 @@ impl Sample {
 
 /// Answers of one version, counted at one node or at all of them.
 #[derive(Debug, Clone, Default)]
-struct Answers {
+struct VersionResponses {
     count: u64,
     non_2xx: u64,
     first_ms: Option<u64>,
@@ -83,7 +83,7 @@ struct Answers {
     first_failed_ms: Option<u64>,
 }
 
-impl Answers {
+impl VersionResponses {
     fn add(&mut self, sample: &Sample) {
         self.count += 1;
         self.non_2xx += u64::from(sample.failed());
@@ -109,15 +109,15 @@ impl Answers {
 
 /// Everything counted in a second, or in the whole run.
 #[derive(Debug, Default)]
-struct Tally {
+struct LoadTally {
     latency: Stats,
     statuses: BTreeMap<String, u64>,
-    versions: BTreeMap<String, Answers>,
-    nodes: BTreeMap<Arc<str>, BTreeMap<String, Answers>>,
+    versions: BTreeMap<String, VersionResponses>,
+    nodes: BTreeMap<Arc<str>, BTreeMap<String, VersionResponses>>,
     not_sent: u64,
 }
 
-impl Tally {
+impl LoadTally {
     fn add(&mut self, sample: &Sample) {
         self.latency.record(sample.latency_us, sample.failed());
         let status = sample.status.map_or("no answer".into(), |status| status.to_string());
@@ -132,7 +132,7 @@ impl Tally {
     }
 
     fn shares(&self) -> String {
-        let share = |(name, answers): (&String, &Answers)| {
+        let share = |(name, answers): (&String, &VersionResponses)| {
             format!("{name} {:.1} %", answers.count as f64 * 100.0 / self.latency.count.max(1) as f64)
         };
         self.versions.iter().map(share).collect::<Vec<_>>().join("  ")
@@ -158,7 +158,7 @@ impl Tally {
     }
 
     fn json(&self, ts_ms: u64, summary: bool) -> Value {
-        let versions = |all: &BTreeMap<String, Answers>| -> Value {
+        let versions = |all: &BTreeMap<String, VersionResponses>| -> Value {
             all.iter().map(|(name, answers)| (name.clone(), answers.json())).collect::<serde_json::Map<_, _>>().into()
         };
         let nodes: serde_json::Map<_, _> = self.nodes.iter().map(|(n, all)| (n.to_string(), versions(all))).collect();
@@ -178,7 +178,7 @@ pub async fn run(args: LoadArgs, format: Format) -> anyhow::Result<Exit> {
     let (mut beat, mut second) = (interval(Duration::from_millis(1)), interval(Duration::from_secs(1)));
     beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
     second.tick().await;
-    let (mut total, mut recent) = (Tally::default(), Tally::default());
+    let (mut total, mut recent) = (LoadTally::default(), LoadTally::default());
     let mut interrupted = std::pin::pin!(stop_signal());
     loop {
         tokio::select! {
@@ -217,7 +217,7 @@ async fn stop_signal() -> std::io::Result<()> {
 
 /// Sends each request when it is due.
 struct Sender {
-    http: Http,
+    http: HttpClient,
     targets: Vec<(Uri, Arc<str>)>,
     body: Option<Bytes>,
     users: Option<u64>,
@@ -295,7 +295,7 @@ fn due_after(index: u64, rate: u64) -> Duration {
 }
 
 /// Returns the status and the version that served; none when the answer did not arrive whole.
-async fn ask(http: &Http, request: Request<Full<Bytes>>) -> Option<(u16, String)> {
+async fn ask(http: &HttpClient, request: Request<Full<Bytes>>) -> Option<(u16, String)> {
     let response = http.request(request).await.ok()?;
     let version = response.headers().get("x-served-by").and_then(|v| v.to_str().ok()).unwrap_or("none").to_owned();
     let status = response.status().as_u16();
@@ -323,12 +323,12 @@ impl Printer {
         Ok(Self { format, report })
     }
 
-    fn second(&mut self, tally: &Tally) -> anyhow::Result<()> {
+    fn second(&mut self, tally: &LoadTally) -> anyhow::Result<()> {
         let now = wall_ms();
         self.print(&tally.json(now, false), || tally.line(now))
     }
 
-    fn summary(&mut self, tally: &Tally) -> anyhow::Result<()> {
+    fn summary(&mut self, tally: &LoadTally) -> anyhow::Result<()> {
         self.print(&tally.json(wall_ms(), true), || tally.summary())
     }
 
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn exposure_is_measured_from_the_first_failure_to_the_last_answer() {
-        let mut tally = Tally::default();
+        let mut tally = LoadTally::default();
         let samples = [("v2", 200, 100), ("v2", 500, 400), ("v2", 200, 300), ("v2", 500, 650), ("v1", 200, 900)];
         samples.iter().for_each(|(version, status, ms)| tally.add(&sample(version, *status, *ms)));
         assert_eq!((tally.versions["v2"].exposed_ms(), tally.versions["v1"].exposed_ms()), (Some(250), None));
@@ -374,7 +374,7 @@ mod tests {
 
     #[test]
     fn a_second_is_one_line() {
-        let mut tally = Tally::default();
+        let mut tally = LoadTally::default();
         (0..19).for_each(|_| tally.add(&sample("v1", 200, 10)));
         tally.add(&sample("v2", 503, 10));
         assert_eq!(tally.line(3_723_000), "01:02:03  20 req/s  v1 95.0 %  v2 5.0 %  non-2xx 1  p50 2 ms p99 2 ms");

@@ -18,7 +18,7 @@ use crate::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
 use crate::domain::rollout::{Change, Service, Stamp};
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
-use crate::node::handle::{NodeHandle, Published, Request};
+use crate::node::handle::{NodeHandle, NodeRequest, Published};
 use crate::ports::{Clock, Store};
 use crate::protocol::View;
 use crate::proxy;
@@ -73,7 +73,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let (handle, mut requests, _events) = NodeHandle::new(published, log);
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {
-            if let Request::CircuitBreakerTripped { reason, .. } = request {
+            if let NodeRequest::CircuitBreakerTripped { reason, .. } = request {
                 warn!("everything goes to stable until the next start: {reason}");
             }
         }

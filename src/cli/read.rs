@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{Answer, Api, segment};
+use super::client::{Api, ApiResponse, segment};
 use super::output::{self, Format, Tone, colours, facts, paint, table};
 use super::write::exit_of_status;
 use super::{Exit, show};
@@ -166,7 +166,7 @@ pub async fn history(api: &Api, args: &HistoryArgs, format: Format) -> anyhow::R
 }
 
 /// Prints a read's answer; an answer that isn't a success is told as an error.
-pub fn print(answer: &Answer, format: Format, table: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
+pub fn print(answer: &ApiResponse, format: Format, table: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
     let exit = exit_of_status(answer.status);
     if exit == Exit::Done || format != Format::Table {
         output::print(format, &answer.body, table)?;

@@ -24,7 +24,7 @@ pub const LINES: &str = "  \
 
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
-enum Control {
+enum ControlLine {
     Start { tick_ms: Option<u64>, horizon_ms: Option<u64> },
     Weight { timestamp_ms: u64 },
     Tick { timestamp_ms: u64 },
@@ -32,7 +32,7 @@ enum Control {
 }
 
 #[derive(Deserialize)]
-struct Request<'l> {
+struct RequestLine<'l> {
     #[serde(default)]
     id: Option<u64>,
     timestamp_ms: f64,
@@ -49,12 +49,12 @@ const TICK_MS: u64 = 1_000;
 const AT_MS_MAX: u64 = 365 * 24 * 3_600_000;
 
 #[derive(Default)]
-struct Seen {
+struct SeenIds {
     ids: BTreeSet<u64>,
     order: VecDeque<u64>,
 }
 
-impl Seen {
+impl SeenIds {
     /// Returns true the first time.
     fn is_new(&mut self, id: u64) -> bool {
         if !self.ids.insert(id) {
@@ -128,7 +128,7 @@ impl Rules {
 }
 
 /// What a line of a recording may lead to.
-pub enum Step {
+pub enum RecordingStep {
     /// A tick ended, so many milliseconds after the start, with these judgements.
     Tick(u64, Vec<WindowVerdict>),
     /// The recording says that it is over.
@@ -144,7 +144,7 @@ pub struct Feed {
     /// The tick in which each weight but the first came into force.
     weights: Vec<u64>,
     lateness: Lateness,
-    seen: Seen,
+    seen: SeenIds,
     /// True once the recording says itself when a tick is over.
     ticks: bool,
     /// The end of the tick that is open.
@@ -161,33 +161,33 @@ impl Feed {
             open: BTreeMap::new(),
             weights: Vec::new(),
             lateness: Lateness::default(),
-            seen: Seen::default(),
+            seen: SeenIds::default(),
             ticks: false,
             open_ms: TICK_MS,
         }
     }
 
     /// Takes a line.
-    pub fn take(&mut self, line: &str) -> anyhow::Result<Vec<Step>> {
+    pub fn take(&mut self, line: &str) -> anyhow::Result<Vec<RecordingStep>> {
         let mut steps = Vec::new();
         if line.trim().is_empty() {
             return Ok(steps);
         }
         if line.contains("\"type\"") {
             match serde_json::from_str(line)? {
-                Control::Start { tick_ms, horizon_ms } => self.start(tick_ms.unwrap_or(TICK_MS), horizon_ms)?,
-                Control::Weight { timestamp_ms } => self.weights.push(timestamp_ms / self.run.tick_ms()),
-                Control::Tick { timestamp_ms } => {
+                ControlLine::Start { tick_ms, horizon_ms } => self.start(tick_ms.unwrap_or(TICK_MS), horizon_ms)?,
+                ControlLine::Weight { timestamp_ms } => self.weights.push(timestamp_ms / self.run.tick_ms()),
+                ControlLine::Tick { timestamp_ms } => {
                     self.ticks = true;
                     self.open_ms = timestamp_ms;
                     steps.push(self.turn());
                 }
-                Control::End => steps.push(Step::End),
+                ControlLine::End => steps.push(RecordingStep::End),
             }
             return Ok(steps);
         }
-        let request: Request = serde_json::from_str(line)?;
-        let Request { timestamp_ms: at, latency_ms: latency, .. } = request;
+        let request: RequestLine = serde_json::from_str(line)?;
+        let RequestLine { timestamp_ms: at, latency_ms: latency, .. } = request;
         if !(0.0..=AT_MS_MAX as f64).contains(&at) || !(0.0..=AT_MS_MAX as f64).contains(&latency) {
             bail!("latency {latency} ms at {at} ms, expected both to be 0 to {AT_MS_MAX}");
         }
@@ -212,11 +212,11 @@ impl Feed {
     }
 
     /// Ends the tick that is open, as after the last line, and closes those that nobody is late for any more.
-    pub fn turn(&mut self) -> Step {
+    pub fn turn(&mut self) -> RecordingStep {
         let (at_ms, tick_ms) = (self.open_ms, self.run.tick_ms());
         self.open_ms += tick_ms;
         let end = (at_ms / tick_ms).saturating_sub(self.lateness.turn());
-        Step::Tick(at_ms, self.close(end))
+        RecordingStep::Tick(at_ms, self.close(end))
     }
 
     /// Closes all that is open, as at the end; returns what was decided by it.

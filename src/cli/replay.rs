@@ -9,8 +9,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::Exit;
-use super::recording::{Feed, LINES, Rules, Step};
-use crate::domain::run::{Summary, WindowVerdict};
+use super::recording::{Feed, LINES, RecordingStep, Rules};
+use crate::domain::run::{AnswerSummary, WindowVerdict};
 
 /// Arguments of `aviary replay`.
 #[derive(Debug, Args)]
@@ -44,15 +44,15 @@ pub fn run(args: &ReplayArgs) -> anyhow::Result<Exit> {
         let line = line.with_context(|| name.clone())?;
         for step in feed.take(&line).with_context(|| format!("{name}: line {}", number + 1))? {
             match step {
-                Step::Tick(at_ms, window_verdicts) => {
+                RecordingStep::Tick(at_ms, window_verdicts) => {
                     last = at_ms;
                     window_verdicts.iter().for_each(|window_verdict| print(window_verdict, args.json));
                 }
-                Step::End => break 'lines,
+                RecordingStep::End => break 'lines,
             }
         }
     }
-    if let Step::Tick(at_ms, window_verdicts) = feed.turn() {
+    if let RecordingStep::Tick(at_ms, window_verdicts) = feed.turn() {
         last = at_ms.max(last);
         window_verdicts.iter().chain(&feed.finish()).for_each(|window_verdict| print(window_verdict, args.json));
     }
@@ -71,7 +71,7 @@ fn print(window_verdict: &WindowVerdict, as_json: bool) {
         return;
     }
     let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
-    let side = |summary: &Summary| {
+    let side = |summary: &AnswerSummary| {
         let p95 = summary.p95_ms.map_or("-".into(), |ms| format!("{ms:.1} ms"));
         format!("{} answers, {} errors, p95 {p95}", summary.count, summary.errors)
     };

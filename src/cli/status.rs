@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
-use super::client::{Api, Feed, Unreachable, segment};
+use super::client::{Api, StreamEvent, Unreachable, segment};
 use super::output::{self, Format};
 use super::{Exit, show};
 
@@ -40,7 +40,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
     let end = Instant::now() + args.timeout.unwrap_or(YEAR);
     let path = format!("/v1/rollouts/{}", segment(&args.name));
     let mut feed = api.follow(None);
-    let mut told = Told { service: args.name.clone(), slot: args.known };
+    let mut told = LastTold { service: args.name.clone(), slot: args.known };
     let (mut connected, mut lost) = (false, Vec::new());
     loop {
         let next = match timeout_at(end, feed.recv()).await {
@@ -52,7 +52,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
             }
         };
         let (json, line) = match next {
-            Feed::Connected => {
+            StreamEvent::Connected => {
                 connected = true;
                 let answer = match timeout_at(end, api.get(&path)).await {
                     Ok(Ok(answer)) => answer,
@@ -65,23 +65,23 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
                 let line = told.snapshot(&json);
                 (json, line)
             }
-            Feed::Event(event) => {
+            StreamEvent::Event(event) => {
                 let json: Value = serde_json::from_str(&event.data).unwrap_or(Value::Null);
                 let line = told.event(&json);
                 (json, line)
             }
-            Feed::Lost(why) if !connected => {
+            StreamEvent::Lost(why) if !connected => {
                 lost.push(why);
                 if lost.len() >= api.addresses().len() {
                     return Err(Unreachable::new(lost).into());
                 }
                 continue;
             }
-            Feed::Lost(why) => {
+            StreamEvent::Lost(why) => {
                 eprintln!("event stream lost, trying the next node: {why}");
                 continue;
             }
-            Feed::Refused(why) => anyhow::bail!(why),
+            StreamEvent::Refused(why) => anyhow::bail!(why),
         };
         let Some(line) = line else { continue };
         match format {
@@ -100,12 +100,12 @@ fn waited(args: &StatusArgs) -> Duration {
 }
 
 /// What was told already: a stream that resumes on another node may repeat itself.
-struct Told {
+struct LastTold {
     service: String,
     slot: Option<u64>,
 }
 
-impl Told {
+impl LastTold {
     /// Returns the line about where the rollout stands; none when that was told.
     fn snapshot(&mut self, json: &Value) -> Option<String> {
         let slot = show::number(json, "slot");
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_transition_is_told_once_and_only_when_decided() {
-        let mut told = Told { service: "m".into(), slot: None };
+        let mut told = LastTold { service: "m".into(), slot: None };
         assert_eq!(told.event(&routing(3, "PREPARED", "Progressing")), None);
         assert!(told.event(&routing(3, "COMMITTED", "Progressing")).is_some());
         assert_eq!(told.event(&routing(3, "COMMITTED", "Progressing")), None);
@@ -174,14 +174,14 @@ mod tests {
 
     #[test]
     fn a_node_that_lags_behind_what_was_answered_is_not_believed() {
-        let mut told = Told { service: "m".into(), slot: Some(9) };
+        let mut told = LastTold { service: "m".into(), slot: Some(9) };
         assert_eq!(told.snapshot(&json!({"slot": 8, "phase": "Completed"})), None);
         assert_eq!(told.event(&routing(8, "COMMITTED", "Completed")), None);
     }
 
     #[test]
     fn other_services_are_not_told() {
-        let mut told = Told { service: "other".into(), slot: None };
+        let mut told = LastTold { service: "other".into(), slot: None };
         assert_eq!(told.event(&routing(3, "COMMITTED", "Completed")), None);
     }
 

@@ -33,7 +33,7 @@ pub enum TelemetryVerb {
 
 /// Behaviour of the simulated versions after `--after`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Profile {
+pub enum ProduceProfile {
     /// Both versions stay healthy.
     Healthy,
     /// 10 % of the canary's answers are errors.
@@ -68,8 +68,8 @@ pub struct ProduceArgs {
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     rate: u64,
     /// Behaviour of the versions after --after.
-    #[arg(long, value_enum, default_value_t = Profile::Healthy)]
-    profile: Profile,
+    #[arg(long, value_enum, default_value_t = ProduceProfile::Healthy)]
+    profile: ProduceProfile,
     /// Time after which the profile begins.
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = humantime::parse_duration)]
     after: Duration,
@@ -114,7 +114,7 @@ pub async fn run(api: &Api, verb: TelemetryVerb) -> anyhow::Result<Exit> {
         out.send(&args, &source.batch(elapsed >= args.after)).await?;
         if told.elapsed() >= Duration::from_secs(1) {
             told = Instant::now();
-            let phase = if elapsed >= args.after { args.profile } else { Profile::Healthy };
+            let phase = if elapsed >= args.after { args.profile } else { ProduceProfile::Healthy };
             println!("{:>5} s  {}  {phase:?}", elapsed.as_secs(), out.told());
         }
     }
@@ -281,9 +281,9 @@ impl<'a> Source<'a> {
     fn event(&mut self, happens: bool, at_ms: u64) -> Made {
         let is_canary = self.random.random::<f64>() < self.args.share.fraction();
         let (errors, slower) = match (happens, self.args.profile, is_canary) {
-            (true, Profile::ErrorBurst, true) => (0.1, 1.0),
-            (true, Profile::Slow, true) => (0.005, 2.0),
-            (true, Profile::SharedIncident, _) => (0.33, 1.0),
+            (true, ProduceProfile::ErrorBurst, true) => (0.1, 1.0),
+            (true, ProduceProfile::Slow, true) => (0.005, 2.0),
+            (true, ProduceProfile::SharedIncident, _) => (0.33, 1.0),
             _ => (0.005, 1.0),
         };
         let status = if self.random.random::<f64>() < errors { 500 } else { 200 };

@@ -44,7 +44,7 @@ pub struct UpstreamArgs {
 
 /// How the server behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-struct Fault {
+struct InjectedFault {
     error_percent: f64,
     latency_ms: u64,
     latency_jitter_ms: u64,
@@ -59,9 +59,9 @@ struct FaultChange {
     latency_jitter_ms: Option<u64>,
 }
 
-struct Server {
+struct UpstreamServer {
     version: String,
-    fault: Mutex<Fault>,
+    fault: Mutex<InjectedFault>,
 }
 
 /// Longest wait for requests in flight when the server is told to stop.
@@ -104,7 +104,7 @@ pub async fn run(args: UpstreamArgs) -> anyhow::Result<Exit> {
 
 fn router(args: UpstreamArgs) -> Router {
     let UpstreamArgs { error_percent, latency_ms, latency_jitter_ms, version, .. } = args;
-    let fault = Mutex::new(Fault { error_percent, latency_ms, latency_jitter_ms });
+    let fault = Mutex::new(InjectedFault { error_percent, latency_ms, latency_jitter_ms });
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/fault", get(show_fault).put(change_fault))
@@ -112,16 +112,16 @@ fn router(args: UpstreamArgs) -> Router {
         .route("/predict/{*rest}", any(predict))
         .route("/v1/models/{*rest}", any(predict))
         .route("/v2/models/{*rest}", any(predict))
-        .with_state(Arc::new(Server { version, fault }))
+        .with_state(Arc::new(UpstreamServer { version, fault }))
 }
 
-impl Server {
-    fn fault(&self) -> std::sync::MutexGuard<'_, Fault> {
+impl UpstreamServer {
+    fn fault(&self) -> std::sync::MutexGuard<'_, InjectedFault> {
         self.fault.lock().expect("no holder of this lock panics")
     }
 }
 
-async fn predict(State(server): State<Arc<Server>>, body: Bytes) -> Response {
+async fn predict(State(server): State<Arc<UpstreamServer>>, body: Bytes) -> Response {
     let fault = *server.fault();
     let jitter = rand::random_range(0..=fault.latency_jitter_ms);
     tokio::time::sleep(Duration::from_millis(fault.latency_ms + jitter)).await;
@@ -138,12 +138,12 @@ fn score(version: &str, body: &[u8]) -> f64 {
     (xxhash_rust::xxh3::xxh3_64_with_seed(body, salt) % 10_001) as f64 / 10_000.0
 }
 
-async fn show_fault(State(server): State<Arc<Server>>) -> Json<Fault> {
+async fn show_fault(State(server): State<Arc<UpstreamServer>>) -> Json<InjectedFault> {
     Json(*server.fault())
 }
 
 /// Takes any content type, so that a plain `curl -d` will do.
-async fn change_fault(State(server): State<Arc<Server>>, body: Bytes) -> Response {
+async fn change_fault(State(server): State<Arc<UpstreamServer>>, body: Bytes) -> Response {
     let refuse = |why: String| (StatusCode::UNPROCESSABLE_ENTITY, Json(json!({ "error": why }))).into_response();
     let change: FaultChange = match serde_json::from_slice(&body) {
         Ok(change) => change,

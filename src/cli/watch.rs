@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::interval;
 
-use super::client::{Api, Feed, segment};
+use super::client::{Api, StreamEvent, segment};
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, cluster, read, show, status, wall_ms};
 
@@ -46,7 +46,7 @@ pub async fn run(api: &Api, args: &WatchArgs) -> anyhow::Result<Exit> {
 }
 
 /// Takes what else has arrived: one picture shows it all.
-fn drain(feed: &mut mpsc::Receiver<Feed>, screen: &mut Screen) -> anyhow::Result<()> {
+fn drain(feed: &mut mpsc::Receiver<StreamEvent>, screen: &mut Screen) -> anyhow::Result<()> {
     while let Ok(next) = feed.try_recv() {
         screen.take(Some(next))?;
     }
@@ -76,15 +76,15 @@ struct Screen {
 }
 
 impl Screen {
-    fn take(&mut self, next: Option<Feed>) -> anyhow::Result<()> {
+    fn take(&mut self, next: Option<StreamEvent>) -> anyhow::Result<()> {
         let line = match next {
-            Some(Feed::Event(event)) => {
+            Some(StreamEvent::Event(event)) => {
                 let json: Value = serde_json::from_str(&event.data).unwrap_or(Value::Null);
                 format!("{}  {}", show::clock(show::seek(&json, "at")), show::event(&json))
             }
-            Some(Feed::Lost(why)) => format!("{}  stream lost: {why}", show::clock_of(wall_ms())),
-            Some(Feed::Connected) => return Ok(()),
-            Some(Feed::Refused(why)) => anyhow::bail!(why),
+            Some(StreamEvent::Lost(why)) => format!("{}  stream lost: {why}", show::clock_of(wall_ms())),
+            Some(StreamEvent::Connected) => return Ok(()),
+            Some(StreamEvent::Refused(why)) => anyhow::bail!(why),
             None => anyhow::bail!("the event stream ended, expected it to continue on another node"),
         };
         self.events.push_back(line);
@@ -113,7 +113,7 @@ mod tests {
         let mut screen = Screen::default();
         for slot in 0..20 {
             let data = format!(r#"{{"event":"enforced","slot":{slot},"service":"m","took_ms":5,"at":0}}"#);
-            screen.take(Some(Feed::Event(SseEvent { id: None, data }))).unwrap();
+            screen.take(Some(StreamEvent::Event(SseEvent { id: None, data }))).unwrap();
         }
         assert_eq!(screen.events.len(), EVENTS_SHOWN);
         assert_eq!(screen.events.back().unwrap(), "00:00:00  slot 19  enforced everywhere  m  5 ms");

@@ -11,7 +11,7 @@ use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::client::{Answer, Api, Write, segment};
+use super::client::{Api, ApiResponse, Write, segment};
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, show, status};
 
@@ -76,11 +76,11 @@ pub struct ReasonArgs {
 /// What `apply` needs to know of the file; the node checks the rest.
 #[derive(Deserialize)]
 struct Named {
-    metadata: Metadata,
+    metadata: FileMetadata,
 }
 
 #[derive(Deserialize)]
-struct Metadata {
+struct FileMetadata {
     name: String,
 }
 
@@ -143,7 +143,7 @@ pub async fn send(
 }
 
 /// Returns how the program ends after this answer to a write.
-fn exit_of(answer: &Answer) -> Exit {
+fn exit_of(answer: &ApiResponse) -> Exit {
     match answer.json()["status"].as_str().map(str::to_uppercase).as_deref() {
         Some("COMMITTED" | "UNCHANGED") => Exit::Done,
         Some("ABORTED" | "REFUSED") => Exit::Refused,
@@ -162,7 +162,7 @@ pub fn exit_of_status(status: StatusCode) -> Exit {
 }
 
 /// Returns an outcome for people: one line, then the reasons.
-fn outcome(answer: &Answer, json: &Value, exit: Exit) -> String {
+fn outcome(answer: &ApiResponse, json: &Value, exit: Exit) -> String {
     let tone = match exit {
         Exit::Done => Tone::Good,
         Exit::Unavailable => Tone::Odd,
@@ -189,8 +189,8 @@ fn outcome(answer: &Answer, json: &Value, exit: Exit) -> String {
 mod tests {
     use super::*;
 
-    fn answer(status: u16, body: &str) -> Answer {
-        Answer { status: StatusCode::from_u16(status).unwrap(), body: body.into() }
+    fn answer(status: u16, body: &str) -> ApiResponse {
+        ApiResponse { status: StatusCode::from_u16(status).unwrap(), body: body.into() }
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub struct NodeConfig {
     /// `[listen]`.
     pub listen: Listen,
     /// `[peers.NAME]`: the other nodes.
-    pub peers: BTreeMap<NodeId, Peer>,
+    pub peers: BTreeMap<NodeId, PeerConfig>,
     /// `[log] file`: JSON lines for people; none: only the console.
     pub log_file: Option<PathBuf>,
     /// `[log] level`: error, warn, info, debug or trace; default info.
@@ -110,7 +110,7 @@ pub struct Listen {
 /// Where another node is, `host:port`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Peer {
+pub struct PeerConfig {
     /// Its control port.
     pub control: String,
     /// Its API port, for writes that it coordinates.
@@ -119,13 +119,13 @@ pub struct Peer {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct NodeFile {
     node: NodePart,
     listen: Listen,
     #[serde(default)]
     control: ControlPart,
     #[serde(default)]
-    peers: BTreeMap<NodeId, Peer>,
+    peers: BTreeMap<NodeId, PeerConfig>,
     #[serde(default)]
     log: LogPart,
     #[serde(default)]
@@ -216,11 +216,11 @@ impl NodeConfig {
     }
 
     pub(super) fn parse(text: &str, path: &Path) -> Result<Self, String> {
-        let file: File = toml::from_str(text).map_err(|e| {
+        let file: NodeFile = toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
             format!("line {line}: {}", super::with_nearest_key(e.message()))
         })?;
-        let File { node, listen, control, peers, log, timings, history, data, api, kafka, redis } = file;
+        let NodeFile { node, listen, control, peers, log, timings, history, data, api, kafka, redis } = file;
         if let Some(RedisPart { url }) = redis.as_ref().filter(|redis| !redis.url.starts_with("redis://")) {
             return Err(format!("redis.url is {url:?}, expected redis://[user:password@]host:port[/db]"));
         }

@@ -43,25 +43,25 @@ pub enum RolloutError {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct File {
+struct RolloutFile {
     api_version: String,
     kind: String,
-    metadata: Metadata,
-    spec: Spec,
+    metadata: RolloutMetadata,
+    spec: SpecPart,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Metadata {
+struct RolloutMetadata {
     name: ServiceId,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Spec {
-    stable: Side,
-    canary: Side,
-    steps: Vec<Step>,
+struct SpecPart {
+    stable: SidePart,
+    canary: SidePart,
+    steps: Vec<StepPart>,
     #[serde(default)]
     bake: Option<Lasting>,
     #[serde(default)]
@@ -76,7 +76,7 @@ struct Spec {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Side {
+struct SidePart {
     version: VersionId,
     #[serde(default)]
     url: Option<String>,
@@ -96,7 +96,7 @@ struct HealthPart {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Step {
+struct StepPart {
     #[serde(default)]
     set_weight: Option<f64>,
     #[serde(default)]
@@ -185,7 +185,7 @@ struct MetricPart {
     #[serde(default)]
     statistic: Option<String>,
     #[serde(default)]
-    threshold_range: Option<Range>,
+    threshold_range: Option<RangePart>,
     #[serde(default)]
     on_failure: Option<FailurePart>,
     /// Who keeps the metric; none: this cluster.
@@ -204,7 +204,7 @@ fn threshold() -> String {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Range {
+struct RangePart {
     #[serde(default)]
     min: Option<f64>,
     #[serde(default)]
@@ -288,7 +288,7 @@ fn maybe_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u
 
 /// Returns the rollout that `text` describes; errors begin with `file`.
 pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
-    let parsed: File =
+    let parsed: RolloutFile =
         super::read_yaml(text).map_err(|complaint| RolloutError::Shape { file: file.into(), complaint })?;
     let value =
         |place: &str, complaint: String| RolloutError::Value { file: file.into(), place: place.into(), complaint };
@@ -298,7 +298,7 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
     if parsed.kind != "Rollout" {
         return Err(value("kind", format!("found {:?}, expected \"Rollout\"", parsed.kind)));
     }
-    let Spec { stable, canary, steps, bake, routing, analysis, safety, progress_deadline } = parsed.spec;
+    let SpecPart { stable, canary, steps, bake, routing, analysis, safety, progress_deadline } = parsed.spec;
     let stable = backend(stable).map_err(|why| value("spec.stable", why))?;
     let canary = backend(canary).map_err(|why| value("spec.canary", why))?;
     let stages = stages(steps, &stable.version, &canary.version).map_err(|why| value("spec.steps", why))?;
@@ -345,7 +345,7 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
     spec.checked().map_err(|error| RolloutError::Whole { file: file.into(), error })
 }
 
-fn backend(side: Side) -> Result<Backend, String> {
+fn backend(side: SidePart) -> Result<Backend, String> {
     let urls = side.url.into_iter().chain(side.urls).map(|url| checked_url(&url)).collect::<Result<_, _>>()?;
     let health_check =
         side.health_check.map(|part| HealthCheck { path: part.path, interval_ms: part.interval.unwrap_or(5_000) });
@@ -371,7 +371,7 @@ pub fn checked_url(url: &str) -> Result<String, String> {
 }
 
 /// Steps as their author wrote them, folded into stages: a pause belongs to the weight before it.
-fn stages(steps: Vec<Step>, stable: &VersionId, canary: &VersionId) -> Result<Vec<Stage>, String> {
+fn stages(steps: Vec<StepPart>, stable: &VersionId, canary: &VersionId) -> Result<Vec<Stage>, String> {
     let mut stages: Vec<Stage> = Vec::new();
     for (i, step) in steps.into_iter().enumerate() {
         let place = format!("step {}", i + 1);
@@ -470,7 +470,8 @@ fn query(part: MetricPart) -> Result<Query, String> {
             "a provider's metric has a thresholdRange and no strategy, statistic, allowedIncrease or quantile",
         );
     }
-    let Some(Range { min, max }) = threshold_range.filter(|range| range.min.is_some() || range.max.is_some()) else {
+    let Some(RangePart { min, max }) = threshold_range.filter(|range| range.min.is_some() || range.max.is_some())
+    else {
         return complain("no thresholdRange, expected { min: …, max: … } or one of them");
     };
     let micro = |bound: f64| match bound.abs() < 1e12 {
@@ -537,7 +538,7 @@ fn threshold_metric(part: MetricPart) -> Result<Metric, String> {
     if allowed_increase.is_some() || quantile.is_some() {
         return Err(format!("metric {name}: allowedIncrease and quantile are SEQUENTIAL's, expected thresholdRange"));
     }
-    let Some(Range { min: None, max: Some(max) }) = threshold_range else {
+    let Some(RangePart { min: None, max: Some(max) }) = threshold_range else {
         return Err(format!("metric {name} has no thresholdRange with a max alone, expected {{ max: … }}"));
     };
     let (limit, default) = if name.starts_with("errors") {

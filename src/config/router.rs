@@ -119,22 +119,22 @@ fn timeout_ms() -> u64 {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct File {
+struct RouterFile {
     api_version: String,
     kind: String,
-    metadata: Metadata,
-    spec: Spec,
+    metadata: RouterMetadata,
+    spec: RouterSpecPart,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Metadata {
+struct RouterMetadata {
     name: ServiceId,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Spec {
+struct RouterSpecPart {
     kafka: KafkaPart,
     source: String,
     stable: ServicePart,
@@ -214,7 +214,7 @@ impl RouterConfig {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let File { api_version, kind, metadata, spec } = super::read_yaml(text)?;
+        let RouterFile { api_version, kind, metadata, spec } = super::read_yaml(text)?;
         if (api_version.as_str(), kind.as_str()) != ("aviary/v1", "Router") {
             return Err(format!(
                 "found apiVersion {api_version:?} and kind {kind:?}, expected \"aviary/v1\" and \"Router\""

@@ -6,7 +6,7 @@ use prost_types::Timestamp;
 
 use crate::domain::analysis;
 use crate::domain::rollout::Change;
-use crate::domain::run::{Summary, WindowVerdict};
+use crate::domain::run::{AnswerSummary, WindowVerdict};
 use crate::protocol::record::{Chosen, Operation};
 use crate::schema::v1::{self, Decision, DecisionKind, Verdict, VersionSummary};
 
@@ -76,7 +76,7 @@ fn window(window_verdict: &WindowVerdict) -> v1::WindowVerdict {
     }
 }
 
-fn summary(summary: &Summary) -> VersionSummary {
-    let Summary { count, errors, p50_ms, p95_ms, p99_ms } = summary;
+fn summary(summary: &AnswerSummary) -> VersionSummary {
+    let AnswerSummary { count, errors, p50_ms, p95_ms, p99_ms } = summary;
     VersionSummary { count: *count, errors: *errors, p50_ms: *p50_ms, p95_ms: *p95_ms, p99_ms: *p99_ms }
 }

@@ -21,7 +21,7 @@ pub const EVENTS_MAX: usize = 1024;
 
 /// A question to the node's loop.
 #[derive(Debug)]
-pub enum Request {
+pub enum NodeRequest {
     /// An operator's change.
     Submit {
         /// The transaction id.
@@ -142,7 +142,7 @@ pub struct NodeHandle {
     pub published: Published,
     /// The log, for `history` and for resuming streams.
     pub log: Arc<dyn LogReader>,
-    requests: mpsc::Sender<Request>,
+    requests: mpsc::Sender<NodeRequest>,
     events: broadcast::Sender<Arc<Announcement>>,
 }
 
@@ -154,7 +154,7 @@ impl NodeHandle {
     pub fn new(
         published: Published,
         log: Arc<dyn LogReader>,
-    ) -> (Self, mpsc::Receiver<Request>, broadcast::Sender<Arc<Announcement>>) {
+    ) -> (Self, mpsc::Receiver<NodeRequest>, broadcast::Sender<Arc<Announcement>>) {
         let (requests, receiver) = mpsc::channel(REQUESTS_MAX);
         let (events, _) = broadcast::channel(EVENTS_MAX);
         (Self { published, log, requests, events: events.clone() }, receiver, events)
@@ -163,13 +163,13 @@ impl NodeHandle {
     /// Asks for a change and waits for its outcome.
     pub async fn submit(&self, tx: TxId, asked: OperatorRequest) -> Outcome {
         let (reply, answer) = oneshot::channel();
-        self.ask(Request::Submit { tx, asked, reply }, answer).await
+        self.ask(NodeRequest::Submit { tx, asked, reply }, answer).await
     }
 
     /// Waits until this node knows every write that was answered before the call.
     pub async fn read(&self) -> Outcome {
         let (reply, answer) = oneshot::channel();
-        self.ask(Request::Read { reply }, answer).await
+        self.ask(NodeRequest::Read { reply }, answer).await
     }
 
     /// Waits until this node knows what its majority knows, so that a restart shows nobody an older state; at most
@@ -191,8 +191,8 @@ impl NodeHandle {
     /// Hands over counts; they are dropped, and that counted, when the loop is behind, which holds steps and no more.
     pub fn observed(&self, observations: Vec<Observation>) {
         let answers = |one: &Observation| one.evidence.stable.count + one.evidence.canary.count;
-        if let Err(TrySendError::Full(Request::Observed(lost))) =
-            self.requests.try_send(Request::Observed(observations))
+        if let Err(TrySendError::Full(NodeRequest::Observed(lost))) =
+            self.requests.try_send(NodeRequest::Observed(observations))
         {
             metrics::counter!("aviary_evidence_dropped_total").increment(lost.iter().map(answers).sum());
         }
@@ -200,17 +200,17 @@ impl NodeHandle {
 
     /// Tells the loop that the data plane stopped a canary by itself.
     pub async fn breaker_tripped(&self, service: crate::domain::ids::ServiceId, routing_version: u64, reason: String) {
-        let _ = self.requests.send(Request::CircuitBreakerTripped { service, routing_version, reason }).await;
+        let _ = self.requests.send(NodeRequest::CircuitBreakerTripped { service, routing_version, reason }).await;
     }
 
     /// Hands over another system's metric.
     pub async fn measured(&self, measurement: crate::protocol::Measurement) {
-        let _ = self.requests.send(Request::Measured(measurement)).await;
+        let _ = self.requests.send(NodeRequest::Measured(measurement)).await;
     }
 
     /// Tells the loop whether the store that promotions depend on does what it should; told again soon when the loop is behind.
     pub fn guarded(&self, unavailable: Option<String>) {
-        let _ = self.requests.try_send(Request::Guarded(unavailable));
+        let _ = self.requests.try_send(NodeRequest::Guarded(unavailable));
     }
 
     /// Follows events from here on.
@@ -218,7 +218,7 @@ impl NodeHandle {
         self.events.subscribe()
     }
 
-    async fn ask(&self, request: Request, answer: oneshot::Receiver<Outcome>) -> Outcome {
+    async fn ask(&self, request: NodeRequest, answer: oneshot::Receiver<Outcome>) -> Outcome {
         if self.requests.try_send(request).is_err() {
             return Outcome::Busy;
         }

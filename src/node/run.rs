@@ -24,8 +24,8 @@ use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, Reque
 
 use super::failpoint::Failpoint;
 use super::frame::Versions;
-use super::handle::{NodeHandle, Published, Request};
-use super::link::{Identity, Limits, Links};
+use super::handle::{NodeHandle, NodeRequest, Published};
+use super::link::{Identity, LinkLimits, Links};
 
 /// What a node is put together from.
 pub struct Parts {
@@ -105,7 +105,7 @@ pub fn prepare(
     let body = async move {
         let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
         let view = core.view().clone();
-        let limits = Limits { versions, ..Limits::default() };
+        let limits = LinkLimits { versions, ..LinkLimits::default() };
         let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
         let (replies, outgoing) = (BTreeMap::new(), BTreeMap::new());
         let mut shell = Shell { core, store, runs, reader, published, events, clock, replies, outgoing, failpoint };
@@ -176,7 +176,7 @@ impl Shell {
         mut self,
         links: Links,
         start: Vec<Output>,
-        mut requests: mpsc::Receiver<Request>,
+        mut requests: mpsc::Receiver<NodeRequest>,
         mut inputs: mpsc::Receiver<Input>,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
@@ -197,22 +197,22 @@ impl Shell {
         }
     }
 
-    fn input_of(&mut self, request: Request, next: &mut u64) -> Input {
+    fn input_of(&mut self, request: NodeRequest, next: &mut u64) -> Input {
         *next += 1;
         let id = RequestId(*next);
         match request {
-            Request::Submit { tx, asked, reply } => {
+            NodeRequest::Submit { tx, asked, reply } => {
                 self.replies.insert(id, reply);
                 Input::Operator(Command { request: id, tx, asked })
             }
-            Request::Read { reply } => {
+            NodeRequest::Read { reply } => {
                 self.replies.insert(id, reply);
                 Input::Read(id)
             }
-            Request::Observed(observations) => Input::Telemetry(observations),
-            Request::Measured(measurement) => Input::Measured(measurement),
-            Request::Guarded(unavailable) => Input::Guarded(unavailable),
-            Request::CircuitBreakerTripped { service, routing_version, reason } => {
+            NodeRequest::Observed(observations) => Input::Telemetry(observations),
+            NodeRequest::Measured(measurement) => Input::Measured(measurement),
+            NodeRequest::Guarded(unavailable) => Input::Guarded(unavailable),
+            NodeRequest::CircuitBreakerTripped { service, routing_version, reason } => {
                 Input::CircuitBreakerTripped { service, routing_version, reason }
             }
         }

@@ -31,7 +31,7 @@ use crate::domain::time::Mono;
 use crate::listener::{Admitted, ConnectionLimiter};
 
 use super::hop::{self, is_hop_by_hop};
-use super::table::{NoRoute, Pick, Place, Route, RoutingTable};
+use super::table::{NoRoute, Pick, RequestPermit, Route, RoutingTable};
 use super::upstream::{InFlightGuard, Pool, Server};
 use super::{Body, BodyError, own, problem};
 
@@ -252,7 +252,7 @@ impl Drop for Lent {
 }
 
 /// Why an attempt brought no answer.
-enum Failure {
+enum ForwardFailure {
     /// Nothing was sent: another server may be tried.
     Unreachable(String),
     /// No first byte in time.
@@ -269,7 +269,7 @@ async fn forward(
     route: &Arc<Route>,
     mut request: Request<Incoming>,
     peer: SocketAddr,
-    place: Place,
+    place: RequestPermit,
 ) -> Response<Body> {
     let router = &general.router;
     let began = router.now();
@@ -298,7 +298,7 @@ async fn forward(
             }
             Ok((answer, in_flight)) => {
                 let counted = false;
-                let outcome = Outcome {
+                let outcome = OutcomeGuard {
                     general: general.clone(),
                     route: route.clone(),
                     pick,
@@ -313,25 +313,27 @@ async fn forward(
                 return passed_on(pool, answer, outcome);
             }
             Err(failure) => {
-                if !matches!(failure, Failure::Client(_)) {
+                if !matches!(failure, ForwardFailure::Client(_)) {
                     general.count(route, pick, 502, began, true);
                 }
                 let untouched = upload.body().is_some();
-                if pick == Pick::Canary && untouched && matches!(failure, Failure::Unreachable(_)) {
+                if pick == Pick::Canary && untouched && matches!(failure, ForwardFailure::Unreachable(_)) {
                     // A canary that isn't there costs users nothing. Never the other way round.
                     pick = Pick::Stable;
                     continue;
                 }
                 let (status, error) = match failure {
-                    Failure::Unreachable(why) => {
+                    ForwardFailure::Unreachable(why) => {
                         (StatusCode::BAD_GATEWAY, format!("no server of {} can be reached: {why}", pool.version))
                     }
-                    Failure::Late => (
+                    ForwardFailure::Late => (
                         StatusCode::GATEWAY_TIMEOUT,
                         format!("{} sent no answer within {} ms", pool.version, router.settings.first_byte_timeout_ms),
                     ),
-                    Failure::Broken(why) => (StatusCode::BAD_GATEWAY, format!("{} broke off: {why}", pool.version)),
-                    Failure::Client(why) => (StatusCode::REQUEST_TIMEOUT, why.to_string()),
+                    ForwardFailure::Broken(why) => {
+                        (StatusCode::BAD_GATEWAY, format!("{} broke off: {why}", pool.version))
+                    }
+                    ForwardFailure::Client(why) => (StatusCode::REQUEST_TIMEOUT, why.to_string()),
                 };
                 let mut response = problem(status, &error, grpc);
                 mark(response.headers_mut(), route, pool);
@@ -345,7 +347,7 @@ async fn forward(
 fn join(
     client: hyper::upgrade::OnUpgrade,
     upstream: hyper::upgrade::OnUpgrade,
-    place: Place,
+    place: RequestPermit,
     in_flight: InFlightGuard,
 ) {
     tokio::spawn(async move {
@@ -363,7 +365,7 @@ async fn attempt(
     head: &http::request::Parts,
     upload: &Arc<Upload>,
     began: Mono,
-) -> Result<(Response<Incoming>, InFlightGuard), Failure> {
+) -> Result<(Response<Incoming>, InFlightGuard), ForwardFailure> {
     let (mut unreachable, mut tried) = (String::new(), Vec::new());
     while let Some(in_flight) = pool.choose(began, &tried) {
         let server = in_flight.server.clone();
@@ -380,13 +382,13 @@ async fn attempt(
         match answered {
             Some(Ok(answer)) => return Ok((answer, in_flight)),
             Some(Err(error)) if error.is_connect() => unreachable = format!("{}: {}", server.authority, root(&error)),
-            Some(Err(_)) if upload.is(CUT) => return Err(Failure::Client("the request's body broke off")),
-            Some(Err(error)) => return Err(Failure::Broken(root(&error))),
-            None if upload.is(AWAITED) => return Err(Failure::Client("the request's body stopped coming")),
-            None => return Err(Failure::Late),
+            Some(Err(_)) if upload.is(CUT) => return Err(ForwardFailure::Client("the request's body broke off")),
+            Some(Err(error)) => return Err(ForwardFailure::Broken(root(&error))),
+            None if upload.is(AWAITED) => return Err(ForwardFailure::Client("the request's body stopped coming")),
+            None => return Err(ForwardFailure::Late),
         }
     }
-    Err(Failure::Unreachable(unreachable))
+    Err(ForwardFailure::Unreachable(unreachable))
 }
 
 /// Waits for an answer until `limit` after the later of this call and the last that came from the client; none when
@@ -502,7 +504,7 @@ fn answered_here(general: &SlowPath, route: &Route, pool: &Pool, pick: Pick, beg
 }
 
 /// An upstream's answer, on its way to the client.
-fn passed_on(pool: &Pool, answer: Response<Incoming>, mut outcome: Outcome) -> Response<Body> {
+fn passed_on(pool: &Pool, answer: Response<Incoming>, mut outcome: OutcomeGuard) -> Response<Body> {
     let (mut head, body) = answer.into_parts();
     strip(&mut head.headers, &[]);
     mark(&mut head.headers, &outcome.route, pool);
@@ -525,7 +527,7 @@ fn grpc_failed(headers: &HeaderMap) -> bool {
 }
 
 /// What is to be counted when a body ends, breaks, or is dropped by a client that went away.
-struct Outcome {
+struct OutcomeGuard {
     general: SlowPath,
     route: Arc<Route>,
     pick: Pick,
@@ -535,10 +537,10 @@ struct Outcome {
     upload: Arc<Upload>,
     in_flight: InFlightGuard,
     grpc: bool,
-    _place: Place,
+    _place: RequestPermit,
 }
 
-impl Outcome {
+impl OutcomeGuard {
     fn count(&mut self, error: bool) {
         if !std::mem::replace(&mut self.counted, true) {
             self.general.count(&self.route, self.pick, self.status, self.began, error);
@@ -547,7 +549,7 @@ impl Outcome {
     }
 }
 
-impl Drop for Outcome {
+impl Drop for OutcomeGuard {
     fn drop(&mut self) {
         self.count(false);
     }
@@ -558,7 +560,7 @@ struct Passing {
     body: Incoming,
     idle: Duration,
     silence: Pin<Box<Sleep>>,
-    outcome: Outcome,
+    outcome: OutcomeGuard,
 }
 
 impl hyper::body::Body for Passing {

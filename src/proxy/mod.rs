@@ -87,7 +87,7 @@ pub async fn serve_here(listener: impl Accept, node: NodeHandle, settings: Proxy
 }
 
 fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<RoutingTable>, ConnectionLimiter) {
-    let limiter = ConnectionLimiter::new(listener::Limits {
+    let limiter = ConnectionLimiter::new(listener::PortLimits {
         name: "data",
         connections_max: settings.connections_max,
         half_open_max: HALF_OPEN_MAX.min(settings.connections_max),

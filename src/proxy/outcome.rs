@@ -9,14 +9,14 @@ use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::stats::{BINS, Stats, bin_of, middle_us};
 
 /// Names of two metrics: how many, and how long.
-pub type Names = (&'static str, &'static str);
+pub type MetricNames = (&'static str, &'static str);
 /// Of answers that clients got.
-pub const ANSWERS: Names = ("aviary_requests_total", "aviary_request_duration_seconds");
+pub const ANSWERS: MetricNames = ("aviary_requests_total", "aviary_request_duration_seconds");
 /// Of answers to mirrored requests.
-pub const COPIES: Names = ("aviary_mirrored_requests_total", "aviary_mirrored_request_duration_seconds");
+pub const COPIES: MetricNames = ("aviary_mirrored_requests_total", "aviary_mirrored_request_duration_seconds");
 
 /// One version's answers since the last drain, each worker's in a lane of its own.
-pub struct Counts {
+pub struct OutcomeCounts {
     shards: Box<[Shard]>,
     by_class: [Counter; 5],
     durations: Histogram,
@@ -31,9 +31,9 @@ struct Shard {
     histograms: [Box<[AtomicU32]>; 2],
 }
 
-impl Counts {
+impl OutcomeCounts {
     /// Returns the counts of a version, in these metrics, with a lane for each worker.
-    pub fn new(service: &ServiceId, version: &VersionId, shards: usize, (total, seconds): Names) -> Self {
+    pub fn new(service: &ServiceId, version: &VersionId, shards: usize, (total, seconds): MetricNames) -> Self {
         let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx"].map(|class| {
             metrics::counter!(total, "service" => service.to_string(),
                 "version" => version.to_string(), "code_class" => class)
@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn counts_are_taken_once() {
-        let counts = Counts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2, ANSWERS);
+        let counts = OutcomeCounts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 2, ANSWERS);
         counts.add(0, 200, 1_000, false);
         counts.add(1, 502, 3_000, true);
         let stats = counts.take();

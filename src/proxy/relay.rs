@@ -19,9 +19,9 @@ use crate::api::read;
 use crate::domain::time::Mono;
 use crate::listener::Admitted;
 
-use super::table::{Pick, Place, Route};
+use super::table::{Pick, RequestPermit, Route};
 use super::upstream::{InFlightGuard, Pool};
-use super::wire::{self, Body, HEAD_BYTES_MAX, Opening, Refusal, ResponseFields, Room};
+use super::wire::{self, BadMessage, BodyFraming, HEAD_BYTES_MAX, Opening, ResponseFields, Room};
 use super::worker::{Deadline, Worker};
 
 /// Bytes of further requests that are read while one is under way.
@@ -43,11 +43,11 @@ struct Client<S> {
 }
 
 /// What a client asked for, ready to be sent on.
-struct Request {
+struct RelayRequest {
     /// Head and first part of the body, for an upstream.
     out: Vec<u8>,
     /// What is still to come of the body.
-    body: Body,
+    body: BodyFraming,
     /// The whole of it is in `out`: it can be sent again.
     whole: bool,
     is_head: bool,
@@ -58,10 +58,10 @@ struct Request {
     /// Nobody waits for the answer.
     is_copy: bool,
     began: Mono,
-    _place: Place,
+    _place: RequestPermit,
 }
 
-impl Request {
+impl RelayRequest {
     /// Returns a copy for the canary; none of a request that is not all there.
     fn copy(&self, worker: &Worker) -> Option<Self> {
         let _place = worker.router.place().filter(|_| self.whole)?;
@@ -77,10 +77,10 @@ impl Request {
 
 /// What a connection does next.
 enum Next {
-    Ask(Box<Request>),
+    Ask(Box<RelayRequest>),
     /// Whatever it is, it needs the general way.
     Other,
-    Refuse(Refusal),
+    Refuse(BadMessage),
     /// It ended, or waited too long.
     Close,
 }
@@ -147,7 +147,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                 }
             }
             if watch.is_over() {
-                let refusal = Refusal { status: 408, why: "the request's head stopped coming" };
+                let refusal = BadMessage { status: 408, why: "the request's head stopped coming" };
                 return Poll::Ready(if self.ahead.is_empty() { Next::Close } else { Next::Refuse(refusal) });
             }
             let mut scratch = worker.scratch();
@@ -186,7 +186,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         let asked = match wire::request(bytes, &mut room) {
             Ok(Opening::Plain(asked)) => asked,
             Ok(Opening::Partial) if bytes.len() >= HEAD_BYTES_MAX => {
-                return Some(Next::Refuse(Refusal { status: 431, why: "expected a head of at most 32 KiB" }));
+                return Some(Next::Refuse(BadMessage { status: 431, why: "expected a head of at most 32 KiB" }));
             }
             Ok(Opening::Partial) => return None,
             Ok(Opening::Other) => return Some(Next::Other),
@@ -211,7 +211,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         out.extend_from_slice(&bytes[asked.length..end]);
         self.ahead.clear();
         self.ahead.extend_from_slice(&bytes[end..]);
-        Some(Next::Ask(Box::new(Request {
+        Some(Next::Ask(Box::new(RelayRequest {
             out,
             body,
             whole: body.has_ended(),
@@ -228,7 +228,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
 }
 
 /// Sends a copy of a request to the canary, beside it.
-fn mirror(worker: &Rc<Worker>, request: &Request) {
+fn mirror(worker: &Rc<Worker>, request: &RelayRequest) {
     let Some(copy) = request.copy(worker) else { return };
     let worker = worker.clone();
     tokio::task::spawn_local(async move {
@@ -239,7 +239,7 @@ fn mirror(worker: &Rc<Worker>, request: &Request) {
 }
 
 /// Why an attempt brought no answer.
-enum Failure {
+enum RelayFailure {
     /// No connection: nothing was sent.
     Unreachable(io::Error),
     /// A kept connection had ended before anything came back.
@@ -249,14 +249,14 @@ enum Failure {
     /// The upstream broke off, or sent what is no answer.
     Broken(&'static str),
     /// The client broke off, stopped sending, or sent what is no body: nobody's error.
-    Client(Refusal),
+    Client(BadMessage),
 }
 
-const CUT: Refusal = Refusal { status: 408, why: "the request's body broke off" };
-const STOPPED: Refusal = Refusal { status: 408, why: "the request's body stopped coming" };
+const CUT: BadMessage = BadMessage { status: 408, why: "the request's body broke off" };
+const STOPPED: BadMessage = BadMessage { status: 408, why: "the request's body stopped coming" };
 
 /// How an exchange ended whose answer had begun.
-enum End {
+enum ExchangeEnd {
     /// Everything is with the client.
     Complete,
     /// The upstream broke off.
@@ -266,7 +266,7 @@ enum End {
 }
 
 /// Carries a request to whoever serves it, and the answer back; returns true when the connection stays open.
-async fn carry<S>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client<S>, mut request: Request) -> bool
+async fn carry<S>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client<S>, mut request: RelayRequest) -> bool
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -278,7 +278,7 @@ where
     let failure = loop {
         let pool = route.pool(request.pick);
         let Some(in_flight) = pool.choose(request.began, &tried) else {
-            break Failure::Unreachable(io::Error::other("no server is left to try"));
+            break RelayFailure::Unreachable(io::Error::other("no server is left to try"));
         };
         match attempt(worker, watch, client, &mut request, pool, &in_flight).await {
             Ok(stays) => {
@@ -286,19 +286,19 @@ where
                 return stays;
             }
             Err(failure) => {
-                let unreachable = matches!(failure, Failure::Unreachable(_));
-                if !matches!(failure, Failure::Client(_)) {
+                let unreachable = matches!(failure, RelayFailure::Unreachable(_));
+                if !matches!(failure, RelayFailure::Client(_)) {
                     in_flight.ended(true, worker.router.now());
                 }
                 if unreachable && pool.has_choice() && tried.len() + 1 < pool.servers.len() {
                     tried.push(in_flight.server.id);
                     continue;
                 }
-                if matches!(failure, Failure::Stale) && request.whole && request.is_idempotent && again {
+                if matches!(failure, RelayFailure::Stale) && request.whole && request.is_idempotent && again {
                     again = false;
                     continue;
                 }
-                if !matches!(failure, Failure::Client(_)) {
+                if !matches!(failure, RelayFailure::Client(_)) {
                     count(worker, &request, 502, true);
                 }
                 if request.pick == Pick::Canary && unreachable && !request.is_copy {
@@ -315,11 +315,11 @@ where
     let version = &pool.version;
     let limit = worker.settings().first_byte_timeout_ms;
     let (status, why) = match failure {
-        Failure::Unreachable(error) => (502, format!("no server of {version} can be reached: {error}")),
-        Failure::Stale => (502, format!("{version} broke off: it closed a connection that was to be used again")),
-        Failure::Late => (504, format!("{version} sent no answer within {limit} ms")),
-        Failure::Broken(why) => (502, format!("{version} broke off: {why}")),
-        Failure::Client(Refusal { status, why }) => (status, why.to_string()),
+        RelayFailure::Unreachable(error) => (502, format!("no server of {version} can be reached: {error}")),
+        RelayFailure::Stale => (502, format!("{version} broke off: it closed a connection that was to be used again")),
+        RelayFailure::Late => (504, format!("{version} sent no answer within {limit} ms")),
+        RelayFailure::Broken(why) => (502, format!("{version} broke off: {why}")),
+        RelayFailure::Client(BadMessage { status, why }) => (status, why.to_string()),
     };
     let close = request.close || !request.body.has_ended();
     worker.say(&mut client.stream, status, &why, &pool.mark, close).await;
@@ -334,10 +334,10 @@ async fn attempt<S>(
     worker: &Rc<Worker>,
     watch: &Deadline,
     client: &mut Client<S>,
-    request: &mut Request,
+    request: &mut RelayRequest,
     pool: &Pool,
     in_flight: &InFlightGuard,
-) -> Result<bool, Failure>
+) -> Result<bool, RelayFailure>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -346,7 +346,7 @@ where
         Some(upstream) => (upstream, true),
         None => match server.connect(worker.settings().connect_timeout()).await {
             Ok(upstream) => (upstream, false),
-            Err(error) => return Err(Failure::Unreachable(error)),
+            Err(error) => return Err(RelayFailure::Unreachable(error)),
         },
     };
     let mut exchange = Exchange {
@@ -363,7 +363,7 @@ where
         head: Vec::new(),
         status: 0,
         counted: false,
-        answer: Body::NONE,
+        answer: BodyFraming::NONE,
         stays_open: false,
         closes: false,
         back: Vec::new(),
@@ -386,7 +386,7 @@ struct Exchange<'x, S> {
     worker: &'x Rc<Worker>,
     watch: &'x Deadline,
     client: &'x mut Client<S>,
-    request: &'x mut Request,
+    request: &'x mut RelayRequest,
     pool: &'x Pool,
     in_flight: &'x InFlightGuard,
     upstream: TcpStream,
@@ -402,7 +402,7 @@ struct Exchange<'x, S> {
     status: u16,
     counted: bool,
     /// What is still to come of the answer.
-    answer: Body,
+    answer: BodyFraming,
     /// The upstream takes another request afterwards.
     stays_open: bool,
     /// The client was told that this was the last answer.
@@ -413,7 +413,7 @@ struct Exchange<'x, S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<End, Failure>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<ExchangeEnd, RelayFailure>> {
         let mut moved = false;
         loop {
             let before = moved;
@@ -438,7 +438,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
     }
 
     /// Moves what the client sends.
-    fn poll_request(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Option<Result<End, Failure>> {
+    fn poll_request(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Option<Result<ExchangeEnd, RelayFailure>> {
         let (request, worker) = (&mut *self.request, self.worker);
         if self.sent < request.out.len() && !self.deaf {
             match Pin::new(&mut self.upstream).poll_write(cx, &request.out[self.sent..]) {
@@ -478,7 +478,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
                 *moved = true;
                 let taken = match request.body.take(&scratch[..length]) {
                     Ok(taken) => taken,
-                    Err(refusal) => return Some(Err(Failure::Client(refusal))),
+                    Err(refusal) => return Some(Err(RelayFailure::Client(refusal))),
                 };
                 self.client.ahead.extend_from_slice(&scratch[taken..length]);
                 request.whole = false;
@@ -496,7 +496,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
     }
 
     /// Moves what the upstream answers.
-    fn poll_answer(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Option<Result<End, Failure>> {
+    fn poll_answer(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Option<Result<ExchangeEnd, RelayFailure>> {
         if self.returned < self.back.len() {
             match Pin::new(&mut self.client.stream).poll_write(cx, &self.back[self.returned..]) {
                 Poll::Ready(Ok(length)) => {
@@ -513,7 +513,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             self.returned = 0;
         }
         if self.status != 0 && self.answer.has_ended() {
-            return Some(Ok(End::Complete));
+            return Some(Ok(ExchangeEnd::Complete));
         }
         let worker = self.worker;
         let mut scratch = worker.scratch();
@@ -547,28 +547,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
                 }
                 None
             }
-            Err(_) => Some(Ok(End::Cut)),
+            Err(_) => Some(Ok(ExchangeEnd::Cut)),
         }
     }
 
     /// Takes heads, interim ones too, and what follows them.
-    fn take_head(&mut self, mut bytes: &[u8]) -> Result<(), Failure> {
+    fn take_head(&mut self, mut bytes: &[u8]) -> Result<(), RelayFailure> {
         if self.back.capacity() == 0 {
             self.back = self.worker.buffer();
         }
         loop {
             let mut room = Room::default();
             let found = wire::answer(bytes, self.request.is_head, &mut room);
-            let Some(answered) = found.map_err(|refusal| Failure::Broken(refusal.why))? else {
+            let Some(answered) = found.map_err(|refusal| RelayFailure::Broken(refusal.why))? else {
                 if bytes.len() > HEAD_BYTES_MAX {
-                    return Err(Failure::Broken("its answer's head is larger than 32 KiB"));
+                    return Err(RelayFailure::Broken("its answer's head is larger than 32 KiB"));
                 }
                 self.head.extend_from_slice(bytes);
                 return Ok(());
             };
             let rest = &bytes[answered.length..];
             let early = !self.request.body.has_ended();
-            self.closes = self.request.close || early || answered.body == Body::Open || self.worker.is_stopping();
+            self.closes =
+                self.request.close || early || answered.body == BodyFraming::Open || self.worker.is_stopping();
             let date = self.worker.date();
             answered.write(
                 ResponseFields { lines: &self.pool.mark, date: date.as_bytes(), close: self.closes },
@@ -582,7 +583,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
                 continue;
             }
             (self.status, self.answer) = (answered.status, answered.body);
-            let taken = self.answer.take(rest).map_err(|_| Failure::Broken("a chunk of its answer is malformed"))?;
+            let taken =
+                self.answer.take(rest).map_err(|_| RelayFailure::Broken("a chunk of its answer is malformed"))?;
             self.stays_open = answered.stays_open && taken == rest.len();
             self.back.extend_from_slice(&rest[..taken]);
             if self.status >= 500 {
@@ -600,24 +602,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
         }
     }
 
-    fn upstream_ended(&mut self) -> Result<End, Failure> {
+    fn upstream_ended(&mut self) -> Result<ExchangeEnd, RelayFailure> {
         if self.status != 0 {
-            let whole = self.answer == Body::Open;
-            self.answer = Body::NONE;
+            let whole = self.answer == BodyFraming::Open;
+            self.answer = BodyFraming::NONE;
             self.stays_open = false;
             // What lies in `back` was written before anything was read.
-            return Ok(if whole { End::Complete } else { End::Cut });
+            return Ok(if whole { ExchangeEnd::Complete } else { ExchangeEnd::Cut });
         }
         Err(match self.reused && self.head.is_empty() {
-            true => Failure::Stale,
-            false => Failure::Broken("the connection ended before an answer was complete"),
+            true => RelayFailure::Stale,
+            false => RelayFailure::Broken("the connection ended before an answer was complete"),
         })
     }
 
-    fn client_gone(&mut self) -> Result<End, Failure> {
+    fn client_gone(&mut self) -> Result<ExchangeEnd, RelayFailure> {
         match self.status {
-            0 => Err(Failure::Client(CUT)),
-            _ => Ok(End::Gone),
+            0 => Err(RelayFailure::Client(CUT)),
+            _ => Ok(ExchangeEnd::Gone),
         }
     }
 
@@ -631,22 +633,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
         }
     }
 
-    fn too_late(&mut self) -> Result<End, Failure> {
+    fn too_late(&mut self) -> Result<ExchangeEnd, RelayFailure> {
         let awaited = self.sent == self.request.out.len() && !self.request.body.has_ended() && !self.deaf;
         match (self.returned < self.back.len(), self.status) {
-            (true, _) => Ok(End::Gone),
-            (false, 0) if awaited => Err(Failure::Client(STOPPED)),
-            (false, 0) => Err(Failure::Late),
-            (false, _) => Ok(End::Cut),
+            (true, _) => Ok(ExchangeEnd::Gone),
+            (false, 0) if awaited => Err(RelayFailure::Client(STOPPED)),
+            (false, 0) => Err(RelayFailure::Late),
+            (false, _) => Ok(ExchangeEnd::Cut),
         }
     }
 
     /// Counts, and keeps what can be used again; returns true when the client's connection stays open.
-    async fn finish(mut self, end: End) -> bool {
-        self.count(matches!(end, End::Cut));
+    async fn finish(mut self, end: ExchangeEnd) -> bool {
+        self.count(matches!(end, ExchangeEnd::Cut));
         self.worker.give_back(std::mem::take(&mut self.back));
         let sent = self.request.body.has_ended() && self.sent == self.request.out.len() && !self.deaf;
-        if !matches!(end, End::Complete) {
+        if !matches!(end, ExchangeEnd::Complete) {
             return false;
         }
         if sent && self.stays_open {
@@ -659,8 +661,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
     }
 }
 
-fn count(worker: &Worker, request: &Request, status: u16, error: bool) {
-    let Request { route, pick, is_copy, began, .. } = request;
+fn count(worker: &Worker, request: &RelayRequest, status: u16, error: bool) {
+    let RelayRequest { route, pick, is_copy, began, .. } = request;
     match is_copy {
         true => worker.router.count_copy(worker.shard, route, status, *began, error),
         false => worker.router.count(worker.shard, route, *pick, status, *began, error),

@@ -15,17 +15,17 @@ use crate::domain::window::Evidence;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
-use super::outcome::{ANSWERS, COPIES, CircuitBreaker, Counts, FAILURES_MAX};
+use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, OutcomeCounts};
 use super::settings::ProxySettings;
 use super::upstream::{Pool, Server, Servers};
 use super::wire;
 
 /// What outlives the views of one routing version.
 pub struct Counters {
-    pub stable: Counts,
-    pub canary: Option<Counts>,
+    pub stable: OutcomeCounts,
+    pub canary: Option<OutcomeCounts>,
     /// Of requests that were mirrored to the canary.
-    pub copies: Option<Counts>,
+    pub copies: Option<OutcomeCounts>,
     pub circuit_breaker: CircuitBreaker,
 }
 
@@ -76,7 +76,7 @@ impl Fields for HeaderMap {
     }
 }
 
-impl Fields for wire::Fields<'_, '_> {
+impl Fields for wire::HeaderFields<'_, '_> {
     fn value(&self, name: &str) -> Option<&[u8]> {
         wire::field(self, name)
     }
@@ -89,7 +89,7 @@ impl Fields for wire::Fields<'_, '_> {
 }
 
 impl Route {
-    fn new(service: &ServiceId, serving: &Serving, before: Option<&Route>, shared: &Shared) -> Self {
+    fn new(service: &ServiceId, serving: &Serving, before: Option<&Route>, shared: &RouteParts) -> Self {
         let same = before.filter(|before| before.serving.routing_version == serving.routing_version);
         let same = same.filter(|before| before.canary.is_some() == serving.canary.is_some());
         let shards = shared.shards;
@@ -97,9 +97,9 @@ impl Route {
             let canary = serving.canary.as_ref().map(|(backend, _)| &backend.version);
             let mirrored = canary.filter(|_| serving.spec.mirror > Weight::ZERO);
             Arc::new(Counters {
-                stable: Counts::new(service, &serving.stable.version, shards, ANSWERS),
-                canary: canary.map(|version| Counts::new(service, version, shards, ANSWERS)),
-                copies: mirrored.map(|version| Counts::new(service, version, shards, COPIES)),
+                stable: OutcomeCounts::new(service, &serving.stable.version, shards, ANSWERS),
+                canary: canary.map(|version| OutcomeCounts::new(service, version, shards, ANSWERS)),
+                copies: mirrored.map(|version| OutcomeCounts::new(service, version, shards, COPIES)),
                 circuit_breaker: CircuitBreaker::default(),
             })
         });
@@ -171,7 +171,7 @@ pub struct Table {
 }
 
 /// What routes are made with.
-struct Shared {
+struct RouteParts {
     servers: Servers,
     /// Workers.
     shards: usize,
@@ -184,13 +184,13 @@ pub struct RoutingTable {
     open: AtomicUsize,
     table: ArcSwap<Table>,
     compiling: Mutex<()>,
-    shared: Shared,
+    shared: RouteParts,
 }
 
 /// A request's place among those that are open.
-pub struct Place(Arc<RoutingTable>);
+pub struct RequestPermit(Arc<RoutingTable>);
 
-impl Drop for Place {
+impl Drop for RequestPermit {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Relaxed);
     }
@@ -206,7 +206,7 @@ pub struct NoRoute {
 
 impl RoutingTable {
     pub fn new(node: NodeHandle, settings: ProxySettings, shards: usize) -> Self {
-        let shared = Shared { servers: Servers::default(), shards };
+        let shared = RouteParts { servers: Servers::default(), shards };
         let view = node.published.view();
         let routes = compile(&view, &BTreeMap::new(), &shared);
         let table = ArcSwap::from_pointee(Table { routes, view });
@@ -214,8 +214,8 @@ impl RoutingTable {
     }
 
     /// Takes a place for one more request, while there are any.
-    pub fn place(self: &Arc<Self>) -> Option<Place> {
-        let place = Place(self.clone());
+    pub fn place(self: &Arc<Self>) -> Option<RequestPermit> {
+        let place = RequestPermit(self.clone());
         (self.open.fetch_add(1, Relaxed) < self.settings.requests_max).then_some(place)
     }
 
@@ -292,7 +292,7 @@ impl RoutingTable {
             routing_version: route.serving.routing_version,
             evidence: Evidence {
                 stable: route.counters.stable.take(),
-                canary: route.counters.canary.as_ref().map(Counts::take).unwrap_or_default(),
+                canary: route.counters.canary.as_ref().map(OutcomeCounts::take).unwrap_or_default(),
             },
         });
         observed.filter(|observation| observation.evidence != Evidence::default()).collect()
@@ -331,7 +331,11 @@ impl Table {
     }
 }
 
-fn compile(view: &View, before: &BTreeMap<ServiceId, Arc<Route>>, shared: &Shared) -> BTreeMap<ServiceId, Arc<Route>> {
+fn compile(
+    view: &View,
+    before: &BTreeMap<ServiceId, Arc<Route>>,
+    shared: &RouteParts,
+) -> BTreeMap<ServiceId, Arc<Route>> {
     let routes = view.services.iter().map(|(id, service)| {
         let before = before.get(id);
         let route = match before {

@@ -28,10 +28,10 @@ impl Default for Room<'_> {
 }
 
 /// A head's fields.
-pub type Fields<'h, 'b> = &'h [Header<'b>];
+pub type HeaderFields<'h, 'b> = &'h [Header<'b>];
 
 /// Returns the first field of this name, given in small letters.
-pub fn field<'b>(fields: Fields<'_, 'b>, name: &str) -> Option<&'b [u8]> {
+pub fn field<'b>(fields: HeaderFields<'_, 'b>, name: &str) -> Option<&'b [u8]> {
     let found = fields.iter().find(|field| is(field.name, name));
     found.map(|field| field.value)
 }
@@ -42,20 +42,20 @@ fn is(name: &str, known: &str) -> bool {
 
 /// A message that is answered with an error and the end of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refusal {
+pub struct BadMessage {
     /// HTTP status.
     pub status: u16,
     /// What was expected.
     pub why: &'static str,
 }
 
-const fn refuse<T>(status: u16, why: &'static str) -> Result<T, Refusal> {
-    Err(Refusal { status, why })
+const fn refuse<T>(status: u16, why: &'static str) -> Result<T, BadMessage> {
+    Err(BadMessage { status, why })
 }
 
 /// How much of a body is still to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Body {
+pub enum BodyFraming {
     /// So many bytes; none: the body has ended.
     Length(u64),
     /// Chunks.
@@ -89,7 +89,7 @@ pub enum Chunk {
     End,
 }
 
-impl Body {
+impl BodyFraming {
     /// No body.
     pub const NONE: Self = Self::Length(0);
     /// The beginning of a chunked one.
@@ -101,7 +101,7 @@ impl Body {
     }
 
     /// Returns how many of the next bytes belong to the body, with its framing, and moves on by them.
-    pub fn take(&mut self, bytes: &[u8]) -> Result<usize, Refusal> {
+    pub fn take(&mut self, bytes: &[u8]) -> Result<usize, BadMessage> {
         match self {
             Self::Open => Ok(bytes.len()),
             Self::Length(left) => {
@@ -113,7 +113,7 @@ impl Body {
         }
     }
 
-    fn take_chunks(&mut self, bytes: &[u8]) -> Result<usize, Refusal> {
+    fn take_chunks(&mut self, bytes: &[u8]) -> Result<usize, BadMessage> {
         let mut at = 0;
         while at < bytes.len() {
             let Self::Chunked(state) = self else { break };
@@ -138,8 +138,8 @@ impl Body {
 
 impl Chunk {
     /// Returns the state after one byte that is not data; none at the body's end.
-    fn step(self, byte: u8) -> Result<Option<Self>, Refusal> {
-        const BAD: Refusal = Refusal { status: 400, why: "a chunk is not as RFC 9112 has it" };
+    fn step(self, byte: u8) -> Result<Option<Self>, BadMessage> {
+        const BAD: BadMessage = BadMessage { status: 400, why: "a chunk is not as RFC 9112 has it" };
         Ok(Some(match (self, byte) {
             (Self::Size(size, digits), _) if byte.is_ascii_hexdigit() && digits < 15 => {
                 let digit = char::from(byte).to_digit(16).unwrap_or(0);
@@ -178,11 +178,11 @@ pub struct Asked<'h, 'b> {
     /// Path and query.
     pub target: &'b str,
     /// All fields.
-    pub fields: Fields<'h, 'b>,
+    pub fields: HeaderFields<'h, 'b>,
     /// Bytes of the head.
     pub length: usize,
     /// What follows it.
-    pub body: Body,
+    pub body: BodyFraming,
     /// The client wants no further request on this connection.
     pub close: bool,
     /// Connection names fields of its own.
@@ -201,7 +201,7 @@ pub enum Opening<'h, 'b> {
 }
 
 /// Reads the head of a request.
-pub fn request<'h, 'b>(bytes: &'b [u8], room: &'h mut Room<'b>) -> Result<Opening<'h, 'b>, Refusal> {
+pub fn request<'h, 'b>(bytes: &'b [u8], room: &'h mut Room<'b>) -> Result<Opening<'h, 'b>, BadMessage> {
     if bytes.starts_with(b"PR") {
         let known = bytes.len().min(PREFACE.len());
         if bytes[..known] == PREFACE[..known] {
@@ -232,8 +232,8 @@ pub fn request<'h, 'b>(bytes: &'b [u8], room: &'h mut Room<'b>) -> Result<Openin
         return Ok(Opening::Other);
     }
     let body = match framing.chunked {
-        true => Body::CHUNKED,
-        false => Body::Length(framing.length.unwrap_or(0)),
+        true => BodyFraming::CHUNKED,
+        false => BodyFraming::Length(framing.length.unwrap_or(0)),
     };
     Ok(Opening::Plain(Asked { method, target, fields, length, body, close: framing.close, named: framing.named }))
 }
@@ -250,7 +250,7 @@ struct Framing {
 }
 
 impl Framing {
-    fn of(fields: Fields<'_, '_>) -> Result<Self, Refusal> {
+    fn of(fields: HeaderFields<'_, '_>) -> Result<Self, BadMessage> {
         let mut found = Self::default();
         for Header { name, value } in fields {
             match name.len() {
@@ -296,7 +296,7 @@ impl Framing {
 
 /// Decides which of a message's fields are passed on.
 struct Passage<'m, 'h, 'b> {
-    fields: Fields<'h, 'b>,
+    fields: HeaderFields<'h, 'b>,
     /// A Connection field has options of its own.
     named: bool,
     /// Fields that the service's rollout reads.
@@ -327,8 +327,8 @@ fn put(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
-fn put_framing(body: Body, out: &mut Vec<u8>) {
-    if matches!(body, Body::Chunked(_)) {
+fn put_framing(body: BodyFraming, out: &mut Vec<u8>) {
+    if matches!(body, BodyFraming::Chunked(_)) {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");
     }
 }
@@ -386,15 +386,15 @@ impl Asked<'_, '_> {
 
 /// The head of an answer.
 #[derive(Debug)]
-pub struct Answered<'h, 'b> {
+pub struct ResponseHead<'h, 'b> {
     /// HTTP status.
     pub status: u16,
     reason: &'b str,
-    fields: Fields<'h, 'b>,
+    fields: HeaderFields<'h, 'b>,
     /// Bytes of the head.
     pub length: usize,
     /// What follows it.
-    pub body: Body,
+    pub body: BodyFraming,
     /// The upstream takes another request on this connection.
     pub stays_open: bool,
     named: bool,
@@ -405,7 +405,7 @@ pub fn answer<'h, 'b>(
     bytes: &'b [u8],
     to_head: bool,
     room: &'h mut Room<'b>,
-) -> Result<Option<Answered<'h, 'b>>, Refusal> {
+) -> Result<Option<ResponseHead<'h, 'b>>, BadMessage> {
     let mut parsed = httparse::Response::new(&mut []);
     let config = httparse::ParserConfig::default();
     let length = match config.parse_response_with_uninit_headers(&mut parsed, bytes, &mut room.0) {
@@ -414,20 +414,20 @@ pub fn answer<'h, 'b>(
         Err(_) => return refuse(502, "what came is no HTTP answer"),
     };
     let fields: &'h [Header<'b>] = parsed.headers;
-    let framing = Framing::of(fields).map_err(|refusal| Refusal { status: 502, ..refusal })?;
+    let framing = Framing::of(fields).map_err(|refusal| BadMessage { status: 502, ..refusal })?;
     let status = parsed.code.unwrap_or(0);
     if status < 100 || status == 101 {
         return refuse(502, "found a switch of protocols that nobody asked for");
     }
     let body = match (framing.chunked, framing.length) {
-        _ if to_head || matches!(status, 100..=199 | 204 | 304) => Body::NONE,
-        (true, _) => Body::CHUNKED,
-        (false, Some(length)) => Body::Length(length),
-        (false, None) => Body::Open,
+        _ if to_head || matches!(status, 100..=199 | 204 | 304) => BodyFraming::NONE,
+        (true, _) => BodyFraming::CHUNKED,
+        (false, Some(length)) => BodyFraming::Length(length),
+        (false, None) => BodyFraming::Open,
     };
-    let stays_open = parsed.version == Some(1) && !framing.close && body != Body::Open;
+    let stays_open = parsed.version == Some(1) && !framing.close && body != BodyFraming::Open;
     let reason = parsed.reason.unwrap_or("");
-    Ok(Some(Answered { status, reason, fields, length, body, stays_open, named: framing.named }))
+    Ok(Some(ResponseHead { status, reason, fields, length, body, stays_open, named: framing.named }))
 }
 
 /// What this node adds to an answer.
@@ -441,7 +441,7 @@ pub struct ResponseFields<'m> {
     pub close: bool,
 }
 
-impl Answered<'_, '_> {
+impl ResponseHead<'_, '_> {
     /// Returns true for what comes before the answer itself.
     pub fn is_interim(&self) -> bool {
         self.status < 200

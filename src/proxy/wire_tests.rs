@@ -2,7 +2,7 @@ use super::*;
 use proptest::prelude::*;
 
 /// Returns the head that an upstream gets, and what follows of the body.
-fn sent_on(request: &str) -> Result<(String, Body), Refusal> {
+fn sent_on(request: &str) -> Result<(String, BodyFraming), BadMessage> {
     let mut room = Room::default();
     match super::request(request.as_bytes(), &mut room)? {
         Opening::Plain(asked) => {
@@ -29,7 +29,7 @@ fn a_head_is_sent_on_with_what_a_gateway_adds() {
     let expected = "POST /predict?a=1 HTTP/1.1\r\nHost: m.example\r\nX-Yours: 2\r\nForwarded: for=1.1.1.1\r\n\
          traceparent: 00-1-1-01\r\nContent-Length: 5\r\nx-forwarded-host: m.example\r\nx-forwarded-proto: http\r\n\
          x-forwarded-for: 1.1.1.1, 2.2.2.2, 10.0.0.9\r\nforwarded: for=10.0.0.9;proto=http\r\nvia: 1.1 aviary\r\n\r\n";
-    assert_eq!((head.as_str(), body), (expected, Body::Length(5)));
+    assert_eq!((head.as_str(), body), (expected, BodyFraming::Length(5)));
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn what_is_no_plain_request_is_for_the_general_way() {
     }
 }
 
-fn to_client(answer: &str, to_head: bool) -> Result<(String, Body, bool), Refusal> {
+fn to_client(answer: &str, to_head: bool) -> Result<(String, BodyFraming, bool), BadMessage> {
     let mut room = Room::default();
     let answered = super::answer(answer.as_bytes(), to_head, &mut room)?.expect("a whole head");
     let mut out = Vec::new();
@@ -116,17 +116,17 @@ fn an_answer_is_marked_and_its_end_is_known() {
     let head = "HTTP/1.1 200 Fine\r\nconnection: x-inner\r\nx-inner: 1\r\nx-served-by: liar\r\n";
     let (out, body, open) = to_client(&format!("{head}content-length: 4\r\n\r\nbody"), false).unwrap();
     assert_eq!(out, "HTTP/1.1 200 Fine\r\ncontent-length: 4\r\nx-served-by: v2\r\ndate: now\r\n\r\n");
-    assert_eq!((body, open), (Body::Length(4), true));
+    assert_eq!((body, open), (BodyFraming::Length(4), true));
     let (out, body, _) = to_client(&format!("{head}date: then\r\ntransfer-encoding: chunked\r\n\r\n"), false).unwrap();
     assert_eq!(out, "HTTP/1.1 200 Fine\r\ndate: then\r\ntransfer-encoding: chunked\r\nx-served-by: v2\r\n\r\n");
-    assert_eq!(body, Body::CHUNKED);
+    assert_eq!(body, BodyFraming::CHUNKED);
     let ended = |answer: &str, to_head| to_client(answer, to_head).map(|(_, body, open)| (body, open));
-    assert_eq!(ended("HTTP/1.1 200 \r\n\r\n", false), Ok((Body::Open, false)));
-    assert_eq!(ended("HTTP/1.0 200 OK\r\ncontent-length: 1\r\n\r\n", false), Ok((Body::Length(1), false)));
-    assert_eq!(ended("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n", true), Ok((Body::NONE, true)));
-    assert_eq!(ended("HTTP/1.1 304 Same\r\ncontent-length: 9\r\n\r\n", false), Ok((Body::NONE, true)));
-    assert_eq!(ended("HTTP/1.1 204 None\r\nconnection: close\r\n\r\n", false), Ok((Body::NONE, false)));
-    assert_eq!(ended("HTTP/1.1 100 Continue\r\n\r\n", false), Ok((Body::NONE, true)));
+    assert_eq!(ended("HTTP/1.1 200 \r\n\r\n", false), Ok((BodyFraming::Open, false)));
+    assert_eq!(ended("HTTP/1.0 200 OK\r\ncontent-length: 1\r\n\r\n", false), Ok((BodyFraming::Length(1), false)));
+    assert_eq!(ended("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n", true), Ok((BodyFraming::NONE, true)));
+    assert_eq!(ended("HTTP/1.1 304 Same\r\ncontent-length: 9\r\n\r\n", false), Ok((BodyFraming::NONE, true)));
+    assert_eq!(ended("HTTP/1.1 204 None\r\nconnection: close\r\n\r\n", false), Ok((BodyFraming::NONE, false)));
+    assert_eq!(ended("HTTP/1.1 100 Continue\r\n\r\n", false), Ok((BodyFraming::NONE, true)));
     assert_eq!(ended("HTTP/1.1 101 Switching\r\n\r\n", false).unwrap_err().status, 502);
     let both = "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n";
     assert_eq!(ended(both, false).unwrap_err().status, 502);
@@ -134,7 +134,7 @@ fn an_answer_is_marked_and_its_end_is_known() {
 
 /// Returns how much of `bytes` belongs to a chunked body, given in pieces of `size`; none when it is malformed.
 fn chunked(bytes: &[u8], size: usize) -> Option<(usize, bool)> {
-    let mut body = Body::CHUNKED;
+    let mut body = BodyFraming::CHUNKED;
     let mut at = 0;
     for piece in bytes.chunks(size) {
         let taken = body.take(piece).ok()?;
@@ -215,6 +215,6 @@ proptest! {
         }
         let mut room = Room::default();
         let Ok(Opening::Plain(asked)) = request(text.as_bytes(), &mut room) else { panic!("{text}") };
-        prop_assert_eq!((asked.length, asked.body), (text.len(), Body::Length(length)));
+        prop_assert_eq!((asked.length, asked.body), (text.len(), BodyFraming::Length(length)));
     }
 }

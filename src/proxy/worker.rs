@@ -41,7 +41,7 @@ pub struct Worker {
     scratch: RefCell<Box<[u8]>>,
     spare: RefCell<Vec<Vec<u8>>>,
     date: RefCell<(u64, String)>,
-    clock: Rc<Clock>,
+    clock: Rc<DeadlineClock>,
     stopping: Cell<bool>,
     pulse: Pulse,
 }
@@ -61,7 +61,7 @@ struct Kept {
 
 /// The deadlines of a worker's connections.
 #[derive(Default)]
-struct Clock {
+struct DeadlineClock {
     /// Milliseconds, as of the last sweep.
     now_ms: Cell<u64>,
     deadlines: RefCell<Slab<Rc<DeadlineEntry>>>,
@@ -74,7 +74,7 @@ struct DeadlineEntry {
 
 /// A connection's deadline; to set it costs nothing. Dropping it ends it.
 pub struct Deadline {
-    clock: Rc<Clock>,
+    clock: Rc<DeadlineClock>,
     key: usize,
     deadline: Rc<DeadlineEntry>,
     /// No deadline is later than this.

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use crate::domain::course::{ControlCommand, End, Entry, HookCall, Phase, Places, RouterState};
+use crate::domain::course::{ControlCommand, ControlEntry, HookCall, Places, RouterEnd, RouterPhase, RouterState};
 use crate::domain::split::{Side, Split, Ticket};
 use crate::domain::weights::Weight;
-use crate::ports::{Assignment, Broker, Commit, Hooks, OutsideError, Place, Record, Topic};
+use crate::ports::{Assignment, Broker, Commit, Hooks, OutsideError, Place, SourceRecord, Topic};
 
 /// What a router is to do.
 #[derive(Debug, Clone, Copy)]
@@ -39,7 +39,7 @@ pub struct CommittedWeight {
     /// The routing version.
     pub weight_version: u64,
     /// Set once the rollout is over.
-    pub end: Option<End>,
+    pub end: Option<RouterEnd>,
 }
 
 /// Who says what the weight is.
@@ -69,11 +69,11 @@ pub struct Engine {
     broker: Box<dyn Broker>,
     hooks: Box<dyn Hooks>,
     plan: Plan,
-    state: Option<State>,
+    state: Option<EngineState>,
 }
 
 /// What the broker holds about the rollout.
-struct State {
+struct EngineState {
     course: RouterState,
     splits: Vec<Split>,
     next: Places,
@@ -94,7 +94,7 @@ struct State {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// The present phase; none before the first.
-    pub phase: Option<Phase>,
+    pub phase: Option<RouterPhase>,
     /// Each partition's state.
     pub splits: Vec<Split>,
     /// The next offset of each partition.
@@ -145,7 +145,7 @@ impl Engine {
         let state = self.state.insert(state);
         for entry in self.broker.entries()? {
             // Phases are nobody's but this router's, as long as it is one.
-            if let Some(entry @ Entry::Command(_)) = read_entry(&entry)? {
+            if let Some(entry @ ControlEntry::Command(_)) = read_entry(&entry)? {
                 state.course.add(entry);
             }
         }
@@ -154,37 +154,39 @@ impl Engine {
             && state.course.is_changed_by(end)
         {
             let ask = match end {
-                End::Promote => ControlCommand::Promote,
-                End::Abort(reason) => ControlCommand::Abort { reason: reason.clone() },
+                RouterEnd::Promote => ControlCommand::Promote,
+                RouterEnd::Abort(reason) => ControlCommand::Abort { reason: reason.clone() },
             };
-            state.course.add(Entry::Command(ask.clone()));
-            self.write(&Entry::Command(ask), Commit::default())?;
+            state.course.add(ControlEntry::Command(ask.clone()));
+            self.write(&ControlEntry::Command(ask), Commit::default())?;
             return Ok(Turn::Busy(0));
         }
-        let aborted = matches!(state.course.end, Some(End::Abort(_)));
+        let aborted = matches!(state.course.end, Some(RouterEnd::Abort(_)));
         match state.course.phase.clone() {
             None => match steering {
                 Steering::Cluster(None) => Ok(Turn::Waits(UNKNOWN.into())),
-                Steering::Cluster(Some(CommittedWeight { end: Some(End::Abort(_)), .. })) => {
+                Steering::Cluster(Some(CommittedWeight { end: Some(RouterEnd::Abort(_)), .. })) => {
                     Ok(Turn::Waits("the cluster's next rollout: the last one was rolled back".into()))
                 }
-                _ => self.enter(Phase::Taking, Commit::default()),
+                _ => self.enter(RouterPhase::Taking, Commit::default()),
             },
-            Some(Phase::Taking) => self.take_over(now_ms),
+            Some(RouterPhase::Taking) => self.take_over(now_ms),
             Some(
-                Phase::Starting { from } | Phase::Running { from } | Phase::Draining { from, winner: Side::Canary },
-            ) if aborted => self.enter(Phase::Reclaiming { from }, Commit::default()),
-            Some(Phase::Starting { from }) => {
+                RouterPhase::Starting { from }
+                | RouterPhase::Running { from }
+                | RouterPhase::Draining { from, winner: Side::Canary },
+            ) if aborted => self.enter(RouterPhase::Reclaiming { from }, Commit::default()),
+            Some(RouterPhase::Starting { from }) => {
                 for side in Side::BOTH {
                     self.call(HookCall::Start, side, Topic::Of(side))?;
                 }
-                self.enter(Phase::Running { from }, Commit::default())
+                self.enter(RouterPhase::Running { from }, Commit::default())
             }
-            Some(Phase::Running { from }) => self.split(now_ms, from, steering),
-            Some(Phase::Reclaiming { from }) => self.reclaim(now_ms, from),
-            Some(Phase::Draining { from, winner }) => self.drain(from, winner),
-            Some(Phase::Returning { from, through, winner }) => self.hand_back(now_ms, from, through, winner),
-            Some(Phase::Done { winner, .. }) => {
+            Some(RouterPhase::Running { from }) => self.split(now_ms, from, steering),
+            Some(RouterPhase::Reclaiming { from }) => self.reclaim(now_ms, from),
+            Some(RouterPhase::Draining { from, winner }) => self.drain(from, winner),
+            Some(RouterPhase::Returning { from, through, winner }) => self.hand_back(now_ms, from, through, winner),
+            Some(RouterPhase::Done { winner, .. }) => {
                 self.call(HookCall::Start, winner, Topic::Source)?;
                 Ok(Turn::Over)
             }
@@ -192,7 +194,7 @@ impl Engine {
     }
 
     /// Becomes the only router, and reads what the former one left.
-    fn open(&mut self) -> Result<State, OutsideError> {
+    fn open(&mut self) -> Result<EngineState, OutsideError> {
         let opened = self.broker.open()?;
         let mut course = RouterState::default();
         for entry in &opened.entries {
@@ -201,7 +203,7 @@ impl Engine {
             }
         }
         let (mut splits, mut next) = (Vec::new(), Places::new());
-        if let Some(from) = course.phase.as_ref().and_then(Phase::from) {
+        if let Some(from) = course.phase.as_ref().and_then(RouterPhase::from) {
             if from.is_empty() || opened.places.len() < from.len() {
                 let why = format!("found {} partitions, expected {}", opened.places.len(), from.len());
                 return Err(OutsideError::new("router", why));
@@ -220,11 +222,11 @@ impl Engine {
             }
         }
         info!(
-            phase = course.phase.as_ref().map_or("new", Phase::words),
+            phase = course.phase.as_ref().map_or("new", RouterPhase::words),
             partitions = opened.places.len(),
             "router opened"
         );
-        Ok(State {
+        Ok(EngineState {
             course,
             splits,
             next,
@@ -237,19 +239,19 @@ impl Engine {
         })
     }
 
-    fn state(&mut self) -> &mut State {
+    fn state(&mut self) -> &mut EngineState {
         self.state.as_mut().expect("a turn has a state")
     }
 
     /// Writes an entry, and what is committed with it.
-    fn write(&mut self, entry: &Entry, commit: Commit) -> Result<(), OutsideError> {
+    fn write(&mut self, entry: &ControlEntry, commit: Commit) -> Result<(), OutsideError> {
         let line = serde_json::to_string(entry).expect("an entry has a text");
         self.broker.commit(&Commit { entry: Some(line), ..commit })
     }
 
-    fn enter(&mut self, phase: Phase, commit: Commit) -> Result<Turn, OutsideError> {
+    fn enter(&mut self, phase: RouterPhase, commit: Commit) -> Result<Turn, OutsideError> {
         info!(phase = phase.words(), "router goes on");
-        let entry = Entry::Phase(phase);
+        let entry = ControlEntry::Phase(phase);
         self.write(&entry, commit)?;
         let state = self.state();
         state.course.add(entry);
@@ -262,7 +264,7 @@ impl Engine {
         if self.state().called.contains(&(call, side, topic)) {
             return Ok(());
         }
-        let entry = Entry::Hook { call, side, topic: topic.word().into() };
+        let entry = ControlEntry::Hook { call, side, topic: topic.word().into() };
         self.write(&entry, Commit::default())?;
         let state = self.state();
         state.course.add(entry);
@@ -332,7 +334,7 @@ impl Engine {
         }
         let state = self.state();
         (state.splits, state.next) = (vec![split; from.len()], from.clone());
-        self.enter(Phase::Starting { from }, commit)
+        self.enter(RouterPhase::Starting { from }, commit)
     }
 
     /// One transaction's records.
@@ -345,12 +347,12 @@ impl Engine {
         self.look(now_ms)?;
         let plan = self.plan;
         let state = self.state();
-        let asked = state.course.end == Some(End::Promote);
+        let asked = state.course.end == Some(RouterEnd::Promote);
         let (weight, weight_version, promoted) = match steering {
             Steering::Cluster(None) => return Ok(Turn::Waits(UNKNOWN.into())),
             // In a cluster it is nobody else's to say: what is asked here doesn't raise the weight there.
             Steering::Cluster(Some(committed)) => {
-                (committed.weight, committed.weight_version, asked && committed.end == Some(End::Promote))
+                (committed.weight, committed.weight_version, asked && committed.end == Some(RouterEnd::Promote))
             }
             Steering::Alone => (state.course.weight.unwrap_or(plan.weight), state.course.weights, asked),
         };
@@ -369,7 +371,8 @@ impl Engine {
         }
         if promoted && state.splits.iter().all(|split| split.weight().0 == Weight::FULL && split.former().is_none()) {
             let places = state.places(|_| true);
-            return self.enter(Phase::Draining { from, winner: Side::Canary }, Commit { places, ..Commit::default() });
+            return self
+                .enter(RouterPhase::Draining { from, winner: Side::Canary }, Commit { places, ..Commit::default() });
         }
         self.settle(&mut changed)?;
         let state = self.state.as_mut().expect("a turn has a state");
@@ -379,7 +382,7 @@ impl Engine {
         }
         let held: Vec<bool> = state.splits.iter().map(|split| is_held(split, now_ms, plan.change_ms_max)).collect();
         let (splits, next) = (&mut state.splits, &mut state.next);
-        let copied = self.broker.copy(plan.interval, plan.batch_max, &held, &mut |record: Record<'_>| {
+        let copied = self.broker.copy(plan.interval, plan.batch_max, &held, &mut |record: SourceRecord<'_>| {
             assert!(record.offset >= next[record.partition], "records come in order, each once");
             next[record.partition] = record.offset + 1;
             changed[record.partition] = true;
@@ -483,7 +486,7 @@ impl Engine {
             split.stop_canary(weight_version);
         }
         let places = state.places(|_| true);
-        self.enter(Phase::Draining { from, winner: Side::Stable }, Commit { places, ..Commit::default() })
+        self.enter(RouterPhase::Draining { from, winner: Side::Stable }, Commit { places, ..Commit::default() })
     }
 
     /// Returns what is left to be read of a version's topic; none when nothing is.
@@ -501,7 +504,7 @@ impl Engine {
             }
         }
         let through = self.state().next.clone();
-        self.enter(Phase::Returning { from, through, winner }, Commit::default())
+        self.enter(RouterPhase::Returning { from, through, winner }, Commit::default())
     }
 
     fn hand_back(&mut self, now_ms: u64, from: Places, through: Places, winner: Side) -> Result<Turn, OutsideError> {
@@ -519,7 +522,7 @@ impl Engine {
         let places = through.iter().copied().enumerate().chain(added.map(|(partition, (low, _))| (partition, low)));
         let places = places.collect();
         let groups = vec![(winner, Topic::Source, places)];
-        self.enter(Phase::Done { from, through, winner }, Commit { groups, ..Commit::default() })
+        self.enter(RouterPhase::Done { from, through, winner }, Commit { groups, ..Commit::default() })
     }
 }
 
@@ -530,7 +533,7 @@ impl Report {
     }
 }
 
-impl State {
+impl EngineState {
     fn places(&self, wanted: impl Fn(usize) -> bool) -> Vec<(usize, Place)> {
         let places = self.splits.iter().zip(&self.next).enumerate().filter(|(partition, _)| wanted(*partition));
         places
@@ -563,7 +566,7 @@ fn is_held(split: &Split, now_ms: u64, change_ms_max: u64) -> bool {
 
 /// Reads an entry of the control topic; none where anybody wrote something else. A phase that can't be read is an error: it may
 /// be one of a newer router's.
-fn read_entry(line: &str) -> Result<Option<Entry>, OutsideError> {
+fn read_entry(line: &str) -> Result<Option<ControlEntry>, OutsideError> {
     match serde_json::from_str(line) {
         Ok(entry) => Ok(Some(entry)),
         Err(why) if line.contains("\"phase\"") => Err(OutsideError::new(

@@ -9,7 +9,7 @@ pub use json::Json;
 
 /// A request of a service, checked.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Event<'b> {
+pub struct ReportedEvent<'b> {
     /// The service.
     pub service: Text<'b>,
     /// The version that answered.
@@ -124,7 +124,7 @@ impl Rejection {
     }
 }
 
-impl<'b> Event<'b> {
+impl<'b> ReportedEvent<'b> {
     /// Returns true where the version is to blame: from 500 on.
     pub fn is_error(&self) -> bool {
         self.status >= 500
@@ -157,7 +157,7 @@ struct Raw<'b> {
 
 impl<'b> Raw<'b> {
     #[inline]
-    fn checked(self) -> Result<Event<'b>, Rejection> {
+    fn checked(self) -> Result<ReportedEvent<'b>, Rejection> {
         let Self { service, version, status, latency_ms, at_ms, id } = self;
         for (name, text) in [("service", &service), ("version", &version), ("event_id", &id)] {
             let found = text.as_bytes().len();
@@ -173,7 +173,7 @@ impl<'b> Raw<'b> {
         if !(0.0..=LATENCY_MS_MAX).contains(&latency_ms) {
             return Err(Rejection::Latency(latency_ms.to_string()));
         }
-        Ok(Event { service, version, status, latency_us: (latency_ms * 1000.0) as u64, at_ms, id })
+        Ok(ReportedEvent { service, version, status, latency_us: (latency_ms * 1000.0) as u64, at_ms, id })
     }
 }
 
@@ -214,33 +214,34 @@ mod tests {
         let event = Json::read(json).unwrap();
         let event = event.event().unwrap();
         assert_eq!(Json::read(text).unwrap().event().unwrap(), event);
-        assert_eq!(Event::from_protobuf(&protobuf("svc", 503, 12.5, 1_790_000_000)).unwrap(), event);
+        assert_eq!(ReportedEvent::from_protobuf(&protobuf("svc", 503, 12.5, 1_790_000_000)).unwrap(), event);
         assert_eq!((event.is_error(), event.latency_us, event.version.as_bytes()), (true, 12_500, &b"v2"[..]));
     }
 
     #[test]
     fn what_is_absurd_is_named() {
-        let of =
-            |status, latency, seconds| Event::from_protobuf(&protobuf("svc", status, latency, seconds)).unwrap_err();
+        let of = |status, latency, seconds| {
+            ReportedEvent::from_protobuf(&protobuf("svc", status, latency, seconds)).unwrap_err()
+        };
         assert_eq!(of(99, 1.0, 1), Rejection::Status(99));
         for latency in [f64::NAN, f64::INFINITY, -1.0, 1e12] {
             assert_eq!(of(200, latency, 1).kind(), 2, "{latency}");
         }
         assert!(of(200, 1.0, u64::MAX).to_string().contains("outside 1970 to 9999"));
-        assert_eq!(Event::from_protobuf(b"\x0a\x50abc").unwrap_err().kind(), 0);
+        assert_eq!(ReportedEvent::from_protobuf(b"\x0a\x50abc").unwrap_err().kind(), 0);
         assert_eq!(Json::read(b"{}").unwrap_err().kind(), 0);
         let long = protobuf(&"x".repeat(120), 200, 1.0, 1);
-        assert!(Event::from_protobuf(&long).is_ok());
+        assert!(ReportedEvent::from_protobuf(&long).is_ok());
     }
 
     #[test]
     fn a_text_that_is_no_utf_8_is_malformed_wherever_the_byte_is() {
         for length in 1..40 {
             let mut event = protobuf(&"x".repeat(length), 200, 1.0, 1);
-            assert!(Event::from_protobuf(&event).is_ok());
+            assert!(ReportedEvent::from_protobuf(&event).is_ok());
             for at in 2..2 + length {
                 event[at] = 0xc3;
-                assert_eq!(Event::from_protobuf(&event).unwrap_err().kind(), 0, "{length} {at}");
+                assert_eq!(ReportedEvent::from_protobuf(&event).unwrap_err().kind(), 0, "{length} {at}");
                 event[at] = b'x';
             }
         }
@@ -256,7 +257,7 @@ mod tests {
                 let end = 5 + 4 + 1 + (bits / 7 + 1) as usize;
                 event.truncate(end);
             }
-            prop_assert_eq!(Event::from_protobuf(&event), Err(Rejection::Status(number)));
+            prop_assert_eq!(ReportedEvent::from_protobuf(&event), Err(Rejection::Status(number)));
         }
 
         #[test]
@@ -266,22 +267,22 @@ mod tests {
             (seconds, nanos) in (0i64..253_402_300_800, 0i32..1_000_000_000),
         ) {
             let at_ms = seconds as u64 * 1000 + nanos as u64 / 1_000_000;
-            let event = Event::new(&service, &version, status.into(), latency_ms, at_ms, &event_id);
+            let event = ReportedEvent::new(&service, &version, status.into(), latency_ms, at_ms, &event_id);
             let event_time = Some(prost_types::Timestamp { seconds, nanos });
             let (service, version, event_id) = (service.clone(), version.clone(), event_id.clone());
             let bytes = TelemetryEvent { service, version, status, latency_ms, event_time, event_id }.encode_to_vec();
-            prop_assert_eq!(Event::from_protobuf(&bytes), event);
+            prop_assert_eq!(ReportedEvent::from_protobuf(&bytes), event);
         }
 
         #[test]
         fn whatever_comes_is_an_event_or_rejected(bytes in prop::collection::vec(any::<u8>(), 0..80), at in any::<prop::sample::Index>(), bit in 0u32..8) {
-            let _ = Event::from_protobuf(&bytes);
+            let _ = ReportedEvent::from_protobuf(&bytes);
             let _ = Json::read(&bytes).map(|event| event.event().is_ok());
             let mut event = protobuf("svc", 200, 3.0, 1_790_000_000);
             let at = at.index(event.len());
             event[at] ^= 1 << bit;
-            let _ = Event::from_protobuf(&event);
-            let _ = Event::from_protobuf(&event[..at]);
+            let _ = ReportedEvent::from_protobuf(&event);
+            let _ = ReportedEvent::from_protobuf(&event[..at]);
         }
     }
 }

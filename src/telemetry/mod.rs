@@ -23,7 +23,7 @@ mod ids;
 pub mod prometheus;
 pub mod source;
 
-use event::{Event, FUTURE_MS_MAX, LATE_MS_MAX, Rejection};
+use event::{FUTURE_MS_MAX, LATE_MS_MAX, Rejection, ReportedEvent};
 use ids::{Ids, NO_ID};
 
 /// How often counts are handed over.
@@ -70,19 +70,19 @@ impl Taken {
 }
 
 /// Events that are being counted.
-pub struct Batch<'i> {
+pub struct IntakeBatch<'i> {
     intake: &'i Intake,
-    counted: MutexGuard<'i, Counted>,
+    counted: MutexGuard<'i, ServiceTable>,
     taken: Taken,
     now_ms: u64,
     /// Of the next event.
     place: usize,
 }
 
-impl Batch<'_> {
+impl IntakeBatch<'_> {
     /// Takes the next event.
     #[inline]
-    pub fn put(&mut self, event: &Result<Event<'_>, Rejection>) {
+    pub fn put(&mut self, event: &Result<ReportedEvent<'_>, Rejection>) {
         match event {
             Ok(event) => match self.counted.find(event, self.now_ms) {
                 Ok(hit) => self.taken.hits.push((self.place, hit)),
@@ -119,7 +119,7 @@ impl Batch<'_> {
 #[derive(Clone)]
 pub struct Intake {
     node: NodeHandle,
-    counted: Arc<Mutex<Counted>>,
+    counted: Arc<Mutex<ServiceTable>>,
     accepted: Counter,
     out_of_order: Counter,
     rejected: Arc<[Counter; Rejection::KINDS.len()]>,
@@ -127,10 +127,10 @@ pub struct Intake {
 }
 
 /// What was counted since the last drain.
-struct Counted {
+struct ServiceTable {
     /// Of the view that `services` was made of.
     number: Option<u64>,
-    services: HashTable<Entry>,
+    services: HashTable<CountedService>,
     ids: Ids,
 }
 
@@ -147,7 +147,7 @@ struct Hit {
     id: u64,
 }
 
-struct Entry {
+struct CountedService {
     service: ServiceId,
     stable: Box<str>,
     canary: Option<Box<str>>,
@@ -169,7 +169,11 @@ impl Intake {
             .map(|kind| counter!("aviary_telemetry_rejected_total", "source" => source, "kind" => kind));
         Self {
             node,
-            counted: Arc::new(Mutex::new(Counted { number: None, services: HashTable::new(), ids: Ids::default() })),
+            counted: Arc::new(Mutex::new(ServiceTable {
+                number: None,
+                services: HashTable::new(),
+                ids: Ids::default(),
+            })),
             accepted: counter!("aviary_telemetry_events_total", "source" => source),
             out_of_order: counter!("aviary_telemetry_out_of_order_total", "source" => source),
             rejected: Arc::new(rejected),
@@ -178,18 +182,18 @@ impl Intake {
     }
 
     /// Counts events, or says why not.
-    pub fn take<'b>(&self, events: impl IntoIterator<Item = Result<Event<'b>, Rejection>>) -> Receipt {
+    pub fn take<'b>(&self, events: impl IntoIterator<Item = Result<ReportedEvent<'b>, Rejection>>) -> Receipt {
         let mut batch = self.batch();
         events.into_iter().for_each(|event| batch.put(&event));
         batch.receipt()
     }
 
     /// Begins a batch whose events come one by one; nobody else's are counted meanwhile.
-    pub fn batch(&self) -> Batch<'_> {
+    pub fn batch(&self) -> IntakeBatch<'_> {
         let now_ms = self.node.published.clock().now().wall.0;
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.refresh(&self.node);
-        Batch { intake: self, counted, taken: Taken::default(), now_ms, place: 0 }
+        IntakeBatch { intake: self, counted, taken: Taken::default(), now_ms, place: 0 }
     }
 
     /// Hands over what was counted, until `shutdown`.
@@ -213,7 +217,7 @@ impl Intake {
     }
 }
 
-impl Counted {
+impl ServiceTable {
     /// Follows the node's view. What was counted by the former one is kept: it belongs to its routing version.
     fn refresh(&mut self, node: &NodeHandle) {
         let number = node.published.number();
@@ -224,14 +228,18 @@ impl Counted {
         let view = node.published.view();
         self.services.retain(|entry| view.services.contains_key(&entry.service));
         for id in view.services.keys() {
-            let found = self.services.entry(xxh3_64(id.as_str().as_bytes()), |entry| entry.service == *id, Entry::hash);
-            found.or_insert_with(|| Entry::new(id)).into_mut().follow(&view, id);
+            let found = self.services.entry(
+                xxh3_64(id.as_str().as_bytes()),
+                |entry| entry.service == *id,
+                CountedService::hash,
+            );
+            found.or_insert_with(|| CountedService::new(id)).into_mut().follow(&view, id);
         }
     }
 
     /// Returns where an event counts, if it isn't counted yet.
     #[inline]
-    fn find(&self, event: &Event, now_ms: u64) -> Result<Hit, Rejection> {
+    fn find(&self, event: &ReportedEvent, now_ms: u64) -> Result<Hit, Rejection> {
         let name = event.service.as_bytes();
         let bucket = self.services.find_bucket_index(xxh3_64(name), |entry| entry.service.as_str().as_bytes() == name);
         let bucket = bucket.ok_or_else(|| Rejection::Service(event.service.to_string()))?;
@@ -309,7 +317,7 @@ impl Counted {
     }
 }
 
-impl Entry {
+impl CountedService {
     fn hash(&self) -> u64 {
         xxh3_64(self.service.as_str().as_bytes())
     }

@@ -26,9 +26,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Longest answer: one value is a few hundred bytes.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
-type Http = Client<HttpConnector, Full<Bytes>>;
+type PrometheusClient = Client<HttpConnector, Full<Bytes>>;
 
-fn client() -> Http {
+fn client() -> PrometheusClient {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(ANSWER_MAX));
     Client::builder(TokioExecutor::new()).build(connector)
@@ -65,7 +65,7 @@ pub async fn run(node: NodeHandle, shutdown: CancellationToken) {
     }
 }
 
-async fn ask(node: NodeHandle, client: Http, service: ServiceId, shown: Arc<ServiceView>, query: Query) {
+async fn ask(node: NodeHandle, client: PrometheusClient, service: ServiceId, shown: Arc<ServiceView>, query: Query) {
     let routing = &shown.service.routing;
     let spec = &shown.service.rollout.spec;
     let text = query.text(
@@ -80,7 +80,7 @@ async fn ask(node: NodeHandle, client: Http, service: ServiceId, shown: Arc<Serv
 }
 
 /// Returns what a query's provider answers to `text`, or why there is no value, which is cut where the provider is wordy.
-async fn measure(client: &Http, query: &Query, text: &str) -> Result<f64, String> {
+async fn measure(client: &PrometheusClient, query: &Query, text: &str) -> Result<f64, String> {
     let limit = ANSWER_MAX.min(Duration::from_millis(query.interval_ms));
     let value = match tokio::time::timeout(limit, answer(client, &query.address, text)).await {
         Ok(value) => value,
@@ -90,7 +90,7 @@ async fn measure(client: &Http, query: &Query, text: &str) -> Result<f64, String
 }
 
 /// Returns the value of an instant query that gives one.
-async fn answer(client: &Http, address: &str, query: &str) -> Result<f64, String> {
+async fn answer(client: &PrometheusClient, address: &str, query: &str) -> Result<f64, String> {
     let body = form_urlencoded::Serializer::new(String::new()).append_pair("query", query).finish();
     let request = http::Request::post(format!("{address}/api/v1/query"))
         .header(http::header::CONTENT_TYPE, "application/x-www-form-urlencoded")

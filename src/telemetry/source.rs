@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Intake;
-use super::event::Event;
+use super::event::ReportedEvent;
 use crate::ports::{EventSource, OutsideError};
 
 /// Longest wait for events, and so for the end.
@@ -20,7 +20,7 @@ pub fn run(mut source: Box<dyn EventSource>, intake: &Intake, shutdown: &Cancell
     let mut said: Option<(OutsideError, u32)> = None;
     while !shutdown.is_cancelled() {
         let read = source.poll(WAIT, &mut |payloads| {
-            intake.take(payloads.iter().map(|payload| Event::from_protobuf(payload)));
+            intake.take(payloads.iter().map(|payload| ReportedEvent::from_protobuf(payload)));
         });
         match read {
             Ok(0) => {}

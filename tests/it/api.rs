@@ -13,7 +13,7 @@ use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::domain::routing::RoutingState;
 use aviary::domain::time::Wall;
 use aviary::domain::window::Evidence;
-use aviary::node::handle::{NodeHandle, Published, Request};
+use aviary::node::handle::{NodeHandle, NodeRequest, Published};
 use aviary::ports::Store;
 use aviary::protocol::message::Membership;
 use aviary::protocol::record::{Chosen, Hash, Intent, Operation, Record, Slot};
@@ -128,7 +128,7 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
     let told = asked.clone();
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {
-            if let Request::Submit { tx, asked, reply } = request {
+            if let NodeRequest::Submit { tx, asked, reply } = request {
                 told.lock().unwrap().push((tx, asked));
                 let _ =
                     reply.send(Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false });

@@ -15,7 +15,7 @@ use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::domain::time::Wall;
 use aviary::domain::weights::Weight;
 use aviary::domain::window::Evidence;
-use aviary::node::handle::{NodeHandle, Published, Request};
+use aviary::node::handle::{NodeHandle, NodeRequest, Published};
 use aviary::ports::Store;
 use aviary::protocol::message::Membership;
 use aviary::protocol::record::{Hash, Slot};
@@ -169,7 +169,7 @@ impl World {
         let _ = timeout(wait, async {
             while let Some(request) = self.told.recv().await {
                 match request {
-                    Request::Observed(all) => {
+                    NodeRequest::Observed(all) => {
                         count += all.iter().map(|o| o.evidence.canary.count).sum::<u64>();
                         errors += all.iter().map(|o| o.evidence.canary.errors).sum::<u64>();
                     }

@@ -8,7 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::query::Query;
-use super::sequential::{Allowed, ERRORS_SHARE, Harm, Policy, Required};
+use super::sequential::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
 use super::stats::Stats;
 use super::window::Evidence;
 
@@ -235,7 +235,7 @@ impl Metric {
         let harm = match self.limit {
             Limit::ErrorsVsStable { increase_ppm } => Harm::Errors(share(increase_ppm)),
             Limit::LatencyVsStable { quantile_bp, increase_ppm } => {
-                Harm::Latency(f64::from(quantile_bp) / 1e4, Allowed::Increase(share(increase_ppm)))
+                Harm::Latency(f64::from(quantile_bp) / 1e4, Slowdown::Increase(share(increase_ppm)))
             }
             Limit::ErrorRate { .. } | Limit::Latency { .. } => return None,
         };

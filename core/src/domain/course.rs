@@ -14,7 +14,7 @@ pub type Places = Vec<i64>;
 /// What a rollout is about to do, or does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "phase", rename_all = "lowercase", rename_all_fields = "camelCase")]
-pub enum Phase {
+pub enum RouterPhase {
     /// The stable service stops reading the source.
     Taking,
     /// Both services are started, each on its own topic.
@@ -59,7 +59,7 @@ pub enum Phase {
     },
 }
 
-impl Phase {
+impl RouterPhase {
     /// Returns where the router began to read the source; none as long as that isn't known.
     pub fn from(&self) -> Option<&Places> {
         match self {
@@ -107,9 +107,9 @@ pub enum ControlCommand {
 /// An entry of the control topic.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Entry {
+pub enum ControlEntry {
     /// A phase was entered.
-    Phase(Phase),
+    Phase(RouterPhase),
     /// Somebody asked for something.
     Command(ControlCommand),
     /// A service is about to be started or stopped.
@@ -145,7 +145,7 @@ impl HookCall {
 
 /// How a rollout ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
+pub enum RouterEnd {
     /// The canary goes on alone.
     Promote,
     /// Stable does, for this reason.
@@ -156,37 +156,37 @@ pub enum End {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RouterState {
     /// The present phase; none before the first.
-    pub phase: Option<Phase>,
+    pub phase: Option<RouterPhase>,
     /// The weight that was last asked for.
     pub weight: Option<Weight>,
     /// How many weights were.
     pub weights: u64,
     /// The end that was asked for; an abort always wins.
-    pub end: Option<End>,
+    pub end: Option<RouterEnd>,
     /// How many calls of services there were.
     pub calls: u64,
 }
 
 impl RouterState {
     /// Adds an entry.
-    pub fn add(&mut self, entry: Entry) {
+    pub fn add(&mut self, entry: ControlEntry) {
         match entry {
-            Entry::Phase(phase) => self.phase = Some(phase),
-            Entry::Command(ControlCommand::SetWeight { weight }) => {
+            ControlEntry::Phase(phase) => self.phase = Some(phase),
+            ControlEntry::Command(ControlCommand::SetWeight { weight }) => {
                 self.weights += 1;
                 self.weight = Some(weight);
             }
-            Entry::Command(ControlCommand::Promote) => self.end = self.end.take().or(Some(End::Promote)),
-            Entry::Command(ControlCommand::Abort { reason }) => self.end = Some(End::Abort(reason)),
-            Entry::Hook { .. } => self.calls += 1,
+            ControlEntry::Command(ControlCommand::Promote) => self.end = self.end.take().or(Some(RouterEnd::Promote)),
+            ControlEntry::Command(ControlCommand::Abort { reason }) => self.end = Some(RouterEnd::Abort(reason)),
+            ControlEntry::Hook { .. } => self.calls += 1,
         }
     }
 
     /// Returns whether this end would change the one that was asked for: an abort does even after a promotion was.
-    pub fn is_changed_by(&self, end: &End) -> bool {
+    pub fn is_changed_by(&self, end: &RouterEnd) -> bool {
         match (&self.end, end) {
-            (None, _) | (Some(End::Promote), End::Abort(_)) => true,
-            (Some(End::Promote), End::Promote) | (Some(End::Abort(_)), _) => false,
+            (None, _) | (Some(RouterEnd::Promote), RouterEnd::Abort(_)) => true,
+            (Some(RouterEnd::Promote), RouterEnd::Promote) | (Some(RouterEnd::Abort(_)), _) => false,
         }
     }
 }
@@ -198,24 +198,24 @@ mod tests {
     #[test]
     fn entries_are_lines_that_people_can_read_and_that_come_back() {
         let entries = [
-            (Entry::Phase(Phase::Taking), r#"{"phase":"taking"}"#),
+            (ControlEntry::Phase(RouterPhase::Taking), r#"{"phase":"taking"}"#),
             (
-                Entry::Phase(Phase::Draining { from: vec![3, 0], winner: Side::Canary }),
+                ControlEntry::Phase(RouterPhase::Draining { from: vec![3, 0], winner: Side::Canary }),
                 r#"{"phase":"draining","from":[3,0],"winner":"canary"}"#,
             ),
             (
-                Entry::Command(ControlCommand::SetWeight { weight: Weight::from_bp(1000).unwrap() }),
+                ControlEntry::Command(ControlCommand::SetWeight { weight: Weight::from_bp(1000).unwrap() }),
                 r#"{"ask":"set-weight","weight":1000}"#,
             ),
-            (Entry::Command(ControlCommand::Promote), r#"{"ask":"promote"}"#),
+            (ControlEntry::Command(ControlCommand::Promote), r#"{"ask":"promote"}"#),
             (
-                Entry::Hook { call: HookCall::Stop, side: Side::Stable, topic: "orders".into() },
+                ControlEntry::Hook { call: HookCall::Stop, side: Side::Stable, topic: "orders".into() },
                 r#"{"call":"stop","side":"stable","topic":"orders"}"#,
             ),
         ];
         for (entry, line) in entries {
             assert_eq!(serde_json::to_string(&entry).unwrap(), line);
-            assert_eq!(serde_json::from_str::<Entry>(line).unwrap(), entry);
+            assert_eq!(serde_json::from_str::<ControlEntry>(line).unwrap(), entry);
         }
     }
 
@@ -223,11 +223,13 @@ mod tests {
     fn an_abort_wins_over_a_promotion() {
         let mut course = RouterState::default();
         for ask in [ControlCommand::Promote, ControlCommand::Abort { reason: "odd".into() }, ControlCommand::Promote] {
-            course.add(Entry::Command(ask));
+            course.add(ControlEntry::Command(ask));
         }
-        assert_eq!(course.end, Some(End::Abort("odd".into())));
-        assert!(!course.is_changed_by(&End::Promote) && !course.is_changed_by(&End::Abort("again".into())));
-        let promoted = RouterState { end: Some(End::Promote), ..RouterState::default() };
-        assert!(promoted.is_changed_by(&End::Abort("odd".into())) && !promoted.is_changed_by(&End::Promote));
+        assert_eq!(course.end, Some(RouterEnd::Abort("odd".into())));
+        assert!(!course.is_changed_by(&RouterEnd::Promote) && !course.is_changed_by(&RouterEnd::Abort("again".into())));
+        let promoted = RouterState { end: Some(RouterEnd::Promote), ..RouterState::default() };
+        assert!(
+            promoted.is_changed_by(&RouterEnd::Abort("odd".into())) && !promoted.is_changed_by(&RouterEnd::Promote)
+        );
     }
 }

@@ -12,7 +12,7 @@ use super::window::Evidence;
 
 /// One version's answers in a few numbers.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct Summary {
+pub struct AnswerSummary {
     /// Answers.
     pub count: u64,
     /// Answers that were errors.
@@ -25,7 +25,7 @@ pub struct Summary {
     pub p99_ms: Option<f64>,
 }
 
-impl From<&Stats> for Summary {
+impl From<&Stats> for AnswerSummary {
     fn from(stats: &Stats) -> Self {
         let quantile = |q| stats.quantile_ms(q);
         let [p50_ms, p95_ms, p99_ms] = [0.5, 0.95, 0.99].map(quantile);
@@ -58,9 +58,9 @@ pub struct WindowVerdict {
     /// What it says.
     pub verdict: Verdict,
     /// The stable version's answers in that time.
-    pub stable: Summary,
+    pub stable: AnswerSummary,
     /// The canary's.
-    pub canary: Summary,
+    pub canary: AnswerSummary,
     /// SEQUENTIAL's reckoning; none where it was THRESHOLD's alone.
     pub sequential: Option<SequentialEvidence>,
     /// True for a closed window's, of which there is one each; false where the comparison changed its mind.
@@ -77,8 +77,8 @@ impl WindowVerdict {
             from_ms,
             to_ms,
             verdict: Verdict::Hold("nobody saw the whole of it".into()),
-            stable: Summary::default(),
-            canary: Summary::default(),
+            stable: AnswerSummary::default(),
+            canary: AnswerSummary::default(),
             sequential: None,
             is_window: true,
         }

@@ -82,7 +82,7 @@ pub struct Split {
     weight: Weight,
     /// A change of weight that keyed tickets still wait for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    change: Option<Change>,
+    change: Option<WeightTransition>,
     /// Records read from the source.
     taken: u64,
     /// Records given to stable and to canary.
@@ -96,7 +96,7 @@ pub struct Split {
 
 /// A change of weight, for the tickets between the former and the next one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Change {
+struct WeightTransition {
     former: Weight,
     /// When it began, in milliseconds since 1970.
     since_ms: u64,
@@ -205,7 +205,7 @@ impl Split {
         if let (Some(until), true) = (until, ordered && former != weight) {
             let buckets = former.max(weight).bp().abs_diff(former.min(weight).bp()).min(BUCKETS_MAX);
             let waits = vec![Some(until); usize::from(buckets)];
-            self.change = Some(Change { former, since_ms: now_ms, waits, unwritten: 0 });
+            self.change = Some(WeightTransition { former, since_ms: now_ms, waits, unwritten: 0 });
         }
         true
     }

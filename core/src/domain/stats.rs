@@ -99,7 +99,7 @@ impl Stats {
         Self { count, errors, latency_sum_us, histogram }
     }
 
-    /// Counts one answer. See [`Counts`] for many.
+    /// Counts one answer. See [`StatsCounter`] for many.
     pub fn record(&mut self, latency_us: u64, error: bool) {
         self.count += 1;
         self.errors += u64::from(error);
@@ -197,21 +197,21 @@ impl SubAssign<&Stats> for Stats {
     }
 }
 
-/// A counter for many answers at once; [`Counts::take`] makes statistics of it.
+/// A counter for many answers at once; [`StatsCounter::take`] makes statistics of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Counts {
+pub struct StatsCounter {
     errors: u64,
     latency_sum_us: u64,
     histogram: Box<[u32; BINS]>,
 }
 
-impl Default for Counts {
+impl Default for StatsCounter {
     fn default() -> Self {
         Self { errors: 0, latency_sum_us: 0, histogram: Box::new([0; BINS]) }
     }
 }
 
-impl Counts {
+impl StatsCounter {
     /// Counts one answer.
     pub fn record(&mut self, latency_us: u64, error: bool) {
         self.latency_sum_us += latency_us;

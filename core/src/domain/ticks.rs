@@ -54,14 +54,14 @@ pub struct TickMerger<S> {
     /// The first tick that isn't closed.
     next: u64,
     /// Ticks that each source has told of, as far back as it matters.
-    told: BTreeMap<S, Told>,
+    told: BTreeMap<S, TickSet>,
 }
 
 /// Ticks in runs without a hole, of which there are few: the first of each, and the one after its last; ascending.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-struct Told(Vec<(u64, u64)>);
+struct TickSet(Vec<(u64, u64)>);
 
-impl Told {
+impl TickSet {
     /// Adds a tick; returns false when it was there.
     fn insert(&mut self, tick: u64) -> bool {
         let at = self.0.partition_point(|(_, end)| *end < tick);
@@ -122,7 +122,7 @@ impl<S: Ord + Clone> TickMerger<S> {
 
     /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.
     pub fn next_of(&self, source: &S) -> u64 {
-        self.told.get(source).and_then(Told::next).map_or(self.next, |next| self.next.max(next))
+        self.told.get(source).and_then(TickSet::next).map_or(self.next, |next| self.next.max(next))
     }
 
     /// Takes what a source saw in a tick.
@@ -219,7 +219,7 @@ mod tests {
     proptest! {
         #[test]
         fn runs_hold_what_a_set_holds(ticks in prop::collection::vec((0u64..40, 0u64..30), 1..60)) {
-            let (mut told, mut set) = (Told::default(), BTreeSet::new());
+            let (mut told, mut set) = (TickSet::default(), BTreeSet::new());
             for (tick, forgotten) in ticks {
                 let tick = tick + forgotten;
                 prop_assert_eq!(told.insert(tick), set.insert(tick));

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::stats::{Counts, Stats};
+use super::stats::{Stats, StatsCounter};
 use super::time::Mono;
 
 /// What one service's two versions did: the evidence that gates and verdicts judge.
@@ -39,9 +39,9 @@ impl Evidence {
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
     /// The stable version's.
-    pub stable: Counts,
+    pub stable: StatsCounter,
     /// The canary's.
-    pub canary: Counts,
+    pub canary: StatsCounter,
 }
 
 impl Tally {

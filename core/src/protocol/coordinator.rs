@@ -41,7 +41,7 @@ pub(super) struct Pending {
 
 /// A ballot of this node's.
 #[derive(Debug, Clone)]
-struct Attempt {
+struct BallotAttempt {
     pending: Pending,
     ballot: Ballot,
     slot: Slot,
@@ -50,11 +50,11 @@ struct Attempt {
     resend: Mono,
     /// A lowering waits behind it: don't wait for the last votes.
     hurry: bool,
-    stage: Stage,
+    stage: BallotStage,
 }
 
 #[derive(Debug, Clone)]
-enum Stage {
+enum BallotStage {
     Preparing { votes: BTreeMap<NodeId, (Option<Accepted>, GateVote)>, refused: BTreeMap<NodeId, String> },
     Proposing { record: Box<Record>, accepts: BTreeSet<NodeId> },
 }
@@ -63,7 +63,7 @@ enum Stage {
 #[derive(Debug, Clone, Default)]
 pub(super) struct CoordinatorState {
     queue: VecDeque<Pending>,
-    attempt: Option<Attempt>,
+    attempt: Option<BallotAttempt>,
     /// The ballot of the last attempt and its slot. It serves for later slots until a higher one is promised.
     standing: Option<(Ballot, Slot)>,
     /// No ballot before this, after a duel.
@@ -253,9 +253,9 @@ impl Core {
         let ballot = self.ballot_for(slot, matches!(pending.proposal, Proposal::Settle(_)));
         let now = self.now.mono;
         let hurry = self.coordination.queue.front().is_some_and(|next| next.proposal.decreases());
-        let stage = Stage::Preparing { votes: BTreeMap::new(), refused: BTreeMap::new() };
+        let stage = BallotStage::Preparing { votes: BTreeMap::new(), refused: BTreeMap::new() };
         let resend = now.after_ms(self.settings.timings.resend_ms);
-        let attempt = Attempt { pending, ballot, slot, intent, began: now, resend, hurry, stage };
+        let attempt = BallotAttempt { pending, ballot, slot, intent, began: now, resend, hurry, stage };
         let prepare = self.prepare_of(&attempt);
         self.coordination.attempt = Some(attempt);
         // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
@@ -285,7 +285,7 @@ impl Core {
         ballot
     }
 
-    fn prepare_of(&self, attempt: &Attempt) -> Prepare {
+    fn prepare_of(&self, attempt: &BallotAttempt) -> Prepare {
         Prepare {
             ballot: attempt.ballot.clone(),
             slot: attempt.slot,
@@ -305,7 +305,8 @@ impl Core {
         self.note_prepared(prepare, &gate);
         let accepted = self.acceptor.accepted.clone();
         let own = self.settings.node.clone();
-        if let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &mut self.coordination.attempt {
+        if let Some(BallotAttempt { stage: BallotStage::Preparing { votes, .. }, .. }) = &mut self.coordination.attempt
+        {
             votes.insert(own, (accepted, gate));
         }
     }
@@ -321,12 +322,12 @@ impl Core {
             return;
         };
         match (vote.answer, &mut attempt.stage) {
-            (Answer::Gate { accepted, gate }, Stage::Preparing { votes, refused }) if counts => {
+            (Answer::Gate { accepted, gate }, BallotStage::Preparing { votes, refused }) if counts => {
                 refused.remove(from);
                 votes.entry(from.clone()).or_insert((accepted.map(|a| *a), gate));
                 self.try_propose();
             }
-            (Answer::Accept, Stage::Proposing { accepts, .. }) if counts => {
+            (Answer::Accept, BallotStage::Proposing { accepts, .. }) if counts => {
                 accepts.insert(from.clone());
                 self.try_choose();
             }
@@ -347,7 +348,9 @@ impl Core {
     }
 
     fn note_refused(&mut self, from: &NodeId, why: String) {
-        if let Some(Attempt { stage: Stage::Preparing { refused, .. }, .. }) = &mut self.coordination.attempt {
+        if let Some(BallotAttempt { stage: BallotStage::Preparing { refused, .. }, .. }) =
+            &mut self.coordination.attempt
+        {
             refused.insert(from.clone(), why);
             self.try_propose();
         }
@@ -367,7 +370,7 @@ impl Core {
     pub(super) fn try_propose(&mut self) {
         let quorum = self.ledger.members.quorum();
         let Some(attempt) = &self.coordination.attempt else { return };
-        let Stage::Preparing { votes, refused } = &attempt.stage else { return };
+        let BallotStage::Preparing { votes, refused } = &attempt.stage else { return };
         if votes.len() < quorum {
             return;
         }
@@ -449,7 +452,7 @@ impl Core {
         }
         attempt.began = self.now.mono;
         attempt.resend = resend;
-        attempt.stage = Stage::Proposing { record: Box::new(record.clone()), accepts: BTreeSet::from([own]) };
+        attempt.stage = BallotStage::Proposing { record: Box::new(record.clone()), accepts: BTreeSet::from([own]) };
         self.broadcast(&Message::Decision(Decision::Propose(ballot.clone(), Box::new(record.clone()))));
         self.accept(ballot, record);
         self.try_choose();
@@ -458,7 +461,7 @@ impl Core {
     fn try_choose(&mut self) {
         let quorum = self.ledger.members.quorum();
         let Some(attempt) = &self.coordination.attempt else { return };
-        let Stage::Proposing { record, accepts } = &attempt.stage else { return };
+        let BallotStage::Proposing { record, accepts } = &attempt.stage else { return };
         if accepts.len() < quorum {
             return;
         }
@@ -504,10 +507,10 @@ impl Core {
             return;
         };
         let age = now.millis_since(attempt.began);
-        if matches!(attempt.stage, Stage::Preparing { .. }) && age >= timings.vote_ms {
+        if matches!(attempt.stage, BallotStage::Preparing { .. }) && age >= timings.vote_ms {
             self.try_propose();
             self.give_up_preparing();
-        } else if matches!(attempt.stage, Stage::Proposing { .. }) && age >= timings.vote_ms {
+        } else if matches!(attempt.stage, BallotStage::Proposing { .. }) && age >= timings.vote_ms {
             self.doubt();
         }
         self.resend();
@@ -518,10 +521,10 @@ impl Core {
         let now = self.now.mono;
         let Some(attempt) = self.coordination.attempt.as_ref().filter(|attempt| now >= attempt.resend) else { return };
         let (message, done): (_, BTreeSet<_>) = match &attempt.stage {
-            Stage::Preparing { votes, .. } => {
+            BallotStage::Preparing { votes, .. } => {
                 (Message::Prepare(self.prepare_of(attempt)), votes.keys().cloned().collect())
             }
-            Stage::Proposing { record, accepts } => {
+            BallotStage::Proposing { record, accepts } => {
                 let decision = Decision::Propose(attempt.ballot.clone(), record.clone());
                 (Message::Decision(decision), accepts.clone())
             }
@@ -537,7 +540,9 @@ impl Core {
 
     /// No majority of votes in time: nothing was proposed, and the client may try again.
     fn give_up_preparing(&mut self) {
-        let Some(Attempt { stage: Stage::Preparing { votes, .. }, .. }) = &self.coordination.attempt else { return };
+        let Some(BallotAttempt { stage: BallotStage::Preparing { votes, .. }, .. }) = &self.coordination.attempt else {
+            return;
+        };
         let outcome =
             Outcome::NoQuorum { reached: votes.keys().cloned().collect(), needed: self.ledger.members.quorum() };
         let attempt = self.coordination.attempt.take().expect("an attempt just seen");

@@ -56,7 +56,7 @@ impl Default for Retention {
 
 /// What a node knows of another.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Peer {
+pub(super) struct PeerState {
     /// When it last said anything; none since this node started.
     pub heard: Option<Mono>,
     /// True when its process is known to be gone, until it speaks.
@@ -97,7 +97,7 @@ pub struct Core {
     pub(super) ledger: Ledger,
     /// The log lacks slots that the register remembers: no votes until they are back.
     pub(super) rebuilding: bool,
-    pub(super) peers: BTreeMap<NodeId, Peer>,
+    pub(super) peers: BTreeMap<NodeId, PeerState>,
     pub(super) lease: Lease,
     pub(super) gates: BTreeMap<ServiceId, Gate>,
     pub(super) trackers: BTreeMap<ServiceId, RunTracker>,
@@ -211,7 +211,8 @@ impl Core {
         // No other process of this node used these numbers: a late answer to one of them extends nothing here.
         let first_nonce = draws.between(1, 1 << 60);
         let others = ledger.members.0.keys().chain(&settings.peers).filter(|node| **node != settings.node);
-        let peers = others.map(|node| (node.clone(), Peer { announced_alive: true, ..Peer::default() })).collect();
+        let peers =
+            others.map(|node| (node.clone(), PeerState { announced_alive: true, ..PeerState::default() })).collect();
         let coordinator = settings.node.clone();
         let view = Arc::new(View {
             node: settings.node.clone(),

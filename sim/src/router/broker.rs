@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use aviary::ports::{Assignment, Commit, Opened, OutsideError, Place, Record, Topic};
+use aviary::ports::{Assignment, Commit, Opened, OutsideError, Place, SourceRecord, Topic};
 use aviary_core::domain::split::Side;
 
 use super::log::{Fate, Log};
@@ -179,7 +179,7 @@ impl Broker {
         dice: &mut Dice,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
+        assign: &mut dyn FnMut(SourceRecord<'_>) -> Assignment,
     ) -> usize {
         let mut count = 0;
         for _ in 0..2 * handle.at.len() {
@@ -192,7 +192,7 @@ impl Broker {
                     false => self.next(Topic::Source, partition, at),
                 };
                 let Some((offset, item)) = next.filter(|_| held.get(partition) != Some(&true)) else { break };
-                let stamp = assign(Record { partition, offset, key: item.key });
+                let stamp = assign(SourceRecord { partition, offset, key: item.key });
                 self.write(handle, stamp.side, partition, Item { weight_version: stamp.weight_version, ..item });
                 handle.at[partition] = offset + 1;
                 count += 1;

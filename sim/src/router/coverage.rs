@@ -50,15 +50,15 @@ const EVENTS: [&str; 44] = [
 
 /// What was reached how often.
 #[derive(Clone)]
-pub struct Coverage([u64; EVENTS.len()]);
+pub struct RouterCoverage([u64; EVENTS.len()]);
 
-impl Default for Coverage {
+impl Default for RouterCoverage {
     fn default() -> Self {
         Self([0; EVENTS.len()])
     }
 }
 
-impl Coverage {
+impl RouterCoverage {
     /// Counts one of [`EVENTS`].
     pub fn event(&mut self, name: &str) {
         let place = EVENTS.iter().position(|event| *event == name);

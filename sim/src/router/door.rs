@@ -3,16 +3,16 @@
 
 use std::time::Duration;
 
-use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Topic};
+use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
 use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 
 use super::broker::Handle;
 use super::life::interrupt;
-use super::world::{Fault, Shared, World, lock};
+use super::world::{Fault, RouterWorld, Shared, lock};
 
 /// A router's broker.
-pub struct Door {
+pub struct RouterDoor {
     world: Shared,
     who: usize,
     handle: Handle,
@@ -20,7 +20,7 @@ pub struct Door {
     broken: bool,
 }
 
-impl Door {
+impl RouterDoor {
     /// Returns the broker of this router.
     pub fn new(world: &Shared, who: usize, partitions: usize) -> Self {
         Self { world: world.clone(), who, handle: Handle::new(partitions), broken: true }
@@ -29,7 +29,7 @@ impl Door {
     fn call<T>(
         &mut self,
         name: &str,
-        operation: impl FnOnce(&mut World, &mut Handle) -> Result<T, OutsideError>,
+        operation: impl FnOnce(&mut RouterWorld, &mut Handle) -> Result<T, OutsideError>,
     ) -> Result<T, OutsideError> {
         interrupt(&self.world, self.who, false);
         let mut world = lock(&self.world);
@@ -63,7 +63,7 @@ impl Door {
     }
 }
 
-impl Broker for Door {
+impl Broker for RouterDoor {
     fn open(&mut self) -> Result<Opened, OutsideError> {
         let who = self.who;
         self.call("open", |world, handle| {
@@ -91,7 +91,7 @@ impl Broker for Door {
         _wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
+        assign: &mut dyn FnMut(SourceRecord<'_>) -> Assignment,
     ) -> Result<usize, OutsideError> {
         self.call("copy", |world, handle| {
             world.now_ms += 20;

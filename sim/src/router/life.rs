@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use aviary::ports::{OutsideError, Topic};
 use aviary::router::engine::{Engine, Turn};
-use aviary_core::domain::course::Phase;
+use aviary_core::domain::course::RouterPhase;
 use aviary_core::domain::split::Side;
 
-use super::coverage::Coverage;
+use super::coverage::RouterCoverage;
 use super::teeth::{self, Bug};
-use super::truth::Known;
-use super::world::{Router, Shared, World, lock};
+use super::truth::KnownRecord;
+use super::world::{Router, RouterWorld, Shared, lock};
 
 /// Turns within which a router must come to its end once nothing goes wrong any more.
 const TURNS_MAX: u64 = 3_000;
@@ -20,18 +20,18 @@ const TURNS_MAX: u64 = 3_000;
 const SKEW_MS: u64 = 3_000;
 
 /// What became of a seed.
-pub struct Outcome {
+pub struct LifeOutcome {
     /// What broke.
     pub violation: Option<String>,
     /// What was reached.
-    pub coverage: Coverage,
+    pub coverage: RouterCoverage,
     /// What happened, if that was asked for.
     pub lines: Vec<String>,
 }
 
 /// Runs a seed.
-pub fn run(seed: u64, bug: Option<Bug>, late: bool, words: bool) -> Outcome {
-    let shared = Arc::new(Mutex::new(World::new(seed, bug, words)));
+pub fn run(seed: u64, bug: Option<Bug>, late: bool, words: bool) -> LifeOutcome {
+    let shared = Arc::new(Mutex::new(RouterWorld::new(seed, bug, words)));
     lock(&shared).late = late;
     live(&shared);
     if lock(&shared).violation.is_none()
@@ -44,7 +44,7 @@ pub fn run(seed: u64, bug: Option<Bug>, late: bool, words: bool) -> Outcome {
     drop(routers);
     let mut world = lock(&shared);
     let lines = std::mem::take(&mut world.lines);
-    Outcome { violation: world.violation.take(), coverage: world.truth.coverage.clone(), lines }
+    LifeOutcome { violation: world.violation.take(), coverage: world.truth.coverage.clone(), lines }
 }
 
 fn live(shared: &Shared) {
@@ -77,7 +77,7 @@ fn live(shared: &Shared) {
     }
 }
 
-fn alive(world: &World) -> Vec<usize> {
+fn alive(world: &RouterWorld) -> Vec<usize> {
     let alive = |router: &Router| !router.dead && router.engine.is_some();
     world.routers.iter().enumerate().filter(|(_, router)| alive(router)).map(|(who, _)| who).collect()
 }
@@ -92,7 +92,7 @@ fn start(shared: &Shared) -> usize {
         }
         world.replan();
         let (change_ms_max, lag_max) = (world.plan.change_ms_max, world.plan.lag_max);
-        let known = Known { change_ms_max, lag_max, ..Known::default() };
+        let known = KnownRecord { change_ms_max, lag_max, ..KnownRecord::default() };
         let ahead_ms = world.dice.between(0, 2 * SKEW_MS);
         world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, weight_version: 0, known });
         world.say(format!("router {who} is started"));
@@ -134,8 +134,8 @@ fn turn(shared: &Shared, who: usize) -> Option<Result<Turn, OutsideError>> {
         let known = world.known();
         let (now_ms, steering) = (world.now_ms, world.steering());
         let router = &mut world.routers[who];
-        let Known { change_ms_max, lag_max, .. } = router.known;
-        router.known = Known { now_ms: now_ms + router.ahead_ms, change_ms_max, lag_max, ..known };
+        let KnownRecord { change_ms_max, lag_max, .. } = router.known;
+        router.known = KnownRecord { now_ms: now_ms + router.ahead_ms, change_ms_max, lag_max, ..known };
         router.turns = router.turns.saturating_sub(1);
         (router.engine.take()?, now_ms + router.ahead_ms, steering)
     };
@@ -176,7 +176,7 @@ fn end_well(shared: &Shared) -> Result<(), String> {
     let mut world = lock(shared);
     let world = &mut *world;
     if over {
-        let Some(Phase::Done { winner, .. }) = world.truth.phase.clone() else {
+        let Some(RouterPhase::Done { winner, .. }) = world.truth.phase.clone() else {
             return Err(format!("end: router {who} says it is over in {:?}", world.truth.phase));
         };
         world.emit_last();
@@ -261,6 +261,6 @@ fn settle(shared: &Shared) -> Result<(usize, bool), String> {
             }
         }
     }
-    let phase = lock(shared).truth.phase.as_ref().map_or("new", Phase::words);
+    let phase = lock(shared).truth.phase.as_ref().map_or("new", RouterPhase::words);
     Err(format!("liveness: after {TURNS_MAX} calm turns in {phase:?} it waits for: {last}"))
 }

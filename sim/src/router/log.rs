@@ -17,12 +17,12 @@ pub enum Fate {
 /// A partition.
 pub struct Log<T> {
     base: i64,
-    slots: Vec<Slot<T>>,
+    slots: Vec<LogSlot<T>>,
     /// Open transactions and their first offsets.
     open: Vec<(usize, i64)>,
 }
 
-enum Slot<T> {
+enum LogSlot<T> {
     Marker,
     Record { record: T, transaction: Option<usize> },
 }
@@ -56,7 +56,7 @@ impl<T> Log<T> {
         {
             self.open.push((number, offset));
         }
-        self.slots.push(Slot::Record { record, transaction });
+        self.slots.push(LogSlot::Record { record, transaction });
         offset
     }
 
@@ -64,7 +64,7 @@ impl<T> Log<T> {
     pub fn end(&mut self, transaction: usize) {
         if let Some(place) = self.open.iter().position(|(open, _)| *open == transaction) {
             self.open.swap_remove(place);
-            self.slots.push(Slot::Marker);
+            self.slots.push(LogSlot::Marker);
         }
     }
 
@@ -76,16 +76,16 @@ impl<T> Log<T> {
     /// Returns the first record, `from` this offset on, whether or not it is committed.
     pub fn next_uncommitted(&self, from: i64) -> Option<(i64, &T)> {
         (from.max(self.base)..self.high()).find_map(|offset| match self.slots.get((offset - self.base) as usize)? {
-            Slot::Marker => None,
-            Slot::Record { record, .. } => Some((offset, record)),
+            LogSlot::Marker => None,
+            LogSlot::Record { record, .. } => Some((offset, record)),
         })
     }
 
     /// Returns a committed record.
     pub fn get(&self, fates: &[Fate], offset: i64) -> Option<&T> {
         match self.slots.get(usize::try_from(offset - self.base).ok()?)? {
-            Slot::Marker => None,
-            Slot::Record { record, transaction } => {
+            LogSlot::Marker => None,
+            LogSlot::Record { record, transaction } => {
                 transaction.is_none_or(|number| fates[number] == Fate::Committed).then_some(record)
             }
         }

@@ -18,7 +18,7 @@ mod teeth;
 mod truth;
 mod world;
 
-use coverage::Coverage;
+use coverage::RouterCoverage;
 
 /// Seeds that a seeded bug may live through.
 const TEETH_SEEDS: u64 = 500;
@@ -34,7 +34,7 @@ const PINNED: &[(u64, &str)] = &[
 ];
 
 /// What to run.
-pub struct Options {
+pub struct RouterOptions {
     /// The seeds.
     pub seeds: std::ops::Range<u64>,
     /// Print everything that happens.
@@ -49,10 +49,10 @@ pub struct Options {
 
 /// Runs the pinned seeds, then those that were asked for.
 #[expect(clippy::disallowed_methods, reason = "seeds per second are real seconds; no run depends on them")]
-pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
+pub fn run(options: &RouterOptions) -> anyhow::Result<ExitCode> {
     let started = std::time::Instant::now();
     let count = options.seeds.end - options.seeds.start;
-    let (mut coverage, mut failures) = (Coverage::default(), 0);
+    let (mut coverage, mut failures) = (RouterCoverage::default(), 0);
     let pinned = PINNED.iter().map(|(seed, _)| *seed).filter(|_| count > 1);
     for seed in pinned.chain(options.seeds.clone()) {
         let outcome = life::run(seed, None, options.late, options.verbose);

@@ -7,16 +7,16 @@ use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 
 use super::broker::Broker;
-use super::truth::Truth;
+use super::truth::RouterTruth;
 use crate::dice::Dice;
 
 /// A service as the reader of one topic.
-pub struct Service {
+pub struct SimulatedService {
     /// Which version it is.
     pub side: Side,
     /// What it reads.
     pub topic: Topic,
-    state: State,
+    state: ServiceRun,
     /// The next offset that it reads.
     at: Vec<i64>,
     /// Commits only from time to time; else after each record.
@@ -28,7 +28,7 @@ pub struct Service {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum ServiceRun {
     Off,
     On,
     /// Was told to stop, and processes records until it does.
@@ -41,36 +41,36 @@ enum State {
     },
 }
 
-impl Service {
+impl SimulatedService {
     /// Returns a service that doesn't run.
     pub fn new(side: Side, topic: Topic, dice: &mut Dice) -> Self {
         let (lazy, skips, speed) = (dice.chance(4000), dice.chance(5000), dice.between(1, 6));
-        Self { side, topic, state: State::Off, at: Vec::new(), lazy, skips, speed }
+        Self { side, topic, state: ServiceRun::Off, at: Vec::new(), lazy, skips, speed }
     }
 
     /// Starts or stops it.
     pub fn call(&mut self, call: HookCall, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
         match (call, self.state) {
-            (HookCall::Start, State::Off | State::Lingers { .. }) => {
+            (HookCall::Start, ServiceRun::Off | ServiceRun::Lingers { .. }) => {
                 let lows = broker.topic(self.topic).iter().map(|log| log.low());
                 let next = &broker.groups[&(self.side, self.topic)];
                 self.at = lows.zip(next).map(|(low, next)| next.unwrap_or(low).max(low)).collect();
-                self.state = State::On;
+                self.state = ServiceRun::On;
             }
-            (HookCall::Start, State::Stops { .. }) => self.state = State::On,
-            (HookCall::Stop, State::On) if dice.chance(5000) => {
-                self.state = State::Stops { until_ms: now_ms + dice.between(1, 400) };
+            (HookCall::Start, ServiceRun::Stops { .. }) => self.state = ServiceRun::On,
+            (HookCall::Stop, ServiceRun::On) if dice.chance(5000) => {
+                self.state = ServiceRun::Stops { until_ms: now_ms + dice.between(1, 400) };
             }
-            (HookCall::Stop, State::On) => self.stop(broker, dice, now_ms),
-            (HookCall::Start, State::On)
-            | (HookCall::Stop, State::Off | State::Stops { .. } | State::Lingers { .. }) => {}
+            (HookCall::Stop, ServiceRun::On) => self.stop(broker, dice, now_ms),
+            (HookCall::Start, ServiceRun::On)
+            | (HookCall::Stop, ServiceRun::Off | ServiceRun::Stops { .. } | ServiceRun::Lingers { .. }) => {}
         }
     }
 
     fn stop(&mut self, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
         self.commit(broker);
         let linger = if dice.chance(5000) { 0 } else { dice.between(1, 600) };
-        self.state = State::Lingers { until_ms: now_ms + linger };
+        self.state = ServiceRun::Lingers { until_ms: now_ms + linger };
         self.tick(broker, dice, now_ms);
     }
 
@@ -87,24 +87,24 @@ impl Service {
     /// Lets time pass.
     pub fn tick(&mut self, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
         match self.state {
-            State::Stops { until_ms } if until_ms <= now_ms => self.stop(broker, dice, now_ms),
-            State::Lingers { until_ms } if until_ms <= now_ms => self.state = State::Off,
-            State::Off | State::On | State::Stops { .. } | State::Lingers { .. } => {}
+            ServiceRun::Stops { until_ms } if until_ms <= now_ms => self.stop(broker, dice, now_ms),
+            ServiceRun::Lingers { until_ms } if until_ms <= now_ms => self.state = ServiceRun::Off,
+            ServiceRun::Off | ServiceRun::On | ServiceRun::Stops { .. } | ServiceRun::Lingers { .. } => {}
         }
     }
 
     /// Returns whether it may process records.
     pub fn runs(&self) -> bool {
-        matches!(self.state, State::On | State::Stops { .. })
+        matches!(self.state, ServiceRun::On | ServiceRun::Stops { .. })
     }
 
     /// Returns how many consumers its group has.
     pub fn members(&self) -> usize {
-        usize::from(self.state != State::Off)
+        usize::from(self.state != ServiceRun::Off)
     }
 
     /// Processes some records; returns how many.
-    pub fn work(&mut self, broker: &mut Broker, truth: &mut Truth, dice: &mut Dice) -> Result<u64, String> {
+    pub fn work(&mut self, broker: &mut Broker, truth: &mut RouterTruth, dice: &mut Dice) -> Result<u64, String> {
         if !self.runs() {
             return Ok(0);
         }
@@ -121,7 +121,7 @@ impl Service {
     }
 
     /// Processes everything there is; returns how many.
-    pub fn finish(&mut self, broker: &mut Broker, truth: &mut Truth) -> Result<u64, String> {
+    pub fn finish(&mut self, broker: &mut Broker, truth: &mut RouterTruth) -> Result<u64, String> {
         let mut count = 0;
         for partition in 0..if self.runs() { self.at.len() } else { 0 } {
             while self.process(broker, truth, partition)? {
@@ -134,7 +134,7 @@ impl Service {
         Ok(count)
     }
 
-    fn process(&mut self, broker: &mut Broker, truth: &mut Truth, partition: usize) -> Result<bool, String> {
+    fn process(&mut self, broker: &mut Broker, truth: &mut RouterTruth, partition: usize) -> Result<bool, String> {
         let Some((offset, item)) = broker.next(self.topic, partition, self.at[partition]) else {
             if self.skips {
                 self.at[partition] = self.at[partition].max(broker.topic(self.topic)[partition].stable());

@@ -4,11 +4,11 @@
 
 use std::time::Duration;
 
-use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, Record, Topic};
+use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
 use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 
-use super::door::{Door, Hand};
+use super::door::{Hand, RouterDoor};
 use super::life;
 use super::world::Shared;
 
@@ -67,7 +67,7 @@ pub fn hunt(bug: Bug, budget: u64) -> Option<(u64, String)> {
 
 /// Returns what a router reaches the world by.
 pub fn door(shared: &Shared, who: usize, partitions: usize, bug: Option<Bug>) -> (Box<dyn Broker>, Box<dyn Hooks>) {
-    let door = Door::new(shared, who, partitions);
+    let door = RouterDoor::new(shared, who, partitions);
     let hand = Hand { world: shared.clone(), who };
     match bug {
         None => (Box::new(door), Box::new(hand)),
@@ -79,7 +79,7 @@ pub fn door(shared: &Shared, who: usize, partitions: usize, bug: Option<Bug>) ->
 }
 
 struct Bent {
-    door: Door,
+    door: RouterDoor,
     bug: Bug,
     partitions: usize,
     /// Records copied since the last commit: partition, offset, and who got them.
@@ -135,7 +135,7 @@ impl Broker for Bent {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
+        assign: &mut dyn FnMut(SourceRecord<'_>) -> Assignment,
     ) -> Result<usize, OutsideError> {
         let copied = &mut self.copied;
         self.door.copy(wait, most, held, &mut |record| {

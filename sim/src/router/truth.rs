@@ -3,19 +3,19 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use aviary::ports::{Commit, Topic};
-use aviary_core::domain::course::{ControlCommand, Entry, Phase};
+use aviary_core::domain::course::{ControlCommand, ControlEntry, RouterPhase};
 use aviary_core::domain::split::{Side, Split};
 use aviary_core::domain::weights::{Weight, sticky_ticket};
 
 use super::broker::{Broker, Item, Transaction};
-use super::coverage::Coverage;
+use super::coverage::RouterCoverage;
 
 /// Longer than a router's look at the canary's lag counts, its turn included.
 const LAG_MS: u64 = 900;
 const TURN_MS: u64 = 300;
 
 /// What is known about the world, for checks.
-pub struct Truth {
+pub struct RouterTruth {
     salt: u64,
     keyed: bool,
     /// Where stable begins to read the source; what is before it was processed before the run.
@@ -27,13 +27,13 @@ pub struct Truth {
     /// The highest weight that was asked for.
     highest: Weight,
     /// The committed phase.
-    pub phase: Option<Phase>,
+    pub phase: Option<RouterPhase>,
     /// The committed state of each partition.
     pub splits: Vec<Option<(Split, i64)>>,
     /// The canary's lag, and when that was.
     lags: VecDeque<(u64, u64)>,
     /// What was reached.
-    pub coverage: Coverage,
+    pub coverage: RouterCoverage,
     /// Records taken, and written to stable's and canary's topic, and written back, in each partition.
     counts: Vec<Counts>,
 }
@@ -47,7 +47,7 @@ struct Counts {
 
 /// What a router knew when its turn began.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Known {
+pub struct KnownRecord {
     /// The cluster could not be asked.
     pub blind: bool,
     /// An abort had been asked for.
@@ -62,7 +62,7 @@ pub struct Known {
     pub lag_max: Option<u64>,
 }
 
-impl Truth {
+impl RouterTruth {
     /// Returns the observer of a world in which nothing happened yet.
     pub fn new(salt: u64, keyed: bool, weight: Weight, begins: Vec<i64>) -> Self {
         let count = begins.len();
@@ -75,7 +75,7 @@ impl Truth {
             highest: weight,
             phase: None,
             lags: VecDeque::new(),
-            coverage: Coverage::default(),
+            coverage: RouterCoverage::default(),
             splits: vec![None; count],
             counts: (0..count).map(|_| Counts::default()).collect(),
         }
@@ -93,7 +93,8 @@ impl Truth {
 
     /// Notes that a router has taken over.
     pub fn opened(&mut self) {
-        if matches!(self.phase, Some(Phase::Reclaiming { .. })) && self.counts.iter().any(|counts| counts.reclaimed > 0)
+        if matches!(self.phase, Some(RouterPhase::Reclaiming { .. }))
+            && self.counts.iter().any(|counts| counts.reclaimed > 0)
         {
             self.saw("reclaiming resumed");
         }
@@ -113,7 +114,7 @@ impl Truth {
     }
 
     /// Says whether a router that looked at the lag in time could not have found it low enough.
-    fn lagged(&self, known: Known) -> bool {
+    fn lagged(&self, known: KnownRecord) -> bool {
         let Some(most) = known.lag_max else { return false };
         let Some((newest_ms, _)) = self.lags.back() else { return false };
         // Within a turn the world may go on for long, and what was looked at in its beginning still counts.
@@ -159,12 +160,12 @@ impl Truth {
     pub fn committed(
         &mut self,
         broker: &Broker,
-        known: Known,
+        known: KnownRecord,
         transaction: &Transaction,
         commit: &Commit,
     ) -> Result<(), String> {
         // Places that don't move may be committed again.
-        if known.blind && matches!(self.phase, Some(Phase::Running { .. })) && !transaction.wrote.is_empty() {
+        if known.blind && matches!(self.phase, Some(RouterPhase::Running { .. })) && !transaction.wrote.is_empty() {
             return Err("blind: records were copied while the cluster could not be asked".into());
         }
         if known.aborted && transaction.wrote.iter().any(|(side, ..)| *side == Side::Canary) {
@@ -177,9 +178,9 @@ impl Truth {
             self.placed(broker, *partition, place.next, &place.metadata, (known, transaction))?;
         }
         match commit.entry.as_ref().map(|entry| serde_json::from_str(entry)) {
-            Some(Ok(Entry::Phase(phase))) => self.entered(phase, known)?,
-            Some(Ok(Entry::Command(ControlCommand::Promote))) => self.asked(Weight::FULL),
-            Some(Ok(Entry::Command(_) | Entry::Hook { .. })) | None => {}
+            Some(Ok(ControlEntry::Phase(phase))) => self.entered(phase, known)?,
+            Some(Ok(ControlEntry::Command(ControlCommand::Promote))) => self.asked(Weight::FULL),
+            Some(Ok(ControlEntry::Command(_) | ControlEntry::Hook { .. })) | None => {}
             Some(Err(why)) => return Err(format!("entry: {why}")),
         }
         Ok(())
@@ -188,7 +189,7 @@ impl Truth {
     fn wrote(&mut self, broker: &Broker, side: Side, partition: usize, offset: i64) -> Result<(), String> {
         let counts = &mut self.counts[partition];
         counts.written[side as usize] += 1;
-        if matches!(self.phase, Some(Phase::Reclaiming { .. })) {
+        if matches!(self.phase, Some(RouterPhase::Reclaiming { .. })) {
             counts.reclaimed += 1;
             self.saw("records reclaimed");
             return Ok(());
@@ -220,7 +221,7 @@ impl Truth {
         partition: usize,
         next: i64,
         metadata: &str,
-        (known, transaction): (Known, &Transaction),
+        (known, transaction): (KnownRecord, &Transaction),
     ) -> Result<(), String> {
         let split = Split::from_metadata(metadata).map_err(|why| format!("note: {why}"))?;
         let counts = &mut self.counts[partition];
@@ -242,7 +243,7 @@ impl Truth {
         if weight > self.highest {
             return Err(format!("share: the weight is {weight}, and at most {} was asked for", self.highest));
         }
-        let reclaims = matches!(self.phase, Some(Phase::Reclaiming { .. }));
+        let reclaims = matches!(self.phase, Some(RouterPhase::Reclaiming { .. }));
         for (side, _, offset) in transaction.wrote.iter().filter(|(_, of, _)| *of == partition) {
             let item = broker.topic(Topic::Of(*side))[partition].get(&broker.fates, *offset).expect("just committed");
             let free = !reclaims && (!self.keyed || item.key.is_none());
@@ -273,19 +274,19 @@ impl Truth {
         Ok(())
     }
 
-    fn entered(&mut self, phase: Phase, known: Known) -> Result<(), String> {
-        let number = |phase: &Phase| match phase {
-            Phase::Taking => 1,
-            Phase::Starting { .. } => 2,
-            Phase::Running { .. } => 3,
-            Phase::Draining { winner: Side::Canary, .. } => 4,
-            Phase::Reclaiming { .. } => 5,
-            Phase::Draining { winner: Side::Stable, .. } => 6,
-            Phase::Returning { .. } => 7,
-            Phase::Done { .. } => 8,
+    fn entered(&mut self, phase: RouterPhase, known: KnownRecord) -> Result<(), String> {
+        let number = |phase: &RouterPhase| match phase {
+            RouterPhase::Taking => 1,
+            RouterPhase::Starting { .. } => 2,
+            RouterPhase::Running { .. } => 3,
+            RouterPhase::Draining { winner: Side::Canary, .. } => 4,
+            RouterPhase::Reclaiming { .. } => 5,
+            RouterPhase::Draining { winner: Side::Stable, .. } => 6,
+            RouterPhase::Returning { .. } => 7,
+            RouterPhase::Done { .. } => 8,
         };
         let winner = match &phase {
-            Phase::Draining { winner, .. } | Phase::Returning { winner, .. } => Some(*winner),
+            RouterPhase::Draining { winner, .. } | RouterPhase::Returning { winner, .. } => Some(*winner),
             _ => None,
         };
         let before = self.phase.as_ref().map_or(0, number);
@@ -296,13 +297,15 @@ impl Truth {
             return Err(format!("abort: {phase:?} was entered after an abort was known"));
         }
         match (&self.phase, &phase) {
-            (Some(Phase::Draining { .. }), Phase::Reclaiming { .. }) => self.saw("abort of a promotion"),
-            (Some(Phase::Running { .. }), Phase::Reclaiming { .. })
+            (Some(RouterPhase::Draining { .. }), RouterPhase::Reclaiming { .. }) => self.saw("abort of a promotion"),
+            (Some(RouterPhase::Running { .. }), RouterPhase::Reclaiming { .. })
                 if self.splits.iter().flatten().any(|(split, _)| split.former().is_some()) =>
             {
                 self.saw("abort while a change waits");
             }
-            (_, Phase::Done { winner: Side::Canary, .. }) if known.aborted => self.saw("abort after it was too late"),
+            (_, RouterPhase::Done { winner: Side::Canary, .. }) if known.aborted => {
+                self.saw("abort after it was too late")
+            }
             _ => {}
         }
         self.phase = Some(phase);

@@ -18,7 +18,7 @@ use crate::dice::Dice;
 mod house;
 mod people;
 
-use people::{Answered, Served};
+use people::{ProbeAnswer, ServedAnswer};
 
 /// The nodes' names, which are also their hosts'.
 const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -29,7 +29,7 @@ const LEASE_MS: u64 = 2_000;
 
 /// What a run came to.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Summary {
+pub struct WholeSummary {
     /// Virtual milliseconds.
     pub ms: u64,
     /// Changes that people were told are decided.
@@ -50,8 +50,8 @@ pub struct Summary {
 #[derive(Clone)]
 struct Town {
     disks: [Arc<Mutex<MemoryStore>>; 3],
-    answered: Arc<Mutex<Vec<Answered>>>,
-    served: Arc<Mutex<Vec<Served>>>,
+    answered: Arc<Mutex<Vec<ProbeAnswer>>>,
+    served: Arc<Mutex<Vec<ServedAnswer>>>,
     quiet: Arc<AtomicBool>,
     judged: Arc<AtomicBool>,
     /// What each node speaks: nodes may be of different releases.
@@ -60,7 +60,7 @@ struct Town {
 }
 
 /// Runs a seed: `ms` milliseconds of faults, then healing and judgement.
-pub fn run(seed: u64, ms: u64) -> anyhow::Result<Summary> {
+pub fn run(seed: u64, ms: u64) -> anyhow::Result<WholeSummary> {
     let mut dice = Dice::new(seed ^ 0x7768_6f6c_6573_6565);
     let mut builder = turmoil::Builder::new();
     builder.rng_seed(seed).tcp_capacity(4_096).tick_duration(Duration::from_millis(1));
@@ -85,7 +85,7 @@ pub fn run(seed: u64, ms: u64) -> anyhow::Result<Summary> {
     sim.client("operators", people::operate(town.clone()));
     sim.client("users", people::use_it(town.clone()));
 
-    let mut summary = Summary::default();
+    let mut summary = WholeSummary::default();
     let mut next_fault = 1_000;
     let mut down: Vec<(usize, u64)> = Vec::new();
     let mut now = 0;

@@ -17,7 +17,7 @@ use crate::dice::Dice;
 
 /// A change that was asked for, and what came of it.
 #[derive(Debug, Clone)]
-pub struct Answered {
+pub struct ProbeAnswer {
     pub key: String,
     pub verb: &'static str,
     /// COMMITTED, ABORTED, or why neither: the HTTP status, 0 for no answer.
@@ -30,7 +30,7 @@ pub struct Answered {
     pub told: u64,
 }
 
-impl Answered {
+impl ProbeAnswer {
     pub fn decided(&self) -> bool {
         ["COMMITTED", "ABORTED"].contains(&self.word.as_str())
     }
@@ -38,7 +38,7 @@ impl Answered {
 
 /// A `/predict` answer.
 #[derive(Debug, Clone)]
-pub struct Served {
+pub struct ServedAnswer {
     pub at: u64,
     pub version: String,
 }
@@ -81,7 +81,7 @@ async fn call(
     tokio::time::timeout(PATIENCE, exchange).await.ok().flatten()
 }
 
-async fn change(node: &str, verb: &'static str, key: &str) -> Answered {
+async fn change(node: &str, verb: &'static str, key: &str) -> ProbeAnswer {
     let (path, body) = match verb {
         "apply" => ("/v1/rollouts".to_string(), ROLLOUT),
         verb => (format!("/v1/rollouts/svc/{verb}"), "{}"),
@@ -92,7 +92,7 @@ async fn change(node: &str, verb: &'static str, key: &str) -> Answered {
     let status = answer.map_or(0, |(status, ..)| status);
     let word = json["status"].as_str().map_or_else(|| status.to_string(), Into::into);
     let why = json["error"].as_str().unwrap_or_default().to_string();
-    Answered { key: key.into(), verb, word, slot: json["slot"].as_u64().unwrap_or(0), why, asked, told: now() }
+    ProbeAnswer { key: key.into(), verb, word, slot: json["slot"].as_u64().unwrap_or(0), why, asked, told: now() }
 }
 
 /// Changes things at random until it is quiet.
@@ -119,7 +119,7 @@ pub async fn use_it(town: Town) -> turmoil::Result {
         let node = NAMES[dice.below(3)];
         if let Some((200, headers, _)) = call(node, DATA, "/predict", None, "{}").await {
             let version = headers.get("x-served-by").and_then(|value| value.to_str().ok()).unwrap_or("").to_string();
-            town.served.lock().expect("nobody panics with it").push(Served { at: now(), version });
+            town.served.lock().expect("nobody panics with it").push(ServedAnswer { at: now(), version });
         }
         tokio::time::sleep(Duration::from_millis(dice.between(5, 40))).await;
     }
@@ -164,7 +164,7 @@ pub async fn judge(town: Town) -> turmoil::Result {
 
 /// I9, as users see it: once a rollback was told, nobody serves the canary for longer than a lease, until a later start.
 /// A rollout that completed makes the canary stable, and ends the audit.
-pub fn audit(answered: &[Answered], served: &[Served]) -> anyhow::Result<()> {
+pub fn audit(answered: &[ProbeAnswer], served: &[ServedAnswer]) -> anyhow::Result<()> {
     let committed: Vec<_> = answered.iter().filter(|answer| answer.word == "COMMITTED").collect();
     let promotions = |before: u64| answered.iter().filter(|a| a.verb == "promote" && a.asked < before).count();
     for rollback in committed.iter().filter(|answer| answer.verb == "abort") {

@@ -56,7 +56,7 @@ pub(super) struct AcceptorFile {
 }
 
 /// What was found in the file at start.
-pub(super) struct Found {
+pub(super) struct FoundAcceptor {
     /// The file, ready to be written.
     pub file: AcceptorFile,
     /// The newest promises; none when there are none, or when newer ones may have been lost.
@@ -66,7 +66,7 @@ pub(super) struct Found {
 }
 
 /// One slot, as it was found.
-enum Slot {
+enum FileSlot {
     Good(Box<Saved>),
     /// Whole sectors of several writes, the newest of this generation; 0 for a slot that was never written.
     Torn {
@@ -81,7 +81,7 @@ enum Slot {
 
 impl AcceptorFile {
     /// Opens the file, or makes an empty one, and reads both slots.
-    pub fn open(path: &Path) -> Result<Found, StoreError> {
+    pub fn open(path: &Path) -> Result<FoundAcceptor, StoreError> {
         let existed = path.exists();
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(|e| trouble(path, "open the register", e))?;
@@ -102,7 +102,7 @@ impl AcceptorFile {
         // What is read here may exist in memory alone, left by a process that died between write and sync.
         file.sync_all().map_err(|e| trouble(path, "sync the register", e))?;
         let slots = read_slots(&bytes);
-        let highest = slots.iter().map(Slot::newest).max().unwrap_or(0);
+        let highest = slots.iter().map(FileSlot::newest).max().unwrap_or(0);
         let saved = match length == FILE_BYTES as u64 {
             true => newest_promises(slots, |slot, why| {
                 notes.push(format!("{shown}: slot {slot} of the register is damaged: {why}"));
@@ -111,7 +111,11 @@ impl AcceptorFile {
         };
         let target = saved.as_ref().map_or(0, |best| 1 - best.slot);
         let fresh = saved.is_none();
-        Ok(Found { file: Self { file, path: path.into(), generation: highest + 1, target, fresh }, saved, notes })
+        Ok(FoundAcceptor {
+            file: Self { file, path: path.into(), generation: highest + 1, target, fresh },
+            saved,
+            notes,
+        })
     }
 
     /// Writes register and tail; on return they survive power loss.
@@ -138,7 +142,7 @@ impl AcceptorFile {
     }
 }
 
-impl Slot {
+impl FileSlot {
     fn newest(&self) -> u64 {
         match self {
             Self::Good(saved) => saved.generation,
@@ -149,15 +153,15 @@ impl Slot {
 }
 
 /// Returns the newest promises, unless newer ones may have been made and lost; says what is damaged.
-fn newest_promises(slots: [Slot; 2], mut damaged: impl FnMut(usize, String)) -> Option<Saved> {
+fn newest_promises(slots: [FileSlot; 2], mut damaged: impl FnMut(usize, String)) -> Option<Saved> {
     let mut best: Option<Saved> = None;
     let mut others = Vec::new();
     for (at, slot) in slots.into_iter().enumerate() {
         match slot {
-            Slot::Good(found) if best.as_ref().is_none_or(|best| found.generation > best.generation) => {
+            FileSlot::Good(found) if best.as_ref().is_none_or(|best| found.generation > best.generation) => {
                 best = Some(*found);
             }
-            Slot::Good(_) => {}
+            FileSlot::Good(_) => {}
             other => others.push((at, other)),
         }
     }
@@ -165,25 +169,25 @@ fn newest_promises(slots: [Slot; 2], mut damaged: impl FnMut(usize, String)) -> 
     let mut lost = false;
     for (at, slot) in others {
         match (slot, generation) {
-            (Slot::Torn { newest }, Some(best)) if newest == best + 1 => {
+            (FileSlot::Torn { newest }, Some(best)) if newest == best + 1 => {
                 damaged(at, format!("write {newest} was cut off, and what it promised was never said"));
             }
-            (Slot::Rotten { why, newest: Some(newest) }, Some(best)) if newest < best => {
+            (FileSlot::Rotten { why, newest: Some(newest) }, Some(best)) if newest < best => {
                 damaged(at, format!("{why}; slot {} is newer", 1 - at));
             }
-            (Slot::Torn { newest: 0 }, _) => {
+            (FileSlot::Torn { newest: 0 }, _) => {
                 lost = true;
                 damaged(at, "it is empty".into());
             }
-            (Slot::Torn { newest }, _) => {
+            (FileSlot::Torn { newest }, _) => {
                 lost = true;
                 damaged(at, format!("write {newest} is incomplete, and no write before it is whole"));
             }
-            (Slot::Rotten { why, .. }, _) => {
+            (FileSlot::Rotten { why, .. }, _) => {
                 lost = true;
                 damaged(at, format!("{why}, so that the newest promise may be lost"));
             }
-            (Slot::Good(_), _) => unreachable!("only damaged slots are left"),
+            (FileSlot::Good(_), _) => unreachable!("only damaged slots are left"),
         }
     }
     best.filter(|_| !lost)
@@ -270,7 +274,7 @@ fn read_sector(sector: &[u8], slot: usize, index: usize) -> Result<u64, String> 
     }
 }
 
-fn read_slot(bytes: &[u8], slot: usize) -> Slot {
+fn read_slot(bytes: &[u8], slot: usize) -> FileSlot {
     let read = |(index, sector)| read_sector(sector, slot, index);
     let sectors: Vec<_> = bytes.chunks(SECTOR_BYTES).enumerate().map(read).collect();
     let newest = sectors.iter().flatten().copied().max().unwrap_or(0);
@@ -283,17 +287,17 @@ fn read_slot(bytes: &[u8], slot: usize) -> Slot {
         && whole.is_multiple_of(SECTORS_MIN)
     {
         return match read_payload(payload) {
-            Ok((acceptor, tail)) => Slot::Good(Box::new(Saved { acceptor, tail, generation: newest, slot })),
-            Err(why) => Slot::Rotten { why, newest: Some(newest) },
+            Ok((acceptor, tail)) => FileSlot::Good(Box::new(Saved { acceptor, tail, generation: newest, slot })),
+            Err(why) => FileSlot::Rotten { why, newest: Some(newest) },
         };
     }
-    let Some(why) = sectors.iter().find_map(|sector| sector.as_ref().err()) else { return Slot::Torn { newest } };
+    let Some(why) = sectors.iter().find_map(|sector| sector.as_ref().err()) else { return FileSlot::Torn { newest } };
     // Every write goes over the first sectors: what is whole among them tells the last one.
     let last = sectors[..SECTORS_MIN].iter().flatten().copied().max().filter(|last| *last > 0);
-    Slot::Rotten { why: why.clone(), newest: last.map(|last| last.max(newest)) }
+    FileSlot::Rotten { why: why.clone(), newest: last.map(|last| last.max(newest)) }
 }
 
-fn read_slots(bytes: &[u8]) -> [Slot; 2] {
+fn read_slots(bytes: &[u8]) -> [FileSlot; 2] {
     [0, 1].map(|slot| read_slot(&bytes[slot * SLOT_BYTES..][..SLOT_BYTES], slot))
 }
 

@@ -14,7 +14,7 @@ const MAGIC: [u8; 8] = *b"aviaryC\x01";
 const HEADER_BYTES: usize = 8 + 8 + 32;
 
 /// What reading the file came to.
-pub(super) enum Found {
+pub(super) enum FoundCheckpoint {
     Nothing,
     Good(Checkpoint, Box<Ledger>),
     Damaged(String),
@@ -33,15 +33,15 @@ pub(super) fn write(path: &Path, checkpoint: &Checkpoint) -> io::Result<()> {
 }
 
 /// Reads and verifies the file.
-pub(super) fn read(path: &Path) -> io::Result<Found> {
+pub(super) fn read(path: &Path) -> io::Result<FoundCheckpoint> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(FoundCheckpoint::Nothing),
         Err(error) => return Err(error),
     };
     Ok(match parse(&bytes) {
-        Ok((checkpoint, ledger)) => Found::Good(checkpoint, Box::new(ledger)),
-        Err(why) => Found::Damaged(why),
+        Ok((checkpoint, ledger)) => FoundCheckpoint::Good(checkpoint, Box::new(ledger)),
+        Err(why) => FoundCheckpoint::Damaged(why),
     })
 }
 

@@ -268,32 +268,32 @@ impl Chain {
 }
 
 /// What went wrong in the background.
-pub(super) type Failure = (ErrorKind, String);
+pub(super) type SyncFailure = (ErrorKind, String);
 
 /// The thread that syncs the journal behind the writer's back.
 pub(super) struct Syncer {
-    shared: Arc<Shared>,
+    shared: Arc<SyncShared>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
+struct SyncShared {
+    state: Mutex<SyncState>,
     changed: Condvar,
 }
 
 /// Both counts are slots: all records below them.
 #[derive(Default)]
-struct State {
+struct SyncState {
     wanted: u64,
     synced: u64,
     urgent: bool,
     stop: bool,
-    failure: Option<Failure>,
+    failure: Option<SyncFailure>,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl SyncShared {
+    fn lock(&self) -> MutexGuard<'_, SyncState> {
         self.state.lock().expect("nothing panics while it holds the syncer's state")
     }
 }
@@ -301,8 +301,8 @@ impl Shared {
 impl Syncer {
     /// Starts the thread; every record below `synced` is on disk.
     pub fn start(journal: Arc<Journal>, synced: Slot) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        *shared.lock() = State { wanted: synced.0, synced: synced.0, ..State::default() };
+        let shared = Arc::new(SyncShared::default());
+        *shared.lock() = SyncState { wanted: synced.0, synced: synced.0, ..SyncState::default() };
         let theirs = shared.clone();
         let thread = std::thread::Builder::new().name("journal-sync".into());
         let thread = thread.spawn(move || sync_until_stopped(&journal, &theirs))?;
@@ -316,7 +316,7 @@ impl Syncer {
     }
 
     /// Returns the slot below which everything is on disk, or what went wrong.
-    pub fn synced(&self) -> Result<Slot, Failure> {
+    pub fn synced(&self) -> Result<Slot, SyncFailure> {
         let state = self.shared.lock();
         state.failure.clone().map_or(Ok(Slot(state.synced)), Err)
     }
@@ -328,7 +328,7 @@ impl Syncer {
     }
 
     /// Waits until everything asked for is on disk.
-    pub fn wait(&self) -> Result<(), Failure> {
+    pub fn wait(&self) -> Result<(), SyncFailure> {
         let mut state = self.shared.lock();
         let goal = state.wanted;
         while state.synced < goal {
@@ -355,7 +355,7 @@ impl Drop for Syncer {
 }
 
 /// Syncs what is wanted until told to stop; the first failure is the last try.
-fn sync_until_stopped(journal: &Journal, shared: &Shared) {
+fn sync_until_stopped(journal: &Journal, shared: &SyncShared) {
     while let Some(goal) = next_goal(shared) {
         let result = journal.sync();
         let mut state = shared.lock();
@@ -373,10 +373,10 @@ fn sync_until_stopped(journal: &Journal, shared: &Shared) {
 }
 
 /// Waits for work and returns up to where to sync; none when there is none left and the store is closing.
-fn next_goal(shared: &Shared) -> Option<u64> {
+fn next_goal(shared: &SyncShared) -> Option<u64> {
     let poisoned = "nothing panics while it holds the syncer's state";
-    let idle = |state: &mut State| state.wanted == state.synced && !state.stop;
-    let lonely = |state: &mut State| !state.urgent && !state.stop;
+    let idle = |state: &mut SyncState| state.wanted == state.synced && !state.stop;
+    let lonely = |state: &mut SyncState| !state.urgent && !state.stop;
     let state = shared.changed.wait_while(shared.lock(), idle).expect(poisoned);
     let (mut state, _) = shared.changed.wait_timeout_while(state, LINGER, lonely).expect(poisoned);
     state.urgent = false;

@@ -27,7 +27,7 @@ use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{AcceptorState, Chosen, Operation, Slot};
 use acceptor::{AcceptorFile, SLOT_BYTES, Saved, bytes_needed};
 pub use acceptor::{image, promises};
-use journal::{Chain, Failure, Journal, OpenFailure, Syncer, speaks_of_content};
+use journal::{Chain, Journal, OpenFailure, SyncFailure, Syncer, speaks_of_content};
 pub use journal::{decode_entry, encode_entry};
 pub use runs::DiskRuns;
 
@@ -127,10 +127,10 @@ impl DiskStore {
             return Err(OpenError::NoGenesis { dir: dir.into() });
         }
         let lock = Arc::new(lock(&paths)?);
-        let acceptor::Found { file, saved, mut notes } = AcceptorFile::open(&paths.acceptor)?;
+        let acceptor::FoundAcceptor { file, saved, mut notes } = AcceptorFile::open(&paths.acceptor)?;
         sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
         let (acceptor, tail) = saved.map_or((None, Vec::new()), |Saved { acceptor, tail, .. }| (Some(acceptor), tail));
-        let opening = Opening { paths: &paths, lock: &lock, patience };
+        let opening = DiskOpening { paths: &paths, lock: &lock, patience };
         let (journal, ledger, chain) = opening.recover(&tail, &mut notes)?;
         let (journal, next) = (Arc::new(journal), chain.next());
         let syncer = Syncer::start(journal.clone(), next);
@@ -197,7 +197,7 @@ impl DiskStore {
         Ok(())
     }
 
-    fn behind(&self, (kind, failure): Failure) -> StoreError {
+    fn behind(&self, (kind, failure): SyncFailure) -> StoreError {
         trouble(&self.paths.journal, "sync the journal in the background", io::Error::new(kind, failure))
     }
 
@@ -252,9 +252,9 @@ impl LogReader for Reader {
     fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError> {
         let found = checkpoint::read(&self.checkpoint).map_err(|e| trouble(&self.checkpoint, "read the checkpoint", e));
         match found? {
-            checkpoint::Found::Nothing => Ok(None),
-            checkpoint::Found::Good(checkpoint, _) => Ok(Some(checkpoint)),
-            checkpoint::Found::Damaged(why) => {
+            checkpoint::FoundCheckpoint::Nothing => Ok(None),
+            checkpoint::FoundCheckpoint::Good(checkpoint, _) => Ok(Some(checkpoint)),
+            checkpoint::FoundCheckpoint::Damaged(why) => {
                 Err(trouble(&self.checkpoint, "read the checkpoint", io::Error::new(ErrorKind::InvalidData, why)))
             }
         }
@@ -286,13 +286,13 @@ impl Paths {
 }
 
 /// The recovery of a log from checkpoint, journal, genesis file and the register's tail.
-struct Opening<'a> {
+struct DiskOpening<'a> {
     paths: &'a Paths,
     lock: &'a Arc<File>,
     patience: Duration,
 }
 
-impl Opening<'_> {
+impl DiskOpening<'_> {
     /// Returns a journal that holds exactly the returned chain, durably, and the ledger that the chain continues; where
     /// there is no checkpoint, that is genesis alone, and the chain begins with it.
     fn recover(&self, tail: &[Vec<u8>], notes: &mut Vec<String>) -> Result<(Journal, Ledger, Chain), OpenError> {
@@ -341,12 +341,14 @@ impl Opening<'_> {
             _ => None,
         });
         let why = match checkpoint::read(path).map_err(|e| trouble(path, "read the checkpoint", e))? {
-            checkpoint::Found::Nothing => return Ok(None),
-            checkpoint::Found::Good(_, ledger) => match cluster.filter(|expected| *expected != ledger.cluster) {
-                None => return Ok(Some(*ledger)),
-                Some(expected) => format!("it is of cluster {}, expected {expected}", ledger.cluster),
-            },
-            checkpoint::Found::Damaged(why) => why,
+            checkpoint::FoundCheckpoint::Nothing => return Ok(None),
+            checkpoint::FoundCheckpoint::Good(_, ledger) => {
+                match cluster.filter(|expected| *expected != ledger.cluster) {
+                    None => return Ok(Some(*ledger)),
+                    Some(expected) => format!("it is of cluster {}, expected {expected}", ledger.cluster),
+                }
+            }
+            checkpoint::FoundCheckpoint::Damaged(why) => why,
         };
         self.quarantine(path, &why, notes)?;
         Ok(None)

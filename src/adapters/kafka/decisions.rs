@@ -23,10 +23,10 @@ pub struct KafkaDecisions {
     topic: String,
     /// Names the transactions and the place: there is one publisher in a cluster.
     name: String,
-    open: Option<Open>,
+    open: Option<OpenProducer>,
 }
 
-struct Open {
+struct OpenProducer {
     producer: ThreadedProducer<Quiet>,
     group: ConsumerGroupMetadata,
 }
@@ -46,7 +46,7 @@ impl KafkaDecisions {
         OutsideError::new(format!("kafka topic {}", self.topic), format!("{error}{hint}"))
     }
 
-    fn begin(&self) -> Result<(Open, Option<Slot>), KafkaError> {
+    fn begin(&self) -> Result<(OpenProducer, Option<Slot>), KafkaError> {
         let own =
             [("group.id", self.name.as_str()), ("enable.auto.commit", "false"), ("isolation.level", "read_committed")];
         let reader: BaseConsumer<_> = client(&self.config, &own).create_with_context(Quiet)?;
@@ -72,10 +72,10 @@ impl KafkaDecisions {
             _ => None,
         };
         let group = reader.group_metadata().ok_or(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownGroup))?;
-        Ok((Open { producer, group }, told))
+        Ok((OpenProducer { producer, group }, told))
     }
 
-    fn send(&self, open: &Open, decisions: &[Decision], through: Slot) -> Result<(), KafkaError> {
+    fn send(&self, open: &OpenProducer, decisions: &[Decision], through: Slot) -> Result<(), KafkaError> {
         open.producer.begin_transaction()?;
         for decision in decisions {
             let payload = decision.encode_to_vec();

@@ -5,14 +5,14 @@ use std::time::Duration;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 
-use super::{ANSWER_MAX, Counted, client, send};
+use super::{ANSWER_MAX, CountingContext, client, send};
 use crate::config::node::Kafka;
 use crate::ports::OutsideError;
 
 /// Writes events.
 pub struct KafkaEvents {
-    producer: ThreadedProducer<Counted>,
-    counts: Counted,
+    producer: ThreadedProducer<CountingContext>,
+    counts: CountingContext,
     topic: String,
 }
 
@@ -21,7 +21,7 @@ impl KafkaEvents {
     pub fn new(config: &Kafka) -> Result<Self, OutsideError> {
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", config.telemetry), error);
         let own = [("linger.ms", "5"), ("compression.type", "lz4"), ("message.timeout.ms", "30000"), ("acks", "all")];
-        let counts = Counted::default();
+        let counts = CountingContext::default();
         let producer: ThreadedProducer<_> = client(config, &own).create_with_context(counts.clone()).map_err(error)?;
         let found = producer.client().fetch_metadata(Some(&config.telemetry), ANSWER_MAX).map_err(error)?;
         match found.topics().first().and_then(|topic| topic.error()) {

@@ -23,7 +23,7 @@ mod telemetry;
 pub use decisions::KafkaDecisions;
 pub use events::KafkaEvents;
 pub use push::KafkaPush;
-pub use router::{KafkaBroker, Names, Range, SOURCE_HEADER, VERSION_HEADER};
+pub use router::{KafkaBroker, OffsetRange, SOURCE_HEADER, TopicNames, VERSION_HEADER};
 pub use telemetry::KafkaTelemetry;
 
 /// How often a step of a transaction that may be tried again is.
@@ -138,28 +138,28 @@ impl ProducerContext for Quiet {
 }
 
 #[derive(Default)]
-struct Counts {
+struct DeliveryCounts {
     delivered: AtomicU64,
     failed: AtomicU64,
 }
 
 /// Counts what a producer delivered, and what it could not.
 #[derive(Clone, Default)]
-struct Counted(Arc<Counts>);
+struct CountingContext(Arc<DeliveryCounts>);
 
-impl Counted {
+impl CountingContext {
     fn counts(&self) -> (u64, u64) {
         (self.0.delivered.load(Ordering::Relaxed), self.0.failed.load(Ordering::Relaxed))
     }
 }
 
-impl ClientContext for Counted {
+impl ClientContext for CountingContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         log(level, facility, text);
     }
 }
 
-impl ProducerContext for Counted {
+impl ProducerContext for CountingContext {
     type DeliveryOpaque = ();
 
     fn delivery(&self, result: &rdkafka::message::DeliveryResult<'_>, (): ()) {

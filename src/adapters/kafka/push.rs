@@ -9,7 +9,7 @@ use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::{ANSWER_MAX, Counted, MESSAGE_BYTES_MAX, Quiet, SOURCE_HEADER, client};
+use super::{ANSWER_MAX, CountingContext, MESSAGE_BYTES_MAX, Quiet, SOURCE_HEADER, client};
 use crate::config::node::Kafka;
 use crate::ports::{OutsideError, PostSource, Posted};
 
@@ -19,8 +19,8 @@ const ERROR_HEADER: &str = "x-aviary-error";
 /// Reads records to post.
 pub struct KafkaPush {
     consumer: BaseConsumer<Quiet>,
-    producer: ThreadedProducer<Counted>,
-    counts: Counted,
+    producer: ThreadedProducer<CountingContext>,
+    counts: CountingContext,
     topic: String,
     dead_letter: String,
 }
@@ -46,7 +46,7 @@ impl KafkaPush {
             ("acks", "all"),
             ("message.max.bytes", MESSAGE_BYTES_MAX),
         ];
-        let counts = Counted::default();
+        let counts = CountingContext::default();
         let producer: ThreadedProducer<_> = client(config, &own).create_with_context(counts.clone()).map_err(error)?;
         let found = producer.client().fetch_metadata(Some(dead_letter), ANSWER_MAX).map_err(error)?;
         if let Some(why) = found.topics().first().and_then(|topic| topic.error()) {

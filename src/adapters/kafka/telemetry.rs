@@ -23,9 +23,9 @@ const POLL_MAX: usize = 4_096;
 
 /// Notes what becomes of partitions.
 #[derive(Default)]
-struct Context {
+struct RebalanceContext {
     topic: String,
-    /// The last event that was handed over since its place was stored, by partition: [`Context::store`].
+    /// The last event that was handed over since its place was stored, by partition: [`RebalanceContext::store`].
     taken: Mutex<BTreeMap<i32, i64>>,
     moves: Mutex<Moves>,
     /// True when there are any, so that it can be known without the lock, for each record.
@@ -39,7 +39,7 @@ struct Moves {
     gained: Vec<i32>,
 }
 
-impl Context {
+impl RebalanceContext {
     fn moves(&self) -> MutexGuard<'_, Moves> {
         self.moves.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -76,7 +76,7 @@ fn numbers(partitions: &TopicPartitionList) -> impl Iterator<Item = i32> {
     partitions.elements().into_iter().map(|partition| partition.partition())
 }
 
-impl ClientContext for Context {
+impl ClientContext for RebalanceContext {
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, text: &str) {
         log(level, facility, text);
     }
@@ -86,7 +86,7 @@ impl ClientContext for Context {
     }
 }
 
-impl ConsumerContext for Context {
+impl ConsumerContext for RebalanceContext {
     fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if let Rebalance::Revoke(partitions) = rebalance {
             self.store(consumer);
@@ -109,7 +109,7 @@ impl ConsumerContext for Context {
 /// of events is counted twice or, where they carry ids, not at all; the same when a node leaves while the group is just sharing
 /// the partitions out anew, for then the broker refuses its last commit. Events too old to count are passed over.
 pub struct KafkaTelemetry {
-    consumer: BaseConsumer<Context>,
+    consumer: BaseConsumer<RebalanceContext>,
     /// The offset of the record that was read last, by partition.
     last: Vec<Option<i64>>,
     /// Partitions that are new here: the client reads them from wherever it likes until they are placed.
@@ -137,7 +137,7 @@ impl KafkaTelemetry {
         ];
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
         let consumer: BaseConsumer<_> = client(config, &own)
-            .create_with_context(Context { topic: topic.into(), ..Context::default() })
+            .create_with_context(RebalanceContext { topic: topic.into(), ..RebalanceContext::default() })
             .map_err(error)?;
         consumer.subscribe(&[topic]).map_err(error)?;
         Ok(Self { consumer, last: Vec::new(), unplaced: BTreeSet::new(), clock })

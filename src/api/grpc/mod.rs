@@ -24,7 +24,7 @@ use crate::schema::v1::telemetry_service_server::{TelemetryService, TelemetrySer
 use crate::schema::v1::watch_decisions_response::Event as Told;
 use crate::schema::v1::{self, Heartbeat, ReportTelemetryRequest, ReportTelemetryResponse};
 use crate::schema::v1::{WatchDecisionsRequest, WatchDecisionsResponse};
-use crate::telemetry::event::{Event as Reported, Rejection};
+use crate::telemetry::event::{Rejection, ReportedEvent as Reported};
 use rollouts::Rollouts;
 
 /// How often a stream says that it lives.

@@ -2,12 +2,12 @@
 
 use serde_json::json;
 
-use super::{Seen, broker, print};
-use crate::adapters::kafka::{KafkaBroker, Range};
+use super::{RouterSnapshot, broker, print};
+use crate::adapters::kafka::{KafkaBroker, OffsetRange};
 use crate::cli::Exit;
 use crate::cli::output::Format;
 use crate::config::router::RouterConfig;
-use crate::domain::course::Phase;
+use crate::domain::course::RouterPhase;
 use crate::domain::split::Side;
 use crate::ports::Topic;
 use crate::router::audit::{At, Audit, Findings, read_source};
@@ -26,8 +26,8 @@ pub struct Compared {
 
 /// Compares what a router has read up to this moment; none when it has not begun.
 pub fn compare(broker: &KafkaBroker) -> anyhow::Result<Option<Compared>> {
-    let seen = Seen::look(broker)?;
-    let Some(from) = seen.course.phase.as_ref().and_then(Phase::from).cloned() else { return Ok(None) };
+    let seen = RouterSnapshot::look(broker)?;
+    let Some(from) = seen.course.phase.as_ref().and_then(RouterPhase::from).cloned() else { return Ok(None) };
     anyhow::ensure!(
         seen.splits.len() == from.len(),
         "the router's places are gone: brokers keep them for some days after the end"
@@ -37,13 +37,14 @@ pub fn compare(broker: &KafkaBroker) -> anyhow::Result<Option<Compared>> {
     let begin: Vec<i64> = from.iter().zip(&bounds).map(|(from, (low, _))| *from.max(low)).collect();
     let gone = begin.iter().zip(&from).map(|(begin, from)| begin - from).sum();
     let mut audit = Audit::new(begin.clone());
-    let ranges = begin.iter().zip(&until).map(|(from, until)| Range { from: *from, until: *until, known: None });
+    let ranges = begin.iter().zip(&until).map(|(from, until)| OffsetRange { from: *from, until: *until, known: None });
     let ranges: Vec<_> = ranges.collect();
     broker.scan(Topic::Source, &ranges, &mut |partition, offset, _| audit.source(At { partition, offset }))?;
     for side in Side::BOTH {
         let bounds = broker.topic_bounds(Topic::Of(side))?;
         let known = bounds.iter().zip(&seen.splits);
-        let ranges = known.map(|((low, high), split)| Range { from: *low, until: *high, known: split.last(side) });
+        let ranges =
+            known.map(|((low, high), split)| OffsetRange { from: *low, until: *high, known: split.last(side) });
         let ranges: Vec<_> = ranges.collect();
         broker.scan(Topic::Of(side), &ranges, &mut |partition, offset, source| {
             let taken_back = seen.splits[partition].reclaimed().is_some_and(|reclaimed| offset >= reclaimed);
@@ -56,9 +57,9 @@ pub fn compare(broker: &KafkaBroker) -> anyhow::Result<Option<Compared>> {
         })?;
     }
     // What was given back meanwhile stands in both topics, or in neither.
-    let after = Seen::look(broker)?;
-    let moved = |seen: &Seen| seen.splits.iter().map(|split| split.reclaimed()).collect::<Vec<_>>();
-    if matches!(after.course.phase, Some(Phase::Reclaiming { .. })) || moved(&after) != moved(&seen) {
+    let after = RouterSnapshot::look(broker)?;
+    let moved = |seen: &RouterSnapshot| seen.splits.iter().map(|split| split.reclaimed()).collect::<Vec<_>>();
+    if matches!(after.course.phase, Some(RouterPhase::Reclaiming { .. })) || moved(&after) != moved(&seen) {
         return Ok(None);
     }
     Ok(Some(Compared { from: begin, until, findings: audit.findings(), gone }))

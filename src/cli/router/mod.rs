@@ -12,9 +12,9 @@ use tokio::time::{Instant, sleep};
 use super::Exit;
 use super::output::{self, Format};
 use crate::adapters::clock::BootClock;
-use crate::adapters::kafka::{KafkaBroker, Names};
+use crate::adapters::kafka::{KafkaBroker, TopicNames};
 use crate::config::router::RouterConfig;
-use crate::domain::course::{ControlCommand, End, Entry, Phase, RouterState};
+use crate::domain::course::{ControlCommand, ControlEntry, RouterEnd, RouterPhase, RouterState};
 use crate::domain::split::{Side, Split};
 use crate::domain::weights::Weight;
 use crate::ports::Topic;
@@ -110,10 +110,10 @@ fn load(args: &FileArgs) -> anyhow::Result<RouterConfig> {
 }
 
 /// Returns what a router's topics and groups are called.
-fn names(config: &RouterConfig) -> Names {
+fn names(config: &RouterConfig) -> TopicNames {
     let of = |side| config.service(side).clone();
     let (stable, canary) = (of(Side::Stable), of(Side::Canary));
-    Names {
+    TopicNames {
         source: config.source.clone(),
         topics: [stable.topic, canary.topic],
         groups: [stable.group, canary.group],
@@ -128,13 +128,13 @@ fn broker(config: &RouterConfig) -> anyhow::Result<KafkaBroker> {
 }
 
 /// A router as its topics and groups show it, whether it runs or not.
-struct Seen {
+struct RouterSnapshot {
     course: RouterState,
     splits: Vec<Split>,
     next: Vec<i64>,
 }
 
-impl Seen {
+impl RouterSnapshot {
     fn look(broker: &KafkaBroker) -> anyhow::Result<Self> {
         let opened = broker.look()?;
         let mut course = RouterState::default();
@@ -150,18 +150,23 @@ impl Seen {
 
     fn winner(&self) -> Option<Side> {
         match self.course.phase {
-            Some(Phase::Done { winner, .. }) => Some(winner),
+            Some(RouterPhase::Done { winner, .. }) => Some(winner),
             _ => None,
         }
     }
 
     fn words(&self) -> &'static str {
-        self.course.phase.as_ref().map_or("not started", Phase::words)
+        self.course.phase.as_ref().map_or("not started", RouterPhase::words)
     }
 }
 
 /// Asks something of a router by an entry of its control topic, and waits until it is done.
-fn asked(args: &AskArgs, ask: ControlCommand, done: &str, is_done: impl Fn(&Seen) -> bool) -> anyhow::Result<Exit> {
+fn asked(
+    args: &AskArgs,
+    ask: ControlCommand,
+    done: &str,
+    is_done: impl Fn(&RouterSnapshot) -> bool,
+) -> anyhow::Result<Exit> {
     let config = load(&args.file)?;
     if config.push.is_some() {
         bail!("{}: spec.push: the weight is the file's, or the cluster's", args.file.file.display());
@@ -174,18 +179,18 @@ fn asked(args: &AskArgs, ask: ControlCommand, done: &str, is_done: impl Fn(&Seen
         );
     }
     let broker = broker(&config)?;
-    let seen = Seen::look(&broker)?;
-    let (winner, returning) = (seen.winner(), matches!(seen.course.phase, Some(Phase::Returning { .. })));
+    let seen = RouterSnapshot::look(&broker)?;
+    let (winner, returning) = (seen.winner(), matches!(seen.course.phase, Some(RouterPhase::Returning { .. })));
     if winner.is_some() || returning {
         bail!("router {} is {} already", config.name, seen.words());
     }
     if seen.course.phase.is_none() && seen.splits.is_empty() && broker.partitions(&config.control())?.is_none() {
         bail!("router {} is not started, expected: aviary router start -f {}", config.name, args.file.file.display());
     }
-    if let (Some(End::Abort(reason)), false) = (&seen.course.end, matches!(ask, ControlCommand::Abort { .. })) {
+    if let (Some(RouterEnd::Abort(reason)), false) = (&seen.course.end, matches!(ask, ControlCommand::Abort { .. })) {
         bail!("router {} is being aborted: {reason}", config.name);
     }
-    let line = serde_json::to_string(&Entry::Command(ask)).context("an entry has a text")?;
+    let line = serde_json::to_string(&ControlEntry::Command(ask)).context("an entry has a text")?;
     broker.ask(&line)?;
     if args.no_wait {
         return output::line("asked").map(|()| Exit::Done);
@@ -194,7 +199,7 @@ fn asked(args: &AskArgs, ask: ControlCommand, done: &str, is_done: impl Fn(&Seen
     runtime.block_on(async {
         let (begun, mut moved, mut before) = (Instant::now(), Instant::now(), String::new());
         loop {
-            let seen = match Seen::look(&broker) {
+            let seen = match RouterSnapshot::look(&broker) {
                 Ok(seen) => seen,
                 // A broker that is away, a router that died in a transaction: it stays asked.
                 Err(why) if begun.elapsed() <= args.timeout => {
@@ -235,7 +240,7 @@ fn asked(args: &AskArgs, ask: ControlCommand, done: &str, is_done: impl Fn(&Seen
 }
 
 /// Returns the upper bounds of what the two services have left to read.
-fn lags(broker: &KafkaBroker, seen: &Seen) -> anyhow::Result<[Vec<u64>; 2]> {
+fn lags(broker: &KafkaBroker, seen: &RouterSnapshot) -> anyhow::Result<[Vec<u64>; 2]> {
     let mut lags = [Vec::new(), Vec::new()];
     for side in Side::BOTH {
         let (_, reads) = broker.service(side, Topic::Of(side))?;

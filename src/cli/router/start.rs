@@ -28,7 +28,7 @@ use crate::api;
 use crate::cli::Exit;
 use crate::cli::client::{Address, Api, segment};
 use crate::config::router::{Push, RouterConfig};
-use crate::domain::course::{End, Phase};
+use crate::domain::course::{RouterEnd, RouterPhase};
 use crate::domain::split::Side;
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
@@ -287,7 +287,7 @@ fn measure(report: &Report) {
 fn show(report: Option<&Report>) -> Value {
     let Some(report) = report else { return serde_json::json!({ "phase": "opening" }) };
     serde_json::json!({
-        "phase": report.phase.as_ref().map_or("not started", Phase::words),
+        "phase": report.phase.as_ref().map_or("not started", RouterPhase::words),
         "stable": report.given(Side::Stable), "canary": report.given(Side::Canary), "canary_lag": report.lag, "next": report.next,
         "weights": report.splits.iter().map(|split| split.weight().0.fraction()).collect::<Vec<_>>(),
     })
@@ -346,8 +346,8 @@ fn read_state(state: &Value, config: &RouterConfig) -> Result<(CommittedWeight, 
     let share = |version: &str| state["weights"][version].as_f64();
     let weight = Weight::from_percent(share(canary).unwrap_or(0.0) * 100.0).map_err(|why| why.to_string())?;
     let end = match text("phase") {
-        "Completed" if share(canary) == Some(1.0) => Some(End::Promote),
-        "RolledBack" if share(stable) == Some(1.0) => Some(End::Abort(text("reason").into())),
+        "Completed" if share(canary) == Some(1.0) => Some(RouterEnd::Promote),
+        "RolledBack" if share(stable) == Some(1.0) => Some(RouterEnd::Abort(text("reason").into())),
         _ if share(canary).is_none() || share(stable).is_none() => {
             return Err(format!("its weights are {}, expected those of {stable} and {canary}", state["weights"]));
         }

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Seen, broker, lags, print};
+use super::{RouterSnapshot, broker, lags, print};
 use crate::cli::Exit;
 use crate::cli::output::{Format, facts, table};
 use crate::config::router::{HooksConfig, RouterConfig};
@@ -12,7 +12,7 @@ use crate::ports::Topic;
 /// Says what `start` would do, and what is in its way.
 pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let broker = broker(config)?;
-    let seen = Seen::look(&broker)?;
+    let seen = RouterSnapshot::look(&broker)?;
     let mut wrong: Vec<String> = Vec::new();
     let Some(partitions) = broker.partitions(&config.source)? else {
         anyhow::bail!("topic {} isn't there, expected the topic to split", config.source);
@@ -98,7 +98,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
 /// Shows where a router is.
 pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let broker = broker(config)?;
-    let seen = Seen::look(&broker)?;
+    let seen = RouterSnapshot::look(&broker)?;
     let lags = match seen.splits.is_empty() {
         true => [Vec::new(), Vec::new()],
         false => lags(&broker, &seen)?,

@@ -8,8 +8,8 @@ use bytes::BytesMut;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::wire::{End, Wire};
-use super::{Class, Shared, expect};
+use super::wire::{ConnectionEnd, FrameStream};
+use super::{Class, LinkShared, expect};
 use crate::domain::ids::NodeId;
 use crate::node::frame::{self, Envelope, FrameError, Identity, Payload};
 use crate::ports::{Connection, Later, Listener};
@@ -21,7 +21,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Accepted connections and how to end them: without HELLO by age, with it by peer. A peer has one at most, the
 /// latest, so all of them together are bounded.
 #[derive(Default)]
-struct Accepted {
+struct AcceptedPeer {
     next: u64,
     half_open: BTreeMap<u64, CancellationToken>,
     peers: BTreeMap<NodeId, (u64, CancellationToken)>,
@@ -30,8 +30,8 @@ struct Accepted {
 type Handshake = Later<'static, std::io::Result<Connection>>;
 
 /// Accepts connections for ever.
-pub(super) async fn run(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
-    let accepted = Arc::new(Mutex::new(Accepted::default()));
+pub(super) async fn run(shared: Arc<LinkShared>, mut listener: Box<dyn Listener>) {
+    let accepted = Arc::new(Mutex::new(AcceptedPeer::default()));
     loop {
         match listener.accept().await {
             Ok(handshake) => {
@@ -46,13 +46,13 @@ pub(super) async fn run(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
     }
 }
 
-fn lock(accepted: &Mutex<Accepted>) -> MutexGuard<'_, Accepted> {
+fn lock(accepted: &Mutex<AcceptedPeer>) -> MutexGuard<'_, AcceptedPeer> {
     accepted.lock().expect("nothing panics while it holds the connections")
 }
 
 /// Makes room by ending the oldest connection without HELLO: a real peer says it at once, so that the oldest is the one
 /// least likely to be a peer, and a flood can't keep peers out.
-fn admit(shared: &Shared, accepted: &Mutex<Accepted>) -> (u64, CancellationToken) {
+fn admit(shared: &LinkShared, accepted: &Mutex<AcceptedPeer>) -> (u64, CancellationToken) {
     let mut accepted = lock(accepted);
     accepted.next += 1;
     let (id, end) = (accepted.next, CancellationToken::new());
@@ -69,15 +69,15 @@ fn admit(shared: &Shared, accepted: &Mutex<Accepted>) -> (u64, CancellationToken
 }
 
 async fn serve(
-    shared: Arc<Shared>,
-    accepted: Arc<Mutex<Accepted>>,
+    shared: Arc<LinkShared>,
+    accepted: Arc<Mutex<AcceptedPeer>>,
     id: u64,
     end: CancellationToken,
     handshake: Handshake,
 ) {
     let mut address = String::from("unknown");
     let receiving = receive(&shared, &accepted, id, &end, handshake, &mut address);
-    let why = end.run_until_cancelled(receiving).await.unwrap_or(End::Replaced);
+    let why = end.run_until_cancelled(receiving).await.unwrap_or(ConnectionEnd::Replaced);
     {
         let mut accepted = lock(&accepted);
         accepted.half_open.remove(&id);
@@ -90,18 +90,18 @@ async fn serve(
 }
 
 async fn receive(
-    shared: &Shared,
-    accepted: &Mutex<Accepted>,
+    shared: &LinkShared,
+    accepted: &Mutex<AcceptedPeer>,
     id: u64,
     end: &CancellationToken,
     handshake: Handshake,
     address: &mut String,
-) -> End {
+) -> ConnectionEnd {
     let limit = shared.limits.hello;
     let (mut wire, sender) = match timeout(limit, greet(shared, handshake, address)).await {
         Ok(Ok(greeted)) => greeted,
         Ok(Err(end)) => return end,
-        Err(_) => return End::Deadline { class: Class::HelloDeadline, what: "HELLO", limit },
+        Err(_) => return ConnectionEnd::Deadline { class: Class::HelloDeadline, what: "HELLO", limit },
     };
     settle(accepted, id, end, &sender.node);
     shared.peers[&sender.node].called.notify_one();
@@ -113,7 +113,7 @@ async fn receive(
 }
 
 /// Moves a connection from those without HELLO to its peer's place, and ends the one that had it.
-fn settle(accepted: &Mutex<Accepted>, id: u64, end: &CancellationToken, peer: &NodeId) {
+fn settle(accepted: &Mutex<AcceptedPeer>, id: u64, end: &CancellationToken, peer: &NodeId) {
     let mut accepted = lock(accepted);
     accepted.half_open.remove(&id);
     if let Some((_, before)) = accepted.peers.insert(peer.clone(), (id, end.clone())) {
@@ -121,10 +121,14 @@ fn settle(accepted: &Mutex<Accepted>, id: u64, end: &CancellationToken, peer: &N
     }
 }
 
-async fn greet(shared: &Shared, handshake: Handshake, address: &mut String) -> Result<(Wire, Identity), End> {
-    let connection = handshake.await.map_err(End::Transport)?;
+async fn greet(
+    shared: &LinkShared,
+    handshake: Handshake,
+    address: &mut String,
+) -> Result<(FrameStream, Identity), ConnectionEnd> {
+    let connection = handshake.await.map_err(ConnectionEnd::Transport)?;
     address.clone_from(&connection.address);
-    let mut wire = Wire::new(connection);
+    let mut wire = FrameStream::new(connection);
     let Envelope { cluster, from, incarnation, payload } = wire.next(&shared.limits).await?;
     let Payload::Hello(payload) = payload else { unreachable!("the codec takes only HELLO first") };
     let hello = Envelope { cluster, from, incarnation, payload };
@@ -147,7 +151,7 @@ async fn greet(shared: &Shared, handshake: Handshake, address: &mut String) -> R
 }
 
 /// Hands the next message to the node; a full inbox makes this connection wait, and no other.
-async fn pass_on(shared: &Shared, wire: &mut Wire, sender: &Identity) -> Result<(), End> {
+async fn pass_on(shared: &LinkShared, wire: &mut FrameStream, sender: &Identity) -> Result<(), ConnectionEnd> {
     let envelope = wire.next(&shared.limits).await?;
     shared.check_cluster(&envelope)?;
     expect("sender", &sender.node, &envelope.from)?;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::time::{Instant, timeout};
 
-use super::wire::{End, Wire};
-use super::{Class, Peer, Shared, expect};
+use super::wire::{ConnectionEnd, FrameStream};
+use super::{Class, LinkShared, PeerLink, expect};
 use crate::node::frame::{self, Envelope, FrameError, Payload};
 use crate::protocol::Input;
 
@@ -20,7 +20,7 @@ const BATCH_BYTES: usize = 128 * 1024;
 const STEADY: Duration = Duration::from_secs(1);
 
 /// Keeps one peer connected.
-pub(super) async fn run(shared: Arc<Shared>, peer: Arc<Peer>) {
+pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
     let mut wait = Duration::ZERO;
     let mut outage = false;
     loop {
@@ -46,7 +46,8 @@ pub(super) async fn run(shared: Arc<Shared>, peer: Arc<Peer>) {
                 end
             }
             Err(end) => {
-                let refused = matches!(&end, End::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused);
+                let refused =
+                    matches!(&end, ConnectionEnd::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused);
                 if outage && refused {
                     outage = false;
                     let _ = shared.inputs.send(Input::Unreachable(peer.node.clone())).await;
@@ -61,23 +62,23 @@ pub(super) async fn run(shared: Arc<Shared>, peer: Arc<Peer>) {
     }
 }
 
-async fn dial(shared: &Shared, peer: &Peer) -> Result<(Wire, u16), End> {
+async fn dial(shared: &LinkShared, peer: &PeerLink) -> Result<(FrameStream, u16), ConnectionEnd> {
     let connecting = shared.network.connect(&peer.node, &peer.address);
     let connection = timeout(shared.limits.connect, connecting).await.map_err(|_| late("connecting", shared))??;
     let limit = shared.limits.hello;
-    let mut wire = Wire::new(connection);
+    let mut wire = FrameStream::new(connection);
     match timeout(limit, greet(shared, peer, &mut wire)).await {
         Ok(version) => Ok((wire, version?)),
-        Err(_) => Err(End::Deadline { class: Class::HelloDeadline, what: "HELLO", limit }),
+        Err(_) => Err(ConnectionEnd::Deadline { class: Class::HelloDeadline, what: "HELLO", limit }),
     }
 }
 
-fn late(what: &str, shared: &Shared) -> End {
+fn late(what: &str, shared: &LinkShared) -> ConnectionEnd {
     let text = format!("{what} took more than {:?}", shared.limits.connect);
-    End::Io(io::Error::new(io::ErrorKind::TimedOut, text))
+    ConnectionEnd::Io(io::Error::new(io::ErrorKind::TimedOut, text))
 }
 
-async fn greet(shared: &Shared, peer: &Peer, wire: &mut Wire) -> Result<u16, End> {
+async fn greet(shared: &LinkShared, peer: &PeerLink, wire: &mut FrameStream) -> Result<u16, ConnectionEnd> {
     let mut bytes = BytesMut::new();
     frame::encode_hello(&shared.me, &shared.hello_to(&peer.node), &mut bytes);
     wire.write(&bytes, shared.limits.write).await?;
@@ -91,7 +92,7 @@ async fn greet(shared: &Shared, peer: &Peer, wire: &mut Wire) -> Result<u16, End
 }
 
 /// Writes what is queued, in the same poll that the queue wakes, until the connection ends.
-async fn converse(shared: &Shared, peer: &Peer, wire: &mut Wire, version: u16) -> End {
+async fn converse(shared: &LinkShared, peer: &PeerLink, wire: &mut FrameStream, version: u16) -> ConnectionEnd {
     let mut bytes = BytesMut::new();
     loop {
         for (_, message) in peer.outbox.take() {

@@ -37,7 +37,7 @@ mod wire;
 
 /// Bounds of the links. The defaults fit heartbeats every 250 ms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct LinkLimits {
     /// Longest wait for a connection.
     pub connect: Duration,
     /// Longest wait for HELLO, from the connection on.
@@ -62,7 +62,7 @@ pub struct Limits {
     pub versions: Versions,
 }
 
-impl Default for Limits {
+impl Default for LinkLimits {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(1),
@@ -81,7 +81,7 @@ impl Default for Limits {
 }
 
 /// One configured peer.
-struct Peer {
+struct PeerLink {
     node: NodeId,
     address: String,
     outbox: Outbox,
@@ -92,11 +92,11 @@ struct Peer {
 }
 
 /// What all tasks of the links share.
-struct Shared {
+struct LinkShared {
     network: Arc<dyn Network>,
     me: Identity,
-    limits: Limits,
-    peers: BTreeMap<NodeId, Arc<Peer>>,
+    limits: LinkLimits,
+    peers: BTreeMap<NodeId, Arc<PeerLink>>,
     inputs: mpsc::Sender<Input>,
     rejections: Arc<Rejections>,
     shutdown: CancellationToken,
@@ -104,7 +104,7 @@ struct Shared {
 
 /// The connections to all peers. Dropping it closes them.
 pub struct Links {
-    shared: Arc<Shared>,
+    shared: Arc<LinkShared>,
     address: String,
     _stop: DropGuard,
 }
@@ -115,7 +115,7 @@ impl Links {
     ///
     /// Fails only when the port can't be bound. Runs until `shutdown`.
     pub async fn start(
-        limits: Limits,
+        limits: LinkLimits,
         network: Arc<dyn Network>,
         identity: Identity,
         listen: &str,
@@ -126,11 +126,12 @@ impl Links {
         let listener = network.listen(listen).await?;
         let address = listener.address()?;
         let others = peers.into_iter().filter(|(node, _)| *node != identity.node);
-        let peers = others.map(|(node, address)| (node.clone(), Arc::new(Peer::new(node, address, &limits)))).collect();
+        let peers =
+            others.map(|(node, address)| (node.clone(), Arc::new(PeerLink::new(node, address, &limits)))).collect();
         let shutdown = shutdown.child_token();
         let rejections = Arc::new(Rejections::default());
         let stop = shutdown.clone().drop_guard();
-        let shared = Arc::new(Shared { network, me: identity, limits, peers, inputs, rejections, shutdown });
+        let shared = Arc::new(LinkShared { network, me: identity, limits, peers, inputs, rejections, shutdown });
         shared.spawn(accept::run(shared.clone(), listener));
         for peer in shared.peers.values() {
             shared.spawn(dial::run(shared.clone(), peer.clone()));
@@ -168,14 +169,14 @@ impl Links {
     }
 }
 
-impl Peer {
-    fn new(node: NodeId, address: String, limits: &Limits) -> Self {
+impl PeerLink {
+    fn new(node: NodeId, address: String, limits: &LinkLimits) -> Self {
         let outbox = Outbox::new(limits.queue, limits.stale);
         Self { node, address, outbox, called: Notify::new(), connected: AtomicBool::new(false) }
     }
 }
 
-impl Shared {
+impl LinkShared {
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move { shutdown.run_until_cancelled_owned(task).await });

@@ -32,8 +32,8 @@ fn heartbeat(head: u64) -> Message {
     })
 }
 
-fn quick() -> Limits {
-    Limits { hello: Duration::from_millis(300), body: Duration::from_millis(600), ..Limits::default() }
+fn quick() -> LinkLimits {
+    LinkLimits { hello: Duration::from_millis(300), body: Duration::from_millis(600), ..LinkLimits::default() }
 }
 
 struct Node {
@@ -45,7 +45,7 @@ async fn node(me: &str, listen: &str, peer: &str, address: &str) -> Node {
     node_within(quick(), me, listen, peer, address).await
 }
 
-async fn node_within(limits: Limits, me: &str, listen: &str, peer: &str, address: &str) -> Node {
+async fn node_within(limits: LinkLimits, me: &str, listen: &str, peer: &str, address: &str) -> Node {
     let (sender, inputs) = mpsc::channel(64);
     let peers = [(id(peer), address.to_string())].into();
     let shutdown = CancellationToken::new();
@@ -181,7 +181,7 @@ async fn every_kind_of_bad_greeting_is_refused_by_its_class_and_peers_go_on() {
 
 #[tokio::test]
 async fn a_newer_node_speaks_the_older_ones_version_and_refuses_what_it_no_longer_knows() {
-    let newer = |min, max| Limits { versions: Versions { min, max }, ..quick() };
+    let newer = |min, max| LinkLimits { versions: Versions { min, max }, ..quick() };
     let address = free_address().await;
     let mut a = node_within(newer(VERSIONS.min, VERSIONS.max + 1), "a", "127.0.0.1:0", "b", &address).await;
     let mut b = node("b", &address, "a", a.links.address()).await;

@@ -7,7 +7,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Class, Limits};
+use super::{Class, LinkLimits};
 use crate::node::frame::{Envelope, FrameCodec, FrameError, Payload};
 use crate::ports::Connection;
 
@@ -17,7 +17,7 @@ const READ_BYTES_BEFORE_HELLO: usize = 512;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum End {
+pub(super) enum ConnectionEnd {
     /// The peer broke the rules.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -41,7 +41,7 @@ pub(super) enum End {
     Io(#[from] io::Error),
 }
 
-impl End {
+impl ConnectionEnd {
     /// Returns the class it counts as; none for ends that break no rule.
     pub(super) fn class(&self) -> Option<Class> {
         match self {
@@ -55,14 +55,14 @@ impl End {
 }
 
 /// A connection, and the part of a frame that has arrived.
-pub(super) struct Wire {
+pub(super) struct FrameStream {
     pub(super) connection: Connection,
     codec: FrameCodec,
     bytes: BytesMut,
     chunk: usize,
 }
 
-impl Wire {
+impl FrameStream {
     pub(super) fn new(connection: Connection) -> Self {
         let (codec, bytes) = (FrameCodec::default(), BytesMut::new());
         Self { connection, codec, bytes, chunk: READ_BYTES_BEFORE_HELLO }
@@ -75,9 +75,9 @@ impl Wire {
     }
 
     /// Returns the next frame: it must begin within the idle limit, and end within the body limit from there.
-    pub(super) async fn next(&mut self, limits: &Limits) -> Result<Envelope<Payload>, End> {
-        let idle = End::Deadline { class: Class::Idle, what: "silence", limit: limits.idle };
-        let body = End::Deadline { class: Class::BodyDeadline, what: "a frame", limit: limits.body };
+    pub(super) async fn next(&mut self, limits: &LinkLimits) -> Result<Envelope<Payload>, ConnectionEnd> {
+        let idle = ConnectionEnd::Deadline { class: Class::Idle, what: "silence", limit: limits.idle };
+        let body = ConnectionEnd::Deadline { class: Class::BodyDeadline, what: "a frame", limit: limits.body };
         let (mut deadline, mut late) = (Instant::now() + limits.idle, idle);
         let mut body = Some(body);
         loop {
@@ -91,33 +91,36 @@ impl Wire {
             }
             self.bytes.reserve(self.chunk);
             match timeout_at(deadline, self.connection.stream.read_buf(&mut self.bytes)).await {
-                Ok(Ok(0)) if self.bytes.is_empty() => return Err(End::Closed),
-                Ok(Ok(0)) => return Err(End::Truncated(self.bytes.len())),
+                Ok(Ok(0)) if self.bytes.is_empty() => return Err(ConnectionEnd::Closed),
+                Ok(Ok(0)) => return Err(ConnectionEnd::Truncated(self.bytes.len())),
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) => return Err(End::Io(error)),
+                Ok(Err(error)) => return Err(ConnectionEnd::Io(error)),
                 Err(_) => return Err(late),
             }
         }
     }
 
     /// Returns when the peer ends the connection, or says something where it may say nothing. Dropping the wait is safe.
-    pub(super) async fn ended(&mut self) -> End {
+    pub(super) async fn ended(&mut self) -> ConnectionEnd {
         match self.connection.stream.read_u8().await {
             Ok(found) => FrameError::Kind { expected: "nothing on a connection that this node sends on", found }.into(),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => End::Closed,
-            Err(error) => End::Io(error),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => ConnectionEnd::Closed,
+            Err(error) => ConnectionEnd::Io(error),
         }
     }
 
     /// Writes all of `bytes`: at once when the socket has room.
-    pub(super) async fn write(&mut self, bytes: &[u8], limit: Duration) -> Result<(), End> {
+    pub(super) async fn write(&mut self, bytes: &[u8], limit: Duration) -> Result<(), ConnectionEnd> {
         let written = async {
             self.connection.stream.write_all(bytes).await?;
             self.connection.stream.flush().await
         };
         match tokio::time::timeout(limit, written).await {
             Ok(result) => Ok(result?),
-            Err(_) => Err(End::Io(io::Error::new(io::ErrorKind::TimedOut, format!("no room to write for {limit:?}")))),
+            Err(_) => Err(ConnectionEnd::Io(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no room to write for {limit:?}"),
+            ))),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use serde::Deserialize;
 
-use super::{Event, Rejection};
+use super::{Rejection, ReportedEvent};
 
 /// An event as JSON has it: `{"service", "version", "status", "latency_ms", "event_time", "event_id"}`; the time is a number of
 /// milliseconds since 1970, or RFC 3339.
@@ -38,7 +38,7 @@ impl<'b> Json<'b> {
     }
 
     /// Returns the event.
-    pub fn event(&self) -> Result<Event<'_>, Rejection> {
+    pub fn event(&self) -> Result<ReportedEvent<'_>, Rejection> {
         let at_ms = match &self.event_time {
             Time::Millis(ms) => u64::try_from(*ms).ok(),
             Time::Text(text) => {
@@ -53,6 +53,6 @@ impl<'b> Json<'b> {
                 self.event_time
             ))
         })?;
-        Event::new(&self.service, &self.version, self.status, self.latency_ms, at_ms, &self.event_id)
+        ReportedEvent::new(&self.service, &self.version, self.status, self.latency_ms, at_ms, &self.event_id)
     }
 }

@@ -1,13 +1,13 @@
 //! Events as `aviary.v1.TelemetryEvent`, read by hand: a general decoder takes a multiple of the time, and this runs for millions
 //! of events a minute.
 
-use super::{Event, Raw, Rejection, Text};
+use super::{Raw, Rejection, ReportedEvent, Text};
 
-impl<'b> Event<'b> {
+impl<'b> ReportedEvent<'b> {
     /// Reads an `aviary.v1.TelemetryEvent`.
     #[inline]
     pub fn from_protobuf(bytes: &'b [u8]) -> Result<Self, Rejection> {
-        Wire(bytes).event().map_err(Broken::rejection)?.checked()
+        ProtobufFields(bytes).event().map_err(Broken::rejection)?.checked()
     }
 }
 
@@ -44,9 +44,9 @@ impl Broken {
 }
 
 /// What is left of a message.
-struct Wire<'b>(&'b [u8]);
+struct ProtobufFields<'b>(&'b [u8]);
 
-impl<'b> Wire<'b> {
+impl<'b> ProtobufFields<'b> {
     /// Reads an event to its end.
     #[inline]
     fn event(mut self) -> Result<Raw<'b>, Broken> {
@@ -57,7 +57,7 @@ impl<'b> Wire<'b> {
                 (2, LENGTH) => raw.version = self.text()?,
                 (3, VARINT) => raw.status = self.varint()?,
                 (4, FIXED64) => raw.latency_ms = f64::from_bits(self.fixed64()?),
-                (5, LENGTH) => raw.at_ms = Wire(self.bytes()?).timestamp_ms()?,
+                (5, LENGTH) => raw.at_ms = ProtobufFields(self.bytes()?).timestamp_ms()?,
                 (6, LENGTH) => raw.id = self.text()?,
                 (_, kind) => self.skip(kind)?,
             }

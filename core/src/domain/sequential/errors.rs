@@ -11,19 +11,19 @@ use super::{Mixture, Policy};
 
 /// How much worse a canary may be under an alternative.
 #[derive(Debug, Clone, Copy)]
-enum Alternative {
+enum ErrorAlternative {
     /// Its odds of failing are so many times stable's.
     SequentialEvidence(f64),
     /// This share of its requests fails.
     Share(f64),
 }
 
-const ALTERNATIVES: [Alternative; 5] = [
-    Alternative::SequentialEvidence(1.7),
-    Alternative::SequentialEvidence(3.0),
-    Alternative::SequentialEvidence(7.0),
-    Alternative::Share(0.12),
-    Alternative::Share(0.8),
+const ALTERNATIVES: [ErrorAlternative; 5] = [
+    ErrorAlternative::SequentialEvidence(1.7),
+    ErrorAlternative::SequentialEvidence(3.0),
+    ErrorAlternative::SequentialEvidence(7.0),
+    ErrorAlternative::Share(0.12),
+    ErrorAlternative::Share(0.8),
 ];
 /// Number of alternatives.
 pub(super) const COUNT: usize = ALTERNATIVES.len();
@@ -111,8 +111,10 @@ pub(super) fn bet(
     let mut ratios = [0.0; COUNT];
     for (k, (ratio, alternative)) in ratios.iter_mut().zip(ALTERNATIVES).enumerate() {
         *ratio = match alternative {
-            Alternative::SequentialEvidence(times) => times,
-            Alternative::Share(share) => (share / (1.0 - share)).max(sequential * (1.6 + 0.4 * k as f64)) / sequential,
+            ErrorAlternative::SequentialEvidence(times) => times,
+            ErrorAlternative::Share(share) => {
+                (share / (1.0 - share)).max(sequential * (1.6 + 0.4 * k as f64)) / sequential
+            }
         };
     }
     let margin = 1.0 + policy.error_margin + policy.error_allowance / stable;

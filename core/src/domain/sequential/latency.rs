@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 use serde::{Deserialize, Serialize};
 use serde_big_array::BigArray;
 
-use super::{Allowed, Policy};
+use super::{Policy, Slowdown};
 use crate::domain::stats::{BIN_RATIO, BINS, FIRST_US};
 
 /// Fine bins in one of those that are bet on.
@@ -49,21 +49,21 @@ impl DerefMut for Coarse {
 
 /// How much slower a canary may be under an alternative, beyond what is tolerated.
 #[derive(Debug, Clone, Copy)]
-enum Alternative {
+enum LatencyAlternative {
     /// Every request takes so many times as long.
     Shift(f64),
     /// This share of them does.
     Tail(f64, f64),
 }
 
-const ALTERNATIVES: [Alternative; 7] = [
-    Alternative::Shift(1.02),
-    Alternative::Shift(1.07),
-    Alternative::Shift(1.17),
-    Alternative::Shift(1.6),
-    Alternative::Shift(3.5),
-    Alternative::Tail(0.012, 3.0),
-    Alternative::Tail(0.06, 2.5),
+const ALTERNATIVES: [LatencyAlternative; 7] = [
+    LatencyAlternative::Shift(1.02),
+    LatencyAlternative::Shift(1.07),
+    LatencyAlternative::Shift(1.17),
+    LatencyAlternative::Shift(1.6),
+    LatencyAlternative::Shift(3.5),
+    LatencyAlternative::Tail(0.012, 3.0),
+    LatencyAlternative::Tail(0.06, 2.5),
 ];
 /// Number of alternatives.
 pub(super) const COUNT: usize = ALTERNATIVES.len();
@@ -238,11 +238,11 @@ impl Moving {
 }
 
 /// Returns what a canary's answers are like that is so much slower.
-fn slower(alternative: Alternative, warm: &Moving) -> Coarse {
+fn slower(alternative: LatencyAlternative, warm: &Moving) -> Coarse {
     let moved_by = |factor: f64| warm.by(factor.ln() / (BIN_RATIO.ln() * COARSENESS as f64));
     from_survival(&match alternative {
-        Alternative::Shift(factor) => moved_by(factor),
-        Alternative::Tail(share, factor) => {
+        LatencyAlternative::Shift(factor) => moved_by(factor),
+        LatencyAlternative::Tail(share, factor) => {
             let moved = moved_by(factor);
             Coarse(std::array::from_fn(|bin| warm.survival[bin].max(moved[bin].min(share))))
         }
@@ -263,14 +263,14 @@ impl Cold {
 }
 
 /// Makes `factors` the bet that a canary is like `above`, against a `warm` one or against a `cold` one.
-fn bet_on(factors: &mut Coarse, alternative: Alternative, above: &Coarse, warm: &Coarse, cold: Option<&Cold>) {
+fn bet_on(factors: &mut Coarse, alternative: LatencyAlternative, above: &Coarse, warm: &Coarse, cold: Option<&Cold>) {
     let most = match (cold, alternative) {
         // Whoever is faster than tolerated is no worse: a bet never falls towards slower answers.
         (None, alternative) => {
             never_falling(factors, above, warm);
             match alternative {
-                Alternative::Shift(factor) => (4.0 * factor.ln() + 0.3).min(6.0).exp(),
-                Alternative::Tail(..) => 5f64.exp(),
+                LatencyAlternative::Shift(factor) => (4.0 * factor.ln() + 0.3).min(6.0).exp(),
+                LatencyAlternative::Tail(..) => 5f64.exp(),
             }
         }
         // A warm-up is a course, not a bound: slowness that stays may well be less than it at first.
@@ -320,15 +320,15 @@ fn never_falling(factors: &mut Coarse, above: &Coarse, below: &Coarse) {
 
 /// Returns where a promotion compares answers, and by how much a larger share of the canary's may be beyond that: given
 /// stable's survival, the first coarse bin beyond, and the margin.
-pub(super) fn edge(survival: &Coarse, quantile: f64, allowed: Allowed) -> (usize, f64) {
+pub(super) fn edge(survival: &Coarse, quantile: f64, allowed: Slowdown) -> (usize, f64) {
     let beyond = 1.0 - quantile;
     let nearest = |curve: &Coarse, share: f64| {
         let distance = |bin: &usize| (curve[*bin] - share).abs();
         (0..COARSE).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0)
     };
     match allowed {
-        Allowed::Share(margin) => (nearest(survival, beyond), margin),
-        Allowed::Increase(increase) => {
+        Slowdown::Share(margin) => (nearest(survival, beyond), margin),
+        Slowdown::Increase(increase) => {
             // A canary whose quantile is that much higher has `beyond` of its answers beyond the moved one.
             let moved = Moving::of(*survival).by((1.0 + increase).ln() / (BIN_RATIO.ln() * COARSENESS as f64));
             let edge = nearest(&moved, beyond);

@@ -13,7 +13,7 @@ mod promote;
 
 use errors::{Rate, Urn};
 use latency::{Bets, Coarse, NULLS, Shape};
-use promote::Seen;
+use promote::VersionCounts;
 use serde::{Deserialize, Serialize};
 use serde_big_array::BigArray;
 
@@ -56,12 +56,12 @@ pub enum Harm {
     /// An error rate higher by this much, as a share of all requests.
     Errors(f64),
     /// That so much fewer answers stay within stable's quantile (0.0 to 1.0).
-    Latency(f64, Allowed),
+    Latency(f64, Slowdown),
 }
 
 /// How much slower.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub enum Allowed {
+pub enum Slowdown {
     /// More answers beyond stable's quantile, as a share of all.
     Share(f64),
     /// A quantile higher by this much, as a share of stable's.
@@ -108,8 +108,8 @@ impl Default for Policy {
             errors_share: ERRORS_SHARE,
             required: vec![
                 Required::new("errors", Harm::Errors(0.005)),
-                Required::new("median", Harm::Latency(0.5, Allowed::Share(0.05))),
-                Required::new("p95", Harm::Latency(0.95, Allowed::Share(0.025))),
+                Required::new("median", Harm::Latency(0.5, Slowdown::Share(0.05))),
+                Required::new("p95", Harm::Latency(0.95, Slowdown::Share(0.025))),
             ],
             promote_after_seconds: 30.0,
             seed: 1,
@@ -394,8 +394,10 @@ impl Sequential {
 
     fn promotion_grows(&mut self, block: &Block) {
         let yes_no = |all: u64, yes: u64| (yes as f64, (all - yes) as f64);
-        let seen =
-            Seen { canary: yes_no(block.requests.0, block.errors.0), stable: yes_no(block.requests.1, block.errors.1) };
+        let seen = VersionCounts {
+            canary: yes_no(block.requests.0, block.errors.0),
+            stable: yes_no(block.requests.1, block.errors.1),
+        };
         let share = block.requests.0 as f64 / (block.requests.0 + block.requests.1) as f64;
         let sum = |bins: &[f64]| bins.iter().sum::<f64>();
         let (canary, stable) = (sum(&block.canary), sum(&block.stable));
@@ -407,7 +409,10 @@ impl Sequential {
                 Harm::Latency(quantile, allowed) => {
                     let (edge, margin) = latency::edge(&survival, quantile, allowed);
                     let (above, above_stable) = (sum(&block.canary[edge..]), sum(&block.stable[edge..]));
-                    let seen = Seen { canary: (above, canary - above), stable: (above_stable, stable - above_stable) };
+                    let seen = VersionCounts {
+                        canary: (above, canary - above),
+                        stable: (above_stable, stable - above_stable),
+                    };
                     let rate = survival[edge].clamp(1e-3, 0.9);
                     *e += promote::factors(rate, canary / (canary + stable), margin).of(seen);
                 }

@@ -12,7 +12,7 @@ pub(super) struct Factors {
 
 /// So many yes and no of each version.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Seen {
+pub(super) struct VersionCounts {
     pub canary: (f64, f64),
     pub stable: (f64, f64),
 }
@@ -47,7 +47,7 @@ pub(super) fn factors(rate: f64, share: f64, margin: f64) -> Factors {
 
 impl Factors {
     /// Returns the logarithm of what these observations multiply the e-value by.
-    pub fn of(&self, seen: Seen) -> f64 {
+    pub fn of(&self, seen: VersionCounts) -> f64 {
         seen.canary.0 * self.canary.0
             + seen.canary.1 * self.canary.1
             + seen.stable.0 * self.stable.0

@@ -1,10 +1,10 @@
 //! What goes wrong, and how often.
 
 use aviary::ports::Topic;
-use aviary_core::domain::course::{HookCall, Phase};
+use aviary_core::domain::course::{HookCall, RouterPhase};
 use aviary_core::domain::split::Side;
 
-use super::World;
+use super::RouterWorld;
 use crate::dice::Dice;
 
 /// How often a hook call is overtaken, where it may be, in 1/10 000.
@@ -67,7 +67,7 @@ impl Rates {
     }
 }
 
-impl World {
+impl RouterWorld {
     /// Draws whether a hook call has its effect later than it ends.
     pub fn defers(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> bool {
         let defers = self.late && self.faulty && self.dice.chance(LATE);
@@ -106,7 +106,7 @@ impl World {
             draw if draw < self.rates.before => Fault::Before,
             draw if draw < self.rates.before + self.rates.after => Fault::After,
             draw if draw < self.rates.before + self.rates.after + self.rates.die => {
-                let phase = self.truth.phase.as_ref().map_or("new", Phase::words);
+                let phase = self.truth.phase.as_ref().map_or("new", RouterPhase::words);
                 self.truth.saw(&format!("died: {phase}"));
                 self.say(format!("router {who} dies in {name}, {phase}"));
                 self.routers[who].dead = true;

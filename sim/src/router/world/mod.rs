@@ -17,19 +17,19 @@ use faults::Rates;
 use people::KEYS;
 
 use super::broker::Broker;
-use super::services::Service;
+use super::services::SimulatedService;
 use super::teeth::Bug;
-use super::truth::{Known, Truth};
+use super::truth::{KnownRecord, RouterTruth};
 use crate::dice::Dice;
 
 /// The world, as its routers reach it.
-pub type Shared = Arc<Mutex<World>>;
+pub type Shared = Arc<Mutex<RouterWorld>>;
 
 const CHANGE_MS: [u64; 5] = [0, 50, 500, 5_000, 1_000_000];
 const BATCHES: [usize; 5] = [1, 2, 5, 20, 100];
 
 /// Everything that exists.
-pub struct World {
+pub struct RouterWorld {
     /// The source of chance.
     pub dice: Dice,
     /// The time.
@@ -37,9 +37,9 @@ pub struct World {
     /// The topics and groups.
     pub broker: Broker,
     /// Both services, on each topic that they may read.
-    pub services: Vec<Service>,
+    pub services: Vec<SimulatedService>,
     /// The observer.
-    pub truth: Truth,
+    pub truth: RouterTruth,
     /// Every router process that was ever started.
     pub routers: Vec<Router>,
     /// What the routers are to do.
@@ -88,15 +88,15 @@ pub struct Router {
     /// Its producer's epoch.
     pub weight_version: u64,
     /// What it knew at its turn's begin.
-    pub known: Known,
+    pub known: KnownRecord,
 }
 
 /// Locks the world, also after a panic.
-pub fn lock(world: &Shared) -> MutexGuard<'_, World> {
+pub fn lock(world: &Shared) -> MutexGuard<'_, RouterWorld> {
     world.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl World {
+impl RouterWorld {
     /// Returns the world of a seed.
     pub fn new(seed: u64, bug: Option<Bug>, words: bool) -> Self {
         let mut dice = Dice::new(seed);
@@ -116,13 +116,13 @@ impl World {
             batch_max: *dice.pick(&BATCHES),
         };
         let services = Side::BOTH.into_iter().flat_map(|side| [(side, Topic::Source), (side, Topic::Of(side))]);
-        let services: Vec<_> = services.map(|(side, topic)| Service::new(side, topic, &mut dice)).collect();
+        let services: Vec<_> = services.map(|(side, topic)| SimulatedService::new(side, topic, &mut dice)).collect();
         let rates = Rates::new(&mut dice);
         let committed =
             dice.chance(4000).then_some(CommittedWeight { weight: plan.weight, weight_version: 1, end: None });
         let mut world = Self {
             now_ms: 1_000,
-            truth: Truth::new(plan.salt, plan.keyed, plan.weight, vec![0; count]),
+            truth: RouterTruth::new(plan.salt, plan.keyed, plan.weight, vec![0; count]),
             broker,
             services,
             routers: Vec::new(),

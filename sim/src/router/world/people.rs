@@ -2,18 +2,18 @@
 
 use aviary::ports::Topic;
 use aviary::router::engine::{CommittedWeight, Steering};
-use aviary_core::domain::course::{ControlCommand, End, Entry};
+use aviary_core::domain::course::{ControlCommand, ControlEntry, RouterEnd};
 use aviary_core::domain::split::Side;
 use aviary_core::domain::weights::Weight;
 
 use super::super::log::Fate;
-use super::super::truth::Known;
-use super::{World, weight};
+use super::super::truth::KnownRecord;
+use super::{RouterWorld, weight};
 
 /// Keys of records; few, so that each has many.
 pub const KEYS: [&[u8]; 12] = [b"a", b"b", b"", b"c", b"d", b"e", b"f", b"g", b"h", b"i", b"j", b"k"];
 
-impl World {
+impl RouterWorld {
     /// Lets everything else go on for a moment.
     pub fn happen(&mut self) {
         self.now_ms += self.dice.between(0, 10);
@@ -92,7 +92,7 @@ impl World {
 
     fn ask(&mut self, ask: ControlCommand) {
         self.say(format!("somebody asks: {ask:?}"));
-        let line = serde_json::to_string(&Entry::Command(ask)).expect("an entry has a text");
+        let line = serde_json::to_string(&ControlEntry::Command(ask)).expect("an entry has a text");
         self.broker.control.append(line, None);
     }
 
@@ -116,10 +116,10 @@ impl World {
     /// Asks for an end.
     pub fn ask_end(&mut self) {
         let end = match self.dice.chance(5000) {
-            true => End::Promote,
-            false => End::Abort("chance".into()),
+            true => RouterEnd::Promote,
+            false => RouterEnd::Abort("chance".into()),
         };
-        if end == End::Promote {
+        if end == RouterEnd::Promote {
             self.truth.asked(Weight::FULL);
         }
         let by_hand = self.dice.chance(2000);
@@ -131,8 +131,8 @@ impl World {
                 }
             }
             Some(_) | None => self.ask(match end {
-                End::Promote => ControlCommand::Promote,
-                End::Abort(reason) => ControlCommand::Abort { reason },
+                RouterEnd::Promote => ControlCommand::Promote,
+                RouterEnd::Abort(reason) => ControlCommand::Abort { reason },
             }),
         }
     }
@@ -148,7 +148,7 @@ impl World {
     /// Returns the weight that the routers are to come to.
     pub fn wanted(&self) -> Weight {
         let asked = self.control().filter_map(|entry| match entry {
-            Entry::Command(ControlCommand::SetWeight { weight }) => Some(weight),
+            ControlEntry::Command(ControlCommand::SetWeight { weight }) => Some(weight),
             _ => None,
         });
         match &self.committed {
@@ -157,7 +157,7 @@ impl World {
         }
     }
 
-    fn control(&self) -> impl Iterator<Item = Entry> {
+    fn control(&self) -> impl Iterator<Item = ControlEntry> {
         let visible =
             (0..self.broker.control.stable()).filter_map(|at| self.broker.control.get(&self.broker.fates, at));
         visible.map(|line| serde_json::from_str(line).expect("entries come back"))
@@ -165,16 +165,22 @@ impl World {
 
     /// Returns whether the cluster's rollout was rolled back.
     pub fn is_rolled_back(&self) -> bool {
-        matches!(&self.committed, Some(CommittedWeight { end: Some(End::Abort(_)), .. }))
+        matches!(&self.committed, Some(CommittedWeight { end: Some(RouterEnd::Abort(_)), .. }))
     }
 
     /// Returns what a router that is turned now knows; its clock and its plan are its own.
-    pub fn known(&self) -> Known {
+    pub fn known(&self) -> KnownRecord {
         let steering = self.steering();
-        let committed = matches!(&steering, Steering::Cluster(Some(CommittedWeight { end: Some(End::Abort(_)), .. })));
-        let aborted =
-            committed || self.control().any(|entry| matches!(entry, Entry::Command(ControlCommand::Abort { .. })));
-        Known { blind: steering == Steering::Cluster(None), aborted, world_ms: self.now_ms, ..Known::default() }
+        let committed =
+            matches!(&steering, Steering::Cluster(Some(CommittedWeight { end: Some(RouterEnd::Abort(_)), .. })));
+        let aborted = committed
+            || self.control().any(|entry| matches!(entry, ControlEntry::Command(ControlCommand::Abort { .. })));
+        KnownRecord {
+            blind: steering == Steering::Cluster(None),
+            aborted,
+            world_ms: self.now_ms,
+            ..KnownRecord::default()
+        }
     }
 
     /// Ends everything that goes wrong.

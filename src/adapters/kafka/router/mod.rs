@@ -19,12 +19,12 @@ use tracing::info;
 use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush};
 use crate::config::node::Kafka;
 use crate::domain::split::Side;
-use crate::ports::{Assignment, Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, Record, Topic};
+use crate::ports::{Assignment, Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, SourceRecord, Topic};
 
 mod topics;
 mod writer;
 
-pub use topics::Range;
+pub use topics::OffsetRange;
 use writer::{CONTROL, Writer};
 
 /// Where a copy comes from: `TOPIC/PARTITION/OFFSET`.
@@ -46,7 +46,7 @@ const CLOCK_EVERY: usize = 64;
 
 /// What a router's topics, groups and versions are called.
 #[derive(Debug, Clone)]
-pub struct Names {
+pub struct TopicNames {
     /// The topic that is split.
     pub source: String,
     /// The versions' own topics, stable's first.
@@ -61,7 +61,7 @@ pub struct Names {
     pub router: String,
 }
 
-impl Names {
+impl TopicNames {
     fn topic(&self, topic: Topic) -> &str {
         match topic {
             Topic::Source => &self.source,
@@ -73,14 +73,14 @@ impl Names {
 /// A broker, as a router sees it.
 pub struct KafkaBroker {
     config: Kafka,
-    names: Names,
+    names: TopicNames,
     clock: Arc<dyn Clock>,
     /// One for each service's group, which it asks about and never joins.
     services: [BaseConsumer<Quiet>; 2],
-    open: Option<Open>,
+    open: Option<OpenClients>,
 }
 
-struct Open {
+struct OpenClients {
     writer: Writer,
     /// Reads the source; its group is the router's.
     source: BaseConsumer<Quiet>,
@@ -112,7 +112,7 @@ fn whole(topic: &str, partitions: usize) -> TopicPartitionList {
 
 impl KafkaBroker {
     /// Returns a broker that is not open yet.
-    pub fn new(config: &Kafka, names: Names, clock: Arc<dyn Clock>) -> Result<Self, OutsideError> {
+    pub fn new(config: &Kafka, names: TopicNames, clock: Arc<dyn Clock>) -> Result<Self, OutsideError> {
         let service = |group: &str| {
             let made = reader(config, group, &[]);
             made.map_err(|error: KafkaError| OutsideError::new("kafka", error))
@@ -169,7 +169,7 @@ impl KafkaBroker {
         let group = source.group_metadata().ok_or(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownGroup))?;
         let opened = Opened { places: places(&source, &self.names.source, partitions)?, entries: read(&control)? };
         let held = vec![false; partitions];
-        self.open = Some(Open { writer, source, group, control, partitions, held });
+        self.open = Some(OpenClients { writer, source, group, control, partitions, held });
         Ok(opened)
     }
 
@@ -200,7 +200,7 @@ impl KafkaBroker {
         since.is_some_and(|since| self.clock.now().mono.millis_since(since) >= TRANSACTION_MS_MAX)
     }
 
-    fn opened(&mut self) -> Result<&mut Open, OutsideError> {
+    fn opened(&mut self) -> Result<&mut OpenClients, OutsideError> {
         self.open.as_mut().ok_or_else(|| OutsideError::new("kafka", "not open"))
     }
 
@@ -209,7 +209,7 @@ impl KafkaBroker {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
+        assign: &mut dyn FnMut(SourceRecord<'_>) -> Assignment,
     ) -> Result<usize, KafkaError> {
         let open = self.open.as_mut().ok_or(KafkaError::Canceled)?;
         open.hold(&self.names.source, held)?;
@@ -219,7 +219,7 @@ impl KafkaBroker {
         while let Some(next) = message {
             let next = next?;
             let (partition, offset) = (next.partition() as usize, next.offset());
-            let stamp = assign(Record { partition, offset, key: next.key() });
+            let stamp = assign(SourceRecord { partition, offset, key: next.key() });
             source.truncate(self.names.source.len());
             write!(source, "/{partition}/{offset}").expect("a text grows");
             let stamped = open.writer.stamped(&self.names, stamp);
@@ -372,7 +372,7 @@ fn text(message: &BorrowedMessage<'_>) -> String {
     String::from_utf8_lossy(message.payload().unwrap_or_default()).into_owned()
 }
 
-impl Open {
+impl OpenClients {
     /// Reads from some partitions only.
     fn hold(&mut self, topic: &str, held: &[bool]) -> Result<(), KafkaError> {
         for (partition, (before, after)) in self.held.iter_mut().zip(held).enumerate() {
@@ -432,7 +432,7 @@ impl Broker for KafkaBroker {
         wait: Duration,
         most: usize,
         held: &[bool],
-        assign: &mut dyn FnMut(Record<'_>) -> Assignment,
+        assign: &mut dyn FnMut(SourceRecord<'_>) -> Assignment,
     ) -> Result<usize, OutsideError> {
         self.try_copy(wait, most, held, assign).map_err(|error| self.error(error))
     }

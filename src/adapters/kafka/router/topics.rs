@@ -18,7 +18,7 @@ use crate::ports::{Opened, OutsideError, Topic};
 
 /// What is read of a partition.
 #[derive(Debug, Clone, Copy)]
-pub struct Range {
+pub struct OffsetRange {
     /// The first offset.
     pub from: i64,
     /// That after the last.
@@ -133,7 +133,7 @@ impl KafkaBroker {
     pub fn scan(
         &self,
         topic: Topic,
-        ranges: &[Range],
+        ranges: &[OffsetRange],
         take: &mut dyn FnMut(usize, i64, Option<&str>),
     ) -> Result<(), OutsideError> {
         self.try_scan(self.names.topic(topic), ranges, take).map_err(|error| self.error(error))
@@ -142,7 +142,7 @@ impl KafkaBroker {
     fn try_scan(
         &self,
         topic: &str,
-        ranges: &[Range],
+        ranges: &[OffsetRange],
         take: &mut dyn FnMut(usize, i64, Option<&str>),
     ) -> Result<(), KafkaError> {
         let reader = self.ends()?;

@@ -10,7 +10,7 @@ use rdkafka::message::{BorrowedMessage, DeliveryResult, Header, Message as _, Ow
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 
 use super::super::{log, send};
-use super::{Names, VERSION_HEADER, WEIGHT_VERSION_HEADER};
+use super::{TopicNames, VERSION_HEADER, WEIGHT_VERSION_HEADER};
 use crate::domain::split::Side;
 use crate::domain::time::Mono;
 use crate::ports::{Assignment, Clock};
@@ -25,9 +25,9 @@ pub struct Deliveries {
 
 /// Hears what the broker says.
 #[derive(Clone)]
-pub struct Context(pub Arc<Deliveries>);
+pub struct DeliveryContext(pub Arc<Deliveries>);
 
-impl ClientContext for Context {
+impl ClientContext for DeliveryContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         log(level, facility, text);
     }
@@ -36,7 +36,7 @@ impl ClientContext for Context {
 /// Records of the control topic have this mark, others their side's number.
 pub const CONTROL: usize = 2;
 
-impl ProducerContext for Context {
+impl ProducerContext for DeliveryContext {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, mark: usize) {
@@ -56,7 +56,7 @@ impl ProducerContext for Context {
 /// A producer of transactions.
 pub struct Writer {
     /// The client.
-    pub producer: ThreadedProducer<Context>,
+    pub producer: ThreadedProducer<DeliveryContext>,
     /// What the broker said.
     pub deliveries: Arc<Deliveries>,
     /// When the open transaction began.
@@ -71,7 +71,7 @@ impl Writer {
     pub fn new(config: &ClientConfig, partitions: usize, clock: Arc<dyn Clock>) -> Result<Self, KafkaError> {
         let lasts = || (0..partitions).map(|_| AtomicI64::new(-1)).collect();
         let deliveries = Arc::new(Deliveries { last: [lasts(), lasts()], failed: AtomicU64::new(0) });
-        let producer = config.create_with_context(Context(deliveries.clone()))?;
+        let producer = config.create_with_context(DeliveryContext(deliveries.clone()))?;
         Ok(Self { producer, deliveries, begun: None, clock, stamped: None })
     }
 
@@ -88,7 +88,7 @@ impl Writer {
     }
 
     /// Returns the headers that say which version a record was given to, and under which weight.
-    pub fn stamped(&mut self, names: &Names, stamp: Assignment) -> &OwnedHeaders {
+    pub fn stamped(&mut self, names: &TopicNames, stamp: Assignment) -> &OwnedHeaders {
         if self.stamped.as_ref().is_none_or(|(weight_version, _)| *weight_version != stamp.weight_version) {
             let weight_version = stamp.weight_version.to_string();
             let made = names.versions.each_ref().map(|version| {
@@ -104,7 +104,7 @@ impl Writer {
     /// Writes a record as it is, but for its headers.
     pub fn copy(
         &mut self,
-        names: &Names,
+        names: &TopicNames,
         from: &BorrowedMessage<'_>,
         headers: OwnedHeaders,
         side: Side,
