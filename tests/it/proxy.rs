@@ -40,7 +40,7 @@ const FAILED: &str = "HTTP/1.1 500 Failed\r\ncontent-length: 2\r\n\r\nno";
 pub(crate) struct World {
     pub(crate) address: SocketAddr,
     pub(crate) node: NodeHandle,
-    told: mpsc::Receiver<Request>,
+    told: mpsc::Receiver<NodeRequest>,
     _stop: DropGuard,
 }
 
@@ -173,7 +173,7 @@ impl World {
                         count += all.iter().map(|o| o.evidence.canary.count).sum::<u64>();
                         errors += all.iter().map(|o| o.evidence.canary.errors).sum::<u64>();
                     }
-                    Request::CircuitBreakerTripped { .. } => trips += 1,
+                    NodeRequest::CircuitBreakerTripped { .. } => trips += 1,
                     _ => {}
                 }
             }
