@@ -6,23 +6,48 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 pub const NAMES: [&str; 3] = ["a", "b", "c"];
 
-/// Returns a port that is free, that no other test here gets, and that the system lends to no connection: those of the
-/// ephemeral range are gone again before a node can bind them.
+/// Returns a port that is free and that no other test gets: not in this process, and in no other one that takes its ports
+/// here. The system lends none of them to connections: those of the ephemeral range are gone again before a node can bind
+/// them.
 pub fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = (std::process::id() % 10_000) as u16;
+    static BLOCKS: Mutex<Vec<Block>> = Mutex::new(Vec::new());
+    let mut blocks = BLOCKS.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
-        let port = 12_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
+        match blocks.last_mut().and_then(|block| block.ports.next()) {
+            Some(port) if TcpListener::bind(("127.0.0.1", port)).is_ok() => return port,
+            Some(_) => {}
+            None => blocks.push(Block::claim()),
         }
+    }
+}
+
+/// Ports of this process, for as long as it lives.
+struct Block {
+    /// Listens on the block's first port: who finds that taken looks for another block.
+    _guard: TcpListener,
+    ports: std::ops::Range<u16>,
+}
+
+impl Block {
+    const FIRST: u16 = 12_000;
+    const SIZE: u16 = 50;
+    const COUNT: u16 = 400;
+
+    fn claim() -> Self {
+        let begin = (std::process::id() % u32::from(Self::COUNT)) as u16;
+        let mut firsts = (0..Self::COUNT).map(|n| Self::FIRST + (begin + n) % Self::COUNT * Self::SIZE);
+        let block = |first: u16| {
+            let guard = TcpListener::bind(("127.0.0.1", first)).ok()?;
+            Some(Self { _guard: guard, ports: first + 1..first + Self::SIZE })
+        };
+        firsts.find_map(block).expect("a block of ports that is free")
     }
 }
 
