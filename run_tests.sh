@@ -1,118 +1,270 @@
 #!/usr/bin/env bash
-# Everything a change must pass: format, lints, tests over real processes, simulation. Prints what it skipped, and why.
-# `./run_tests.sh nightly` does the same for about an hour: many more seeds, kills, cuts and damages, in release builds.
+# Everything that a change must pass, in named stages; ends with the seconds of each and with what was skipped, and why.
+#
+#   ./run_tests.sh                      all stages
+#   ./run_tests.sh quick                format, lint, core, unit, seeded bugs, 50 simulated clusters: the loop while you work
+#   ./run_tests.sh STAGE...             these stages, such as: ./run_tests.sh lint unit
+#   ./run_tests.sh nightly [STAGE...]   all or these stages for longer, in release builds: more seeds, kills, cuts and damages
+#   ./run_tests.sh --help               this, and what each stage does
+#
+# REQUIRE_SERVICES=1   what a stage lacks is installed where that is possible; else the run fails instead of skipping it
+# AVIARY_CACHE         where programs that only tests need are kept (scripts/tools.sh); default ~/.cache/aviary-tools
 set -euo pipefail
 cd "$(dirname "$0")"
 
-case "${1:-}" in
-  "") profile=(); sim=./target/debug/sim; aviary=./target/debug/aviary; clients=(--big 64); seeds=300; whole=20; rounds=() ; exhaust=0,0,0,2,0 ;;
-  nightly) profile=(--release); sim=./target/release/sim; aviary=./target/release/aviary; clients=(--churn 10); seeds=10000; whole=500; rounds=(AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000); exhaust=1,1,0,2,0 ;;
-  *) echo "run_tests.sh: found $1, expected nothing or: nightly" >&2; exit 1 ;;
-esac
+stages=(
+  "format           rustfmt, everywhere"
+  "lint             clippy, warnings denied; shellcheck and actionlint where they are installed"
+  "schema           buf lint of proto/"
+  "core             tests of aviary-core on its own: needs no C compiler"
+  "build            everything that later stages run, in one build"
+  "unit             tests beside the code of the other crates"
+  "it               tests/it: parts over real sockets, clusters of real processes"
+  "manifests        deploy/ against the schemas of Kubernetes"
+  "services         tests/it with a real Kafka, Redis and Prometheus"
+  "clients          the data plane under curl, nghttp, h2load, grpcio and others"
+  "sim              simulated clusters: a virtual minute of faults each, then healing"
+  "sim-router       simulated record routers on a log with transactions, and their seeded bugs"
+  "sim-nodes        whole nodes on turmoil's network"
+  "sim-exhaust      every order of everything within small bounds"
+  "sim-determinism  the same traces in two processes"
+  "sim-bugs         seeded bugs of the core are caught"
+  "deps             cargo-deny: licences, advisories, sources"
+)
+names=(); for line in "${stages[@]}"; do names+=("${line%% *}"); done
+quick=(format lint core build unit sim-bugs sim)
 
-skipped=()
-step() { printf '\n== %s\n' "$*"; }
-need() { command -v "$1" >/dev/null || { echo "run_tests.sh: $1 is missing: $2" >&2; exit 1; }; }
-need cargo "install Rust 1.90 or newer (https://rustup.rs)"
-need cc "install a C compiler, for librdkafka (or build with --no-default-features)"
-need make "install make, for librdkafka (or build with --no-default-features)"
+# What a change needs. A seeded bug of the core is caught by the seed that it is pinned to, whatever the number of seeds here: these
+# look for what nobody thought of, and the nightly run looks further, at other seeds too.
+profile=(); out=target/debug; seeds=120; router_seeds=4000; node_seeds=20; exhaust=0,0,0,2,0; complete=(); clients=(--big 64)
 
-step "format"
-if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else skipped+=("format: rustfmt is not installed (rustup component add rustfmt)"); fi
-
-step "lints"
-if cargo clippy --version >/dev/null 2>&1; then
-  cargo clippy --workspace --all-targets --quiet -- -D warnings
-else
-  skipped+=("lints: clippy is not installed (rustup component add clippy)")
-fi
-
-step "schema"
-tools=$PWD/target/tools
-mkdir -p "$tools"
-# The program, where it isn't installed, is built only where everything is asked for: that takes minutes.
-buf=$(command -v buf || echo "$tools/buf")
-if [ ! -x "$buf" ] && [ "${REQUIRE_SERVICES:-}" = 1 ] && command -v go >/dev/null; then
-  GOBIN=$tools go install github.com/bufbuild/buf/cmd/buf@v1.50.0 >"$tools/log" 2>&1 || tail -5 "$tools/log" >&2
-fi
-if [ -x "$buf" ]; then "$buf" lint proto; else skipped+=("schema: buf is not installed (https://buf.build)"); fi
-
-step "tests"
-if [ -n "${1:-}" ]; then ulimit -n 20000; fi
-env "${rounds[@]}" cargo test --workspace --quiet "${profile[@]}"
-
-step "manifests"
-manifest_tools() {
-  [ -x "$tools/kustomize" ] && [ -x "$tools/python/bin/python" ] && return 0
-  command -v go >/dev/null && command -v python3 >/dev/null || return 1
-  GOBIN=$tools go install sigs.k8s.io/kustomize/kustomize/v5@v5.5.0 >"$tools/log" 2>&1 || return 1
-  python3 -m venv "$tools/python" >>"$tools/log" 2>&1 || return 1
-  "$tools/python/bin/pip" install --quiet kubernetes-validate pyyaml >>"$tools/log" 2>&1
+usage() {
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
+  printf '\nStages:\n'
+  printf '  %s\n' "${stages[@]}"
 }
-if manifest_tools; then
-  "$tools/python/bin/python" tests/manifests.py "$tools/kustomize"
-elif [ "${REQUIRE_SERVICES:-}" = 1 ]; then
-  cat "$tools/log" >&2 || true
-  echo "run_tests.sh: the manifests can't be validated, expected go and python3 with venv (REQUIRE_SERVICES=1)" >&2
-  exit 1
-else
-  skipped+=("manifests: go or python3 with venv is not installed, or their packages can't be reached")
-fi
+fail() { echo "run_tests.sh: $*" >&2; exit 1; }
+has() { command -v "$1" >/dev/null 2>&1; }
+required() { [ "${REQUIRE_SERVICES:-}" = 1 ]; }
+skipped=()
+# Says that something can't be done here; where everything is asked for, that is a failure.
+skip() { if required && [ "${2:-}" != optional ]; then fail "$1 (REQUIRE_SERVICES=1)"; fi; skipped+=("$stage: $1"); }
+tool() { scripts/tools.sh "$1"; }
 
-step "tests with a real Kafka and a real Redis"
-if scripts/services.sh up; then
-  trap 'scripts/services.sh down' EXIT
-  eval "$(scripts/services.sh env)"
+# Runs Rust tests: with nextest, which runs many at once by the weights of .config/nextest.toml, or with cargo where it can't be had.
+# Always over the workspace: another selection has other features, hence another build.
+nextest=
+find_nextest() {
+  [ -z "$nextest" ] || return 0
+  if has cargo-nextest; then nextest=cargo-nextest; else nextest=$(tool nextest)/bin/cargo-nextest || nextest=none; fi
+  [ -x "$(command -v "$nextest")" ] || { nextest=none; skipped+=("nextest: can't be had; cargo test took its place, which is slower"); }
+}
+
+stage_format() {
+  cargo fmt --version >/dev/null 2>&1 || { skip "rustfmt is not installed (rustup component add rustfmt)" optional; return; }
+  cargo fmt --all --check
+}
+
+stage_lint() {
+  if has shellcheck; then
+    git ls-files '*.sh' .ci/run | xargs shellcheck --severity warning
+  else
+    skip "shellcheck is not installed" optional
+  fi
+  if has actionlint; then actionlint; else skip "actionlint is not installed" optional; fi
+  cargo clippy --version >/dev/null 2>&1 || { skip "clippy is not installed (rustup component add clippy)" optional; return; }
+  cargo clippy --workspace --all-targets --quiet -- -D warnings
+}
+
+stage_schema() {
+  local buf
+  # Where it isn't installed or kept, it is built only where everything is asked for: that takes minutes.
+  if has buf; then buf=buf
+  elif required || scripts/tools.sh have buf; then buf=$(tool buf)/buf || { skip "buf can't be built"; return; }
+  else skip "buf is not installed (https://buf.build)"; return; fi
+  "$buf" lint proto
+}
+
+stage_core() { cargo test --quiet -p aviary-core "${profile[@]}"; }
+
+built=
+stage_build() {
+  [ -z "$built" ] || return 0
+  has cc || fail "a C compiler is missing, for librdkafka (the stage core needs none)"
+  has make || fail "make is missing, for librdkafka"
+  cargo build --workspace --bins --tests "${profile[@]}"
+  built=1
+}
+
+# Runs the tests of tests/it that an expression of nextest and a filter of cargo test name, $3 of them at once; ignored ones with more.
+run_it() {
+  local expression=$1 filter=$2 threads=$3; shift 3
+  find_nextest
+  if [ "$nextest" = none ]; then
+    cargo test --workspace --test it --quiet "${profile[@]}" "$filter" -- --test-threads "$threads" ${1:+--ignored} "${without[@]}"
+  else
+    "$nextest" nextest run --profile it --workspace --test it "${profile[@]}" -E "$expression" ${1:+--run-ignored only}
+  fi
+}
+
+stage_unit() {
+  find_nextest
+  if [ "$nextest" = none ]; then
+    cargo test --workspace --lib --bins --quiet "${profile[@]}"
+  else
+    "$nextest" nextest run --workspace --lib --bins "${profile[@]}" -E 'not package(aviary-core)'
+  fi
+}
+
+stage_it() {
   without=()
+  run_it 'all()' '' 4
+  if [ "$(id -u)" != 0 ] || ! has ip; then
+    skip "tests in network namespaces, on a small tmpfs: they need root and the tool ip (iproute2)" optional
+  fi
+}
+
+stage_manifests() {
+  local kustomize python
+  if has go && has python3 && kustomize=$(tool kustomize) && python=$(tool python); then
+    PYTHONPATH=$python python3 tests/manifests.py "$kustomize/kustomize"
+  else
+    skip "go or python3 with pip is not installed, or their packages can't be reached"
+  fi
+}
+
+stage_services() {
+  local pair program expression='test(/^services::/)'
+  without=()
+  [ -z "$fetching" ] || wait "$fetching" || true
+  scripts/services.sh up || { skip "no Kafka or no Redis (scripts/services.sh up)"; return; }
+  services=up
+  eval "$(scripts/services.sh env)"
   for pair in redis-server:redis_away prometheus:prometheus; do
     program=${pair%:*}
     scripts/services.sh need "$program" && continue
-    [ "${REQUIRE_SERVICES:-}" != 1 ] || exit 1
+    skip "services::*${pair#*:}*: the program $program is not installed, which the test starts and ends"
     without+=(--skip "${pair#*:}")
-    skipped+=("services::*${pair#*:}*: the program $program is not installed, which the test starts and ends")
+    expression+=" & not test(/${pair#*:}/)"
   done
-  # One after the other: each is a broker, three nodes and more.
-  cargo test --quiet "${profile[@]}" --test it services:: -- --ignored --test-threads 1 "${without[@]}"
+  run_it "$expression" services:: 1 ignored
   scripts/services.sh down
-  trap - EXIT
-elif [ "${REQUIRE_SERVICES:-}" = 1 ]; then
-  echo "run_tests.sh: no Kafka or no Redis, expected both with REQUIRE_SERVICES=1" >&2
-  exit 1
-else
-  skipped+=("$(cargo test --quiet "${profile[@]}" --test it services:: -- --ignored --list | sed -n 's/: test$/: needs Kafka or Redis (scripts\/services.sh up)/p')")
-fi
+  services=
+}
 
-step "data plane under clients that nobody here wrote"
-if command -v python3 >/dev/null && command -v curl >/dev/null; then
-  cargo build --quiet "${profile[@]}"
-  python3 tests/clients.py --aviary "$aviary" "${clients[@]}"
-else
-  skipped+=("data plane under other clients: python3 or curl is not installed")
-fi
+stage_clients() {
+  if has python3 && has curl; then
+    python3 tests/clients.py --aviary "$out/aviary" "${clients[@]}"
+  else
+    skip "python3 or curl is not installed" optional
+  fi
+}
 
-step "simulation: $seeds seeds, each a virtual minute of faults, then healing"
-cargo build --quiet --package sim "${profile[@]}"
-if [ -n "${1:-}" ]; then complete=(--complete); else complete=(); fi
-"$sim" --seeds "$seeds" "${complete[@]}"
-step "simulation: the record router, on a log with transactions: 10000 seeds, and 5000 whose hooks come late"
-"$sim" --router --seeds 10000 --complete
-"$sim" --router --seeds 5000 --late
-"$sim" --router --teeth
-step "simulation: whole nodes on turmoil's network, $whole seeds"
-"$sim" --whole --seeds "$whole" --ms 20000
-step "simulation: every order of everything, within $exhaust (crashes, wipes, timeouts, questions, losses)"
-"$sim" --exhaust "$exhaust" --states 12000000
-step "simulation: the same traces in two processes"
-"$sim" --determinism --seeds 100 --ms 5000
-step "simulation: seeded bugs are caught"
-"$sim" --teeth --ms 60000
+# Runs commands, one in each argument, at the same time; prints what they say one after the other. Fails when one does.
+at_once() {
+  local command words folder status=0 i pids=()
+  folder=$(mktemp -d)
+  for command in "$@"; do
+    read -ra words <<<"$command"
+    "${words[@]}" >"$folder/${#pids[@]}" 2>&1 &
+    pids+=($!)
+  done
+  for i in "${!pids[@]}"; do
+    wait "${pids[$i]}" || status=1
+    printf '$ %s\n' "${@:i+1:1}"
+    cat "$folder/$i"
+  done
+  rm -r "$folder"
+  return "$status"
+}
 
-if [ "$(id -u)" != 0 ] || ! command -v ip >/dev/null; then
-  skipped+=("tests in network namespaces, on a small tmpfs: they need root and the tool ip (iproute2)")
-fi
+stage_sim() {
+  local half=$((seeds / 2))
+  if [ -n "${complete[*]}" ]; then
+    # All of what a long run must reach is reached by one process's seeds; the other's come on top.
+    at_once "$out/sim --seeds $seeds ${complete[*]}" "$out/sim --seeds $seeds --from 1000001"
+  else
+    at_once "$out/sim --seeds $half" "$out/sim --seeds $half --from $((half + 1))"
+  fi
+}
 
-step "dependencies"
-if cargo deny --version >/dev/null 2>&1; then cargo deny check; else skipped+=("dependencies: cargo-deny is not installed (cargo install cargo-deny)"); fi
+stage_sim-router() {
+  at_once "$out/sim --router --seeds $router_seeds --complete" "$out/sim --router --seeds $((router_seeds / 2)) --late" "$out/sim --router --teeth"
+}
 
-printf '\n== all passed\n'
-for line in "${skipped[@]:-}"; do [ -z "$line" ] || echo "skipped: $line"; done
+stage_sim-nodes() { "$out/sim" --whole --seeds "$node_seeds" --ms 20000; }
+stage_sim-exhaust() { "$out/sim" --exhaust "$exhaust" --states 12000000; }
+stage_sim-determinism() { "$out/sim" --determinism --seeds 100 --ms 5000; }
+stage_sim-bugs() { "$out/sim" --teeth --ms 60000; }
+
+stage_deps() {
+  cargo deny --version >/dev/null 2>&1 || { skip "cargo-deny is not installed (cargo install cargo-deny)" optional; return; }
+  cargo deny check
+}
+
+# What the run consists of.
+nightly=
+planned=()
+plan() {
+  local name needs_build=" unit it services clients sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
+  for name in "$@"; do
+    [[ " ${names[*]} " == *" $name "* ]] || fail "found $name, expected quick, nightly or stages: ${names[*]}"
+    if [[ $needs_build == *" $name "* && " ${planned[*]} " != *" build "* ]]; then planned+=(build); fi
+    [[ " ${planned[*]} " == *" $name "* ]] || planned+=("$name")
+  done
+}
+case "${1:-}" in
+  -h | --help) usage; exit ;;
+  quick) [ $# = 1 ] || fail "found $2 after quick, expected nothing"; seeds=50; plan "${quick[@]}" ;;
+  nightly)
+    shift
+    nightly=1 profile=(--release) out=target/release seeds=10000 router_seeds=10000 node_seeds=500 exhaust=1,1,0,2,0
+    complete=(--complete) clients=(--churn 10)
+    export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000
+    ulimit -n 20000
+    [ $# -gt 0 ] || set -- "${names[@]}"
+    plan "$@" ;;
+  "") plan "${names[@]}" ;;
+  *) plan "$@" ;;
+esac
+has cargo || fail "cargo is missing: install Rust (https://rustup.rs); rust-toolchain.toml or Cargo.toml says which"
+
+# Programs and jars are fetched while the first stages run; a stage waits for what it needs.
+fetching='' services='' stage=''
+fetch() {
+  local name
+  for name in nextest kustomize python; do scripts/tools.sh "$name" || true; done
+  if required; then
+    scripts/tools.sh buf || true
+    scripts/services.sh fetch || true
+  fi
+}
+if [[ " ${planned[*]} " == *" manifests "* || " ${planned[*]} " == *" services "* ]]; then fetch >/dev/null 2>&1 & fetching=$!; fi
+
+# Seconds of processor time that the processes took that this run started and that ended (cutime and cstime, see proc(5)).
+cpu() {
+  local stat
+  read -ra stat <"/proc/$$/stat"
+  echo $(((stat[15] + stat[16]) / $(getconf CLK_TCK)))
+}
+table=()
+finish() {
+  local status=$?
+  [ "$services" != up ] || scripts/services.sh down || true
+  # Background processes are deaf to Ctrl-C.
+  jobs -p | xargs -r kill 2>/dev/null || true
+  [ "$status" = 0 ] || { [ -z "$stage" ] || table+=("$(printf '%-16s %6d   failed' "$stage" $((SECONDS - began)))"); }
+  printf '\n%-16s %6s %6s\n' STAGE SECONDS CPU
+  [ ${#table[@]} = 0 ] || printf '%s\n' "${table[@]}"
+  printf '%-16s %6d\n' total "$SECONDS"
+  for line in "${skipped[@]}"; do echo "skipped: $line"; done
+  if [ "$status" = 0 ]; then printf '\n== all passed\n'
+  elif [ -n "$stage" ]; then printf '\n== %s failed; alone: ./run_tests.sh %s%s\n' "$stage" "${nightly:+nightly }" "$stage" >&2; fi
+}
+trap finish EXIT
+for stage in "${planned[@]}"; do
+  began=$SECONDS before=$(cpu)
+  printf '\n== %s\n' "$stage"
+  "stage_$stage"
+  table+=("$(printf '%-16s %6d %6d' "$stage" $((SECONDS - began)) $(($(cpu) - before)))")
+done
