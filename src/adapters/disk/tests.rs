@@ -7,6 +7,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
+use super::power::in_memory;
 use super::*;
 use crate::adapters::conformance::{self, Found, Subject, acceptor, chain, chain_of, sum};
 
@@ -324,7 +325,7 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
                 });
                 let kept: Vec<_> = kept.map(|(_, sector)| *sector).collect();
                 kept.iter().for_each(|i| torn[i * 512..][..512].copy_from_slice(&after[i * 512..][..512]));
-                let copy = TempDir::new().unwrap();
+                let copy = in_memory();
                 let copy = copy.path().join("register");
                 fs::write(&copy, torn).unwrap();
                 let found = AcceptorFile::open(&copy).unwrap();
@@ -419,7 +420,7 @@ fn every_file_may_be_cut_zeroed_or_deleted() {
         let name = file.strip_prefix(disk.0.path()).unwrap();
         let length = fs::metadata(&file).unwrap().len();
         for damage in ["empty", "half", "zeros", "deleted"] {
-            let dir = TempDir::new().unwrap();
+            let dir = in_memory();
             copy(disk.0.path(), dir.path());
             let target = dir.path().join(name);
             match damage {
@@ -441,7 +442,7 @@ fn random_damage_never_alters_a_record_nor_makes_a_hole() {
     for round in 0..120 {
         let (disk, log) = &disks[round % 2];
         let names: Vec<_> = files(disk.0.path()).into_iter().collect();
-        let dir = TempDir::new().unwrap();
+        let dir = in_memory();
         copy(disk.0.path(), dir.path());
         let name = names[dice.random_range(0..names.len())].strip_prefix(disk.0.path()).unwrap();
         let target = dir.path().join(name);
@@ -509,7 +510,7 @@ fn whatever_is_damaged_beside_a_checkpoint_the_log_is_a_prefix_and_its_sum_is_ri
             continue;
         }
         for round in 0..12 {
-            let copied = TempDir::new().unwrap();
+            let copied = in_memory();
             copy(disk.0.path(), copied.path());
             let victim = copied.path().join(name);
             let at = random.random_range(0..length);

@@ -297,7 +297,7 @@ impl Disk {
     /// Opens what a power cut leaves: every promise that was acknowledged is there, and its records with it.
     fn check(&self, fate: Fate<'_>, log: &[Chosen], what: &str) {
         let (done, begun) = (self.mark("done"), self.mark("begin"));
-        let root = TempDir::new().unwrap();
+        let root = in_memory();
         self.cut(root.path(), fate);
         let Recovered { acceptor: found, ledger, log: records, notes, .. } =
             match DiskStore::open(&root.path().join("data")) {
@@ -359,9 +359,15 @@ fn contents(root: &Path, below: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
     }
 }
 
+/// Returns a folder in memory, where the system has such a place: opening a store syncs it, a thousand times here, and what a
+/// test makes up needs to survive nothing.
+pub fn in_memory() -> TempDir {
+    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
+}
+
 #[test]
 fn nothing_promised_is_forgotten_by_a_power_cut() {
-    let dir = TempDir::new().unwrap();
+    let dir = in_memory();
     let (root, events) = recorded(dir.path());
     let (count, log) = (events.len(), log());
     let mut random = SmallRng::seed_from_u64(1);
