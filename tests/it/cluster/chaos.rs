@@ -425,6 +425,7 @@ fn machines_with_blackholed_routes_leave_one_log_and_every_answer_true() {
         told.len()
     );
     assert_eq!(exposed, 0, "a node that is cut off serves stable once its lease is over");
+    // All are connected again, and what was open is settled.
     std::thread::sleep(Duration::from_secs(3));
     door.judge(&told);
     for name in NAMES {

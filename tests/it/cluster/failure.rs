@@ -178,7 +178,8 @@ fn a_lone_survivor_serves_stable_only_and_takes_no_writes() {
     let (v1, v2, mut cluster) = with_rollout();
     cluster.kill(0);
     cluster.kill(2);
-    std::thread::sleep(Duration::from_millis(2100));
+    let stable_only = |state: &Value| state["effective_weights"]["v1"] == 1.0;
+    cluster.until(1, "the end of its lease", Duration::from_millis(2100), stable_only);
     for _ in 0..200 {
         let answer = http(cluster.nodes[1].data, "POST", "/predict", &[], "{}").unwrap();
         assert_eq!((answer.status, answer.header("x-served-by")), (200, Some("v1")));
@@ -199,6 +200,7 @@ fn no_request_fails_because_a_node_restarts() {
     let traffic = Traffic::start(&cluster, 100);
     for i in 0..3 {
         cluster.kill(i);
+        // Requests come meanwhile, and find nobody.
         std::thread::sleep(Duration::from_millis(200));
         cluster.spawn(i, None);
         cluster.wait_ready(i);

@@ -26,6 +26,7 @@ fn a_certificate_made_again_is_taken_up_while_the_cluster_runs() {
     let mut cluster = Cluster::start();
     cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
     issue(&cluster, 0);
+    // Certificates are looked at every two seconds.
     std::thread::sleep(Duration::from_millis(2_100));
     // A connection that begins now uses it, on both sides of it.
     cluster.kill(2);
@@ -128,6 +129,7 @@ fn replay(more: &str) {
             let _ = stream.read(&mut [0; 64]);
         }
     }
+    // What was said again had its effect by then, if it had one.
     std::thread::sleep(Duration::from_millis(500));
     let after = cluster.agreed(&[0, 1, 2], Duration::from_secs(3));
     assert_eq!(

@@ -125,6 +125,7 @@ fn three_nodes_become_five_and_two_of_them_three_again() {
     processes[1].kill();
     cluster.spawn(1, None);
     cluster.spawn(2, None);
+    // They are up and connected by then, if anybody lets them.
     std::thread::sleep(Duration::from_secs(2));
     let answer = cluster.post(0, "/v1/rollouts/svc/abort", None, "{}");
     assert_eq!(answer.status, 503, "one of three is no majority, whoever was removed: {answer:?}");

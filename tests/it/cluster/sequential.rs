@@ -43,6 +43,7 @@ fn five_percent_more_errors_in_the_middle_of_a_step_are_found_by_all_nodes_and_r
     cluster.apply(0, &rollout(&v1.url(), &v2.url(), "    - setWeight: 20\n    - pause: {}\n    - setWeight: 100"));
     cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
     let traffic = Traffic::start(&cluster, 150);
+    // Some 2 000 requests without a difference.
     std::thread::sleep(Duration::from_secs(5));
     assert_eq!(cluster.state(0).unwrap()["phase"], "Progressing");
     v2.fault(r#"{"error_percent":6}"#);
@@ -72,6 +73,7 @@ fn a_canary_as_good_as_stable_is_promoted_by_evidence_and_silence_is_none() {
         0,
         &rollout(&v1.url(), &v2.url(), "    - setWeight: 50\n    - pause: { duration: 200ms }\n    - setWeight: 100"),
     );
+    // Fifteen times the step's pause.
     std::thread::sleep(Duration::from_secs(3));
     let state = cluster.state(0).unwrap();
     assert_eq!(
@@ -99,6 +101,7 @@ fn a_node_killed_in_the_middle_of_a_rollout_goes_on_with_its_peers_trial() {
     let text = rollout(&v1.url(), &v2.url(), steps).replace("  analysis:\n", "  analysis:\n    window: 3s\n");
     cluster.apply(0, &text);
     let traffic = Traffic::start(&cluster, 150);
+    // It dies in the middle of the second of its windows, and misses a part of that one.
     std::thread::sleep(Duration::from_secs(5));
     cluster.kill(2);
     std::thread::sleep(Duration::from_secs(1));
@@ -123,6 +126,7 @@ fn when_all_nodes_are_killed_together_they_go_on_with_the_trial_that_they_saved(
     let text = rollout(&v1.url(), &v2.url(), steps).replace("  analysis:\n", "  analysis:\n    window: 4s\n");
     cluster.apply(0, &text);
     let traffic = Traffic::start(&cluster, 150);
+    // They die in the middle of the second window; the first one is decided and saved.
     std::thread::sleep(Duration::from_secs(7));
     (0..3).for_each(|i| cluster.kill(i));
     (0..3).for_each(|i| cluster.spawn(i, None));

@@ -224,6 +224,7 @@ fn kafka_events_are_taken_once_while_readers_join() {
     let mut readers = Vec::new();
     for _ in 0..5 {
         readers.push(reader());
+        // Long enough for the group to share its partitions anew and to read on, which is when an event could be taken twice.
         std::thread::sleep(Duration::from_millis(2_100));
     }
     stop.store(true, Ordering::Relaxed);

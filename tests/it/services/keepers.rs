@@ -10,6 +10,7 @@ use crate::cluster::harness::{Cluster, Traffic, Upstream, rollout, wait};
 
 /// Kills whoever coordinates, again and again, and ends the rollout; returns the slot of its end.
 fn kill_and_roll_back(cluster: &mut Cluster) -> u64 {
+    // So that deaths and returns fall into all parts of the windows, which are a second long, and others coordinate meanwhile.
     for node in [0, 1, 0, 0] {
         std::thread::sleep(Duration::from_millis(2_300));
         cluster.kill(node);

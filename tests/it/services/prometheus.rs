@@ -33,11 +33,13 @@ fn prometheus_away_holds_the_step_and_what_it_says_rolls_back() {
         why.contains("share-of-errors: http://") && state["weights"]["v2"] == 0.2
     };
     cluster.until(0, "a step that holds", Duration::from_secs(15), held);
+    // As long as a step's pause at most: the next one would have come.
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!(cluster.state(1).unwrap()["weights"]["v2"], 0.2, "without an answer nothing goes on");
     own.up();
     cluster.until(0, "the promotion", Duration::from_secs(30), |state| state["weights"]["v2"] == 0.5);
     own.kill();
+    // Several intervals of the query without an answer.
     std::thread::sleep(Duration::from_secs(4));
     assert_eq!(cluster.state(2).unwrap()["phase"], "Progressing", "an outage rolls nothing back");
     own.up();

@@ -74,6 +74,7 @@ fn redis_away_holds_promotions_lets_rollbacks_through_and_is_made_up_for() {
     let traffic = Traffic::start(&cluster, 150);
     let held = |state: &serde_json::Value| state["waiting_for"].as_str().unwrap_or_default().contains("redis: ");
     cluster.until(0, "a promotion that holds", Duration::from_secs(10), held);
+    // As long as the step's pause: it would be over.
     std::thread::sleep(Duration::from_secs(2));
     let state = cluster.state(1).unwrap();
     assert_eq!((&state["weights"]["v2"], &state["phase"]), (&0.2.into(), &"Progressing".into()), "{state}");
@@ -111,6 +112,7 @@ fn redis_that_answers_but_takes_nothing_holds_promotions_too() {
     let traffic = Traffic::start(&cluster, 150);
     let held = |state: &serde_json::Value| state["waiting_for"].as_str().unwrap_or_default().contains("NOREPLICAS");
     cluster.until(0, "a promotion that holds", Duration::from_secs(10), held);
+    // As long as the step's pause: it would be over.
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!(cluster.state(1).unwrap()["weights"]["v2"], 0.2);
     replicas_to_write(0);

@@ -372,6 +372,7 @@ impl Rollout {
         wait("all records", Duration::from_secs(120), || {
             (self.log.lock().unwrap().len() >= source.len()).then_some(())
         });
+        // What comes twice comes late.
         std::thread::sleep(Duration::from_secs(1));
         let log = self.log.lock().unwrap().clone();
         let (mut read, mut given, mut newest) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
@@ -457,6 +458,7 @@ fn emit(
                 slowest = slowest.max(sent.elapsed());
                 emitted.fetch_add(1, Ordering::Relaxed);
             }
+            // The rate is made of batches of two milliseconds.
             std::thread::sleep(Duration::from_millis(2));
         }
         producer.flush(Duration::from_secs(120)).unwrap();
