@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::protocol::record::{Chosen, Operation, Slot};
+use crate::protocol::record::{Chosen, Slot};
 use crate::protocol::{Announcement, Event};
 
 use super::ApiState;
@@ -60,7 +60,7 @@ async fn feed(
     loop {
         match live.recv().await {
             Ok(announcement) => {
-                let slot = decided(&announcement);
+                let slot = announcement.event.decided();
                 if slot.is_some_and(|slot| slot <= told) {
                     continue;
                 }
@@ -93,30 +93,8 @@ async fn replay(state: &ApiState, mut told: Slot, client: &mpsc::Sender<Sse>) ->
 
 /// Returns a record of the log as it was announced, as far as the log knows.
 fn retold(state: &ApiState, chosen: &Chosen) -> Option<Announcement> {
-    let record = &chosen.record;
-    let event = match &record.intent.operation {
-        Operation::Config(change) => Event::Membership {
-            slot: record.slot,
-            kind: record.intent.operation.name().into(),
-            node: change.node().clone(),
-            txid: record.intent.tx.clone(),
-        },
-        Operation::Judge { service, rollout_generation, window_verdict } => Event::Judged {
-            slot: Some(record.slot),
-            service: service.clone(),
-            rollout_generation: *rollout_generation,
-            window_verdict: (**window_verdict).clone(),
-        },
-        operation => Event::Routing {
-            slot: record.slot,
-            kind: operation.name().into(),
-            state: record.state.clone()?,
-            phase: phase_after(state, chosen),
-            reasons: operation.reasons(),
-            took_ms: None,
-        },
-    };
-    Some(Announcement { at: record.intent.at, node: state.node.published.view().node.clone(), event })
+    let event = Event::of(chosen, phase_after(state, chosen), None)?;
+    Some(Announcement { at: chosen.record.intent.at, node: state.node.published.view().node.clone(), event })
 }
 
 /// Returns where the rollout stands when the record is the last one that concerned it; empty for earlier ones, as a
@@ -126,16 +104,6 @@ fn phase_after(state: &ApiState, chosen: &Chosen) -> String {
     let service = chosen.record.intent.operation.service().and_then(|id| view.services.get(id));
     let last = service.filter(|service| service.slot == chosen.record.slot);
     last.map(|service| service.service.rollout.phase.to_string()).unwrap_or_default()
-}
-
-/// Returns the slot that an announcement says was decided.
-fn decided(announcement: &Announcement) -> Option<Slot> {
-    match &announcement.event {
-        Event::Routing { slot, state, .. } if state.status != crate::domain::routing::Status::Prepared => Some(*slot),
-        Event::Membership { slot, .. } => Some(*slot),
-        Event::Judged { slot, .. } => *slot,
-        _ => None,
-    }
 }
 
 fn sse(announcement: &Announcement, slot: Option<Slot>) -> Sse {

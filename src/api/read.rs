@@ -135,7 +135,7 @@ pub fn routing_state(node: &NodeHandle, service: &ServiceId) -> Option<Value> {
         "stages": rollout.spec.stages.len(),
         "reason": rollout.reason,
         "waiting_for": waiting_for,
-        "held_back": serving.held_back,
+        "held_back": serving.held_back.as_ref().map(ToString::to_string),
         "effective_weights": effective_weights,
         "lease_ms_left": node.published.lease_ms_left(serving.lease_ms.unwrap_or(rollout.spec.lease_ms)),
         "enforced": enforced,

@@ -24,8 +24,8 @@ use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
 use crate::protocol::checkpoint::PART_BYTES;
 use crate::protocol::codec;
-use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, RunTransfer, Vote};
-use crate::protocol::record::{Accepted, Ballot, Chosen, Intent, Operation, Record, Slot};
+use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, Vote};
+use crate::protocol::record::{Accepted, Ballot, Chosen, Intent, Operation, Record, RunTransfer, Slot};
 
 /// The first bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"AVRY";

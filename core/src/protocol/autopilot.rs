@@ -2,234 +2,262 @@
 //! coordinator left open. Only the coordinator acts, but for the brake: whoever braked asks for the rollback itself
 //! when the coordinator stays silent.
 
+use std::collections::BTreeMap;
+
 use crate::domain::analysis::{NoData, Verdict};
-use crate::domain::ids::ServiceId;
+use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::rollout::{Change, Phase, Rollout};
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
 
-use super::coordinator::Proposal;
-use super::core::Core;
-use super::gate::Gate;
-use super::ledger::ServiceState;
-use super::message::Membership;
-use super::record::{Ballot, Intent, Operation};
+use super::context::Context;
+use super::gate::Health;
+use super::log::ledger::ServiceState;
+use super::log::record::{Chosen, Operation};
+use super::proposal::Proposal;
 
-/// How long a braked node waits for the coordinator's rollback before it asks for one itself.
-const BRAKE_PATIENCE_MS: u64 = 300;
-/// How long an open slot of a live coordinator is left alone.
-const OPEN_PATIENCE_MS: u64 = 1_500;
+/// How long a node that stopped the canary by itself waits for the coordinator's rollback before it asks for one itself.
+const HOLD_PATIENCE_MS: u64 = 300;
+/// First wait after an automatic change was refused; it doubles each time.
+const RETRY_MS: u64 = 500;
+/// Longest such wait.
+const RETRY_MS_MAX: u64 = 15_000;
 
-impl Core {
-    /// Does what is next for these services, and for the log.
-    pub(super) fn tick_autopilot(&mut self, services: &[ServiceId]) {
-        if self.membership() != Membership::Voter {
+/// How the automatic changes of one rollout go.
+#[derive(Debug, Clone)]
+struct Progress {
+    /// When the rollout last got on.
+    since: Mono,
+    /// Automatic changes wait until here after one failed.
+    retry_at: Mono,
+    /// How many failed in a row.
+    failures: u32,
+}
+
+impl Progress {
+    fn new(since: Mono) -> Self {
+        Self { since, retry_at: Mono::default(), failures: 0 }
+    }
+}
+
+/// What the cluster does by itself.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Autopilot {
+    of: BTreeMap<ServiceId, Progress>,
+    /// A service whose next change was due while something else was being decided.
+    waits: Option<ServiceId>,
+}
+
+/// What the coordinator of this node is doing about a service.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Coordination {
+    /// Nothing is being decided or waits here.
+    pub is_free: bool,
+    /// A decrease of the service is under way or waits here.
+    pub is_decreasing: bool,
+}
+
+impl Autopilot {
+    /// Takes note of the services whose evidence begins anew, and since when, and forgets those that are gone.
+    pub fn restart(&mut self, ctx: &Context, fresh: Vec<(ServiceId, Mono)>) {
+        self.of.retain(|id, _| ctx.ledger.services.contains_key(id));
+        self.of.extend(fresh.into_iter().map(|(id, since)| (id, Progress::new(since))));
+    }
+
+    /// Takes note of a decided record; `renewed` says since when its stage lasts, where evidence begins anew.
+    pub fn renew(&mut self, ctx: &Context, chosen: &Chosen, renewed: Option<Mono>) {
+        let operation = &chosen.record.intent.operation;
+        let Some(id) = operation.service().filter(|_| !operation.is_verdict()) else { return };
+        if !ctx.ledger.services.contains_key(id) {
             return;
         }
-        if self.is_coordinator() {
-            self.settle_open_slot();
-            self.revert_doubtful();
+        let now = ctx.now.mono;
+        let progress = self.of.entry(id.clone()).or_insert_with(|| Progress::new(now));
+        if let Some(since) = renewed {
+            match operation.increases_exposure() {
+                true => *progress = Progress::new(now),
+                false => progress.since = since,
+            }
         }
-        services.iter().for_each(|id| self.fly(id));
-        if self.is_coordinator() {
-            self.use_idle_coordinator();
+        match operation {
+            Operation::Change(_, Change::Resume) => progress.since = now,
+            Operation::Abort { .. } => {
+                progress.failures = progress.failures.saturating_add(1);
+                let wait = (RETRY_MS << progress.failures.min(5)).min(RETRY_MS_MAX);
+                progress.retry_at = now.after_ms(wait);
+            }
+            _ => {}
         }
     }
 
-    /// Begins what waits until nothing else is being decided: a change first, verdicts then.
-    pub(super) fn use_idle_coordinator(&mut self) {
-        if !self.coordination.is_free() {
-            return;
-        }
-        if let Some(id) = self.waits.take() {
-            self.fly(&id);
-        }
-        self.judge_windows();
+    /// Returns the service whose change waited until nothing else is being decided.
+    pub fn take_waiting(&mut self) -> Option<ServiceId> {
+        self.waits.take()
     }
 
-    fn fly(&mut self, id: &ServiceId) {
-        let (service_state, gate) = (&self.ledger.services[id], &self.gates[id]);
+    /// Returns what a rollout needs next, when it is time to propose it.
+    pub fn next(
+        &mut self,
+        ctx: &Context,
+        id: &ServiceId,
+        health: &Health<'_>,
+        coordination: Coordination,
+    ) -> Option<Proposal> {
+        let service_state = &ctx.ledger.services[id];
+        let progress = self.of.get_mut(id).expect("every service has its progress");
         if !service_state.service.rollout.phase.is_active() {
-            return;
+            return None;
         }
-        if let Some(reason) = self.rollback_reason(service_state, gate) {
-            if !self.coordination.has(id, true) && self.may_try(gate) {
-                self.pause_tries(id);
-                self.submit_own(Proposal::Operation(Operation::Change(id.clone(), Change::Rollback { reason })));
+        if let Some(reason) = rollback_reason(ctx, service_state, health, progress.since) {
+            // A rollback is asked for again and again, but not with every tick.
+            let may_try = ctx.now.mono >= progress.retry_at || progress.failures == 0;
+            let is_asked = !coordination.is_decreasing && may_try;
+            return is_asked.then(|| progress.propose(ctx, id, Change::Rollback { reason }));
+        }
+        if !ctx.is_coordinator() || ctx.now.mono < progress.retry_at {
+            return None;
+        }
+        let change = match health.verdict {
+            Some(Verdict::Pause(why)) if service_state.service.rollout.phase != Phase::Paused => {
+                Change::Pause { reason: why.clone() }
             }
-            return;
-        }
-        if !self.is_coordinator() || self.now.mono < gate.retry_at {
-            return;
-        }
-        let rollout = &service_state.service.rollout;
-        let change = match &gate.verdict {
-            Some(Verdict::Pause(why)) if rollout.phase != Phase::Paused => Some(Change::Pause { reason: why.clone() }),
-            _ => self.step(service_state, gate),
+            _ => step(ctx, service_state, health)?,
         };
-        if change.is_some() && !self.coordination.is_free() {
+        if !coordination.is_free {
             self.waits = Some(id.clone());
-        } else if let Some(change) = change {
-            self.pause_tries(id);
-            self.submit_own(Proposal::Operation(Operation::Change(id.clone(), change)));
-        }
-    }
-
-    fn may_try(&self, gate: &Gate) -> bool {
-        // A rollback is asked for again and again, but not with every tick.
-        self.now.mono >= gate.retry_at || gate.failures == 0
-    }
-
-    /// Leaves an automatic change the time of a ballot before it is tried again.
-    fn pause_tries(&mut self, id: &ServiceId) {
-        let until = self.now.mono.after_ms(self.settings.timings.resend_ms);
-        let gate = self.gates.get_mut(id).expect("every service has a gate");
-        gate.retry_at = gate.retry_at.max(until);
-        gate.failures = gate.failures.max(1);
-    }
-
-    /// Returns why the rollout must go back, when this node is the one to say so.
-    fn rollback_reason(&self, service_state: &ServiceState, gate: &Gate) -> Option<String> {
-        let now = self.now.mono;
-        let own = &self.settings.node;
-        if let Some(why) = &gate.local_hold {
-            let patient = now.millis_since(gate.held_at) >= BRAKE_PATIENCE_MS;
-            return (self.is_coordinator() || patient).then(|| format!("{own}: {why}"));
-        }
-        if !self.is_coordinator() {
             return None;
         }
-        if let Some((node, why)) = gate.peer_brake(now, self.settings.timings.evidence_age_ms_max) {
-            return Some(format!("{node}: {why}"));
-        }
-        let Rollout { spec, phase, .. } = &service_state.service.rollout;
-        if *phase == Phase::Paused || self.waits_for_operator(service_state) {
-            return None;
-        }
-        let deadline = spec.progress_deadline_ms;
-        let still = now.millis_since(gate.progress_since);
-        let planned = self.hold_ms(service_state);
-        if still >= deadline.saturating_add(planned) {
-            let weight = service_state.service.routing.canary_weight();
-            return Some(format!("no progress at {weight} within {} s", deadline / 1000));
-        }
-        let silent = spec.analysis.no_data == NoData::Fail && self.is_due(service_state, gate);
-        let silent = silent && service_state.service.routing.canary_weight() > Weight::ZERO;
-        (silent && self.cluster_evidence(gate).canary.count == 0).then(|| "no canary data in the whole step".into())
+        Some(progress.propose(ctx, id, change))
     }
+}
 
-    fn waits_for_operator(&self, service_state: &ServiceState) -> bool {
-        let Rollout { spec, stage, .. } = &service_state.service.rollout;
-        spec.stages[*stage].manual
+impl Progress {
+    /// Returns the proposal of a change, and leaves it the time of a ballot before it is tried again.
+    fn propose(&mut self, ctx: &Context, id: &ServiceId, change: Change) -> Proposal {
+        self.retry_at = self.retry_at.max(ctx.now.mono.after_ms(ctx.settings.timings.resend_ms));
+        self.failures = self.failures.max(1);
+        Proposal::Operation(Operation::Change(id.clone(), change))
     }
+}
 
-    fn hold_ms(&self, service_state: &ServiceState) -> u64 {
-        let Rollout { spec, stage, .. } = &service_state.service.rollout;
-        let bake = if *stage == spec.last_stage() { spec.bake_ms } else { 0 };
-        spec.stages[*stage].hold_ms.saturating_add(bake)
+/// Returns what undoes an increase that was decided in doubt, and the service it is about; none when there is none.
+pub(super) fn revert_in_doubt(ctx: &Context) -> Option<(ServiceId, Proposal)> {
+    let (id, increase) = ctx.ledger.in_doubt()?;
+    let reason = format!("slot {} was decided in doubt", increase.slot);
+    let operation = Operation::Revert { service: id.clone(), increased: increase.slot, reason };
+    Some((id.clone(), Proposal::Operation(operation)))
+}
+
+/// Returns why the rollout must go back, when this node is the one to say so.
+fn rollback_reason(
+    ctx: &Context,
+    service_state: &ServiceState,
+    health: &Health<'_>,
+    progress_since: Mono,
+) -> Option<String> {
+    let now = ctx.now.mono;
+    let own = &ctx.settings.node;
+    if let Some((why, held_at)) = health.local_hold {
+        let patient = now.millis_since(held_at) >= HOLD_PATIENCE_MS;
+        return (ctx.is_coordinator() || patient).then(|| format!("{own}: {why}"));
     }
-
-    fn is_due(&self, service_state: &ServiceState, gate: &Gate) -> bool {
-        self.now.mono.millis_since(gate.stage_since) >= self.hold_ms(service_state)
+    if !ctx.is_coordinator() {
+        return None;
     }
-
-    /// Returns the next change of a healthy rollout whose step is due.
-    fn step(&self, service_state: &ServiceState, gate: &Gate) -> Option<Change> {
-        let rollout = &service_state.service.rollout;
-        if rollout.phase == Phase::Paused || self.waits_for_operator(service_state) || !self.is_due(service_state, gate)
-        {
-            return None;
-        }
-        if self.silent_gate_voter().is_some() || self.unavailable.is_some() {
-            return None;
-        }
-        let unexposed = service_state.service.routing.canary_weight() == Weight::ZERO;
-        if unexposed || gate.verdict == Some(Verdict::Promote) {
-            return Some(Change::Promote { to: service_state.service.next(false), full: false });
-        }
-        let analysis = &rollout.spec.analysis;
-        let held = self.now.mono.millis_since(gate.stage_since).saturating_sub(self.hold_ms(service_state));
-        match (analysis.inconclusive_after_ms, &gate.verdict) {
-            (Some(after), Some(Verdict::Hold(why))) if held >= after => {
-                Some(Change::Pause { reason: format!("inconclusive: {why}") })
-            }
-            _ => None,
-        }
+    if let Some((node, why)) = health.peer_hold {
+        return Some(format!("{node}: {why}"));
     }
-
-    fn silent_gate_voter(&self) -> Option<&crate::domain::ids::NodeId> {
-        self.ledger.members.gate_voters().find(|node| !self.is_live_voter(node))
+    let Rollout { spec, phase, .. } = &service_state.service.rollout;
+    if *phase == Phase::Paused || waits_for_operator(service_state) {
+        return None;
     }
-
-    /// Returns what a rollout waits for, in words for people.
-    pub(super) fn waiting_for(&self, id: &ServiceId, service_state: &ServiceState, gate: &Gate) -> String {
-        let rollout = &service_state.service.rollout;
-        if !rollout.phase.is_active() {
-            return String::new();
-        }
-        if gate.local_hold.is_some() || self.coordination.has(id, true) {
-            return "the rollback to be decided".into();
-        }
-        if rollout.phase == Phase::Paused {
-            return "an operator: resume, promote or abort".into();
-        }
-        if self.waits_for_operator(service_state) {
-            return "an operator: promote or abort".into();
-        }
-        if let Some(node) = self.silent_gate_voter() {
-            return format!("node {node}, which is silent; bench it to go on without it");
-        }
-        if let Some(why) = &self.unavailable {
-            return format!("what promotions depend on: {why}");
-        }
-        let left = self.hold_ms(service_state).saturating_sub(self.now.mono.millis_since(gate.stage_since));
-        if left > 0 {
-            return format!("the pause to end, {} s left", left.div_ceil(1000));
-        }
-        match &gate.verdict {
-            Some(Verdict::Hold(why)) => format!("evidence: {why}"),
-            Some(Verdict::Pause(why)) => format!("a pause: {why}"),
-            _ => "the nodes' votes".into(),
-        }
+    let deadline = spec.progress_deadline_ms;
+    let still = now.millis_since(progress_since);
+    let planned = hold_ms(service_state);
+    if still >= deadline.saturating_add(planned) {
+        let weight = service_state.service.routing.canary_weight();
+        return Some(format!("no progress at {weight} within {} s", deadline / 1000));
     }
+    let silent = spec.analysis.no_data == NoData::Fail && is_due(ctx, service_state, health);
+    let silent = silent && service_state.service.routing.canary_weight() > Weight::ZERO;
+    (silent && health.canary_answers == 0).then(|| "no canary data in the whole step".into())
+}
 
-    /// Finishes what a lost or slow coordinator left in the open slot.
-    fn settle_open_slot(&mut self) {
-        if !self.coordination.is_free() {
-            return;
-        }
-        let Some(intent) = self.open_intent() else { return };
-        self.submit_own(Proposal::Settle(intent));
+fn waits_for_operator(service_state: &ServiceState) -> bool {
+    let Rollout { spec, stage, .. } = &service_state.service.rollout;
+    spec.stages[*stage].manual
+}
+
+fn hold_ms(service_state: &ServiceState) -> u64 {
+    let Rollout { spec, stage, .. } = &service_state.service.rollout;
+    let bake = if *stage == spec.last_stage() { spec.bake_ms } else { 0 };
+    spec.stages[*stage].hold_ms.saturating_add(bake)
+}
+
+fn silent_gate_voter(ctx: &Context) -> Option<&NodeId> {
+    ctx.ledger.members.gate_voters().find(|node| !ctx.is_live_voter(node))
+}
+
+fn is_due(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> bool {
+    ctx.now.mono.millis_since(health.stage_since) >= hold_ms(service_state)
+}
+
+/// Returns the next change of a healthy rollout whose step is due.
+fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> Option<Change> {
+    let rollout = &service_state.service.rollout;
+    if rollout.phase == Phase::Paused || waits_for_operator(service_state) || !is_due(ctx, service_state, health) {
+        return None;
     }
-
-    /// Returns the open slot's intent, as far as this node knows it, when it is time to settle it.
-    fn open_intent(&self) -> Option<Option<Intent>> {
-        let now = self.now.mono;
-        let overdue = |ballot: &Ballot, since: Mono| {
-            let own = ballot.node == self.settings.node && self.coordination.is_free();
-            let lost = own || !self.is_alive(&ballot.node);
-            lost || now.millis_since(since) >= OPEN_PATIENCE_MS
-        };
-        if let Some(accepted) = &self.acceptor.accepted {
-            return overdue(&accepted.ballot, self.accepted_at).then(|| Some(accepted.record.intent.clone()));
-        }
-        if let Some(prepared) = &self.prepared
-            && overdue(&prepared.ballot, prepared.at)
-        {
-            return Some(Some(prepared.intent.clone()));
-        }
-        let open = self.peers.values().filter_map(|peer| peer.open.as_ref());
-        open.into_iter().any(|(ballot, _, since)| overdue(ballot, *since)).then_some(None)
+    if silent_gate_voter(ctx).is_some() || ctx.unavailable.is_some() {
+        return None;
     }
-
-    /// Undoes a raise that was decided in doubt.
-    fn revert_doubtful(&mut self) {
-        let Some((id, increase)) = self.ledger.in_doubt() else { return };
-        if self.coordination.has(id, true) || !self.coordination.is_free() {
-            return;
+    let unexposed = service_state.service.routing.canary_weight() == Weight::ZERO;
+    if unexposed || health.verdict == Some(&Verdict::Promote) {
+        return Some(Change::Promote { to: service_state.service.next(false), full: false });
+    }
+    let analysis = &rollout.spec.analysis;
+    let held = ctx.now.mono.millis_since(health.stage_since).saturating_sub(hold_ms(service_state));
+    match (analysis.inconclusive_after_ms, health.verdict) {
+        (Some(after), Some(Verdict::Hold(why))) if held >= after => {
+            Some(Change::Pause { reason: format!("inconclusive: {why}") })
         }
-        let reason = format!("slot {} was decided in doubt", increase.slot);
-        let operation = Operation::Revert { service: id.clone(), increased: increase.slot, reason };
-        self.submit_own(Proposal::Operation(operation));
+        _ => None,
+    }
+}
+
+/// Returns what a rollout waits for, in words for people; `is_decreasing`: a decrease of it is under way or waits here.
+pub(super) fn waiting_for(
+    ctx: &Context,
+    service_state: &ServiceState,
+    health: &Health<'_>,
+    is_decreasing: bool,
+) -> String {
+    let rollout = &service_state.service.rollout;
+    if !rollout.phase.is_active() {
+        return String::new();
+    }
+    if health.local_hold.is_some() || is_decreasing {
+        return "the rollback to be decided".into();
+    }
+    if rollout.phase == Phase::Paused {
+        return "an operator: resume, promote or abort".into();
+    }
+    if waits_for_operator(service_state) {
+        return "an operator: promote or abort".into();
+    }
+    if let Some(node) = silent_gate_voter(ctx) {
+        return format!("node {node}, which is silent; bench it to go on without it");
+    }
+    if let Some(why) = &ctx.unavailable {
+        return format!("what promotions depend on: {why}");
+    }
+    let left = hold_ms(service_state).saturating_sub(ctx.now.mono.millis_since(health.stage_since));
+    if left > 0 {
+        return format!("the pause to end, {} s left", left.div_ceil(1000));
+    }
+    match health.verdict {
+        Some(Verdict::Hold(why)) => format!("evidence: {why}"),
+        Some(Verdict::Pause(why)) => format!("a pause: {why}"),
+        _ => "the nodes' votes".into(),
     }
 }

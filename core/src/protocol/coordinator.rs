@@ -5,38 +5,26 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
-use crate::domain::plan::RolloutSpec;
-use crate::domain::rollout::{Change, ChangeError, Phase};
 use crate::domain::text::bounded;
 use crate::domain::time::Mono;
 
-use super::core::Core;
+use super::context::Context;
+use super::log::codec;
+use super::log::record::{Accepted, Ballot, Certificate, Chosen, Intent, Operation, Record, Slot};
 use super::message::{Answer, Decision, GateVote, Membership, Message, Prepare, Refusal, Vote};
-use super::record::{Accepted, Ballot, Certificate, Chosen, ConfigChange, Intent, Operation, Record, Slot};
-use super::{Command, OperatorRequest, Outcome, Output, RequestId, codec};
+use super::proposal::{Obstacle, Proposal};
+use super::{Command, Outcome, Output, RequestId};
 
-/// What is asked for: by an operator, or by the node itself.
+/// A proposal that waits for its slot.
 #[derive(Debug, Clone)]
-pub(super) enum Proposal {
-    /// An operator's request.
-    OperatorRequest(OperatorRequest),
-    /// A change that the autopilot or the brake wants.
-    Operation(Operation),
-    /// Settle what a lost coordinator left open: propose what was accepted; of what was only voted on, do what lowers exposure, and
-    /// abort the rest.
-    Settle(Option<Intent>),
-}
-
-/// A wish that waits for its slot.
-#[derive(Debug, Clone)]
-pub(super) struct Pending {
-    pub tx: TxId,
-    pub digest: u64,
-    pub proposal: Proposal,
+struct Pending {
+    tx: TxId,
+    digest: u64,
+    proposal: Proposal,
     /// Who waits for the answer.
-    pub requests: Vec<RequestId>,
+    requests: Vec<RequestId>,
     /// When it came.
-    pub since: Mono,
+    since: Mono,
 }
 
 /// A ballot of this node's.
@@ -61,7 +49,7 @@ enum BallotStage {
 
 /// What this node coordinates.
 #[derive(Debug, Clone, Default)]
-pub(super) struct CoordinatorState {
+pub(super) struct Coordinator {
     queue: VecDeque<Pending>,
     attempt: Option<BallotAttempt>,
     /// The ballot of the last attempt and its slot. It serves for later slots until a higher one is promised.
@@ -74,7 +62,18 @@ pub(super) struct CoordinatorState {
     made_up: u64,
 }
 
-impl CoordinatorState {
+/// What is to follow a step of the coordinator.
+#[must_use]
+pub(super) enum Next {
+    /// This node votes on its own PREPARE.
+    Vote(Prepare),
+    /// This node accepts its own proposal.
+    Accept(Ballot, Box<Record>),
+    /// A majority accepted the record: it is chosen.
+    Learn(Box<Chosen>),
+}
+
+impl Coordinator {
     /// Returns how long a decided record took since this node proposed it; none when another node did.
     pub fn took_ms(&self, record: &Record, now: Mono) -> Option<u64> {
         let attempt = self.attempt.as_ref()?;
@@ -95,312 +94,235 @@ impl CoordinatorState {
     }
 }
 
-impl Proposal {
-    fn decreases(&self) -> bool {
-        match self {
-            Self::OperatorRequest(asked) => matches!(
-                asked,
-                OperatorRequest::Abort { .. }
-                    | OperatorRequest::Undo { .. }
-                    | OperatorRequest::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_))
-            ),
-            Self::Operation(operation) => operation.decreases_exposure(),
-            Self::Settle(_) => false,
-        }
-    }
-
-    fn concerns(&self, service: &ServiceId) -> bool {
-        match self {
-            Self::OperatorRequest(asked) => asked.service() == Some(service),
-            Self::Operation(operation) => operation.service() == Some(service),
-            Self::Settle(_) => false,
-        }
-    }
-}
-
-impl OperatorRequest {
-    /// Returns the service it concerns.
-    pub fn service(&self) -> Option<&ServiceId> {
-        match self {
-            Self::Apply(spec) => Some(&spec.service),
-            Self::Promote { service, .. }
-            | Self::Pause { service, .. }
-            | Self::Resume { service }
-            | Self::Abort { service, .. }
-            | Self::Retry { service }
-            | Self::Undo { service } => Some(service),
-            Self::Config(_) => None,
-        }
-    }
-}
-
 /// Requests that may wait at once.
 const QUEUE_MAX: usize = 64;
 
-/// What stands in the way of a wish.
-enum Obstacle {
-    /// The cluster is there already.
-    Unchanged,
-    /// It can't be done.
-    Refused(String),
-}
-
-impl From<ChangeError> for Obstacle {
-    fn from(error: ChangeError) -> Self {
-        Self::Refused(error.to_string())
-    }
-}
-
-impl Core {
-    pub(super) fn on_command(&mut self, command: Command) {
+impl Coordinator {
+    /// Takes in an operator's request; `no_vote` says why this node's vote doesn't count, where it doesn't.
+    pub fn on_command(&mut self, ctx: &mut Context, command: Command, no_vote: Option<String>) -> Option<Next> {
         let Command { request, tx, asked } = command;
         let digest = xxhash_rust::xxh3::xxh3_64(&codec::encode(&asked));
-        let coordination = &mut self.coordination;
-        let open = coordination.attempt.as_mut().map(|attempt| &mut attempt.pending);
-        if let Some(pending) = open.into_iter().chain(&mut coordination.queue).find(|pending| pending.tx == tx) {
+        let open = self.attempt.as_mut().map(|attempt| &mut attempt.pending);
+        if let Some(pending) = open.into_iter().chain(&mut self.queue).find(|pending| pending.tx == tx) {
             if pending.digest == digest {
                 pending.requests.push(request);
-                return;
+                return None;
             }
-            let outcome = Outcome::KeyReused { slot: self.ledger.head.next() };
-            self.out.push(Output::Reply(request, outcome));
-            return;
+            let outcome = Outcome::KeyReused { slot: ctx.ledger.head.next() };
+            ctx.put(Output::Reply(request, outcome));
+            return None;
         }
-        let outcome = if self.ledger.settled.contains_key(&tx) {
-            self.settled_outcome(&tx, digest)
-        } else if self.membership() == Membership::Learner {
-            let why = self.view().members.get(&self.settings.node).and_then(|member| member.counts_not.clone());
-            Outcome::Refused(format!("this node has no vote: {}", why.unwrap_or_else(|| "it is no member".into())))
-        } else if self.coordination.queue.len() >= QUEUE_MAX {
+        let outcome = if ctx.ledger.settled.contains_key(&tx) {
+            settled_outcome(ctx, &tx, digest)
+        } else if ctx.membership() == Membership::Learner {
+            Outcome::Refused(format!("this node has no vote: {}", no_vote.unwrap_or_else(|| "it is no member".into())))
+        } else if self.queue.len() >= QUEUE_MAX {
             Outcome::Busy
         } else {
             let requests = vec![request];
-            self.enqueue(Pending {
-                tx,
-                digest,
-                proposal: Proposal::OperatorRequest(asked),
-                requests,
-                since: self.now.mono,
-            });
-            return;
+            let pending =
+                Pending { tx, digest, proposal: Proposal::OperatorRequest(asked), requests, since: ctx.now.mono };
+            return self.enqueue(ctx, pending);
         };
-        self.out.push(Output::Reply(request, outcome));
+        ctx.put(Output::Reply(request, outcome));
+        None
     }
 
-    /// Queues a wish of this node's own, with a transaction id that nobody else makes up.
-    pub(super) fn submit_own(&mut self, proposal: Proposal) {
-        self.coordination.made_up += 1;
-        let (node, boot) = (&self.settings.node, self.acceptor.boot);
-        let incarnation = self.acceptor.incarnation.0 & 0xffff;
-        let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.coordination.made_up));
+    /// Queues a proposal of this node's own, with a transaction id that nobody else makes up.
+    pub fn submit_own(&mut self, ctx: &mut Context, proposal: Proposal) -> Option<Next> {
+        self.made_up += 1;
+        let (node, boot) = (&ctx.settings.node, ctx.acceptor.boot);
+        let incarnation = ctx.acceptor.incarnation.0 & 0xffff;
+        let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.made_up));
         let tx = tx.expect("a made-up id is made of id characters");
-        self.enqueue(Pending { tx, digest: 0, proposal, requests: Vec::new(), since: self.now.mono });
+        let since = ctx.now.mono;
+        self.enqueue(ctx, Pending { tx, digest: 0, proposal, requests: Vec::new(), since })
     }
 
     /// A lowering goes first, and hurries what is being decided.
-    fn enqueue(&mut self, pending: Pending) {
+    fn enqueue(&mut self, ctx: &mut Context, pending: Pending) -> Option<Next> {
         if pending.proposal.decreases() {
-            if let Some(attempt) = &mut self.coordination.attempt {
+            if let Some(attempt) = &mut self.attempt {
                 attempt.hurry = true;
             }
-            self.coordination.queue.push_front(pending);
-            self.try_propose();
-        } else {
-            self.coordination.queue.push_back(pending);
+            self.queue.push_front(pending);
+            return self.try_propose(ctx);
         }
+        self.queue.push_back(pending);
+        None
     }
 
-    /// Begins the next ballot when the desk is free.
-    pub(super) fn pump(&mut self) {
-        while self.coordination.attempt.is_none()
-            && self.now.mono >= self.coordination.not_before
-            && self.membership() == Membership::Voter
-        {
-            let Some(pending) = self.coordination.queue.pop_front() else { return };
-            self.begin(pending);
+    /// Begins the next ballot when none is under way.
+    pub fn begin_next(&mut self, ctx: &mut Context) -> Option<Next> {
+        while self.attempt.is_none() && ctx.now.mono >= self.not_before && ctx.membership() == Membership::Voter {
+            let pending = self.queue.pop_front()?;
+            if let Some(prepare) = self.begin(ctx, pending) {
+                return Some(Next::Vote(prepare));
+            }
         }
+        None
     }
 
-    fn begin(&mut self, pending: Pending) {
-        if self.ledger.settled.contains_key(&pending.tx) {
-            let outcome = self.settled_outcome(&pending.tx, pending.digest);
-            self.reply(&pending, &outcome);
-            return;
+    fn begin(&mut self, ctx: &mut Context, pending: Pending) -> Option<Prepare> {
+        if ctx.ledger.settled.contains_key(&pending.tx) {
+            let outcome = settled_outcome(ctx, &pending.tx, pending.digest);
+            reply(ctx, &pending, &outcome);
+            return None;
         }
-        let operation = match self.operation_for(&pending.proposal) {
+        let operation = match pending.proposal.operation(ctx) {
             Ok(operation) => operation,
             Err(obstacle) => {
-                let outcome = match (obstacle, pending.proposal.service().and_then(|id| self.ledger.services.get(id))) {
+                let outcome = match (obstacle, pending.proposal.service().and_then(|id| ctx.ledger.services.get(id))) {
                     (Obstacle::Unchanged, Some(service_state)) => {
                         Outcome::Unchanged(service_state.service.routing.clone())
                     }
                     (Obstacle::Unchanged, None) => Outcome::Refused("nothing to do".into()),
                     (Obstacle::Refused(why), _) => Outcome::Refused(why),
                 };
-                self.reply(&pending, &outcome);
-                return;
+                reply(ctx, &pending, &outcome);
+                return None;
             }
         };
         let intent = match &pending.proposal {
-            Proposal::Settle(Some(intent)) if !self.ledger.settled.contains_key(&intent.tx) => intent.clone(),
-            _ => Intent { tx: pending.tx.clone(), digest: pending.digest, at: self.now.wall, operation },
+            Proposal::Settle(Some(intent)) if !ctx.ledger.settled.contains_key(&intent.tx) => intent.clone(),
+            _ => Intent { tx: pending.tx.clone(), digest: pending.digest, at: ctx.now.wall, operation },
         };
-        if let Err(error) = self.ledger.next_record(intent.clone(), None) {
-            self.reply(&pending, &Outcome::Refused(error.to_string()));
-            return;
+        if let Err(error) = ctx.ledger.next_record(intent.clone(), None) {
+            reply(ctx, &pending, &Outcome::Refused(error.to_string()));
+            return None;
         }
-        let slot = self.ledger.head.next();
-        let ballot = self.ballot_for(slot, matches!(pending.proposal, Proposal::Settle(_)));
-        let now = self.now.mono;
-        let hurry = self.coordination.queue.front().is_some_and(|next| next.proposal.decreases());
+        let slot = ctx.ledger.head.next();
+        let ballot = self.ballot_for(ctx, slot, matches!(pending.proposal, Proposal::Settle(_)));
+        let now = ctx.now.mono;
+        let hurry = self.queue.front().is_some_and(|next| next.proposal.decreases());
         let stage = BallotStage::Preparing { votes: BTreeMap::new(), refused: BTreeMap::new() };
-        let resend = now.after_ms(self.settings.timings.resend_ms);
+        let resend = now.after_ms(ctx.settings.timings.resend_ms);
         let attempt = BallotAttempt { pending, ballot, slot, intent, began: now, resend, hurry, stage };
-        let prepare = self.prepare_of(&attempt);
-        self.coordination.attempt = Some(attempt);
+        let prepare = prepare_of(ctx, &attempt);
+        self.attempt = Some(attempt);
         // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
-        self.broadcast(&Message::Prepare(prepare.clone()));
-        self.vote_myself(&prepare);
-        self.try_propose();
+        ctx.broadcast(&Message::Prepare(prepare.clone()));
+        Some(prepare)
     }
 
     /// Returns the ballot for an attempt at `slot`. The one before it serves again where it asked nothing in this slot
     /// and this node promised no higher one since: who promised it has promised it for every later slot, and need not
     /// write that again. An open slot is settled with a higher one, which makes what it completes in doubt.
-    fn ballot_for(&mut self, slot: Slot, settling: bool) -> Ballot {
-        let standing = self.coordination.standing.take().filter(|(ballot, asked)| {
-            !settling && *asked < slot && self.promised() == Some(ballot) && ballot.round >= self.coordination.round
+    fn ballot_for(&mut self, ctx: &Context, slot: Slot, settling: bool) -> Ballot {
+        let standing = self.standing.take().filter(|(ballot, asked)| {
+            !settling && *asked < slot && ctx.promised() == Some(ballot) && ballot.round >= self.round
         });
         let ballot = standing.map(|(ballot, _)| ballot).unwrap_or_else(|| {
-            let promised = self.promised().map_or(0, |ballot| ballot.round);
-            self.coordination.round = self.coordination.round.max(promised) + 1;
+            let promised = ctx.promised().map_or(0, |ballot| ballot.round);
+            self.round = self.round.max(promised) + 1;
             Ballot {
-                round: self.coordination.round,
-                node: self.settings.node.clone(),
-                incarnation: self.acceptor.incarnation,
-                boot: self.acceptor.boot,
+                round: self.round,
+                node: ctx.settings.node.clone(),
+                incarnation: ctx.acceptor.incarnation,
+                boot: ctx.acceptor.boot,
             }
         });
-        self.coordination.standing = Some((ballot.clone(), slot));
+        self.standing = Some((ballot.clone(), slot));
         ballot
     }
 
-    fn prepare_of(&self, attempt: &BallotAttempt) -> Prepare {
-        Prepare {
-            ballot: attempt.ballot.clone(),
-            slot: attempt.slot,
-            base_hash: self.ledger.head_hash,
-            intent: attempt.intent.clone(),
-            recovery: matches!(attempt.pending.proposal, Proposal::Settle(_)),
-            evidence_age_ms_max: self.settings.timings.evidence_age_ms_max,
+    /// Counts this node's own vote, with what it accepted in the open slot before.
+    pub fn on_own_vote(&mut self, ctx: &mut Context, accepted: Option<Accepted>, gate: GateVote) -> Option<Next> {
+        if let Some(BallotAttempt { stage: BallotStage::Preparing { votes, .. }, .. }) = &mut self.attempt {
+            votes.insert(ctx.settings.node.clone(), (accepted, gate));
         }
+        self.try_propose(ctx)
     }
 
-    fn vote_myself(&mut self, prepare: &Prepare) {
-        let gate = match prepare.recovery {
-            true => GateVote::Abstain("settling an open slot".into()),
-            false => self.gate_vote(&prepare.intent.operation, prepare.evidence_age_ms_max),
-        };
-        self.promise(&prepare.ballot);
-        self.note_prepared(prepare, &gate);
-        let accepted = self.acceptor.accepted.clone();
-        let own = self.settings.node.clone();
-        if let Some(BallotAttempt { stage: BallotStage::Preparing { votes, .. }, .. }) = &mut self.coordination.attempt
-        {
-            votes.insert(own, (accepted, gate));
-        }
-    }
-
-    pub(super) fn on_vote(&mut self, from: &NodeId, incarnation: Incarnation, vote: Vote) {
+    /// Takes in a peer's answer to a PREPARE or a proposal.
+    pub fn on_vote(&mut self, ctx: &mut Context, from: &NodeId, incarnation: Incarnation, vote: Vote) -> Option<Next> {
         if let Answer::Refuse(Refusal::Stale(ballot)) = &vote.answer {
-            self.coordination.round = self.coordination.round.max(ballot.round);
+            self.round = self.round.max(ballot.round);
         }
-        let counts = self.counts(from, incarnation);
-        let Some(attempt) =
-            self.coordination.attempt.as_mut().filter(|a| a.ballot == vote.ballot && a.slot == vote.slot)
-        else {
-            return;
-        };
+        let counts = ctx.counts(from, incarnation);
+        let attempt = self.attempt.as_mut().filter(|a| a.ballot == vote.ballot && a.slot == vote.slot)?;
         match (vote.answer, &mut attempt.stage) {
             (Answer::Gate { accepted, gate }, BallotStage::Preparing { votes, refused }) if counts => {
                 refused.remove(from);
                 votes.entry(from.clone()).or_insert((accepted.map(|a| *a), gate));
-                self.try_propose();
+                self.try_propose(ctx)
             }
             (Answer::Accept, BallotStage::Proposing { accepts, .. }) if counts => {
                 accepts.insert(from.clone());
-                self.try_choose();
+                self.try_choose(ctx)
             }
-            (Answer::Gate { .. } | Answer::Accept, _) => {}
-            (Answer::Refuse(refusal), _) => self.on_refusal(from, refusal, vote.head),
+            (Answer::Gate { .. } | Answer::Accept, _) => None,
+            (Answer::Refuse(refusal), _) => self.on_refusal(ctx, from, refusal, vote.head),
         }
     }
 
-    fn on_refusal(&mut self, from: &NodeId, refusal: Refusal, head: Slot) {
+    fn on_refusal(&mut self, ctx: &mut Context, from: &NodeId, refusal: Refusal, head: Slot) -> Option<Next> {
         match refusal {
-            Refusal::Stale(_) => self.step_back(BACK_OFF_MS),
+            Refusal::Stale(_) => self.step_back(ctx, BACK_OFF_MS),
             // The log, or the record, is on its way.
-            Refusal::Behind | Refusal::Decided => self.step_back(CATCH_UP_MS),
-            Refusal::Ahead => self.send_log(from, head.next()),
-            Refusal::NotVoter => self.note_refused(from, "it has no vote".into()),
-            Refusal::BadProposal(why) => self.note_refused(from, format!("it refused the proposal: {why}")),
+            Refusal::Behind | Refusal::Decided => self.step_back(ctx, CATCH_UP_MS),
+            Refusal::Ahead => ctx.send_log(from, head.next()),
+            Refusal::NotVoter => return self.note_refused(ctx, from, "it has no vote".into()),
+            Refusal::BadProposal(why) => {
+                return self.note_refused(ctx, from, format!("it refused the proposal: {why}"));
+            }
         }
+        None
     }
 
-    fn note_refused(&mut self, from: &NodeId, why: String) {
-        if let Some(BallotAttempt { stage: BallotStage::Preparing { refused, .. }, .. }) =
-            &mut self.coordination.attempt
-        {
-            refused.insert(from.clone(), why);
-            self.try_propose();
-        }
+    fn note_refused(&mut self, ctx: &mut Context, from: &NodeId, why: String) -> Option<Next> {
+        let Some(BallotAttempt { stage: BallotStage::Preparing { refused, .. }, .. }) = &mut self.attempt else {
+            return None;
+        };
+        refused.insert(from.clone(), why);
+        self.try_propose(ctx)
     }
 
     /// Gives up the ballot, to try again with a higher one after a random part of `wait_ms`.
-    fn step_back(&mut self, (least, most): (u64, u64)) {
-        let Some(attempt) = self.coordination.attempt.take() else { return };
-        let wait = self.draws.between(least, most);
-        self.coordination.not_before = self.now.mono.after_ms(wait);
+    fn step_back(&mut self, ctx: &mut Context, (least, most): (u64, u64)) {
+        let Some(attempt) = self.attempt.take() else { return };
+        let wait = ctx.draws.between(least, most);
+        self.not_before = ctx.now.mono.after_ms(wait);
         if !matches!(attempt.pending.proposal, Proposal::Settle(_)) {
-            self.coordination.queue.push_front(attempt.pending);
+            self.queue.push_front(attempt.pending);
         }
     }
 
     /// Proposes when the votes allow it: what some vote had accepted; else the intent, or its refusal.
-    pub(super) fn try_propose(&mut self) {
-        let quorum = self.ledger.members.quorum();
-        let Some(attempt) = &self.coordination.attempt else { return };
-        let BallotStage::Preparing { votes, refused } = &attempt.stage else { return };
+    fn try_propose(&mut self, ctx: &mut Context) -> Option<Next> {
+        let quorum = ctx.ledger.members.quorum();
+        let attempt = self.attempt.as_ref()?;
+        let BallotStage::Preparing { votes, refused } = &attempt.stage else { return None };
         if votes.len() < quorum {
-            return;
+            return None;
         }
         let settling = matches!(attempt.pending.proposal, Proposal::Settle(_));
         let accepted = votes.values().filter_map(|(accepted, _)| accepted.as_ref()).max_by_key(|a| &a.ballot);
         if let Some(accepted) = accepted {
             let record = accepted.record.clone();
-            self.propose(record);
-            return;
+            return self.propose(ctx, record);
         }
         let intent = attempt.intent.clone();
         if settling {
-            match &attempt.pending.proposal {
-                Proposal::Settle(Some(_)) => match self.ledger.next_record(intent.clone(), None) {
+            return match &attempt.pending.proposal {
+                Proposal::Settle(Some(_)) => match ctx.ledger.next_record(intent.clone(), None) {
                     // Lowering needs nobody's permission, a lost coordinator's neither.
-                    Ok(record) if intent.operation.decreases_exposure() => self.propose(record),
-                    _ => self.propose_abort(intent, vec!["its coordinator was lost".into()]),
+                    Ok(record) if intent.operation.decreases_exposure() => self.propose(ctx, record),
+                    _ => self.propose_abort(ctx, intent, vec!["its coordinator was lost".into()]),
                 },
-                _ => self.coordination.attempt = None,
-            }
-            return;
+                _ => {
+                    self.attempt = None;
+                    None
+                }
+            };
         }
         if !intent.operation.increases_exposure() {
-            self.propose_intent(intent, None);
-            return;
+            return self.propose_intent(ctx, intent, None);
         }
-        let expired = self.now.mono.millis_since(attempt.began) >= self.settings.timings.vote_ms;
+        let expired = ctx.now.mono.millis_since(attempt.began) >= ctx.settings.timings.vote_ms;
         let mut yes = BTreeMap::new();
         let (mut reasons, mut missing) = (Vec::new(), Vec::new());
-        for node in self.ledger.members.gate_voters() {
+        for node in ctx.ledger.members.gate_voters() {
             match (votes.get(node), refused.get(node)) {
                 (Some((_, GateVote::Yes(why))), _) => drop(yes.insert(node.clone(), bounded(why.clone()))),
                 (Some((_, GateVote::No(why))), _) => reasons.push(format!("{node}: no: {why}")),
@@ -413,271 +335,193 @@ impl Core {
             reasons.push("a rollback goes first".into());
         }
         if expired {
-            let ms = self.settings.timings.vote_ms;
+            let ms = ctx.settings.timings.vote_ms;
             reasons.extend(missing.drain(..).map(|node| format!("{node}: no vote within {ms} ms")));
         }
         if !reasons.is_empty() {
-            self.propose_abort(intent, reasons);
-        } else if missing.is_empty() {
-            let ballot = attempt.ballot.clone();
-            self.propose_intent(intent, Some(Certificate { ballot, yes }));
+            return self.propose_abort(ctx, intent, reasons);
         }
+        if !missing.is_empty() {
+            return None;
+        }
+        let ballot = attempt.ballot.clone();
+        self.propose_intent(ctx, intent, Some(Certificate { ballot, yes }))
     }
 
-    fn propose_abort(&mut self, intent: Intent, reasons: Vec<String>) {
+    fn propose_abort(&mut self, ctx: &mut Context, intent: Intent, reasons: Vec<String>) -> Option<Next> {
         let (service, refused) = (intent.operation.service().cloned(), intent.operation.name().into());
         let reasons = reasons.into_iter().map(bounded).collect();
-        self.propose_intent(Intent { operation: Operation::Abort { service, refused, reasons }, ..intent }, None);
+        self.propose_intent(ctx, Intent { operation: Operation::Abort { service, refused, reasons }, ..intent }, None)
     }
 
-    fn propose_intent(&mut self, intent: Intent, certificate: Option<Certificate>) {
-        match self.ledger.next_record(intent, certificate) {
-            Ok(record) => self.propose(record),
+    fn propose_intent(&mut self, ctx: &mut Context, intent: Intent, certificate: Option<Certificate>) -> Option<Next> {
+        match ctx.ledger.next_record(intent, certificate) {
+            Ok(record) => self.propose(ctx, record),
             Err(error) => {
-                let Some(attempt) = self.coordination.attempt.take() else { return };
-                self.reply(&attempt.pending, &Outcome::Refused(error.to_string()));
+                let attempt = self.attempt.take()?;
+                reply(ctx, &attempt.pending, &Outcome::Refused(error.to_string()));
+                None
             }
         }
     }
 
-    fn propose(&mut self, record: Record) {
-        let own = self.settings.node.clone();
-        let resend = self.now.mono.after_ms(self.settings.timings.resend_ms);
-        let Some(attempt) = &mut self.coordination.attempt else { return };
+    fn propose(&mut self, ctx: &mut Context, record: Record) -> Option<Next> {
+        let attempt = self.attempt.as_mut()?;
         assert_eq!(record.slot, attempt.slot, "a ballot is about one slot");
         let ballot = attempt.ballot.clone();
-        if self.acceptor.promised.as_ref() != Some(&ballot) {
-            self.step_back(BACK_OFF_MS);
-            return;
+        if ctx.promised() != Some(&ballot) {
+            self.step_back(ctx, BACK_OFF_MS);
+            return None;
         }
-        attempt.began = self.now.mono;
-        attempt.resend = resend;
-        attempt.stage = BallotStage::Proposing { record: Box::new(record.clone()), accepts: BTreeSet::from([own]) };
-        self.broadcast(&Message::Decision(Decision::Propose(ballot.clone(), Box::new(record.clone()))));
-        self.accept(ballot, record);
-        self.try_choose();
+        attempt.began = ctx.now.mono;
+        attempt.resend = ctx.now.mono.after_ms(ctx.settings.timings.resend_ms);
+        let accepts = BTreeSet::from([ctx.settings.node.clone()]);
+        attempt.stage = BallotStage::Proposing { record: Box::new(record.clone()), accepts };
+        ctx.broadcast(&Message::Decision(Decision::Propose(ballot.clone(), Box::new(record.clone()))));
+        Some(Next::Accept(ballot, Box::new(record)))
     }
 
-    fn try_choose(&mut self) {
-        let quorum = self.ledger.members.quorum();
-        let Some(attempt) = &self.coordination.attempt else { return };
-        let BallotStage::Proposing { record, accepts } = &attempt.stage else { return };
-        if accepts.len() < quorum {
-            return;
+    /// Returns the proposed record once a majority accepted it, and tells the others.
+    pub fn try_choose(&mut self, ctx: &mut Context) -> Option<Next> {
+        let attempt = self.attempt.as_ref()?;
+        let BallotStage::Proposing { record, accepts } = &attempt.stage else { return None };
+        if accepts.len() < ctx.ledger.members.quorum() {
+            return None;
         }
-        let chosen = Chosen { ballot: Some(attempt.ballot.clone()), record: (**record).clone() };
-        self.tell_chosen(&chosen);
-        self.learn(chosen);
+        let chosen = Box::new(Chosen { ballot: Some(attempt.ballot.clone()), record: (**record).clone() });
+        ctx.broadcast(&Message::Decision(Decision::Chosen(chosen.clone())));
+        Some(Next::Learn(chosen))
     }
 
-    /// Follows up a record that was just added to the ledger: answers who waited for it, frees the desk.
-    pub(super) fn settle(&mut self, record: &Record) {
-        self.release_desk(record.slot);
-        if let Some(at) = self.coordination.queue.iter().position(|pending| pending.tx == record.intent.tx) {
-            let pending = self.coordination.queue.remove(at).expect("a position just found");
-            // Nobody asked for a verdict, and its outcome is not kept.
-            if !pending.requests.is_empty() {
-                let outcome = self.settled_outcome(&pending.tx, pending.digest).first_time();
-                self.reply(&pending, &outcome);
-            }
-        }
-        if record.intent.operation.decreases_exposure()
-            && let Some(id) = record.intent.operation.service().cloned()
-        {
-            let lease_ms = self.ledger.services[&id].service.rollout.spec.lease_ms;
-            self.enforce(id, record.slot, lease_ms);
+    /// Follows up a record that was just added to the ledger: gives up the attempt at its slot, answers who waited for it.
+    pub fn settle(&mut self, ctx: &mut Context, record: &Record) {
+        self.release(record.slot);
+        let Some(at) = self.queue.iter().position(|pending| pending.tx == record.intent.tx) else { return };
+        let pending = self.queue.remove(at).expect("a position just found");
+        // Nobody asked for a verdict, and its outcome is not kept.
+        if !pending.requests.is_empty() {
+            let outcome = settled_outcome(ctx, &pending.tx, pending.digest).first_time();
+            reply(ctx, &pending, &outcome);
         }
     }
 
-    /// Gives up the attempt at a slot that is decided; its wish waits for the next one.
-    pub(super) fn release_desk(&mut self, decided: Slot) {
-        if self.coordination.attempt.as_ref().is_some_and(|attempt| attempt.slot <= decided) {
-            let attempt = self.coordination.attempt.take().expect("an attempt just seen");
+    /// Gives up the attempt at a slot that is decided; its proposal waits for the next one.
+    pub fn release(&mut self, decided: Slot) {
+        if self.attempt.as_ref().is_some_and(|attempt| attempt.slot <= decided) {
+            let attempt = self.attempt.take().expect("an attempt just seen");
             if !matches!(attempt.pending.proposal, Proposal::Settle(_)) {
-                self.coordination.queue.push_front(attempt.pending);
+                self.queue.push_front(attempt.pending);
             }
         }
     }
 
-    pub(super) fn tick_attempt(&mut self) {
-        let now = self.now.mono;
-        let timings = self.settings.timings;
-        let Some(attempt) = &self.coordination.attempt else {
-            self.expire_queue();
-            return;
-        };
-        let age = now.millis_since(attempt.began);
-        if matches!(attempt.stage, BallotStage::Preparing { .. }) && age >= timings.vote_ms {
-            self.try_propose();
-            self.give_up_preparing();
-        } else if matches!(attempt.stage, BallotStage::Proposing { .. }) && age >= timings.vote_ms {
-            self.doubt();
+    /// Decides without the votes that didn't come in time.
+    pub fn close_votes(&mut self, ctx: &mut Context) -> Option<Next> {
+        let attempt = self.attempt.as_ref()?;
+        let is_late = ctx.now.mono.millis_since(attempt.began) >= ctx.settings.timings.vote_ms;
+        if !is_late || !matches!(attempt.stage, BallotStage::Preparing { .. }) {
+            return None;
         }
-        self.resend();
-        self.expire_queue();
+        self.try_propose(ctx)
     }
 
-    fn resend(&mut self) {
-        let now = self.now.mono;
-        let Some(attempt) = self.coordination.attempt.as_ref().filter(|attempt| now >= attempt.resend) else { return };
+    /// Tells clients what didn't happen in time, and asks again where no answer came. Votes are closed before.
+    pub fn tick(&mut self, ctx: &mut Context) {
+        let vote_ms = ctx.settings.timings.vote_ms;
+        if let Some(attempt) = &self.attempt {
+            if ctx.now.mono.millis_since(attempt.began) >= vote_ms {
+                match attempt.stage {
+                    BallotStage::Preparing { .. } => self.give_up_preparing(ctx),
+                    BallotStage::Proposing { .. } => self.doubt(ctx),
+                }
+            }
+            self.resend(ctx);
+        }
+        self.expire_queue(ctx);
+    }
+
+    fn resend(&mut self, ctx: &mut Context) {
+        let now = ctx.now.mono;
+        let Some(attempt) = self.attempt.as_ref().filter(|attempt| now >= attempt.resend) else { return };
         let (message, done): (_, BTreeSet<_>) = match &attempt.stage {
             BallotStage::Preparing { votes, .. } => {
-                (Message::Prepare(self.prepare_of(attempt)), votes.keys().cloned().collect())
+                (Message::Prepare(prepare_of(ctx, attempt)), votes.keys().cloned().collect())
             }
             BallotStage::Proposing { record, accepts } => {
                 let decision = Decision::Propose(attempt.ballot.clone(), record.clone());
                 (Message::Decision(decision), accepts.clone())
             }
         };
-        for node in self.peers.keys().filter(|node| !done.contains(*node)) {
-            self.out.push(Output::Send { to: node.clone(), message: Box::new(message.clone()) });
-        }
-        let resend = now.after_ms(self.settings.timings.resend_ms);
-        if let Some(attempt) = &mut self.coordination.attempt {
+        ctx.broadcast_but(&message, &done);
+        let resend = now.after_ms(ctx.settings.timings.resend_ms);
+        if let Some(attempt) = &mut self.attempt {
             attempt.resend = resend;
         }
     }
 
     /// No majority of votes in time: nothing was proposed, and the client may try again.
-    fn give_up_preparing(&mut self) {
-        let Some(BallotAttempt { stage: BallotStage::Preparing { votes, .. }, .. }) = &self.coordination.attempt else {
-            return;
-        };
+    fn give_up_preparing(&mut self, ctx: &mut Context) {
+        let Some(BallotAttempt { stage: BallotStage::Preparing { votes, .. }, .. }) = &self.attempt else { return };
         let outcome =
-            Outcome::NoQuorum { reached: votes.keys().cloned().collect(), needed: self.ledger.members.quorum() };
-        let attempt = self.coordination.attempt.take().expect("an attempt just seen");
-        self.reply(&attempt.pending, &outcome);
+            Outcome::NoQuorum { reached: votes.keys().cloned().collect(), needed: ctx.ledger.members.quorum() };
+        let attempt = self.attempt.take().expect("an attempt just seen");
+        reply(ctx, &attempt.pending, &outcome);
     }
 
     /// No majority confirmed in time: clients hear so, and the ballot goes on.
-    fn doubt(&mut self) {
-        let Some(attempt) = &mut self.coordination.attempt else { return };
+    fn doubt(&mut self, ctx: &mut Context) {
+        let Some(attempt) = &mut self.attempt else { return };
         let pending = Pending { requests: std::mem::take(&mut attempt.pending.requests), ..attempt.pending.clone() };
-        self.reply(&pending, &Outcome::InDoubt);
+        reply(ctx, &pending, &Outcome::InDoubt);
     }
 
-    fn expire_queue(&mut self) {
-        let (now, limit) = (self.now.mono, self.settings.timings.vote_ms * 3 / 2);
-        let blocked = self.coordination.attempt.is_some() || self.membership() == Membership::Learner;
+    fn expire_queue(&mut self, ctx: &mut Context) {
+        let (now, limit) = (ctx.now.mono, ctx.settings.timings.vote_ms * 3 / 2);
+        let blocked = self.attempt.is_some() || ctx.membership() == Membership::Learner;
         if !blocked {
             return;
         }
-        let (late, waiting) = std::mem::take(&mut self.coordination.queue)
+        let (late, waiting) = std::mem::take(&mut self.queue)
             .into_iter()
             .partition::<VecDeque<_>, _>(|pending| now.millis_since(pending.since) >= limit);
-        self.coordination.queue = waiting;
-        let reached = self.ledger.members.0.keys().filter(|node| self.is_live_voter(node)).cloned().collect::<Vec<_>>();
-        let needed = self.ledger.members.quorum();
+        self.queue = waiting;
+        let reached = ctx.ledger.members.0.keys().filter(|node| ctx.is_live_voter(node)).cloned().collect::<Vec<_>>();
+        let needed = ctx.ledger.members.quorum();
         let outcome = if reached.len() < needed { Outcome::NoQuorum { reached, needed } } else { Outcome::Busy };
-        late.iter().for_each(|pending| self.reply(pending, &outcome));
-    }
-
-    fn reply(&mut self, pending: &Pending, outcome: &Outcome) {
-        self.out.extend(pending.requests.iter().map(|request| Output::Reply(*request, outcome.clone())));
-    }
-
-    fn settled_outcome(&self, tx: &TxId, digest: u64) -> Outcome {
-        let settled = &self.ledger.settled[tx];
-        let slot = settled.slot;
-        if settled.digest != digest {
-            return Outcome::KeyReused { slot };
-        }
-        match &settled.refused {
-            Some(reasons) => Outcome::Aborted { slot, reasons: reasons.clone(), repeated: true },
-            None => {
-                let services = self.ledger.services.values();
-                let state = services
-                    .map(|service_state| &service_state.service.routing)
-                    .find(|routing| routing.txid == *tx)
-                    .cloned();
-                Outcome::Committed { slot, state, repeated: true }
-            }
-        }
-    }
-
-    /// Returns what a wish comes to as things stand.
-    fn operation_for(&self, proposal: &Proposal) -> Result<Operation, Obstacle> {
-        match proposal {
-            Proposal::Operation(operation) => Ok(operation.clone()),
-            Proposal::Settle(_) => {
-                Ok(Operation::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
-            }
-            Proposal::OperatorRequest(OperatorRequest::Config(change)) => {
-                if let ConfigChange::Readmit(node, incarnation) | ConfigChange::Add(node, incarnation) = change {
-                    self.check_readmission(node, *incarnation).map_err(Obstacle::Refused)?;
-                }
-                Ok(Operation::Config(change.clone()))
-            }
-            Proposal::OperatorRequest(asked) => {
-                self.change_for(asked).map(|(id, change)| Operation::Change(id, change))
-            }
-        }
-    }
-
-    /// A node is added or readmitted as what it is now: a request that was overtaken by another wipe must not bind an
-    /// incarnation that is gone, nor take the vote from a node that has it.
-    fn check_readmission(&self, node: &NodeId, incarnation: Incarnation) -> Result<(), String> {
-        let own = *node == self.settings.node;
-        let heard = self.peers.get(node).filter(|_| self.is_alive(node)).and_then(|peer| peer.incarnation);
-        match if own { Some(self.acceptor.incarnation) } else { heard } {
-            Some(found) if found == incarnation => Ok(()),
-            Some(found) => Err(format!("node {node} has incarnation {found}, expected {incarnation}, as asked")),
-            None => Err(format!("node {node} is not heard from: start it, then ask again")),
-        }
-    }
-
-    fn change_for(&self, asked: &OperatorRequest) -> Result<(ServiceId, Change), Obstacle> {
-        let id = asked.service().expect("an operation that is no Config concerns a service").clone();
-        let known = self.ledger.services.get(&id).map(|service_state| &service_state.service);
-        let known_or = || known.ok_or_else(|| ChangeError::UnknownService(id.clone()));
-        let change = match asked {
-            OperatorRequest::Apply(spec) => self.apply(known, spec)?,
-            OperatorRequest::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
-            OperatorRequest::Pause { reason, .. } => Change::Pause { reason: reason.clone() },
-            OperatorRequest::Resume { .. } => Change::Resume,
-            OperatorRequest::Abort { reason, .. } => match known_or()?.rollout.phase {
-                Phase::RolledBack => return Err(Obstacle::Unchanged),
-                _ => Change::Rollback { reason: reason.clone() },
-            },
-            OperatorRequest::Retry { .. } => {
-                let rollout = &known_or()?.rollout;
-                if rollout.phase != Phase::RolledBack {
-                    let version = rollout.spec.canary.version.clone();
-                    return Err(ChangeError::Phase { version, phase: rollout.phase, expected: "RolledBack" }.into());
-                }
-                Change::Start(rollout.spec.clone())
-            }
-            OperatorRequest::Undo { .. } => match &known_or()?.rollout {
-                rollout if rollout.phase == Phase::Completed => Change::Start(rollout.spec.reversed().into()),
-                rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
-                rollout => {
-                    let version = rollout.spec.canary.version.clone();
-                    return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
-                }
-            },
-            OperatorRequest::Config(_) => unreachable!("no service, so not here"),
-        };
-        Ok((id, change))
-    }
-
-    fn apply(
-        &self,
-        known: Option<&crate::domain::rollout::Service>,
-        spec: &std::sync::Arc<RolloutSpec>,
-    ) -> Result<Change, Obstacle> {
-        match known.map(|service| &service.rollout) {
-            Some(rollout) if rollout.spec == *spec && rollout.phase != Phase::RolledBack => Err(Obstacle::Unchanged),
-            _ => Ok(Change::Start(spec.clone())),
-        }
+        late.iter().for_each(|pending| reply(ctx, pending, &outcome));
     }
 }
 
-impl Proposal {
-    fn service(&self) -> Option<&ServiceId> {
-        match self {
-            Self::OperatorRequest(asked) => asked.service(),
-            Self::Operation(operation) => operation.service(),
-            Self::Settle(_) => None,
+fn prepare_of(ctx: &Context, attempt: &BallotAttempt) -> Prepare {
+    Prepare {
+        ballot: attempt.ballot.clone(),
+        slot: attempt.slot,
+        base_hash: ctx.ledger.head_hash,
+        intent: attempt.intent.clone(),
+        recovery: matches!(attempt.pending.proposal, Proposal::Settle(_)),
+        evidence_age_ms_max: ctx.settings.timings.evidence_age_ms_max,
+    }
+}
+
+fn reply(ctx: &mut Context, pending: &Pending, outcome: &Outcome) {
+    pending.requests.iter().for_each(|request| ctx.put(Output::Reply(*request, outcome.clone())));
+}
+
+fn settled_outcome(ctx: &Context, tx: &TxId, digest: u64) -> Outcome {
+    let settled = &ctx.ledger.settled[tx];
+    let slot = settled.slot;
+    if settled.digest != digest {
+        return Outcome::KeyReused { slot };
+    }
+    match &settled.refused {
+        Some(reasons) => Outcome::Aborted { slot, reasons: reasons.clone(), repeated: true },
+        None => {
+            let services = ctx.ledger.services.values();
+            let state = services
+                .map(|service_state| &service_state.service.routing)
+                .find(|routing| routing.txid == *tx)
+                .cloned();
+            Outcome::Committed { slot, state, repeated: true }
         }
     }
 }

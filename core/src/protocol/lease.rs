@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
 use crate::domain::time::Mono;
 
-use super::core::Core;
-use super::ledger::Ledger;
+use super::context::Context;
+use super::event::Event;
+use super::log::ledger::Ledger;
+use super::log::record::Slot;
 use super::message::{Acknowledgement, Heartbeat, Membership, Message};
-use super::record::Slot;
-use super::{Event, Outcome, Output, RequestId};
+use super::{Outcome, Output, RequestId};
 
 /// A heartbeat that waits for answers.
 #[derive(Debug, Clone)]
@@ -77,84 +78,74 @@ const READ_MS: u64 = 1_500;
 /// Clock rates differ by at most one part in this many.
 const RATE_PARTS: u64 = 100;
 
-impl Core {
-    pub(super) fn tick_lease(&mut self) {
-        if self.now.mono >= self.lease.next_beat {
-            self.beat();
+impl Lease {
+    /// Beats when it is time, and tells of a lease that began or ended.
+    pub fn tick(&mut self, ctx: &mut Context) {
+        if ctx.now.mono >= self.next_beat {
+            self.beat(ctx);
         }
-        let held = self.lease.ms_left(self.now.mono, self.lease_shown_ms()) > 0;
-        if held != self.lease.held {
-            self.lease.held = held;
-            self.announce(Event::Lease { held });
-            self.outdated.all = true;
+        let held = self.ms_left(ctx.now.mono, Self::lease_shown_ms(ctx)) > 0;
+        if held != self.held {
+            self.held = held;
+            ctx.announce(Event::Lease { held });
+            ctx.outdated.all = true;
         }
-        self.tick_enforcing();
+        self.tick_enforcing(ctx);
     }
 
     /// The shortest lease in use; 2 s where no rollout names one.
-    fn lease_shown_ms(&self) -> u64 {
-        let services = self.ledger.services.values().filter(|service_state| service_state.service.needs_lease());
+    fn lease_shown_ms(ctx: &Context) -> u64 {
+        let services = ctx.ledger.services.values().filter(|service_state| service_state.service.needs_lease());
         services.map(|service_state| service_state.service.rollout.spec.lease_ms).min().unwrap_or(2_000)
     }
 
     /// Sends every peer a heartbeat that asks for an answer.
-    pub(super) fn beat(&mut self) -> u64 {
-        self.lease.nonce += 1;
-        let nonce = self.lease.nonce;
-        let now = self.now.mono;
-        self.lease.next_beat = now.after_ms(self.settings.timings.heartbeat_ms);
-        self.lease.beats.retain(|_, beat| now.millis_since(beat.sent) < BEAT_MS);
-        self.lease.beats.insert(nonce, Beat { sent: now, granted: BTreeSet::new(), answered: BTreeSet::new() });
-        let heartbeat = self.heartbeat(Some(nonce), None);
-        self.broadcast(&Message::Heartbeat(heartbeat));
-        let (own, granted) = (self.settings.node.clone(), self.grants_lease(self.ledger.head));
-        if self.membership() == Membership::Voter {
-            self.on_acknowledged(&own, Acknowledgement { nonce, granted });
+    pub fn beat(&mut self, ctx: &mut Context) -> u64 {
+        self.nonce += 1;
+        let nonce = self.nonce;
+        let now = ctx.now.mono;
+        self.next_beat = now.after_ms(ctx.settings.timings.heartbeat_ms);
+        self.beats.retain(|_, beat| now.millis_since(beat.sent) < BEAT_MS);
+        self.beats.insert(nonce, Beat { sent: now, granted: BTreeSet::new(), answered: BTreeSet::new() });
+        let heartbeat = ctx.heartbeat(Some(nonce), None);
+        ctx.broadcast(&Message::Heartbeat(heartbeat));
+        let (own, granted) = (ctx.settings.node.clone(), Self::grants_lease(ctx, ctx.ledger.head));
+        if ctx.membership() == Membership::Voter {
+            self.on_acknowledged(ctx, &own, Acknowledgement { nonce, granted });
         }
         nonce
     }
 
-    pub(super) fn heartbeat(&self, nonce: Option<u64>, acknowledges: Option<Acknowledgement>) -> Heartbeat {
-        Heartbeat {
-            nonce,
-            acknowledges,
-            head: self.ledger.head,
-            head_hash: self.ledger.head_hash,
-            in_doubt: self.ledger.in_doubt().map(|(_, increase)| increase.slot),
-            open: self.acceptor.accepted.as_ref().map(|accepted| accepted.ballot.clone()),
-            membership: self.membership(),
-        }
-    }
-
     /// Returns true when a node at `head` knows every lowering that this one knows or has accepted.
-    fn grants_lease(&self, head: Slot) -> bool {
-        let accepted = Ledger::decrease_in(self.acceptor.accepted.as_ref()).unwrap_or(Slot(0));
-        self.ledger.last_decrease.max(accepted) <= head
+    fn grants_lease(ctx: &Context, head: Slot) -> bool {
+        let accepted = Ledger::decrease_in(ctx.acceptor.accepted.as_ref()).unwrap_or(Slot(0));
+        ctx.ledger.last_decrease.max(accepted) <= head
     }
 
-    pub(super) fn on_heartbeat(&mut self, from: &NodeId, incarnation: Incarnation, heartbeat: Heartbeat) {
-        let counts = self.counts(from, incarnation);
+    /// Answers a heartbeat, and takes in what it says of the sender and of this node's own heartbeats.
+    pub fn on_heartbeat(&mut self, ctx: &mut Context, from: &NodeId, incarnation: Incarnation, heartbeat: Heartbeat) {
+        let counts = ctx.counts(from, incarnation);
         if let Some(nonce) = heartbeat.nonce {
-            let granted = counts && self.membership() == Membership::Voter && self.grants_lease(heartbeat.head);
-            let answer = self.heartbeat(None, Some(Acknowledgement { nonce, granted }));
-            self.send(from, Message::Heartbeat(answer));
+            let granted = counts && ctx.membership() == Membership::Voter && Self::grants_lease(ctx, heartbeat.head);
+            let answer = ctx.heartbeat(None, Some(Acknowledgement { nonce, granted }));
+            ctx.send(from, Message::Heartbeat(answer));
         }
-        self.note_heartbeat(from, &heartbeat);
+        Self::note_heartbeat(ctx, from, &heartbeat);
         if counts
             && heartbeat.membership == Membership::Voter
             && let Some(acknowledgement) = heartbeat.acknowledges
         {
-            self.note_read(from, &heartbeat, acknowledgement.nonce);
-            self.on_acknowledged(from, acknowledgement);
+            self.note_read(ctx, from, &heartbeat, acknowledgement.nonce);
+            self.on_acknowledged(ctx, from, acknowledgement);
         }
-        if heartbeat.head < self.ledger.head {
-            self.send_log(from, heartbeat.head.next());
+        if heartbeat.head < ctx.ledger.head {
+            ctx.send_log(from, heartbeat.head.next());
         }
     }
 
-    fn note_heartbeat(&mut self, from: &NodeId, heartbeat: &Heartbeat) {
-        let (now, head) = (self.now.mono, self.ledger.head);
-        let Some(peer) = self.peers.get_mut(from) else { return };
+    fn note_heartbeat(ctx: &mut Context, from: &NodeId, heartbeat: &Heartbeat) {
+        let (now, head) = (ctx.now.mono, ctx.ledger.head);
+        let Some(peer) = ctx.peers.get_mut(from) else { return };
         let news = peer.membership != Some(heartbeat.membership) || peer.head != Some(heartbeat.head);
         peer.membership = Some(heartbeat.membership);
         peer.head = Some(heartbeat.head);
@@ -165,45 +156,45 @@ impl Core {
             (Some(ballot), _) if heartbeat.head == head => Some((ballot.clone(), head.next(), now)),
             _ => None,
         };
-        self.outdated.cluster |= news;
+        ctx.outdated.cluster |= news;
         if let Some(slot) = heartbeat.in_doubt.filter(|slot| *slot <= head) {
-            self.outdated.all |= self.ledger.mark_in_doubt(slot);
+            ctx.outdated.all |= ctx.ledger.mark_in_doubt(slot);
         }
     }
 
-    fn on_acknowledged(&mut self, from: &NodeId, acknowledgement: Acknowledgement) {
-        let quorum = self.ledger.members.quorum();
-        let Some(beat) = self.lease.beats.get_mut(&acknowledgement.nonce) else { return };
+    fn on_acknowledged(&mut self, ctx: &mut Context, from: &NodeId, acknowledgement: Acknowledgement) {
+        let quorum = ctx.ledger.members.quorum();
+        let Some(beat) = self.beats.get_mut(&acknowledgement.nonce) else { return };
         beat.answered.insert(from.clone());
         if acknowledgement.granted {
             beat.granted.insert(from.clone());
         }
         let sent = beat.sent;
-        if beat.granted.len() >= quorum && self.lease.from < Some(sent) && self.membership() == Membership::Voter {
-            self.lease.from = Some(sent);
-            self.out.push(Output::Lease(Some(sent)));
+        if beat.granted.len() >= quorum && self.from < Some(sent) && ctx.membership() == Membership::Voter {
+            self.from = Some(sent);
+            ctx.put(Output::Lease(Some(sent)));
         }
     }
 
     // Enforcement of lowerings.
 
     /// Begins to watch until a lowering is in force everywhere.
-    pub(super) fn enforce(&mut self, service: ServiceId, slot: Slot, lease_ms: u64) {
-        let chosen = self.now.mono;
-        self.lease.enforcing.insert(service, Enforcing { slot, chosen, lease_ms });
+    pub fn enforce(&mut self, ctx: &Context, service: ServiceId, slot: Slot, lease_ms: u64) {
+        let chosen = ctx.now.mono;
+        self.enforcing.insert(service, Enforcing { slot, chosen, lease_ms });
     }
 
-    fn tick_enforcing(&mut self) {
-        if self.lease.enforcing.is_empty() {
+    fn tick_enforcing(&mut self, ctx: &mut Context) {
+        if self.enforcing.is_empty() {
             return;
         }
-        let now = self.now.mono;
-        let lowest = self.ledger.members.0.keys().map(|node| match *node == self.settings.node {
-            true => Some(self.ledger.head),
-            false => self.peers.get(node).and_then(|peer| peer.head),
+        let now = ctx.now.mono;
+        let lowest = ctx.ledger.members.0.keys().map(|node| match *node == ctx.settings.node {
+            true => Some(ctx.ledger.head),
+            false => ctx.peers.get(node).and_then(|peer| peer.head),
         });
         let everybody = lowest.min().flatten();
-        let done: Vec<_> = (self.lease.enforcing.iter())
+        let done: Vec<_> = (self.enforcing.iter())
             .filter(|(_, e)| {
                 let ended = e.lease_ms + e.lease_ms / RATE_PARTS + 1;
                 everybody >= Some(e.slot) || now.millis_since(e.chosen) >= ended
@@ -211,43 +202,45 @@ impl Core {
             .map(|(service, e)| (service.clone(), e.slot, now.millis_since(e.chosen)))
             .collect();
         for (service, slot, took_ms) in done {
-            self.lease.enforcing.remove(&service);
-            self.outdated.services.insert(service.clone());
-            if self.is_coordinator() {
-                self.announce(Event::Enforced { service, slot, took_ms });
+            self.enforcing.remove(&service);
+            ctx.outdated.services.insert(service.clone());
+            if ctx.is_coordinator() {
+                ctx.announce(Event::Enforced { service, slot, took_ms });
             }
         }
     }
 
     // Linearizable reads.
 
-    pub(super) fn on_read(&mut self, request: RequestId) {
-        if self.membership() == Membership::Learner {
-            self.out.push(Output::Reply(request, Outcome::Refused("this node has no vote".into())));
+    /// Begins a linearizable read.
+    pub fn on_read(&mut self, ctx: &mut Context, request: RequestId) {
+        if ctx.membership() == Membership::Learner {
+            ctx.put(Output::Reply(request, Outcome::Refused("this node has no vote".into())));
             return;
         }
-        let own_open = self.acceptor.accepted.is_some();
-        let through = if own_open { self.ledger.head.next() } else { self.ledger.head };
-        let nonce = self.beat();
-        let answered = BTreeSet::from([self.settings.node.clone()]);
-        let deadline = self.now.mono.after_ms(READ_MS);
-        self.lease.reads.insert(request, Read { nonce, deadline, answered, through });
-        self.tick_reads();
+        let own_open = ctx.acceptor.accepted.is_some();
+        let through = if own_open { ctx.ledger.head.next() } else { ctx.ledger.head };
+        let nonce = self.beat(ctx);
+        let answered = BTreeSet::from([ctx.settings.node.clone()]);
+        let deadline = ctx.now.mono.after_ms(READ_MS);
+        self.reads.insert(request, Read { nonce, deadline, answered, through });
+        self.tick_reads(ctx);
     }
 
-    fn note_read(&mut self, from: &NodeId, heartbeat: &Heartbeat, nonce: u64) {
+    fn note_read(&mut self, ctx: &mut Context, from: &NodeId, heartbeat: &Heartbeat, nonce: u64) {
         let through = if heartbeat.open.is_some() { heartbeat.head.next() } else { heartbeat.head };
-        for read in self.lease.reads.values_mut().filter(|read| read.nonce == nonce) {
+        for read in self.reads.values_mut().filter(|read| read.nonce == nonce) {
             read.answered.insert(from.clone());
             read.through = read.through.max(through);
         }
-        self.tick_reads();
+        self.tick_reads(ctx);
     }
 
-    pub(super) fn tick_reads(&mut self) {
-        let (now, head, needed) = (self.now.mono, self.ledger.head, self.ledger.members.quorum());
+    /// Answers the reads that a majority confirmed, and those that took too long.
+    pub fn tick_reads(&mut self, ctx: &mut Context) {
+        let (now, head, needed) = (ctx.now.mono, ctx.ledger.head, ctx.ledger.members.quorum());
         let mut answers = Vec::new();
-        self.lease.reads.retain(|request, read| {
+        self.reads.retain(|request, read| {
             let outcome = if read.answered.len() >= needed && head >= read.through {
                 Outcome::Current(head)
             } else if now >= read.deadline {
@@ -258,6 +251,6 @@ impl Core {
             answers.push(Output::Reply(*request, outcome));
             false
         });
-        self.out.extend(answers);
+        answers.into_iter().for_each(|answer| ctx.put(answer));
     }
 }

@@ -3,12 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{NodeId, ServiceId};
-use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::ticks::TickSample;
 use crate::domain::window::Evidence;
 
-use super::checkpoint::Part;
-use super::record::{Accepted, Ballot, Chosen, Hash, Intent, Record, Slot};
+use super::log::checkpoint::Part;
+use super::log::record::{Accepted, Ballot, Chosen, Hash, Intent, Record, RunTransfer, Slot};
 
 /// Everything a node says to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,22 +193,4 @@ pub struct Asks {
     pub whom: Option<NodeId>,
     /// How far the trial goes that the sender saved before it restarted, in milliseconds since the rollout began; 0: it has none.
     pub saved: u64,
-}
-
-/// A trial as far as one node knows it, for another that came late.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RunTransfer {
-    /// Milliseconds since the rollout began, on the sender's clock.
-    pub at_ms: u64,
-    /// The trial.
-    pub run: AnalysisRun<NodeId>,
-    /// Windows that are closed and, as far as the sender knows, not decided yet.
-    pub closed: Vec<WindowVerdict>,
-}
-
-impl RunTransfer {
-    /// Returns true when its parts agree, as they do in every one of ours; bytes from outside may not.
-    pub fn is_sound(&self) -> bool {
-        self.at_ms < 1 << 53 && self.run.is_sound() && self.closed.iter().all(WindowVerdict::is_finite)
-    }
 }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::Timings;
-use super::checkpoint::Checkpoint;
-use super::codec;
-use super::ledger::Ledger;
-use super::message::{Answer, Decision, GateVote, HealthSnapshot, Message, Refusal, Vote};
-use super::record::{
+use super::log::checkpoint::Checkpoint;
+use super::log::codec;
+use super::log::ledger::Ledger;
+use super::log::record::{
     Accepted, AcceptorState, Ballot, Chosen, ConfigChange, Intent, Member, Members, Operation, Record, SavedRun, Slot,
 };
+use super::message::{Answer, Decision, GateVote, HealthSnapshot, Message, Refusal, Vote};
 use super::{
     Command, Core, Event, Input, Observation, OperatorRequest, Outcome, Output, RequestId, Retention, Settings,
 };

@@ -165,7 +165,7 @@ mod tests {
     use crate::domain::analysis::Analysis;
     use crate::domain::run::{AnalysisRun, WindowVerdict};
     use crate::domain::time::Wall;
-    use crate::protocol::message::RunTransfer;
+    use crate::protocol::record::RunTransfer;
 
     fn saved(at: u64) -> SavedRun {
         let run = AnalysisRun::new(Analysis::default(), Some(Default::default()), 250, 4_000);

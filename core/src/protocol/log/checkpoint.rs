@@ -4,13 +4,13 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, DecodeError};
-use super::ledger::Ledger;
+use super::ledger::{LEDGER_BYTES_MAX, Ledger};
 use super::record::{Hash, Slot};
 
 /// Bytes of a part, as it crosses the wire: what fits into a frame with room to spare.
 pub const PART_BYTES: usize = 48 * 1024;
-/// Most bytes of a checkpoint: what can be read back from disk and from a peer. The ledger's own bounds follow from it.
-pub const CHECKPOINT_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Most bytes of a checkpoint, which is an encoded ledger.
+pub const CHECKPOINT_BYTES_MAX: usize = LEDGER_BYTES_MAX;
 
 /// A ledger's encoding.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,7 +9,6 @@ use crate::domain::plan::RolloutSpec;
 use crate::domain::rollout::{Change, ChangeError, Service, Stamp};
 use crate::domain::time::Wall;
 
-use super::checkpoint::CHECKPOINT_BYTES_MAX;
 use super::codec;
 use super::record::{Accepted, Chosen, ConfigChange, Hash, Intent, Member, Members, Operation, Record, Slot};
 
@@ -17,11 +16,13 @@ use super::record::{Accepted, Chosen, ConfigChange, Hash, Intent, Member, Member
 /// a new transaction.
 pub const SETTLED_MAX: usize = 16_384;
 
+/// Most bytes of an encoded ledger: what can be read back from disk and from a peer. The other bounds follow from it.
+pub const LEDGER_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Most services that a cluster knows.
 pub const SERVICES_MAX: usize = 10_000;
-/// Most bytes that the rollouts of all services may need in the ledger: half of what a checkpoint may have. The other half
+/// Most bytes that the rollouts of all services may need in the ledger: half of [`LEDGER_BYTES_MAX`]. The other half
 /// is for what needs no permission to grow: the outcomes of transactions, and each service's state and reasons.
-pub const SPECS_BYTES_MAX: usize = CHECKPOINT_BYTES_MAX / 2;
+pub const SPECS_BYTES_MAX: usize = LEDGER_BYTES_MAX / 2;
 
 /// How a transaction ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,10 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::rollout::Change;
 use crate::domain::routing::RoutingState;
-use crate::domain::run::WindowVerdict;
+use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::time::Wall;
-
-use super::message::RunTransfer;
 
 /// Position in the log; 0 is genesis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -343,4 +341,22 @@ pub struct SavedRun {
     pub at: Wall,
     /// The trial at that time.
     pub run: RunTransfer,
+}
+
+/// A trial as far as one node knows it, for another that came late.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunTransfer {
+    /// Milliseconds since the rollout began, on the sender's clock.
+    pub at_ms: u64,
+    /// The trial.
+    pub run: AnalysisRun<NodeId>,
+    /// Windows that are closed and, as far as the sender knows, not decided yet.
+    pub closed: Vec<WindowVerdict>,
+}
+
+impl RunTransfer {
+    /// Returns true when its parts agree, as they do in every one of ours; bytes from outside may not.
+    pub fn is_sound(&self) -> bool {
+        self.at_ms < 1 << 53 && self.run.is_sound() && self.closed.iter().all(WindowVerdict::is_finite)
+    }
 }

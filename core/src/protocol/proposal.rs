@@ -1,0 +1,152 @@
+//! What is asked for, and what it comes to as things stand.
+
+use std::sync::Arc;
+
+use crate::domain::ids::{Incarnation, NodeId, ServiceId};
+use crate::domain::plan::RolloutSpec;
+use crate::domain::rollout::{Change, ChangeError, Phase, Service};
+
+use super::OperatorRequest;
+use super::context::Context;
+use super::log::record::{ConfigChange, Intent, Operation};
+
+/// What is asked for: by an operator, or by the node itself.
+#[derive(Debug, Clone)]
+pub(super) enum Proposal {
+    /// An operator's request.
+    OperatorRequest(OperatorRequest),
+    /// A change that the autopilot or the brake wants.
+    Operation(Operation),
+    /// Settle what a lost coordinator left open: propose what was accepted; of what was only voted on, do what lowers exposure, and
+    /// abort the rest.
+    Settle(Option<Intent>),
+}
+
+impl Proposal {
+    /// Returns the service it concerns.
+    pub fn service(&self) -> Option<&ServiceId> {
+        match self {
+            Self::OperatorRequest(asked) => asked.service(),
+            Self::Operation(operation) => operation.service(),
+            Self::Settle(_) => None,
+        }
+    }
+
+    /// Returns true when some node must serve less canary by it.
+    pub fn decreases(&self) -> bool {
+        match self {
+            Self::OperatorRequest(asked) => matches!(
+                asked,
+                OperatorRequest::Abort { .. }
+                    | OperatorRequest::Undo { .. }
+                    | OperatorRequest::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_))
+            ),
+            Self::Operation(operation) => operation.decreases_exposure(),
+            Self::Settle(_) => false,
+        }
+    }
+
+    pub fn concerns(&self, service: &ServiceId) -> bool {
+        self.service() == Some(service)
+    }
+
+    /// Returns what it comes to as things stand.
+    pub fn operation(&self, ctx: &Context) -> Result<Operation, Obstacle> {
+        match self {
+            Self::Operation(operation) => Ok(operation.clone()),
+            Self::Settle(_) => {
+                Ok(Operation::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
+            }
+            Self::OperatorRequest(OperatorRequest::Config(change)) => {
+                if let ConfigChange::Readmit(node, incarnation) | ConfigChange::Add(node, incarnation) = change {
+                    check_readmission(ctx, node, *incarnation).map_err(Obstacle::Refused)?;
+                }
+                Ok(Operation::Config(change.clone()))
+            }
+            Self::OperatorRequest(asked) => change_for(ctx, asked).map(|(id, change)| Operation::Change(id, change)),
+        }
+    }
+}
+
+impl OperatorRequest {
+    /// Returns the service it concerns.
+    pub fn service(&self) -> Option<&ServiceId> {
+        match self {
+            Self::Apply(spec) => Some(&spec.service),
+            Self::Promote { service, .. }
+            | Self::Pause { service, .. }
+            | Self::Resume { service }
+            | Self::Abort { service, .. }
+            | Self::Retry { service }
+            | Self::Undo { service } => Some(service),
+            Self::Config(_) => None,
+        }
+    }
+}
+
+/// What stands in the way of a wish.
+pub(super) enum Obstacle {
+    /// The cluster is there already.
+    Unchanged,
+    /// It can't be done.
+    Refused(String),
+}
+
+impl From<ChangeError> for Obstacle {
+    fn from(error: ChangeError) -> Self {
+        Self::Refused(error.to_string())
+    }
+}
+
+/// A node is added or readmitted as what it is now: a request that was overtaken by another wipe must not bind an
+/// incarnation that is gone, nor take the vote from a node that has it.
+fn check_readmission(ctx: &Context, node: &NodeId, incarnation: Incarnation) -> Result<(), String> {
+    let own = *node == ctx.settings.node;
+    let heard = ctx.peers.get(node).filter(|_| ctx.is_alive(node)).and_then(|peer| peer.incarnation);
+    match if own { Some(ctx.acceptor.incarnation) } else { heard } {
+        Some(found) if found == incarnation => Ok(()),
+        Some(found) => Err(format!("node {node} has incarnation {found}, expected {incarnation}, as asked")),
+        None => Err(format!("node {node} is not heard from: start it, then ask again")),
+    }
+}
+
+fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Change), Obstacle> {
+    let id = asked.service().expect("an operation that is no Config concerns a service").clone();
+    let known = ctx.ledger.services.get(&id).map(|service_state| &service_state.service);
+    let known_or = || known.ok_or_else(|| ChangeError::UnknownService(id.clone()));
+    let change = match asked {
+        OperatorRequest::Apply(spec) => apply(known, spec)?,
+        OperatorRequest::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
+        OperatorRequest::Pause { reason, .. } => Change::Pause { reason: reason.clone() },
+        OperatorRequest::Resume { .. } => Change::Resume,
+        OperatorRequest::Abort { reason, .. } => match known_or()?.rollout.phase {
+            Phase::RolledBack => return Err(Obstacle::Unchanged),
+            _ => Change::Rollback { reason: reason.clone() },
+        },
+        OperatorRequest::Retry { .. } => {
+            let rollout = &known_or()?.rollout;
+            if rollout.phase != Phase::RolledBack {
+                let version = rollout.spec.canary.version.clone();
+                return Err(ChangeError::Phase { version, phase: rollout.phase, expected: "RolledBack" }.into());
+            }
+            Change::Start(rollout.spec.clone())
+        }
+        OperatorRequest::Undo { .. } => match &known_or()?.rollout {
+            rollout if rollout.phase == Phase::Completed => Change::Start(rollout.spec.reversed().into()),
+            rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
+            rollout => {
+                let version = rollout.spec.canary.version.clone();
+                return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
+            }
+        },
+        OperatorRequest::Config(_) => unreachable!("no service, so not here"),
+    };
+    Ok((id, change))
+}
+
+fn apply(known: Option<&Service>, spec: &Arc<RolloutSpec>) -> Result<Change, Obstacle> {
+    match known.map(|service| &service.rollout) {
+        Some(rollout) if rollout.spec == *spec && rollout.phase != Phase::RolledBack => Err(Obstacle::Unchanged),
+        _ => Ok(Change::Start(spec.clone())),
+    }
+}

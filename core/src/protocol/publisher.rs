@@ -1,0 +1,124 @@
+//! What is published: the view of all services, made anew where something changed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::domain::ids::{Incarnation, NodeId, ServiceId};
+use crate::domain::time::Mono;
+
+use super::Output;
+use super::context::{Context, Outdated};
+use super::message::Membership;
+use super::view::{MemberView, ServiceView, View};
+
+/// Shortest time between two publications that only refresh evidence.
+const REFRESH_MS: u64 = 250;
+
+/// The last published view, and what the next one shows of each service.
+#[derive(Debug, Clone)]
+pub(super) struct Publisher {
+    shown: BTreeMap<ServiceId, Arc<ServiceView>>,
+    published_at: Mono,
+    view: Arc<View>,
+}
+
+impl Publisher {
+    /// Returns a publisher that published nothing yet.
+    pub fn new(ctx: &Context) -> Self {
+        let view = View {
+            node: ctx.settings.node.clone(),
+            cluster: ctx.settings.cluster,
+            incarnation: ctx.acceptor.incarnation,
+            membership: Membership::Learner,
+            head: ctx.ledger.head,
+            head_hash: ctx.ledger.head_hash,
+            coordinator: ctx.coordinator.clone(),
+            members: BTreeMap::new(),
+            services: BTreeMap::new(),
+        };
+        Self { shown: BTreeMap::new(), published_at: ctx.now.mono, view: Arc::new(view) }
+    }
+
+    /// Returns the latest published view.
+    pub fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    /// Returns true when something changed, or the evidence shown is old.
+    pub fn is_due(&self, ctx: &Context) -> bool {
+        let Outdated { cluster, all, services } = &ctx.outdated;
+        let is_old = ctx.now.mono.millis_since(self.published_at) >= REFRESH_MS;
+        *cluster || *all || !services.is_empty() || is_old
+    }
+
+    /// Returns the services that must be shown anew before the next publication.
+    pub fn take_outdated(&mut self, ctx: &mut Context) -> Vec<ServiceId> {
+        let Outdated { all, services, .. } = std::mem::take(&mut ctx.outdated);
+        if !all {
+            return services.into_iter().collect();
+        }
+        self.shown.retain(|id, _| ctx.ledger.services.contains_key(id));
+        ctx.ledger.services.keys().cloned().collect()
+    }
+
+    /// Shows a service like this from the next publication on.
+    pub fn show(&mut self, id: &ServiceId, view: ServiceView) {
+        match self.shown.get_mut(id) {
+            Some(shown) if **shown == view => {}
+            Some(shown) => *shown = Arc::new(view),
+            None => drop(self.shown.insert(id.clone(), Arc::new(view))),
+        }
+    }
+
+    /// Publishes what this node serves by, at this point of the outputs, if it isn't what was published last.
+    pub fn publish(&mut self, ctx: &mut Context) {
+        self.published_at = ctx.now.mono;
+        let view = Arc::new(self.build(ctx));
+        if *view != *self.view {
+            self.view = view.clone();
+            ctx.put(Output::Publish(view));
+        }
+    }
+
+    fn build(&self, ctx: &Context) -> View {
+        let members = ctx.ledger.members.0.iter().map(|(node, member)| {
+            let head = match *node == ctx.settings.node {
+                true => Some(ctx.ledger.head),
+                false => ctx.peers.get(node).and_then(|peer| peer.head),
+            };
+            let view = MemberView {
+                incarnation: member.incarnation,
+                cordoned: member.cordoned,
+                alive: ctx.is_alive(node),
+                head,
+                counts_not: counts_not(ctx, node, member.incarnation),
+            };
+            (node.clone(), view)
+        });
+        View {
+            node: ctx.settings.node.clone(),
+            cluster: ctx.settings.cluster,
+            incarnation: ctx.acceptor.incarnation,
+            membership: ctx.membership(),
+            head: ctx.ledger.head,
+            head_hash: ctx.ledger.head_hash,
+            coordinator: ctx.coordinator.clone(),
+            members: members.collect(),
+            services: self.shown.clone(),
+        }
+    }
+}
+
+/// Returns why a member's vote doesn't count; none when it does.
+fn counts_not(ctx: &Context, node: &NodeId, bound: Incarnation) -> Option<String> {
+    let own = *node == ctx.settings.node;
+    let found = if own { Some(ctx.acceptor.incarnation) } else { ctx.peers.get(node)?.incarnation };
+    let membership = if own { Some(ctx.membership()) } else { ctx.peers.get(node)?.membership };
+    match found {
+        Some(found) if found != bound => {
+            Some(format!("its memory is gone: incarnation is {found}, expected {bound}; readmit it"))
+        }
+        Some(_) if membership == Some(Membership::Learner) => Some("it is rebuilding its log from its peers".into()),
+        _ => None,
+    }
+}

@@ -1,0 +1,195 @@
+//! The analysis runs of all services: one for each rollout under way.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
+use crate::domain::analysis::Verdict;
+use crate::domain::ids::{NodeId, ServiceId};
+use crate::domain::run::{SequentialEvidence, WindowVerdict};
+
+use super::Observation;
+use super::Output;
+use super::context::{Context, one_round};
+use super::event::Event;
+use super::log::ledger::ServiceState;
+use super::log::record::{Operation, RunTransfer, SavedRun};
+use super::message::{HealthSnapshot, Membership};
+use super::proposal::Proposal;
+use tracker::RunTracker;
+
+mod tracker;
+
+/// Windows that wait for their slots at a time.
+const JUDGED_AT_ONCE: usize = 16;
+/// Runs that are asked for at a time; to go on with its own, a node needs to ask nobody.
+const ASKED_AT_ONCE: usize = 128;
+
+/// What this node knows of all analysis runs.
+#[derive(Debug, Clone)]
+pub(super) struct Runs {
+    of: BTreeMap<ServiceId, RunTracker>,
+    /// Runs that this node saved before it restarted, until it goes on with them.
+    saved: BTreeMap<ServiceId, SavedRun>,
+    /// The service whose run was saved last.
+    saved_last: Option<ServiceId>,
+    /// More windows were due than were asked for to be decided: the next ones needn't wait for a tick.
+    more_windows: bool,
+}
+
+/// A closed window that is to be decided.
+pub(super) struct DueWindow {
+    pub service: ServiceId,
+    pub rollout_generation: u64,
+    pub window_verdict: WindowVerdict,
+}
+
+impl DueWindow {
+    /// Returns what asks for it to be decided; `measured` is what other systems say of the canary.
+    pub fn proposal(self, measured: Verdict) -> Proposal {
+        let Self { service, rollout_generation, window_verdict } = self;
+        let verdict = window_verdict.verdict.or_worse(measured);
+        let window_verdict = Box::new(WindowVerdict { verdict, ..window_verdict });
+        Proposal::Operation(Operation::Judge { service, rollout_generation, window_verdict })
+    }
+}
+
+impl Runs {
+    pub fn new(saved: BTreeMap<ServiceId, SavedRun>) -> Self {
+        Self { of: BTreeMap::new(), saved, saved_last: None, more_windows: false }
+    }
+
+    /// Begins the run of a rollout that this node learned of, ends those that are over; `restarts` when it may have known the
+    /// rollout before.
+    pub fn renew(&mut self, ctx: &mut Context, id: &ServiceId, restarts: bool) {
+        let Some(service_state) = ctx.ledger.services.get(id) else { return };
+        let rollout = &service_state.service.rollout;
+        if !rollout.phase.is_active() {
+            if self.of.remove(id).is_some() {
+                ctx.put(Output::SaveRun(id.clone(), None));
+            }
+        } else if self.of.get(id).is_none_or(|known| known.rollout_generation() != rollout.rollout_generation) {
+            let saved = self.saved.remove(id);
+            self.of.insert(id.clone(), RunTracker::new(service_state, ctx.now, restarts, saved));
+        }
+    }
+
+    /// Begins the runs of what a start or a checkpoint brought, and forgets those of services that are gone.
+    pub fn restart(&mut self, ctx: &mut Context) {
+        self.of.retain(|id, _| ctx.ledger.services.contains_key(id));
+        for id in ctx.ledger.services.keys().cloned().collect::<Vec<_>>() {
+            self.renew(ctx, &id, true);
+        }
+    }
+
+    /// Gives up the saved runs whose rollouts are over.
+    pub fn forget_saved(&mut self, ctx: &mut Context) {
+        std::mem::take(&mut self.saved).into_keys().for_each(|id| ctx.put(Output::SaveRun(id, None)));
+    }
+
+    /// Takes in the data plane's counts.
+    pub fn observe(&mut self, observation: &Observation) {
+        if let Some(tracker) = self.of.get_mut(&observation.service) {
+            tracker.observe(observation.routing_version, &observation.evidence);
+        }
+    }
+
+    /// Takes in what a peer saw, and its run where this node asks for one.
+    pub fn hear(&mut self, ctx: &Context, from: &NodeId, snapshot: &HealthSnapshot) {
+        if let Some(tracker) = self.of.get_mut(&snapshot.service) {
+            tracker.hear(&ctx.settings.node, from, snapshot, ctx.now.mono);
+        }
+    }
+
+    /// Adds to a snapshot what peers are told of the run.
+    pub fn tell(&self, snapshot: HealthSnapshot) -> HealthSnapshot {
+        let told = self.of.get(&snapshot.service).map(RunTracker::told).unwrap_or_default();
+        let (rollout_generation, tick_samples, asks) = told;
+        HealthSnapshot { rollout_generation, tick_samples, asks, ..snapshot }
+    }
+
+    /// Returns what is handed to a peer that asks this node for a rollout's run.
+    pub fn transfer(&self, ctx: &Context, id: &ServiceId, rollout_generation: u64) -> Option<RunTransfer> {
+        let tracker = self.of.get(id).filter(|known| known.rollout_generation() == rollout_generation)?;
+        tracker.transfer(ctx.ledger.services[id].decided_ms, ctx.now.mono)
+    }
+
+    /// Lets the runs of these services go on; returns those where the comparison with stable changed its mind, which is
+    /// announced.
+    pub fn tick(&mut self, ctx: &Context, services: &[ServiceId]) -> Vec<DueWindow> {
+        let expected: Vec<_> =
+            ctx.ledger.members.gate_voters().filter(|node| ctx.is_live_voter(node)).cloned().collect();
+        // Without a vote or a majority nothing goes on anyway: whoever has the run, or saved most of it, may still come.
+        let voters = ctx.ledger.members.0.keys().filter(|node| ctx.is_live_voter(node)).count();
+        let can_ask = ctx.membership() == Membership::Voter && voters >= ctx.ledger.members.quorum();
+        let asked = self.of.values().filter(|tracker| tracker.is_asking()).count();
+        let mut free = ASKED_AT_ONCE.saturating_sub(asked);
+        let mut changed = Vec::new();
+        for service in services {
+            let Some(tracker) = self.of.get_mut(service) else { continue };
+            let rollout_generation = tracker.rollout_generation();
+            let changes = tracker.tick(&ctx.settings.node, &expected, can_ask, &mut free, ctx.now.mono);
+            let due = |window_verdict| DueWindow { service: service.clone(), rollout_generation, window_verdict };
+            changed.extend(changes.into_iter().map(due));
+        }
+        changed
+    }
+
+    /// Tells people that the comparison with stable changed its mind.
+    pub fn announce(ctx: &mut Context, change: DueWindow) {
+        let DueWindow { service, rollout_generation, window_verdict } = change;
+        ctx.outdated.services.insert(service.clone());
+        ctx.announce(Event::Judged { slot: None, service, rollout_generation, window_verdict });
+    }
+
+    /// Saves the run whose turn it is.
+    pub fn save(&mut self, ctx: &mut Context) {
+        let Some(id) = one_round(&self.of, self.saved_last.as_ref()).next().cloned() else { return };
+        let tracker = self.of.get_mut(&id).expect("a run just found");
+        if !tracker.is_to_be_saved(ctx.now.mono) {
+            return;
+        }
+        self.saved_last = Some(id.clone());
+        if let Some(saved) = tracker.save(ctx.ledger.services[&id].decided_ms, ctx.now) {
+            ctx.put(Output::SaveRun(id, Some(Box::new(saved))));
+        }
+    }
+
+    /// Returns true when more windows were due than [`Runs::due`] returned.
+    pub fn has_more_windows(&self) -> bool {
+        self.more_windows
+    }
+
+    /// Returns the next closed window of each rollout, those first that are due longest. A few wait for their slots at a
+    /// time, so that whoever else asks isn't kept waiting.
+    pub fn due(&mut self, ctx: &Context) -> Vec<DueWindow> {
+        let now = ctx.now.mono;
+        let mut due = Vec::new();
+        for (id, tracker) in &mut self.of {
+            let Some(window_verdict) = tracker.next_window(&ctx.ledger.services[id], now) else { continue };
+            let (service, rollout_generation) = (id.clone(), tracker.rollout_generation());
+            let overdue_ms = tracker.ms_since(window_verdict.to_ms, now);
+            due.push((overdue_ms, DueWindow { service, rollout_generation, window_verdict }));
+        }
+        self.more_windows = due.len() > JUDGED_AT_ONCE;
+        due.sort_by_key(|(overdue_ms, _)| Reverse(*overdue_ms));
+        due.into_iter().take(JUDGED_AT_ONCE).map(|(_, due)| due).collect()
+    }
+
+    /// Returns what the comparison with stable says of a rollout; Promote where there is none to make.
+    pub fn compared(&self, service_state: &ServiceState) -> Verdict {
+        let rollout = &service_state.service.rollout;
+        if !rollout.spec.analysis.compares() {
+            return Verdict::Promote;
+        }
+        let tracker = self.of.get(&rollout.spec.service);
+        match tracker.filter(|known| known.rollout_generation() == rollout.rollout_generation) {
+            Some(tracker) => tracker.compared(service_state.service.routing.version),
+            None => Verdict::Hold("nothing to compare yet".into()),
+        }
+    }
+
+    /// Returns the evidence of the comparison with stable.
+    pub fn sequential(&self, id: &ServiceId) -> Option<SequentialEvidence> {
+        self.of.get(id).and_then(RunTracker::sequential)
+    }
+}
