@@ -19,8 +19,8 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
-use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::{Builder, Client};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -31,9 +31,17 @@ use crate::domain::time::Mono;
 use crate::listener::{Admitted, ConnectionLimiter};
 
 use super::hop::{self, is_hop_by_hop};
+use super::settings::ProxySettings;
 use super::table::{NoRoute, Pick, RequestPermit, Route, RoutingTable};
 use super::upstream::{InFlightGuard, Pool, Server};
+use super::wire::HEAD_BYTES_MAX;
 use super::{Body, BodyError, own, problem};
+
+/// Bytes of an answer that an `h2c://` server may send before the client takes any. The connection lets in as many for each
+/// request that the proxy takes at once, so that clients that read nothing leave the others' share untouched.
+const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
+/// The largest window that HTTP/2 has (RFC 9113, 6.9.1).
+const WINDOW_BYTES_MAX: usize = (1 << 31) - 1;
 
 /// What a worker's general way needs.
 #[derive(Clone)]
@@ -47,15 +55,16 @@ pub struct SlowPath {
 impl SlowPath {
     /// Returns the general way of the worker that counts in this lane.
     pub fn new(router: Arc<RoutingTable>, shard: usize) -> Self {
-        let client = |http2| {
-            let mut connector = HttpConnector::new();
-            connector.set_nodelay(true);
-            connector.set_connect_timeout(Some(router.settings.connect_timeout()));
-            let idle = Duration::from_millis(router.settings.upstream_keep_alive_ms);
-            let mut builder = Client::builder(TokioExecutor::new());
-            builder.pool_timer(TokioTimer::new()).pool_idle_timeout(idle).http2_only(http2).build(connector)
-        };
-        Self { http1: client(false), http2: client(true), shard, router }
+        let settings = &router.settings;
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(settings.connect_timeout()));
+        let idle = Duration::from_millis(settings.upstream_keep_alive_ms);
+        let mut builder = Client::builder(TokioExecutor::new());
+        builder.pool_timer(TokioTimer::new()).pool_idle_timeout(idle);
+        let http1 = builder.build(connector.clone());
+        let http2 = with_http2(&mut builder, settings).build(connector);
+        Self { http1, http2, shard, router }
     }
 
     /// Serves a connection of which this much was read, until it ends; `shutdown` lets its open requests end.
@@ -93,6 +102,22 @@ impl SlowPath {
     fn count(&self, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
         self.router.count(self.shard, route, pick, status, began, error);
     }
+}
+
+/// Makes a builder one for `h2c://` servers, whose requests share a connection: none of them may hold up the others, and
+/// a connection that fell silent ends.
+fn with_http2<'b>(builder: &'b mut Builder, settings: &ProxySettings) -> &'b mut Builder {
+    let connection_bytes = (STREAM_WINDOW_BYTES as usize).saturating_mul(settings.requests_max);
+    let ping_ms = settings.upstream_ping_interval_ms;
+    builder
+        .http2_only(true)
+        .timer(TokioTimer::new())
+        .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .http2_initial_connection_window_size(connection_bytes.clamp(65_535, WINDOW_BYTES_MAX) as u32)
+        .http2_max_header_list_size(2 * HEAD_BYTES_MAX as u32)
+        .http2_keep_alive_interval((ping_ms > 0).then(|| Duration::from_millis(ping_ms)))
+        .http2_keep_alive_timeout(Duration::from_millis(settings.upstream_ping_timeout_ms))
+        .http2_keep_alive_while_idle(true)
 }
 
 /// A connection of which something was read already.
@@ -380,6 +405,10 @@ async fn attempt(
             in_flight.ended(true, general.router.now());
         }
         match answered {
+            Some(Ok(answer)) if head_bytes(answer.headers()) > HEAD_BYTES_MAX => {
+                in_flight.ended(true, general.router.now());
+                return Err(ForwardFailure::Broken("its answer's head is larger than 32 KiB".into()));
+            }
             Some(Ok(answer)) => return Ok((answer, in_flight)),
             Some(Err(error)) if error.is_connect() => unreachable = format!("{}: {}", server.authority, root(&error)),
             Some(Err(_)) if upload.is(CUT) => return Err(ForwardFailure::Client("the request's body broke off")),
@@ -389,6 +418,11 @@ async fn attempt(
         }
     }
     Err(ForwardFailure::Unreachable(unreachable))
+}
+
+/// Returns the bytes that fields take in an HTTP/1.1 head.
+fn head_bytes(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + ": \r\n".len()).sum()
 }
 
 /// Waits for an answer until `limit` after the later of this call and the last that came from the client; none when

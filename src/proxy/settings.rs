@@ -27,6 +27,12 @@ pub struct ProxySettings {
     /// How long an upstream's connection is kept for another request; default 4000, less than the 5 s after which common
     /// model servers close it.
     pub upstream_keep_alive_ms: u64,
+    /// How long an `h2c://` server's connection may be silent before it gets an HTTP/2 PING; default 20000, 0 sends none. A
+    /// gRPC server may end a connection at the fourth PING in a row without data (`too_many_pings`): within four times this,
+    /// `idle_timeout_ms` should end a silent answer.
+    pub upstream_ping_interval_ms: u64,
+    /// Longest wait for the answer to a PING, after which the connection ends with all its requests; default 5000.
+    pub upstream_ping_timeout_ms: u64,
     /// How long a worker stays awake after it read something, in microseconds; default 0: it sleeps at once. Saves the time
     /// that waking a core takes, and costs that core's time while there is little to do.
     pub busy_poll_us: u64,
@@ -49,6 +55,8 @@ impl Default for ProxySettings {
             header_timeout_ms: 5_000,
             keep_alive_timeout_ms: 75_000,
             upstream_keep_alive_ms: 4_000,
+            upstream_ping_interval_ms: 20_000,
+            upstream_ping_timeout_ms: 5_000,
             busy_poll_us: 0,
             connections_max: 10_000,
             requests_max: 5_000,

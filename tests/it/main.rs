@@ -4,6 +4,7 @@ mod api;
 mod cluster;
 mod formats;
 mod fuzz;
+mod h2c;
 mod hop;
 mod judge;
 mod measure;
