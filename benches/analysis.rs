@@ -6,6 +6,9 @@ use aviary::domain::sequential::{Policy, Sequential};
 use aviary::domain::window::Tally;
 use criterion::{Criterion, criterion_group, criterion_main};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Returns a request: whether it is the canary's, whether it failed, its latency in microseconds.
 fn event(number: u64) -> (bool, bool, u64) {
     let mixed = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20;

@@ -8,6 +8,9 @@ use aviary::proxy::outcome::{ANSWERS, CircuitBreaker, OutcomeCounts};
 use aviary::proxy::wire::{self, BodyFraming, Opening, ResponseFields, Room};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const REQUEST: &[u8] =
     b"POST /predict HTTP/1.1\r\nHost: models.example:8081\r\nUser-Agent: bench/1.0\r\nAccept: */*\r\n\
     Content-Type: application/json\r\nX-User-ID: 12345\r\nContent-Length: 200\r\n\r\n";

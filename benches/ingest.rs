@@ -13,6 +13,9 @@ mod common;
 
 use common::{event, intake};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn ingest(criterion: &mut Criterion) {
     const BATCH: u64 = 10_000;
     let now_ms = BootClock.now().wall.0;

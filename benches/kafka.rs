@@ -20,6 +20,9 @@ mod common;
 
 use common::{event, intake};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const PARTITIONS: i32 = 6;
 
 fn main() {

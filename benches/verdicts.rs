@@ -11,6 +11,9 @@ use aviary::domain::sequential::{Policy, Sequential, SequentialVerdict};
 use aviary::domain::window::Evidence;
 use aviary::synthetic::{Profile, Regression, Traffic};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How long a run lasts, in seconds.
 const SECONDS: u64 = 1_800;
 const PROFILE: Profile = Profile { requests_per_second: 100.0, error_rate: 0.005, p50_ms: 80.0, p95_ms: 215.0 };

@@ -36,8 +36,3 @@ pub mod router;
 pub mod schema;
 pub mod synthetic;
 pub mod telemetry;
-
-/// Takes the place of the C library's allocator, librdkafka's calls included: its records are made on one thread and freed on
-/// another. Here rather than in the program, so that tests and benchmarks run what users run.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
