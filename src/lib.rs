@@ -10,16 +10,17 @@
 //! 3. [`ports`]: the traits through which the shell reaches disks, networks, clocks, event sources and sinks.
 //! 4. [`node`]: the loop that feeds the core one input at a time, persists, then sends; links and frames between nodes.
 //! 5. [`adapters`]: what implements the ports: disk, TLS, Kafka, Redis, Prometheus, memory.
-//! 6. [`door`]: what both HTTP listeners share: accepting, limiting and closing connections.
-//! 7. [`proxy`]: the data plane, which forwards clients' requests by the published weights and counts their outcomes.
-//! 8. [`telemetry`]: events that other programs report, read, checked, deduplicated and counted.
-//! 9. [`decisions`]: what the cluster decided, read from the log and published to streams, Kafka and Redis.
-//! 10. [`router`]: splits a Kafka topic's records between the stable and the canary service.
-//! 11. [`schema`]: the code that is generated from `proto/`.
-//! 12. [`api`]: the operators' HTTP and gRPC API.
-//! 13. [`config`]: the files that people write, checked once, at the edge.
-//! 14. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
-//! 15. [`cli`]: the command line, a file for each verb or small group of verbs.
+//! 6. [`listener`]: what both HTTP listeners share: accepting, limiting and closing connections.
+//! 7. [`status`]: the status answers of both HTTP ports: routing, health, readiness.
+//! 8. [`proxy`]: the data plane, which forwards clients' requests by the published weights and counts their outcomes.
+//! 9. [`telemetry`]: events that other programs report, read, checked, deduplicated and counted.
+//! 10. [`decisions`]: what the cluster decided, read from the log and published to streams, Kafka and Redis.
+//! 11. [`router`]: splits a Kafka topic's records between the stable and the canary service.
+//! 12. [`schema`]: the code that is generated from `proto/`.
+//! 13. [`api`]: the operators' HTTP and gRPC API.
+//! 14. [`config`]: the files that people write, checked once, at the edge.
+//! 15. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
+//! 16. [`cli`]: the command line, a file for each verb or small group of verbs.
 
 pub use aviary_core::{domain, protocol};
 
@@ -34,5 +35,6 @@ pub mod ports;
 pub mod proxy;
 pub mod router;
 pub mod schema;
+pub mod status;
 pub mod synthetic;
 pub mod telemetry;

@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::protocol::record::{Chosen, Slot};
 use crate::protocol::{Announcement, Event};
 
-use super::ApiState;
+use super::state::ApiState;
 
 /// How often a silent stream says that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);

@@ -17,7 +17,7 @@ use crate::domain::weights::Weight;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Event, View};
 
-use super::ApiState;
+use super::state::ApiState;
 
 /// Upper bounds of duration histograms, in seconds.
 const BOUNDS: [f64; 16] =

@@ -1,58 +1,32 @@
 //! The operators' door: rollouts, the cluster, events and metrics over HTTP.
 //!
 //! `write` takes changes (forwarding them to the coordinator), `show` tells what is, `events` streams what happens,
-//! `auth` says who may; `read` is shared with the data port.
+//! `auth` knows tokens and roles, `admission` lets requests through by them; `state` is what all of them share.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
-use axum::{Json, Router, middleware};
+use axum::{Router, middleware};
 use http::StatusCode;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
-use metrics_exporter_prometheus::PrometheusHandle;
-use serde_json::json;
-use tokio_util::sync::CancellationToken;
 
-use crate::domain::ids::NodeId;
 use crate::listener::{self, Accept};
-use crate::node::handle::NodeHandle;
-use crate::telemetry::Intake;
+use crate::status;
 
+mod admission;
 pub mod auth;
 mod events;
 pub mod grpc;
 pub mod metrics;
-pub mod read;
 mod show;
+mod state;
 mod telemetry;
 mod write;
 
-use auth::Tokens;
+pub use state::ApiState;
+use state::{BODY_BYTES_MAX, error};
 
-/// What the API's handlers share.
-#[derive(Clone)]
-pub struct ApiState {
-    node: NodeHandle,
-    /// The other nodes' API ports, `host:port`.
-    peers: Arc<BTreeMap<NodeId, String>>,
-    tokens: Option<Arc<Tokens>>,
-    metrics: PrometheusHandle,
-    intake: Intake,
-    client: Client<HttpConnector, http_body_util::Full<bytes::Bytes>>,
-    /// Cancelled when the API ends, so that streams do.
-    shutdown: CancellationToken,
-}
-
-/// Longest body of a request: a rollout file is a few kilobytes.
-const BODY_BYTES_MAX: usize = 256 * 1024;
-/// Longest wait for a connection to another node.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 /// Bounds of the API's port: people and scripts, not traffic.
 const LIMITS: listener::PortLimits = listener::PortLimits {
     name: "api",
@@ -61,24 +35,6 @@ const LIMITS: listener::PortLimits = listener::PortLimits {
     header_timeout: Duration::from_secs(5),
     grace: Duration::from_secs(5),
 };
-
-impl ApiState {
-    /// Returns the API of a node whose peers' APIs are at `peers` (`host:port`).
-    pub fn new(
-        node: NodeHandle,
-        peers: BTreeMap<NodeId, String>,
-        tokens: Option<Tokens>,
-        metrics: PrometheusHandle,
-        shutdown: CancellationToken,
-    ) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
-        let intake = Intake::new(node.clone(), "http");
-        Self { node, peers: Arc::new(peers), tokens: tokens.map(Arc::new), metrics, intake, client, shutdown }
-    }
-}
 
 /// Serves operators until the state's shutdown, then lets open requests end.
 pub async fn serve(listener: impl Accept, state: ApiState) {
@@ -111,13 +67,13 @@ fn router(state: ApiState) -> Router {
         .method_not_allowed_fallback(async || error(StatusCode::METHOD_NOT_ALLOWED, format!("expected {ROUTES}")))
         .with_state(state.clone());
     grpc::routes(router, &state)
-        .layer(middleware::from_fn_with_state(state.clone(), auth::check))
+        .layer(middleware::from_fn_with_state(state.clone(), admission::check))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::map_response(as_json))
 }
 
 async fn fallback(State(state): State<ApiState>, request: Request) -> Response {
-    match read::answer(&state.node, request.method(), request.uri()).await {
+    match status::answer(&state.node, request.method(), request.uri()).await {
         Some(answer) => answer.map(axum::body::Body::new),
         None => error(StatusCode::NOT_FOUND, format!("{} is unknown, expected {ROUTES}", request.uri().path())),
     }
@@ -133,9 +89,4 @@ async fn as_json(answer: Response) -> Response {
     }
     let text = axum::body::to_bytes(answer.into_body(), BODY_BYTES_MAX).await.unwrap_or_default();
     error(status, String::from_utf8_lossy(&text))
-}
-
-/// Returns an error as all of the API's look.
-fn error(status: StatusCode, why: impl Into<String>) -> Response {
-    (status, Json(json!({"error": why.into()}))).into_response()
 }

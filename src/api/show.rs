@@ -10,8 +10,9 @@ use crate::domain::ids::ServiceId;
 use crate::domain::plan::{Backend, Stage};
 use crate::node::log::weights_json;
 use crate::protocol::record::{Chosen, Operation, Slot};
+use crate::status;
 
-use super::{ApiState, error, read};
+use super::state::{ApiState, error};
 
 /// `GET /v1/rollouts`.
 pub async fn list(State(state): State<ApiState>) -> Response {
@@ -38,9 +39,9 @@ fn unknown(state: &ApiState, name: &str) -> Response {
 fn one(state: &ApiState, id: &ServiceId) -> Option<Value> {
     let view = state.node.published.view();
     let spec = &view.services.get(id)?.service.rollout.spec;
-    let mut json = read::routing_state(&state.node, id)?;
+    let mut json = status::routing_state(&state.node, id)?;
     json["name"] = json!(id);
-    json["health"] = read::health_snapshot(&state.node, id)?;
+    json["health"] = status::health_snapshot(&state.node, id)?;
     let step =
         |stage: &Stage| json!({"weight": stage.weight.fraction(), "pause_ms": stage.hold_ms, "manual": stage.manual});
     json["spec"] = json!({

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
 
-use super::{ApiState, error};
+use super::state::{ApiState, error};
 use crate::telemetry::Receipt;
 use crate::telemetry::event::Json as Reported;
 

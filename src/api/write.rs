@@ -21,7 +21,7 @@ use crate::protocol::record::ConfigChange;
 use crate::protocol::{OperatorRequest, Outcome};
 
 use super::auth::Actor;
-use super::{ApiState, BODY_BYTES_MAX, error};
+use super::state::{ApiState, BODY_BYTES_MAX, error};
 
 /// Set on a request that was forwarded once, with the node that did.
 const FORWARDED: &str = "x-aviary-forwarded";

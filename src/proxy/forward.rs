@@ -29,13 +29,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::time::Mono;
 use crate::listener::{Admitted, ConnectionLimiter};
+use crate::status;
 
+use super::answer::{Body, BodyError, own, problem};
 use super::hop::{self, is_hop_by_hop};
 use super::settings::ProxySettings;
 use super::table::{NoRoute, Pick, RequestPermit, Route, RoutingTable};
 use super::upstream::{InFlightGuard, Pool, Server};
 use super::wire::HEAD_BYTES_MAX;
-use super::{Body, BodyError, own, problem};
 
 /// Bytes of an answer that an `h2c://` server may send before the client takes any. The connection lets in as many for each
 /// request that the proxy takes at once, so that clients that read nothing leave the others' share untouched.
@@ -165,7 +166,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Rewound<S> {
 
 async fn answer(general: &SlowPath, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
     let router = &general.router;
-    if let Some(response) = crate::api::read::answer(&router.node, request.method(), request.uri()).await {
+    if let Some(response) = status::answer(&router.node, request.method(), request.uri()).await {
         return response.map(own);
     }
     let grpc = is_grpc(request.headers());

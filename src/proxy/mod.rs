@@ -1,7 +1,7 @@
 //! The data plane: `/predict` and everything else that clients send, split between stable and canary.
 //!
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
-//! `worker` is one thread's share of it; `relay` carries plain requests, `forward` all others; `wire` is HTTP/1.1 as
+//! `worker` is one thread's share of it, `serve` its connections; `relay` carries plain requests, `forward` all others; `wire` is HTTP/1.1 as
 //! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `probe`
 //! asks them, `outcome` counts and trips the breaker.
 
@@ -9,22 +9,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use bytes::Bytes;
-use http::{HeaderValue, Response, StatusCode};
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full};
-use serde_json::json;
 use tokio::runtime::LocalRuntime;
 use tokio_util::sync::CancellationToken;
 
 use crate::listener::{self, Accept, ConnectionLimiter};
 use crate::node::handle::NodeHandle;
 
+mod answer;
 mod forward;
 pub mod hop;
 pub mod outcome;
 mod probe;
 mod relay;
+mod serve;
 pub mod settings;
 mod table;
 mod upstream;
@@ -35,11 +32,6 @@ use probe::Prober;
 use settings::ProxySettings;
 use table::RoutingTable;
 use worker::Worker;
-
-/// A failure of a body that passes through.
-type BodyError = Box<dyn std::error::Error + Send + Sync>;
-/// An answer's body: an upstream's, as it comes, or this node's own.
-type Body = UnsyncBoxBody<Bytes, BodyError>;
 
 /// How often the counters go to the node.
 const DRAIN: Duration = Duration::from_millis(100);
@@ -63,7 +55,7 @@ pub async fn serve(
             let runtime = LocalRuntime::new()?;
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
-                Worker::new(router, shard).serve(listener, limiter, shutdown).await;
+                serve::serve(Worker::new(router, shard), listener, limiter, shutdown).await;
                 Ok(())
             })
         };
@@ -82,7 +74,7 @@ pub async fn serve(
 /// Serves one listener's clients on the runtime that runs this, which must be a local one.
 pub async fn serve_here(listener: impl Accept, node: NodeHandle, settings: ProxySettings, shutdown: CancellationToken) {
     let (router, limiter) = prepare(node, settings, 1);
-    let worker = Worker::new(router.clone(), 0).serve(listener, limiter, shutdown.clone());
+    let worker = serve::serve(Worker::new(router.clone(), 0), listener, limiter, shutdown.clone());
     tokio::join!(worker, drain(&router, &shutdown));
 }
 
@@ -112,27 +104,4 @@ async fn drain(router: &RoutingTable, shutdown: &CancellationToken) {
             router.node.observed(observations);
         }
     }
-}
-
-/// Returns a body of this node's own.
-fn own(body: Full<Bytes>) -> Body {
-    body.map_err(|never| match never {}).boxed_unsync()
-}
-
-/// Returns an error of this node's own; to a gRPC client as gRPC has it: status 14, unavailable, in a 200.
-fn problem(status: StatusCode, why: &str, grpc: bool) -> Response<Body> {
-    if grpc {
-        let mut response = Response::new(own(Full::default()));
-        let headers = response.headers_mut();
-        headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        headers.insert("grpc-status", HeaderValue::from_static("14"));
-        if let Ok(why) = HeaderValue::from_str(why) {
-            headers.insert("grpc-message", why);
-        }
-        return response;
-    }
-    let mut response = Response::new(own(Full::from(json!({"error": why}).to_string())));
-    *response.status_mut() = status;
-    response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
 }

@@ -15,9 +15,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::api::read;
 use crate::domain::time::Mono;
 use crate::listener::Admitted;
+use crate::status;
 
 use super::table::{Pick, RequestPermit, Route};
 use super::upstream::{InFlightGuard, Pool};
@@ -195,7 +195,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         let path = asked.target.split_once('?').map_or(asked.target, |(path, _)| path);
         let table = worker.table();
         let Ok(route) = table.route_of(worker.settings(), path, &asked.fields) else { return Some(Next::Other) };
-        if !route.plain || read::is_here(path) {
+        if !route.plain || status::is_here(path) {
             return Some(Next::Other);
         }
         let Some(place) = worker.router.place() else { return Some(Next::Other) };

@@ -1,7 +1,6 @@
 //! A worker: one thread's connections, buffers, kept upstream connections and deadlines. Nothing here is shared.
 
 use std::cell::{Cell, Ref, RefCell, RefMut};
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
@@ -11,13 +10,9 @@ use serde_json::json;
 use slab::Slab;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio_util::sync::CancellationToken;
-use tracing::debug;
-
-use crate::listener::{Accept, Admitted, ConnectionLimiter};
+use tokio::task::JoinHandle;
 
 use super::forward::SlowPath;
-use super::relay;
 use super::settings::ProxySettings;
 use super::table::{RoutingTable, Table};
 
@@ -35,7 +30,8 @@ pub struct Worker {
     pub router: Arc<RoutingTable>,
     /// Where it counts.
     pub shard: usize,
-    general: SlowPath,
+    /// What carries the requests that are not plain.
+    pub general: SlowPath,
     table: RefCell<(u64, Arc<Table>)>,
     kept: RefCell<Vec<Vec<Kept>>>,
     scratch: RefCell<Box<[u8]>>,
@@ -144,13 +140,8 @@ impl Worker {
         })
     }
 
-    /// Serves a listener's clients until `shutdown`, then lets open requests end.
-    pub async fn serve<L: Accept>(
-        self: Rc<Self>,
-        mut listener: L,
-        limiter: ConnectionLimiter,
-        shutdown: CancellationToken,
-    ) {
+    /// Starts the tasks that look at deadlines and poll busily, until they are aborted.
+    pub fn tend(self: &Rc<Self>) -> [JoinHandle<()>; 2] {
         self.sweep();
         let sweeping = self.clone();
         let sweeper = tokio::task::spawn_local(async move {
@@ -161,35 +152,13 @@ impl Worker {
                 sweeping.sweep();
             }
         });
-        let poller = tokio::task::spawn_local(self.clone().poll_busily());
-        let connections = tokio_util::task::TaskTracker::new();
-        while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
-            let (worker, limiter, shutdown) = (self.clone(), limiter.clone(), shutdown.clone());
-            connections.spawn_local(async move { worker.connection(stream, peer, place, &limiter, &shutdown).await });
-        }
-        drop(listener);
-        self.stopping.set(true);
-        self.clock.deadlines.borrow().iter().for_each(|(_, deadline)| deadline.waker.wake_by_ref());
-        connections.close();
-        let _ = tokio::time::timeout(limiter.limits().grace, connections.wait()).await;
-        sweeper.abort();
-        poller.abort();
+        [sweeper, tokio::task::spawn_local(self.clone().poll_busily())]
     }
 
-    async fn connection<S>(
-        self: Rc<Self>,
-        mut stream: S,
-        peer: SocketAddr,
-        place: Admitted,
-        limiter: &ConnectionLimiter,
-        shutdown: &CancellationToken,
-    ) where
-        S: tokio::io::AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
-        if let Some(ahead) = relay::serve(&self, &mut stream, peer, &place).await {
-            debug!(%peer, "not a plain request: the general way");
-            self.general.serve(ahead, stream, peer, place, limiter, shutdown).await;
-        }
+    /// Lets no connection take another request, and wakes all of them to see that.
+    pub fn stop(&self) {
+        self.stopping.set(true);
+        self.clock.deadlines.borrow().iter().for_each(|(_, deadline)| deadline.waker.wake_by_ref());
     }
 
     /// Keeps the thread awake for `busy_poll_us` after each read: what comes then needn't wake it.

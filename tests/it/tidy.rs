@@ -1,6 +1,6 @@
 //! The house rules that no compiler knows: who may import whom. That the core is pure is held by its manifest and `core/tests/pure.rs`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &["domain", "protocol", "ports", "adapters", "config::node", "config::router", "schema", "telemetry::event"],
     ),
     ("listener", &["listener"]),
-    ("proxy", &["domain", "protocol", "ports", "node::handle", "listener", "proxy", "api::read"]),
+    ("status", &["domain", "protocol", "node::handle", "node::log"]),
+    ("proxy", &["domain", "protocol", "ports", "node::handle", "listener", "status", "proxy"]),
     ("router", &["domain", "ports", "router"]),
     ("synthetic", &["domain"]),
     ("telemetry", &["domain", "protocol", "ports", "node::handle", "telemetry"]),
@@ -28,6 +29,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "node::handle",
             "node::log",
             "listener",
+            "status",
             "api",
             "config::rollout",
             "telemetry",
@@ -107,5 +109,122 @@ fn nothing_is_left_to_do_in_comments() {
     for path in all {
         let text = fs::read_to_string(&path).unwrap();
         assert!(!words.iter().any(|word| text.contains(word)), "{} leaves something to do", path.display());
+    }
+}
+
+/// Rooms whose files must not import each other in a circle.
+const WITHOUT_CIRCLES: [&str; 2] = ["proxy", "api"];
+
+/// Returns the modules of a room (`api`, `api::auth`, …) with their production code in one line each.
+fn modules(room: &str) -> BTreeMap<String, String> {
+    let modules = sources(&root().join(room)).into_iter().filter(|path| !path.ends_with("wire_tests.rs")).map(|path| {
+        let place = path.strip_prefix(root()).unwrap().with_extension("");
+        let name = place.iter().map(|part| part.to_str().unwrap()).collect::<Vec<_>>().join("::");
+        let lines: Vec<_> = code(&path).into_iter().map(|(_, line)| line).collect();
+        (name.strip_suffix("::mod").unwrap_or(&name).to_string(), lines.join(" "))
+    });
+    modules.collect()
+}
+
+/// Returns the paths that begin here: one, or those of a list in braces.
+fn listed(code: &str) -> Vec<&str> {
+    let Some(list) = code.strip_prefix('{') else { return vec![code] };
+    let (mut depth, mut from, mut found) = (1, 0, Vec::new());
+    for (at, c) in list.char_indices() {
+        depth += i32::from(c == '{') - i32::from(c == '}');
+        if depth == 0 || (depth == 1 && c == ',') {
+            found.push(list[from..at].trim());
+            from = at + 1;
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    found.retain(|path| !path.is_empty());
+    found
+}
+
+/// Returns the modules that `name` imports by `super::`, `crate::`, or as a child.
+fn imports(name: &str, modules: &BTreeMap<String, String>) -> BTreeSet<String> {
+    let code = &modules[name];
+    let parent = |of: &str| of.rsplit_once("::").map_or("", |(parent, _)| parent).to_string();
+    let mut found = BTreeSet::new();
+    for (at, word) in code.match_indices("super::").chain(code.match_indices("crate::")) {
+        if code[..at].ends_with("super::") {
+            continue;
+        }
+        let (mut base, mut rest) =
+            if word == "super::" { (parent(name), &code[at + 7..]) } else { ("".into(), &code[at + 7..]) };
+        while let Some(further) = rest.strip_prefix("super::") {
+            (base, rest) = (parent(&base), further);
+        }
+        for path in listed(rest) {
+            let mut module = base.clone();
+            for part in path.trim().split("::") {
+                let part = part.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("");
+                let deeper = if module.is_empty() { part.to_string() } else { format!("{module}::{part}") };
+                match modules.contains_key(&deeper) {
+                    true => module = deeper,
+                    false => break,
+                }
+            }
+            found.insert(module);
+        }
+    }
+    for child in modules.keys().filter(|other| parent(other) == name) {
+        let short = format!("{}::", child.rsplit("::").next().unwrap());
+        let mut uses = code.match_indices(&short);
+        if uses.any(|(at, _)| !code[..at].ends_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | ':'))) {
+            found.insert(child.clone());
+        }
+    }
+    found.retain(|module| modules.contains_key(module) && module != name);
+    found
+}
+
+/// Returns the modules that import themselves by way of others.
+fn in_circles(modules: &BTreeMap<String, String>) -> Vec<&str> {
+    let graph: BTreeMap<_, _> = modules.keys().map(|name| (name.as_str(), imports(name, modules))).collect();
+    let comes_back = |name: &str| {
+        let (mut seen, mut next) = (BTreeSet::new(), vec![name]);
+        while let Some(module) = next.pop() {
+            next.extend(graph[module].iter().map(String::as_str).filter(|other| seen.insert(*other)));
+        }
+        seen.contains(name)
+    };
+    graph.keys().copied().filter(|name| comes_back(name)).collect()
+}
+
+#[test]
+fn files_of_a_room_import_no_circle() {
+    for room in WITHOUT_CIRCLES {
+        let modules = modules(room);
+        assert!(modules.len() > 5 && modules.contains_key(room), "{:?}", modules.keys());
+        let circle = in_circles(&modules);
+        let how: Vec<_> = circle.iter().map(|name| format!("{name} imports {:?}", imports(name, &modules))).collect();
+        assert!(circle.is_empty(), "a circle among the files of {room}:\n{}", how.join("\n"));
+    }
+}
+
+#[test]
+fn circles_are_found() {
+    let room = |files: [(&str, &str); 4]| files.map(|(name, code)| (name.to_string(), code.to_string())).into();
+    let sound = room([
+        ("a", "mod b; mod c; pub use b::B; fn serve() { c::run() }"),
+        ("a::b", "use crate::domain::c; struct B;"),
+        ("a::c", "use super::b::{self, B}; use super::d::E;"),
+        ("a::d", "use super::{ b::B, }; use crate::a::b;"),
+    ]);
+    assert_eq!(in_circles(&sound), [""; 0]);
+    assert_eq!(imports("a::c", &sound).into_iter().collect::<Vec<_>>(), ["a::b", "a::d"]);
+    for (name, code, circle) in [
+        ("a::b", "use super::{X, Y};", &["a", "a::b", "a::c", "a::d"][..]),
+        ("a::b", "fn f() { crate::a::d::g() }", &["a::b", "a::d"]),
+        ("a::b", "use super::{ d::{Y, Z}, d::E };", &["a::b", "a::d"]),
+        ("a::d", "use super::super::a::c::C;", &["a::c", "a::d"]),
+    ] {
+        let mut wrong = sound.clone();
+        wrong.insert(name.into(), code.into());
+        assert_eq!(in_circles(&wrong), circle, "{name}: {code}");
     }
 }

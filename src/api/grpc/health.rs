@@ -6,10 +6,13 @@ use tonic::server::NamedService;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use super::{
-    ApiState, DecisionServiceServer, Decisions, RolloutServiceServer, Rollouts, Telemetry, TelemetryServiceServer,
-};
+use super::super::state::ApiState;
+use super::rollouts::Rollouts;
+use super::streams::{Decisions, Telemetry};
 use crate::protocol::Mode;
+use crate::schema::v1::decision_service_server::DecisionServiceServer;
+use crate::schema::v1::rollout_service_server::RolloutServiceServer;
+use crate::schema::v1::telemetry_service_server::TelemetryServiceServer;
 
 /// Between two looks at the node.
 const LOOK: Duration = Duration::from_millis(200);

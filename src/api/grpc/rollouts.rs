@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use tonic::{Request, Response, Status};
 
 use super::super::auth::Actor;
-use super::super::{ApiState, write};
+use super::super::state::ApiState;
+use super::super::write;
 use crate::domain::ids::ServiceId;
 use crate::domain::rollout::Phase;
 use crate::protocol::{Outcome, ServiceView};

@@ -1,4 +1,4 @@
-//! What anybody may read, on the data port and on the API's: routing, health, life.
+//! Status answers that both HTTP ports give, without a token: `/routing/state`, `/health/snapshot`, `/livez`, `/readyz`.
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, Uri, header};

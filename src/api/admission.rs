@@ -1,0 +1,44 @@
+//! Which requests pass: each needs a token whose role is enough for it.
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::{Method, StatusCode, header};
+
+use super::auth::{Actor, Role};
+use super::state::{ApiState, error};
+
+/// gRPC services that change nothing, though all of gRPC is POST.
+const LOOKING: [&str; 4] = [
+    "/aviary.v1.DecisionService/",
+    "/aviary.v1.RolloutService/GetRollout",
+    "/aviary.v1.RolloutService/ListRollouts",
+    "/grpc.reflection.v1.ServerReflection/",
+];
+
+/// Lets a request through when its token's role is enough; everything passes where no tokens are configured, which is
+/// on loopback only.
+pub async fn check(State(state): State<ApiState>, mut request: Request, next: Next) -> Response {
+    let Some(tokens) = &state.tokens else { return next.run(request).await };
+    let path = request.uri().path();
+    let needed = match (matches!(*request.method(), Method::GET | Method::HEAD), path) {
+        (_, "/livez" | "/readyz") => return next.run(request).await,
+        (_, path) if path.starts_with("/grpc.health.v1.Health/") => return next.run(request).await,
+        (_, path) if LOOKING.iter().any(|service| path.starts_with(service)) => Role::Viewer,
+        (true, _) => Role::Viewer,
+        (false, path) if path.starts_with("/v1/cluster") => Role::Admin,
+        (false, _) => Role::Operator,
+    };
+    let token = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let actor = token.and_then(|value| value.strip_prefix("Bearer ")).and_then(|token| tokens.actor_of(token.trim()));
+    match actor.cloned() {
+        Some(actor) if actor.role >= needed => {
+            request.extensions_mut().insert(actor);
+            next.run(request).await
+        }
+        Some(Actor { role, .. }) => {
+            error(StatusCode::FORBIDDEN, format!("the token's role is {role}, expected {needed}"))
+        }
+        None => error(StatusCode::UNAUTHORIZED, "no known bearer token, expected header Authorization: Bearer …"),
+    }
+}

@@ -1,0 +1,166 @@
+//! `DecisionService` and `TelemetryService`: the streams, one out of the log, one into the counts.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::super::state::ApiState;
+use crate::decisions::follow::{LogTail, Lost};
+use crate::domain::ids::ServiceId;
+use crate::protocol::Outcome;
+use crate::protocol::record::Slot;
+use crate::schema::v1::decision_service_server::DecisionService;
+use crate::schema::v1::telemetry_service_server::TelemetryService;
+use crate::schema::v1::watch_decisions_response::Event as Told;
+use crate::schema::v1::{self, Heartbeat, ReportTelemetryRequest, ReportTelemetryResponse};
+use crate::schema::v1::{WatchDecisionsRequest, WatchDecisionsResponse};
+use crate::telemetry::event::{Rejection, ReportedEvent as Reported};
+
+/// How often a stream says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Decisions that wait for one slow client; the rest waits in the log.
+const WAITING_MAX: usize = 64;
+
+/// Tells what is decided.
+pub struct Decisions(pub ApiState);
+
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl DecisionService for Decisions {
+    type WatchDecisionsStream = Streamed<WatchDecisionsResponse>;
+
+    async fn watch_decisions(
+        &self,
+        request: Request<WatchDecisionsRequest>,
+    ) -> Result<Response<Self::WatchDecisionsStream>, Status> {
+        let WatchDecisionsRequest { service, after_sequence } = request.into_inner();
+        if !service.is_empty() {
+            ServiceId::new(&service).map_err(|why| Status::invalid_argument(format!("service: {why}")))?;
+        }
+        let state = self.0.clone();
+        let after = match after_sequence {
+            Some(after) => Some(self.kept_since(Slot(after)).await?),
+            None => None,
+        };
+        // Before the answer: what is decided once a client knows that it is connected is told.
+        let mut decisions = LogTail::new(&state.node, after);
+        let (sender, receiver) = mpsc::channel(WAITING_MAX);
+        let response = |told| Ok(WatchDecisionsResponse { event: Some(told) });
+        tokio::spawn(async move {
+            let tell = async {
+                loop {
+                    let batch = match decisions.next().await {
+                        Ok(batch) => batch,
+                        Err(why) => {
+                            let status = match &why {
+                                Lost::Compacted { .. } => Status::out_of_range(why.to_string()),
+                                Lost::Store(_) => Status::internal(why.to_string()),
+                                Lost::Stopped => Status::unavailable(why.to_string()),
+                            };
+                            return drop(sender.send(Err(status)).await);
+                        }
+                    };
+                    for decision in batch.into_iter().filter(|one| service.is_empty() || one.service == service) {
+                        if sender.send(response(Told::Decision(decision))).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            };
+            let beat = async {
+                let mut tick = tokio::time::interval(HEARTBEAT);
+                loop {
+                    tick.tick().await;
+                    let sequence = state.node.published.view().head.0;
+                    // A client that has decisions waiting needs no sign of life.
+                    let _ = sender.try_send(response(Told::Heartbeat(Heartbeat { sequence })));
+                }
+            };
+            tokio::select! {
+                () = state.shutdown.cancelled() => {}
+                () = sender.closed() => {}
+                () = beat => {}
+                () = tell => {}
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+impl Decisions {
+    /// Returns the place to go on after: 0 is before the oldest decision that is kept. Refuses one whose successors are no
+    /// longer in the log, or that nobody has reached.
+    async fn kept_since(&self, after: Slot) -> Result<Slot, Status> {
+        let head = || self.0.node.published.view().head;
+        // Another node may have told what this one is about to learn.
+        let current = after <= head() || matches!(self.0.node.read().await, Outcome::Current(_));
+        let head = head();
+        // A verdict is in the log before it is shown.
+        let (log, place) = (self.0.node.log.clone(), after);
+        let known = tokio::task::spawn_blocking(move || log.read(place, 1)).await;
+        let known =
+            matches!(known, Ok(Ok(records)) if records.first().is_some_and(|chosen| chosen.record.slot == after));
+        if after > head && !known && !current {
+            let why =
+                format!("this node knows of {head} and not of {after}, and can't ask its majority: try another node");
+            return Err(Status::unavailable(why));
+        }
+        if after > head && !known {
+            let why = format!("after_sequence is {after}, expected at most {head}, the last one that this node knows");
+            return Err(Status::out_of_range(why));
+        }
+        let (log, next) = (self.0.node.log.clone(), after.next());
+        let read = tokio::task::spawn_blocking(move || log.read(next, 1)).await;
+        let first = match read {
+            Ok(Ok(records)) => records.first().map(|chosen| chosen.record.slot),
+            Ok(Err(why)) => return Err(Status::internal(why.to_string())),
+            Err(why) => return Err(Status::internal(why.to_string())),
+        };
+        if after == Slot(0) {
+            return Ok(first.map_or(after, |first| Slot(first.0 - 1)));
+        }
+        if after < head && first != Some(next) {
+            let first = first.map_or_else(|| head.to_string(), |slot| slot.to_string());
+            let why = format!("decisions after {after} are no longer in this node's log, which begins at {first}");
+            return Err(Status::out_of_range(why));
+        }
+        Ok(after)
+    }
+}
+
+/// Takes events.
+pub struct Telemetry(pub ApiState);
+
+#[tonic::async_trait]
+impl TelemetryService for Telemetry {
+    async fn report_telemetry(
+        &self,
+        request: Request<Streaming<ReportTelemetryRequest>>,
+    ) -> Result<Response<ReportTelemetryResponse>, Status> {
+        let mut batches = request.into_inner();
+        let (mut accepted, mut rejected) = (0, BTreeMap::new());
+        while let Some(batch) = batches.next().await {
+            let receipt = self.0.intake.take(batch?.events.iter().map(reported));
+            accepted += receipt.accepted;
+            for (kind, count) in receipt.rejected {
+                *rejected.entry(kind.to_string()).or_default() += count;
+            }
+        }
+        Ok(Response::new(ReportTelemetryResponse { accepted, rejected }))
+    }
+}
+
+fn reported(event: &v1::TelemetryEvent) -> Result<Reported<'_>, Rejection> {
+    let at_ms = event.event_time.as_ref().and_then(|time| {
+        let millis = u64::try_from(time.seconds).ok()?.checked_mul(1000)?;
+        millis.checked_add(u64::try_from(time.nanos).ok()? / 1_000_000)
+    });
+    let at_ms = at_ms.ok_or_else(|| Rejection::Malformed("no event_time, expected one since 1970".into()))?;
+    Reported::new(&event.service, &event.version, event.status.into(), event.latency_ms, at_ms, &event.event_id)
+}

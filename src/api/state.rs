@@ -1,0 +1,62 @@
+//! What the API's handlers share: the node, the peers, and how an error looks.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::domain::ids::NodeId;
+use crate::node::handle::NodeHandle;
+use crate::telemetry::Intake;
+
+use super::auth::Tokens;
+
+/// What the API's handlers share.
+#[derive(Clone)]
+pub struct ApiState {
+    pub(super) node: NodeHandle,
+    /// The other nodes' API ports, `host:port`.
+    pub(super) peers: Arc<BTreeMap<NodeId, String>>,
+    pub(super) tokens: Option<Arc<Tokens>>,
+    pub(super) metrics: PrometheusHandle,
+    pub(super) intake: Intake,
+    pub(super) client: Client<HttpConnector, http_body_util::Full<bytes::Bytes>>,
+    /// Cancelled when the API ends, so that streams do.
+    pub(super) shutdown: CancellationToken,
+}
+
+/// Longest body of a request: a rollout file is a few kilobytes.
+pub(super) const BODY_BYTES_MAX: usize = 256 * 1024;
+/// Longest wait for a connection to another node.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
+impl ApiState {
+    /// Returns the API of a node whose peers' APIs are at `peers` (`host:port`).
+    pub fn new(
+        node: NodeHandle,
+        peers: BTreeMap<NodeId, String>,
+        tokens: Option<Tokens>,
+        metrics: PrometheusHandle,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
+        let intake = Intake::new(node.clone(), "http");
+        Self { node, peers: Arc::new(peers), tokens: tokens.map(Arc::new), metrics, intake, client, shutdown }
+    }
+}
+
+/// Returns an error as all of the API's look.
+pub(super) fn error(status: StatusCode, why: impl Into<String>) -> Response {
+    (status, Json(json!({"error": why.into()}))).into_response()
+}

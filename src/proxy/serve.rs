@@ -1,0 +1,51 @@
+//! A worker's connections, from their acceptance to their end: the fast path first, the slow one when that returns them.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use crate::listener::{Accept, Admitted, ConnectionLimiter};
+
+use super::relay;
+use super::worker::Worker;
+
+/// Serves a listener's clients until `shutdown`, then lets open requests end.
+pub async fn serve<L: Accept>(
+    worker: Rc<Worker>,
+    mut listener: L,
+    limiter: ConnectionLimiter,
+    shutdown: CancellationToken,
+) {
+    let tending = worker.tend();
+    let connections = TaskTracker::new();
+    while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
+        let (worker, limiter, shutdown) = (worker.clone(), limiter.clone(), shutdown.clone());
+        connections.spawn_local(async move { connection(&worker, stream, peer, place, &limiter, &shutdown).await });
+    }
+    drop(listener);
+    worker.stop();
+    connections.close();
+    let _ = tokio::time::timeout(limiter.limits().grace, connections.wait()).await;
+    tending.iter().for_each(JoinHandle::abort);
+}
+
+async fn connection<S>(
+    worker: &Rc<Worker>,
+    mut stream: S,
+    peer: SocketAddr,
+    place: Admitted,
+    limiter: &ConnectionLimiter,
+    shutdown: &CancellationToken,
+) where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    if let Some(ahead) = relay::serve(worker, &mut stream, peer, &place).await {
+        debug!(%peer, "not a plain request: the general way");
+        worker.general.serve(ahead, stream, peer, place, limiter, shutdown).await;
+    }
+}
