@@ -147,7 +147,7 @@ impl Contender {
                 Run { stop, thread: Some(thread), child }
             }
             Self::Aviary => {
-                let names = Names {
+                let names = TopicNames {
                     source: topics.source.clone(),
                     topics: outputs,
                     groups: [format!("stable-{}", topics.source), format!("canary-{}", topics.source)],
