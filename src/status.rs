@@ -25,8 +25,8 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
         return None;
     }
     if *method != Method::GET && *method != Method::HEAD {
-        let mut response =
-            json_response(StatusCode::METHOD_NOT_ALLOWED, &json!({"error": format!("{path} takes GET")}));
+        let why = format!("found method {method} at {path}, expected GET or HEAD");
+        let mut response = json_response(StatusCode::METHOD_NOT_ALLOWED, &json!({ "error": why }));
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Some(response);
     }

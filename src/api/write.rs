@@ -223,7 +223,7 @@ fn answer(tx: &TxId, outcome: Outcome) -> Response {
         Outcome::Unchanged(state) => (StatusCode::OK, json!({"status": "UNCHANGED", "state": state_json(&state)})),
         Outcome::Refused(why) => (StatusCode::CONFLICT, json!({"status": "REFUSED", "error": why})),
         Outcome::KeyReused { slot } => {
-            let why = format!("this Idempotency-Key stands for another request, in slot {slot}");
+            let why = format!("this Idempotency-Key was used for another request, in slot {slot}");
             (StatusCode::UNPROCESSABLE_ENTITY, json!({"error": why}))
         }
         Outcome::NoQuorum { reached, needed } => {

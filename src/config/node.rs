@@ -328,7 +328,7 @@ fn checked_address(key: &str, address: &str) -> Result<(), String> {
     match address.rsplit_once(':') {
         None => Err(format!("{key}: {address:?} has no port, expected host:port")),
         Some((host, port)) if host.is_empty() || port.parse::<u16>().is_err() => {
-            Err(format!("{key}: {address:?} is no address, expected host:port"))
+            Err(format!("{key}: {address:?} is not an address, expected host:port"))
         }
         Some(_) => Ok(()),
     }

@@ -307,9 +307,9 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
         None => Analysis::default(),
     };
     let header = |place: &str, name: &str| {
-        http::HeaderName::from_bytes(name.as_bytes())
-            .map(|name| name.as_str().to_string())
-            .map_err(|_| value(place, format!("header {name:?} is none, expected a header's name")))
+        http::HeaderName::from_bytes(name.as_bytes()).map(|name| name.as_str().to_string()).map_err(|_| {
+            value(place, format!("header {name:?} is not a header name, expected letters, digits and hyphens"))
+        })
     };
     let hash_on = routing.hash_on.map(|hash| match (hash.header, hash.cookie, hash.client_address) {
         (Some(name), None, false) => header("spec.routing.hashOn", &name).map(HashOn::Header),
@@ -357,7 +357,7 @@ pub fn checked_url(url: &str) -> Result<String, String> {
     let uri: http::Uri = url.parse().map_err(|e| format!("url {url:?}: {e}, expected http://host:port"))?;
     let plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
     if uri.port_u16().is_none_or(|port| port == 0) || !plain || url.contains('#') {
-        return Err(format!("url {url:?} is no plain address, expected http://host:port"));
+        return Err(format!("url {url:?} is not a plain address, expected http://host:port"));
     }
     match uri.scheme_str() {
         Some("http" | "h2c") => {}
@@ -673,7 +673,7 @@ spec:
         );
         assert_eq!(
             complaint("setWeight: 5", "setWeight: 50"),
-            "r.yaml: step weight 20% follows 50%, expected weights that never fall"
+            "r.yaml: step weight 20% follows 50%, expected weights that never decrease"
         );
         assert!(complaint("duration: 30s", "duration: 30 parsecs").contains("30 parsecs"));
         assert!(complaint("http://127.0.0.1:9101", "https://127.0.0.1:9101").contains("is https, expected http"));
@@ -696,7 +696,7 @@ spec:
         );
         assert!(complaint("kind: Rollout", "kind: Deployment").contains("expected \"Rollout\""));
         assert!(complaint("{ X-Canary: { exact: always } }", "{}").contains("names no header"));
-        assert!(complaint("header: X-User-ID", "header: \"X User\"").contains("expected a header's name"));
+        assert!(complaint("header: X-User-ID", "header: \"X User\"").contains("expected letters, digits and hyphens"));
         assert!(complaint("http://127.0.0.1:9101", "http://127.0.0.1").contains("expected http://host:port"));
         assert!(complaint("header: X-User-ID", "header: a, cookie: b").contains("expected one of header, cookie"));
         assert!(

@@ -241,12 +241,12 @@ impl RouterConfig {
             ("topic", &canary.topic, &spec.source),
         ] {
             if one == other {
-                return Err(format!("{what} {one} stands there twice, expected another for each"));
+                return Err(format!("{what} {one} is used twice, expected a different {what} for each"));
             }
         }
         let weight = match (spec.weight, &spec.follow) {
             (Some(_), Some(_)) => {
-                return Err("spec has weight and follow, expected one: who says what the weight is?".into());
+                return Err("spec has weight and follow, expected one of them".into());
             }
             (percent, _) => {
                 Weight::from_percent(percent.unwrap_or(0.0)).map_err(|why| format!("spec.weight: {why}"))?
@@ -369,7 +369,7 @@ spec:
     #[test]
     fn what_is_wrong_is_said_with_what_was_expected() {
         for (from, to, said) in [
-            ("group: orders-v2", "group: orders", "group orders stands there twice"),
+            ("group: orders-v2", "group: orders", "group orders is used twice"),
             ("source: orders", "source: 'all orders'", "expected a topic"),
             ("weight: 5", "weight: 5\n  follow: { api: ['http://h:1'] }", "expected one"),
             ("weight: 5", "wieght: 5", "did you mean `weight`?"),

@@ -772,7 +772,7 @@ mod tests {
             recovery: false,
             evidence_age_ms_max: 2_000,
         };
-        assert_eq!(malformed_by(&Message::Prepare(prepare)), "steps hold no setWeight, expected at least one");
+        assert_eq!(malformed_by(&Message::Prepare(prepare)), "steps contain no setWeight, expected at least one");
     }
 
     #[test]

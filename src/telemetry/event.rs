@@ -90,8 +90,8 @@ pub enum Rejection {
     /// Too long ago.
     #[error("event_time is {0} ms ago, expected at most {LATE_MS_MAX}")]
     Late(u64),
-    /// It came before.
-    #[error("it came before")]
+    /// This node counted an event with the same id before.
+    #[error("event_id was counted before, expected a new one")]
     Duplicate,
 }
 

@@ -82,7 +82,7 @@ pub struct RolloutSpec {
     pub stable: Backend,
     /// What is tried.
     pub canary: Backend,
-    /// The stages, weights never falling, the last one at 100 %; not empty.
+    /// The stages: not empty, with weights that never decrease, the last one 100 %.
     pub stages: Vec<Stage>,
     /// How long the last stage is watched before the canary becomes stable, in milliseconds.
     pub bake_ms: u64,
@@ -109,10 +109,10 @@ pub enum SpecError {
     #[error("canary version is {0}, expected another version than stable")]
     SameVersion(VersionId),
     /// No stage at all.
-    #[error("steps hold no setWeight, expected at least one")]
+    #[error("steps contain no setWeight, expected at least one")]
     NoStages,
     /// A weight falls.
-    #[error("step weight {found} follows {before}, expected weights that never fall")]
+    #[error("step weight {found} follows {before}, expected weights that never decrease")]
     Falling {
         /// The earlier weight.
         before: Weight,

@@ -24,7 +24,7 @@ pub enum WeightError {
     #[error("weights sum to {0} bp, expected 10000 bp")]
     Sum(u32),
     /// One version twice.
-    #[error("version {0} stands twice in the weights, expected once")]
+    #[error("version {0} is listed twice in the weights, expected once")]
     Twice(VersionId),
 }
 

@@ -131,7 +131,7 @@ impl Inner {
         let stream = loaded.connector.connect(name, stream).await?;
         let peer = self.peer_of(stream.get_ref().1.peer_certificates())?;
         if peer != *expected {
-            return Err(invalid(format!("its certificate is of node {peer}, expected node {expected}")));
+            return Err(invalid(format!("its certificate names node {peer}, expected node {expected}")));
         }
         Ok(Connection { stream: Box::new(stream), peer: Some(peer), address })
     }
@@ -139,11 +139,11 @@ impl Inner {
     /// Returns the node that a verified peer is; an error for another cluster's.
     fn peer_of(&self, certificates: Option<&[CertificateDer<'_>]>) -> io::Result<NodeId> {
         let certificate =
-            certificates.and_then(<[_]>::first).ok_or_else(|| invalid("it showed no certificate".into()))?;
+            certificates.and_then(<[_]>::first).ok_or_else(|| invalid("it sent no certificate".into()))?;
         let (cluster, node) = identity_of(certificate).map_err(|error| invalid(error.to_string()))?;
         match cluster == self.cluster {
             true => Ok(node),
-            false => Err(invalid(format!("its certificate is of cluster {cluster}, expected {}", self.cluster))),
+            false => Err(invalid(format!("its certificate names cluster {cluster}, expected {}", self.cluster))),
         }
     }
 }
@@ -202,7 +202,7 @@ fn identity_of(certificate: &[u8]) -> anyhow::Result<(ClusterId, NodeId)> {
     });
     let found: Vec<_> = uris.collect();
     let [(cluster, node)] = found[..] else {
-        bail!("the certificate holds {} names of the form aviary://CLUSTER/NODE, expected one", found.len());
+        bail!("the certificate has {} names of the form aviary://CLUSTER/NODE, expected one", found.len());
     };
     Ok((cluster.parse()?, NodeId::new(node)?))
 }
@@ -211,7 +211,7 @@ fn load(files: &Files, node: &NodeId, cluster: ClusterId) -> anyhow::Result<Load
     let read = |path: &Path| -> anyhow::Result<Vec<CertificateDer<'static>>> {
         let certificates = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
         let certificates = certificates.with_context(|| missing_hint(path))?;
-        ensure!(!certificates.is_empty(), "{}: holds no certificate, expected PEM", path.display());
+        ensure!(!certificates.is_empty(), "{}: contains no certificate, expected PEM", path.display());
         Ok(certificates)
     };
     let (authorities, chain) = (read(&files.authority)?, read(&files.certificate)?);
@@ -219,11 +219,15 @@ fn load(files: &Files, node: &NodeId, cluster: ClusterId) -> anyhow::Result<Load
     let key = PrivateKeyDer::from_pem_file(&files.key).with_context(|| files.key.display().to_string())?;
     let path = files.certificate.display();
     let (found_cluster, found) = identity_of(&chain[0]).with_context(|| path.to_string())?;
-    ensure!(found_cluster == cluster, "{path}: is of cluster {found_cluster}, expected {cluster}");
-    ensure!(found == *node, "{path}: is of node {found}, expected {node}");
+    ensure!(found_cluster == cluster, "{path}: names cluster {found_cluster}, expected {cluster}");
+    ensure!(found == *node, "{path}: names node {found}, expected {node}");
     let ends = X509Certificate::from_der(&chain[0])?.1.validity().not_after.timestamp();
     let ends = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(ends).unwrap_or(0));
-    ensure!(ends > wall(), "{path}: ended {}, expected one that is good now", humantime::format_rfc3339_seconds(ends));
+    ensure!(
+        ends > wall(),
+        "{path}: expired {}, expected a certificate that is valid now",
+        humantime::format_rfc3339_seconds(ends)
+    );
 
     let mut roots = RootCertStore::empty();
     for authority in authorities {
@@ -237,7 +241,7 @@ fn load(files: &Files, node: &NodeId, cluster: ClusterId) -> anyhow::Result<Load
     let since = wall().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     clients
         .verify_client_cert(&chain[0], &chain[1..], UnixTime::since_unix_epoch(since))
-        .with_context(|| format!("{path} does not go with {}", files.authority.display()))?;
+        .with_context(|| format!("{path} is not valid under {}", files.authority.display()))?;
     let server = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(only)?
         .with_client_cert_verifier(clients)

@@ -77,7 +77,7 @@ async fn a_node_in_another_ones_place_is_refused() {
     let (a, b) = (network(&dir, &authority, "a"), network(&dir, &authority, "b"));
     let peer = node("c");
     let [_, connected] = meet(&b, async |address| a.connect(&peer, &address).await).await;
-    assert_eq!(complaint(connected), "its certificate is of node b, expected node c");
+    assert_eq!(complaint(connected), "its certificate names node b, expected node c");
 }
 
 #[tokio::test]
@@ -130,8 +130,8 @@ async fn another_clusters_node_is_refused_even_by_the_same_authority() {
     let a = network(&other, &second, "a");
     let peer = node("b");
     let [accepted, connected] = meet(&b, async |address| a.connect(&peer, &address).await).await;
-    assert!(complaint(accepted).starts_with("its certificate is of cluster 0808"));
-    assert!(complaint(connected).starts_with("its certificate is of cluster 0707"));
+    assert!(complaint(accepted).starts_with("its certificate names cluster 0808"));
+    assert!(complaint(connected).starts_with("its certificate names cluster 0707"));
 }
 
 #[tokio::test]
@@ -161,8 +161,8 @@ fn files_that_are_not_this_nodes_are_refused_with_the_reason() {
         Ok(_) => panic!("taken"),
         Err(error) => format!("{error:#}"),
     };
-    assert!(why("b", CLUSTER).ends_with("node.pem: is of node a, expected b"));
-    assert!(why("a", ClusterId([8; 16])).contains("is of cluster 0707"));
+    assert!(why("b", CLUSTER).ends_with("node.pem: names node a, expected b"));
+    assert!(why("a", ClusterId([8; 16])).contains("names cluster 0707"));
     fs::set_permissions(&files.key, fs::Permissions::from_mode(0o640)).unwrap();
     let open = why("a", CLUSTER);
     assert!(open.contains("has mode 0640, expected 0600") && open.contains("run chmod 600"), "{open}");
@@ -171,13 +171,13 @@ fn files_that_are_not_this_nodes_are_refused_with_the_reason() {
     let own = fs::read(&files.authority).unwrap();
     fs::copy(other.path().join("ca/ca.pem"), &files.authority).unwrap();
     fs::set_permissions(&files.key, fs::Permissions::from_mode(0o600)).unwrap();
-    assert!(why("a", stranger.cluster()).contains("node.pem does not go with "));
+    assert!(why("a", stranger.cluster()).contains("node.pem is not valid under "));
     fs::write(&files.authority, own).unwrap();
     fs::remove_file(&files.certificate).unwrap();
     assert!(why("a", CLUSTER).contains("node.pem is missing: `aviary cluster init` makes it"));
     let ended = Authority::load(&dir.path().join("ca")).unwrap();
     ended.issue(&node("a"), Duration::ZERO).unwrap().install(&files).unwrap();
-    assert!(why("a", CLUSTER).contains("ended "));
+    assert!(why("a", CLUSTER).contains("expired "));
     // The authority's own key is as private.
     fs::set_permissions(dir.path().join("ca/ca.key"), fs::Permissions::from_mode(0o644)).unwrap();
     let Err(error) = Authority::load(&dir.path().join("ca")) else { panic!("loaded") };

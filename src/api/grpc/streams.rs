@@ -107,8 +107,9 @@ impl Decisions {
         let known =
             matches!(known, Ok(Ok(records)) if records.first().is_some_and(|chosen| chosen.record.slot == after));
         if after > head && !known && !current {
-            let why =
-                format!("this node knows of {head} and not of {after}, and can't ask its majority: try another node");
+            let why = format!(
+                "this node knows sequences up to {head}, expected {after}, and can't reach a majority: try another node"
+            );
             return Err(Status::unavailable(why));
         }
         if after > head && !known {

@@ -119,7 +119,7 @@ impl FrameStream {
             Ok(result) => Ok(result?),
             Err(_) => Err(ConnectionEnd::Io(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("no room to write for {limit:?}"),
+                format!("could not write for {limit:?}"),
             ))),
         }
     }

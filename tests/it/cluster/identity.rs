@@ -51,7 +51,7 @@ fn a_valid_certificate_in_another_nodes_place_gets_nowhere() {
     cluster.spawn(1, None);
     let ended = cluster.nodes[1].process.as_mut().unwrap().ended_within(Duration::from_secs(5));
     assert!(ended, "{}", console(&cluster, "b"));
-    assert!(console(&cluster, "b").contains("node.pem: is of node c, expected b"), "{}", console(&cluster, "b"));
+    assert!(console(&cluster, "b").contains("node.pem: names node c, expected b"), "{}", console(&cluster, "b"));
 
     // A key that others may read is refused.
     let key = cluster.data_dir(0).join("tls/node.key");
