@@ -10,7 +10,7 @@
 //! 3. [`ports`]: the traits through which the shell reaches disks, networks, clocks, event sources and sinks.
 //! 4. [`node`]: the loop that feeds the core one input at a time, persists, then sends; links and frames between nodes.
 //! 5. [`adapters`]: what implements the ports: disk, TLS, Kafka, Redis, Prometheus, memory.
-//! 6. [`listener`]: what both HTTP listeners share: accepting, limiting and closing connections.
+//! 6. [`listener`]: accepts, limits and closes the connections of both HTTP ports.
 //! 7. [`status`]: the status answers of both HTTP ports: routing, health, readiness.
 //! 8. [`proxy`]: the data plane, which forwards clients' requests by the published weights and counts their outcomes.
 //! 9. [`telemetry`]: events that other programs report, read, checked, deduplicated and counted.
