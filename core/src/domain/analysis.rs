@@ -59,10 +59,10 @@ impl Verdict {
     }
 }
 
-/// Which number of the latency distribution a metric looks at.
+/// The number of the latency distribution that a metric compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Statistic {
-    /// The arithmetic mean.
+    /// Mean latency of all answers, errors included.
     Mean,
     /// The latency that this share of answers stays within, in basis points (9500 = p95).
     Quantile(u16),
@@ -77,27 +77,27 @@ impl fmt::Display for Statistic {
     }
 }
 
-/// What a metric compares, and with what.
+/// The number that a metric compares, and its limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Limit {
     /// Share of errors, in basis points (500 = 5 %).
     ErrorRate {
-        /// Highest healthy rate.
+        /// Highest error rate that is healthy, in basis points, 0 to 10000.
         max_bp: u16,
     },
-    /// Latency, in microseconds.
+    /// THRESHOLD: the latency of answers.
     Latency {
-        /// Which number is compared.
+        /// Mean or quantile that is compared.
         statistic: Statistic,
-        /// Highest healthy latency.
+        /// Highest latency that is healthy, in microseconds.
         max_us: u64,
     },
-    /// SEQUENTIAL: the share of errors beside stable's.
+    /// SEQUENTIAL: the canary's error rate compared with stable's.
     ErrorsVsStable {
         /// What must be ruled out before a promotion: a rate higher by this much, in millionths of all answers.
         increase_ppm: u32,
     },
-    /// SEQUENTIAL: latency beside stable's.
+    /// SEQUENTIAL: the canary's latency compared with stable's.
     LatencyVsStable {
         /// The quantile that a promotion looks at, in basis points.
         quantile_bp: u16,
@@ -106,36 +106,36 @@ pub enum Limit {
     },
 }
 
-/// What a broken limit leads to.
+/// Reaction to a canary that exceeds a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OnFailure {
-    /// Back to stable.
+    /// The rollout is rolled back: all traffic goes to stable.
     Rollback,
-    /// Stay, and wait for an operator.
+    /// The rollout is paused until an operator decides.
     Pause,
 }
 
-/// One metric.
+/// A metric of the rollout file, with its limit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metric {
-    /// The name its author gave it.
+    /// Name from the rollout file; unique within the rollout.
     pub name: String,
-    /// The limit.
+    /// Limit that the canary must keep.
     pub limit: Limit,
-    /// What breaking it leads to.
+    /// Reaction once the canary exceeds the limit.
     pub on_failure: OnFailure,
 }
 
-/// What a whole window without canary traffic leads to.
+/// Reaction to a whole window without canary traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NoData {
-    /// The step waits.
+    /// The step is held until there is traffic.
     Hold,
     /// The rollout is rolled back once its step is due.
     Fail,
 }
 
-/// How a rollout is judged.
+/// Rules by which a rollout's canary is analysed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Analysis {
     /// Length of the sliding window, in milliseconds.
@@ -144,9 +144,9 @@ pub struct Analysis {
     pub min_samples: u64,
     /// The metrics, all of which must hold.
     pub metrics: Vec<Metric>,
-    /// Metrics that other systems keep, all of which must hold.
+    /// Metrics that Prometheus stores, all of which must hold.
     pub queries: Vec<Query>,
-    /// What silence means.
+    /// Reaction to a window without canary traffic.
     pub no_data: NoData,
     /// Probability of ever rolling back a canary that is no worse than stable, by SEQUENTIAL metrics, in millionths.
     pub alpha_ppm: u32,

@@ -11,7 +11,7 @@ use super::weights::Weight;
 /// The next offset of each partition.
 pub type Places = Vec<i64>;
 
-/// What a rollout is about to do, or does.
+/// Phase of a record router's rollout, as the control topic records it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "phase", rename_all = "lowercase", rename_all_fields = "camelCase")]
 pub enum RouterPhase {
@@ -22,39 +22,39 @@ pub enum RouterPhase {
         /// Where the router begins to read the source: everything before it is the stable service's own.
         from: Places,
     },
-    /// Records are split.
+    /// The router splits the source's records between both services.
     Running {
-        /// As above.
+        /// Where the router began to read the source.
         from: Places,
     },
     /// The canary stops; what it has not read goes to stable.
     Reclaiming {
-        /// As above.
+        /// Where the router began to read the source.
         from: Places,
     },
     /// Nothing is split any more; the services read what they were given, and stop.
     Draining {
-        /// As above.
+        /// Where the router began to read the source.
         from: Places,
-        /// Who goes on alone.
+        /// Side whose service continues alone.
         winner: Side,
     },
     /// The winner is started on the source.
     Returning {
-        /// As above.
+        /// Where the router began to read the source.
         from: Places,
-        /// Where the winner goes on reading the source.
+        /// Where the winner continues to read the source.
         through: Places,
-        /// Who goes on alone.
+        /// Side whose service continues alone.
         winner: Side,
     },
-    /// All is over.
+    /// The rollout has ended; the topics remain for the audit.
     Done {
-        /// As above.
+        /// Where the router began to read the source.
         from: Places,
-        /// As above.
+        /// Where the winner continued to read the source.
         through: Places,
-        /// Who goes on alone.
+        /// Side whose service continues alone.
         winner: Side,
     },
 }
@@ -86,20 +86,20 @@ impl RouterPhase {
     }
 }
 
-/// What people ask of a router.
+/// Command of an operator to a record router.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case", rename_all_fields = "camelCase")]
 pub enum ControlCommand {
-    /// The canary's share.
+    /// Sets the canary's share of the keys.
     SetWeight {
-        /// In basis points.
+        /// New share, 0 to 10000 basis points.
         weight: Weight,
     },
-    /// Everything to the canary, which then goes on alone.
+    /// Moves all records to the canary, which then continues alone.
     Promote,
-    /// Everything to stable, which then goes on alone.
+    /// Moves all records to stable, which then continues alone.
     Abort {
-        /// Why.
+        /// Reason that the operator gave, for the log.
         reason: String,
     },
 }
@@ -108,33 +108,33 @@ pub enum ControlCommand {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ControlEntry {
-    /// A phase was entered.
+    /// The router entered a phase.
     Phase(RouterPhase),
-    /// Somebody asked for something.
+    /// An operator sent a command.
     Command(ControlCommand),
     /// A service is about to be started or stopped.
     Hook {
-        /// `start` or `stop`.
+        /// Whether the hook starts or stops the service.
         call: HookCall,
-        /// Whose service.
+        /// The side whose service is called.
         side: Side,
         /// The topic that it reads.
         topic: String,
     },
 }
 
-/// What is asked of a service.
+/// Call of a hook: start or stop a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HookCall {
-    /// Begin to read, if it doesn't.
+    /// Start the service, unless it runs.
     Start,
-    /// Read no more; what was read is committed.
+    /// Stop the service after it has committed what it read.
     Stop,
 }
 
 impl HookCall {
-    /// Returns its word for hooks.
+    /// Returns the argument that hooks get: `start` or `stop`.
     pub fn word(self) -> &'static str {
         match self {
             Self::Start => "start",
@@ -143,32 +143,32 @@ impl HookCall {
     }
 }
 
-/// How a rollout ends.
+/// The end that an operator or the cluster asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RouterEnd {
-    /// The canary goes on alone.
+    /// The canary continues alone.
     Promote,
-    /// Stable does, for this reason.
+    /// Stable continues alone; with the reason.
     Abort(String),
 }
 
-/// What a control topic's entries add up to.
+/// State of a router: the sum of its control topic's entries.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RouterState {
-    /// The present phase; none before the first.
+    /// Current phase; none before the first entry.
     pub phase: Option<RouterPhase>,
-    /// The weight that was last asked for.
+    /// Weight of the last `SetWeight` command.
     pub weight: Option<Weight>,
-    /// How many weights were.
+    /// Number of `SetWeight` commands so far.
     pub weights: u64,
     /// The end that was asked for; an abort always wins.
     pub end: Option<RouterEnd>,
-    /// How many calls of services there were.
+    /// Number of hook calls so far; the next call gets the next number.
     pub calls: u64,
 }
 
 impl RouterState {
-    /// Adds an entry.
+    /// Applies the next entry of the control topic.
     pub fn add(&mut self, entry: ControlEntry) {
         match entry {
             ControlEntry::Phase(phase) => self.phase = Some(phase),

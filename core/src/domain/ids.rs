@@ -13,9 +13,9 @@ pub enum IdError {
     Length {
         /// Which identifier was being made.
         what: &'static str,
-        /// Characters found.
+        /// Number of characters of the text.
         found: usize,
-        /// Most characters allowed.
+        /// Maximum number of characters.
         max: usize,
     },
     /// A character outside the allowed set.
@@ -23,7 +23,7 @@ pub enum IdError {
     Character {
         /// Which identifier was being made.
         what: &'static str,
-        /// The whole text.
+        /// The rejected text.
         text: String,
         /// The first character that is not allowed.
         found: char,

@@ -11,20 +11,20 @@ use super::weights::Weight;
 /// One version of a service and where it is served.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backend {
-    /// The version's name.
+    /// Name of the version; routing, metrics and answers use it.
     pub version: VersionId,
     /// Base URLs (`http://host:port`, `h2c://host:port` for HTTP/2); empty: the node answers the assignment itself, as JSON.
     pub urls: Vec<String>,
-    /// How to see that a server is well, where there are several; none: by its answers alone.
+    /// Probe of each server; none: only its answers decide whether it is ejected.
     pub health_check: Option<HealthCheck>,
 }
 
-/// A question that a server answers with 2xx while it is well.
+/// HTTP probe that a healthy server answers with 2xx.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthCheck {
-    /// Path to GET.
+    /// Path of the probe's GET request.
     pub path: String,
-    /// Time between two questions, in milliseconds.
+    /// Interval of the probes, in milliseconds.
     pub interval_ms: u64,
 }
 
@@ -35,18 +35,18 @@ impl Backend {
     }
 }
 
-/// A weight, and what must pass before the next one.
+/// A step of the rollout: a weight and the wait before the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
     /// The canary's share at this stage.
     pub weight: Weight,
-    /// Least time at this stage, in milliseconds.
+    /// Minimum time at this stage, in milliseconds.
     pub hold_ms: u64,
-    /// True when only an operator's `promote` leads on.
+    /// True if the rollout waits here for an operator's `promote`.
     pub manual: bool,
 }
 
-/// What makes a request stick to a version.
+/// Part of a request that assigns it to a version, always the same one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HashOn {
     /// The value of this request header (lower case); requests without it are drawn at random.
@@ -60,31 +60,31 @@ pub enum HashOn {
 /// Requests with all of these header values (name in lower case, exact value) are the canary's while it has traffic.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Match {
-    /// Header name and value.
+    /// Header names in lower case, and their exact values.
     pub headers: Vec<(String, String)>,
 }
 
-/// What a node without a lease does.
+/// Behaviour of a node that has lost its lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OnPartition {
-    /// Everything to stable.
+    /// The node sends all traffic to stable.
     Stable,
     /// Keep the last weights: for stables that can't take the whole load at once.
     Hold,
 }
 
-/// A whole rollout.
+/// A rollout as its file describes it, checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RolloutSpec {
-    /// The service.
+    /// Service that the rollout changes.
     pub service: ServiceId,
-    /// What serves today.
+    /// Version that serves before the rollout.
     pub stable: Backend,
-    /// What is tried.
+    /// Version that the rollout introduces.
     pub canary: Backend,
     /// The stages: not empty, with weights that never decrease, the last one 100 %.
     pub stages: Vec<Stage>,
-    /// How long the last stage is watched before the canary becomes stable, in milliseconds.
+    /// How long the canary is analysed at 100 % before it becomes stable, in milliseconds.
     pub bake_ms: u64,
     /// Stickiness; none: a uniform draw for each request.
     pub hash_on: Option<HashOn>,
@@ -92,59 +92,59 @@ pub struct RolloutSpec {
     pub matches: Vec<Match>,
     /// The share of stable's requests that the canary gets a copy of, its answers unused.
     pub mirror: Weight,
-    /// How evidence is judged.
+    /// Rules of the analysis.
     pub analysis: Analysis,
     /// How long canary traffic outlives the last contact with a majority, in milliseconds.
     pub lease_ms: u64,
-    /// What happens when it ends.
+    /// Behaviour of a node whose lease has ended.
     pub on_partition: OnPartition,
     /// Longest time without progress before the rollout is rolled back, in milliseconds.
     pub progress_deadline_ms: u64,
 }
 
-/// Why a rollout can't be.
+/// Reason for which a rollout file is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
-    /// Both roles name one version.
+    /// Stable and canary name the same version.
     #[error("canary version is {0}, expected another version than stable")]
     SameVersion(VersionId),
-    /// No stage at all.
+    /// The file has no step with a weight.
     #[error("steps contain no setWeight, expected at least one")]
     NoStages,
-    /// A weight falls.
+    /// The weight of a step is lower than that of the step before.
     #[error("step weight {found} follows {before}, expected weights that never decrease")]
     Falling {
-        /// The earlier weight.
+        /// Weight of the step before.
         before: Weight,
-        /// The later, lower one.
+        /// Weight of the step, which is lower.
         found: Weight,
     },
-    /// The last weight isn't all.
+    /// The weight of the last step is not 100 %.
     #[error("last step weight is {0}, expected 100%")]
     NotWhole(Weight),
-    /// Something that must be there isn't.
+    /// A required part is missing.
     #[error("{0}")]
     Missing(&'static str),
-    /// More than fits in a record.
+    /// A list is longer than a record allows.
     #[error("{what}: found {found}, expected at most {max}")]
     TooMany {
-        /// What there is too much of.
+        /// The list, as the file names it.
         what: &'static str,
-        /// How many there are.
+        /// Number of entries found.
         found: usize,
-        /// How many there may be.
+        /// Maximum number of entries.
         max: usize,
     },
     /// A duration outside its range.
     #[error("{what} is {found} ms, expected {min} to {max} ms")]
     Duration {
-        /// Which duration.
+        /// Key of the duration in the rollout file.
         what: &'static str,
-        /// Its value.
+        /// Value found, in milliseconds.
         found: u64,
-        /// The least allowed.
+        /// Minimum, in milliseconds.
         min: u64,
-        /// The most allowed.
+        /// Maximum, in milliseconds.
         max: u64,
     },
 }

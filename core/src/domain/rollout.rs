@@ -11,18 +11,18 @@ use super::routing::{RoutingState, Status};
 use super::time::Wall;
 use super::weights::{Weight, Weights};
 
-/// Where a rollout stands; the words are Argo Rollouts' and Flagger's.
+/// Phase of a rollout, named as in Argo Rollouts and Flagger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
-    /// Going from step to step.
+    /// The rollout takes its steps.
     Progressing,
-    /// Holding its weight until an operator resumes, promotes or aborts.
+    /// The weight is held until an operator resumes, promotes or aborts.
     Paused,
-    /// At 100 %, watched, stable kept warm.
+    /// The canary is at 100 % and still analysed; stable stays available.
     Baking,
-    /// The canary became stable.
+    /// The rollout ended: the canary became the stable version.
     Completed,
-    /// Back on stable.
+    /// The rollout ended: all traffic went back to stable.
     RolledBack,
 }
 
@@ -48,63 +48,63 @@ impl fmt::Display for Phase {
 /// A rollout and how far it has come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rollout {
-    /// What its author wrote.
+    /// The rollout file, checked.
     pub spec: Arc<RolloutSpec>,
-    /// Where it stands.
+    /// Current phase.
     pub phase: Phase,
-    /// The stage it is at, or was at when it ended.
+    /// Index of the current stage, or of the last one if the rollout ended.
     pub stage: usize,
     /// Why it is paused or rolled back; empty otherwise.
     pub reason: String,
     /// The routing version that it began with.
     pub rollout_generation: u64,
-    /// When it began.
+    /// Time at which the rollout was proposed.
     pub since: Wall,
 }
 
-/// One service: its routing, what serves it, and its last rollout.
+/// A service: its routing, its stable backend, and its last rollout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
-    /// The committed routing.
+    /// Routing that the cluster committed.
     pub routing: RoutingState,
-    /// What the stable role is served by.
+    /// Version and servers of stable.
     pub stable: Backend,
     /// The rollout in progress or the last one.
     pub rollout: Rollout,
 }
 
-/// Where a promotion leads.
+/// Target of a promotion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Target {
-    /// To this stage.
+    /// The stage with this index.
     Stage(usize),
-    /// The canary becomes stable.
+    /// The end of the rollout: the canary becomes stable.
     Complete,
 }
 
-/// A change of one service, as a transaction asks for it.
+/// A change of one service that a transaction proposes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
     /// Begin a rollout at its first stage. Raises exposure.
     Start(Arc<RolloutSpec>),
     /// Go on. Raises exposure.
     Promote {
-        /// To where.
+        /// Stage or end that the promotion leads to.
         to: Target,
         /// True when an operator asked to skip the stages between and the wait for samples.
         full: bool,
     },
-    /// Everything back to stable.
+    /// Sends all traffic back to stable.
     Rollback {
-        /// Why.
+        /// Reason, recorded in the log.
         reason: String,
     },
-    /// Hold the weight.
+    /// Holds the weight until the rollout is resumed.
     Pause {
-        /// Why.
+        /// Reason, recorded in the log.
         reason: String,
     },
-    /// Go on after a pause, at the same weight.
+    /// Continues a paused rollout at the same weight.
     Resume,
 }
 
@@ -119,7 +119,7 @@ impl Change {
         matches!(self, Self::Rollback { .. })
     }
 
-    /// Returns the change's name.
+    /// Returns the name of the variant, as logs and events show it.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Start(_) => "Start",
@@ -134,51 +134,51 @@ impl Change {
 /// Why a change can't be made to a service as it stands.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum ChangeError {
-    /// Nobody has applied a rollout for it.
+    /// No rollout was ever applied for the service.
     #[error("service {0} is unknown, expected one that a rollout was applied for")]
     UnknownService(ServiceId),
-    /// Another rollout is under way.
+    /// Another rollout is in progress.
     #[error("the rollout to {version} is {phase} at {weight}, expected none in progress: abort it first")]
     InProgress {
-        /// The canary on trial.
+        /// Canary of the rollout in progress.
         version: VersionId,
-        /// Its phase.
+        /// Phase of that rollout.
         phase: Phase,
-        /// Its weight.
+        /// Weight of that canary.
         weight: Weight,
     },
-    /// No rollout is under way.
+    /// No rollout is in progress.
     #[error("the rollout to {version} is {phase}, expected one in progress")]
     NotInProgress {
-        /// The last canary.
+        /// Canary of the last rollout.
         version: VersionId,
-        /// Its phase.
+        /// Phase of that rollout.
         phase: Phase,
     },
-    /// The phase doesn't allow it.
+    /// The rollout's phase doesn't allow the change.
     #[error("the rollout to {version} is {phase}, expected {expected}")]
     Phase {
         /// The canary.
         version: VersionId,
-        /// Its phase.
+        /// Phase of that rollout.
         phase: Phase,
         /// The phase the change needs.
         expected: &'static str,
     },
-    /// The file's stable isn't what serves.
+    /// The rollout file names another stable version than the cluster serves.
     #[error("stable is {found} in the rollout, expected {expected}, which the cluster serves")]
     Stable {
-        /// What the cluster serves.
+        /// Stable version that the cluster serves.
         expected: VersionId,
-        /// What the rollout says.
+        /// Stable version that the rollout file names.
         found: VersionId,
     },
-    /// Not the next stage.
+    /// The promotion does not lead to the next stage.
     #[error("promotion to {found:?} at stage {stage} of {stages}, expected the next one")]
     NotNext {
         /// Where it was to lead.
         found: Target,
-        /// Where the rollout stands.
+        /// Index of the current stage.
         stage: usize,
         /// How many stages it has.
         stages: usize,
@@ -190,7 +190,7 @@ pub enum ChangeError {
 pub struct Stamp {
     /// Its id.
     pub tx: TxId,
-    /// When it was proposed.
+    /// Time at which the coordinator proposed it.
     pub at: Wall,
 }
 

@@ -8,15 +8,15 @@ use super::ids::{ServiceId, TxId, VersionId};
 use super::time::Wall;
 use super::weights::{Weight, Weights};
 
-/// How far a transaction has come.
+/// Outcome of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Status {
-    /// Voted on, not decided.
+    /// Nodes vote; no outcome is decided yet.
     Prepared,
-    /// Decided, in force.
+    /// Decided: the change is in force.
     Committed,
-    /// Decided, without effect on the weights.
+    /// Decided: the weights stay as they were.
     Aborted,
 }
 
@@ -33,19 +33,19 @@ impl fmt::Display for Status {
 /// The committed routing of one service: a ceiling on what the canary gets.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoutingState {
-    /// The service.
+    /// Service that the routing belongs to.
     pub service: ServiceId,
-    /// Counts committed weight changes.
+    /// Number of committed weight changes; strictly increasing.
     pub version: u64,
     /// The version that serves what the canary doesn't.
     pub stable_model_id: VersionId,
-    /// The version on trial, if any.
+    /// The canary version; none without a rollout.
     pub canary_model_id: Option<VersionId>,
-    /// The agreed split.
+    /// Committed shares of the versions; they sum to 10000 bp.
     pub weights: Weights,
     /// Outcome of the last transaction that concerned this service.
     pub status: Status,
-    /// That transaction.
+    /// Id of that transaction.
     pub txid: TxId,
     /// When its coordinator proposed it.
     pub timestamp: Wall,

@@ -13,15 +13,15 @@ use super::window::Evidence;
 /// One version's answers in a few numbers.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct AnswerSummary {
-    /// Answers.
+    /// Number of answers.
     pub count: u64,
-    /// Answers that were errors.
+    /// Number of answers that were errors.
     pub errors: u64,
-    /// Median latency of the others, in milliseconds.
+    /// Median latency of the other answers, in milliseconds; none without such answers.
     pub p50_ms: Option<f64>,
-    /// 95th percentile.
+    /// 95th percentile of the same latencies, in milliseconds.
     pub p95_ms: Option<f64>,
-    /// 99th percentile.
+    /// 99th percentile of the same latencies, in milliseconds.
     pub p99_ms: Option<f64>,
 }
 
@@ -33,33 +33,33 @@ impl From<&Stats> for AnswerSummary {
     }
 }
 
-/// What a SEQUENTIAL judgement was reckoned from.
+/// Numbers behind a SEQUENTIAL verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct SequentialEvidence {
-    /// The e-value of harm.
+    /// Evidence that the canary is worse, as an e-value; 1.0 is none.
     pub e_value: f64,
-    /// What rolls back: 1/α.
+    /// E-value at which the canary is rolled back: 1/α.
     pub bound: f64,
-    /// Its part from errors.
+    /// E-value from errors alone.
     pub e_errors: f64,
-    /// Its part from latency.
+    /// E-value from latency alone.
     pub e_latency: f64,
-    /// Of α, what was put into bets so far.
+    /// Part of α that was spent on bets so far, 0.0 to α.
     pub alpha_spent: f64,
 }
 
-/// What was decided at one moment, and what that rests on.
+/// Verdict of a window or of the comparison, with its evidence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WindowVerdict {
-    /// The first millisecond looked at, since the rollout's start.
+    /// Start, in milliseconds since the rollout's start.
     pub from_ms: u64,
-    /// The first one not looked at.
+    /// End (exclusive), in milliseconds since the rollout's start.
     pub to_ms: u64,
-    /// What it says.
+    /// Result of the analysis.
     pub verdict: Verdict,
     /// The stable version's answers in that time.
     pub stable: AnswerSummary,
-    /// The canary's.
+    /// The canary's answers in that time.
     pub canary: AnswerSummary,
     /// SEQUENTIAL's reckoning; none where it was THRESHOLD's alone.
     pub sequential: Option<SequentialEvidence>,

@@ -25,7 +25,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// Both, stable first.
+    /// Both sides, stable first.
     pub const BOTH: [Self; 2] = [Self::Stable, Self::Canary];
 
     /// Returns its word in files, hooks and topic names.
@@ -36,7 +36,7 @@ impl Side {
         }
     }
 
-    /// Returns the other one.
+    /// Returns the other side.
     pub fn other(self) -> Self {
         match self {
             Self::Stable => Self::Canary,

@@ -79,7 +79,7 @@ pub fn middle_us(bin: usize) -> u64 {
 /// everything would have counted.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Stats {
-    /// Answers.
+    /// Number of answers.
     pub count: u64,
     /// Answers that were errors (5xx, time-outs, connections refused or broken).
     pub errors: u64,

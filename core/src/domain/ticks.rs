@@ -21,7 +21,7 @@ const MEMORY: u64 = 480;
 pub struct TickSample {
     /// The latest routing version at which some of it was observed; 0 without traffic.
     pub version: u64,
-    /// The answers.
+    /// Answers of both versions in the tick.
     pub evidence: Evidence,
 }
 
@@ -40,7 +40,7 @@ pub enum Placed {
     InTime,
     /// Its tick was closed: it counts in the next one.
     Late,
-    /// It came before.
+    /// The source had reported the tick before; the sample is ignored.
     Duplicate,
     /// Too old or too far ahead to count.
     Dropped,

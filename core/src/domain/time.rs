@@ -55,8 +55,8 @@ impl fmt::Display for Wall {
 /// Both clocks, read at the same moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Now {
-    /// For durations, deadlines and leases.
+    /// Monotonic clock, for durations, deadlines and leases.
     pub mono: Mono,
-    /// For timestamps.
+    /// Time of day, for timestamps.
     pub wall: Wall,
 }

@@ -29,11 +29,11 @@ pub enum WeightError {
 }
 
 impl Weight {
-    /// All traffic: 10000 bp.
+    /// All traffic, in basis points.
     pub const WHOLE: u16 = 10_000;
-    /// No traffic.
+    /// 0 bp: no traffic.
     pub const ZERO: Self = Self(0);
-    /// All traffic.
+    /// 10000 bp: all traffic.
     pub const FULL: Self = Self(Self::WHOLE);
 
     /// Returns the weight of `bp` basis points.

@@ -8,9 +8,9 @@ use super::time::Mono;
 /// What one service's two versions did: the evidence that gates and verdicts judge.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Evidence {
-    /// The stable version's answers.
+    /// Answers of the stable version.
     pub stable: Stats,
-    /// The canary's answers.
+    /// Answers of the canary.
     pub canary: Stats,
 }
 
@@ -38,10 +38,17 @@ impl Evidence {
 /// A counter of both versions' answers.
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
+<<<<<<< HEAD
     /// The stable version's.
     pub stable: StatsCounter,
     /// The canary's.
     pub canary: StatsCounter,
+=======
+    /// Answers of the stable version since the last `take`.
+    pub stable: Counts,
+    /// Answers of the canary since the last `take`.
+    pub canary: Counts,
+>>>>>>> f19cb6f (domain: doc comments with units and ranges)
 }
 
 impl Tally {

@@ -38,9 +38,9 @@ const NUMBER_MAX: u64 = 1 << 62;
 /// What must be ruled out before a promotion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Required {
-    /// What its author calls it.
+    /// Name of the metric in the rollout file.
     pub name: String,
-    /// What it is.
+    /// Harm that must be ruled out.
     pub harm: Harm,
 }
 
@@ -59,7 +59,7 @@ pub enum Harm {
     Latency(f64, Slowdown),
 }
 
-/// How much slower.
+/// Latency increase that is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Slowdown {
     /// More answers beyond stable's quantile, as a share of all.
@@ -167,29 +167,29 @@ impl<const K: usize> Mixture<K> {
     }
 }
 
-/// What the evidence says.
+/// Verdict of the sequential test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SequentialVerdict {
     /// As good as stable, within the margins.
     Promote,
-    /// Not enough evidence of anything.
+    /// The evidence does not suffice for a verdict.
     Hold,
-    /// Probably worse.
+    /// The canary is probably worse.
     Pause,
-    /// Worse.
+    /// The canary is worse, with an error probability of at most α.
     Rollback,
 }
 
-/// A decision and what it rests on.
+/// Verdict of the sequential test with its evidence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SequentialResult {
-    /// The decision.
+    /// Verdict at this moment.
     pub decision: SequentialVerdict,
     /// The e-value of harm: 1/α rolls back.
     pub e: f64,
-    /// Its part from errors.
+    /// E-value from errors alone.
     pub e_errors: f64,
-    /// Its part from latency.
+    /// E-value from latency alone.
     pub e_latency: f64,
     /// The e-values for promotion, as logarithms, in the order of what is required; ln(1/α) is enough.
     pub promotion: Vec<f64>,
@@ -197,7 +197,7 @@ pub struct SequentialResult {
     pub alpha_spent: f64,
     /// Requests seen, of stable and of the canary.
     pub requests: (u64, u64),
-    /// Those that failed.
+    /// Failed requests of stable and of the canary.
     pub errors: (u64, u64),
 }
 
