@@ -28,7 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-/// Bounds of a port.
+/// Limits of a port's connections.
 #[derive(Debug, Clone, Copy)]
 pub struct PortLimits {
     /// The port's name, in logs and metrics.
@@ -53,7 +53,7 @@ type HalfOpen = Mutex<BTreeMap<u64, CancellationToken>>;
 
 /// Where connections come from: the machine's TCP, or a simulated network.
 pub trait Accept: Send {
-    /// A connection.
+    /// Stream of bytes of one connection.
     type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
     /// Returns the next connection, and who made it.

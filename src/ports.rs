@@ -22,15 +22,15 @@ use crate::schema::v1::Decision;
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: {doing}: {cause}")]
 pub struct StoreError {
-    /// The file or directory.
+    /// Path of the file or directory.
     pub path: String,
     /// What was tried, and what an operator can do.
     pub doing: String,
-    /// The system's answer.
+    /// Error of the operating system.
     pub cause: io::Error,
 }
 
-/// A node's durable memory.
+/// Durable memory of a node: acceptor state, log and checkpoint.
 pub trait Store: Send {
     /// Writes the register; on return it and every record appended before survive power loss.
     fn persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError>;
@@ -56,7 +56,7 @@ pub trait RunStore: Send {
     fn save(&mut self, service: &ServiceId, run: Option<Box<SavedRun>>);
 }
 
-/// Reads the log.
+/// Reads decided records of the log, from any thread.
 pub trait LogReader: Send + Sync {
     /// Returns up to `most` records from slot `from` on, in order; empty when there are none. Where `from` is no longer
     /// kept, they begin with the first that is.
@@ -80,22 +80,22 @@ pub struct Recovered<S> {
     pub notes: Vec<String>,
 }
 
-/// Reads both clocks.
+/// Source of time.
 pub trait Clock: Send + Sync {
-    /// Returns the time.
+    /// Returns the monotonic time and the time of day, read together.
     fn now(&self) -> Now;
 }
 
 /// A future without a name.
 pub type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// A connection's two directions.
+/// Byte stream in both directions.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 
 /// A connection between two nodes.
 pub struct Connection {
-    /// The bytes.
+    /// Byte stream of the connection, after the TLS handshake.
     pub stream: Box<dyn Duplex>,
     /// The peer that the transport itself authenticated (mutual TLS); none on a plaintext transport, where HELLO's
     /// word is all there is.
@@ -104,7 +104,7 @@ pub struct Connection {
     pub address: String,
 }
 
-/// The network between nodes.
+/// Network between nodes: dials peers and binds the control port.
 pub trait Network: Send + Sync {
     /// Connects to a peer's control port.
     fn connect<'a>(&'a self, peer: &'a NodeId, address: &'a str) -> Later<'a, io::Result<Connection>>;
@@ -113,12 +113,12 @@ pub trait Network: Send + Sync {
     fn listen<'a>(&'a self, address: &'a str) -> Later<'a, io::Result<Box<dyn Listener>>>;
 }
 
-/// A bound control port.
+/// Bound control port that accepts connections of peers.
 pub trait Listener: Send {
     /// Returns the next connection before any handshake; completing one must not delay the next.
     fn accept(&mut self) -> Later<'_, io::Result<Later<'static, io::Result<Connection>>>>;
 
-    /// Returns the bound address.
+    /// Returns the address that the port is bound to, `host:port`.
     fn address(&self) -> io::Result<String>;
 }
 
@@ -126,7 +126,7 @@ pub trait Listener: Send {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {why}")]
 pub struct OutsideError {
-    /// What it is.
+    /// The system that failed, such as `kafka topic telemetry.raw`.
     pub what: String,
     /// Its answer, and what an operator can do; cut where it is long.
     pub why: String,
@@ -135,7 +135,7 @@ pub struct OutsideError {
 }
 
 impl OutsideError {
-    /// Returns what `what` answered.
+    /// Returns the error of the system `what`, with its own reason.
     pub fn new(what: impl Into<String>, why: impl ToString) -> Self {
         Self { what: what.into(), why: bounded(why.to_string()), replaced: false }
     }
@@ -172,7 +172,7 @@ pub trait GuardProbe: Send {
 /// A topic that a router works on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Topic {
-    /// What is split.
+    /// The source topic, whose records are split.
     Source,
     /// What one of the two versions is given.
     Of(Side),
@@ -192,9 +192,9 @@ pub struct SourceRecord<'a> {
 /// Which version gets a record, and under which weight that was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Assignment {
-    /// The version.
+    /// Side that the record is assigned to.
     pub side: Side,
-    /// The weight's number.
+    /// Number of the weight that assigned the record.
     pub weight_version: u64,
 }
 
@@ -298,11 +298,11 @@ pub trait Hooks: Send {
 /// A record that is posted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Posted {
-    /// Its partition.
+    /// Partition of the record.
     pub partition: usize,
     /// Its offset.
     pub offset: i64,
-    /// Its key.
+    /// Key of the record; none if it has none.
     pub key: Option<Vec<u8>>,
     /// Its value; none: a tombstone.
     pub value: Option<Vec<u8>>,
@@ -331,7 +331,7 @@ pub trait Post: Send + Sync {
 /// Why a record that was posted is not done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotDone {
-    /// What was answered.
+    /// Reason: the answer, or why there was none.
     pub why: String,
     /// The answer will not be another one.
     pub refused: bool,

@@ -54,7 +54,7 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
     })
 }
 
-/// Returns a JSON answer.
+/// Returns an answer with this status and a body of one line of JSON.
 pub fn json_response(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::from(format!("{body}\n")));
     *response.status_mut() = status;

@@ -15,7 +15,7 @@ pub struct Profile {
     pub error_rate: f64,
     /// Median latency, in milliseconds.
     pub p50_ms: f64,
-    /// 95th percentile.
+    /// 95th percentile of the latency, in milliseconds.
     pub p95_ms: f64,
 }
 
@@ -33,7 +33,7 @@ impl Regression {
     pub const NONE: Self = Self { errors_added: 0.0, slower: 1.0 };
 }
 
-/// A stream of requests.
+/// Generator of synthetic requests.
 #[derive(Debug, Clone)]
 pub struct Traffic {
     random: SmallRng,

@@ -13,16 +13,16 @@ use crate::protocol::record::{AcceptorState, Chosen, SavedRun, Slot};
 #[derive(Debug, Clone, Default)]
 pub struct MemoryStore(Arc<Mutex<Contents>>);
 
-/// What a store holds.
+/// Content of a store in memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Contents {
-    /// The promises.
+    /// Acceptor state; none before the first write.
     pub acceptor: Option<AcceptorState>,
-    /// The newest checkpoint.
+    /// Newest checkpoint; none before the first one.
     pub checkpoint: Option<Checkpoint>,
     /// The records that are kept: from genesis on, or around the checkpoint.
     pub log: Vec<Chosen>,
-    /// The saved trials.
+    /// Saved analysis runs, by service.
     pub runs: BTreeMap<ServiceId, SavedRun>,
     /// How many records the last persist covered.
     durable: usize,

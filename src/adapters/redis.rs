@@ -85,7 +85,7 @@ fn prefix(cluster: ClusterId) -> String {
     format!("aviary:{{{cluster}}}")
 }
 
-/// Publishes decisions.
+/// Writes decisions to Redis, each by one script.
 pub struct RedisDecisions {
     client: Client,
     prefix: String,

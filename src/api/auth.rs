@@ -7,11 +7,11 @@ use subtle::ConstantTimeEq;
 /// What a token allows; each role may what the one before may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Look.
+    /// May read everything.
     Viewer,
-    /// Change rollouts.
+    /// May also change rollouts and report telemetry.
     Operator,
-    /// Change the cluster.
+    /// May also change the cluster's members.
     Admin,
 }
 
@@ -20,11 +20,11 @@ pub enum Role {
 pub struct Actor {
     /// The name; the role's where the tokens file gives none.
     pub name: Arc<str>,
-    /// What the token allows.
+    /// Role of the token.
     pub role: Role,
 }
 
-/// The tokens' hashes.
+/// Owners and hashes of the tokens that the API accepts.
 #[derive(Clone)]
 pub struct Tokens(Vec<(Actor, blake3::Hash)>);
 

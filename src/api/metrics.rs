@@ -48,7 +48,7 @@ fn tell_weights(view: &View) {
     }
 }
 
-/// `GET /metrics`.
+/// Answers `GET /metrics` in the text format of Prometheus.
 pub async fn scrape(State(state): State<ApiState>) -> Response {
     let view = state.node.published.view();
     tell_weights(&view);

@@ -14,14 +14,14 @@ use crate::status;
 
 use super::state::{ApiState, error};
 
-/// `GET /v1/rollouts`.
+/// Answers `GET /v1/rollouts`: the last rollout of each service.
 pub async fn list(State(state): State<ApiState>) -> Response {
     let view = state.node.published.view();
     let rollouts: Vec<_> = view.services.keys().filter_map(|id| one(&state, id)).collect();
     Json(json!({ "rollouts": rollouts })).into_response()
 }
 
-/// `GET /v1/rollouts/{name}`.
+/// Answers `GET /v1/rollouts/{name}`: one rollout; 404 for an unknown service.
 pub async fn rollout(State(state): State<ApiState>, Path(name): Path<String>) -> Response {
     match ServiceId::new(&name).ok().and_then(|id| one(&state, &id)) {
         Some(json) => Json(json).into_response(),
@@ -111,7 +111,7 @@ fn record_json(chosen: &Chosen) -> Value {
     })
 }
 
-/// `GET /v1/cluster`.
+/// Answers `GET /v1/cluster`: members, coordinator and log positions.
 pub async fn cluster(State(state): State<ApiState>) -> Response {
     let view = state.node.published.view();
     let members = view.members.iter().map(|(node, member)| {

@@ -13,7 +13,7 @@ use super::state::{ApiState, error};
 use crate::telemetry::Receipt;
 use crate::telemetry::event::Json as Reported;
 
-/// Longest batch, in bytes.
+/// Maximum size of a batch of events, in bytes.
 pub const BATCH_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 #[derive(Deserialize)]

@@ -57,7 +57,7 @@ struct Details {
     reason: Option<String>,
 }
 
-/// `POST /v1/rollouts/{name}/{verb}`.
+/// Answers `POST /v1/rollouts/{name}/{verb}`: proposes a change of a rollout.
 pub async fn change(
     State(state): State<ApiState>,
     Path((name, verb)): Path<(String, String)>,
@@ -100,7 +100,7 @@ struct MemberBody {
     incarnation: Option<String>,
 }
 
-/// `POST /v1/cluster/{verb}`.
+/// Answers `POST /v1/cluster/{verb}`: proposes a change of the members.
 pub async fn configure(
     State(state): State<ApiState>,
     Path(verb): Path<String>,

@@ -13,11 +13,11 @@ use super::node::NodeConfig;
 /// A cluster that has not run yet.
 #[derive(Debug, Clone)]
 pub struct Founding {
-    /// Its id.
+    /// Random id of the cluster.
     pub cluster: ClusterId,
     /// The first record, the same on every node.
     pub genesis: Chosen,
-    /// Each node's first promises.
+    /// First acceptor state of each node, without promises.
     pub acceptors: BTreeMap<NodeId, AcceptorState>,
 }
 
@@ -35,7 +35,7 @@ pub enum FoundError {
     Peers {
         /// The file.
         file: String,
-        /// The other nodes.
+        /// Names of the other nodes given to the command.
         expected: String,
         /// The peers in the file.
         found: String,
@@ -45,13 +45,13 @@ pub enum FoundError {
     Address {
         /// The file.
         file: String,
-        /// The peer.
+        /// Name of the peer.
         peer: NodeId,
-        /// Which port.
+        /// Key of the port: `control` or `api`.
         port: &'static str,
-        /// Where the peer listens.
+        /// Address on which the peer listens.
         expected: String,
-        /// What the file says.
+        /// Address that the file names.
         found: String,
     },
 }

@@ -10,30 +10,30 @@ use crate::domain::ids::NodeId;
 use crate::protocol::{Retention, Timings};
 use crate::proxy::settings::ProxySettings;
 
-/// A node's settings, checked.
+/// Settings of a node, read from its file and checked.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
-    /// Where it was read from.
+    /// File that the settings were read from.
     pub file: PathBuf,
-    /// `[node] id`: its name in the cluster; the lowest live one coordinates.
+    /// `[node] id`: name in the cluster; the live node with the lowest name coordinates.
     pub id: NodeId,
-    /// `[node] data_dir`: promises and journal, made by `aviary cluster init`.
+    /// `[node] data_dir`: acceptor state and journal, created by `aviary cluster init`.
     pub data_dir: PathBuf,
-    /// `[listen]`.
+    /// `[listen]`: the addresses of the three ports.
     pub listen: Listen,
-    /// `[peers.NAME]`: the other nodes.
+    /// `[peers.NAME]`: addresses of the other nodes, by name.
     pub peers: BTreeMap<NodeId, PeerConfig>,
-    /// `[log] file`: JSON lines for people; none: only the console.
+    /// `[log] file`: file for JSON lines; none: the node logs to the console only.
     pub log_file: Option<PathBuf>,
     /// `[log] level`: error, warn, info, debug or trace; default info.
     pub log_level: String,
-    /// `[timings]`.
+    /// `[timings]`: intervals and timeouts between nodes, in milliseconds.
     pub timings: Timings,
-    /// `[history]`: what is kept of the log.
+    /// `[history]`: number of records kept, and of records between checkpoints.
     pub retention: Retention,
-    /// `[data]`.
+    /// `[data]`: settings of the data plane.
     pub data: ProxySettings,
-    /// `[api] tokens_file`: bearer tokens; needed as soon as the API listens off loopback.
+    /// `[api] tokens_file`: bearer tokens; required if the API listens off loopback.
     pub tokens_file: Option<PathBuf>,
     /// `[control] ca, cert, key`: mutual TLS between the nodes, by default with what `aviary cluster init` makes in the
     /// data directory; none: `plaintext = true`, on loopback only.
@@ -44,7 +44,7 @@ pub struct NodeConfig {
     pub redis: Option<String>,
 }
 
-/// Where Kafka is, and what of it is used.
+/// `[kafka]`: brokers, topics and group.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Kafka {
@@ -99,9 +99,9 @@ pub struct IdentityFiles {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
-    /// Clients: `/predict`.
+    /// Data port, for clients' requests.
     pub data: String,
-    /// Operators.
+    /// API port, for operators.
     pub api: String,
     /// The other nodes. Loopback only, where it is plaintext.
     pub control: String,
@@ -111,9 +111,9 @@ pub struct Listen {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PeerConfig {
-    /// Its control port.
+    /// Address of its control port.
     pub control: String,
-    /// Its API port, for writes that it coordinates.
+    /// Address of its API port; writes are forwarded there while it coordinates.
     pub api: String,
 }
 
@@ -198,13 +198,13 @@ struct ApiPart {
 #[derive(Debug, thiserror::Error)]
 #[error("{file}: {complaint}")]
 pub struct NodeFileError {
-    /// The file.
+    /// Path of the file.
     pub file: String,
     /// What was expected and found.
     pub complaint: String,
 }
 
-/// The shortest lease that a rollout may name.
+/// Minimum lease of a rollout, in milliseconds.
 const LEASE_MS_MIN: u64 = 1_000;
 
 impl NodeConfig {

@@ -10,10 +10,10 @@ use crate::domain::plan::{Backend, HashOn, HealthCheck, Match, OnPartition, Roll
 use crate::domain::query::Query;
 use crate::domain::weights::{Weight, WeightError, Weights};
 
-/// Why a file is no rollout.
+/// Error in a rollout file.
 #[derive(Debug, thiserror::Error)]
 pub enum RolloutError {
-    /// Not the shape of a rollout file.
+    /// The file is no YAML, or has unknown or missing keys.
     #[error("{file}: {complaint}")]
     Shape {
         /// The file.
@@ -21,22 +21,22 @@ pub enum RolloutError {
         /// What was expected and found, and where.
         complaint: String,
     },
-    /// A value that can't be.
+    /// A value is not allowed.
     #[error("{file}: {place}: {complaint}")]
     Value {
         /// The file.
         file: String,
-        /// The key.
+        /// Key whose value is not allowed, such as `spec.steps`.
         place: String,
         /// What was expected and found.
         complaint: String,
     },
-    /// The parts don't make a rollout.
+    /// The values together are not a valid rollout.
     #[error("{file}: {error}")]
     Whole {
         /// The file.
         file: String,
-        /// Why.
+        /// The rule that they break.
         error: SpecError,
     },
 }

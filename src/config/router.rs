@@ -11,7 +11,7 @@ use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::split::Side;
 use crate::domain::weights::Weight;
 
-/// A router's settings, checked.
+/// Settings of a record router, read from its file and checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouterConfig {
     /// `metadata.name`: the rollout's name; with `follow`, its service's in the cluster.
@@ -20,7 +20,7 @@ pub struct RouterConfig {
     pub kafka: Kafka,
     /// `spec.source`: the topic that is split.
     pub source: String,
-    /// `spec.stable` and `spec.canary`.
+    /// `spec.stable` and `spec.canary`, in this order.
     pub services: [ServicePart; 2],
     /// `spec.weight`, in percent: the canary's share until another is asked for; default 0.
     pub weight: Weight,
@@ -43,13 +43,13 @@ pub struct RouterConfig {
     pub push: Option<Push>,
 }
 
-/// One version's service.
+/// Consumer service of one version.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServicePart {
-    /// Its version.
+    /// Name of the version.
     pub version: VersionId,
-    /// Its consumer group.
+    /// Consumer group of the service.
     pub group: String,
     /// The topic that it is given; default SOURCE.NAME.stable or SOURCE.NAME.canary.
     #[serde(default)]
@@ -72,14 +72,14 @@ pub enum HooksConfig {
     Manual,
     /// By a program: `PROGRAM… start|stop stable|canary TOPIC GROUP`.
     Exec {
-        /// Program and first arguments.
+        /// Program, and the arguments that come before the router's own.
         argv: Vec<String>,
-        /// Longest run.
+        /// Maximum run time of a call, in milliseconds.
         timeout_ms: u64,
     },
     /// By a POST of the same words as JSON.
     Http {
-        /// Where to.
+        /// URL that the router posts its calls to.
         url: String,
         /// Longest wait for a 2xx answer.
         timeout_ms: u64,
@@ -199,7 +199,7 @@ fn hook_ms() -> u64 {
 #[derive(Debug, thiserror::Error)]
 #[error("{file}: {complaint}")]
 pub struct RouterFileError {
-    /// The file.
+    /// Path of the file.
     pub file: PathBuf,
     /// What was expected and found, and where.
     pub complaint: String,
@@ -296,7 +296,7 @@ impl RouterConfig {
         })
     }
 
-    /// Returns one version's service.
+    /// Returns the service of one side.
     pub fn service(&self, side: Side) -> &ServicePart {
         &self.services[side as usize]
     }

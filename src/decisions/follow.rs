@@ -20,7 +20,7 @@ pub enum Lost {
     /// The log no longer has what comes next.
     #[error("decisions after {after} are no longer in this node's log, which begins at {first}")]
     Compacted {
-        /// The last one told.
+        /// Position after which the reader wanted to continue.
         after: Slot,
         /// The first one there is.
         first: Slot,
@@ -28,7 +28,7 @@ pub enum Lost {
     /// The log can't be read.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The node ended.
+    /// The node is stopping; the reader should continue at another node.
     #[error("the node is stopping")]
     Stopped,
 }

@@ -29,7 +29,7 @@ use crate::protocol::record::{Accepted, Ballot, Chosen, Intent, Operation, Recor
 
 /// The first bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"AVRY";
-/// Bytes before the body.
+/// Size of a frame's header, in bytes.
 pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
@@ -47,32 +47,32 @@ const WALL_MS_MAX: u64 = 253_402_300_799_999;
 /// Sums of latencies stay below this: 285 years, exact as a float.
 const LATENCY_SUM_US_MAX: u64 = 1 << 53;
 
-/// Who a node says it is.
+/// Identity that a node claims in its messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// Its cluster.
+    /// Cluster that the node belongs to.
     pub cluster: ClusterId,
-    /// Its name.
+    /// Name of the node.
     pub node: NodeId,
-    /// Which run of its disk.
+    /// Incarnation of its data directory.
     pub incarnation: Incarnation,
 }
 
-/// A body: something said, and by whom.
+/// Body of a frame: a payload and its sender.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Envelope<T> {
-    /// The sender's cluster.
+    /// Cluster of the sender.
     pub cluster: ClusterId,
-    /// The sender.
+    /// Name of the sending node.
     pub from: NodeId,
-    /// The sender's incarnation.
+    /// Incarnation of the sender's data directory.
     pub incarnation: Incarnation,
-    /// What it says.
+    /// The message itself.
     pub payload: T,
 }
 
 impl<T> Envelope<T> {
-    /// Returns who says so.
+    /// Returns the identity that the sender claims.
     pub fn sender(&self) -> Identity {
         Identity { cluster: self.cluster, node: self.from.clone(), incarnation: self.incarnation }
     }
@@ -83,7 +83,7 @@ impl<T> Envelope<T> {
     }
 }
 
-/// The first thing said on a connection, by both sides.
+/// First message on a connection, sent by both sides.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The protocol versions that the sender speaks.
@@ -95,9 +95,9 @@ pub struct Hello {
 /// A range of protocol versions, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versions {
-    /// The oldest.
+    /// Oldest version.
     pub min: u16,
-    /// The newest.
+    /// Newest version.
     pub max: u16,
 }
 
@@ -174,9 +174,9 @@ pub enum FrameError {
     /// Another version of it.
     #[error("protocol version {found}, expected {expected}")]
     Version {
-        /// What this node speaks.
+        /// Versions that this node speaks.
         expected: Versions,
-        /// What the peer speaks.
+        /// Versions that the peer speaks.
         found: Versions,
     },
     /// A kind that doesn't exist, or not at this point.
@@ -184,7 +184,7 @@ pub enum FrameError {
     Kind {
         /// What may come at this point.
         expected: &'static str,
-        /// The header's number.
+        /// Kind in the frame's header.
         found: u8,
     },
     /// More bytes than allowed; refused before they are read.
@@ -192,26 +192,26 @@ pub enum FrameError {
     TooLong {
         /// The most allowed at this point.
         max: usize,
-        /// What the header promises.
+        /// Length in the frame's header, in bytes.
         found: usize,
     },
-    /// Damaged on its way.
+    /// The checksum does not match: the frame was damaged.
     #[error("frame checksum {found:08x}, expected {expected:08x}")]
     Checksum {
         /// The sum of what arrived.
         expected: u32,
-        /// The header's.
+        /// Checksum in the frame's header.
         found: u32,
     },
     /// Intact, and still not a message that a node of ours sends.
     #[error("malformed body: {0}")]
     Malformed(String),
-    /// Of another cluster.
+    /// The sender belongs to another cluster.
     #[error("cluster {found}, expected {expected}")]
     Cluster {
-        /// This node's.
+        /// Cluster of this node.
         expected: ClusterId,
-        /// The peer's.
+        /// Cluster of the peer.
         found: ClusterId,
     },
     /// From or for another node than it should be.
@@ -219,9 +219,9 @@ pub enum FrameError {
     Sender {
         /// What is wrong: `sender`, `incarnation`, `hello to`.
         what: &'static str,
-        /// Who it should be.
+        /// Node that was expected.
         expected: String,
-        /// Who it is.
+        /// Node that sent the frame.
         found: String,
     },
 }

@@ -22,23 +22,23 @@ pub const EVENTS_MAX: usize = 1024;
 /// A question to the node's loop.
 #[derive(Debug)]
 pub enum NodeRequest {
-    /// An operator's change.
+    /// A change that an operator asks for.
     Submit {
-        /// The transaction id.
+        /// Id of the transaction: the idempotency key.
         tx: TxId,
-        /// What is asked.
+        /// The requested change.
         asked: OperatorRequest,
         /// Where the answer goes.
         reply: oneshot::Sender<Outcome>,
     },
-    /// A linearizable read.
+    /// A linearizable read: it is answered once a majority confirmed this node's state.
     Read {
         /// Where the answer goes.
         reply: oneshot::Sender<Outcome>,
     },
-    /// The data plane's counts.
+    /// Counts of the data plane since the last message, by service.
     Observed(Vec<Observation>),
-    /// Another system's metric.
+    /// Value of a metric that Prometheus stores.
     Measured(crate::protocol::Measurement),
     /// Why the store that promotions depend on doesn't do what it should; none when it does.
     Guarded(Option<String>),
@@ -46,9 +46,9 @@ pub enum NodeRequest {
     CircuitBreakerTripped {
         /// The service, by its observation's name.
         service: crate::domain::ids::ServiceId,
-        /// The routing version.
+        /// Routing version under which it happened.
         routing_version: u64,
-        /// What happened.
+        /// Reason, for the log and the vote.
         reason: String,
     },
 }
@@ -138,7 +138,7 @@ pub const LEASE_MS_SHOWN: u64 = 2_000;
 /// The node's door: publication, requests, events, log.
 #[derive(Clone)]
 pub struct NodeHandle {
-    /// What is in force.
+    /// Published view of the node, which readers load without a lock.
     pub published: Published,
     /// The log, for `history` and for resuming streams.
     pub log: Arc<dyn LogReader>,

@@ -31,9 +31,9 @@ use super::link::{Identity, LinkLimits, Links};
 pub struct Parts {
     /// What it is told about itself.
     pub settings: Settings,
-    /// Its disk.
+    /// Durable store of acceptor state and log.
     pub store: Box<dyn Store>,
-    /// The promises on it.
+    /// Acceptor state read from the store; none if it was lost.
     pub acceptor: Option<AcceptorState>,
     /// The sum of the log that `log` builds on.
     pub ledger: Ledger,
@@ -41,25 +41,25 @@ pub struct Parts {
     pub log: Vec<Chosen>,
     /// The trials that it saved.
     pub saved: BTreeMap<ServiceId, SavedRun>,
-    /// Where it saves them.
+    /// Store of the saved analysis runs.
     pub runs: Box<dyn RunStore>,
     /// The way to its peers.
     pub network: Arc<dyn Network>,
-    /// Its control port.
+    /// Address of its control port, `host:port`.
     pub listen: String,
-    /// Its peers' control ports.
+    /// Addresses of the peers' control ports, by name.
     pub peers: BTreeMap<NodeId, String>,
     /// The protocol versions that it speaks.
     pub versions: Versions,
-    /// Its clocks.
+    /// Monotonic clock and time of day.
     pub clock: Arc<dyn Clock>,
     /// Where a test wants it to die.
     pub failpoint: Option<Failpoint>,
 }
 
-/// A running node.
+/// A running node, with the handle to talk to it.
 pub struct Running {
-    /// Its door.
+    /// Handle through which API and data plane talk to the node.
     pub handle: NodeHandle,
     /// Its control port, as bound.
     pub control: String,

@@ -55,7 +55,7 @@ pub trait Fields {
     /// Returns the first value of a field, named in small letters.
     fn value(&self, name: &str) -> Option<&[u8]>;
 
-    /// Returns a cookie's value.
+    /// Returns the value of the cookie `name`; none without it.
     fn cookie(&self, name: &str) -> Option<&[u8]>;
 }
 
@@ -200,7 +200,7 @@ impl Drop for RequestPermit {
 pub struct NoRoute {
     /// 404, or 503 where nothing is known at all.
     pub status: u16,
-    /// What to say.
+    /// Text of the answer to the client.
     pub why: String,
 }
 

@@ -27,9 +27,9 @@ const PROBES_FAILED_MAX: u32 = 3;
 pub struct Server {
     /// Its place among all that were ever named.
     pub id: usize,
-    /// `host:port`.
+    /// Address of the server, `host:port`.
     pub authority: Authority,
-    /// It speaks HTTP/2 (`h2c://`).
+    /// True if the server speaks HTTP/2 without TLS (`h2c://`).
     pub http2: bool,
     address: Option<SocketAddr>,
     /// Requests at it now; counted only where there is a choice.
@@ -46,7 +46,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens a connection.
+    /// Opens a TCP connection to the server within `limit`.
     pub async fn connect(&self, limit: Duration) -> io::Result<TcpStream> {
         let connecting = async {
             match self.address {
@@ -106,9 +106,9 @@ impl Servers {
     }
 }
 
-/// One version's servers.
+/// Servers of one version, with their open requests and ejections.
 pub struct Pool {
-    /// The version.
+    /// Version that the servers serve.
     pub version: VersionId,
     /// Empty: the node answers itself.
     pub servers: Vec<Arc<Server>>,
@@ -168,7 +168,7 @@ impl Pool {
 
 /// A request at a server.
 pub struct InFlightGuard {
-    /// The server.
+    /// Server that handles the request.
     pub server: Arc<Server>,
     counted: bool,
 }

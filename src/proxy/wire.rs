@@ -45,7 +45,7 @@ fn is(name: &str, known: &str) -> bool {
 pub struct BadMessage {
     /// HTTP status.
     pub status: u16,
-    /// What was expected.
+    /// Reason: what was expected instead.
     pub why: &'static str,
 }
 
@@ -90,7 +90,7 @@ pub enum Chunk {
 }
 
 impl BodyFraming {
-    /// No body.
+    /// Message without a body.
     pub const NONE: Self = Self::Length(0);
     /// The beginning of a chunked one.
     pub const CHUNKED: Self = Self::Chunked(Chunk::Size(0, 0));
@@ -173,11 +173,11 @@ fn is_text(byte: u8) -> bool {
 /// The head of a request.
 #[derive(Debug)]
 pub struct Asked<'h, 'b> {
-    /// The method, as sent.
+    /// Method of the request, as the client sent it.
     pub method: &'b str,
-    /// Path and query.
+    /// Target of the request: path and query.
     pub target: &'b str,
-    /// All fields.
+    /// Header fields, in the order in which they arrived.
     pub fields: HeaderFields<'h, 'b>,
     /// Bytes of the head.
     pub length: usize,
@@ -192,9 +192,9 @@ pub struct Asked<'h, 'b> {
 /// What a client's first bytes are.
 #[derive(Debug)]
 pub enum Opening<'h, 'b> {
-    /// Not yet enough.
+    /// The head is not complete yet.
     Partial,
-    /// A plain request.
+    /// A complete head that the fast path can handle.
     Plain(Asked<'h, 'b>),
     /// Something that needs more than a relay: HTTP/2, HTTP/1.0, an upgrade, another form of target.
     Other,

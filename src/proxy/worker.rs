@@ -28,7 +28,7 @@ const SWEEP: Duration = Duration::from_millis(50);
 pub struct Worker {
     /// What all workers share.
     pub router: Arc<RoutingTable>,
-    /// Where it counts.
+    /// Index of the worker's own shard of the counters.
     pub shard: usize,
     /// What carries the requests that are not plain.
     pub general: SlowPath,
@@ -80,7 +80,7 @@ pub struct Deadline {
 const RESTING: u64 = u64::MAX;
 
 impl Deadline {
-    /// Takes the deadline away.
+    /// Removes the deadline.
     pub fn rest(&self) {
         self.deadline.at_ms.set(RESTING);
     }
@@ -245,12 +245,12 @@ impl Worker {
         RefMut::map(self.scratch.borrow_mut(), |scratch| &mut scratch[..])
     }
 
-    /// Returns an empty buffer.
+    /// Returns an empty buffer, a used one if there is any.
     pub fn buffer(&self) -> Vec<u8> {
         self.spare.borrow_mut().pop().unwrap_or_default()
     }
 
-    /// Takes a buffer back.
+    /// Keeps a buffer for the next call of `buffer`.
     pub fn give_back(&self, mut buffer: Vec<u8>) {
         let mut spare = self.spare.borrow_mut();
         if spare.len() < SPARE_MAX && (1..=SPARE_BYTES_MAX).contains(&buffer.capacity()) {

@@ -36,16 +36,16 @@ impl Offsets {
 /// A record's place in the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct At {
-    /// Its partition.
+    /// Partition of the source topic.
     pub partition: usize,
-    /// Its offset.
+    /// Offset in that partition.
     pub offset: i64,
 }
 
-/// What an audit found.
+/// Result of an audit.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Findings {
-    /// Records of the source.
+    /// Number of source records that were compared.
     pub source: u64,
     /// Records that stable was given.
     pub stable: u64,
@@ -157,7 +157,7 @@ impl Audit {
     }
 }
 
-/// Reads `TOPIC/PARTITION/OFFSET`.
+/// Parses a header `TOPIC/PARTITION/OFFSET`; none if it is malformed.
 pub fn read_source(header: &str) -> Option<At> {
     let mut parts = header.rsplitn(3, '/');
     let (offset, partition) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);

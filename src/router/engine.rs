@@ -34,9 +34,9 @@ pub struct Plan {
 /// What the cluster has committed about a rollout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommittedWeight {
-    /// The canary's share.
+    /// Share that the canary should get.
     pub weight: Weight,
-    /// The routing version.
+    /// Routing version of that share.
     pub weight_version: u64,
     /// Set once the rollout is over.
     pub end: Option<RouterEnd>,
@@ -56,15 +56,15 @@ pub enum Steering {
 pub enum Turn {
     /// Records were copied, this many, or a step was done.
     Busy(usize),
-    /// No records came.
+    /// The source had no new records.
     Idle,
     /// Nothing can be done; this is waited for.
     Waits(String),
-    /// The rollout is over.
+    /// The rollout has ended; the loop can stop.
     Over,
 }
 
-/// A router.
+/// Loop of a record router: one transaction per turn.
 pub struct Engine {
     broker: Box<dyn Broker>,
     hooks: Box<dyn Hooks>,
@@ -95,7 +95,7 @@ struct EngineState {
 pub struct Report {
     /// The present phase; none before the first.
     pub phase: Option<RouterPhase>,
-    /// Each partition's state.
+    /// State of the split of each partition.
     pub splits: Vec<Split>,
     /// The next offset of each partition.
     pub next: Places,

@@ -42,7 +42,7 @@ pub struct PushPlan {
 pub struct Pushed {
     /// Records done, by who answered.
     pub done: BTreeMap<String, u64>,
-    /// Records given up.
+    /// Number of records sent to the dead-letter topic.
     pub given_up: u64,
 }
 
@@ -53,7 +53,7 @@ struct Sent {
     done: Result<String, String>,
 }
 
-/// Posts records.
+/// Posts records over HTTP, those of one key one after another.
 pub struct Pusher {
     source: Box<dyn PostSource>,
     post: Arc<dyn Post>,

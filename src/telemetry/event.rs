@@ -10,9 +10,9 @@ pub use json::Json;
 /// A request of a service, checked.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ReportedEvent<'b> {
-    /// The service.
+    /// Name of the service.
     pub service: Text<'b>,
-    /// The version that answered.
+    /// Name of the version that answered.
     pub version: Text<'b>,
     /// The answer's HTTP status, 100 to 599.
     pub status: u64,
@@ -67,10 +67,10 @@ pub enum Rejection {
     /// Not what an event looks like.
     #[error("{0}")]
     Malformed(String),
-    /// No HTTP status.
+    /// The status is not between 100 and 599.
     #[error("status is {0}, expected 100 to 599")]
     Status(u64),
-    /// No latency.
+    /// The latency is not between 0 and 3600000 ms.
     #[error("latency_ms is {0}, expected 0 to 3600000")]
     Latency(String),
     /// Nobody has applied a rollout for it.
@@ -79,15 +79,15 @@ pub enum Rejection {
     /// Neither of the service's versions.
     #[error("version is {found:?}, expected {expected}")]
     Version {
-        /// What it says.
+        /// Version that the event names.
         found: String,
-        /// The service's versions.
+        /// Versions of the service's rollout.
         expected: String,
     },
-    /// Not yet.
+    /// The time of the event is ahead of this node's clock.
     #[error("event_time is {0} ms ahead of this node's clock, expected at most {FUTURE_MS_MAX}")]
     Future(u64),
-    /// Too long ago.
+    /// The event is too old.
     #[error("event_time is {0} ms ago, expected at most {LATE_MS_MAX}")]
     Late(u64),
     /// This node counted an event with the same id before.

@@ -36,7 +36,7 @@ const NAMED_MAX: usize = 10;
 /// What became of a batch.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Receipt {
-    /// Events that count.
+    /// Number of events that were counted.
     pub accepted: u64,
     /// Events that don't, by kind.
     pub rejected: BTreeMap<&'static str, u64>,

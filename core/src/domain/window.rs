@@ -38,17 +38,10 @@ impl Evidence {
 /// A counter of both versions' answers.
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
-<<<<<<< HEAD
-    /// The stable version's.
-    pub stable: StatsCounter,
-    /// The canary's.
-    pub canary: StatsCounter,
-=======
     /// Answers of the stable version since the last `take`.
-    pub stable: Counts,
+    pub stable: StatsCounter,
     /// Answers of the canary since the last `take`.
-    pub canary: Counts,
->>>>>>> f19cb6f (domain: doc comments with units and ranges)
+    pub canary: StatsCounter,
 }
 
 impl Tally {

@@ -19,13 +19,13 @@ use crate::ports::StoreError;
 use crate::protocol::codec;
 use crate::protocol::record::AcceptorState;
 
-/// Bytes of one slot.
+/// Size of each of the two slots, in bytes.
 pub(super) const SLOT_BYTES: usize = 128 * 1024;
-/// Bytes of the file.
+/// Size of the file, in bytes.
 pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
 /// What every sector begins with; the version of the format follows it.
 const MAGIC: [u8; 7] = *b"aviaryR";
-/// Version of the format.
+/// Version of the file format; another version is refused.
 const VERSION: u8 = 5;
 const SECTOR_BYTES: usize = 512;
 /// Magic, version, generation, CRC-32C.
@@ -37,7 +37,7 @@ const SECTORS_MIN: usize = 8;
 
 /// What one readable slot says.
 pub(super) struct Saved {
-    /// The promises.
+    /// Newest acceptor state that the file holds.
     pub acceptor: AcceptorState,
     /// Encoded records that the journal may lack, in order.
     pub tail: Vec<Vec<u8>>,
@@ -45,7 +45,7 @@ pub(super) struct Saved {
     slot: usize,
 }
 
-/// The open file.
+/// The open acceptor file, whose two slots are written in turn.
 pub(super) struct AcceptorFile {
     file: File,
     path: PathBuf,
@@ -61,7 +61,7 @@ pub(super) struct FoundAcceptor {
     pub file: AcceptorFile,
     /// The newest promises; none when there are none, or when newer ones may have been lost.
     pub saved: Option<Saved>,
-    /// What was unusual.
+    /// Findings that an operator should see, for the log.
     pub notes: Vec<String>,
 }
 

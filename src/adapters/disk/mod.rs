@@ -61,10 +61,10 @@ pub enum OpenError {
     Occupied {
         /// The data directory.
         dir: PathBuf,
-        /// The file found.
+        /// Name of a file that the directory contains.
         found: &'static str,
     },
-    /// The disk refused.
+    /// The system refused to read or write.
     #[error(transparent)]
     Store(#[from] StoreError),
 }

@@ -35,7 +35,7 @@ const DRAFT: &str = "new";
 pub struct FoundRuns {
     /// Where trials are saved from now on.
     pub store: DiskRuns,
-    /// Those that were.
+    /// Analysis runs that could be read, by service.
     pub saved: BTreeMap<ServiceId, SavedRun>,
     /// What was unusual, one sentence each, for the log.
     pub notes: Vec<String>,

@@ -17,7 +17,7 @@ use crate::ports::{DecisionSink, OutsideError};
 use crate::protocol::record::Slot;
 use crate::schema::v1::Decision;
 
-/// Publishes decisions.
+/// Publishes decisions to a topic, with the publisher's position, in transactions.
 pub struct KafkaDecisions {
     config: Kafka,
     topic: String,

@@ -9,7 +9,7 @@ use super::{ANSWER_MAX, CountingContext, client, send};
 use crate::config::node::Kafka;
 use crate::ports::OutsideError;
 
-/// Writes events.
+/// Writes telemetry events to a topic; for `aviary telemetry produce`.
 pub struct KafkaEvents {
     producer: ThreadedProducer<CountingContext>,
     counts: CountingContext,

@@ -16,7 +16,7 @@ use crate::ports::{OutsideError, PostSource, Posted};
 /// Why a record was given up.
 const ERROR_HEADER: &str = "x-aviary-error";
 
-/// Reads records to post.
+/// Reads the records that push mode posts, and writes dead letters.
 pub struct KafkaPush {
     consumer: BaseConsumer<Quiet>,
     producer: ThreadedProducer<CountingContext>,

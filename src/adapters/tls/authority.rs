@@ -30,11 +30,11 @@ pub struct Authority {
 
 /// What a node needs to be somebody, as PEM.
 pub struct Issued {
-    /// The authority's certificate.
+    /// Certificate of the authority, PEM.
     pub authority: String,
-    /// The node's certificate.
+    /// Certificate of the node, PEM.
     pub certificate: String,
-    /// Its private key.
+    /// Private key of the node, PEM.
     pub key: String,
 }
 
@@ -60,7 +60,7 @@ impl Authority {
         Ok(Self { cluster, certificate, issuer: Issuer::new(params, key) })
     }
 
-    /// Reads an authority back.
+    /// Reads the authority that `create` wrote to this directory.
     pub fn load(dir: &Path) -> anyhow::Result<Self> {
         let (certificate_file, key_file, cluster_file) = files(dir);
         let read = |file: &PathBuf| fs::read_to_string(file).with_context(|| file.display().to_string());

@@ -40,9 +40,9 @@ const EXPIRY_NOTICE: Duration = Duration::from_secs(30 * 86_400);
 /// Where a node's identity is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Files {
-    /// The authority's certificate, PEM.
+    /// Path of the authority's certificate (PEM).
     pub authority: PathBuf,
-    /// The node's certificate, PEM.
+    /// Path of the node's certificate (PEM).
     pub certificate: PathBuf,
     /// Its private key, PEM; nobody but its owner may read it.
     pub key: PathBuf,

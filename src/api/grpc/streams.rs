@@ -26,7 +26,7 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Decisions that wait for one slow client; the rest waits in the log.
 const WAITING_MAX: usize = 64;
 
-/// Tells what is decided.
+/// Implements `DecisionService`: streams decisions from the log.
 pub struct Decisions(pub ApiState);
 
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -135,7 +135,7 @@ impl Decisions {
     }
 }
 
-/// Takes events.
+/// Implements `TelemetryService`: counts reported events.
 pub struct Telemetry(pub ApiState);
 
 #[tonic::async_trait]

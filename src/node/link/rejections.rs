@@ -12,29 +12,29 @@ use crate::node::frame::FrameError;
 /// Why a connection was refused or closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
-    /// Not this protocol.
+    /// The bytes do not begin with the protocol's magic.
     Magic,
-    /// No common protocol version.
+    /// The peer speaks no version that this node speaks.
     Version,
     /// A kind of frame that doesn't exist or may not come.
     Kind,
     /// A frame above the limit.
     TooLong,
-    /// A damaged frame.
+    /// The checksum of a frame does not match.
     Checksum,
     /// An intact frame with an impossible message.
     Malformed,
-    /// Another cluster's node.
+    /// The peer belongs to another cluster.
     Cluster,
     /// Another node than it should be, or one that nobody configured.
     Sender,
     /// The connection ended within a frame.
     Truncated,
-    /// No HELLO in time.
+    /// The peer sent no HELLO before the deadline.
     HelloDeadline,
     /// A frame that didn't arrive in time.
     BodyDeadline,
-    /// Silence.
+    /// The peer sent nothing for longer than the idle limit.
     Idle,
     /// Too many connections without HELLO.
     HalfOpen,
@@ -45,7 +45,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// All classes.
+    /// All classes of rejections.
     pub const ALL: [Self; 15] = [
         Self::Magic,
         Self::Version,

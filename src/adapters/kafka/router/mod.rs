@@ -31,7 +31,7 @@ use writer::{CONTROL, Writer};
 pub const SOURCE_HEADER: &str = "x-aviary-source";
 /// Which version it was given to.
 pub const VERSION_HEADER: &str = "x-aviary-version";
-/// Under which weight.
+/// Header of a copy: the number of the weight that assigned the record.
 pub const WEIGHT_VERSION_HEADER: &str = "x-aviary-epoch";
 
 /// The broker ends a transaction by itself that takes longer.
@@ -51,11 +51,11 @@ pub struct TopicNames {
     pub source: String,
     /// The versions' own topics, stable's first.
     pub topics: [String; 2],
-    /// Their services' groups.
+    /// Consumer groups of the two services, stable first.
     pub groups: [String; 2],
-    /// The versions.
+    /// Names of the two versions, stable first.
     pub versions: [String; 2],
-    /// The control topic.
+    /// Name of the control topic.
     pub control: String,
     /// The router's own group and transactional id.
     pub router: String,

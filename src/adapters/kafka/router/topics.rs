@@ -19,9 +19,9 @@ use crate::ports::{Opened, OutsideError, Topic};
 /// What is read of a partition.
 #[derive(Debug, Clone, Copy)]
 pub struct OffsetRange {
-    /// The first offset.
+    /// First offset of the partition that is read.
     pub from: i64,
-    /// That after the last.
+    /// End (exclusive) of the offsets that are read.
     pub until: i64,
     /// A record that is known to be there: before it is read the partition isn't at its end.
     pub known: Option<i64>,
