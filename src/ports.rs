@@ -24,7 +24,7 @@ use crate::schema::v1::Decision;
 pub struct StoreError {
     /// Path of the file or directory.
     pub path: String,
-    /// What was tried, and what an operator can do.
+    /// Attempted operation, and the operator's remedy.
     pub doing: String,
     /// Error of the operating system.
     pub cause: io::Error,
@@ -66,7 +66,7 @@ pub trait LogReader: Send + Sync {
     fn checkpoint(&self) -> Result<Option<Checkpoint>, StoreError>;
 }
 
-/// What a store found at start.
+/// Content of a store at start.
 pub struct Recovered<S> {
     /// The store, ready to be written.
     pub store: S,
@@ -76,7 +76,7 @@ pub struct Recovered<S> {
     pub ledger: Ledger,
     /// The records after it: contiguous, the chain verified.
     pub log: Vec<Chosen>,
-    /// What was unusual, one sentence each, for the log.
+    /// Findings that an operator should see, one sentence each, for the log.
     pub notes: Vec<String>,
 }
 
@@ -174,7 +174,7 @@ pub trait GuardProbe: Send {
 pub enum Topic {
     /// The source topic, whose records are split.
     Source,
-    /// What one of the two versions is given.
+    /// Topic of the copies for one version.
     Of(Side),
 }
 
@@ -207,7 +207,7 @@ pub struct Place {
     pub metadata: String,
 }
 
-/// What a router finds when it opens.
+/// State of the broker when a router opens it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Opened {
     /// Its own place in each partition of the source; none where there is none yet.
@@ -219,7 +219,7 @@ pub struct Opened {
 /// Next offsets of some partitions.
 pub type NextOffsets = Vec<(usize, i64)>;
 
-/// What is committed together with what was written since the last commit: all of it or nothing.
+/// Changes that are committed atomically with the records written since the last commit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Commit {
     /// The router's own places, of some partitions.

@@ -6,7 +6,7 @@ use rand_distr::{Distribution, LogNormal, Poisson};
 
 use crate::domain::window::{Evidence, Tally};
 
-/// What a service's traffic looks like.
+/// Rate, errors and latencies of a service's traffic.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Profile {
     /// Requests a second, of both versions.

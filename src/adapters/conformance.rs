@@ -18,7 +18,7 @@ pub(crate) trait Subject: Sized {
     fn close(&mut self, store: Self::Store);
 }
 
-/// What a process finds at its start.
+/// Content of the store at the start of a process.
 pub(crate) struct Found<S> {
     pub store: S,
     pub acceptor: Option<AcceptorState>,

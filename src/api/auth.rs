@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use subtle::ConstantTimeEq;
 
-/// What a token allows; each role may what the one before may.
+/// Permissions of a token; each role includes those of the one before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// May read everything.
@@ -15,7 +15,7 @@ pub enum Role {
     Admin,
 }
 
-/// Who asks: the name beside the token.
+/// Owner of the token of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Actor {
     /// The name; the role's where the tokens file gives none.

@@ -20,7 +20,7 @@ use crate::telemetry::Intake;
 
 use super::auth::Tokens;
 
-/// What the API's handlers share.
+/// State that the API's handlers share.
 #[derive(Clone)]
 pub struct ApiState {
     pub(super) node: NodeHandle,

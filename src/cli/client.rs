@@ -121,7 +121,7 @@ pub struct Write {
     pub patience: Duration,
 }
 
-/// What happens on an event stream.
+/// Item of an event stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StreamEvent {
     /// The stream is open; what is read from the API after this misses nothing.

@@ -127,7 +127,7 @@ impl Rules {
     }
 }
 
-/// What a line of a recording may lead to.
+/// Result of a line of a recording.
 pub enum RecordingStep {
     /// A tick ended, so many milliseconds after the start, with these judgements.
     Tick(u64, Vec<WindowVerdict>),

@@ -99,7 +99,7 @@ fn waited(args: &StatusArgs) -> Duration {
     args.timeout.unwrap_or(YEAR)
 }
 
-/// What was told already: a stream that resumes on another node may repeat itself.
+/// Lines that were printed already: a stream that resumes on another node may repeat events.
 struct LastTold {
     service: String,
     slot: Option<u64>,

@@ -68,7 +68,7 @@ async fn picture(api: &Api, name: &str, screen: &Screen) -> String {
     format!("{}\n\n{body}\n\n{members}\n\n{events}", paint(colours(), Tone::Faint, &head))
 }
 
-/// What stands on the terminal.
+/// Content of the screen.
 #[derive(Default)]
 struct Screen {
     drawn: usize,

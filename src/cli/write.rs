@@ -73,7 +73,7 @@ pub struct ReasonArgs {
     write: WriteArgs,
 }
 
-/// What `apply` needs to know of the file; the node checks the rest.
+/// The part of the file that `apply` reads; the node checks the rest.
 #[derive(Deserialize)]
 struct Named {
     metadata: FileMetadata,

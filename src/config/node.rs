@@ -200,7 +200,7 @@ struct ApiPart {
 pub struct NodeFileError {
     /// Path of the file.
     pub file: String,
-    /// What was expected and found.
+    /// Error: key, found and expected value.
     pub complaint: String,
 }
 

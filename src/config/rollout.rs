@@ -18,7 +18,7 @@ pub enum RolloutError {
     Shape {
         /// The file.
         file: String,
-        /// What was expected and found, and where.
+        /// Error of the parser, with its line.
         complaint: String,
     },
     /// A value is not allowed.
@@ -28,7 +28,7 @@ pub enum RolloutError {
         file: String,
         /// Key whose value is not allowed, such as `spec.steps`.
         place: String,
-        /// What was expected and found.
+        /// Found and expected value.
         complaint: String,
     },
     /// The values together are not a valid rollout.
@@ -188,7 +188,7 @@ struct MetricPart {
     threshold_range: Option<RangePart>,
     #[serde(default)]
     on_failure: Option<FailurePart>,
-    /// Who keeps the metric; none: this cluster.
+    /// System that stores the metric; none: this cluster.
     #[serde(default)]
     provider: Option<Provider>,
     /// SEQUENTIAL's.
@@ -502,7 +502,7 @@ fn query(part: MetricPart) -> Result<Query, String> {
     Ok(Query { name, address, template: template.trim().into(), interval_ms, min, max, on_failure })
 }
 
-/// What must be ruled out, when a file doesn't say: errors 0.5 % of all answers more, the 95th percentile 10 % more.
+/// Default `allowedIncrease`: 0.5 % of all answers for errors, 10 % for the 95th percentile.
 const INCREASES: (f64, f64) = (0.005, 0.1);
 
 fn sequential_metric(part: MetricPart) -> Result<Metric, String> {

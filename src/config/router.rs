@@ -56,7 +56,7 @@ pub struct ServicePart {
     pub topic: String,
 }
 
-/// Who says what the weight is.
+/// Source of the weight: the control topic or the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Follow {
@@ -201,7 +201,7 @@ fn hook_ms() -> u64 {
 pub struct RouterFileError {
     /// Path of the file.
     pub file: PathBuf,
-    /// What was expected and found, and where.
+    /// Error: key, found and expected value.
     pub complaint: String,
 }
 

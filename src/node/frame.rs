@@ -88,7 +88,7 @@ impl<T> Envelope<T> {
 pub struct Hello {
     /// The protocol versions that the sender speaks.
     pub versions: Versions,
-    /// Whom it wants to talk to: two swapped addresses are noticed at once.
+    /// Name of the node that the sender wants to reach, so that two swapped addresses are noticed at once.
     pub to: NodeId,
 }
 
@@ -129,7 +129,7 @@ impl fmt::Display for Versions {
 /// Everything that a frame may carry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
-    /// Who is there.
+    /// First message of a connection: the sender's identity and versions.
     Hello(Hello),
     /// One of the five messages.
     Message(Box<Message>),
@@ -182,7 +182,7 @@ pub enum FrameError {
     /// A kind that doesn't exist, or not at this point.
     #[error("frame kind {found}, expected {expected}")]
     Kind {
-        /// What may come at this point.
+        /// Kinds that are allowed at this point.
         expected: &'static str,
         /// Kind in the frame's header.
         found: u8,
@@ -217,7 +217,7 @@ pub enum FrameError {
     /// From or for another node than it should be.
     #[error("{what} {found}, expected {expected}")]
     Sender {
-        /// What is wrong: `sender`, `incarnation`, `hello to`.
+        /// Field that is wrong: `sender`, `incarnation` or `hello to`.
         what: &'static str,
         /// Node that was expected.
         expected: String,

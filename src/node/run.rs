@@ -27,9 +27,9 @@ use super::frame::Versions;
 use super::handle::{NodeHandle, NodeRequest, Published};
 use super::link::{Identity, LinkLimits, Links};
 
-/// What a node is put together from.
+/// Parts that a node is built from.
 pub struct Parts {
-    /// What it is told about itself.
+    /// Identity, timings and limits of the node.
     pub settings: Settings,
     /// Durable store of acceptor state and log.
     pub store: Box<dyn Store>,

@@ -44,7 +44,7 @@ const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 /// The largest window that HTTP/2 has (RFC 9113, 6.9.1).
 const WINDOW_BYTES_MAX: usize = (1 << 31) - 1;
 
-/// What a worker's general way needs.
+/// State of a worker's slow path.
 #[derive(Clone)]
 pub struct SlowPath {
     router: Arc<RoutingTable>,
@@ -186,7 +186,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// What a request's body is doing, told by [`Lent`] to whoever waits for the answer.
+/// State of a request's body, which [`Lent`] reports to the task that waits for the answer.
 struct Upload {
     /// The body, while no attempt has it.
     body: Mutex<Option<Incoming>>,
@@ -561,7 +561,7 @@ fn grpc_failed(headers: &HeaderMap) -> bool {
     matches!(status, Some(b"2" | b"4" | b"8" | b"13" | b"14" | b"15"))
 }
 
-/// What is to be counted when a body ends, breaks, or is dropped by a client that went away.
+/// Outcome that is counted when a body ends, fails, or is dropped because its client left.
 struct OutcomeGuard {
     general: SlowPath,
     route: Arc<Route>,

@@ -22,7 +22,7 @@ pub struct OutcomeCounts {
     durations: Histogram,
 }
 
-/// What one worker counted; nobody else writes here but the drain.
+/// Counts of one worker; only the worker and the drain write here.
 #[repr(align(128))]
 struct Shard {
     latency_sum_us: AtomicU64,

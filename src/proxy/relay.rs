@@ -35,18 +35,18 @@ const LINGER_BYTES_MAX: usize = 1 << 20;
 /// A client's connection.
 struct Client<S> {
     stream: S,
-    /// What came and is not used yet.
+    /// Bytes that were read and are not used yet.
     ahead: Vec<u8>,
     /// It sends nothing more.
     ended: bool,
     address: String,
 }
 
-/// What a client asked for, ready to be sent on.
+/// A client's request, ready to be forwarded.
 struct RelayRequest {
     /// Head and first part of the body, for an upstream.
     out: Vec<u8>,
-    /// What is still to come of the body.
+    /// Part of the body that has not arrived yet.
     body: BodyFraming,
     /// The whole of it is in `out`: it can be sent again.
     whole: bool,
@@ -75,7 +75,7 @@ impl RelayRequest {
     }
 }
 
-/// What a connection does next.
+/// Next state of a connection.
 enum Next {
     Ask(Box<RelayRequest>),
     /// Whatever it is, it needs the general way.
@@ -401,13 +401,13 @@ struct Exchange<'x, S> {
     /// The answer's status, once it began.
     status: u16,
     counted: bool,
-    /// What is still to come of the answer.
+    /// Part of the answer that has not arrived yet.
     answer: BodyFraming,
     /// The upstream takes another request afterwards.
     stays_open: bool,
     /// The client was told that this was the last answer.
     closes: bool,
-    /// What the client has not taken yet.
+    /// Bytes that the client has not accepted yet.
     back: Vec<u8>,
     returned: usize,
 }

@@ -20,7 +20,7 @@ use super::settings::ProxySettings;
 use super::upstream::{Pool, Server, Servers};
 use super::wire;
 
-/// What outlives the views of one routing version.
+/// State that outlives the views of one routing version.
 pub struct Counters {
     pub stable: OutcomeCounts,
     pub canary: Option<OutcomeCounts>,
@@ -170,7 +170,7 @@ pub struct Table {
     routes: BTreeMap<ServiceId, Arc<Route>>,
 }
 
-/// What routes are made with.
+/// Parts that routes are made from.
 struct RouteParts {
     servers: Servers,
     /// Workers.

@@ -15,7 +15,7 @@ pub const HEAD_BYTES_MAX: usize = 32 * 1024;
 const FIELDS_MAX: usize = 100;
 /// Bytes of a chunk's extension, and of all trailers, at most.
 const EXTRAS_MAX: u16 = 8 * 1024;
-/// What a client's first bytes are when it speaks HTTP/2.
+/// First bytes of a client that speaks HTTP/2.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Room for the fields of a head.
@@ -189,7 +189,7 @@ pub struct Asked<'h, 'b> {
     named: bool,
 }
 
-/// What a client's first bytes are.
+/// Kind of a client's first bytes.
 #[derive(Debug)]
 pub enum Opening<'h, 'b> {
     /// The head is not complete yet.
@@ -238,7 +238,7 @@ pub fn request<'h, 'b>(bytes: &'b [u8], room: &'h mut Room<'b>) -> Result<Openin
     Ok(Opening::Plain(Asked { method, target, fields, length, body, close: framing.close, named: framing.named }))
 }
 
-/// What the fields say about a message's end and its connection.
+/// Fields that decide a message's end and the fate of its connection.
 #[derive(Default)]
 struct Framing {
     length: Option<u64>,
@@ -430,7 +430,7 @@ pub fn answer<'h, 'b>(
     Ok(Some(ResponseHead { status, reason, fields, length, body, stays_open, named: framing.named }))
 }
 
-/// What this node adds to an answer.
+/// Header fields that this node adds to an answer.
 #[derive(Debug, Clone, Copy)]
 pub struct ResponseFields<'m> {
     /// Whole lines that say who served.

@@ -26,7 +26,7 @@ const SWEEP: Duration = Duration::from_millis(50);
 
 /// One thread's share of the data plane.
 pub struct Worker {
-    /// What all workers share.
+    /// Routing table and settings that all workers share.
     pub router: Arc<RoutingTable>,
     /// Index of the worker's own shard of the counters.
     pub shard: usize,

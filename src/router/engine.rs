@@ -12,7 +12,7 @@ use crate::domain::split::{Side, Split, Ticket};
 use crate::domain::weights::Weight;
 use crate::ports::{Assignment, Broker, Commit, Hooks, OutsideError, Place, SourceRecord, Topic};
 
-/// What a router is to do.
+/// Settings of a router's loop.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     /// Makes tickets of keys; the data plane's for a rollout of the same service.
@@ -31,7 +31,7 @@ pub struct Plan {
     pub batch_max: usize,
 }
 
-/// What the cluster has committed about a rollout.
+/// Weight or end that the cluster committed for the rollout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommittedWeight {
     /// Share that the canary should get.
@@ -42,16 +42,16 @@ pub struct CommittedWeight {
     pub end: Option<RouterEnd>,
 }
 
-/// Who says what the weight is.
+/// Source of the weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Steering {
-    /// Whoever writes to the control topic.
+    /// Commands of operators in the control topic.
     Alone,
     /// The cluster; none: it can't be asked, or not in time. Then nothing moves.
     Cluster(Option<CommittedWeight>),
 }
 
-/// What a turn came to.
+/// Result of a turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Turn {
     /// Records were copied, this many, or a step was done.
@@ -72,7 +72,7 @@ pub struct Engine {
     state: Option<EngineState>,
 }
 
-/// What the broker holds about the rollout.
+/// State of the rollout, as the broker holds it.
 struct EngineState {
     course: RouterState,
     splits: Vec<Split>,
@@ -103,7 +103,7 @@ pub struct Report {
     pub lag: u64,
 }
 
-/// What is waited for while the cluster can't be asked.
+/// Reason for waiting while the cluster doesn't answer.
 const UNKNOWN: &str = "the cluster: what it has committed isn't known";
 /// Between two looks at the canary's lag.
 const LOOK_MS: u64 = 500;

@@ -20,7 +20,7 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest such pause.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// What a pusher is to do.
+/// Settings of push mode.
 #[derive(Debug, Clone)]
 pub struct PushPlan {
     /// Makes tickets of keys; the data plane's for a rollout of the same service.
@@ -37,7 +37,7 @@ pub struct PushPlan {
     pub interval: Duration,
 }
 
-/// What became of a batch.
+/// Result of a batch of records.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pushed {
     /// Records done, by who answered.

@@ -5,7 +5,7 @@ use xxhash_rust::xxh3::xxh3_64;
 /// Ids that are remembered, to know an event that comes again: lines of as many as share a cache line.
 const ID_LINES: usize = 1 << 16;
 const IDS_IN_LINE: usize = 16;
-/// What an event without an id has, and an empty place.
+/// Value of an event without an id, and of an empty place.
 pub(super) const NO_ID: u64 = 0;
 
 /// The last million ids, by their hashes: each may be in one line only, where it takes the oldest one's place. The low bits of a

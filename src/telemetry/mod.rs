@@ -33,7 +33,7 @@ const AHEAD: usize = 64;
 /// Rejected events that an answer names one by one.
 const NAMED_MAX: usize = 10;
 
-/// What became of a batch.
+/// Result of a batch: accepted events, and rejected ones by kind.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Receipt {
     /// Number of events that were counted.
@@ -44,7 +44,7 @@ pub struct Receipt {
     pub first: Vec<(usize, String)>,
 }
 
-/// What becomes of a batch, meanwhile.
+/// Result of a batch while it is being counted.
 #[derive(Default)]
 struct Taken {
     /// Events that are not counted yet, and their places in the batch.
@@ -126,7 +126,7 @@ pub struct Intake {
     lag: Gauge,
 }
 
-/// What was counted since the last drain.
+/// Counts since the last drain.
 struct ServiceTable {
     /// Of the view that `services` was made of.
     number: Option<u64>,

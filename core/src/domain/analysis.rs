@@ -12,7 +12,7 @@ use super::sequential::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
 use super::stats::Stats;
 use super::window::Evidence;
 
-/// What the analysis says of a canary.
+/// Verdict of the analysis on a canary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
     /// Enough evidence, all of it good.
@@ -94,14 +94,14 @@ pub enum Limit {
     },
     /// SEQUENTIAL: the canary's error rate compared with stable's.
     ErrorsVsStable {
-        /// What must be ruled out before a promotion: a rate higher by this much, in millionths of all answers.
+        /// Increase of the error rate that must be ruled out before a promotion, in millionths of all answers.
         increase_ppm: u32,
     },
     /// SEQUENTIAL: the canary's latency compared with stable's.
     LatencyVsStable {
         /// The quantile that a promotion looks at, in basis points.
         quantile_bp: u16,
-        /// What must be ruled out before a promotion: a quantile higher by this much, in millionths of stable's.
+        /// Increase of the quantile that must be ruled out before a promotion, in millionths of stable's.
         increase_ppm: u32,
     },
 }

@@ -22,7 +22,7 @@ pub struct Query {
     pub min: Option<Micro>,
     /// Highest healthy value; none: any.
     pub max: Option<Micro>,
-    /// What a value beyond leads to.
+    /// Reaction to a value outside the range.
     pub on_failure: OnFailure,
 }
 

@@ -94,7 +94,7 @@ impl WindowVerdict {
     }
 }
 
-/// What is known of one rollout's canary. `S` names the sources: nodes, or one for a recording.
+/// Analysis of one rollout's canary. `S` names the sources: nodes, or one for a recording.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(bound(deserialize = "S: Ord + Deserialize<'de>"))]
 pub struct AnalysisRun<S> {
@@ -109,7 +109,7 @@ pub struct AnalysisRun<S> {
     total: Evidence,
     /// Of the window that is open.
     window: Evidence,
-    /// What the last closed one said.
+    /// Verdict of the last closed window.
     closed: Option<Verdict>,
     sequential: Option<Sequential>,
     result: Option<SequentialResult>,

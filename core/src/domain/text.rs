@@ -3,7 +3,7 @@
 /// Most characters that are kept of a text from outside.
 pub const CHARACTERS_MAX: usize = 500;
 
-/// What a text that was cut ends with.
+/// End of a text that was cut.
 pub const CUT: &str = "… (cut at 500 characters)";
 
 /// Returns `text` itself, or its first [`CHARACTERS_MAX`] characters followed by [`CUT`]. Cutting again changes nothing.

@@ -16,7 +16,7 @@ const GRACE: u64 = 8;
 /// Ticks that a sighting may be late, and that a source may be ahead.
 const MEMORY: u64 = 480;
 
-/// What one source saw in one tick.
+/// Answers that one source counted in one tick.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct TickSample {
     /// The latest routing version at which some of it was observed; 0 without traffic.
@@ -33,7 +33,7 @@ impl TickSample {
     }
 }
 
-/// What became of a sighting.
+/// Result of adding a tick sample.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placed {
     /// It counts in its own tick.

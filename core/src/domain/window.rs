@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::stats::{Stats, StatsCounter};
 use super::time::Mono;
 
-/// What one service's two versions did: the evidence that gates and verdicts judge.
+/// Answers of a service's two versions: the evidence of health votes and verdicts.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Evidence {
     /// Answers of the stable version.

@@ -23,7 +23,7 @@ use crate::protocol::record::AcceptorState;
 pub(super) const SLOT_BYTES: usize = 128 * 1024;
 /// Size of the file, in bytes.
 pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
-/// What every sector begins with; the version of the format follows it.
+/// First bytes of every sector; the version of the format follows them.
 const MAGIC: [u8; 7] = *b"aviaryR";
 /// Version of the file format; another version is refused.
 const VERSION: u8 = 5;
@@ -35,7 +35,7 @@ const ROOM_BYTES: usize = SECTOR_BYTES - HEADER_BYTES;
 /// Sectors written at least, so that no single bad one hides that a slot was written.
 const SECTORS_MIN: usize = 8;
 
-/// What one readable slot says.
+/// Content of one readable slot.
 pub(super) struct Saved {
     /// Newest acceptor state that the file holds.
     pub acceptor: AcceptorState,
@@ -55,7 +55,7 @@ pub(super) struct AcceptorFile {
     fresh: bool,
 }
 
-/// What was found in the file at start.
+/// Content of the file at start.
 pub(super) struct FoundAcceptor {
     /// The file, ready to be written.
     pub file: AcceptorFile,

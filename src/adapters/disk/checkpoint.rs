@@ -13,7 +13,7 @@ const MAGIC: [u8; 8] = *b"aviaryC\x01";
 /// Magic, slot, hash.
 const HEADER_BYTES: usize = 8 + 8 + 32;
 
-/// What reading the file came to.
+/// Result of reading the file.
 pub(super) enum FoundCheckpoint {
     Nothing,
     Good(Checkpoint, Box<Ledger>),

@@ -267,7 +267,7 @@ impl Chain {
     }
 }
 
-/// What went wrong in the background.
+/// Error of the background task.
 pub(super) type SyncFailure = (ErrorKind, String);
 
 /// The thread that syncs the journal behind the writer's back.

@@ -27,17 +27,17 @@ const HEADER_BYTES: usize = 8 + 4;
 const TRIAL_BYTES_MAX: usize = 1024 * 1024;
 /// Trials that may wait to be written; more aren't saved at that time.
 const WAITING_MAX: usize = 64;
-/// What the names of the files end with, and of those that aren't finished.
+/// Extensions of complete and of unfinished files.
 const EXTENSION: &str = "trial";
 const DRAFT: &str = "new";
 
-/// What was found in a data directory.
+/// Analysis runs found in a data directory.
 pub struct FoundRuns {
     /// Where trials are saved from now on.
     pub store: DiskRuns,
     /// Analysis runs that could be read, by service.
     pub saved: BTreeMap<ServiceId, SavedRun>,
-    /// What was unusual, one sentence each, for the log.
+    /// Findings that an operator should see, one sentence each, for the log.
     pub notes: Vec<String>,
 }
 

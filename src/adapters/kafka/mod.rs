@@ -114,7 +114,7 @@ fn log(level: RDKafkaLogLevel, facility: &str, text: &str) {
     }
 }
 
-/// What a client tells, as this program's own log lines.
+/// Forwards the client's log lines to this program's log.
 struct Quiet;
 
 impl ClientContext for Quiet {

@@ -28,7 +28,7 @@ pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
 }
 
-/// What a node needs to be somebody, as PEM.
+/// Certificate, key and authority of a node, as PEM.
 pub struct Issued {
     /// Certificate of the authority, PEM.
     pub authority: String,

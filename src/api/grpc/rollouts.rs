@@ -21,7 +21,7 @@ use crate::schema::v1::*;
 /// Changes rollouts, and shows them.
 pub struct Rollouts(pub ApiState);
 
-/// What the HTTP API needs to know of a request.
+/// Parts of a request that the HTTP API needs: its owner and its headers.
 struct Caller {
     actor: Option<Extension<Actor>>,
     headers: HeaderMap,

@@ -18,7 +18,7 @@ pub struct Compared {
     pub from: Vec<i64>,
     /// Where that ends.
     pub until: Vec<i64>,
-    /// What was found there. Copies of records after it are the next audit's.
+    /// Result for these offsets. Copies of later records belong to the next audit.
     pub findings: Findings,
     /// Records that the source doesn't hold any more, at least.
     pub gone: i64,

@@ -91,7 +91,7 @@ struct PeerLink {
     connected: AtomicBool,
 }
 
-/// What all tasks of the links share.
+/// State that all tasks of the links share.
 struct LinkShared {
     network: Arc<dyn Network>,
     me: Identity,

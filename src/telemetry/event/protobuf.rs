@@ -17,7 +17,7 @@ const FIXED64: u8 = 1;
 const LENGTH: u8 = 2;
 const FIXED32: u8 = 5;
 
-/// What makes a message unreadable. It is small, because each step of reading returns one, or none.
+/// Reason for which a message can't be read. It is small, because each step of reading returns one, or none.
 #[derive(Debug, Clone, Copy)]
 enum Broken {
     FieldZero,
@@ -43,7 +43,7 @@ impl Broken {
     }
 }
 
-/// What is left of a message.
+/// Bytes of a message that are not read yet.
 struct ProtobufFields<'b>(&'b [u8]);
 
 impl<'b> ProtobufFields<'b> {

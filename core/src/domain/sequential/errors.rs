@@ -31,7 +31,7 @@ pub(super) const COUNT: usize = ALTERNATIVES.len();
 /// What each of them gets at once, of all wealth: most the one that a handful of requests must be enough for. The rest is for
 /// harm that begins later.
 pub(super) const START: [f64; COUNT] = [0.136, 0.128, 0.096, 0.072, 0.44];
-/// What each of them gets of that: later there are more requests.
+/// Share of that for each alternative: later there are more requests.
 pub(super) const RESTART: [f64; COUNT] = [0.24, 0.22, 0.2, 0.14, 0.2];
 
 /// A block's failing requests, still in the urn.

@@ -67,7 +67,7 @@ const ALTERNATIVES: [LatencyAlternative; 7] = [
 ];
 /// Number of alternatives.
 pub(super) const COUNT: usize = ALTERNATIVES.len();
-/// What each of them gets.
+/// Share of the wealth for each alternative.
 pub(super) const WEIGHTS: [f64; COUNT] = [0.11, 0.11, 0.43, 0.08, 0.06, 0.105, 0.105];
 
 /// Adds a fine histogram, `by` bins slower, in coarse bins.
@@ -77,7 +77,7 @@ pub(super) fn add_moved(sum: &mut Coarse, fine: &[(u16, u32)], by: usize) {
     }
 }
 
-/// What warm-ups begin with: so much longer latencies, as a share of stable's.
+/// Initial slowness of each warm-up, as a share of stable's latency.
 const WARM_UPS: [f64; 7] = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0];
 /// Number of nulls.
 pub(super) const NULLS: usize = WARM_UPS.len();
@@ -171,7 +171,7 @@ pub(super) struct Bets {
     against: Vec<(usize, Box<[Coarse; COUNT]>)>,
 }
 
-/// What bets are drawn from: stable's latencies, and what each null tolerates.
+/// Basis of the bets: stable's latencies, and the tolerance of each null.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Drawn {
     shape: Shape,

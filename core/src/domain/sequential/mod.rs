@@ -35,7 +35,7 @@ const WARNED: f64 = 5.0;
 /// Counts and times stay below this, so that adding to them can't overflow.
 const NUMBER_MAX: u64 = 1 << 62;
 
-/// What must be ruled out before a promotion.
+/// A harm that must be ruled out before a promotion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Required {
     /// Name of the metric in the rollout file.
@@ -68,7 +68,7 @@ pub enum Slowdown {
     Increase(f64),
 }
 
-/// What is tolerated, and how sure a verdict must be.
+/// Tolerances, and the error probabilities of verdicts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Policy {
     /// Probability of ever rolling back a canary that is no worse than tolerated, at most.
@@ -87,7 +87,7 @@ pub struct Policy {
     pub warm_up_seconds: f64,
     /// The share of α that errors get, 0.0 to 1.0; latency has the rest.
     pub errors_share: f64,
-    /// What a promotion needs evidence of.
+    /// Harms that a promotion must have ruled out.
     pub required: Vec<Required>,
     /// Nothing is promoted before so many seconds.
     pub promote_after_seconds: f64,
@@ -225,7 +225,7 @@ pub struct Sequential {
     failed: (u64, u64),
 }
 
-/// What was counted since the last block was closed.
+/// Counts since the last block was closed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Block {
     requests: (u64, u64),

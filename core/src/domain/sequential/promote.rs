@@ -3,7 +3,7 @@
 //! Three e-values against "worse by more than the margin": for errors, the median and the 95th percentile of latency. Each
 //! is the growth-optimal one when the truth is "no difference", made safe over the whole null by a normaliser.
 
-/// What a yes-or-no observation multiplies an e-value by, as logarithms.
+/// Factors by which a yes-or-no observation multiplies an e-value, as logarithms.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Factors {
     canary: (f64, f64),

@@ -79,7 +79,7 @@ fn a_nodes_life_to_be_recorded() {
     }
 }
 
-/// What the recorder saw.
+/// Writes and syncs that the recorder saw.
 #[derive(Debug)]
 enum Event {
     Create(String),
@@ -199,7 +199,7 @@ struct Disk {
     /// Entries of a directory below this place are on the disk.
     synced: BTreeMap<String, usize>,
     names: Names,
-    /// What a sync under way covers.
+    /// Writes that a sync in progress covers.
     syncs: BTreeMap<u64, (Option<usize>, usize)>,
     marks: Vec<String>,
 }

@@ -37,14 +37,14 @@ pub const WEIGHT_VERSION_HEADER: &str = "x-aviary-epoch";
 /// The broker ends a transaction by itself that takes longer.
 const TRANSACTION_MS_MAX: u64 = 15_000;
 
-/// What a producer hears whose transactions a newer one has taken over.
+/// Error of a producer that a newer one has fenced.
 const FENCED: [RDKafkaErrorCode; 3] =
     [RDKafkaErrorCode::Fenced, RDKafkaErrorCode::ProducerFenced, RDKafkaErrorCode::InvalidProducerEpoch];
 
 /// After how many records the clock is read.
 const CLOCK_EVERY: usize = 64;
 
-/// What a router's topics, groups and versions are called.
+/// Names of a router's topics, groups and versions.
 #[derive(Debug, Clone)]
 pub struct TopicNames {
     /// The topic that is split.

@@ -16,7 +16,7 @@ use super::{KafkaBroker, SOURCE_HEADER, places, read};
 use crate::domain::split::Side;
 use crate::ports::{Opened, OutsideError, Topic};
 
-/// What is read of a partition.
+/// Offsets of a partition that are read.
 #[derive(Debug, Clone, Copy)]
 pub struct OffsetRange {
     /// First offset of the partition that is read.

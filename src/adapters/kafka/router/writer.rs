@@ -15,7 +15,7 @@ use crate::domain::split::Side;
 use crate::domain::time::Mono;
 use crate::ports::{Assignment, Clock};
 
-/// What the broker said about records of the open transaction.
+/// Results of the open transaction's records, as the broker reports them.
 pub struct Deliveries {
     /// The last offset in stable's and canary's topic, for each partition; below 0: none.
     pub last: [Vec<AtomicI64>; 2],
@@ -57,7 +57,7 @@ impl ProducerContext for DeliveryContext {
 pub struct Writer {
     /// The client.
     pub producer: ThreadedProducer<DeliveryContext>,
-    /// What the broker said.
+    /// Delivery results that the broker reported.
     pub deliveries: Arc<Deliveries>,
     /// When the open transaction began.
     pub begun: Option<Mono>,
