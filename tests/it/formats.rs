@@ -20,11 +20,11 @@ use aviary::protocol::codec;
 use aviary::protocol::ledger::Ledger;
 use aviary::protocol::message::{
     Acknowledgement, Answer, Asks, Decision, GateVote, HealthSnapshot, Heartbeat, Membership, Message, Prepare,
-    Refusal, RunTransfer, Vote,
+    Refusal, Vote,
 };
 use aviary::protocol::record::{
     Accepted, AcceptorState, Ballot, Certificate, Chosen, ConfigChange, Intent, Member, Members, Operation, Record,
-    SavedRun, Slot,
+    RunTransfer, SavedRun, Slot,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
