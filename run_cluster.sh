@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds Aviary, starts two demo model servers and three nodes, and shows a rollout and a rollback under traffic.
-# See --help. Needs bash, curl and cargo; everything it starts it stops, by process id.
+# See --help. Needs bash, curl and cargo. It stops every process that it started, by process id.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -8,14 +8,15 @@ usage() {
   cat <<'HELP'
 usage: ./run_cluster.sh [--no-demo | --keep]
 
-  (nothing)   act 1: v1 -> v2 goes 5, 20, 50, 100 %; act 2: v2 -> v3 fails at 20 % and is rolled back; then all stops
-  --no-demo   only the nodes and model servers: prints their addresses and stays until Ctrl-C
-  --keep      after the demo, stays until Ctrl-C
-  --help      this text
+  (nothing)   act 1: a rollout from v1 to v2 in steps of 5, 20, 50 and 100 %
+              act 2: a rollout from v2 to v3, which fails at 20 % and is rolled back; then everything stops
+  --no-demo   start only the nodes and model servers, print their addresses, and run until Ctrl-C
+  --keep      after the demo, run until Ctrl-C
+  --help      print this text
 
-Each run has a cluster of its own under data/demo-<pid>, removed at the end; other data is never touched.
-Logs stay: logs/<node>.log, logs/demo/*.out, logs/demo/load-*.ndjson
-Exit code: 0 all went as shown, 1 something did not, 130 Ctrl-C during the demo.
+Each run creates its own cluster under data/demo-<pid> and removes it at the end; it never touches other data.
+Logs remain in logs/<node>.log, logs/demo/*.out and logs/demo/load-*.ndjson.
+Exit code: 0 success, 1 a step of the demo failed, 130 Ctrl-C during the demo.
 HELP
 }
 

@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# A real Apache Kafka (KRaft, one broker) and a real Redis, for tests and trials on this machine; where it is asked for by name, a
-# Prometheus too.
+# Runs a real Apache Kafka (KRaft, one broker) and a real Redis for tests on this machine; also a Prometheus, if it is named.
 #
-#   scripts/services.sh up [kafka] [redis] [prometheus]     start what isn't running; prints how, and where
-#   scripts/services.sh down [kafka] [redis] [prometheus]   stop what `up` started, and nothing else
-#   scripts/services.sh fetch                  what `up` would install or fetch, all three, and nothing is started
-#   scripts/services.sh need PROGRAM...        exit 0 when these Debian packages' programs are on this machine, by then
-#   scripts/services.sh status                 what runs where; exit 0 when both answer
-#   scripts/services.sh env                    lines for `eval`: KAFKA_BOOTSTRAP, REDIS_URL, AVIARY_KAFKA_JARS where they are
+#   scripts/services.sh up [kafka] [redis] [prometheus]     start the services that do not run; print how and where
+#   scripts/services.sh down [kafka] [redis] [prometheus]   stop the services that `up` started
+#   scripts/services.sh fetch                  install and fetch what `up` needs, without a start
+#   scripts/services.sh need PROGRAM...        install these Debian packages if they are missing; exit 0 on success
+#   scripts/services.sh status                 print addresses; exit 0 if both services answer
+#   scripts/services.sh env                    print lines for `eval`: KAFKA_BOOTSTRAP, REDIS_URL, AVIARY_KAFKA_JARS
 #
-# Each comes from the first of these that is there: KAFKA_BOOTSTRAP or REDIS_URL, if set (then it is only checked); docker compose;
-# programs on this machine (java 17+ with Maven's jars; redis-server). With REQUIRE_SERVICES=1 and root on Debian or Ubuntu, missing
-# programs are installed first.
+# A service comes from the first available source: KAFKA_BOOTSTRAP or REDIS_URL, if set (then it is only checked); docker compose;
+# programs on this machine (java 17+ with Maven's jars; redis-server). With REQUIRE_SERVICES=1, root on Debian or Ubuntu installs missing
+# programs first.
 #
-# AVIARY_SERVICES_DIR   data and logs; default target/services
-# AVIARY_KAFKA_JARS     the broker's jars; default where scripts/tools.sh keeps them
-# KAFKA_PORT, REDIS_PORT, PROMETHEUS_PORT   default 19092, 16379, 19090
-# PROMETHEUS_TARGETS    what it scrapes each second, `host:port,host:port`; needs the program prometheus
+# AVIARY_SERVICES_DIR   data and logs; default: target/services
+# AVIARY_KAFKA_JARS     the broker's jars; default: those of scripts/tools.sh
+# KAFKA_PORT, REDIS_PORT, PROMETHEUS_PORT   default: 19092, 16379, 19090
+# PROMETHEUS_TARGETS    targets scraped every second, `host:port,host:port`; needs the program prometheus
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dir=${AVIARY_SERVICES_DIR:-$root/target/services}
