@@ -4,7 +4,7 @@
 #   scripts/services.sh up [kafka] [redis] [prometheus]     start the services that do not run; print how and where
 #   scripts/services.sh down [kafka] [redis] [prometheus]   stop the services that `up` started
 #   scripts/services.sh fetch                  install and fetch what `up` needs, without a start
-#   scripts/services.sh need PROGRAM...        install these Debian packages if they are missing; exit 0 on success
+#   scripts/services.sh need PROGRAM...        exit 0 if these Debian packages' programs are there, after an install if needed
 #   scripts/services.sh status                 print addresses; exit 0 if both services answer
 #   scripts/services.sh env                    print lines for `eval`: KAFKA_BOOTSTRAP, REDIS_URL, AVIARY_KAFKA_JARS
 #
@@ -208,5 +208,5 @@ case "$verb" in
     if [ -n "${AVIARY_KAFKA_JARS:-}" ]; then echo "export AVIARY_KAFKA_JARS=$AVIARY_KAFKA_JARS"
     elif "$root/scripts/tools.sh" have kafka; then echo "export AVIARY_KAFKA_JARS=$("$root/scripts/tools.sh" kafka)"; fi
     echo "export REDIS_URL=${REDIS_URL:-redis://127.0.0.1:$redis_port}" ;;
-  *) sed -n '2,20s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
+  *) sed -n '2,18s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
 esac
