@@ -174,7 +174,7 @@ mod tests {
         counts.add(1, 502, 3_000, true);
         let stats = counts.take();
         assert_eq!((stats.count, stats.errors, stats.mean_ms()), (2, 1, Some(2.0)));
-        assert!(stats.is_consistent());
+        assert_eq!(stats.check(), Ok(()));
         assert_eq!(counts.take(), Stats::default());
     }
 }

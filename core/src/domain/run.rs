@@ -144,8 +144,6 @@ impl<S: Ord + Clone> AnalysisRun<S> {
             figures.iter().chain(&found.promotion).all(|figure| figure.is_finite())
         };
         self.ticks.is_sound()
-            && self.total.is_consistent()
-            && self.window.is_consistent()
             && self.tick_ms > 0
             && self.began_ms <= self.whole_from_ms
             && (self.ticks.next() + 1).checked_mul(self.tick_ms).is_some_and(|next_ms| self.whole_from_ms <= next_ms)

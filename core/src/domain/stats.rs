@@ -77,7 +77,10 @@ pub fn middle_us(bin: usize) -> u64 {
 
 /// Counts of one version's answers. Adding two is exact, in any order: three nodes' sums are what one node that saw
 /// everything would have counted.
+///
+/// Decoding checks what counting keeps by itself (see [`StatsError`]): unsound statistics of a peer or a disk are no value.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "Parts")]
 pub struct Stats {
     /// Number of answers.
     pub count: u64,
@@ -88,6 +91,55 @@ pub struct Stats {
     /// Answers that were no errors by latency: (bin, answers), ascending, without zeros; see [`bin_of`]. Errors are often
     /// fast, and must not make a version look so.
     histogram: Vec<(u16, u32)>,
+}
+
+/// The parts of [`Stats`] as they are decoded, which may contradict each other.
+#[derive(Deserialize)]
+struct Parts {
+    count: u64,
+    errors: u64,
+    latency_sum_us: u64,
+    histogram: Vec<(u16, u32)>,
+}
+
+impl TryFrom<Parts> for Stats {
+    type Error = StatsError;
+
+    fn try_from(Parts { count, errors, latency_sum_us, histogram }: Parts) -> Result<Self, StatsError> {
+        let stats = Self { count, errors, latency_sum_us, histogram };
+        stats.check().map(|()| stats)
+    }
+}
+
+/// What is wrong with statistics that no counting leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StatsError {
+    /// A bin is out of range or out of order, or counts nothing.
+    #[error("{answers} answers in bin {bin}, expected at least one, in bins below {BINS} that ascend")]
+    Bin {
+        /// The bin.
+        bin: u16,
+        /// Its answers.
+        answers: u32,
+    },
+    /// The parts don't add up.
+    #[error("{count} answers, expected {errors} errors and those in bins, {binned}")]
+    Count {
+        /// All answers.
+        count: u64,
+        /// Errors among them.
+        errors: u64,
+        /// Answers in bins.
+        binned: u64,
+    },
+    /// Latency without an answer, or sums that adding to could overflow.
+    #[error("{count} answers took {latency_sum_us} µs in all, expected both below 2^60, and no time without answers")]
+    Sum {
+        /// All answers.
+        count: u64,
+        /// Sum of their latencies, in microseconds.
+        latency_sum_us: u64,
+    },
 }
 
 impl Stats {
@@ -119,15 +171,27 @@ impl Stats {
         &self.histogram
     }
 
-    /// Returns true when the parts agree and can be added to, as in everything this program counted; a peer's bytes may not.
-    pub fn is_consistent(&self) -> bool {
-        let ascending = self.histogram.windows(2).all(|pair| pair[0].0 < pair[1].0);
-        let in_range = self.histogram.iter().all(|(b, n)| usize::from(*b) < BINS && *n > 0);
-        let sum: u64 = self.histogram.iter().map(|(_, n)| u64::from(*n)).sum();
+    /// Checks that the parts agree and can be added to, as in everything this program counted; in one pass over the bins.
+    pub fn check(&self) -> Result<(), StatsError> {
+        let Self { count, errors, latency_sum_us, histogram } = self;
+        let (mut next, mut binned, mut is_full) = (0, 0, false);
+        for &(bin, answers) in histogram {
+            if bin < next || usize::from(bin) >= BINS || answers == 0 {
+                return Err(StatsError::Bin { bin, answers });
+            }
+            next = bin + 1;
+            binned += u64::from(answers);
+            is_full |= answers == u32::MAX;
+        }
         // A bin that is full counts no further.
-        let full = self.histogram.iter().any(|(_, n)| *n == u32::MAX);
-        let agree = self.errors.checked_add(sum).is_some_and(|all| all == self.count || full && all < self.count);
-        ascending && in_range && agree && self.count < SUM_MAX && self.latency_sum_us < SUM_MAX
+        let agrees = errors.checked_add(binned).is_some_and(|all| all == *count || is_full && all < *count);
+        if !agrees {
+            return Err(StatsError::Count { count: *count, errors: *errors, binned });
+        }
+        if *count >= SUM_MAX || *latency_sum_us >= SUM_MAX || *count == 0 && *latency_sum_us > 0 {
+            return Err(StatsError::Sum { count: *count, latency_sum_us: *latency_sum_us });
+        }
+        Ok(())
     }
 
     /// Returns errors ÷ answers, 0.0 to 1.0; none without answers.
@@ -262,6 +326,39 @@ mod tests {
     }
 
     #[test]
+    fn unsound_statistics_cannot_be_decoded() {
+        let decode = |parts: (u64, u64, u64, Vec<(u16, u32)>)| {
+            let bytes = crate::protocol::codec::encode(&parts);
+            let json = serde_json::json!({"count": parts.0, "errors": parts.1, "latency_sum_us": parts.2, "histogram": parts.3});
+            let read = crate::protocol::codec::decode::<Stats>(&bytes);
+            assert_eq!(read.is_ok(), serde_json::from_value::<Stats>(json).is_ok(), "every format checks");
+            read.map_err(|why| why.to_string())
+        };
+        let sound = of(&[(1_000, false), (1_000, false), (2_000, true)]);
+        let bin = bin_of(1_000) as u16;
+        assert_eq!(decode((3, 1, 4_000, vec![(bin, 2)])), Ok(sound));
+        assert_eq!(decode((0, 0, 0, vec![])), Ok(Stats::default()));
+        let full = (1 << 33, 0, 5, vec![(7, u32::MAX)]);
+        assert!(decode(full).is_ok(), "a bin that is full counts no further");
+        for (parts, why) in [
+            ((0, 0, 9, vec![]), "0 answers took 9 µs"),
+            ((3, 1, 4_000, vec![(bin, 3)]), "3 answers, expected 1 errors and those in bins, 3"),
+            ((3, 1, 4_000, vec![(bin, 1)]), "3 answers, expected 1 errors and those in bins, 1"),
+            ((1, 2, 4_000, vec![]), "1 answers, expected 2 errors"),
+            ((1, u64::MAX, 4_000, vec![(bin, 2)]), "expected 18446744073709551615 errors"),
+            ((1 << 60, 1 << 60, 4_000, vec![]), "expected both below 2^60"),
+            ((1, 1, u64::MAX, vec![]), "expected both below 2^60"),
+            ((1, 0, 9, vec![(BINS as u16, 1)]), "1 answers in bin 546"),
+            ((2, 0, 9, vec![(5, 1), (5, 1)]), "1 answers in bin 5, expected"),
+            ((2, 0, 9, vec![(6, 1), (5, 1)]), "1 answers in bin 5, expected"),
+            ((0, 0, 0, vec![(5, 0)]), "0 answers in bin 5, expected"),
+        ] {
+            let found = decode(parts.clone()).unwrap_err();
+            assert!(found.contains(why), "{parts:?}: {found}");
+        }
+    }
+
+    #[test]
     fn without_answers_there_is_no_rate() {
         let none = Stats::default();
         assert_eq!((none.error_rate(), none.mean_ms(), none.quantile_ms(0.5)), (None, None, None));
@@ -285,7 +382,7 @@ mod tests {
         ) {
             let mut merged = of(&left);
             merged += &of(&right);
-            prop_assert!(merged.is_consistent());
+            prop_assert_eq!(merged.check(), Ok(()));
             prop_assert_eq!(merged, of(&[left, right].concat()));
         }
     }

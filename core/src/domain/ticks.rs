@@ -117,7 +117,6 @@ impl<S: Ord + Clone> TickMerger<S> {
         let (first, last) = (self.next.saturating_sub(MEMORY), self.next + MEMORY);
         self.told.values().all(|told| told.is_sound(&(first..=last)))
             && self.open.keys().all(|tick| (self.next..=last).contains(tick))
-            && self.open.values().all(|(tick_sample, _)| tick_sample.evidence.is_consistent())
     }
 
     /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::stats::{Stats, StatsCounter};
 use super::time::Mono;
 
-/// Answers of a service's two versions: the evidence of health votes and verdicts.
+/// What one service's two versions did: the evidence that gates and verdicts judge. Decoding checks both (see [`Stats`]).
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Evidence {
     /// Answers of the stable version.
@@ -15,11 +15,6 @@ pub struct Evidence {
 }
 
 impl Evidence {
-    /// Returns true when its parts agree; a peer's bytes may not.
-    pub fn is_consistent(&self) -> bool {
-        self.stable.is_consistent() && self.canary.is_consistent()
-    }
-
     /// Adds another node's or another second's evidence.
     pub fn merge(&mut self, other: &Evidence) {
         self.stable += &other.stable;
@@ -90,6 +85,7 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::codec;
     use proptest::prelude::*;
 
     fn one(errors: bool) -> Evidence {
@@ -108,6 +104,14 @@ mod tests {
         assert_eq!(window.total().canary.count, 3);
         window.expire(Mono::from_millis(32_100), 30_000);
         assert_eq!((window.total().canary.count, window.total().canary.errors), (1, 0));
+    }
+
+    #[test]
+    fn evidence_with_an_unsound_half_cannot_be_decoded() {
+        let parts = |count: u64| (count, 1u64, 5u64, Vec::<(u16, u32)>::new());
+        let decode =
+            |stable, canary| codec::decode::<Evidence>(&codec::encode(&(parts(stable), parts(canary)))).is_ok();
+        assert!(decode(1, 1) && !decode(1, 2) && !decode(0, 1));
     }
 
     proptest! {

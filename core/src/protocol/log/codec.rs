@@ -65,6 +65,7 @@ pub fn decode_within<T: Serialize + DeserializeOwned, const MOST: usize>(bytes: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::log::record::Slot;
 
     #[test]
     fn trailing_bytes_and_other_spellings_are_refused() {
@@ -74,6 +75,16 @@ mod tests {
         assert!(matches!(decode::<(u64, String)>(&trailing), Err(DecodeError::Trailing { used: 3, total: 4 })));
         let long_seven = [251, 7, 0];
         assert!(matches!(decode::<u64>(&long_seven), Err(DecodeError::NotCanonical)));
+    }
+
+    #[test]
+    fn a_slot_that_no_log_gets_to_is_refused_by_every_format() {
+        let last = Slot::MAX.0;
+        for (slot, is_one) in [(0, true), (last, true), (last + 1, false), (u64::MAX, false)] {
+            assert_eq!(decode::<Slot>(&encode(&slot)).is_ok(), is_one, "{slot}");
+            assert_eq!(serde_json::from_str::<Slot>(&slot.to_string()).is_ok(), is_one, "{slot}");
+        }
+        assert_eq!(encode(&Slot(70_000)), encode(&70_000u64), "written as its number");
     }
 
     #[test]

@@ -12,11 +12,29 @@ use crate::domain::routing::RoutingState;
 use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::time::Wall;
 
-/// Position in the log; 0 is genesis.
+/// Position in the log; 0 is genesis. Decoding refuses those above [`Slot::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(try_from = "u64")]
 pub struct Slot(pub u64);
 
+/// A number that no log gets to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("slot is {0}, expected at most {max}", max = Slot::MAX)]
+pub struct SlotError(u64);
+
+impl TryFrom<u64> for Slot {
+    type Error = SlotError;
+
+    fn try_from(slot: u64) -> Result<Self, SlotError> {
+        if slot <= Self::MAX.0 { Ok(Self(slot)) } else { Err(SlotError(slot)) }
+    }
+}
+
 impl Slot {
+    /// The last position that is told: far above what any cluster reaches, and far enough below the largest number that
+    /// counting on from it can't overflow.
+    pub const MAX: Self = Self(1 << 62);
+
     /// Returns the position after this one.
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
