@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use crate::config;
 use crate::domain::analysis::Analysis;
+use crate::domain::limits;
 use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::sequential::Policy;
 use crate::domain::ticks::TickSample;
@@ -109,8 +110,8 @@ pub struct Rules {
 impl Rules {
     /// Returns a rollout file's rules; without a file: SEQUENTIAL, errors, median and 95th percentile, at this `alpha`.
     pub fn load(file: Option<&Path>, alpha: Option<f64>) -> anyhow::Result<Self> {
-        if let Some(alpha) = alpha.filter(|alpha| !(0.0001..=0.5).contains(alpha)) {
-            bail!("--alpha is {alpha}, expected 0.0001 to 0.5");
+        if let Some(alpha) = alpha {
+            limits::ALPHA.check(alpha).context("--alpha")?;
         }
         let Some(file) = file else {
             let (analysis, policy) = (Analysis { metrics: Vec::new(), ..Analysis::default() }, Policy::default());

@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData, OnFailure, Statistic};
 use crate::domain::ids::{ServiceId, VersionId};
+use crate::domain::limits::{self, OutOfRange};
 use crate::domain::plan::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, SpecError, Stage};
 use crate::domain::query::Query;
 use crate::domain::weights::{Weight, WeightError, Weights};
@@ -425,9 +426,7 @@ fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
         return Err("two metrics have one name, expected a name for each, such as errors and errors-vs-stable".into());
     }
     let alpha = part.alpha.unwrap_or(f64::from(default.alpha_ppm) / 1e6);
-    if !(0.0001..=0.5).contains(&alpha) {
-        return Err(format!("alpha is {alpha}, expected 0.0001 to 0.5"));
-    }
+    limits::ALPHA.check(alpha).map_err(|why| why.to_string())?;
     Ok(Analysis {
         alpha_ppm: (alpha * 1e6).round() as u32,
         window_ms: part.window.unwrap_or(default.window_ms),
@@ -514,10 +513,9 @@ fn sequential_metric(part: MetricPart) -> Result<Metric, String> {
     }
     let errors = name.starts_with("errors");
     let increase = allowed_increase.unwrap_or(if errors { INCREASES.0 } else { INCREASES.1 });
-    let most = if errors { 0.5 } else { 10.0 };
-    if !(0.0001..=most).contains(&increase) {
-        return Err(format!("metric {name}: allowedIncrease is {increase}, expected 0.0001 to {most}"));
-    }
+    let of_metric = |why: OutOfRange| format!("metric {name}: {why}");
+    let allowed = if errors { limits::ERRORS_INCREASE } else { limits::LATENCY_INCREASE };
+    allowed.check(increase).map_err(of_metric)?;
     let increase_ppm = (increase * 1e6).round() as u32;
     if errors {
         return match quantile {
@@ -526,9 +524,7 @@ fn sequential_metric(part: MetricPart) -> Result<Metric, String> {
         };
     }
     let quantile = quantile.unwrap_or(0.95);
-    if !(0.05..=0.999).contains(&quantile) {
-        return Err(format!("metric {name}: quantile is {quantile}, expected 0.05 to 0.999"));
-    }
+    limits::QUANTILE.check(quantile).map_err(of_metric)?;
     let limit = Limit::LatencyVsStable { quantile_bp: (quantile * 1e4).round() as u16, increase_ppm };
     Ok(Metric { name, limit, on_failure: OnFailure::Rollback })
 }

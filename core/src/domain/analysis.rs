@@ -7,6 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::limits::{self, OutOfRange};
 use super::query::Query;
 use super::sequential::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
 use super::stats::Stats;
@@ -178,6 +179,24 @@ impl Default for Analysis {
 }
 
 impl Analysis {
+    /// Checks the numbers that SEQUENTIAL computes with.
+    pub fn check_numbers(&self) -> Result<(), OutOfRange> {
+        limits::ALPHA.check(f64::from(self.alpha_ppm) / 1e6)?;
+        for metric in &self.metrics {
+            match metric.limit {
+                Limit::ErrorsVsStable { increase_ppm } => {
+                    limits::ERRORS_INCREASE.check(f64::from(increase_ppm) / 1e6)?;
+                }
+                Limit::LatencyVsStable { quantile_bp, increase_ppm } => {
+                    limits::QUANTILE.check(f64::from(quantile_bp) / 1e4)?;
+                    limits::LATENCY_INCREASE.check(f64::from(increase_ppm) / 1e6)?;
+                }
+                Limit::ErrorRate { .. } | Limit::Latency { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Returns the verdict on everything the cluster has seen.
     pub fn judge(&self, cluster: &Evidence) -> Verdict {
         self.judge_with(&cluster.canary, self.min_samples)

@@ -6,6 +6,7 @@
 pub mod analysis;
 pub mod course;
 pub mod ids;
+pub mod limits;
 pub mod plan;
 pub mod query;
 pub mod rollout;

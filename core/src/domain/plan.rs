@@ -4,8 +4,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::analysis::{Analysis, Limit};
+use super::analysis::Analysis;
 use super::ids::{ServiceId, VersionId};
+use super::limits::{self, OutOfRange};
 use super::weights::Weight;
 
 /// One version of a service and where it is served.
@@ -135,6 +136,9 @@ pub enum SpecError {
         /// Maximum number of entries.
         max: usize,
     },
+    /// A number of the analysis beyond its limits.
+    #[error(transparent)]
+    Number(#[from] OutOfRange),
     /// A duration outside its range.
     #[error("{what} is {found} ms, expected {min} to {max} ms")]
     Duration {
@@ -162,15 +166,12 @@ impl RolloutSpec {
             true => Ok(()),
             false => Err(SpecError::TooMany { what, found, max }),
         };
-        at_most("steps", self.stages.len(), 100)?;
-        at_most("urls of stable", self.stable.urls.len(), 64)?;
-        at_most("urls of canary", self.canary.urls.len(), 64)?;
-        at_most("routing matches", self.matches.len(), 32)?;
-        at_most("metrics", self.analysis.metrics.len(), 32)?;
-        at_most("queries", self.analysis.queries.len(), 16)?;
-        if self.analysis.queries.iter().any(|query| !(1_000..=600_000).contains(&query.interval_ms)) {
-            return Err(SpecError::Missing("a query's interval is out of range, expected 1 s to 10 min"));
-        }
+        at_most("steps", self.stages.len(), limits::STAGES_MAX)?;
+        at_most("urls of stable", self.stable.urls.len(), limits::URLS_MAX)?;
+        at_most("urls of canary", self.canary.urls.len(), limits::URLS_MAX)?;
+        at_most("routing matches", self.matches.len(), limits::MATCHES_MAX)?;
+        at_most("metrics", self.analysis.metrics.len(), limits::METRICS_MAX)?;
+        at_most("queries", self.analysis.queries.len(), limits::QUERIES_MAX)?;
         if self.matches.iter().any(|m| m.headers.is_empty()) {
             return Err(SpecError::Missing(
                 "a routing match names no header, expected at least one: it would match everything",
@@ -179,20 +180,9 @@ impl RolloutSpec {
         if self.analysis.metrics.is_empty() && self.analysis.queries.is_empty() {
             return Err(SpecError::Missing("analysis has no metrics, expected at least one: nothing would be judged"));
         }
-        let comparable = self.analysis.metrics.iter().all(|metric| match metric.limit {
-            Limit::ErrorsVsStable { increase_ppm } => (100..=500_000).contains(&increase_ppm),
-            Limit::LatencyVsStable { quantile_bp, increase_ppm } => {
-                (500..=9_990).contains(&quantile_bp) && (100..=10_000_000).contains(&increase_ppm)
-            }
-            Limit::ErrorRate { .. } | Limit::Latency { .. } => true,
-        });
-        if !comparable || !(100..=500_000).contains(&self.analysis.alpha_ppm) {
-            return Err(SpecError::Missing(
-                "analysis names an alpha, an allowedIncrease or a quantile out of range, expected 0.0001 to 0.5 for alpha",
-            ));
-        }
+        self.analysis.check_numbers()?;
         let size = serde_json::to_vec(&self).map_or(usize::MAX, |json| json.len());
-        at_most("bytes of the rollout", size, 24 * 1024)?;
+        at_most("bytes of the rollout", size, limits::SPEC_BYTES_MAX)?;
         for pair in self.stages.windows(2) {
             if pair[1].weight < pair[0].weight {
                 return Err(SpecError::Falling { before: pair[0].weight, found: pair[1].weight });
@@ -219,6 +209,10 @@ impl RolloutSpec {
         }
         within("progressDeadline", self.progress_deadline_ms, 1_000, DURATION_MS_MAX)?;
         within("analysis.window", self.analysis.window_ms, 1_000, 3_600_000)?;
+        for query in &self.analysis.queries {
+            let (min, max) = limits::QUERY_INTERVAL_MS;
+            within("provider.prometheus.interval", query.interval_ms, min, max)?;
+        }
         for stage in &self.stages {
             within("pause.duration", stage.hold_ms, 0, DURATION_MS_MAX)?;
         }
