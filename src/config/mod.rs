@@ -6,6 +6,7 @@ pub mod rollout;
 pub mod router;
 
 use serde::de::DeserializeOwned;
+use strsim::levenshtein;
 
 /// Reads YAML (or JSON, which is YAML); a complaint is one line.
 fn read_yaml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -23,27 +24,11 @@ fn with_nearest_key(complaint: &str) -> String {
     let mut words = complaint[at + "unknown field".len()..].split(letters).filter(|word| !word.is_empty());
     let Some(found) = words.next() else { return complaint.to_string() };
     let known = words.filter(|word| !["expected", "one", "of", "or"].contains(word));
-    let nearest = known.min_by_key(|known| distance(found, known));
-    match nearest.filter(|known| distance(found, known) <= 1 + found.len() / 3) {
+    let nearest = known.min_by_key(|known| levenshtein(found, known));
+    match nearest.filter(|known| levenshtein(found, known) <= 1 + found.len() / 3) {
         Some(known) => format!("{complaint}; did you mean `{known}`?"),
         None => complaint.to_string(),
     }
-}
-
-/// Returns how many letters have to be added, dropped or changed to get from one word to the other.
-fn distance(from: &str, to: &str) -> usize {
-    let to: Vec<char> = to.chars().collect();
-    let mut row: Vec<usize> = (0..=to.len()).collect();
-    for (i, letter) in from.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, other) in to.iter().enumerate() {
-            let change = diagonal + usize::from(letter != *other);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[to.len()]
 }
 
 #[cfg(test)]
@@ -52,7 +37,6 @@ mod tests {
 
     #[test]
     fn the_nearest_key_is_named() {
-        assert_eq!(distance("setWieght", "setWeight"), 2);
         let complaint = "unknown field `setWieght`, expected one of `setWeight`, `weights`, `pause`";
         assert!(with_nearest_key(complaint).ends_with("did you mean `setWeight`?"));
         assert_eq!(with_nearest_key("unknown field `x`, expected `weights`"), "unknown field `x`, expected `weights`");
