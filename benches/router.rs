@@ -16,7 +16,7 @@ use aviary::domain::course::HookCall;
 use aviary::domain::split::Side;
 use aviary::domain::time::Mono;
 use aviary::domain::weights::Weight;
-use aviary::ports::{Clock, Hooks, OutsideError, Topic};
+use aviary::ports::{Clock, Hooks, OutsideError, RouterTopics as _, Topic};
 use aviary::router::engine::{Engine, Plan, Steering};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};

@@ -18,15 +18,18 @@
 //! 11. [`router`]: splits a Kafka topic's records between the stable and the canary service.
 //! 12. [`schema`]: the code that is generated from `proto/`.
 //! 13. [`api`]: the operators' HTTP and gRPC API.
-//! 14. [`config`]: the files that people write, checked once, at the edge.
-//! 15. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
-//! 16. [`cli`]: the command line, a file for each verb or small group of verbs.
+//! 14. [`code`], [`client`]: the names of the API's errors, and a client of the API that goes by them.
+//! 15. [`config`]: the files that people write, checked once, at the edge.
+//! 16. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
+//! 17. [`cli`]: the command line, a file for each verb or small group of verbs.
 
 pub use aviary_core::{domain, protocol};
 
 pub mod adapters;
 pub mod api;
 pub mod cli;
+pub mod client;
+pub mod code;
 pub mod config;
 pub mod decisions;
 pub mod listener;

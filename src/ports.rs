@@ -288,6 +288,46 @@ pub trait Broker: Send {
     fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError>;
 }
 
+/// What is read of a partition.
+#[derive(Debug, Clone, Copy)]
+pub struct OffsetRange {
+    /// The first offset.
+    pub from: i64,
+    /// That after the last.
+    pub until: i64,
+    /// A record that is known to be there: before it is read the partition isn't at its end.
+    pub known: Option<i64>,
+}
+
+/// A router's topics and groups, for those who look at them or ask something of the router. Its calls block.
+pub trait RouterTopics: Send {
+    /// Returns how many partitions a topic has; none when it isn't there.
+    fn partitions(&self, topic: &str) -> Result<Option<usize>, OutsideError>;
+
+    /// Makes the control topic and the versions' topics, those that aren't there; returns the names of those it made.
+    fn prepare(&self) -> Result<Vec<String>, OutsideError>;
+
+    /// Returns what [`Broker::open`] does, without becoming the router.
+    fn look(&self) -> Result<Opened, OutsideError>;
+
+    /// Returns the first offset and that after the last, for each partition of a topic.
+    fn topic_bounds(&self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError>;
+
+    /// Returns how many consumers are in a service's group, and the next offset that it reads of a topic, for each partition.
+    fn service(&self, side: Side, topic: Topic) -> Result<(usize, Vec<Option<i64>>), OutsideError>;
+
+    /// Reads what is committed of a topic: each record's partition, offset, and what it says of where it is from.
+    fn scan(
+        &self,
+        topic: Topic,
+        ranges: &[OffsetRange],
+        take: &mut dyn FnMut(usize, i64, Option<&str>),
+    ) -> Result<(), OutsideError>;
+
+    /// Writes an entry of the control topic, as anybody may.
+    fn ask(&self, entry: &str) -> Result<(), OutsideError>;
+}
+
 /// How services are started and stopped. Its calls block.
 pub trait Hooks: Send {
     /// Starts or stops a service, which may be what it is already. Calls are numbered: one that comes after a newer one of the same
@@ -335,4 +375,25 @@ pub struct NotDone {
     pub why: String,
     /// The answer will not be another one.
     pub refused: bool,
+}
+
+/// What push mode works on: the topics, and how records are posted.
+pub type PushPorts = (Box<dyn PostSource>, Arc<dyn Post>);
+
+/// The world that a record router runs in. Each call opens its part anew.
+pub trait RouterWorld: Send + Sync {
+    /// Returns the clock.
+    fn clock(&self) -> &dyn Clock;
+
+    /// Returns the topics and groups for the router itself, which has not opened them yet.
+    fn broker(&self) -> Result<Box<dyn Broker>, OutsideError>;
+
+    /// Returns the topics and groups for those who look.
+    fn topics(&self) -> Result<Box<dyn RouterTopics>, OutsideError>;
+
+    /// Returns how services are started and stopped.
+    fn hooks(&self) -> Box<dyn Hooks>;
+
+    /// Returns the records of push mode, with what becomes of those that are given up, and how they are posted.
+    fn push(&self) -> Result<PushPorts, OutsideError>;
 }

@@ -5,6 +5,7 @@ use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
 use serde_json::{Map, Value, json};
 
+use crate::code::Code;
 use crate::domain::ids::ServiceId;
 use crate::domain::stats::Stats;
 use crate::domain::weights::Weight;
@@ -25,8 +26,10 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
         return None;
     }
     if *method != Method::GET && *method != Method::HEAD {
-        let why = format!("found method {method} at {path}, expected GET or HEAD");
-        let mut response = json_response(StatusCode::METHOD_NOT_ALLOWED, &json!({ "error": why }));
+        let mut response = json_response(
+            StatusCode::METHOD_NOT_ALLOWED,
+            &json!({"code": Code::MethodNotAllowed, "error": format!("{path} takes GET")}),
+        );
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Some(response);
     }
@@ -64,19 +67,19 @@ pub fn json_response(status: StatusCode, body: &Value) -> Response<Full<Bytes>> 
 
 /// Waits until this node knows every write answered so far.
 async fn caught_up(node: &NodeHandle) -> Result<(), Box<Response<Full<Bytes>>>> {
-    let (error, reached, needed) = match node.read().await {
+    let (code, error, reached, needed) = match node.read().await {
         Outcome::Current(_) => return Ok(()),
-        Outcome::NoQuorum { reached, needed } => ("no quorum".to_string(), json!(reached), json!(needed)),
-        Outcome::Refused(why) => (why, Value::Null, Value::Null),
-        _ => ("the read could not be confirmed; try again".into(), Value::Null, Value::Null),
+        Outcome::NoQuorum { reached, needed } => (Code::NoQuorum, "no quorum".into(), json!(reached), json!(needed)),
+        Outcome::Refused(why) => (Code::Refused, why, Value::Null, Value::Null),
+        _ => (Code::Unavailable, "the read could not be confirmed; try again".into(), Value::Null, Value::Null),
     };
-    let body = json!({"error": error, "reached": reached, "needed": needed});
+    let body = json!({"code": code, "error": error, "reached": reached, "needed": needed});
     Err(Box::new(json_response(StatusCode::SERVICE_UNAVAILABLE, &body)))
 }
 
 fn parameter(uri: &Uri, name: &str) -> Option<String> {
-    let pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
-    pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string())
+    let mut pairs = form_urlencoded::parse(uri.query()?.as_bytes());
+    pairs.find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
 }
 
 fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Box<Response<Full<Bytes>>>> {
@@ -91,7 +94,7 @@ fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Box<Response<Fu
             (true, _) | (_, None) => "no service is known here: apply a rollout first".to_string(),
             (false, Some(name)) => format!("service {name:?} is unknown"),
         };
-        Box::new(json_response(StatusCode::NOT_FOUND, &json!({"error": error, "known": known})))
+        Box::new(json_response(StatusCode::NOT_FOUND, &json!({"code": Code::NotFound, "error": error, "known": known})))
     })
 }
 

@@ -14,6 +14,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use crate::code::Code;
 use crate::domain::ids::NodeId;
 use crate::node::handle::NodeHandle;
 use crate::telemetry::Intake;
@@ -58,5 +59,5 @@ impl ApiState {
 
 /// Returns an error as all of the API's look.
 pub(super) fn error(status: StatusCode, why: impl Into<String>) -> Response {
-    (status, Json(json!({"error": why.into()}))).into_response()
+    (status, Json(json!({"code": Code::of(status), "error": why.into()}))).into_response()
 }

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::info;
 
+use crate::code::Code;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::routing::RoutingState;
 use crate::domain::text::bounded;
@@ -217,20 +218,31 @@ fn answer(tx: &TxId, outcome: Outcome) -> Response {
             (StatusCode::OK, json!({"status": "COMMITTED", "slot": slot, "repeated": repeated, "state": state}))
         }
         Outcome::Aborted { slot, reasons, repeated } => {
-            let body = json!({"status": "ABORTED", "slot": slot, "repeated": repeated, "reasons": reasons});
+            let body = json!({
+                "code": Code::Aborted, "status": "ABORTED", "slot": slot, "repeated": repeated, "reasons": reasons,
+            });
             (StatusCode::CONFLICT, body)
         }
         Outcome::Unchanged(state) => (StatusCode::OK, json!({"status": "UNCHANGED", "state": state_json(&state)})),
-        Outcome::Refused(why) => (StatusCode::CONFLICT, json!({"status": "REFUSED", "error": why})),
+        Outcome::Refused(why) => {
+            (StatusCode::CONFLICT, json!({"code": Code::Refused, "status": "REFUSED", "error": why}))
+        }
         Outcome::KeyReused { slot } => {
             let why = format!("this Idempotency-Key was used for another request, in slot {slot}");
-            (StatusCode::UNPROCESSABLE_ENTITY, json!({"error": why}))
+            (StatusCode::UNPROCESSABLE_ENTITY, json!({"code": Code::KeyReused, "error": why}))
         }
         Outcome::NoQuorum { reached, needed } => {
-            (unavailable, json!({"error": "no quorum", "reached": reached, "needed": needed}))
+            let body = json!({"code": Code::NoQuorum, "error": "no quorum", "reached": reached, "needed": needed});
+            (unavailable, body)
         }
-        Outcome::InDoubt => (unavailable, json!({"error": "outcome unknown; repeat with the same Idempotency-Key"})),
-        Outcome::Busy => (StatusCode::TOO_MANY_REQUESTS, json!({"error": "too many requests are waiting; try again"})),
+        Outcome::InDoubt => {
+            let why = "outcome unknown; repeat with the same Idempotency-Key";
+            (unavailable, json!({"code": Code::OutcomeUnknown, "error": why}))
+        }
+        Outcome::Busy => (
+            StatusCode::TOO_MANY_REQUESTS,
+            json!({"code": Code::Busy, "error": "too many requests are waiting; try again"}),
+        ),
         Outcome::Current(slot) => (StatusCode::OK, json!({"status": "CURRENT", "slot": slot})),
     };
     let mut body = body;

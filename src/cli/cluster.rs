@@ -15,11 +15,11 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::client::Api;
 use super::node::identity_files;
 use super::output::{Format, facts, table};
 use super::write::{self, WriteArgs};
 use super::{Exit, read, show};
+use crate::client::Api;
 
 /// Verbs of `aviary cluster`.
 #[derive(Debug, Subcommand)]

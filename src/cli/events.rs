@@ -6,9 +6,9 @@ use clap::Args;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::client::{Api, StreamEvent, Unreachable};
 use super::output::{self, Format};
 use super::{Exit, show};
+use crate::client::{Api, StreamEvent, Unreachable};
 
 /// Arguments of `aviary events`.
 #[derive(Debug, Args)]

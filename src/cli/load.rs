@@ -17,9 +17,9 @@ use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
-use super::client::{HttpClient, http};
 use super::output::{self, Format};
 use super::{Exit, show, wall_ms};
+use crate::client::{HttpClient, http};
 use crate::domain::stats::Stats;
 
 /// Arguments of `aviary load`.

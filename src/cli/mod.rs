@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod check;
-mod client;
 mod cluster;
 mod events;
 mod judge;
@@ -24,7 +23,6 @@ mod replay;
 #[cfg(feature = "kafka")]
 mod router;
 mod show;
-mod sse;
 mod status;
 mod telemetry;
 mod token;
@@ -32,8 +30,8 @@ mod upstream;
 mod watch;
 mod write;
 
+use crate::client::{Address, Api, Unreachable};
 use crate::ports::OutsideError;
-use client::{Address, Api, Unreachable};
 use output::Format;
 
 /// Exit code of the program.

@@ -7,8 +7,8 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::Exit;
-use super::client::{Api, segment};
 use super::output::{self, Format};
+use crate::client::{Api, segment};
 use crate::config;
 use crate::domain::analysis::Verdict;
 use crate::domain::plan::RolloutSpec;

@@ -3,10 +3,10 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{Api, ApiResponse, segment};
 use super::output::{self, Format, Tone, colours, facts, paint, table};
 use super::write::exit_of_status;
 use super::{Exit, show};
+use crate::client::{Api, ApiResponse, segment};
 
 /// Arguments of `aviary get`.
 #[derive(Debug, Args)]

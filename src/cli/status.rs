@@ -6,9 +6,9 @@ use clap::Args;
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
-use super::client::{Api, StreamEvent, Unreachable, segment};
 use super::output::{self, Format};
 use super::{Exit, show};
+use crate::client::{Api, StreamEvent, Unreachable, segment};
 
 /// Arguments of `aviary status`.
 #[derive(Debug, Args)]

@@ -14,9 +14,9 @@ use rand_distr::{Distribution, LogNormal, Poisson};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Exit;
-use super::client::Api;
 #[cfg(feature = "kafka")]
 use crate::adapters::kafka::KafkaEvents;
+use crate::client::Api;
 #[cfg(feature = "kafka")]
 use crate::config::node::Kafka;
 use crate::domain::ids::{ServiceId, VersionId};

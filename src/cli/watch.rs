@@ -9,9 +9,9 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::interval;
 
-use super::client::{Api, StreamEvent, segment};
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, cluster, read, show, status, wall_ms};
+use crate::client::{Api, StreamEvent, segment};
 
 /// Arguments of `aviary watch`.
 #[derive(Debug, Args)]
@@ -106,7 +106,7 @@ impl Screen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::sse::SseEvent;
+    use crate::client::SseEvent;
 
     #[test]
     fn only_the_last_events_stay_on_the_screen() {

@@ -11,9 +11,9 @@ use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::client::{Api, ApiResponse, Write, segment};
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, show, status};
+use crate::client::{Api, ApiResponse, Write, segment};
 
 /// Options of every write.
 #[derive(Debug, Clone, Args)]

@@ -1,10 +1,14 @@
 //! The record router: one topic in, two topics out, every record to exactly one version.
 //!
-//! `engine` is the loop, on [`crate::ports::Broker`]; what it decides by is in `domain`: `split` (who gets a record), `course`
-//! (start, weights, promotion, abort). `run` is the thread around it. `audit` checks the outcome
-//! from the topics alone.
+//! `serve` is a router as a process: its threads, and what they tell. `engine` is the loop, on [`crate::ports::Broker`]; what it
+//! decides by is in `domain`: `split` (who gets a record), `course` (start, weights, promotion, abort). `run` is the thread around
+//! it, `push` the other way to work. `snapshot` is what others see of a router in its topics; `audit` checks the outcome from the
+//! topics alone, by `compare`.
 
 pub mod audit;
+pub mod compare;
 pub mod engine;
 pub mod push;
 pub mod run;
+pub mod serve;
+pub mod snapshot;

@@ -237,25 +237,27 @@ async fn a_rolled_back_canary_has_no_weight_in_the_metrics() {
 }
 
 #[tokio::test]
-async fn every_error_is_json() {
+async fn every_error_is_json_with_a_code() {
     let a = node("a", "a", &[], None).await;
     let large = "x".repeat(300 * 1024);
     let cases = [
-        ("POST", "/v1/rollouts", large.as_str(), 413),
-        ("POST", "/v1/rollouts", "kind: nonsense", 400),
-        ("GET", "/v1/rollouts/%ff", "", 400),
-        ("GET", "/v1/rollouts/none", "", 404),
-        ("GET", "/nowhere", "", 404),
-        ("DELETE", "/v1/rollouts", "", 405),
-        ("POST", "/v1/rollouts/svc/explode", "", 404),
-        ("POST", "/v1/rollouts/svc/abort", "[]x", 400),
-        ("POST", "/v1/cluster/readmit", "{\"node\":\"c\"}", 400),
+        ("POST", "/v1/rollouts", large.as_str(), 413, "TOO_LARGE"),
+        ("POST", "/v1/rollouts", "kind: nonsense", 400, "INVALID_ARGUMENT"),
+        ("GET", "/v1/rollouts/%ff", "", 400, "INVALID_ARGUMENT"),
+        ("GET", "/v1/rollouts/none", "", 404, "NOT_FOUND"),
+        ("GET", "/nowhere", "", 404, "NOT_FOUND"),
+        ("GET", "/routing/state?service=none", "", 404, "NOT_FOUND"),
+        ("PUT", "/routing/state", "", 405, "METHOD_NOT_ALLOWED"),
+        ("DELETE", "/v1/rollouts", "", 405, "METHOD_NOT_ALLOWED"),
+        ("POST", "/v1/rollouts/svc/explode", "", 404, "NOT_FOUND"),
+        ("POST", "/v1/rollouts/svc/abort", "[]x", 400, "INVALID_ARGUMENT"),
+        ("POST", "/v1/cluster/readmit", "{\"node\":\"c\"}", 400, "INVALID_ARGUMENT"),
     ];
     let mut wrong = Vec::new();
-    for (method, path, body, expected) in cases {
+    for (method, path, body, expected, code) in cases {
         let (status, text, json) = http(a.port, method, path, "", body).await;
-        if status != expected || !json["error"].is_string() {
-            wrong.push(format!("{method} {path}: {status}, expected {expected}: {text}"));
+        if status != expected || json["code"] != code || !json["error"].is_string() {
+            wrong.push(format!("{method} {path}: {status}, expected {expected} {code}: {text}"));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");

@@ -14,15 +14,18 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &["domain", "protocol", "ports", "adapters", "config::node", "config::router", "schema", "telemetry::event"],
     ),
     ("listener", &["listener"]),
-    ("status", &["domain", "protocol", "node::handle", "node::log"]),
+    ("status", &["code", "domain", "protocol", "node::handle", "node::log"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "listener", "status", "proxy"]),
-    ("router", &["domain", "ports", "router"]),
+    // Its shell reads its file, and follows a cluster's rollout as any client does. What it works on comes through `ports`.
+    ("router", &["domain", "ports", "router", "config::router", "client"]),
+    ("client", &["client", "code", "adapters::tls::check_private"]),
     ("synthetic", &["domain"]),
     ("telemetry", &["domain", "protocol", "ports", "node::handle", "telemetry"]),
     ("decisions", &["domain", "protocol", "ports", "node::handle", "schema", "decisions"]),
     (
         "api",
         &[
+            "code",
             "domain",
             "protocol",
             "ports",

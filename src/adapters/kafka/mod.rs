@@ -23,7 +23,7 @@ mod telemetry;
 pub use decisions::KafkaDecisions;
 pub use events::KafkaEvents;
 pub use push::KafkaPush;
-pub use router::{KafkaBroker, OffsetRange, SOURCE_HEADER, TopicNames, VERSION_HEADER};
+pub use router::{KafkaBroker, KafkaRouter, SOURCE_HEADER, TopicNames, VERSION_HEADER};
 pub use telemetry::KafkaTelemetry;
 
 /// How often a step of a transaction that may be tried again is.

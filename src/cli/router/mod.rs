@@ -1,7 +1,6 @@
 //! `aviary router`: one Kafka topic split between two versions' services, and what people ask of it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -11,13 +10,13 @@ use tokio::time::{Instant, sleep};
 
 use super::Exit;
 use super::output::{self, Format};
-use crate::adapters::clock::BootClock;
-use crate::adapters::kafka::{KafkaBroker, TopicNames};
+use crate::adapters::kafka::KafkaRouter;
 use crate::config::router::RouterConfig;
-use crate::domain::course::{ControlCommand, ControlEntry, RouterEnd, RouterPhase, RouterState};
-use crate::domain::split::{Side, Split};
+use crate::domain::course::{ControlCommand, ControlEntry, RouterEnd, RouterPhase};
+use crate::domain::split::Side;
 use crate::domain::weights::Weight;
-use crate::ports::Topic;
+use crate::ports::{RouterTopics, RouterWorld as _};
+use crate::router::snapshot::RouterSnapshot;
 
 mod audit;
 mod start;
@@ -109,55 +108,8 @@ fn load(args: &FileArgs) -> anyhow::Result<RouterConfig> {
     Ok(RouterConfig::load(&args.file)?)
 }
 
-/// Returns what a router's topics and groups are called.
-fn names(config: &RouterConfig) -> TopicNames {
-    let of = |side| config.service(side).clone();
-    let (stable, canary) = (of(Side::Stable), of(Side::Canary));
-    TopicNames {
-        source: config.source.clone(),
-        topics: [stable.topic, canary.topic],
-        groups: [stable.group, canary.group],
-        versions: [stable.version.to_string(), canary.version.to_string()],
-        control: config.control(),
-        router: config.group(),
-    }
-}
-
-fn broker(config: &RouterConfig) -> anyhow::Result<KafkaBroker> {
-    Ok(KafkaBroker::new(&config.kafka, names(config), Arc::new(BootClock))?)
-}
-
-/// A router as its topics and groups show it, whether it runs or not.
-struct RouterSnapshot {
-    course: RouterState,
-    splits: Vec<Split>,
-    next: Vec<i64>,
-}
-
-impl RouterSnapshot {
-    fn look(broker: &KafkaBroker) -> anyhow::Result<Self> {
-        let opened = broker.look()?;
-        let mut course = RouterState::default();
-        for line in &opened.entries {
-            if let Ok(entry) = serde_json::from_str(line) {
-                course.add(entry);
-            }
-        }
-        let places: Vec<_> = opened.places.into_iter().flatten().collect();
-        let splits = places.iter().map(|place| Split::from_metadata(&place.metadata)).collect::<Result<_, _>>()?;
-        Ok(Self { course, splits, next: places.iter().map(|place| place.next).collect() })
-    }
-
-    fn winner(&self) -> Option<Side> {
-        match self.course.phase {
-            Some(RouterPhase::Done { winner, .. }) => Some(winner),
-            _ => None,
-        }
-    }
-
-    fn words(&self) -> &'static str {
-        self.course.phase.as_ref().map_or("not started", RouterPhase::words)
-    }
+fn topics(config: &RouterConfig) -> anyhow::Result<Box<dyn RouterTopics>> {
+    Ok(KafkaRouter::new(config.clone()).topics()?)
 }
 
 /// Asks something of a router by an entry of its control topic, and waits until it is done.
@@ -178,20 +130,20 @@ fn asked(
             config.name
         );
     }
-    let broker = broker(&config)?;
-    let seen = RouterSnapshot::look(&broker)?;
+    let topics = topics(&config)?;
+    let seen = RouterSnapshot::look(topics.as_ref())?;
     let (winner, returning) = (seen.winner(), matches!(seen.course.phase, Some(RouterPhase::Returning { .. })));
     if winner.is_some() || returning {
         bail!("router {} is {} already", config.name, seen.words());
     }
-    if seen.course.phase.is_none() && seen.splits.is_empty() && broker.partitions(&config.control())?.is_none() {
+    if seen.course.phase.is_none() && seen.splits.is_empty() && topics.partitions(&config.control())?.is_none() {
         bail!("router {} is not started, expected: aviary router start -f {}", config.name, args.file.file.display());
     }
     if let (Some(RouterEnd::Abort(reason)), false) = (&seen.course.end, matches!(ask, ControlCommand::Abort { .. })) {
         bail!("router {} is being aborted: {reason}", config.name);
     }
     let line = serde_json::to_string(&ControlEntry::Command(ask)).context("an entry has a text")?;
-    broker.ask(&line)?;
+    topics.ask(&line)?;
     if args.no_wait {
         return output::line("asked").map(|()| Exit::Done);
     }
@@ -199,7 +151,7 @@ fn asked(
     runtime.block_on(async {
         let (begun, mut moved, mut before) = (Instant::now(), Instant::now(), String::new());
         loop {
-            let seen = match RouterSnapshot::look(&broker) {
+            let seen = match RouterSnapshot::look(topics.as_ref()) {
                 Ok(seen) => seen,
                 // A broker that is away, a router that died in a transaction: it stays asked.
                 Err(why) if begun.elapsed() <= args.timeout => {
@@ -237,16 +189,6 @@ fn asked(
             sleep(Duration::from_millis(200)).await;
         }
     })
-}
-
-/// Returns the upper bounds of what the two services have left to read.
-fn lags(broker: &KafkaBroker, seen: &RouterSnapshot) -> anyhow::Result<[Vec<u64>; 2]> {
-    let mut lags = [Vec::new(), Vec::new()];
-    for side in Side::BOTH {
-        let (_, reads) = broker.service(side, Topic::Of(side))?;
-        lags[side as usize] = crate::router::engine::lags(&seen.splits, side, &reads).collect();
-    }
-    Ok(lags)
 }
 
 fn print(format: Format, value: &serde_json::Value, table: impl FnOnce() -> String) -> anyhow::Result<()> {

@@ -2,19 +2,20 @@
 
 use serde_json::json;
 
-use super::{RouterSnapshot, broker, lags, print};
+use super::{print, topics};
 use crate::cli::Exit;
 use crate::cli::output::{Format, facts, table};
 use crate::config::router::{HooksConfig, RouterConfig};
 use crate::domain::split::Side;
 use crate::ports::Topic;
+use crate::router::snapshot::RouterSnapshot;
 
 /// Says what `start` would do, and what is in its way.
 pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
-    let broker = broker(config)?;
-    let seen = RouterSnapshot::look(&broker)?;
+    let topics = topics(config)?;
+    let seen = RouterSnapshot::look(topics.as_ref())?;
     let mut wrong: Vec<String> = Vec::new();
-    let Some(partitions) = broker.partitions(&config.source)? else {
+    let Some(partitions) = topics.partitions(&config.source)? else {
         anyhow::bail!("topic {} isn't there, expected the topic to split", config.source);
     };
     let mut make = Vec::new();
@@ -23,7 +24,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
         (config.service(Side::Stable).topic.clone(), partitions),
         (config.service(Side::Canary).topic.clone(), partitions),
     ] {
-        match broker.partitions(&topic)? {
+        match topics.partitions(&topic)? {
             None => make.push(topic),
             Some(found) if found != count => {
                 wrong.push(format!("topic {topic} has {found} partitions, expected {count}"))
@@ -31,8 +32,8 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
             Some(_) => {}
         }
     }
-    let bounds = broker.topic_bounds(Topic::Source)?;
-    let (members, reads) = broker.service(Side::Stable, Topic::Source)?;
+    let bounds = topics.topic_bounds(Topic::Source)?;
+    let (members, reads) = topics.service(Side::Stable, Topic::Source)?;
     let mut rows = Vec::new();
     if seen.course.phase.is_none() {
         for (partition, (next, (low, high))) in reads.iter().zip(&bounds).enumerate() {
@@ -46,7 +47,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
             rows.push(json!({ "partition": partition, "from": next, "low": low, "high": high, "unread": high - next }));
         }
         for side in Side::BOTH {
-            let bounds = broker.topic_bounds(Topic::Of(side))?;
+            let bounds = topics.topic_bounds(Topic::Of(side))?;
             if bounds.iter().any(|(_, high)| *high > 0) {
                 wrong.push(format!(
                     "topic {} has records, expected none: of an earlier rollout of this name?",
@@ -97,15 +98,15 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
 
 /// Shows where a router is.
 pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
-    let broker = broker(config)?;
-    let seen = RouterSnapshot::look(&broker)?;
+    let topics = topics(config)?;
+    let seen = RouterSnapshot::look(topics.as_ref())?;
     let lags = match seen.splits.is_empty() {
         true => [Vec::new(), Vec::new()],
-        false => lags(&broker, &seen)?,
+        false => seen.lags(topics.as_ref())?,
     };
     let unread: Vec<i64> = match seen.splits.is_empty() {
         true => Vec::new(),
-        false => broker
+        false => topics
             .topic_bounds(Topic::Source)?
             .iter()
             .zip(&seen.next)

@@ -185,7 +185,7 @@ fn a_lone_survivor_serves_stable_only_and_takes_no_writes() {
         assert_eq!((answer.status, answer.header("x-served-by")), (200, Some("v1")));
     }
     let answer = cluster.post(1, "/v1/rollouts/svc/abort", None, "{}");
-    assert_eq!((answer.status, &answer.json()["error"]), (503, &"no quorum".into()), "{answer:?}");
+    assert_eq!((answer.status, &answer.json()["code"]), (503, &"NO_QUORUM".into()), "{answer:?}");
 
     cluster.spawn(0, None);
     cluster.spawn(2, None);

@@ -19,12 +19,15 @@ use tracing::info;
 use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush};
 use crate::config::node::Kafka;
 use crate::domain::split::Side;
-use crate::ports::{Assignment, Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, SourceRecord, Topic};
+use crate::ports::{
+    Assignment, Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, RouterTopics as _, SourceRecord, Topic,
+};
 
 mod topics;
+mod world;
 mod writer;
 
-pub use topics::OffsetRange;
+pub use world::KafkaRouter;
 use writer::{CONTROL, Writer};
 
 /// Where a copy comes from: `TOPIC/PARTITION/OFFSET`.

@@ -14,22 +14,10 @@ use super::super::{ANSWER_MAX, Quiet, client, flush};
 use super::writer::{CONTROL, Writer};
 use super::{KafkaBroker, SOURCE_HEADER, places, read};
 use crate::domain::split::Side;
-use crate::ports::{Opened, OutsideError, Topic};
+use crate::ports::{OffsetRange, Opened, OutsideError, RouterTopics, Topic};
 
-/// Offsets of a partition that are read.
-#[derive(Debug, Clone, Copy)]
-pub struct OffsetRange {
-    /// First offset of the partition that is read.
-    pub from: i64,
-    /// End (exclusive) of the offsets that are read.
-    pub until: i64,
-    /// A record that is known to be there: before it is read the partition isn't at its end.
-    pub known: Option<i64>,
-}
-
-impl KafkaBroker {
-    /// Returns how many partitions a topic has; none when it isn't there.
-    pub fn partitions(&self, topic: &str) -> Result<Option<usize>, OutsideError> {
+impl RouterTopics for KafkaBroker {
+    fn partitions(&self, topic: &str) -> Result<Option<usize>, OutsideError> {
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {topic}"), error);
         let metadata = self.services[0].fetch_metadata(Some(topic), ANSWER_MAX).map_err(error)?;
         let found = metadata.topics().first();
@@ -40,8 +28,7 @@ impl KafkaBroker {
         }
     }
 
-    /// Makes the control topic and the versions' topics, those that aren't there; returns the names of those it made.
-    pub fn prepare(&self) -> Result<Vec<String>, OutsideError> {
+    fn prepare(&self) -> Result<Vec<String>, OutsideError> {
         let names = &self.names;
         let begun = self.partitions(&names.control)?.is_some();
         let Some(partitions) = self.partitions(&names.source)? else {
@@ -100,8 +87,7 @@ impl KafkaBroker {
         Ok(wanted.into_iter().map(|(topic, _)| topic).collect())
     }
 
-    /// Returns what [`Broker::open`](crate::ports::Broker::open) does, without becoming the router: for those who only look.
-    pub fn look(&self) -> Result<Opened, OutsideError> {
+    fn look(&self) -> Result<Opened, OutsideError> {
         let partitions = self.partitions(&self.names.topics[0])?;
         let (Some(partitions), Some(_)) = (partitions, self.partitions(&self.names.control)?) else {
             return Ok(Opened::default());
@@ -114,23 +100,20 @@ impl KafkaBroker {
         })
     }
 
-    /// Returns the first offset and that after the last, for each partition of a topic.
-    pub fn topic_bounds(&self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {
+    fn topic_bounds(&self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {
         let name = self.names.topic(topic);
         let partitions = self.partitions(name)?.unwrap_or(0);
         let bounds = (0..partitions).map(|one| self.services[0].fetch_watermarks(name, one as i32, ANSWER_MAX));
         bounds.collect::<Result<_, _>>().map_err(|error| self.error(error))
     }
 
-    /// Returns how many consumers are in a service's group, and the next offset that it reads of a topic, for each partition.
-    pub fn service(&self, side: Side, topic: Topic) -> Result<(usize, Vec<Option<i64>>), OutsideError> {
+    fn service(&self, side: Side, topic: Topic) -> Result<(usize, Vec<Option<i64>>), OutsideError> {
         let partitions = self.partitions(self.names.topic(topic))?.unwrap_or(0);
         let found = self.try_members(side).and_then(|members| Ok((members, self.try_reads(side, topic, partitions)?)));
         found.map_err(|error| self.error(error))
     }
 
-    /// Reads what is committed of a topic: each record's partition, offset, and what it says of where it is from.
-    pub fn scan(
+    fn scan(
         &self,
         topic: Topic,
         ranges: &[OffsetRange],
@@ -139,6 +122,21 @@ impl KafkaBroker {
         self.try_scan(self.names.topic(topic), ranges, take).map_err(|error| self.error(error))
     }
 
+    fn ask(&self, entry: &str) -> Result<(), OutsideError> {
+        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", self.names.control), error);
+        let own = [("enable.idempotence", "true"), ("message.timeout.ms", "10000"), ("acks", "all")];
+        let writer = Writer::new(&client(&self.config, &own), 0, self.clock.clone()).map_err(error)?;
+        let record = BaseRecord::<(), _, _>::with_opaque_to(&self.names.control, CONTROL).partition(0).payload(entry);
+        writer.producer.send(record).map_err(|(why, _)| error(why))?;
+        flush(&writer.producer).map_err(error)?;
+        match writer.deliveries.failed.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => Err(OutsideError::new(format!("kafka topic {}", self.names.control), "the entry was not written")),
+        }
+    }
+}
+
+impl KafkaBroker {
     fn try_scan(
         &self,
         topic: &str,
@@ -181,19 +179,5 @@ impl KafkaBroker {
             }
         }
         Ok(())
-    }
-
-    /// Writes an entry of the control topic, as anybody may.
-    pub fn ask(&self, entry: &str) -> Result<(), OutsideError> {
-        let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", self.names.control), error);
-        let own = [("enable.idempotence", "true"), ("message.timeout.ms", "10000"), ("acks", "all")];
-        let writer = Writer::new(&client(&self.config, &own), 0, self.clock.clone()).map_err(error)?;
-        let record = BaseRecord::<(), _, _>::with_opaque_to(&self.names.control, CONTROL).partition(0).payload(entry);
-        writer.producer.send(record).map_err(|(why, _)| error(why))?;
-        flush(&writer.producer).map_err(error)?;
-        match writer.deliveries.failed.load(Ordering::Relaxed) {
-            0 => Ok(()),
-            _ => Err(OutsideError::new(format!("kafka topic {}", self.names.control), "the entry was not written")),
-        }
     }
 }

@@ -1,5 +1,5 @@
-//! The HTTP client behind the verbs: goes on to the next node when one can't be reached, and repeats a write only
-//! under the key it was first sent with.
+//! A client of the nodes' API: goes on to the next node when one can't be reached, and repeats a write only under the key it
+//! was first sent with. The command line and the record router use it.
 
 use std::fmt;
 use std::path::Path;
@@ -16,11 +16,17 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::sse::{SseEvent, SseParser};
+use crate::code::Code;
+
+mod sse;
+
+pub use sse::SseEvent;
+use sse::SseParser;
 
 /// The plain HTTP client that all verbs share.
 pub type HttpClient = Client<HttpConnector, Full<Bytes>>;
@@ -97,12 +103,12 @@ impl ApiResponse {
     /// the outcome. That there is no quorum is an answer, and isn't repeated.
     fn is_open(&self) -> bool {
         let unsettled = matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::GATEWAY_TIMEOUT);
-        unsettled || (self.status == StatusCode::SERVICE_UNAVAILABLE && !self.is_no_quorum())
+        unsettled || (self.status == StatusCode::SERVICE_UNAVAILABLE && self.code() != Some(Code::NoQuorum))
     }
 
-    fn is_no_quorum(&self) -> bool {
-        let text = self.body.to_lowercase();
-        text.contains("no quorum") || text.contains("no_quorum")
+    /// Returns the error's code; none where a node gives one that isn't known here, or none.
+    pub fn code(&self) -> Option<Code> {
+        serde_json::from_value(self.json()["code"].take()).ok()
     }
 }
 
@@ -385,10 +391,12 @@ pub fn cause(error: &dyn std::error::Error) -> String {
     last.to_string()
 }
 
+/// What a segment of a path holds as it is.
+const PLAIN: AsciiSet = NON_ALPHANUMERIC.remove(b'.').remove(b'_').remove(b'-').remove(b'~');
+
 /// Returns `text` as one segment of a path.
 pub fn segment(text: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'~');
-    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+    utf8_percent_encode(text, &PLAIN).to_string()
 }
 
 #[cfg(test)]
@@ -465,11 +473,29 @@ mod tests {
         let count = asked.clone();
         let answer = async move || {
             count.fetch_add(1, Ordering::Relaxed);
-            (StatusCode::SERVICE_UNAVAILABLE, r#"{"error":"no quorum: 1 of 2"}"#)
+            (StatusCode::SERVICE_UNAVAILABLE, r#"{"code":"NO_QUORUM","error":"1 of 2"}"#)
         };
         let api = Api::new(vec![serve(Router::new().route("/w", post(answer))).await], None).unwrap();
-        assert_eq!(api.write(&write_to("/w", 5_000)).await.unwrap().error(), "no quorum: 1 of 2");
+        assert_eq!(api.write(&write_to("/w", 5_000)).await.unwrap().error(), "1 of 2");
         assert_eq!(asked.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn words_about_a_quorum_settle_nothing() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let answer = async move || -> Response {
+            match count.fetch_add(1, Ordering::Relaxed) {
+                0 => {
+                    let body = r#"{"code":"OUTCOME_UNKNOWN","error":"service no_quorum: no quorum yet"}"#;
+                    (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+                }
+                _ => r#"{"status":"COMMITTED"}"#.into_response(),
+            }
+        };
+        let api = Api::new(vec![serve(Router::new().route("/w", post(answer))).await], None).unwrap();
+        assert_eq!(api.write(&write_to("/w", 5_000)).await.unwrap().json()["status"], "COMMITTED");
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
     }
 
     #[tokio::test]

@@ -1,0 +1,62 @@
+//! A router as its topics and groups show it, whether it runs or not.
+
+use crate::domain::course::{RouterPhase, RouterState};
+use crate::domain::split::{Side, Split};
+use crate::ports::{OutsideError, RouterTopics, Topic};
+
+/// What is seen of a router.
+#[derive(Debug, Clone)]
+pub struct RouterSnapshot {
+    /// What its control topic's entries add up to.
+    pub course: RouterState,
+    /// Each partition's state, as it was committed last.
+    pub splits: Vec<Split>,
+    /// The next offset that is read of each partition.
+    pub next: Vec<i64>,
+}
+
+impl RouterSnapshot {
+    /// Looks at a router's topics.
+    ///
+    /// # Errors
+    /// When they can't be read, or a place was committed that no router of this version writes.
+    pub fn look(topics: &dyn RouterTopics) -> Result<Self, OutsideError> {
+        let opened = topics.look()?;
+        let mut course = RouterState::default();
+        for line in &opened.entries {
+            if let Ok(entry) = serde_json::from_str(line) {
+                course.add(entry);
+            }
+        }
+        let places: Vec<_> = opened.places.into_iter().flatten().collect();
+        let splits = places.iter().enumerate().map(|(partition, place)| {
+            Split::from_metadata(&place.metadata)
+                .map_err(|why| OutsideError::new(format!("partition {partition}"), why))
+        });
+        let splits = splits.collect::<Result<_, _>>()?;
+        Ok(Self { course, splits, next: places.iter().map(|place| place.next).collect() })
+    }
+
+    /// Returns who goes on alone; none before the end.
+    pub fn winner(&self) -> Option<Side> {
+        match self.course.phase {
+            Some(RouterPhase::Done { winner, .. }) => Some(winner),
+            _ => None,
+        }
+    }
+
+    /// Returns the present phase in words.
+    pub fn words(&self) -> &'static str {
+        self.course.phase.as_ref().map_or("not started", RouterPhase::words)
+    }
+
+    /// Returns upper bounds of what the two services have left to read, for each partition, stable's first.
+    pub fn lags(&self, topics: &dyn RouterTopics) -> Result<[Vec<u64>; 2], OutsideError> {
+        let mut lags = [Vec::new(), Vec::new()];
+        for side in Side::BOTH {
+            let (_, reads) = topics.service(side, Topic::Of(side))?;
+            lags[side as usize] = super::engine::lags(&self.splits, side, &reads).collect();
+        }
+        Ok(lags)
+    }
+}
