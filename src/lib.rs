@@ -21,12 +21,14 @@
 //! 14. [`code`], [`client`]: the names of the API's errors, and a client of the API that goes by them.
 //! 15. [`config`]: the files that people write, checked once, at the edge.
 //! 16. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
-//! 17. [`cli`]: the command line, a file for each verb or small group of verbs.
+//! 17. [`backoff`]: waits between tries.
+//! 18. [`cli`]: the command line, a file for each verb or small group of verbs.
 
 pub use aviary_core::{domain, protocol};
 
 pub mod adapters;
 pub mod api;
+pub mod backoff;
 pub mod cli;
 pub mod client;
 pub mod code;

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::follow::{LogTail, Lost};
+use crate::backoff::Backoff;
 use crate::node::handle::NodeHandle;
 use crate::ports::{DecisionSink, OutsideError};
 use crate::protocol::Mode;
@@ -14,7 +15,7 @@ use crate::protocol::record::Slot;
 
 /// Between two looks at who coordinates.
 const LOOK: Duration = Duration::from_millis(100);
-/// First wait after a failure; it doubles each time.
+/// First wait after a failure.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 /// Longest such wait.
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -30,19 +31,18 @@ pub async fn run(node: NodeHandle, sink: Box<dyn DecisionSink>, name: &'static s
 }
 
 async fn publish(node: NodeHandle, mut sink: Box<dyn DecisionSink>, name: &'static str) {
-    let mut wait = RETRY_MIN;
+    let mut retry = Backoff::new(RETRY_MIN, RETRY_MAX);
     loop {
         if !coordinates(&node) {
             tokio::time::sleep(LOOK).await;
             continue;
         }
-        let (back, ended) = turn(&node, sink, name, &mut wait).await;
+        let (back, ended) = turn(&node, sink, name, &mut retry).await;
         sink = back;
         if let Err(why) = ended {
             counter!("aviary_publish_failures_total", "sink" => name).increment(1);
             warn!(sink = name, "decisions wait to be published: {why}");
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(RETRY_MAX);
+            tokio::time::sleep(retry.wait()).await;
         }
     }
 }
@@ -69,7 +69,7 @@ async fn turn(
     node: &NodeHandle,
     sink: Box<dyn DecisionSink>,
     name: &'static str,
-    wait: &mut Duration,
+    retry: &mut Backoff,
 ) -> (Box<dyn DecisionSink>, Result<(), OutsideError>) {
     let (mut sink, opened) = blocking(sink, |sink| sink.open()).await;
     let told = match opened {
@@ -99,7 +99,7 @@ async fn turn(
         if let Err(why) = published {
             return (sink, Err(why));
         }
-        *wait = RETRY_MIN;
+        retry.reset();
         counter!("aviary_decisions_published_total", "sink" => name).increment(count);
         gauge!("aviary_decisions_published_sequence", "sink" => name).set(through.0 as f64);
     }

@@ -11,11 +11,12 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tracing::warn;
 
+use crate::backoff::Backoff;
 use crate::domain::split::{Side, Ticket};
 use crate::domain::weights::Weight;
 use crate::ports::{NotDone, OutsideError, Post, PostSource, Posted};
 
-/// First pause before a record is posted again; it doubles each time.
+/// First pause before a record is posted again.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest such pause.
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -129,16 +130,13 @@ fn lane(record: &Posted, lanes: usize) -> usize {
 }
 
 async fn until_done(post: &dyn Post, record: &Posted, side: Side, attempts: u32) -> Result<String, String> {
-    let mut pause = RETRY_MIN;
+    let mut retry = Backoff::new(RETRY_MIN, RETRY_MAX);
     for attempt in 1..=attempts {
         match post.post(record, side).await {
             Ok(who) => return Ok(who),
             Err(NotDone { why, refused: true }) => return Err(why),
             Err(NotDone { why, .. }) if attempt == attempts => return Err(format!("{why} ({attempts} times)")),
-            Err(_) => {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_MAX);
-            }
+            Err(_) => tokio::time::sleep(retry.wait()).await,
         }
     }
     unreachable!("the last attempt returns")

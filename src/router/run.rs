@@ -6,11 +6,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::engine::{Engine, Steering, Turn};
+use crate::backoff::Backoff;
 use crate::ports::{Clock, OutsideError};
 
 /// Pause while something is waited for that no call waits for.
 const WAIT: Duration = Duration::from_millis(100);
-/// First pause after an error; it doubles each time.
+/// First pause after an error.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 /// Longest such pause.
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -27,20 +28,20 @@ pub fn run(
     shutdown: &CancellationToken,
     told: &mut dyn FnMut(&Engine, &Result<Turn, OutsideError>),
 ) -> Result<bool, OutsideError> {
-    let (mut pause, mut waited_for) = (RETRY_MIN, String::new());
+    let (mut retry, mut waited_for) = (Backoff::new(RETRY_MIN, RETRY_MAX), String::new());
     while !shutdown.is_cancelled() {
         let turn = engine.turn(clock.now().wall.0, &steering());
         told(engine, &turn);
         match turn {
             Ok(Turn::Over) => return Ok(true),
             Ok(Turn::Busy(_)) => {
-                pause = RETRY_MIN;
+                retry.reset();
                 waited_for.clear();
             }
             // The broker has waited for records already.
-            Ok(Turn::Idle) => pause = RETRY_MIN,
+            Ok(Turn::Idle) => retry.reset(),
             Ok(Turn::Waits(what)) => {
-                pause = RETRY_MIN;
+                retry.reset();
                 if waited_for != what {
                     info!("waiting for {what}");
                     waited_for = what;
@@ -50,8 +51,7 @@ pub fn run(
             Err(why) if why.replaced => return Err(why),
             Err(why) => {
                 warn!("begins anew: {why}");
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(RETRY_MAX);
+                std::thread::sleep(retry.wait());
             }
         }
     }

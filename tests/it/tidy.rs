@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// Room → the rooms it may import (`crate::ROOM`); `protocol::record` and `node::handle` are doors of their own.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger", "schema"]),
-    ("node", &["domain", "protocol", "ports", "node"]),
+    ("node", &["backoff", "domain", "protocol", "ports", "node"]),
     ("config", &["domain", "protocol", "config", "proxy::settings"]),
     (
         "adapters",
@@ -17,11 +17,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("status", &["code", "domain", "protocol", "node::handle", "node::log"]),
     ("proxy", &["domain", "protocol", "ports", "node::handle", "listener", "status", "proxy"]),
     // Its shell reads its file, and follows a cluster's rollout as any client does. What it works on comes through `ports`.
-    ("router", &["domain", "ports", "router", "config::router", "client"]),
+    ("router", &["backoff", "domain", "ports", "router", "config::router", "client"]),
     ("client", &["client", "code", "adapters::tls::check_private"]),
     ("synthetic", &["domain"]),
     ("telemetry", &["domain", "protocol", "ports", "node::handle", "telemetry"]),
-    ("decisions", &["domain", "protocol", "ports", "node::handle", "schema", "decisions"]),
+    ("decisions", &["backoff", "domain", "protocol", "ports", "node::handle", "schema", "decisions"]),
     (
         "api",
         &[

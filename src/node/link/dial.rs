@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout};
 
 use super::wire::{ConnectionEnd, FrameStream};
 use super::{Class, LinkShared, PeerLink, expect};
+use crate::backoff::Backoff;
 use crate::node::frame::{self, Envelope, FrameError, Payload};
 use crate::protocol::Input;
 
@@ -21,16 +22,17 @@ const STEADY: Duration = Duration::from_secs(1);
 
 /// Keeps one peer connected.
 pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
+    let mut retry = Backoff::new(shared.limits.backoff_min, shared.limits.backoff_max);
     let mut wait = Duration::ZERO;
     let mut outage = false;
     loop {
         if !wait.is_zero() {
             let jittered = wait.mul_f64(rand::random_range(0.5..=1.0));
             if timeout(jittered, peer.called.notified()).await.is_ok() {
-                wait = Duration::ZERO;
+                retry.reset();
             }
         }
-        wait = (wait * 2).clamp(shared.limits.backoff_min, shared.limits.backoff_max);
+        wait = retry.wait();
         let end = match dial(&shared, &peer).await {
             Ok((mut wire, version)) => {
                 let since = Instant::now();
@@ -41,6 +43,7 @@ pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
                 outage = true;
                 if since.elapsed() >= STEADY {
                     wait = Duration::ZERO;
+                    retry.reset();
                 }
                 tracing::warn!(peer = %peer.node, address = peer.address, "connection to peer lost: {end}");
                 end
