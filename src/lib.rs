@@ -8,6 +8,7 @@
 //! The shell around it is this crate:
 //!
 //! 3. [`ports`]: the traits through which the shell reaches disks, networks, clocks, event sources and sinks.
+//!    [`entropy`] is where it draws random numbers from.
 //! 4. [`node`]: the loop that feeds the core one input at a time, persists, then sends; links and frames between nodes.
 //! 5. [`adapters`]: what implements the ports: disk, TLS, Kafka, Redis, Prometheus, memory.
 //! 6. [`listener`]: accepts, limits and closes the connections of both HTTP ports.
@@ -34,6 +35,7 @@ pub mod client;
 pub mod code;
 pub mod config;
 pub mod decisions;
+pub mod entropy;
 pub mod listener;
 pub mod node;
 pub mod ports;

@@ -17,6 +17,7 @@ use crate::code::Code;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::routing::RoutingState;
 use crate::domain::text::bounded;
+use crate::entropy;
 use crate::node::log::weights_json;
 use crate::protocol::record::ConfigChange;
 use crate::protocol::{OperatorRequest, Outcome};
@@ -171,7 +172,7 @@ async fn submit(
 }
 
 fn random_key() -> String {
-    format!("tx-{:032x}", rand::random::<u128>())
+    format!("tx-{:032x}", entropy::bits())
 }
 
 /// Returns the coordinator's answer; none when it gave none.

@@ -12,6 +12,7 @@ use crate::domain::plan::{HashOn, HealthCheck, RolloutSpec};
 use crate::domain::time::Mono;
 use crate::domain::weights::{Weight, sticky_ticket};
 use crate::domain::window::Evidence;
+use crate::entropy;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
@@ -148,7 +149,7 @@ impl Route {
         });
         let ticket = match key {
             Some(key) => sticky_ticket(self.salt, key),
-            None => rand::random_range(0..Weight::WHOLE),
+            None => entropy::within(0..Weight::WHOLE),
         };
         if ticket < effective_bp { Pick::Canary } else { Pick::Stable }
     }
@@ -255,7 +256,7 @@ impl RoutingTable {
             && route.canary.is_some()
             && self.node.published.effective_bp_at(&route.serving, now) > 0
             && !route.counters.circuit_breaker.is_tripped()
-            && rand::random_range(0..Weight::WHOLE) < share
+            && entropy::within(0..Weight::WHOLE) < share
     }
 
     /// Counts the answer to a copy: what nobody waits for is no evidence, and shows in metrics of its own.

@@ -11,6 +11,7 @@ use tokio::time::{Instant, timeout};
 use super::wire::{ConnectionEnd, FrameStream};
 use super::{Class, LinkShared, PeerLink, expect};
 use crate::backoff::Backoff;
+use crate::entropy;
 use crate::node::frame::{self, Envelope, FrameError, Payload};
 use crate::protocol::Input;
 
@@ -27,7 +28,7 @@ pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
     let mut outage = false;
     loop {
         if !wait.is_zero() {
-            let jittered = wait.mul_f64(rand::random_range(0.5..=1.0));
+            let jittered = wait.mul_f64(entropy::within(0.5..=1.0));
             if timeout(jittered, peer.called.notified()).await.is_ok() {
                 retry.reset();
             }
