@@ -194,13 +194,16 @@ stage_sim() {
 }
 
 stage_sim-router() {
-  at_once "$out/sim --router --seeds $router_seeds --complete" "$out/sim --router --seeds $((router_seeds / 2)) --late" "$out/sim --router --teeth"
+  at_once "$out/sim-router --seeds $router_seeds --complete" "$out/sim-router --seeds $((router_seeds / 2)) --late" "$out/sim-router --seeded-bugs"
 }
 
-stage_sim-nodes() { "$out/sim" --whole --seeds "$node_seeds" --ms 20000; }
+stage_sim-nodes() { "$out/sim-whole" --seeds "$node_seeds" --ms 20000; }
 stage_sim-exhaust() { "$out/sim" --exhaust "$exhaust" --states 12000000; }
-stage_sim-determinism() { "$out/sim" --determinism --seeds 100 --ms 5000; }
-stage_sim-bugs() { "$out/sim" --teeth --ms 60000; }
+stage_sim-determinism() {
+  "$out/sim" --determinism --seeds 100 --ms 5000
+  "$out/sim-whole" --determinism --seeds 5 --ms 10000
+}
+stage_sim-bugs() { "$out/sim" --seeded-bugs; }
 
 stage_deps() {
   cargo deny --version >/dev/null 2>&1 || { skip "cargo-deny is not installed (cargo install cargo-deny)" optional; return; }

@@ -1,4 +1,4 @@
-//! A bare Paxos behind the core's door: it shows that the world itself is sound, and that it finds seeded bugs.
+//! A bare Paxos behind the core's seam: it shows that the world itself is sound, and that it finds seeded bugs.
 
 use std::collections::{BTreeMap, BTreeSet};
 

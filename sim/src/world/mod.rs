@@ -1,4 +1,4 @@
-//! The simulated world: nodes with disks and clocks, a network between them, people, traffic and misfortune.
+//! The simulated world: nodes with disks and clocks, a network between them, operators, traffic and faults.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
@@ -104,14 +104,14 @@ pub struct Summary {
 mod calm;
 mod faults;
 mod node;
-mod people;
 mod words;
+mod workload;
 
 use faults::{CLOG_US_MAX, Mix};
 pub use faults::{FAULTS, LATER};
 use node::Node;
-use people::Mood;
 use words::{brief, brief_op};
+use workload::Profile;
 
 enum Happening {
     Tick(usize, u64),
@@ -193,7 +193,7 @@ pub struct World<S> {
     /// What happened.
     pub trace: Trace,
     services: Vec<ServiceId>,
-    moods: Vec<Mood>,
+    profiles: Vec<Profile>,
     requests: u64,
     old: Vec<(TxId, OperatorRequest)>,
     replies: BTreeMap<u64, Outcome>,
@@ -231,7 +231,7 @@ impl<S: Subject> World<S> {
         let nodes = (0..count).map(|i| Self::node(i, &genesis, &mut dice)).collect();
         let services =
             (0..dice.between(1, 3)).map(|i| ServiceId::new(format!("s{i}")).expect("valid")).collect::<Vec<_>>();
-        let moods = services.iter().map(|_| Mood::Healthy).collect();
+        let profiles = services.iter().map(|_| Profile::Healthy).collect();
         Self {
             options,
             mix,
@@ -247,7 +247,7 @@ impl<S: Subject> World<S> {
             invariants: invariants::all(),
             trace: Trace::new(options.words, options.print),
             services,
-            moods,
+            profiles,
             requests: 0,
             old: Vec::new(),
             replies: BTreeMap::new(),
@@ -375,7 +375,7 @@ impl<S: Subject> World<S> {
                 }
                 let after = self.dice.between(1, self.mix.fault_us * 2);
                 self.plan(after, Happening::Fault);
-                self.misfortune()
+                self.inject_fault()
             }
             Happening::Later => {
                 if self.calm {
@@ -383,7 +383,7 @@ impl<S: Subject> World<S> {
                 }
                 let after = self.more.between(1, self.mix.later_us * 2);
                 self.plan(after, Happening::Later);
-                self.later_misfortune()
+                self.inject_later_fault()
             }
             Happening::Restart(i) => self.start(i),
             Happening::Continue(i, epoch) => {

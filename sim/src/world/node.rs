@@ -16,8 +16,6 @@ pub(super) struct Process<S> {
 pub(super) struct Node<S> {
     pub id: NodeId,
     pub acceptor: Option<AcceptorState>,
-    /// Those before the last write, which the file still holds.
-    pub older: Option<AcceptorState>,
     /// The whole log as this node would have it, also what it keeps only the sum of.
     pub log: Vec<Chosen>,
     /// The sum it starts from.
@@ -62,7 +60,6 @@ impl<S: Subject> World<S> {
         Node {
             id: name(index),
             acceptor: Some(first_register(index, genesis)),
-            older: None,
             log: vec![genesis.clone()],
             checkpoint: None,
             runs: BTreeMap::new(),
@@ -290,7 +287,7 @@ impl<S: Subject> World<S> {
     pub(super) fn written(&mut self, i: usize) -> Step {
         let node = &mut self.nodes[i];
         let Some(acceptor) = node.process.as_mut().and_then(|process| process.writing.take()) else { return Ok(()) };
-        node.older = node.acceptor.replace((*acceptor).clone());
+        node.acceptor.replace((*acceptor).clone());
         node.durable = node.log.len();
         let id = node.id.clone();
         self.trace.fold_bytes(&codec::encode(&*acceptor));

@@ -301,23 +301,6 @@ fn read_slots(bytes: &[u8]) -> [FileSlot; 2] {
     [0, 1].map(|slot| read_slot(&bytes[slot * SLOT_BYTES..][..SLOT_BYTES], slot))
 }
 
-/// Returns the bytes of the file after these two were written, the newer one last.
-pub fn image(older: &AcceptorState, newer: &AcceptorState) -> Vec<u8> {
-    let mut bytes = vec![0; SLOT_BYTES / SECTOR_BYTES * ROOM_BYTES];
-    bytes = [0, 1].map(|slot| sectors_of(0, slot, &bytes)).concat();
-    for (slot, acceptor) in [older, newer].into_iter().enumerate() {
-        let written = slot_bytes(slot as u64 + 1, slot, &codec::encode(acceptor), std::iter::empty());
-        bytes[slot * SLOT_BYTES..][..written.len()].copy_from_slice(&written);
-    }
-    bytes
-}
-
-/// Returns the promises that the bytes of a file hold; none when the newest may be lost. Panics on another length.
-pub fn promises(bytes: &[u8]) -> Option<AcceptorState> {
-    assert_eq!(bytes.len(), FILE_BYTES, "a register file never changes its length");
-    newest_promises(read_slots(bytes), |_, _| {}).map(|saved| saved.acceptor)
-}
-
 fn read_payload(payload: &[u8]) -> Result<(AcceptorState, Vec<Vec<u8>>), String> {
     let mut parts = parts(payload)?.into_iter();
     let acceptor = parts.next().ok_or("it has no register")?;
@@ -343,6 +326,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapters::conformance;
 
     #[test]
     fn the_bytes_of_format_5_stay() {
@@ -353,5 +337,42 @@ mod tests {
         let head = [&b"aviaryR\x05\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
         assert_eq!(bytes[..HEADER_BYTES], head);
         assert_eq!(bytes[HEADER_BYTES..][..17], *b"\x0d\0\0\0\x03\0\0\0abc\x02\0\0\0de");
+    }
+
+    /// Returns the bytes of the file after these two were written, the newer one last.
+    fn image(older: &AcceptorState, newer: &AcceptorState) -> Vec<u8> {
+        let mut bytes = vec![0; SLOT_BYTES / SECTOR_BYTES * ROOM_BYTES];
+        bytes = [0, 1].map(|slot| sectors_of(0, slot, &bytes)).concat();
+        for (slot, acceptor) in [older, newer].into_iter().enumerate() {
+            let written = slot_bytes(slot as u64 + 1, slot, &codec::encode(acceptor), std::iter::empty());
+            bytes[slot * SLOT_BYTES..][..written.len()].copy_from_slice(&written);
+        }
+        bytes
+    }
+
+    fn promises(bytes: &[u8]) -> Option<AcceptorState> {
+        newest_promises(read_slots(bytes), |_, _| {}).map(|saved| saved.acceptor)
+    }
+
+    #[test]
+    fn a_turned_bit_never_gives_other_promises_than_the_newest() {
+        let [older, newer] = [1, 2].map(|boot| conformance::acceptor(boot, 0));
+        let mut bytes = image(&older, &newer);
+        assert_eq!(promises(&bytes).as_ref(), Some(&newer));
+        let (mut lost, mut kept) = (0, 0);
+        for at in [0, SLOT_BYTES].into_iter().flat_map(|slot| slot..slot + 700) {
+            for bit in 0..8 {
+                bytes[at] ^= 1 << bit;
+                match promises(&bytes) {
+                    Some(found) => {
+                        assert_eq!(found, newer, "bit {bit} of byte {at}");
+                        kept += 1;
+                    }
+                    None => lost += 1,
+                }
+                bytes[at] ^= 1 << bit;
+            }
+        }
+        assert!(lost > 0 && kept > 0, "{lost} lost, {kept} kept");
     }
 }

@@ -164,7 +164,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 }
 
 /// Returns a record as it is stored: version, CRC-32C, value.
-pub fn encode_entry(chosen: &Chosen) -> Vec<u8> {
+pub(super) fn encode_entry(chosen: &Chosen) -> Vec<u8> {
     let body = codec::encode(chosen);
     let mut entry = Vec::with_capacity(5 + body.len());
     entry.push(ENTRY_VERSION);
@@ -174,7 +174,7 @@ pub fn encode_entry(chosen: &Chosen) -> Vec<u8> {
 }
 
 /// Returns the record that the bytes store, or what is wrong with them.
-pub fn decode_entry(entry: &[u8]) -> Result<Chosen, String> {
+pub(super) fn decode_entry(entry: &[u8]) -> Result<Chosen, String> {
     let (head, body) = entry.split_at_checked(5).ok_or_else(|| format!("its entry has {} bytes", entry.len()))?;
     if head[0] != ENTRY_VERSION {
         return Err(format!("its entry has version {}, expected {ENTRY_VERSION}", head[0]));

@@ -26,9 +26,7 @@ use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{AcceptorState, Chosen, Operation, Slot};
 use acceptor::{AcceptorFile, SLOT_BYTES, Saved, bytes_needed};
-pub use acceptor::{image, promises};
-use journal::{Chain, Journal, OpenFailure, SyncFailure, Syncer, speaks_of_content};
-pub use journal::{decode_entry, encode_entry};
+use journal::{Chain, Journal, OpenFailure, SyncFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
 pub use runs::DiskRuns;
 
 /// How long sled may take to open before its directory counts as broken.

@@ -1,6 +1,6 @@
-//! Seeded bugs: the real core behind a door that breaks one rule. A world that lets one of them live has no teeth.
+//! Seeded bugs: the real core behind a wrapper that breaks one rule. A world that misses one of them checks nothing.
 //!
-//! The bugs are in the door, not in the core: nothing of them is in the program that people run.
+//! The bugs are in the wrapper, not in the core: nothing of them is in the shipped program.
 
 use aviary_core::domain::ids::Incarnation;
 use aviary_core::domain::time::Now;
@@ -10,15 +10,31 @@ use aviary_core::protocol::record::{AcceptorState, Chosen};
 use aviary_core::protocol::{Core, Input, Observation, Output, View};
 use std::sync::Arc;
 
+#[cfg(test)]
+use crate::scripts::{self, Script};
 use crate::subject::{Setup, Subject};
-use crate::world::{Options, World};
+use crate::world::{Options, Violation, World};
 
 /// A seeded bug.
-pub struct Tooth {
+pub struct SeededBug {
     /// What is wrong.
     pub name: &'static str,
-    /// Runs one seed; returns the invariant that broke, and how.
-    run: fn(Options) -> Option<(&'static str, String)>,
+    /// The first seed that catches it.
+    pub pin: Pin,
+    /// Runs one seed.
+    run: fn(Options) -> Option<Violation>,
+    /// Plays an event script with it.
+    #[cfg(test)]
+    pub play: fn(&Script) -> Script,
+}
+
+/// What catches a seeded bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pin {
+    /// The seed.
+    pub seed: u64,
+    /// The rule that then breaks.
+    pub rule: &'static str,
 }
 
 const PROMISE: u8 = 0;
@@ -36,44 +52,67 @@ const REUSED: u8 = 11;
 const UNSYNCED: u8 = 12;
 const REPEATED: u8 = 13;
 
-/// All of them.
-pub const ALL: [Tooth; 14] = [
-    Tooth { name: "a promise is forgotten by a restart", run: run::<PROMISE> },
-    Tooth { name: "an accepted record is forgotten by a restart", run: run::<ACCEPT> },
-    Tooth { name: "a wiped voter votes", run: run::<WIPED> },
-    Tooth { name: "what votes tell of accepted records is ignored", run: run::<IGNORED> },
-    Tooth { name: "a promotion goes by majority, not unanimity", run: run::<MAJORITY> },
-    Tooth { name: "a log that lost its end is trusted", run: run::<SUFFIX> },
-    Tooth { name: "the lease is measured from the answer's receipt", run: run::<RECEIPT> },
-    Tooth { name: "a lease is granted whatever was accepted since", run: run::<GRANTED> },
-    Tooth { name: "a record is served and told before it is durable", run: run::<EARLY> },
-    Tooth { name: "a raise that was decided in doubt is served", run: run::<IN_DOUBT> },
-    Tooth { name: "evidence of an earlier step counts for this one", run: run::<STALE> },
-    Tooth { name: "a ballot is used again after a restart", run: run::<REUSED> },
-    Tooth { name: "a vote leaves before the write it promises", run: run::<UNSYNCED> },
-    Tooth { name: "the writes that were answered are forgotten", run: run::<REPEATED> },
+/// All of them, each with the first seed that catches it in a run of [`PINNED_MS`], and the rule that it breaks there. A
+/// change that draws differently moves them: `sim --seeded-bugs --search` finds the new ones.
+pub const ALL: [SeededBug; 14] = [
+    bug::<PROMISE>("a promise is forgotten by a restart", 1, "I6 promises"),
+    bug::<ACCEPT>("an accepted record is forgotten by a restart", 2, "I10/I12 writes"),
+    bug::<WIPED>("a wiped voter votes", 1, "I6 promises"),
+    bug::<IGNORED>("what votes tell of accepted records is ignored", 1, "I10/I12 writes"),
+    bug::<MAJORITY>("a promotion goes by majority, not unanimity", 2, "I3 unanimity"),
+    bug::<SUFFIX>("a log that lost its end is trusted", 3, "I6 promises"),
+    bug::<RECEIPT>("the lease is measured from the answer's receipt", 233, "I9 enforcement"),
+    bug::<GRANTED>("a lease is granted whatever was accepted since", 21, "I9 enforcement"),
+    bug::<EARLY>("a record is served and told before it is durable", 1, "I10/I12 writes"),
+    bug::<IN_DOUBT>("a raise that was decided in doubt is served", 1, "I1 agreement"),
+    bug::<STALE>("evidence of an earlier step counts for this one", 0, BY_SCRIPT),
+    bug::<REUSED>("a ballot is used again after a restart", 2, "I13 ballots"),
+    bug::<UNSYNCED>("a vote leaves before the write it promises", 1, "I10/I12 writes"),
+    bug::<REPEATED>("the writes that were answered are forgotten", 1, "I6 promises"),
 ];
 
-fn run<const BUG: u8>(options: Options) -> Option<(&'static str, String)> {
-    World::<Toothed<BUG>>::new(options).run().err().map(|violation| (violation.invariant, violation.what))
+/// In the place of a rule: random runs seldom meet it, and the event script that names it catches it instead.
+pub const BY_SCRIPT: &str = "script";
+
+/// Length of the faulty part of a pinned run, in virtual milliseconds.
+pub const PINNED_MS: u64 = 60_000;
+
+const fn bug<const BUG: u8>(name: &'static str, seed: u64, rule: &'static str) -> SeededBug {
+    SeededBug {
+        name,
+        pin: Pin { seed, rule },
+        run: run::<BUG>,
+        #[cfg(test)]
+        play: scripts::play::<Bent<BUG>>,
+    }
 }
 
-impl Tooth {
-    /// Runs seeds until the bug is caught; returns how many that took, and what broke.
-    pub fn hunt(&self, options: Options, budget: u64) -> Option<(u64, &'static str, String)> {
-        (1..=budget).find_map(|seed| (self.run)(Options { seed, ..options }).map(|(name, what)| (seed, name, what)))
+fn run<const BUG: u8>(options: Options) -> Option<Violation> {
+    World::<Bent<BUG>>::new(options).run().err()
+}
+
+impl SeededBug {
+    /// Runs the pinned seed; returns what broke.
+    pub fn run_pinned(&self, options: Options) -> Option<Violation> {
+        (self.run)(Options { seed: self.pin.seed, ms: PINNED_MS, ..options })
+    }
+
+    /// Runs seeds from 1 on until the bug is caught; returns that seed, and what broke.
+    pub fn search(&self, options: Options, seeds_max: u64) -> Option<(u64, Violation)> {
+        let found = |seed| Some((seed, (self.run)(Options { seed, ms: PINNED_MS, ..options })?));
+        (1..=seeds_max).find_map(found)
     }
 }
 
 /// The real core, with one rule broken on the way in or out.
-struct Toothed<const BUG: u8> {
+struct Bent<const BUG: u8> {
     core: Core,
     view: Option<Arc<View>>,
     /// The traffic it saw last.
     seen: Vec<Observation>,
 }
 
-impl<const BUG: u8> Subject for Toothed<BUG> {
+impl<const BUG: u8> Subject for Bent<BUG> {
     fn start(
         setup: Setup,
         acceptor: Option<AcceptorState>,
@@ -118,9 +157,9 @@ impl<const BUG: u8> Subject for Toothed<BUG> {
             (_, acceptor) => acceptor,
         };
         let (core, outputs) = <Core as Subject>::start(setup, acceptor, ledger, log, now);
-        let mut toothed = Self { core, view: None, seen: Vec::new() };
-        let outputs = toothed.bend(now, outputs);
-        (toothed, outputs)
+        let mut bent = Self { core, view: None, seen: Vec::new() };
+        let outputs = bent.bend(now, outputs);
+        (bent, outputs)
     }
 
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output> {
@@ -130,7 +169,7 @@ impl<const BUG: u8> Subject for Toothed<BUG> {
     }
 }
 
-impl<const BUG: u8> Toothed<BUG> {
+impl<const BUG: u8> Bent<BUG> {
     fn bend_input(&mut self, mut input: Input) -> Input {
         if let (STALE, Input::Telemetry(observations)) = (BUG, &mut input) {
             self.add_stale(observations);
@@ -164,7 +203,8 @@ impl<const BUG: u8> Toothed<BUG> {
         let Some(view) = &self.view else { return };
         let now = |seen: &Observation| {
             let routing_version = view.services.get(&seen.service)?.service.routing.version;
-            (routing_version == seen.routing_version + 1).then(|| Observation { routing_version, ..seen.clone() })
+            (seen.routing_version.checked_add(1) == Some(routing_version))
+                .then(|| Observation { routing_version, ..seen.clone() })
         };
         let stale: Vec<_> = self.seen.iter().filter_map(now).collect();
         self.seen.extend(observations.iter().cloned());
@@ -205,10 +245,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_door_alone_breaks_nothing() {
+    fn the_wrapper_alone_breaks_nothing() {
         const NONE: u8 = 255;
         let options = Options { ms: 5_000, ..Options::of(3) };
-        let outcome = World::<Toothed<NONE>>::new(options).run();
+        let outcome = World::<Bent<NONE>>::new(options).run();
         assert!(outcome.is_ok(), "{:?}", outcome.err());
     }
 }

@@ -1,6 +1,6 @@
-//! Seeded bugs: the real router behind a broker or hooks that break one rule. A world that lets one of them live has no teeth.
+//! Seeded bugs: the real router behind a broker or hooks that break one rule. A world that misses one of them checks nothing.
 //!
-//! The bugs are in the door, not in the router: nothing of them is in the program that people run.
+//! The bugs are in the wrapper, not in the router: nothing of them is in the shipped program.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Rec
 use aviary_core::domain::course::HookCall;
 use aviary_core::domain::split::Side;
 
-use super::door::{Hand, RouterDoor};
+use super::faulty::{FaultyHooks, RouterDoor};
 use super::life;
 use super::world::Shared;
 
@@ -43,43 +43,44 @@ pub enum Bug {
     Sought,
 }
 
-/// All of them, in words.
-pub const ALL: [(Bug, &str); 13] = [
-    (Bug::Outside, "places are committed outside of the records' transaction"),
-    (Bug::Done, "a commit that failed is taken as done"),
-    (Bug::Again, "a commit that may have been done is done again"),
-    (Bug::Short, "the last record of a transaction isn't told"),
-    (Bug::Written, "what is written is taken as read"),
-    (Bug::Unfenced, "an older router isn't fenced"),
-    (Bug::Uncommitted, "records that aren't committed are copied"),
-    (Bug::Reclaimed, "what was reclaimed stays the canary's"),
-    (Bug::Began, "the router begins after the first unread record"),
-    (Bug::Returned, "the winner begins before the router's place"),
-    (Bug::Members, "a group that has members is taken as empty"),
-    (Bug::Hook, "a hook that failed is taken as done"),
-    (Bug::Sought, "the router goes on reading where it was, not at its place"),
+/// All of them, in words, each with the first seed that catches it. A change that draws differently moves them:
+/// `sim-router --seeded-bugs --search` finds the new ones.
+pub const ALL: [(Bug, &str, u64); 13] = [
+    (Bug::Outside, "places are committed outside of the records' transaction", 6),
+    (Bug::Done, "a commit that failed is taken as done", 2),
+    (Bug::Again, "a commit that may have been done is done again", 2),
+    (Bug::Short, "the last record of a transaction isn't told", 8),
+    (Bug::Written, "what is written is taken as read", 1),
+    (Bug::Unfenced, "an older router isn't fenced", 1),
+    (Bug::Uncommitted, "records that aren't committed are copied", 1),
+    (Bug::Reclaimed, "what was reclaimed stays the canary's", 10),
+    (Bug::Began, "the router begins after the first unread record", 2),
+    (Bug::Returned, "the winner begins before the router's place", 2),
+    (Bug::Members, "a group that has members is taken as empty", 2),
+    (Bug::Hook, "a hook that failed is taken as done", 15),
+    (Bug::Sought, "the router goes on reading where it was, not at its place", 2),
 ];
 
-/// Runs seeds until the bug is caught; returns the seed, and what broke.
-pub fn hunt(bug: Bug, budget: u64) -> Option<(u64, String)> {
-    (1..=budget).find_map(|seed| life::run(seed, Some(bug), false, false).violation.map(|what| (seed, what)))
+/// Runs seeds from 1 on until the bug is caught; returns the seed, and what broke.
+pub fn search(bug: Bug, seeds_max: u64) -> Option<(u64, String)> {
+    (1..=seeds_max).find_map(|seed| life::run(seed, Some(bug), false, false).violation.map(|what| (seed, what)))
 }
 
 /// Returns what a router reaches the world by.
-pub fn door(shared: &Shared, who: usize, partitions: usize, bug: Option<Bug>) -> (Box<dyn Broker>, Box<dyn Hooks>) {
-    let door = RouterDoor::new(shared, who, partitions);
-    let hand = Hand { world: shared.clone(), who };
+pub fn ports(shared: &Shared, who: usize, partitions: usize, bug: Option<Bug>) -> (Box<dyn Broker>, Box<dyn Hooks>) {
+    let broker = RouterDoor::new(shared, who, partitions);
+    let hand = FaultyHooks { world: shared.clone(), who };
     match bug {
-        None => (Box::new(door), Box::new(hand)),
+        None => (Box::new(broker), Box::new(hand)),
         Some(bug) => {
-            let bent = Bent { door, bug, copied: Vec::new(), partitions, sought: false };
-            (Box::new(bent), Box::new(BentHand { hand, bug }))
+            let bent = BentBroker { broker, bug, copied: Vec::new(), partitions, sought: false };
+            (Box::new(bent), Box::new(BentHooks { hand, bug }))
         }
     }
 }
 
-struct Bent {
-    door: RouterDoor,
+struct BentBroker {
+    broker: RouterDoor,
     bug: Bug,
     partitions: usize,
     /// Records copied since the last commit: partition, offset, and who got them.
@@ -87,21 +88,21 @@ struct Bent {
     sought: bool,
 }
 
-impl Bent {
+impl BentBroker {
     /// Copies the same records again, and commits.
     fn again(&mut self, commit: &Commit) -> Result<(), OutsideError> {
-        self.door.open()?;
+        self.broker.open()?;
         if let Some((_, first, _)) = self.copied.first() {
             let mut next = vec![*first; self.partitions];
             for (partition, offset, _) in self.copied.iter().rev() {
                 next[*partition] = *offset;
             }
             let of = |partition: usize| self.copied.iter().filter(move |(other, ..)| *other == partition);
-            self.door.seek(&next)?;
+            self.broker.seek(&next)?;
             let mut left: Vec<_> = (0..self.partitions).map(|partition| of(partition).count()).collect();
             for _ in 0..50 {
                 let held: Vec<_> = left.iter().map(|left| *left == 0).collect();
-                self.door.copy(Duration::ZERO, 1, &held, &mut |record| {
+                self.broker.copy(Duration::ZERO, 1, &held, &mut |record| {
                     left[record.partition] -= 1;
                     let same =
                         self.copied.iter().find(|(at, offset, _)| (*at, *offset) == (record.partition, record.offset));
@@ -109,24 +110,24 @@ impl Bent {
                 })?;
             }
         }
-        self.door.commit(commit)
+        self.broker.commit(commit)
     }
 }
 
-impl Broker for Bent {
+impl Broker for BentBroker {
     fn open(&mut self) -> Result<Opened, OutsideError> {
         self.copied.clear();
-        self.door.open()
+        self.broker.open()
     }
 
     fn entries(&mut self) -> Result<Vec<String>, OutsideError> {
-        self.door.entries()
+        self.broker.entries()
     }
 
     fn seek(&mut self, next: &[i64]) -> Result<(), OutsideError> {
         match self.bug == Bug::Sought && std::mem::replace(&mut self.sought, true) {
             true => Ok(()),
-            false => self.door.seek(next),
+            false => self.broker.seek(next),
         }
     }
 
@@ -138,7 +139,7 @@ impl Broker for Bent {
         assign: &mut dyn FnMut(SourceRecord<'_>) -> Assignment,
     ) -> Result<usize, OutsideError> {
         let copied = &mut self.copied;
-        self.door.copy(wait, most, held, &mut |record| {
+        self.broker.copy(wait, most, held, &mut |record| {
             let stamp = assign(record);
             copied.push((record.partition, record.offset, stamp));
             stamp
@@ -153,11 +154,11 @@ impl Broker for Bent {
         most: usize,
         weight_version: u64,
     ) -> Result<Reclaimed, OutsideError> {
-        self.door.reclaim(partition, from, until, most, weight_version)
+        self.broker.reclaim(partition, from, until, most, weight_version)
     }
 
     fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError> {
-        let mut written = self.door.flush()?;
+        let mut written = self.broker.flush()?;
         if self.bug == Bug::Short {
             for last in written.iter_mut().flatten() {
                 *last = last.map(|last| last - 1);
@@ -169,7 +170,7 @@ impl Broker for Bent {
     fn commit(&mut self, commit: &Commit) -> Result<(), OutsideError> {
         let mut commit = commit.clone();
         match self.bug {
-            Bug::Outside if !self.copied.is_empty() => self.door.commit(&Commit::default())?,
+            Bug::Outside if !self.copied.is_empty() => self.broker.commit(&Commit::default())?,
             Bug::Reclaimed => commit.groups.retain(|(side, topic, next)| {
                 (*side, *topic) != (Side::Canary, Topic::Of(Side::Canary)) || next.iter().all(|(_, next)| *next == 0)
             }),
@@ -179,9 +180,9 @@ impl Broker for Bent {
             }
             _ => {}
         }
-        let result = self.door.commit(&commit);
+        let result = self.broker.commit(&commit);
         let result = match (self.bug, result) {
-            (Bug::Done, Err(_)) => self.door.open().map(drop),
+            (Bug::Done, Err(_)) => self.broker.open().map(drop),
             (Bug::Again, Err(_)) => self.again(&commit),
             (_, result) => result,
         };
@@ -190,15 +191,15 @@ impl Broker for Bent {
     }
 
     fn members(&mut self, side: Side) -> Result<usize, OutsideError> {
-        let members = self.door.members(side)?;
+        let members = self.broker.members(side)?;
         Ok(if self.bug == Bug::Members { 0 } else { members })
     }
 
     fn reads(&mut self, side: Side, topic: Topic) -> Result<Vec<Option<i64>>, OutsideError> {
-        let mut next = self.door.reads(side, topic)?;
+        let mut next = self.broker.reads(side, topic)?;
         match (self.bug, topic) {
             (Bug::Written, Topic::Of(_)) => {
-                next = self.door.bounds(topic)?.iter().map(|(_, high)| Some(*high)).collect();
+                next = self.broker.bounds(topic)?.iter().map(|(_, high)| Some(*high)).collect();
             }
             (Bug::Began, Topic::Source) => next.iter_mut().flatten().for_each(|next| *next += 1),
             _ => {}
@@ -207,16 +208,16 @@ impl Broker for Bent {
     }
 
     fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {
-        self.door.bounds(topic)
+        self.broker.bounds(topic)
     }
 }
 
-struct BentHand {
-    hand: Hand,
+struct BentHooks {
+    hand: FaultyHooks,
     bug: Bug,
 }
 
-impl Hooks for BentHand {
+impl Hooks for BentHooks {
     fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
         match (self.bug, self.hand.call(call, side, topic, number)) {
             (Bug::Hook, Err(_)) => Ok(()),

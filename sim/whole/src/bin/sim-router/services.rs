@@ -8,7 +8,7 @@ use aviary_core::domain::split::Side;
 
 use super::broker::Broker;
 use super::truth::RouterTruth;
-use crate::dice::Dice;
+use sim::dice::Dice;
 
 /// A service as the reader of one topic.
 pub struct SimulatedService {

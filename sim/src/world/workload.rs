@@ -1,9 +1,9 @@
-//! People and their traffic: operators with whims, users whose requests fail or not.
+//! The workload: operators with whims, users whose requests fail or not.
 
 use super::*;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Mood {
+pub(super) enum Profile {
     Healthy,
     Errors,
     Slow,
@@ -22,21 +22,21 @@ impl<S: Subject> World<S> {
             let mut observations = Vec::new();
             for (service, shown) in &view.services {
                 let index = self.services.iter().position(|s| s == service).unwrap_or(0);
-                let mood = self.moods[index];
-                if mood == Mood::Silent {
+                let profile = self.profiles[index];
+                if profile == Profile::Silent {
                     continue;
                 }
                 let bp = u64::from(self.nodes[i].effective_bp(self.now, &shown.serving));
                 let mut evidence = Evidence::default();
                 for _ in 0..self.dice.between(10, 30) {
                     let canary = self.dice.chance(bp);
-                    let bad = match mood {
-                        Mood::Errors => canary,
-                        Mood::OneNode(node) => canary && node == i,
-                        Mood::AllFail => true,
+                    let bad = match profile {
+                        Profile::Errors => canary,
+                        Profile::OneNode(node) => canary && node == i,
+                        Profile::AllFail => true,
                         _ => false,
                     };
-                    let latency_us = if canary && mood == Mood::Slow { 900_000 } else { 5_000 };
+                    let latency_us = if canary && profile == Profile::Slow { 900_000 } else { 5_000 };
                     let stats: &mut Stats = if canary { &mut evidence.canary } else { &mut evidence.stable };
                     stats.record(latency_us, bad);
                 }

@@ -5,7 +5,7 @@ use aviary_core::domain::course::{HookCall, RouterPhase};
 use aviary_core::domain::split::Side;
 
 use super::RouterWorld;
-use crate::dice::Dice;
+use sim::dice::Dice;
 
 /// How often a hook call is overtaken, where it may be, in 1/10 000.
 const LATE: u64 = 2_000;

@@ -9,7 +9,7 @@ use aviary_core::domain::course::RouterPhase;
 use aviary_core::domain::split::Side;
 
 use super::coverage::RouterCoverage;
-use super::teeth::{self, Bug};
+use super::seeded_bugs::{self, Bug};
 use super::truth::KnownRecord;
 use super::world::{Router, RouterWorld, Shared, lock};
 
@@ -98,7 +98,7 @@ fn start(shared: &Shared) -> usize {
         world.say(format!("router {who} is started"));
         (who, world.bug, world.plan, world.partitions())
     };
-    let (broker, hooks) = teeth::door(shared, who, partitions, bug);
+    let (broker, hooks) = seeded_bugs::ports(shared, who, partitions, bug);
     lock(shared).routers[who].engine = Some(Engine::new(broker, hooks, plan));
     who
 }

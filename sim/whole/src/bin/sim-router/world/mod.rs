@@ -10,17 +10,17 @@ use aviary_core::domain::split::Side;
 use aviary_core::domain::weights::Weight;
 
 mod faults;
-mod people;
+mod workload;
 
 pub use faults::Fault;
 use faults::Rates;
-use people::KEYS;
+use workload::KEYS;
 
 use super::broker::Broker;
+use super::seeded_bugs::Bug;
 use super::services::SimulatedService;
-use super::teeth::Bug;
 use super::truth::{KnownRecord, RouterTruth};
-use crate::dice::Dice;
+use sim::dice::Dice;
 
 /// The world, as its routers reach it.
 pub type Shared = Arc<Mutex<RouterWorld>>;

@@ -1,6 +1,6 @@
 //! The broker that routers share: topics, groups, and producers of which only the newest can write.
 //!
-//! Nothing goes wrong in here: faults are the door's (`door`).
+//! Nothing goes wrong in here: faults are what is between it and a router (`faulty`).
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use aviary::ports::{Assignment, Commit, Opened, OutsideError, Place, SourceRecor
 use aviary_core::domain::split::Side;
 
 use super::log::{Fate, Log};
-use crate::dice::Dice;
+use sim::dice::Dice;
 
 /// A record of a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,9 +11,10 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use turmoil::net::TcpStream;
 
-use super::house::{API, DATA};
-use super::{LEASE_MS, NAMES, Town};
-use crate::dice::Dice;
+use crate::cluster::{Cluster, LEASE_MS, NAMES};
+use crate::host::{API, DATA};
+use crate::trace::SharedTrace;
+use sim::dice::Dice;
 
 /// A change that was asked for, and what came of it.
 #[derive(Debug, Clone)]
@@ -57,6 +58,7 @@ fn now() -> u64 {
 
 /// Sends one request; none without an answer in time.
 async fn call(
+    trace: &SharedTrace,
     node: &str,
     port: u16,
     path: &str,
@@ -78,16 +80,20 @@ async fn call(
         connection.abort();
         Some((head.status.as_u16(), head.headers, body))
     };
-    tokio::time::timeout(PATIENCE, exchange).await.ok().flatten()
+    trace.add(node, "asked", body.as_bytes(), || format!("{port} {path} {key:?}"));
+    let answer = tokio::time::timeout(PATIENCE, exchange).await.ok().flatten();
+    let (status, said) = answer.as_ref().map_or((0, &[][..]), |(status, _, body)| (*status, &body[..]));
+    trace.add(node, "answers", said, || format!("{status} {}", String::from_utf8_lossy(said)));
+    answer
 }
 
-async fn change(node: &str, verb: &'static str, key: &str) -> ProbeAnswer {
+async fn change(trace: &SharedTrace, node: &str, verb: &'static str, key: &str) -> ProbeAnswer {
     let (path, body) = match verb {
         "apply" => ("/v1/rollouts".to_string(), ROLLOUT),
         verb => (format!("/v1/rollouts/svc/{verb}"), "{}"),
     };
     let asked = now();
-    let answer = call(node, API, &path, Some(key), body).await;
+    let answer = call(trace, node, API, &path, Some(key), body).await;
     let json: Value = answer.as_ref().and_then(|(_, _, body)| serde_json::from_slice(body).ok()).unwrap_or_default();
     let status = answer.map_or(0, |(status, ..)| status);
     let word = json["status"].as_str().map_or_else(|| status.to_string(), Into::into);
@@ -96,30 +102,30 @@ async fn change(node: &str, verb: &'static str, key: &str) -> ProbeAnswer {
 }
 
 /// Changes things at random until it is quiet.
-pub async fn operate(town: Town) -> turmoil::Result {
-    let mut dice = Dice::new(town.seed ^ 0x6f70);
+pub async fn operate(cluster: Cluster) -> turmoil::Result {
+    let mut dice = Dice::new(cluster.seed ^ 0x6f70);
     tokio::time::sleep(Duration::from_millis(600)).await;
     let (mut number, mut begun) = (0, false);
-    while !town.quiet.load(Ordering::Relaxed) {
+    while !cluster.quiet.load(Ordering::Relaxed) {
         number += 1;
         let verbs = ["apply", "apply", "retry", "promote", "abort", "pause", "resume", "abort", "retry"];
         let verb = if begun { *dice.pick::<&'static str>(&verbs) } else { "apply" };
-        let answered = change(NAMES[dice.below(3)], verb, &format!("k{number}")).await;
+        let answered = change(&cluster.trace, NAMES[dice.below(3)], verb, &format!("k{number}")).await;
         begun |= answered.word == "COMMITTED";
-        town.answered.lock().expect("nobody panics with it").push(answered);
+        cluster.answered.lock().expect("nobody panics with it").push(answered);
         tokio::time::sleep(Duration::from_millis(dice.between(10, 700))).await;
     }
     Ok(())
 }
 
 /// Asks all nodes for predictions until the judge is done.
-pub async fn use_it(town: Town) -> turmoil::Result {
-    let mut dice = Dice::new(town.seed ^ 0x7573);
-    while !town.judged.load(Ordering::Relaxed) {
+pub async fn use_it(cluster: Cluster) -> turmoil::Result {
+    let mut dice = Dice::new(cluster.seed ^ 0x7573);
+    while !cluster.judged.load(Ordering::Relaxed) {
         let node = NAMES[dice.below(3)];
-        if let Some((200, headers, _)) = call(node, DATA, "/predict", None, "{}").await {
+        if let Some((200, headers, _)) = call(&cluster.trace, node, DATA, "/predict", None, "{}").await {
             let version = headers.get("x-served-by").and_then(|value| value.to_str().ok()).unwrap_or("").to_string();
-            town.served.lock().expect("nobody panics with it").push(ServedAnswer { at: now(), version });
+            cluster.served.lock().expect("nobody panics with it").push(ServedAnswer { at: now(), version });
         }
         tokio::time::sleep(Duration::from_millis(dice.between(5, 40))).await;
     }
@@ -127,22 +133,22 @@ pub async fn use_it(town: Town) -> turmoil::Result {
 }
 
 /// Asks for everything again: what was told stays so, on every node; and a rollback and a start are decided in time.
-pub async fn judge(town: Town) -> turmoil::Result {
-    let answered = town.answered.lock().expect("nobody panics with it").clone();
+pub async fn judge(cluster: Cluster) -> turmoil::Result {
+    let answered = cluster.answered.lock().expect("nobody panics with it").clone();
     for (n, before) in answered.iter().filter(|answer| answer.decided()).enumerate() {
-        let again = change(NAMES[n % 3], before.verb, &before.key).await;
+        let again = change(&cluster.trace, NAMES[n % 3], before.verb, &before.key).await;
         if (&again.word, again.slot) != (&before.word, before.slot) {
             return Err(format!("I5: told {before:?}, later {again:?}").into());
         }
     }
     // Whatever is going on ends here; the answers say that nobody's permission was needed, or that nothing goes on.
-    let apply = change("a", "apply", "judge-apply").await;
+    let apply = change(&cluster.trace, "a", "apply", "judge-apply").await;
     // Each asks another node, which may hear of the one before a little later.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let retry = change("a", "retry", "judge-retry").await;
+    let retry = change(&cluster.trace, "a", "retry", "judge-retry").await;
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let abort = change("b", "abort", "judge-abort").await;
-    town.answered.lock().expect("nobody panics with it").extend([apply.clone(), retry.clone(), abort.clone()]);
+    let abort = change(&cluster.trace, "b", "abort", "judge-abort").await;
+    cluster.answered.lock().expect("nobody panics with it").extend([apply.clone(), retry.clone(), abort.clone()]);
     let over = abort.why.contains("expected one in progress");
     if !(["COMMITTED", "UNCHANGED"].contains(&abort.word.as_str()) || over) || abort.told - abort.asked > 3_500 {
         return Err(format!(
@@ -152,13 +158,13 @@ pub async fn judge(town: Town) -> turmoil::Result {
     }
     let mut states = Vec::new();
     for node in NAMES {
-        let stream = call(node, API, "/v1/rollouts/svc/abort", Some("judge-abort"), "{}").await;
+        let stream = call(&cluster.trace, node, API, "/v1/rollouts/svc/abort", Some("judge-abort"), "{}").await;
         states.push(stream.map(|(status, _, body)| (status, String::from_utf8_lossy(&body).into_owned())));
     }
     if states.iter().any(Option::is_none) {
         return Err(format!("liveness: a healed node doesn't answer: {states:?}").into());
     }
-    town.judged.store(true, Ordering::Relaxed);
+    cluster.judged.store(true, Ordering::Relaxed);
     Ok(())
 }
 

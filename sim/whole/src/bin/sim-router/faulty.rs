@@ -169,14 +169,14 @@ impl Broker for RouterDoor {
 }
 
 /// A router's hooks.
-pub struct Hand {
+pub struct FaultyHooks {
     /// Where the services are.
     pub world: Shared,
     /// Which router it is.
     pub who: usize,
 }
 
-impl Hooks for Hand {
+impl Hooks for FaultyHooks {
     fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError> {
         let late = lock(&self.world).late;
         if late {

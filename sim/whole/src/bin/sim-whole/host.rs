@@ -19,9 +19,10 @@ use aviary_core::protocol::{Retention, Settings, Timings};
 use tokio_util::sync::CancellationToken;
 use turmoil::net::{TcpListener, TcpStream};
 
-use super::{NAMES, Town};
-use crate::dice::Dice;
-use crate::world::{first_register, genesis_of};
+use crate::cluster::{Cluster, NAMES};
+use crate::trace::{SharedTrace, Traced};
+use sim::dice::Dice;
+use sim::{first_register, genesis_of};
 
 /// Ports, the same on each host.
 pub const DATA: u16 = 8080;
@@ -43,12 +44,12 @@ pub fn log_of(disk: &MemoryStore) -> Vec<(Slot, Hash)> {
 }
 
 /// One life of a node's process: begins with what its disk kept, and ends only by an error.
-pub async fn live(i: usize, town: Town) -> turmoil::Result {
+pub async fn live(i: usize, cluster: Cluster) -> turmoil::Result {
     let elapsed = turmoil::sim_elapsed().unwrap_or_default().as_micros() as u64;
-    let mut dice = Dice::new(town.seed ^ elapsed.rotate_left(17) ^ i as u64);
+    let mut dice = Dice::new(cluster.seed ^ elapsed.rotate_left(17) ^ i as u64);
     // What was appended and not synced is there in part, or not at all.
     let store = {
-        let mut disk = town.disks[i].lock().expect("nobody panics with it");
+        let mut disk = cluster.disks[i].lock().expect("nobody panics with it");
         let kept = disk.survivors(dice.below(4));
         *disk = MemoryStore::of(kept);
         disk.clone()
@@ -75,10 +76,10 @@ pub async fn live(i: usize, town: Town) -> turmoil::Result {
         ledger,
         runs: Box::new(store.clone()),
         store: Box::new(store),
-        network: Arc::new(Simulated),
+        network: Arc::new(Simulated { host: NAMES[i], trace: cluster.trace.clone() }),
         listen: format!("0.0.0.0:{CONTROL}"),
         peers,
-        versions: town.versions[i],
+        versions: cluster.versions[i],
         clock: Arc::new(SimulatedClock),
         failpoint: None,
     };
@@ -93,12 +94,12 @@ pub async fn live(i: usize, town: Town) -> turmoil::Result {
         requests_max: 500,
         ..ProxySettings::default()
     };
-    let data = Door(TcpListener::bind(("0.0.0.0", DATA)).await?);
+    let data = HttpListener(TcpListener::bind(("0.0.0.0", DATA)).await?);
     tokio::task::spawn_local(proxy::serve_here(data, handle.clone(), settings, shutdown.clone()));
-    let door = Door(TcpListener::bind(("0.0.0.0", API)).await?);
+    let listener = HttpListener(TcpListener::bind(("0.0.0.0", API)).await?);
     // Nobody forwards: any node may decide, and the network between operators and nodes is not the one that is cut.
     let state = ApiState::new(handle, BTreeMap::new(), None, api::metrics::install(), shutdown);
-    tokio::spawn(api::serve(door, state));
+    tokio::spawn(api::serve(listener, state));
     match body.await {
         Ok(outcome) => Err(format!("node {} ended: {outcome:?}", NAMES[i]).into()),
         Err(panic) => Err(format!("node {} broke an invariant: {panic}", NAMES[i]).into()),
@@ -116,43 +117,60 @@ impl Clock for SimulatedClock {
     }
 }
 
-/// turmoil's TCP between the nodes.
-struct Simulated;
+/// turmoil's TCP between the nodes, from one host.
+struct Simulated {
+    host: &'static str,
+    trace: SharedTrace,
+}
+
+impl Simulated {
+    fn connection(&self, stream: TcpStream, address: String) -> Connection {
+        let stream = Traced::new(stream, self.trace.clone(), self.host);
+        Connection { stream: Box::new(stream), peer: None, address }
+    }
+}
 
 impl Network for Simulated {
     fn connect<'a>(&'a self, _: &'a NodeId, address: &'a str) -> Later<'a, io::Result<Connection>> {
         Box::pin(async move {
             let stream = TcpStream::connect(address).await?;
-            Ok(Connection { stream: Box::new(stream), peer: None, address: address.into() })
+            Ok(self.connection(stream, address.into()))
         })
     }
 
     fn listen<'a>(&'a self, address: &'a str) -> Later<'a, io::Result<Box<dyn Listener>>> {
-        Box::pin(async move { Ok(Box::new(Control(TcpListener::bind(address).await?)) as Box<dyn Listener>) })
+        Box::pin(async move {
+            let listener = TcpListener::bind(address).await?;
+            let network = Self { host: self.host, trace: self.trace.clone() };
+            Ok(Box::new(Control { listener, network }) as Box<dyn Listener>)
+        })
     }
 }
 
-struct Control(TcpListener);
+struct Control {
+    listener: TcpListener,
+    network: Simulated,
+}
 
 impl Listener for Control {
     fn accept(&mut self) -> Later<'_, io::Result<Later<'static, io::Result<Connection>>>> {
         Box::pin(async move {
-            let (stream, from) = self.0.accept().await?;
-            let handshake =
-                async move { Ok(Connection { stream: Box::new(stream), peer: None, address: from.to_string() }) };
+            let (stream, from) = self.listener.accept().await?;
+            let connection = self.network.connection(stream, from.to_string());
+            let handshake = async move { Ok(connection) };
             Ok(Box::pin(handshake) as Later<'static, io::Result<Connection>>)
         })
     }
 
     fn address(&self) -> io::Result<String> {
-        Ok(self.0.local_addr()?.to_string())
+        Ok(self.listener.local_addr()?.to_string())
     }
 }
 
 /// An HTTP port.
-struct Door(TcpListener);
+struct HttpListener(TcpListener);
 
-impl Accept for Door {
+impl Accept for HttpListener {
     type Stream = TcpStream;
 
     async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr)> {
