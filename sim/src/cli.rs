@@ -212,7 +212,7 @@ fn run(arguments: &Arguments, seeds: std::ops::Range<u64>, options: Options) -> 
     }
     let (real, virtual_s) = (started.elapsed().as_secs_f64(), total.us as f64 / 1e6);
     println!(
-        "{count} seeds in {real:.1} s ({:.1} seeds/s, {:.0}x real time): {} slots, {} raises ({} unarmed), {} crashes, {} wipes, {} installs, {} steps with canary traffic",
+        "{count} seeds in {real:.1} s ({:.1} seeds/s, {:.0}x real time): {} slots, {} increases ({} in doubt), {} crashes, {} wipes, {} installs, {} steps with canary traffic",
         count as f64 / real,
         virtual_s / real,
         total.slots,

@@ -14,7 +14,7 @@ const POINTS: [&str; 4] = ["PREPARE", "PROPOSE", "CHOSEN", "append"];
 const OTHER_POINTS: [&str; 6] = ["vote", "accept", "refusal", "persist", "publish", "reply"];
 const ROLES: [&str; 2] = ["coordinator", "participant"];
 const KINDS: [&str; 12] = [
-    "Start", "Promote", "Rollback", "Pause", "Resume", "Revert", "Abort", "Bench", "Unbench", "Readmit", "Add",
+    "Start", "Promote", "Rollback", "Pause", "Resume", "Revert", "Refused", "Cordon", "Uncordon", "Readmit", "Add",
     "Remove",
 ];
 /// How many moments there are.
@@ -35,13 +35,13 @@ const EVENTS: [&str; 22] = [
     "voted yes",
     "voted no",
     "abstained",
-    "braked",
+    "local_hold",
     "lease lost",
     "rollback enforced",
     "coordinator changed",
     "log rebuilt",
     "checkpoint taken over",
-    "raise chosen in doubt",
+    "increase chosen in doubt",
     "old ballot refused",
     "bit flipped",
 ];
@@ -109,7 +109,7 @@ impl Coverage {
             Event::Voted { vote, .. } if vote == "yes" => self.event("voted yes"),
             Event::Voted { vote, .. } if vote == "no" => self.event("voted no"),
             Event::Voted { .. } => self.event("abstained"),
-            Event::LocalHold { .. } => self.event("braked"),
+            Event::LocalHold { .. } => self.event("local_hold"),
             Event::Lease { held: false } => self.event("lease lost"),
             Event::Enforced { .. } => self.event("rollback enforced"),
             Event::Coordinator { .. } => self.event("coordinator changed"),

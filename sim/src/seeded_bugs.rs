@@ -64,7 +64,7 @@ pub const ALL: [SeededBug; 14] = [
     bug::<RECEIPT>("the lease is measured from the answer's receipt", 233, "I9 enforcement"),
     bug::<GRANTED>("a lease is granted whatever was accepted since", 21, "I9 enforcement"),
     bug::<EARLY>("a record is served and told before it is durable", 1, "I10/I12 writes"),
-    bug::<IN_DOUBT>("a raise that was decided in doubt is served", 1, "I1 agreement"),
+    bug::<IN_DOUBT>("an increase that was decided in doubt is served", 1, "I1 agreement"),
     bug::<STALE>("evidence of an earlier step counts for this one", 0, BY_SCRIPT),
     bug::<REUSED>("a ballot is used again after a restart", 2, "I13 ballots"),
     bug::<UNSYNCED>("a vote leaves before the write it promises", 1, "I10/I12 writes"),

@@ -7,7 +7,9 @@ use aviary_core::domain::rollout::Change;
 use aviary_core::domain::routing::{RoutingState, Status};
 use aviary_core::domain::time::Wall;
 use aviary_core::domain::weights::{Weight, Weights};
-use aviary_core::protocol::record::{Accepted, AcceptorState, Ballot, Chosen, Intent, Operation, Record, Slot};
+use aviary_core::protocol::record::{
+    Accepted, AcceptorState, Ballot, Chosen, Initiator, Intent, Operation, Record, Slot,
+};
 use std::sync::Arc;
 
 use crate::truth::{Served, Truth};
@@ -40,6 +42,7 @@ pub fn ballot(name: &str, round: u64) -> Ballot {
 
 pub fn pause(slot: u64, tx: &str) -> Chosen {
     let intent = Intent {
+        initiator: Initiator::Client,
         tx: TxId::new(tx).unwrap(),
         digest: 0,
         at: Wall(0),

@@ -7,7 +7,7 @@ use aviary_core::domain::time::{Mono, Now};
 use aviary_core::protocol::ledger::Ledger;
 use aviary_core::protocol::message::{Answer, Decision, GateVote, Heartbeat, Membership, Message, Prepare, Vote};
 use aviary_core::protocol::record::{
-    Accepted, AcceptorState, Ballot, Chosen, Intent, Members, Operation, Record, Slot,
+    Accepted, AcceptorState, Ballot, Chosen, Initiator, Intent, Members, Operation, Record, Slot,
 };
 use aviary_core::protocol::{Input, Output};
 
@@ -250,11 +250,11 @@ impl<const BUG: u8> Subject for Toy<BUG> {
             Input::Tick => self.tick(),
             Input::Received { from, message, .. } => self.receive(from, *message),
             Input::Operator(command) if self.attempt.is_none() && self.counts() => {
-                let operation = Operation::Abort { service: None, refused: "everything".into(), reasons: vec![] };
+                let operation = Operation::Refused { service: None, refused: "everything".into(), reasons: vec![] };
                 // Made unique: the toy keeps no outcomes, and so can't tell a repeated transaction.
                 let unique = format!("{}.{}.{}", command.tx, self.acceptor.node, command.request.0);
                 let tx = aviary_core::domain::ids::TxId::new(unique).expect("short enough");
-                self.begin(Intent { tx, digest: 0, at: now.wall, operation });
+                self.begin(Intent { initiator: Initiator::Client, tx, digest: 0, at: now.wall, operation });
             }
             _ => {}
         }

@@ -258,7 +258,10 @@ impl Courses {
             Operation::Revert { increased, .. } => {
                 self.before.get(increased).cloned().ok_or(format!("reverts slot {increased}, which raised nothing"))?
             }
-            Operation::Judge { .. } | Operation::Abort { .. } | Operation::Config(_) | Operation::Genesis { .. } => {
+            Operation::Verdict { .. }
+            | Operation::Refused { .. }
+            | Operation::Config(_)
+            | Operation::Genesis { .. } => {
                 return Ok(());
             }
         };

@@ -5,7 +5,9 @@ use crate::domain::time::Wall;
 use crate::ports::Store;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
-use crate::protocol::record::{AcceptorState, Ballot, Chosen, Hash, Intent, Members, Operation, Record, Slot};
+use crate::protocol::record::{
+    AcceptorState, Ballot, Chosen, Hash, Initiator, Intent, Members, Operation, Record, Slot,
+};
 
 /// A kind of store whose content outlives the process that wrote it.
 pub(crate) trait Subject: Sized {
@@ -111,9 +113,15 @@ pub(crate) fn chain_of(length: u64, bytes: usize) -> Vec<Chosen> {
     let chosen = |slot| {
         let operation = match slot {
             0 => Operation::Genesis { cluster: ClusterId([7; 16]), members: Members::default() },
-            _ => Operation::Abort { service: None, refused: "Start".into(), reasons: vec!["x".repeat(bytes)] },
+            _ => Operation::Refused { service: None, refused: "Start".into(), reasons: vec!["x".repeat(bytes)] },
         };
-        let intent = Intent { tx: TxId::new(format!("tx-{slot}")).unwrap(), digest: slot, at: Wall(slot), operation };
+        let intent = Intent {
+            initiator: Initiator::Client,
+            tx: TxId::new(format!("tx-{slot}")).unwrap(),
+            digest: slot,
+            at: Wall(slot),
+            operation,
+        };
         let record = Record { slot: Slot(slot), prev_hash, intent, state: None, certificate: None };
         prev_hash = record.hash();
         Chosen { ballot: (slot > 0).then(|| ballot(slot)), record }

@@ -12,9 +12,10 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::domain::ids::{ServiceId, VersionId};
-use crate::domain::routing::Status;
+use crate::domain::routing::{RoutingState, Status};
 use crate::domain::weights::Weight;
 use crate::node::handle::NodeHandle;
+use crate::protocol::record::Initiator;
 use crate::protocol::{Event, View};
 
 use super::state::ApiState;
@@ -95,29 +96,18 @@ pub async fn count(node: NodeHandle) {
             Err(RecvError::Closed) => return,
         };
         match &announcement.event {
-            Event::Routing { kind, state, took_ms, .. } if state.status != Status::Prepared => {
-                let ended = match (state.status == Status::Aborted, kind.as_str()) {
-                    (true, _) => Some("refused"),
-                    (false, "Revert") => Some("in_doubt"),
-                    // Nodes make up their own transactions' ids; people's come with the request.
-                    (false, "Rollback") if state.txid.as_str().starts_with("auto-") => Some("verdict"),
-                    (false, "Rollback") => Some("operator"),
-                    _ => None,
-                };
-                if let Some(reason) = ended {
-                    let service = state.service.to_string();
-                    counter!("aviary_rollout_aborts_total", "service" => service, "reason" => reason).increment(1);
-                }
+            Event::Routing { kind, initiator, state, took_ms, .. } if state.status != Status::Prepared => {
+                count_transaction(kind, *initiator, state);
                 if let Some(ms) = took_ms {
                     let (kind, outcome) = (kind.clone(), state.status.to_string());
                     let seconds = Duration::from_millis(*ms).as_secs_f64();
                     histogram!("aviary_commit_duration_seconds", "kind" => kind, "outcome" => outcome).record(seconds);
                 }
             }
-            Event::Judged { service, window_verdict, .. } => {
+            Event::Analyzed { service, window_verdict, .. } => {
                 let of = if window_verdict.is_window { "window" } else { "comparison" };
                 let (service, verdict) = (service.to_string(), window_verdict.verdict.word());
-                counter!("aviary_judgements_total", "service" => service, "of" => of, "verdict" => verdict)
+                counter!("aviary_analysis_verdicts_total", "service" => service, "of" => of, "verdict" => verdict)
                     .increment(1);
             }
             Event::Voted { vote, .. } => counter!("aviary_gate_votes_total", "vote" => vote.clone()).increment(1),
@@ -127,4 +117,20 @@ pub async fn count(node: NodeHandle) {
             _ => {}
         }
     }
+}
+
+/// Counts a refused transaction, or one that sent the traffic back to stable.
+fn count_transaction(kind: &str, initiator: Initiator, state: &RoutingState) {
+    let service = state.service.to_string();
+    let reason = match (state.status, kind, initiator) {
+        (Status::Aborted, ..) => {
+            counter!("aviary_transactions_refused_total", "service" => service).increment(1);
+            return;
+        }
+        (_, "Revert", _) => "in_doubt",
+        (_, "Rollback", Initiator::Node) => "verdict",
+        (_, "Rollback", Initiator::Client) => "operator",
+        _ => return,
+    };
+    counter!("aviary_rollbacks_total", "service" => service, "reason" => reason).increment(1);
 }

@@ -50,7 +50,7 @@ pub async fn serve(listener: impl Accept, state: ApiState) {
 
 const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \
     POST /v1/rollouts/{name}/{promote|pause|resume|abort|retry|undo}, GET /v1/events, GET /v1/cluster, \
-    POST /v1/cluster/{bench|unbench|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
+    POST /v1/cluster/{cordon|uncordon|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
 
 fn router(state: ApiState) -> Router {
     let router = Router::new()

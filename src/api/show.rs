@@ -106,7 +106,7 @@ fn record_json(chosen: &Chosen) -> Value {
         "status": state.map(|state| state.status),
         "reasons": record.intent.operation.reasons(),
         "yes": record.certificate.as_ref().map(|certificate| &certificate.yes),
-        "unarmed": chosen.is_in_doubt(),
+        "in_doubt": chosen.is_in_doubt(),
         "hash": record.hash().to_string(),
     })
 }
@@ -117,7 +117,7 @@ pub async fn cluster(State(state): State<ApiState>) -> Response {
     let members = view.members.iter().map(|(node, member)| {
         let json = json!({
             "alive": member.alive,
-            "benched": member.cordoned,
+            "cordoned": member.cordoned,
             "head": member.head,
             "incarnation": member.incarnation.to_string(),
             "counts_not": member.counts_not,
@@ -128,7 +128,7 @@ pub async fn cluster(State(state): State<ApiState>) -> Response {
         "cluster": view.cluster.to_string(),
         "node": view.node,
         "incarnation": view.incarnation.to_string(),
-        "role": format!("{:?}", view.membership),
+        "membership": format!("{:?}", view.membership),
         "mode": state.node.published.mode(),
         "coordinator": view.coordinator,
         "head": view.head,

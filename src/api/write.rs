@@ -116,8 +116,8 @@ pub async fn configure(
     };
     let incarnation = incarnation.map(|text| u64::from_str_radix(&text, 16).map(Incarnation));
     let change = match (verb.as_str(), incarnation) {
-        ("bench", None) => ConfigChange::Cordon(node),
-        ("unbench", None) => ConfigChange::Uncordon(node),
+        ("cordon", None) => ConfigChange::Cordon(node),
+        ("uncordon", None) => ConfigChange::Uncordon(node),
         ("remove", None) => ConfigChange::Remove(node),
         ("readmit", Some(Ok(incarnation))) => ConfigChange::Readmit(node, incarnation),
         ("add", Some(Ok(incarnation))) => ConfigChange::Add(node, incarnation),
@@ -130,7 +130,7 @@ pub async fn configure(
         _ => {
             return error(
                 StatusCode::NOT_FOUND,
-                format!("{verb:?} is unknown, expected bench, unbench, readmit, add or remove"),
+                format!("{verb:?} is unknown, expected cordon, uncordon, readmit, add or remove"),
             );
         }
     };

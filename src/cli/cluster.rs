@@ -39,8 +39,10 @@ pub enum ClusterVerb {
     /// Show the members, the coordinator, and each member's last log slot.
     Status,
     /// Exclude a node from promotion votes, for example during a repair. It serves stable only.
+    #[command(alias = "cordon")]
     Cordon(MemberArgs),
     /// Include a node in promotion votes again.
+    #[command(alias = "uncordon")]
     Uncordon(MemberArgs),
     /// Restore a node's vote after its disk was replaced. `cluster status` shows its new incarnation.
     Readmit(ReadmitArgs),
@@ -54,7 +56,7 @@ pub struct InitArgs {
     /// File of a node (TOML); repeat the option for each node.
     #[arg(long, value_name = "FILE", required = true)]
     pub config: Vec<PathBuf>,
-    /// Creates each node's data in ROOT/NODE instead of the `data_dir` of its file, for trials.
+    /// Creates each node's data in ROOT/NODE instead of the `data_dir` of its file, to try it out.
     #[arg(long, value_name = "ROOT")]
     pub data_root: Option<PathBuf>,
     /// Directory for the cluster's certificate authority; default: `ca` beside the first node's data. Keep it off the nodes:
@@ -118,7 +120,7 @@ pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
     println!("{}: cluster {old}, {} slots, {} services", args.from.display(), ledger.head, ledger.services.len());
     if let Some(lost) = acceptor.as_ref().filter(|acceptor| acceptor.head > ledger.head) {
         println!(
-            "slots {} to {} are lost: the register names them, but the log does not contain them",
+            "slots {} to {} are lost: the acceptor state names them, but the log does not contain them",
             ledger.head.next(),
             lost.head
         );
@@ -159,7 +161,7 @@ pub struct JoinArgs {
     valid: Duration,
 }
 
-/// Makes a new node's data directory: the cluster's genesis, an identity, and a register that promised nothing.
+/// Makes a new node's data directory: the cluster's genesis, an identity, and an acceptor state that promised nothing.
 pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
     let config = super::node::load(&args.config, None)?;
     let genesis = DiskStore::read_genesis(&args.genesis)?;
@@ -314,8 +316,8 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
             unreachable!("handled before the runtime starts")
         }
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
-        ClusterVerb::Cordon(args) => change(api, "bench", json!({ "node": args.node }), args.write, format).await,
-        ClusterVerb::Uncordon(args) => change(api, "unbench", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Cordon(args) => change(api, "cordon", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Uncordon(args) => change(api, "uncordon", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Remove(args) => change(api, "remove", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Add(args) => {
             let body = json!({ "node": args.node, "incarnation": args.incarnation });
@@ -341,13 +343,13 @@ pub fn status(json: &Value) -> String {
         ("coordinator", show::text(json, "coordinator")),
         ("mode", show::text(json, "mode")),
     ]);
-    let mut members = table(["NODE", "ALIVE", "HEAD", "BENCHED", "INCARNATION", "VOTES"]);
+    let mut members = table(["NODE", "ALIVE", "HEAD", "CORDONED", "INCARNATION", "VOTES"]);
     for (node, member) in members_of(json) {
         members.add_row([
             node,
             show::text(member, "alive"),
             show::text(member, "head"),
-            show::text(member, "benched"),
+            show::text(member, "cordoned"),
             show::text(member, "incarnation"),
             show::seek(member, "counts_not").map_or("count".into(), |why| format!("don't count: {}", show::word(why))),
         ]);

@@ -59,7 +59,7 @@ fn answer(feed: &Feed, at_ms: u64, window_verdicts: &[WindowVerdict]) -> Value {
         answer["promotion"] = promotion.map(|(required, e)| (required.name.clone(), json!(e))).collect();
     }
     if !window_verdicts.is_empty() {
-        answer["judgements"] = json!(window_verdicts);
+        answer["verdicts"] = json!(window_verdicts);
     }
     answer
 }

@@ -71,7 +71,7 @@ Examples:
   aviary abort fraud-model --reason 'odd scores' send all traffic to stable, without a health vote
   aviary get fraud-model --all-nodes             compare the routing of all nodes
   aviary get fraud-model --field phase           print one field, for scripts
-  aviary cluster bench c                         let rollouts go on while node c is repaired
+  aviary cluster cordon c                         let rollouts go on while node c is repaired
   aviary upstream --listen 127.0.0.1:9101 --version v1
   aviary load --url http://127.0.0.1:8081/predict --rate 200 --duration 30s
 

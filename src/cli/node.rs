@@ -51,7 +51,7 @@ pub struct NodeArgs {
     /// File of the node (TOML).
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// Keeps the node's data in ROOT/NODE instead of the `data_dir` of its file, for trials.
+    /// Keeps the node's data in ROOT/NODE instead of the `data_dir` of its file, to try it out.
     #[arg(long, value_name = "ROOT")]
     pub data_root: Option<PathBuf>,
 }
@@ -182,7 +182,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         bail!("{dir} belongs to node {found}, expected node {} of {file}", config.id);
     }
     if acceptor.is_none() {
-        error!("this node's register is gone: it follows without a vote until an operator readmits it");
+        error!("this node's acceptor state is gone: it follows without a vote until an operator readmits it");
     }
     info!(checkpoint = %ledger.head, records = log.len(), %cluster, "journal read");
     let network: Arc<dyn Network> = match identity_files(config) {

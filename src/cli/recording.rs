@@ -130,13 +130,13 @@ impl Rules {
 
 /// Result of a line of a recording.
 pub enum RecordingStep {
-    /// A tick ended, so many milliseconds after the start, with these judgements.
+    /// A tick ended, so many milliseconds after the start, with these verdicts.
     Tick(u64, Vec<WindowVerdict>),
     /// The recording says that it is over.
     End,
 }
 
-/// A recording on its way into a trial.
+/// A recording on its way into an analysis run.
 pub struct Feed {
     rules: Rules,
     pub run: AnalysisRun<()>,

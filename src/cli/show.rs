@@ -127,8 +127,8 @@ pub fn event(event: &Value) -> String {
             verdict(event),
             number(event, "samples").map(|n| format!("{n} samples")).unwrap_or_default(),
         ],
-        "judged" => vec![
-            "judged".into(),
+        "analyzed" => vec![
+            "analyzed".into(),
             text(event, "service"),
             verdict(event),
             span(event).unwrap_or_default(),
@@ -148,7 +148,7 @@ pub fn event(event: &Value) -> String {
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
 }
 
-/// Returns the time that a judgement looked at, in seconds since the rollout's start.
+/// Returns the time that a verdict looked at, in seconds since the rollout's start.
 fn span(event: &Value) -> Option<String> {
     let seconds = |key: &str| Some(number(event, key)? as f64 / 1000.0);
     Some(format!("{}-{} s", seconds("from_ms")?, seconds("to_ms")?))

@@ -6,7 +6,9 @@ use rand::{Rng, RngExt};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, TxId};
 use crate::domain::time::Wall;
-use crate::protocol::record::{AcceptorState, Chosen, Hash, Intent, Member, Members, Operation, Record, Slot};
+use crate::protocol::record::{
+    AcceptorState, Chosen, Hash, Initiator, Intent, Member, Members, Operation, Record, Slot,
+};
 
 use super::node::NodeConfig;
 
@@ -79,7 +81,7 @@ pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<
         .collect();
     let operation = Operation::Genesis { cluster, members: Members(members.clone()) };
     let tx = TxId::new("genesis").expect("a word is an id");
-    let intent = Intent { tx, digest: 0, at, operation };
+    let intent = Intent { initiator: Initiator::Node, tx, digest: 0, at, operation };
     let record = Record { slot: Slot(0), prev_hash: Hash::default(), intent, state: None, certificate: None };
     let head_hash = record.hash();
     let acceptor = |(node, member): (NodeId, Member)| {

@@ -20,7 +20,7 @@ pub fn decision(chosen: &Chosen) -> Option<Decision> {
     let operation = &record.intent.operation;
     let state = record.state.as_ref()?;
     let (window, rollout_generation) = match operation {
-        Operation::Judge { window_verdict, rollout_generation, .. } => {
+        Operation::Verdict { window_verdict, rollout_generation, .. } => {
             (Some(window(window_verdict)), *rollout_generation)
         }
         _ => (None, 0),
@@ -50,8 +50,8 @@ fn kind(operation: &Operation) -> DecisionKind {
         Operation::Change(_, Change::Resume) => DecisionKind::Resume,
         Operation::Change(_, Change::Rollback { .. }) => DecisionKind::Rollback,
         Operation::Revert { .. } => DecisionKind::Revert,
-        Operation::Abort { .. } => DecisionKind::Abort,
-        Operation::Judge { .. } => DecisionKind::Verdict,
+        Operation::Refused { .. } => DecisionKind::Refused,
+        Operation::Verdict { .. } => DecisionKind::Verdict,
         Operation::Genesis { .. } | Operation::Config(_) => DecisionKind::Unspecified,
     }
 }

@@ -33,7 +33,7 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
 /// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 6, max: 6 };
+pub const VERSIONS: Versions = Versions { min: 7, max: 7 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most bytes of a body after HELLO.
@@ -448,14 +448,14 @@ fn check_intent(intent: &Intent) -> Result<(), FrameError> {
             }
             spec.as_ref().clone().checked().map(drop).map_err(malformed)
         }
-        Operation::Judge { window_verdict, rollout_generation, .. } => {
+        Operation::Verdict { window_verdict, rollout_generation, .. } => {
             at_most("routing version", *rollout_generation, NUMBER_MAX)?;
             check_judgement(window_verdict)
         }
         Operation::Change(..)
         | Operation::Revert { .. }
         | Operation::Genesis { .. }
-        | Operation::Abort { .. }
+        | Operation::Refused { .. }
         | Operation::Config(_) => Ok(()),
     }
 }
@@ -464,7 +464,7 @@ fn check_judgement(window_verdict: &WindowVerdict) -> Result<(), FrameError> {
     at_most("end of a window", window_verdict.to_ms, WALL_MS_MAX)?;
     match window_verdict.is_finite() {
         true => Ok(()),
-        false => Err(malformed("a judgement with a figure that is no number")),
+        false => Err(malformed("a window verdict with a figure that is no number")),
     }
 }
 
@@ -475,7 +475,7 @@ fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
     at_most("effective weight in basis points", snapshot.effective_bp.into(), Weight::WHOLE.into())?;
     at_most("routing version", snapshot.routing_version, NUMBER_MAX)?;
     at_most("routing version", snapshot.rollout_generation, NUMBER_MAX)?;
-    at_most("sightings", snapshot.tick_samples.len() as u64, SIGHTINGS_MAX)?;
+    at_most("tick samples", snapshot.tick_samples.len() as u64, SIGHTINGS_MAX)?;
     check_evidence(&snapshot.evidence)?;
     for (tick, tick_sample) in &snapshot.tick_samples {
         at_most("tick", *tick, NUMBER_MAX)?;
@@ -488,7 +488,7 @@ fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
 fn check_handover(transfer: &RunTransfer) -> Result<(), FrameError> {
     at_most("milliseconds since the rollout began", transfer.at_ms, WALL_MS_MAX)?;
     if !transfer.is_sound() {
-        return Err(malformed("the trial contradicts itself, expected its parts to agree"));
+        return Err(malformed("the analysis run contradicts itself, expected its parts to agree"));
     }
     transfer.closed.iter().try_for_each(check_judgement)
 }
@@ -511,7 +511,7 @@ mod tests {
     use proptest::prelude::*;
 
     use crate::protocol::message::{GateVote, Heartbeat, Membership};
-    use crate::protocol::record::{Hash, Slot};
+    use crate::protocol::record::{Hash, Initiator, Slot};
 
     fn node(text: &str) -> NodeId {
         NodeId::new(text).unwrap()
@@ -753,7 +753,13 @@ mod tests {
             ballot: Ballot { round: 1, node: node("a"), incarnation: Incarnation(9), boot: 1 },
             slot: Slot(1),
             base_hash: Hash::default(),
-            intent: Intent { tx: "t".parse().unwrap(), digest: 0, at: Default::default(), operation },
+            intent: Intent {
+                initiator: Initiator::Client,
+                tx: "t".parse().unwrap(),
+                digest: 0,
+                at: Default::default(),
+                operation,
+            },
             recovery: false,
             evidence_age_ms_max: 2_000,
         };

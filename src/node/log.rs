@@ -11,13 +11,13 @@ use crate::protocol::{Announcement, Event};
 /// Writes one announcement to the log.
 pub fn write(announcement: &Announcement) {
     match &announcement.event {
-        Event::Routing { slot, kind, state, phase, reasons, took_ms } => {
+        Event::Routing { slot, kind, initiator: _, state, phase, reasons, took_ms } => {
             let RoutingState { service, version, stable_model_id, canary_model_id, status, txid, timestamp, .. } =
                 state;
             let what = match status {
                 Status::Prepared => "routing prepared",
                 Status::Committed => "routing committed",
-                Status::Aborted => "routing aborted",
+                Status::Aborted => "transaction refused",
             };
             let canary_model_id = canary_model_id.as_ref().map(tracing::field::display);
             info!(
@@ -40,18 +40,18 @@ pub fn write(announcement: &Announcement) {
                 warn!(%service, version = routing_version, verdict, reason, samples, "verdict");
             }
         }
-        Event::Judged { slot, service, window_verdict, .. } => {
+        Event::Analyzed { slot, service, window_verdict, .. } => {
             let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
             let e_value = sequential.map(|sequential| sequential.e_value);
             let word = verdict.word();
             info!(
                 slot = slot.map(|slot| slot.0), %service, from_ms, to_ms, verdict = word, reason = verdict.reason(), canary = canary.count,
-                canary_errors = canary.errors, stable = stable.count, stable_errors = stable.errors, e_value, "judged"
+                canary_errors = canary.errors, stable = stable.count, stable_errors = stable.errors, e_value, "analyzed"
             );
         }
         Event::LocalHold { service, reason } => warn!(%service, reason, "canary stopped on this node"),
         Event::Enforced { service, slot, took_ms } => {
-            info!(%service, slot = slot.0, took_ms, "lowering enforced everywhere");
+            info!(%service, slot = slot.0, took_ms, "decrease enforced everywhere");
         }
         Event::Lease { held: true } => info!("lease held"),
         Event::Lease { held: false } => warn!("lease lost: canary traffic that needs one goes to stable"),

@@ -222,7 +222,7 @@ impl Shell {
     fn carry_out_local(&mut self, outputs: Vec<Output>) -> anyhow::Result<()> {
         for output in outputs {
             if let Output::Persist(acceptor) = output {
-                self.store.persist(&acceptor).context("the register can't be written")?;
+                self.store.persist(&acceptor).context("the acceptor state can't be written")?;
             }
         }
         Ok(())
@@ -246,7 +246,7 @@ impl Shell {
                         // Lets the links write first: peers work while this node's disk does.
                         tokio::task::yield_now().await;
                     }
-                    self.store.persist(&acceptor).context("the register can't be written")?;
+                    self.store.persist(&acceptor).context("the acceptor state can't be written")?;
                 }
                 Output::Append(chosen) => self.store.append(&chosen).context("the log can't be written")?,
                 Output::Checkpoint { checkpoint, keep_from } => {

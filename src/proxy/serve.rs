@@ -45,7 +45,7 @@ async fn connection<S>(
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     if let Some(ahead) = relay::serve(worker, &mut stream, peer, &place).await {
-        debug!(%peer, "not a plain request: the general way");
+        debug!(%peer, "not a plain request: the slow path");
         worker.general.serve(ahead, stream, peer, place, limiter, shutdown).await;
     }
 }

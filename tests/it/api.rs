@@ -16,7 +16,7 @@ use aviary::domain::window::Evidence;
 use aviary::node::handle::{NodeHandle, NodeRequest, Published};
 use aviary::ports::Store;
 use aviary::protocol::message::Membership;
-use aviary::protocol::record::{Chosen, Hash, Intent, Operation, Record, Slot};
+use aviary::protocol::record::{Chosen, Hash, Initiator, Intent, Operation, Record, Slot};
 use aviary::protocol::{Announcement, Event, OperatorRequest, Outcome, ServiceView, Serving, View};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -66,7 +66,7 @@ fn rollback() -> (Change, Service) {
 
 fn record(slot: u64, change: Change, state: RoutingState) -> Chosen {
     let operation = Operation::Change(id(), change);
-    let intent = Intent { tx: stamp(slot).tx, digest: 0, at: Wall(slot), operation };
+    let intent = Intent { initiator: Initiator::Client, tx: stamp(slot).tx, digest: 0, at: Wall(slot), operation };
     Chosen {
         ballot: None,
         record: Record { slot: Slot(slot), prev_hash: Hash([0; 32]), intent, state: Some(state), certificate: None },
@@ -317,8 +317,8 @@ async fn a_role_may_what_it_may_and_no_more() {
         ("HEAD", "/v1/rollouts", "v", 200),
         ("POST", "/v1/rollouts/svc/abort", "v", 403),
         ("POST", "/v1/rollouts/svc/abort", "o", 200),
-        ("POST", "/v1/cluster/bench", "o", 403),
-        ("POST", "/v1/cluster/bench", "a", 200),
+        ("POST", "/v1/cluster/cordon", "o", 403),
+        ("POST", "/v1/cluster/cordon", "a", 200),
         ("GET", "/livez", "", 200),
         ("GET", "/metrics", "", 401),
         ("GET", "/nowhere", "", 401),

@@ -23,8 +23,8 @@ use aviary::protocol::message::{
     Refusal, Vote,
 };
 use aviary::protocol::record::{
-    Accepted, AcceptorState, Ballot, Certificate, Chosen, ConfigChange, Intent, Member, Members, Operation, Record,
-    RunTransfer, SavedRun, Slot,
+    Accepted, AcceptorState, Ballot, Certificate, Chosen, ConfigChange, Initiator, Intent, Member, Members, Operation,
+    Record, RunTransfer, SavedRun, Slot,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -38,7 +38,13 @@ fn ballot(round: u64) -> Ballot {
 }
 
 fn intent(tx: &str, operation: Operation) -> Intent {
-    Intent { tx: TxId::new(tx).unwrap(), digest: 77, at: Wall(1_790_000_000_000), operation }
+    Intent {
+        initiator: Initiator::Client,
+        tx: TxId::new(tx).unwrap(),
+        digest: 77,
+        at: Wall(1_790_000_000_000),
+        operation,
+    }
 }
 
 /// A log with a record of each kind.
@@ -61,7 +67,7 @@ fn log() -> Vec<Chosen> {
         (Operation::Change(service.clone(), Change::Pause { reason: "lunch".into() }), false),
         (Operation::Change(service.clone(), Change::Resume), false),
         (
-            Operation::Abort {
+            Operation::Refused {
                 service: Some(service.clone()),
                 refused: "Promote".into(),
                 reasons: vec!["b: no".into()],
@@ -128,7 +134,7 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         head: Slot(6),
         head_hash: log[6].record.hash(),
     };
-    golden.add("register", &acceptor);
+    golden.add("acceptor", &acceptor);
 
     let vote = |answer| Message::Vote(Vote { ballot: ballot(4), slot: Slot(7), head: Slot(6), answer });
     let heartbeat = Heartbeat {

@@ -12,3 +12,4 @@ mod pages;
 mod proxy;
 mod services;
 mod tidy;
+mod words;

@@ -88,7 +88,7 @@ impl RouterPhase {
 
 /// Command of an operator to a record router.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "ask", rename_all = "kebab-case", rename_all_fields = "camelCase")]
+#[serde(tag = "command", rename_all = "kebab-case", rename_all_fields = "camelCase")]
 pub enum ControlCommand {
     /// Sets the canary's share of the keys.
     SetWeight {
@@ -205,9 +205,9 @@ mod tests {
             ),
             (
                 ControlEntry::Command(ControlCommand::SetWeight { weight: Weight::from_bp(1000).unwrap() }),
-                r#"{"ask":"set-weight","weight":1000}"#,
+                r#"{"command":"set-weight","weight":1000}"#,
             ),
-            (ControlEntry::Command(ControlCommand::Promote), r#"{"ask":"promote"}"#),
+            (ControlEntry::Command(ControlCommand::Promote), r#"{"command":"promote"}"#),
             (
                 ControlEntry::Hook { call: HookCall::Stop, side: Side::Stable, topic: "orders".into() },
                 r#"{"call":"stop","side":"stable","topic":"orders"}"#,

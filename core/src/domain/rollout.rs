@@ -257,9 +257,10 @@ impl Service {
         }
     }
 
-    /// Returns the service after a transaction about it was decided without effect.
-    pub fn after_abort(&self, stamp: &Stamp) -> Self {
-        self.stamped(Status::Aborted, stamp)
+    /// Returns the routing as a refused transaction reports it: unchanged, with that transaction's id and the status ABORTED.
+    /// The service itself keeps its state and status.
+    pub fn refused(&self, stamp: &Stamp) -> RoutingState {
+        self.stamped(Status::Aborted, stamp).routing
     }
 
     /// Returns this earlier state, restored after the raise that followed it was reverted; `version` is the raise's.

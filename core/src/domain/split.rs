@@ -12,7 +12,7 @@ const BUCKETS_MAX: u16 = 64;
 /// Longest text that a broker keeps beside an offset, by its own default (`offset.metadata.max.bytes`).
 const METADATA_BYTES_MAX: usize = 4096;
 /// The version of the note.
-const METADATA: u8 = 1;
+const METADATA: u8 = 2;
 
 /// One of the two versions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -116,7 +116,7 @@ struct OffsetMetadata {
 
 /// A note beside an offset that no router of this version wrote.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("found {found:?} beside a committed offset, expected a router's note of version {METADATA}: {why}")]
+#[error("found {found:?} beside a committed offset, expected a router's offset metadata of version {METADATA}: {why}")]
 pub struct OffsetMetadataError {
     found: String,
     why: String,
@@ -145,12 +145,15 @@ impl Split {
 
     /// Returns the text that goes beside the committed offset.
     pub fn metadata(&self) -> String {
-        assert!(self.change.as_ref().is_none_or(|change| change.unwritten == 0), "a note of offsets that aren't known");
+        assert!(
+            self.change.as_ref().is_none_or(|change| change.unwritten == 0),
+            "offset metadata of offsets that aren't known"
+        );
         let metadata =
             serde_json::to_string(&OffsetMetadata { v: METADATA, split: self.clone() }).expect("numbers and names");
         assert!(
             metadata.len() <= METADATA_BYTES_MAX,
-            "a note of {} bytes, expected {METADATA_BYTES_MAX} at most",
+            "offset metadata of {} bytes, expected {METADATA_BYTES_MAX} at most",
             metadata.len()
         );
         metadata
@@ -338,11 +341,11 @@ mod tests {
         for metadata in [
             "",
             "lag=7",
-            &begun().metadata().replace("\"v\":1", "\"v\":2"),
+            &begun().metadata().replace("\"v\":2", "\"v\":3"),
             &begun().metadata().replace("\"taken\":1", "\"taken\":2"),
         ] {
             let error = Split::from_metadata(metadata).unwrap_err().to_string();
-            assert!(error.contains("expected a router's note"), "{error}");
+            assert!(error.contains("expected a router's offset metadata"), "{error}");
         }
     }
 

@@ -73,7 +73,7 @@ impl Acceptor {
         if prepare.base_hash != ctx.ledger.head_hash {
             return Some(ctx.reject(from, format!("slot {} follows another history", prepare.slot)));
         }
-        if ctx.ledger.settled.contains_key(&prepare.intent.tx) {
+        if ctx.ledger.settled.contains_key(&prepare.intent.key()) {
             return Some(Refusal::Decided);
         }
         ctx.promised().filter(|promised| **promised > prepare.ballot).cloned().map(Refusal::Stale)
@@ -117,7 +117,8 @@ impl Acceptor {
         let phase = ctx.ledger.services.get(id).map_or(String::new(), |known| known.service.rollout.phase.to_string());
         let state = RoutingState { status: Status::Prepared, ..state };
         let kind = intent.operation.name().into();
-        ctx.announce(Event::Routing { slot: *slot, kind, state, phase, reasons: Vec::new(), took_ms: None });
+        let initiator = intent.initiator;
+        ctx.announce(Event::Routing { slot: *slot, kind, initiator, state, phase, reasons: Vec::new(), took_ms: None });
     }
 
     /// Returns why a proposal isn't accepted; none when it may be.

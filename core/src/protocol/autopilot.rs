@@ -81,7 +81,7 @@ impl Autopilot {
         }
         match operation {
             Operation::Change(_, Change::Resume) => progress.since = now,
-            Operation::Abort { .. } => {
+            Operation::Refused { .. } => {
                 progress.failures = progress.failures.saturating_add(1);
                 let wait = (RETRY_MS << progress.failures.min(5)).min(RETRY_MS_MAX);
                 progress.retry_at = now.after_ms(wait);
@@ -246,7 +246,7 @@ pub(super) fn waiting_for(
         return "an operator: promote or abort".into();
     }
     if let Some(node) = silent_gate_voter(ctx) {
-        return format!("node {node}, which is silent; bench it to go on without it");
+        return format!("node {node}, which is silent; cordon it to go on without it");
     }
     if let Some(why) = &ctx.unavailable {
         return format!("what promotions depend on: {why}");

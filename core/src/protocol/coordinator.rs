@@ -10,7 +10,9 @@ use crate::domain::time::Mono;
 
 use super::context::Context;
 use super::log::codec;
-use super::log::record::{Accepted, Ballot, Certificate, Chosen, Intent, Operation, Record, Slot};
+use super::log::record::{
+    Accepted, Ballot, Certificate, Chosen, Initiator, Intent, Operation, Record, Slot, TransactionKey,
+};
 use super::message::{Answer, Decision, GateVote, Membership, Message, Prepare, Refusal, Vote};
 use super::proposal::{Obstacle, Proposal};
 use super::{Command, Outcome, Output, RequestId};
@@ -18,7 +20,8 @@ use super::{Command, Outcome, Output, RequestId};
 /// A proposal that waits for its slot.
 #[derive(Debug, Clone)]
 struct Pending {
-    tx: TxId,
+    /// Who made up its id, and the id.
+    key: TransactionKey,
     digest: u64,
     proposal: Proposal,
     /// Who waits for the answer.
@@ -77,7 +80,7 @@ impl Coordinator {
     /// Returns how long a decided record took since this node proposed it; none when another node did.
     pub fn took_ms(&self, record: &Record, now: Mono) -> Option<u64> {
         let attempt = self.attempt.as_ref()?;
-        (attempt.intent.tx == record.intent.tx).then(|| now.millis_since(attempt.pending.since))
+        (attempt.intent.key() == record.intent.key()).then(|| now.millis_since(attempt.pending.since))
     }
 
     /// Returns true when nothing is being decided or waiting here.
@@ -101,9 +104,10 @@ impl Coordinator {
     /// Takes in an operator's request; `no_vote` says why this node's vote doesn't count, where it doesn't.
     pub fn on_command(&mut self, ctx: &mut Context, command: Command, no_vote: Option<String>) -> Option<Next> {
         let Command { request, tx, asked } = command;
+        let key = (Initiator::Client, tx);
         let digest = xxhash_rust::xxh3::xxh3_64(&codec::encode(&asked));
         let open = self.attempt.as_mut().map(|attempt| &mut attempt.pending);
-        if let Some(pending) = open.into_iter().chain(&mut self.queue).find(|pending| pending.tx == tx) {
+        if let Some(pending) = open.into_iter().chain(&mut self.queue).find(|pending| pending.key == key) {
             if pending.digest == digest {
                 pending.requests.push(request);
                 return None;
@@ -112,8 +116,8 @@ impl Coordinator {
             ctx.put(Output::Reply(request, outcome));
             return None;
         }
-        let outcome = if ctx.ledger.settled.contains_key(&tx) {
-            settled_outcome(ctx, &tx, digest)
+        let outcome = if ctx.ledger.settled.contains_key(&key) {
+            settled_outcome(ctx, &key, digest)
         } else if ctx.membership() == Membership::Learner {
             Outcome::Refused(format!("this node has no vote: {}", no_vote.unwrap_or_else(|| "it is no member".into())))
         } else if self.queue.len() >= QUEUE_MAX {
@@ -121,7 +125,7 @@ impl Coordinator {
         } else {
             let requests = vec![request];
             let pending =
-                Pending { tx, digest, proposal: Proposal::OperatorRequest(asked), requests, since: ctx.now.mono };
+                Pending { key, digest, proposal: Proposal::OperatorRequest(asked), requests, since: ctx.now.mono };
             return self.enqueue(ctx, pending);
         };
         ctx.put(Output::Reply(request, outcome));
@@ -136,7 +140,7 @@ impl Coordinator {
         let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.made_up));
         let tx = tx.expect("a made-up id is made of id characters");
         let since = ctx.now.mono;
-        self.enqueue(ctx, Pending { tx, digest: 0, proposal, requests: Vec::new(), since })
+        self.enqueue(ctx, Pending { key: (Initiator::Node, tx), digest: 0, proposal, requests: Vec::new(), since })
     }
 
     /// A lowering goes first, and hurries what is being decided.
@@ -164,8 +168,8 @@ impl Coordinator {
     }
 
     fn begin(&mut self, ctx: &mut Context, pending: Pending) -> Option<Prepare> {
-        if ctx.ledger.settled.contains_key(&pending.tx) {
-            let outcome = settled_outcome(ctx, &pending.tx, pending.digest);
+        if ctx.ledger.settled.contains_key(&pending.key) {
+            let outcome = settled_outcome(ctx, &pending.key, pending.digest);
             reply(ctx, &pending, &outcome);
             return None;
         }
@@ -184,8 +188,11 @@ impl Coordinator {
             }
         };
         let intent = match &pending.proposal {
-            Proposal::Settle(Some(intent)) if !ctx.ledger.settled.contains_key(&intent.tx) => intent.clone(),
-            _ => Intent { tx: pending.tx.clone(), digest: pending.digest, at: ctx.now.wall, operation },
+            Proposal::Settle(Some(intent)) if !ctx.ledger.settled.contains_key(&intent.key()) => intent.clone(),
+            _ => {
+                let (initiator, tx) = pending.key.clone();
+                Intent { initiator, tx, digest: pending.digest, at: ctx.now.wall, operation }
+            }
         };
         if let Err(error) = ctx.ledger.next_record(intent.clone(), None) {
             reply(ctx, &pending, &Outcome::Refused(error.to_string()));
@@ -351,7 +358,7 @@ impl Coordinator {
     fn propose_abort(&mut self, ctx: &mut Context, intent: Intent, reasons: Vec<String>) -> Option<Next> {
         let (service, refused) = (intent.operation.service().cloned(), intent.operation.name().into());
         let reasons = reasons.into_iter().map(bounded).collect();
-        self.propose_intent(ctx, Intent { operation: Operation::Abort { service, refused, reasons }, ..intent }, None)
+        self.propose_intent(ctx, Intent { operation: Operation::Refused { service, refused, reasons }, ..intent }, None)
     }
 
     fn propose_intent(&mut self, ctx: &mut Context, intent: Intent, certificate: Option<Certificate>) -> Option<Next> {
@@ -396,11 +403,11 @@ impl Coordinator {
     /// Follows up a record that was just added to the ledger: gives up the attempt at its slot, answers who waited for it.
     pub fn settle(&mut self, ctx: &mut Context, record: &Record) {
         self.release(record.slot);
-        let Some(at) = self.queue.iter().position(|pending| pending.tx == record.intent.tx) else { return };
+        let Some(at) = self.queue.iter().position(|pending| pending.key == record.intent.key()) else { return };
         let pending = self.queue.remove(at).expect("a position just found");
         // Nobody asked for a verdict, and its outcome is not kept.
         if !pending.requests.is_empty() {
-            let outcome = settled_outcome(ctx, &pending.tx, pending.digest).first_time();
+            let outcome = settled_outcome(ctx, &pending.key, pending.digest).first_time();
             reply(ctx, &pending, &outcome);
         }
     }
@@ -507,8 +514,8 @@ fn reply(ctx: &mut Context, pending: &Pending, outcome: &Outcome) {
     pending.requests.iter().for_each(|request| ctx.put(Output::Reply(*request, outcome.clone())));
 }
 
-fn settled_outcome(ctx: &Context, tx: &TxId, digest: u64) -> Outcome {
-    let settled = &ctx.ledger.settled[tx];
+fn settled_outcome(ctx: &Context, key: &TransactionKey, digest: u64) -> Outcome {
+    let settled = &ctx.ledger.settled[key];
     let slot = settled.slot;
     if settled.digest != digest {
         return Outcome::KeyReused { slot };
@@ -516,11 +523,8 @@ fn settled_outcome(ctx: &Context, tx: &TxId, digest: u64) -> Outcome {
     match &settled.refused {
         Some(reasons) => Outcome::Aborted { slot, reasons: reasons.clone(), repeated: true },
         None => {
-            let services = ctx.ledger.services.values();
-            let state = services
-                .map(|service_state| &service_state.service.routing)
-                .find(|routing| routing.txid == *tx)
-                .cloned();
+            let found = ctx.ledger.services.values().find(|service_state| service_state.slot == slot);
+            let state = found.map(|service_state| service_state.service.routing.clone());
             Outcome::Committed { slot, state, repeated: true }
         }
     }

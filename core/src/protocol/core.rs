@@ -75,7 +75,7 @@ impl Core {
         assert_eq!(
             (&acceptor.node, acceptor.cluster),
             (&settings.node, settings.cluster),
-            "the register is this node's"
+            "the acceptor state is this node's"
         );
         let acceptor = AcceptorState { boot: acceptor.boot + 1, ..acceptor };
         let mut context = Context::new(settings, acceptor, ledger, now);
@@ -83,7 +83,7 @@ impl Core {
         let remembered = remembered.map(|chosen| chosen.record.hash());
         let remembered = remembered.or((context.acceptor.head == base.0).then_some(base.1));
         if let (false, Some(hash)) = (context.rebuilding, remembered) {
-            assert_eq!(hash, context.acceptor.head_hash, "I2: the log holds what the register remembers");
+            assert_eq!(hash, context.acceptor.head_hash, "I2: the log holds what the acceptor state remembers");
         }
         // No other process of this node used these numbers: a late answer to one of them extends nothing here.
         let first_nonce = context.draws.between(1, 1 << 60);

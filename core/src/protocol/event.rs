@@ -8,7 +8,7 @@ use crate::domain::routing::{RoutingState, Status};
 use crate::domain::run::WindowVerdict;
 use crate::domain::time::Wall;
 
-use super::log::record::{Chosen, Operation, Slot};
+use super::log::record::{Chosen, Initiator, Operation, Slot};
 use super::message::{GateVote, Prepare};
 
 /// What people may want to know.
@@ -21,6 +21,8 @@ pub enum Event {
         slot: Slot,
         /// The record kind.
         kind: String,
+        /// Who made up the transaction's id: a client, or a node by itself.
+        initiator: Initiator,
         /// The routing it leads to or leaves in force.
         state: RoutingState,
         /// Where the rollout stands.
@@ -66,7 +68,7 @@ pub enum Event {
         samples: u64,
     },
     /// A window was closed and decided, once; or the comparison with stable changed its mind here.
-    Judged {
+    Analyzed {
         /// Its slot; none for a change of mind, which isn't in the log.
         slot: Option<Slot>,
         /// The service.
@@ -83,7 +85,7 @@ pub enum Event {
         /// Why.
         reason: String,
     },
-    /// A lowering is in force everywhere.
+    /// A decrease is in force everywhere.
     Enforced {
         /// The service.
         service: ServiceId,
@@ -131,18 +133,19 @@ impl Event {
                 let (kind, node) = (operation.name().into(), change.node().clone());
                 Some(Self::Membership { slot, kind, node, txid: record.intent.tx.clone() })
             }
-            Operation::Judge { service, rollout_generation, window_verdict } => {
+            Operation::Verdict { service, rollout_generation, window_verdict } => {
                 let (service, window_verdict) = (service.clone(), (**window_verdict).clone());
                 let rollout_generation = *rollout_generation;
-                Some(Self::Judged { slot: Some(slot), service, rollout_generation, window_verdict })
+                Some(Self::Analyzed { slot: Some(slot), service, rollout_generation, window_verdict })
             }
-            Operation::Abort { .. } | Operation::Change(..) | Operation::Revert { .. } => {
+            Operation::Refused { .. } | Operation::Change(..) | Operation::Revert { .. } => {
                 let kind = match operation {
-                    Operation::Abort { refused, .. } => format!("Abort({refused})"),
+                    Operation::Refused { refused, .. } => format!("Refused({refused})"),
                     _ => operation.name().into(),
                 };
                 let (state, reasons) = (record.state.clone()?, operation.reasons());
-                Some(Self::Routing { slot, kind, state, phase, reasons, took_ms })
+                let initiator = record.intent.initiator;
+                Some(Self::Routing { slot, kind, initiator, state, phase, reasons, took_ms })
             }
         }
     }
@@ -168,7 +171,7 @@ impl Event {
         match self {
             Self::Routing { slot, state, .. } if state.status != Status::Prepared => Some(*slot),
             Self::Membership { slot, .. } => Some(*slot),
-            Self::Judged { slot, .. } => *slot,
+            Self::Analyzed { slot, .. } => *slot,
             _ => None,
         }
     }

@@ -301,12 +301,12 @@ impl Gates {
             return GateVote::Yes("no canary traffic yet".into());
         };
         if service_state.increase.as_ref().is_some_and(|increase| increase.in_doubt) {
-            return GateVote::No("the last raise was decided in doubt and must be reverted first".into());
+            return GateVote::No("the last increase was decided in doubt and must be reverted first".into());
         }
         let Change::Promote { full, .. } = change else { return GateVote::Yes("no canary traffic yet".into()) };
         let gate = &self.of[id];
         if let Some(why) = &gate.local_hold {
-            return GateVote::No(format!("brake: {why}"));
+            return GateVote::No(format!("local hold: {why}"));
         }
         if service_state.service.routing.canary_weight() == Weight::ZERO {
             return GateVote::Yes("no canary traffic yet".into());

@@ -55,7 +55,7 @@ impl Proposal {
         match self {
             Self::Operation(operation) => Ok(operation.clone()),
             Self::Settle(_) => {
-                Ok(Operation::Abort { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
+                Ok(Operation::Refused { service: None, refused: "Settle".into(), reasons: vec!["an open slot".into()] })
             }
             Self::OperatorRequest(OperatorRequest::Config(change)) => {
                 if let ConfigChange::Readmit(node, incarnation) | ConfigChange::Add(node, incarnation) = change {

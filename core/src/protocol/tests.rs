@@ -10,7 +10,8 @@ use super::log::checkpoint::Checkpoint;
 use super::log::codec;
 use super::log::ledger::Ledger;
 use super::log::record::{
-    Accepted, AcceptorState, Ballot, Chosen, ConfigChange, Intent, Member, Members, Operation, Record, SavedRun, Slot,
+    Accepted, AcceptorState, Ballot, Chosen, ConfigChange, Initiator, Intent, Member, Members, Operation, Record,
+    SavedRun, Slot,
 };
 use super::message::{Answer, Decision, GateVote, HealthSnapshot, Message, Refusal, Vote};
 use super::{
@@ -24,6 +25,7 @@ use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::window::Evidence;
 use crate::fixtures;
 
+mod initiator;
 mod limits;
 mod run;
 mod text;
@@ -45,7 +47,8 @@ fn spec() -> Arc<RolloutSpec> {
 fn genesis() -> Chosen {
     let member = |name| (node(name), Member { incarnation: Incarnation(1), cordoned: false });
     let operation = Operation::Genesis { cluster: CLUSTER, members: Members(["a", "b", "c"].map(member).into()) };
-    let intent = Intent { tx: TxId::new("genesis").unwrap(), digest: 0, at: Wall(0), operation };
+    let intent =
+        Intent { initiator: Initiator::Node, tx: TxId::new("genesis").unwrap(), digest: 0, at: Wall(0), operation };
     let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
     Chosen { ballot: None, record }
 }
@@ -183,7 +186,7 @@ impl Rig {
                     self.checkpoints.insert(name.clone(), checkpoint);
                 }
                 Output::Reply(request, outcome) => drop(self.replies.insert(request.0, outcome)),
-                Output::Announce(Event::Judged { slot, window_verdict, .. }) => {
+                Output::Announce(Event::Analyzed { slot, window_verdict, .. }) => {
                     self.judged.push((name.clone(), slot, window_verdict));
                 }
                 Output::SaveRun(service, run) => {
@@ -268,7 +271,7 @@ impl Rig {
         let mut before = genesis().record.hash();
         for record in self.decided.values() {
             assert_eq!(record.prev_hash, before, "chained, without a hole");
-            assert!(seen.insert(record.intent.tx.clone()), "one outcome for a transaction");
+            assert!(seen.insert(record.intent.key()), "one outcome for a transaction");
             before = record.hash();
         }
     }
@@ -409,7 +412,7 @@ fn a_raise_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor()
     rig.run_for(3_500);
     let (b, c) = (&rig.logs[&node("b")], &rig.logs[&node("c")]);
     assert_eq!((b.len(), c.len()), (2, 2));
-    assert!(matches!(&b[1].record.intent.operation, Operation::Abort { refused, reasons, .. }
+    assert!(matches!(&b[1].record.intent.operation, Operation::Refused { refused, reasons, .. }
         if refused == "Start" && reasons == &["its coordinator was lost"]));
     let outcome = rig.asked("b", 1, OperatorRequest::Apply(spec()));
     assert!(matches!(outcome, Outcome::Aborted { slot: Slot(1), repeated: true, .. }), "{outcome:?}");
@@ -850,7 +853,7 @@ proptest! {
         for (number, outcome) in told {
             let tx = TxId::new(format!("t{number}")).unwrap();
             let record = rig.decided.values().find(|record| record.intent.tx == tx);
-            let aborted = record.map(|record| matches!(record.intent.operation, Operation::Abort { .. }));
+            let aborted = record.map(|record| matches!(record.intent.operation, Operation::Refused { .. }));
             match outcome {
                 Outcome::Committed { .. } => prop_assert_eq!(aborted, Some(false), "t{} was answered COMMITTED", number),
                 Outcome::Aborted { .. } => prop_assert_eq!(aborted, Some(true), "t{} was answered ABORTED", number),

@@ -75,9 +75,9 @@ impl fmt::Display for Hold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Learner => write!(f, "this node has no vote"),
-            Self::Cordoned => write!(f, "this node is benched"),
+            Self::Cordoned => write!(f, "this node is cordoned"),
             Self::Decreasing => write!(f, "a rollback is being decided"),
-            Self::Local(why) => write!(f, "brake: {why}"),
+            Self::Local(why) => write!(f, "local hold: {why}"),
             Self::InDoubt(slot) => write!(f, "slot {slot} was decided in doubt and is being reverted"),
         }
     }

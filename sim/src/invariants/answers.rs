@@ -27,7 +27,7 @@ impl Answers {
         let word = if committed { "COMMITTED" } else { "ABORTED" };
         let known = truth.chosen(slot).ok_or(format!("{tx} answered {word} at slot {slot}, which isn't chosen"))?;
         let operation = &known.record.intent.operation;
-        let is_abort = matches!(operation, Operation::Abort { .. });
+        let is_abort = matches!(operation, Operation::Refused { .. });
         let own = known.record.intent.tx.as_str() == tx;
         let reverted = !committed && operation.increases_exposure() && !known.armed;
         let revert = !committed && matches!(operation, Operation::Revert { .. });

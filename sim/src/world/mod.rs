@@ -17,7 +17,7 @@ use aviary_core::protocol::checkpoint::Checkpoint;
 use aviary_core::protocol::ledger::Ledger;
 use aviary_core::protocol::message::{Decision, Message};
 use aviary_core::protocol::record::{
-    AcceptorState, Chosen, ConfigChange, Intent, Member, Members, Operation, Record, SavedRun, Slot,
+    AcceptorState, Chosen, ConfigChange, Initiator, Intent, Member, Members, Operation, Record, SavedRun, Slot,
 };
 use aviary_core::protocol::{
     Command, Event, Input, Observation, OperatorRequest, Outcome, Output, RequestId, Retention, Timings, View, codec,
@@ -149,7 +149,13 @@ pub fn genesis_of(nodes: usize) -> (Chosen, Members) {
     let member = |i: usize| (name(i), Member { incarnation: Incarnation(i as u64 + 1), cordoned: false });
     let members = Members((0..nodes).map(member).collect());
     let operation = Operation::Genesis { cluster: ClusterId([7; 16]), members: members.clone() };
-    let intent = Intent { tx: TxId::new("genesis").expect("a valid name"), digest: 0, at: Wall(0), operation };
+    let intent = Intent {
+        initiator: Initiator::Node,
+        tx: TxId::new("genesis").expect("a valid name"),
+        digest: 0,
+        at: Wall(0),
+        operation,
+    };
     let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
     (Chosen { ballot: None, record }, members)
 }

@@ -309,7 +309,7 @@ impl<S: Subject> World<S> {
             self.summary.increases += u64::from(record.intent.operation.increases_exposure());
             self.summary.in_doubt += u64::from(!known.armed);
             if !known.armed {
-                self.coverage.event("raise chosen in doubt");
+                self.coverage.event("increase chosen in doubt");
             }
             self.trace.line(self.now, "*", "chosen", || {
                 format!("slot {} {} {} in {ballot}", record.slot, record.intent.operation.name(), record.intent.tx)

@@ -35,7 +35,7 @@ pub(super) fn brief(message: &Message) -> String {
             format!("CATCHUP slot {} {}", c.record.slot, c.record.intent.operation.name())
         }
         Message::Heartbeat(h) => format!(
-            "HEARTBEAT nonce {:?} ack {:?} head {} open {:?} unarmed {:?} {:?}",
+            "HEARTBEAT nonce {:?} ack {:?} head {} open {:?} in doubt {:?} {:?}",
             h.nonce,
             h.acknowledges,
             h.head,

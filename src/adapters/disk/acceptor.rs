@@ -1,4 +1,4 @@
-//! The register file: a node's promises, in two slots written alternately, and the journal's unsynced tail beside them.
+//! The acceptor file: a node's promises, in two slots written alternately, and the journal's unsynced tail beside them.
 //!
 //! One write and one `fdatasync` make a promise durable, *with* every record appended before it: records that the
 //! journal has not synced yet travel in the slot. A torn write ruins the slot being written, never the other one.
@@ -26,7 +26,7 @@ pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
 /// First bytes of every sector; the version of the format follows them.
 const MAGIC: [u8; 7] = *b"aviaryR";
 /// Version of the file format; another version is refused.
-const VERSION: u8 = 5;
+const VERSION: u8 = 6;
 const SECTOR_BYTES: usize = 512;
 /// Magic, version, generation, CRC-32C.
 const HEADER_BYTES: usize = 8 + 8 + 4;
@@ -84,28 +84,28 @@ impl AcceptorFile {
     pub fn open(path: &Path) -> Result<FoundAcceptor, StoreError> {
         let existed = path.exists();
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
-        let file = file.map_err(|e| trouble(path, "open the register", e))?;
-        let (bytes, length) = read_all(&file).map_err(|e| trouble(path, "read the register", e))?;
-        check_version(&bytes).map_err(|e| trouble(path, "read the register", e))?;
+        let file = file.map_err(|e| trouble(path, "open the acceptor file", e))?;
+        let (bytes, length) = read_all(&file).map_err(|e| trouble(path, "read the acceptor file", e))?;
+        check_version(&bytes).map_err(|e| trouble(path, "read the acceptor file", e))?;
         let mut notes = Vec::new();
         let shown = path.display();
         if !existed {
-            notes.push(format!("{shown}: the register is missing; this node's promises are gone"));
+            notes.push(format!("{shown}: the acceptor file is missing; this node's promises are gone"));
         } else if length != FILE_BYTES as u64 {
             notes.push(format!(
-                "{shown}: the register has {length} bytes, expected {FILE_BYTES}: what was promised may be lost"
+                "{shown}: the acceptor file has {length} bytes, expected {FILE_BYTES}: what was promised may be lost"
             ));
         }
         if length != FILE_BYTES as u64 {
-            format(&file).map_err(|e| trouble(path, "write the register", e))?;
+            format(&file).map_err(|e| trouble(path, "write the acceptor file", e))?;
         }
         // What is read here may exist in memory alone, left by a process that died between write and sync.
-        file.sync_all().map_err(|e| trouble(path, "sync the register", e))?;
+        file.sync_all().map_err(|e| trouble(path, "sync the acceptor file", e))?;
         let slots = read_slots(&bytes);
         let highest = slots.iter().map(FileSlot::newest).max().unwrap_or(0);
         let saved = match length == FILE_BYTES as u64 {
             true => newest_promises(slots, |slot, why| {
-                notes.push(format!("{shown}: slot {slot} of the register is damaged: {why}"));
+                notes.push(format!("{shown}: slot {slot} of the acceptor file is damaged: {why}"));
             }),
             false => None,
         };
@@ -118,7 +118,7 @@ impl AcceptorFile {
         })
     }
 
-    /// Writes register and tail; on return they survive power loss.
+    /// Writes the acceptor state and tail; on return they survive power loss.
     pub fn write<'a>(
         &mut self,
         acceptor: &[u8],
@@ -134,8 +134,8 @@ impl AcceptorFile {
         let bytes = slot_bytes(self.generation, self.target, acceptor, tail);
         assert!(bytes.len() <= SLOT_BYTES, "a slot has room for what the store puts there");
         let offset = (self.target * SLOT_BYTES) as u64;
-        self.file.write_all_at(&bytes, offset).map_err(|e| trouble(&self.path, "write the register", e))?;
-        self.file.sync_data().map_err(|e| trouble(&self.path, "sync the register", e))?;
+        self.file.write_all_at(&bytes, offset).map_err(|e| trouble(&self.path, "write the acceptor file", e))?;
+        self.file.sync_data().map_err(|e| trouble(&self.path, "sync the acceptor file", e))?;
         self.generation += 1;
         self.target = 1 - self.target;
         Ok(())
@@ -193,7 +193,7 @@ fn newest_promises(slots: [FileSlot; 2], mut damaged: impl FnMut(usize, String))
     best.filter(|_| !lost)
 }
 
-/// Returns the bytes that a slot needs for a register and records of these lengths.
+/// Returns the bytes that a slot needs for an acceptor state and records of these lengths.
 pub(super) fn bytes_needed(acceptor: usize, tail: impl Iterator<Item = usize>) -> usize {
     let payload = 4 + 4 + acceptor + tail.map(|length| 4 + length).sum::<usize>();
     payload.div_ceil(ROOM_BYTES).next_multiple_of(SECTORS_MIN) * SECTOR_BYTES
@@ -207,7 +207,7 @@ fn read_all(file: &File) -> io::Result<(Vec<u8>, u64)> {
     Ok((bytes, length))
 }
 
-/// Refuses a register that another version of the program wrote: its promises are there, and can't be read here.
+/// Refuses an acceptor file that another version of the program wrote: its promises are there, and can't be read here.
 fn check_version(bytes: &[u8]) -> io::Result<()> {
     let versions: Vec<_> =
         bytes.chunks(SLOT_BYTES).filter(|slot| slot.starts_with(&MAGIC)).map(|slot| slot[7]).collect();
@@ -264,7 +264,7 @@ fn checksum(generation: u64, slot: usize, index: usize, part: &[u8]) -> u32 {
 /// Returns the generation that wrote a sector; 0 when it was never written.
 fn read_sector(sector: &[u8], slot: usize, index: usize) -> Result<u64, String> {
     if sector[..7] != MAGIC || sector[7] != VERSION {
-        return Err(format!("sector {index} does not begin with the register's magic and version"));
+        return Err(format!("sector {index} does not begin with the acceptor file's magic and version"));
     }
     let generation = u64::from_le_bytes(sector[8..16].try_into().expect("8 bytes"));
     let (expected, found) = (u32_at(sector, 16), checksum(generation, slot, index, &sector[HEADER_BYTES..]));
@@ -303,7 +303,7 @@ fn read_slots(bytes: &[u8]) -> [FileSlot; 2] {
 
 fn read_payload(payload: &[u8]) -> Result<(AcceptorState, Vec<Vec<u8>>), String> {
     let mut parts = parts(payload)?.into_iter();
-    let acceptor = parts.next().ok_or("it has no register")?;
+    let acceptor = parts.next().ok_or("it has no acceptor file")?;
     let acceptor = codec::decode(acceptor).map_err(|error| error.to_string())?;
     Ok((acceptor, parts.map(<[u8]>::to_vec).collect()))
 }
@@ -334,7 +334,7 @@ mod tests {
         assert_eq!(bytes.len(), SECTORS_MIN * SECTOR_BYTES);
         let crc = checksum(3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
         assert_eq!(crc, 1_078_649_338, "the checksum covers generation, place and payload");
-        let head = [&b"aviaryR\x05\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
+        let head = [&b"aviaryR\x06\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
         assert_eq!(bytes[..HEADER_BYTES], head);
         assert_eq!(bytes[HEADER_BYTES..][..17], *b"\x0d\0\0\0\x03\0\0\0abc\x02\0\0\0de");
     }

@@ -9,7 +9,7 @@ use crate::protocol::ledger::Ledger;
 use crate::protocol::record::Slot;
 
 /// Format and version; another version gets another magic.
-const MAGIC: [u8; 8] = *b"aviaryC\x01";
+const MAGIC: [u8; 8] = *b"aviaryC\x02";
 /// Magic, slot, hash.
 const HEADER_BYTES: usize = 8 + 8 + 32;
 

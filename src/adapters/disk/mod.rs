@@ -87,21 +87,21 @@ impl DiskStore {
         let paths = Paths::of(dir);
         fs::create_dir_all(dir).map_err(|e| trouble(dir, "create the data directory", e))?;
         let _lock = lock(&paths)?;
-        for (path, found) in [(&paths.acceptor, "register"), (&paths.journal, "journal")] {
+        for (path, found) in [(&paths.acceptor, "acceptor"), (&paths.journal, "journal")] {
             if path.exists() {
                 return Err(OpenError::Occupied { dir: dir.into(), found });
             }
         }
-        let acceptor = encoded("register", &paths.acceptor, acceptor)?;
+        let acceptor = encoded("acceptor", &paths.acceptor, acceptor)?;
         encoded("genesis", &paths.genesis, genesis)?;
         write_whole(&paths.genesis, &encode_entry(genesis)).map_err(|e| trouble(&paths.genesis, "write genesis", e))?;
         // The register is what makes a node: it comes last, complete, under its own name.
-        let draft = dir.join("register.new");
-        remove_if_there(&draft).map_err(|e| trouble(&draft, "remove an unfinished register", e))?;
+        let draft = dir.join("acceptor.new");
+        remove_if_there(&draft).map_err(|e| trouble(&draft, "remove an unfinished acceptor file", e))?;
         let mut found = AcceptorFile::open(&draft)?;
         found.file.write(&acceptor, std::iter::empty())?;
         let renamed = fs::rename(&draft, &paths.acceptor).and_then(|()| sync_directory(dir));
-        renamed.map_err(|e| trouble(&paths.acceptor, "put the register in place", e))?;
+        renamed.map_err(|e| trouble(&paths.acceptor, "put the acceptor file in place", e))?;
         let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         Ok(parent.map_or(Ok(()), sync_directory).map_err(|e| trouble(dir, "sync the parent directory", e))?)
     }
@@ -140,7 +140,7 @@ impl DiskStore {
     }
 
     fn try_persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError> {
-        let acceptor = encoded("register", &self.paths.acceptor, acceptor)?;
+        let acceptor = encoded("acceptor", &self.paths.acceptor, acceptor)?;
         self.forget_synced()?;
         if !self.fits(acceptor.len()) {
             self.syncer.wait().map_err(|failure| self.behind(failure))?;
@@ -275,7 +275,7 @@ impl Paths {
         Self {
             dir: dir.into(),
             lock: at("lock"),
-            acceptor: at("register"),
+            acceptor: at("acceptor"),
             genesis: at("genesis"),
             checkpoint: at("checkpoint"),
             journal: at("journal"),
@@ -407,7 +407,7 @@ impl DiskOpening<'_> {
             });
             if let Err(why) = added {
                 let path = self.paths.acceptor.display();
-                notes.push(format!("{path}: the register's records don't continue the journal: {why}"));
+                notes.push(format!("{path}: the acceptor file's records don't continue the journal: {why}"));
                 break;
             }
         }

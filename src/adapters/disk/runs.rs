@@ -20,7 +20,7 @@ use crate::protocol::codec;
 use crate::protocol::record::SavedRun;
 
 /// Format and version; another version gets another magic.
-const MAGIC: [u8; 8] = *b"aviaryT\x01";
+const MAGIC: [u8; 8] = *b"aviaryT\x02";
 /// Magic, checksum.
 const HEADER_BYTES: usize = 8 + 4;
 /// Most bytes of an encoded trial; what is longer is none of ours.
@@ -28,7 +28,7 @@ const TRIAL_BYTES_MAX: usize = 1024 * 1024;
 /// Trials that may wait to be written; more aren't saved at that time.
 const WAITING_MAX: usize = 64;
 /// Extensions of complete and of unfinished files.
-const EXTENSION: &str = "trial";
+const EXTENSION: &str = "run";
 const DRAFT: &str = "new";
 
 /// Analysis runs found in a data directory.
@@ -55,11 +55,11 @@ pub struct DiskRuns {
 impl DiskRuns {
     /// Opens the trials of a node's data directory, which only one process may use.
     pub fn open(data_dir: &Path) -> Result<FoundRuns, StoreError> {
-        let dir = data_dir.join("trials");
+        let dir = data_dir.join("runs");
         let (mut saved, mut notes) = (BTreeMap::new(), Vec::new());
         let files = fs::create_dir_all(&dir).and_then(|()| fs::read_dir(&dir)?.collect::<io::Result<Vec<_>>>());
         let files = files.unwrap_or_else(|error| {
-            notes.push(format!("{}: the saved trials can't be read: {error}", dir.display()));
+            notes.push(format!("{}: the saved analysis runs can't be read: {error}", dir.display()));
             Vec::new()
         });
         for path in files.into_iter().map(|file| file.path()) {
@@ -73,13 +73,13 @@ impl DiskRuns {
                 Ok(None) => drop(remove_if_there(&path)),
                 Err(why) => {
                     let removed = remove_if_there(&path).map_or_else(|error| error.to_string(), |()| "removed".into());
-                    notes.push(format!("{}: no trial can be read: {why}; {removed}", path.display()));
+                    notes.push(format!("{}: no analysis run can be read: {why}; {removed}", path.display()));
                 }
             }
         }
         let (work, waiting) = sync_channel(WAITING_MAX);
-        let thread = std::thread::Builder::new().name("trials".into()).spawn(move || write_all(&waiting));
-        let thread = thread.map_err(|e| trouble(&dir, "start the thread that saves trials", e))?;
+        let thread = std::thread::Builder::new().name("runs".into()).spawn(move || write_all(&waiting));
+        let thread = thread.map_err(|e| trouble(&dir, "start the thread that saves analysis runs", e))?;
         Ok(FoundRuns { store: Self { dir, work: Some(work), thread: Some(thread) }, saved, notes })
     }
 }
@@ -146,11 +146,11 @@ fn write_all(waiting: &Receiver<Work>) {
         match &written {
             Err(error) if !failing => {
                 warn!(
-                    "{}: a trial can't be saved: {error}; after a restart of all nodes it begins anew",
+                    "{}: an analysis run can't be saved: {error}; after a restart of all nodes it begins anew",
                     path.display()
                 );
             }
-            Ok(()) if failing => info!("trials are saved again"),
+            Ok(()) if failing => info!("analysis runs are saved again"),
             _ => {}
         }
         failing = written.is_err();
@@ -202,7 +202,7 @@ mod tests {
             store.save(&id(name), Some(Box::new(saved(1))));
         }
         drop(store);
-        let at = |name: &str| dir.path().join("trials").join(name);
+        let at = |name: &str| dir.path().join("runs").join(name);
         fs::write(at("short.trial"), b"avia").unwrap();
         fs::write(at("s.new"), b"half").unwrap();
         fs::create_dir(at("stranger")).unwrap();

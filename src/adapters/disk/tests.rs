@@ -168,8 +168,8 @@ fn a_directory_in_use_is_refused_even_if_only_a_reader_is_left() {
 fn a_node_that_exists_is_never_created_again() {
     let (disk, log) = written();
     let create = || DiskStore::create(disk.0.path(), &acceptor(1, 0), &log[0]);
-    assert!(matches!(create(), Err(OpenError::Occupied { found: "register", .. })));
-    fs::remove_file(disk.0.path().join("register")).unwrap();
+    assert!(matches!(create(), Err(OpenError::Occupied { found: "acceptor", .. })));
+    fs::remove_file(disk.0.path().join("acceptor")).unwrap();
     assert!(matches!(create(), Err(OpenError::Occupied { found: "journal", .. })));
 }
 
@@ -181,7 +181,7 @@ fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
     log[1..5].iter().for_each(|chosen| store.append(chosen).unwrap());
     drop(store);
     // The register carries records that the journal has, and records that never reached it.
-    let mut file = AcceptorFile::open(&disk.0.path().join("register")).unwrap().file;
+    let mut file = AcceptorFile::open(&disk.0.path().join("acceptor")).unwrap().file;
     let tail: Vec<_> = log[3..].iter().map(encode_entry).collect();
     file.write(&codec::encode(&acceptor(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
     let (mut store, promises, found) = disk.begin();
@@ -197,7 +197,7 @@ fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
 #[test]
 fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
     let (disk, log) = settled();
-    let mut file = AcceptorFile::open(&disk.0.path().join("register")).unwrap().file;
+    let mut file = AcceptorFile::open(&disk.0.path().join("acceptor")).unwrap().file;
     let tail = encode_entry(&chain(RECORDS + 2)[RECORDS as usize + 1]);
     file.write(&codec::encode(&acceptor(RECORDS, 0)), [tail.as_slice()].into_iter()).unwrap();
     let recovered = open(disk.0.path()).unwrap();
@@ -247,7 +247,7 @@ fn a_failed_background_sync_stops_the_store() {
 
 #[test]
 fn a_full_disk_is_named_as_such() {
-    let error = trouble(Path::new("register"), "write the register", io::Error::from_raw_os_error(28)).to_string();
+    let error = trouble(Path::new("acceptor"), "write the acceptor file", io::Error::from_raw_os_error(28)).to_string();
     assert!(error.contains("the disk is full: free space"), "{error}");
 }
 
@@ -271,11 +271,11 @@ fn a_rotten_slot_costs_the_vote_unless_the_other_is_surely_newer() {
     let newest = acceptor(RECORDS, RECORDS - 1);
     for (at, expected) in [(40, None), (SLOT_BYTES as u64 + 40, Some(&newest)), (4000, None)] {
         let (disk, log) = written();
-        flip(&disk.0.path().join("register"), at);
+        flip(&disk.0.path().join("acceptor"), at);
         let recovered = open(disk.0.path()).unwrap();
         assert_eq!((recovered.acceptor.as_ref(), &recovered.log), (expected, &log), "byte {at}");
         let notes = recovered.notes;
-        assert!(notes[0].contains("of the register is damaged: the checksum of sector"), "{notes:?}");
+        assert!(notes[0].contains("of the acceptor file is damaged: the checksum of sector"), "{notes:?}");
         assert_eq!(notes[0].contains("the newest promise may be lost"), expected.is_none(), "{notes:?}");
     }
     // Where nothing shows what the damaged slot held, it may have been the newest; zeros and an end show nothing.
@@ -284,7 +284,7 @@ fn a_rotten_slot_costs_the_vote_unless_the_other_is_surely_newer() {
         [(slot, &[0xa5; SLOT_BYTES]), (slot, &[0; SLOT_BYTES]), (512, &[0; 512]), (slot, &[])];
     for (at, ruin) in ruins {
         let (disk, log) = written();
-        let file = OpenOptions::new().write(true).open(disk.0.path().join("register")).unwrap();
+        let file = OpenOptions::new().write(true).open(disk.0.path().join("acceptor")).unwrap();
         match ruin {
             [] => file.set_len(at).unwrap(),
             ruin => file.write_all_at(ruin, at).unwrap(),
@@ -307,7 +307,7 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
         let log = chain_of(6, bytes);
         let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
         let (mut store, ..) = disk.begin();
-        let path = disk.0.path().join("register");
+        let path = disk.0.path().join("acceptor");
         for boot in 2..6u64 {
             let before = fs::read(&path).unwrap();
             store.append(&log[boot as usize - 1]).unwrap();
@@ -326,7 +326,7 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
                 let kept: Vec<_> = kept.map(|(_, sector)| *sector).collect();
                 kept.iter().for_each(|i| torn[i * 512..][..512].copy_from_slice(&after[i * 512..][..512]));
                 let copy = in_memory();
-                let copy = copy.path().join("register");
+                let copy = copy.path().join("acceptor");
                 fs::write(&copy, torn).unwrap();
                 let found = AcceptorFile::open(&copy).unwrap();
                 let whole = kept.len() == changed.len();
@@ -341,7 +341,7 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
 #[test]
 fn a_register_of_another_format_is_refused_with_both_numbers() {
     let (disk, _) = written();
-    let path = disk.0.path().join("register");
+    let path = disk.0.path().join("acceptor");
     let mut bytes = fs::read(&path).unwrap();
     (bytes[7], bytes[SLOT_BYTES + 7]) = (1, 1);
     fs::write(&path, bytes).unwrap();
@@ -570,10 +570,16 @@ fn grown(count: u64) -> Disk {
     let (mut store, ..) = disk.begin();
     let mut ledger = Ledger::new(&log[0]).unwrap();
     for slot in 1..=count {
-        let operation = Operation::Abort { service: None, refused: "Start".into(), reasons: vec!["x".repeat(300)] };
+        let operation = Operation::Refused { service: None, refused: "Start".into(), reasons: vec!["x".repeat(300)] };
         let tx = crate::domain::ids::TxId::new(format!("tx-{slot}")).unwrap();
         let at = crate::domain::time::Wall(slot);
-        let intent = crate::protocol::record::Intent { tx, digest: slot, at, operation };
+        let intent = crate::protocol::record::Intent {
+            initiator: crate::protocol::record::Initiator::Client,
+            tx,
+            digest: slot,
+            at,
+            operation,
+        };
         let record = ledger.next_record(intent, None).unwrap();
         let chosen = Chosen { ballot: log[0].ballot.clone(), record };
         ledger.apply(&chosen).unwrap();

@@ -30,7 +30,7 @@ pub use telemetry::KafkaTelemetry;
 const TRIES: usize = 5;
 
 /// Calls again what may be tried again.
-#[expect(clippy::disallowed_methods, reason = "whoever calls has a thread of its own")]
+#[expect(clippy::disallowed_methods, reason = "the caller has a thread of its own")]
 fn again(mut step: impl FnMut() -> Result<(), KafkaError>) -> Result<(), KafkaError> {
     for _ in 1..TRIES {
         match step() {
@@ -44,7 +44,7 @@ fn again(mut step: impl FnMut() -> Result<(), KafkaError>) -> Result<(), KafkaEr
 }
 
 /// Waits until everything that was sent is delivered or given up. The client's own call looks every 100 ms only.
-#[expect(clippy::disallowed_methods, reason = "whoever calls has a thread of its own")]
+#[expect(clippy::disallowed_methods, reason = "the caller has a thread of its own")]
 fn flush<C: ProducerContext + 'static>(producer: &ThreadedProducer<C>) -> Result<(), KafkaError> {
     let mut left = ANSWER_MAX;
     loop {
@@ -59,7 +59,7 @@ fn flush<C: ProducerContext + 'static>(producer: &ThreadedProducer<C>) -> Result
 }
 
 /// Sends a record; waits while the client's queue is full.
-#[expect(clippy::disallowed_methods, reason = "whoever calls has a thread of its own")]
+#[expect(clippy::disallowed_methods, reason = "the caller has a thread of its own")]
 fn send<C, K, P>(
     producer: &ThreadedProducer<C>,
     mut record: BaseRecord<'_, K, P, C::DeliveryOpaque>,

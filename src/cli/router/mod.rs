@@ -162,7 +162,7 @@ fn asked(
                     continue;
                 }
                 Err(why) => {
-                    eprintln!("not seen to be done: {why:#}; it stays asked for");
+                    eprintln!("could not confirm: {why:#}; the request remains queued");
                     return Ok(Exit::Unavailable);
                 }
             };
@@ -177,7 +177,10 @@ fn asked(
                 (moved, before) = (Instant::now(), present);
             }
             if begun.elapsed() > args.timeout {
-                eprintln!("not done within {}: {words}; it stays asked for", humantime::format_duration(args.timeout));
+                eprintln!(
+                    "not done within {}: {words}; the request remains queued",
+                    humantime::format_duration(args.timeout)
+                );
                 return Ok(Exit::Unavailable);
             }
             if moved.elapsed() > Duration::from_secs(10) {

@@ -117,7 +117,7 @@ pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
         let (weight, weight_version) = split.weight();
         json!({
             "partition": partition, "next": seen.next[partition], "unread": unread[partition],
-            "weight": weight.fraction(), "epoch": weight_version, "changing": split.former().is_some(), "taken": split.taken(),
+            "weight": weight.fraction(), "weight_version": weight_version, "changing": split.former().is_some(), "taken": split.taken(),
             "stable": split.given(Side::Stable), "canary": split.given(Side::Canary),
             "stable_lag": lags[0][partition], "canary_lag": lags[1][partition],
         })

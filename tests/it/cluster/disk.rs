@@ -108,12 +108,12 @@ fn damage(dir: &Path, random: &mut SmallRng) -> String {
             "a half-written snapshot left".into()
         }
         _ => {
-            let mut acceptor = fs::read(dir.join("register")).unwrap();
+            let mut acceptor = fs::read(dir.join("acceptor")).unwrap();
             let half = acceptor.len() / 2;
             let slot = random.random_range(0..3);
             let (from, to) = [(0, half), (half, 2 * half), (0, 2 * half)][slot];
             acceptor[from..to].fill(0xff);
-            fs::write(dir.join("register"), acceptor).unwrap();
+            fs::write(dir.join("acceptor"), acceptor).unwrap();
             format!("register slots ruined: {}", ["first", "second", "both"][slot])
         }
     }

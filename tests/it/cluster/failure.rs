@@ -126,9 +126,9 @@ fn a_coordinator_killed_while_it_starts_or_lowers_or_changes_members_leaves_one_
             });
         });
         assert_eq!(answer["status"], "COMMITTED", "{point}: nobody's permission is needed");
-        let config = ("/v1/cluster/bench", r#"{"node":"c"}"#);
-        let answer = kill_coordinator(&mut cluster, point, "Bench", config, |cluster| {
-            let _ = cluster.post(1, "/v1/cluster/unbench", None, r#"{"node":"c"}"#);
+        let config = ("/v1/cluster/cordon", r#"{"node":"c"}"#);
+        let answer = kill_coordinator(&mut cluster, point, "Cordon", config, |cluster| {
+            let _ = cluster.post(1, "/v1/cluster/uncordon", None, r#"{"node":"c"}"#);
         });
         assert_eq!(answer["status"], "COMMITTED", "{point}");
     }
@@ -154,7 +154,7 @@ fn a_dead_participant_stops_promotions_by_name_and_no_rollback() {
     assert!(began.elapsed() <= Duration::from_secs(1), "{:?}", began.elapsed());
 
     // Benched, the dead node no longer stands in the way.
-    let answer = cluster.post(0, "/v1/cluster/bench", None, r#"{"node":"c"}"#);
+    let answer = cluster.post(0, "/v1/cluster/cordon", None, r#"{"node":"c"}"#);
     assert_eq!(answer.status, 200, "{answer:?}");
     assert_eq!(cluster.post(0, "/v1/rollouts/svc/retry", None, "{}").json()["status"], "COMMITTED");
     gather_evidence(&cluster);
@@ -217,7 +217,7 @@ fn no_request_fails_because_a_node_restarts() {
 fn a_node_without_its_register_has_no_vote() {
     let (v1, v2, mut cluster) = with_rollout();
     cluster.kill(2);
-    std::fs::remove_file(cluster.data_dir(2).join("register")).unwrap();
+    std::fs::remove_file(cluster.data_dir(2).join("acceptor")).unwrap();
     cluster.spawn(2, None);
     let port = cluster.nodes[0].api;
     let members = wait("c shows why it doesn't count", Duration::from_secs(5), || {

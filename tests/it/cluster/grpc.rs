@@ -69,7 +69,7 @@ fn decisions_are_followed_on_any_node_and_from_any_place() {
     let (seen, beats) = runtime.block_on(decisions(&mut live, 4));
     assert!(beats >= 1, "a sign of life came first");
     let kinds: Vec<_> = seen.iter().map(|decision| decision.kind()).collect();
-    assert_eq!(kinds, [DecisionKind::Start, DecisionKind::Abort, DecisionKind::Promote, DecisionKind::Rollback]);
+    assert_eq!(kinds, [DecisionKind::Start, DecisionKind::Refused, DecisionKind::Promote, DecisionKind::Rollback]);
     let weights: Vec<_> = seen.iter().map(|decision| decision.canary_weight_bp).collect();
     assert_eq!(
         (weights, &*seen[3].reasons, &*seen[3].stable_version),

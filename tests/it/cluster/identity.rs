@@ -170,7 +170,7 @@ fn tokens_say_who_did_what_and_no_secret_is_told() {
     assert_eq!(ask(0, "/v1/rollouts", &bearer, &yaml).status, 200);
     // Through a node that forwards it.
     assert_eq!(ask(2, "/v1/rollouts/svc/abort", &bearer, "{\"reason\": \"looks wrong\"}").status, 200);
-    assert_eq!(ask(1, "/v1/cluster/bench", &bearer, "{\"node\": \"c\"}").status, 403);
+    assert_eq!(ask(1, "/v1/cluster/cordon", &bearer, "{\"node\": \"c\"}").status, 403);
 
     let log = fs::read_to_string(cluster.log(0)).unwrap();
     let asked: Vec<_> = log.lines().filter(|line| line.contains("write asked for")).collect();

@@ -24,7 +24,7 @@ fn rollout(stable: &str, canary: &str, steps: &str) -> String {
 fn lines(cluster: &Cluster, i: usize) -> Vec<Value> {
     let text = fs::read_to_string(cluster.log(i)).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.filter(|line| line["message"] == "judged").collect()
+    lines.filter(|line| line["message"] == "analyzed").collect()
 }
 
 /// Returns what node `i` judged, with what it rests on.

@@ -7,10 +7,13 @@ use serde::{Deserialize, Serialize};
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
 use crate::domain::rollout::{Change, ChangeError, Service, Stamp};
+use crate::domain::routing::RoutingState;
 use crate::domain::time::Wall;
 
 use super::codec;
-use super::record::{Accepted, Chosen, ConfigChange, Hash, Intent, Member, Members, Operation, Record, Slot};
+use super::record::{
+    Accepted, Chosen, ConfigChange, Hash, Initiator, Intent, Member, Members, Operation, Record, Slot, TransactionKey,
+};
 
 /// Transactions whose outcome is remembered: those of this many last slots. A key that comes back later than that is
 /// a new transaction.
@@ -92,7 +95,7 @@ pub enum RecordError {
     #[error(transparent)]
     Change(#[from] ChangeError),
     /// Not the window that is next to be decided.
-    #[error("window {} to {} ms of the rollout since version {}, expected one from {expected} ms on", found.0, found.1, found.2)]
+    #[error("window {} to {} ms of rollout generation {}, expected one from {expected} ms on", found.0, found.1, found.2)]
     Window {
         /// Where the next one begins; none without a rollout under way.
         expected: String,
@@ -100,7 +103,7 @@ pub enum RecordError {
         found: (u64, u64, u64),
     },
     /// There is nothing to revert.
-    #[error("slot {0} is not the last raise of its service, expected one that can be reverted")]
+    #[error("slot {0} is not the last increase of its service, expected one that can be reverted")]
     NoIncrease(Slot),
     /// The membership change can't be made.
     #[error("node {0} {1}")]
@@ -147,9 +150,9 @@ pub struct Ledger {
     /// The services.
     pub services: BTreeMap<ServiceId, ServiceState>,
     /// The outcomes of the last [`SETTLED_MAX`] transactions.
-    pub settled: BTreeMap<TxId, Settled>,
+    pub settled: BTreeMap<TransactionKey, Settled>,
     /// The same transactions, oldest first.
-    order: VecDeque<TxId>,
+    order: VecDeque<TransactionKey>,
     /// The last record that lowered some exposure; slot 0 when none did.
     pub last_decrease: Slot,
     /// Bytes that the rollouts of all services need, as [`bytes_of`] counts them. Known from `services`, so not encoded.
@@ -166,6 +169,8 @@ fn bytes_of(spec: &RolloutSpec) -> usize {
 enum Effect {
     Nothing,
     Service(Box<Service>),
+    /// The service stays as it is; the transaction's own status is ABORTED.
+    Refused(Box<RoutingState>),
     Members(Members),
     /// Windows decided up to here.
     Judged(u64),
@@ -241,6 +246,7 @@ impl Ledger {
     ) -> Result<Record, RecordError> {
         let state = match self.effect(&intent)? {
             Effect::Service(service) => Some(service.routing),
+            Effect::Refused(routing) => Some(*routing),
             Effect::Judged(_) => {
                 intent.operation.service().and_then(|id| self.service(id)).map(|now| now.routing.clone())
             }
@@ -259,7 +265,7 @@ impl Ledger {
         if record.prev_hash != self.head_hash {
             return Err(RecordError::History { expected: self.head_hash, found: record.prev_hash });
         }
-        if let Some(settled) = self.settled.get(&record.intent.tx) {
+        if let Some(settled) = self.settled.get(&record.intent.key()) {
             return Err(RecordError::Settled { tx: record.intent.tx.clone(), slot: settled.slot });
         }
         if record.intent.operation.increases_exposure() {
@@ -309,17 +315,21 @@ impl Ledger {
                     }
                 }
             }
-            (Effect::Nothing, _) | (Effect::Service(_) | Effect::Judged(_), None) => {}
+            (Effect::Refused(_), Some(id)) => {
+                let service_state = self.services.get_mut(id).expect("a service that was just looked up");
+                (service_state.slot, service_state.hash) = (record.slot, hash);
+            }
+            (Effect::Nothing, _) | (Effect::Service(_) | Effect::Refused(_) | Effect::Judged(_), None) => {}
         }
         let refused = match operation {
-            Operation::Abort { reasons, .. } => Some(reasons.clone()),
+            Operation::Refused { reasons, .. } => Some(reasons.clone()),
             _ => None,
         };
         // A window can't be decided again in any case: it needs no room among the outcomes that clients may ask for.
         if !operation.is_verdict() {
             let settled = Settled { slot: record.slot, digest: record.intent.digest, refused };
-            self.settled.insert(record.intent.tx.clone(), settled);
-            self.order.push_back(record.intent.tx.clone());
+            self.settled.insert(record.intent.key(), settled);
+            self.order.push_back(record.intent.key());
         }
         if self.order.len() > SETTLED_MAX
             && let Some(oldest) = self.order.pop_front()
@@ -353,7 +363,13 @@ impl Ledger {
         for (number, id) in active.map(|(id, _)| id.clone()).collect::<Vec<_>>().into_iter().enumerate() {
             let reason = "the cluster was founded anew from one node".to_string();
             let tx = TxId::new(format!("refound-{cluster}-{number}")).expect("made of id characters");
-            let intent = Intent { tx, digest: 0, at, operation: Operation::Change(id, Change::Rollback { reason }) };
+            let intent = Intent {
+                initiator: Initiator::Node,
+                tx,
+                digest: 0,
+                at,
+                operation: Operation::Change(id, Change::Rollback { reason }),
+            };
             let record = self.next_record(intent, None)?;
             self.apply(&Chosen { ballot: None, record })?;
         }
@@ -406,12 +422,12 @@ impl Ledger {
                     _ => Err(RecordError::NoIncrease(*increased)),
                 }
             }
-            Operation::Abort { service: id, .. } => match id.as_ref().and_then(|id| self.service(id)) {
-                Some(current) => service(current.after_abort(&stamp)),
+            Operation::Refused { service: id, .. } => match id.as_ref().and_then(|id| self.service(id)) {
+                Some(current) => Ok(Effect::Refused(Box::new(current.refused(&stamp)))),
                 None => Ok(Effect::Nothing),
             },
             Operation::Config(change) => Ok(Effect::Members(self.members_after(change)?)),
-            Operation::Judge { service: id, rollout_generation, window_verdict } => {
+            Operation::Verdict { service: id, rollout_generation, window_verdict } => {
                 let service_state =
                     self.services.get(id).filter(|service_state| service_state.service.rollout.phase.is_active());
                 let length =
@@ -458,7 +474,7 @@ impl Ledger {
             return Some(Increase { slot: chosen.record.slot, before, in_doubt: chosen.is_in_doubt() });
         }
         match operation {
-            Operation::Abort { .. } | Operation::Change(_, Change::Pause { .. } | Change::Resume) => {
+            Operation::Refused { .. } | Operation::Change(_, Change::Pause { .. } | Change::Resume) => {
                 current?.increase.clone()
             }
             _ => None,
@@ -478,8 +494,8 @@ impl Ledger {
             }
             (ConfigChange::Add(_, incarnation), None) => Some(Member { incarnation: *incarnation, cordoned: false }),
             (_, None) => return error("is not a member, expected one of the cluster's"),
-            (ConfigChange::Cordon(_), Some(member)) if member.cordoned => return error("is benched already"),
-            (ConfigChange::Uncordon(_), Some(member)) if !member.cordoned => return error("is not benched"),
+            (ConfigChange::Cordon(_), Some(member)) if member.cordoned => return error("is cordoned already"),
+            (ConfigChange::Uncordon(_), Some(member)) if !member.cordoned => return error("is not cordoned"),
             (ConfigChange::Readmit(_, incarnation), Some(member)) if member.incarnation == *incarnation => {
                 return error("has that incarnation already");
             }

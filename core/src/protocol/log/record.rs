@@ -150,8 +150,8 @@ impl ConfigChange {
     /// Returns the change's name.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Cordon(_) => "Bench",
-            Self::Uncordon(_) => "Unbench",
+            Self::Cordon(_) => "Cordon",
+            Self::Uncordon(_) => "Uncordon",
             Self::Readmit(..) => "Readmit",
             Self::Add(..) => "Add",
             Self::Remove(_) => "Remove",
@@ -181,7 +181,7 @@ pub enum Operation {
         reason: String,
     },
     /// The transaction was refused; nothing changes but that everybody knows.
-    Abort {
+    Refused {
         /// The service it concerned; none for a change of membership.
         service: Option<ServiceId>,
         /// The refused change's name.
@@ -192,7 +192,7 @@ pub enum Operation {
     /// A change of membership.
     Config(ConfigChange),
     /// What a closed window of a rollout says. The windows of a rollout follow each other without a gap, each decided once.
-    Judge {
+    Verdict {
         /// The service.
         service: ServiceId,
         /// The routing version that the rollout began with.
@@ -209,34 +209,34 @@ impl Operation {
             Self::Genesis { .. } => "Genesis",
             Self::Change(_, change) => change.name(),
             Self::Revert { .. } => "Revert",
-            Self::Abort { .. } => "Abort",
+            Self::Refused { .. } => "Refused",
             Self::Config(change) => change.name(),
-            Self::Judge { .. } => "Judge",
+            Self::Verdict { .. } => "Verdict",
         }
     }
 
     /// Returns the service it concerns.
     pub fn service(&self) -> Option<&ServiceId> {
         match self {
-            Self::Change(service, _) | Self::Revert { service, .. } | Self::Judge { service, .. } => Some(service),
-            Self::Abort { service, .. } => service.as_ref(),
+            Self::Change(service, _) | Self::Revert { service, .. } | Self::Verdict { service, .. } => Some(service),
+            Self::Refused { service, .. } => service.as_ref(),
             Self::Genesis { .. } | Self::Config(_) => None,
         }
     }
 
     /// Returns true when it changes neither routing nor membership: nothing is served by it.
     pub fn is_verdict(&self) -> bool {
-        matches!(self, Self::Judge { .. })
+        matches!(self, Self::Verdict { .. })
     }
 
     /// Returns why it is asked for, as far as it says.
     pub fn reasons(&self) -> Vec<String> {
         let reasons = match self {
-            Self::Abort { reasons, .. } => reasons.clone(),
+            Self::Refused { reasons, .. } => reasons.clone(),
             Self::Revert { reason, .. } | Self::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => {
                 vec![reason.clone()]
             }
-            Self::Judge { window_verdict, .. } => vec![window_verdict.verdict.reason().to_string()],
+            Self::Verdict { window_verdict, .. } => vec![window_verdict.verdict.reason().to_string()],
             Self::Change(..) | Self::Genesis { .. } | Self::Config(_) => Vec::new(),
         };
         reasons.into_iter().filter(|reason| !reason.is_empty()).collect()
@@ -252,14 +252,29 @@ impl Operation {
         match self {
             Self::Change(_, change) => change.decreases_exposure(),
             Self::Revert { .. } | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
-            Self::Genesis { .. } | Self::Abort { .. } | Self::Config(_) | Self::Judge { .. } => false,
+            Self::Genesis { .. } | Self::Refused { .. } | Self::Config(_) | Self::Verdict { .. } => false,
         }
     }
 }
 
+/// Who made up a transaction's id. Ids of clients and of nodes never meet, whatever their text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Initiator {
+    /// A client, or the node that it sent a request without a key to.
+    Client,
+    /// A node of the cluster, for a change that no operator asked for.
+    Node,
+}
+
+/// What tells transactions apart.
+pub type TransactionKey = (Initiator, TxId);
+
 /// A transaction as its client asked for it, before anybody voted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {
+    /// Who made up its id.
+    pub initiator: Initiator,
     /// Its id.
     pub tx: TxId,
     /// Fingerprint of the request: one id may not stand for two requests.
@@ -268,6 +283,13 @@ pub struct Intent {
     pub at: Wall,
     /// What is to happen.
     pub operation: Operation,
+}
+
+impl Intent {
+    /// Returns what tells this transaction apart from others.
+    pub fn key(&self) -> TransactionKey {
+        (self.initiator, self.tx.clone())
+    }
 }
 
 /// The health votes of one ballot: what allows a rise in exposure.

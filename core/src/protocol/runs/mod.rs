@@ -49,7 +49,7 @@ impl DueWindow {
         let Self { service, rollout_generation, window_verdict } = self;
         let verdict = window_verdict.verdict.or_worse(measured);
         let window_verdict = Box::new(WindowVerdict { verdict, ..window_verdict });
-        Proposal::Operation(Operation::Judge { service, rollout_generation, window_verdict })
+        Proposal::Operation(Operation::Verdict { service, rollout_generation, window_verdict })
     }
 }
 
@@ -138,7 +138,7 @@ impl Runs {
     pub fn announce(ctx: &mut Context, change: DueWindow) {
         let DueWindow { service, rollout_generation, window_verdict } = change;
         ctx.outdated.services.insert(service.clone());
-        ctx.announce(Event::Judged { slot: None, service, rollout_generation, window_verdict });
+        ctx.announce(Event::Analyzed { slot: None, service, rollout_generation, window_verdict });
     }
 
     /// Saves the run whose turn it is.

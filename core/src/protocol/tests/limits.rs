@@ -19,7 +19,7 @@ fn start(ledger: &Ledger, number: usize, bytes: usize) -> (Intent, Result<Record
     let spec = asking(number, bytes);
     let tx = TxId::new(format!("t{}", ledger.head)).unwrap();
     let operation = Operation::Change(spec.service.clone(), Change::Start(spec));
-    let intent = Intent { tx, digest: 0, at: Wall(0), operation };
+    let intent = Intent { initiator: Initiator::Client, tx, digest: 0, at: Wall(0), operation };
     (intent.clone(), ledger.next_record(intent, None))
 }
 
@@ -67,7 +67,13 @@ fn a_rollout_that_would_make_the_ledger_unreadable_is_refused_by_proposer_and_vo
     again.apply(&Chosen { ballot: Some(ballot), record }).unwrap();
     // Too much is there already, but a rollout that needs less than the one before it may start.
     let rollback = Operation::Change(asking(0, 1).service.clone(), Change::Rollback { reason: "test".into() });
-    let intent = Intent { tx: TxId::new("back").unwrap(), digest: 0, at: Wall(0), operation: rollback };
+    let intent = Intent {
+        initiator: Initiator::Client,
+        tx: TxId::new("back").unwrap(),
+        digest: 0,
+        at: Wall(0),
+        operation: rollback,
+    };
     let record = again.next_record(intent, None).unwrap();
     again.apply(&Chosen { ballot: None, record }).unwrap();
     let smaller = start(&again, 0, 10).1;

@@ -322,7 +322,7 @@ impl Disk {
         let head = ledger.head.0 + records.len() as u64;
         assert!(
             head >= found.head.0,
-            "{what}: the log ends at {head}, the register remembers {}: {notes:?}",
+            "{what}: the log ends at {head}, the acceptor file remembers {}: {notes:?}",
             found.head
         );
         assert_eq!(ledger, sum(&log[..=ledger.head.0 as usize]), "{what}");

@@ -35,7 +35,7 @@ pub const SOURCE_HEADER: &str = "x-aviary-source";
 /// Which version it was given to.
 pub const VERSION_HEADER: &str = "x-aviary-version";
 /// Header of a copy: the number of the weight that assigned the record.
-pub const WEIGHT_VERSION_HEADER: &str = "x-aviary-epoch";
+pub const WEIGHT_VERSION_HEADER: &str = "x-aviary-weight-version";
 
 /// The broker ends a transaction by itself that takes longer.
 const TRANSACTION_MS_MAX: u64 = 15_000;

@@ -229,7 +229,7 @@ fn router_does_not_raise_the_weight_of_a_canary_that_lags() {
     wait("a lower one", Duration::from_secs(30), || (one("weight") == [0.05; 6]).then_some(()));
     rollout.done(&["set-weight", "50", "--no-wait"]);
     rollout.canary_us.store(0, Ordering::Relaxed);
-    wait("the raise", Duration::from_secs(30), || (one("weight") == [0.5; 6]).then_some(()));
+    wait("the increase", Duration::from_secs(30), || (one("weight") == [0.5; 6]).then_some(()));
     rollout.done(&["promote"]);
     drop(router);
     rollout.processed(500);
