@@ -13,7 +13,7 @@ use crate::router::compare::{Compared, compare};
 pub fn run(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let Some(compared) = compare(topics(config)?.as_ref())? else {
         anyhow::bail!(
-            "router {} has not begun to read {}, or is taking back what the canary has not read",
+            "router {} has not begun to read {}, or is reclaiming the canary's unread records, expected one that runs",
             config.name,
             config.source
         );

@@ -1,4 +1,4 @@
-//! `aviary router`: one Kafka topic split between two versions' services, and what people ask of it.
+//! `aviary router`: splits a Kafka topic between two versions of its consumer, and sends commands to a router.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,39 +25,39 @@ mod status;
 /// Verbs of `aviary router`.
 #[derive(Debug, Subcommand)]
 pub enum RouterVerb {
-    /// Say what `start` would do, and what is in its way. Changes nothing.
+    /// Show what `start` would do, and what prevents it. Changes nothing.
     Plan(FileArgs),
-    /// Take over the topic from the stable service, and split it until the rollout is over. Killed, it goes on where it was.
+    /// Take the topic over from the stable service and split it until the rollout ends. A restart continues where it stopped.
     Start(start::StartArgs),
-    /// Show the phase, and each partition's weight, counts and lag.
+    /// Show the phase, and the weight, counts and lag of each partition.
     Status(FileArgs),
-    /// Set the canary's share.
+    /// Set the canary's share of the records.
     SetWeight(SetWeightArgs),
-    /// Everything to the canary; it then goes on alone with the source topic.
+    /// Send all records to the canary, which then reads the source topic alone.
     Promote(AskArgs),
-    /// Everything to stable, with what the canary has not read; stable then goes on alone with the source topic.
+    /// Send all records to stable, also those that the canary has not read; stable then reads the source topic alone.
     Abort(AbortArgs),
-    /// Compare the three topics record by record: missing, extra, in both. Exit 0 when there are none.
+    /// Compare the three topics: missing, extra and duplicate records. Exit code 0: there are none.
     Audit(FileArgs),
 }
 
-/// The router's file.
+/// Option of every verb: the router's file.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// The router's file; docs/router.md describes it.
+    /// File of the router (YAML); docs/router.md explains it.
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
 }
 
-/// How long what was asked is waited for.
+/// Options of a command: its wait.
 #[derive(Debug, Args)]
 pub struct AskArgs {
     #[command(flatten)]
     file: FileArgs,
-    /// Return as soon as it is asked, not when it is done.
+    /// Return once the command is queued, without waiting until it is done.
     #[arg(long)]
     no_wait: bool,
-    /// Longest wait; what was asked stays asked.
+    /// Maximum wait; the command remains queued afterwards.
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = humantime::parse_duration)]
     timeout: Duration,
 }
@@ -75,7 +75,7 @@ pub struct SetWeightArgs {
 /// Arguments of `aviary router abort`.
 #[derive(Debug, Args)]
 pub struct AbortArgs {
-    /// Why.
+    /// Reason, for the log and the history.
     #[arg(long, default_value = "asked for by an operator")]
     reason: String,
     #[command(flatten)]
@@ -170,7 +170,7 @@ fn asked(
                 return output::line(done).map(|()| Exit::Done);
             }
             if let Some(winner) = seen.winner() {
-                bail!("router {} was ended otherwise: {} goes on alone", config.name, winner.word());
+                bail!("router {} ended otherwise: {} continues alone", config.name, winner.word());
             }
             let (present, words) = (format!("{:?} {:?}", seen.next, seen.course.phase), seen.words());
             if present != before {
@@ -184,9 +184,7 @@ fn asked(
                 return Ok(Exit::Unavailable);
             }
             if moved.elapsed() > Duration::from_secs(10) {
-                eprintln!(
-                    "nothing has moved for 10 s ({words}): does `aviary router start` run, and what does it wait for?"
-                );
+                eprintln!("no progress for 10 s ({words}): check that `aviary router start` runs, and its log");
                 moved = Instant::now();
             }
             sleep(Duration::from_millis(200)).await;

@@ -24,19 +24,19 @@ use crate::router::serve::{Beside, Ended, serve};
 #[command(
     after_help = "Examples:\n  aviary router plan -f orders.yaml\n  aviary router start -f orders.yaml --listen 127.0.0.1:9500\n  \
     aviary router set-weight 10 -f orders.yaml\n  aviary router audit -f orders.yaml\n  aviary router promote -f orders.yaml\n\n\
-    All state is in the broker: started again, anywhere, it goes on where it was; started twice, the first one ends.\n\
-    Exit codes: 0 the rollout is over, or it was told to stop; 1 another router has taken over, or the file is wrong."
+    All state is in the broker: a router that is started again, on any machine, continues. Of two routers the older one ends.\n\
+    Exit codes: 0 the rollout ended, or SIGINT or SIGTERM; 1 another router took over, or the file has an error."
 )]
 pub struct StartArgs {
     #[command(flatten)]
     file: FileArgs,
-    /// Serve /metrics, /status and /livez here.
+    /// Address for /metrics, /status and /livez, `host:port`; default: none.
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<String>,
-    /// How often the topics are compared meanwhile; 0s: never.
+    /// Interval of audits; 0s disables them.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
     audit_every: Duration,
-    /// File that holds the bearer token for the cluster's API; without it AVIARY_TOKEN is read.
+    /// File with the bearer token for the cluster's API; default: the variable AVIARY_TOKEN.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }

@@ -10,13 +10,13 @@ use crate::domain::split::Side;
 use crate::ports::Topic;
 use crate::router::snapshot::RouterSnapshot;
 
-/// Says what `start` would do, and what is in its way.
+/// Prints what `start` would do, and what prevents it; exit code 1 if anything does.
 pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let topics = topics(config)?;
     let seen = RouterSnapshot::look(topics.as_ref())?;
     let mut wrong: Vec<String> = Vec::new();
     let Some(partitions) = topics.partitions(&config.source)? else {
-        anyhow::bail!("topic {} isn't there, expected the topic to split", config.source);
+        anyhow::bail!("topic {} does not exist, expected the topic to split", config.source);
     };
     let mut make = Vec::new();
     for (topic, count) in [
@@ -81,11 +81,11 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
             ("canary", service(Side::Canary)),
             ("weight", share),
             ("hooks", hooks),
-            ("makes topics", make.join(", ")),
-            ("in the way", wrong.join("; ")),
+            ("creates topics", make.join(", ")),
+            ("prevented by", wrong.join("; ")),
         ]);
         if !rows.is_empty() {
-            let mut places = table(["PARTITION", "BEGINS AT", "UNREAD BY STABLE"]);
+            let mut places = table(["PARTITION", "FROM OFFSET", "UNREAD BY STABLE"]);
             for row in &rows {
                 places.add_row([&row["partition"], &row["from"], &row["unread"]].map(ToString::to_string));
             }

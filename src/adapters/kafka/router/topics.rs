@@ -34,7 +34,7 @@ impl RouterTopics for KafkaBroker {
         let Some(partitions) = self.partitions(&names.source)? else {
             return Err(OutsideError::new(
                 format!("kafka topic {}", names.source),
-                "isn't there, expected the topic to split",
+                "does not exist, expected the topic to split",
             ));
         };
         let mut wanted = Vec::new();
