@@ -39,10 +39,10 @@ pub enum ClusterVerb {
     /// Show the members, the coordinator, and each member's last log slot.
     Status,
     /// Exclude a node from promotion votes, for example during a repair. It serves stable only.
-    #[command(alias = "cordon")]
+    #[command(alias = "bench")]
     Cordon(MemberArgs),
     /// Include a node in promotion votes again.
-    #[command(alias = "uncordon")]
+    #[command(alias = "unbench")]
     Uncordon(MemberArgs),
     /// Restore a node's vote after its disk was replaced. `cluster status` shows its new incarnation.
     Readmit(ReadmitArgs),
