@@ -203,10 +203,10 @@ mod tests {
         }
         drop(store);
         let at = |name: &str| dir.path().join("runs").join(name);
-        fs::write(at("short.trial"), b"avia").unwrap();
+        fs::write(at("short.run"), b"avia").unwrap();
         fs::write(at("s.new"), b"half").unwrap();
         fs::create_dir(at("stranger")).unwrap();
-        for (name, place) in [("altered.trial", 40), ("newer.trial", 7)] {
+        for (name, place) in [("altered.run", 40), ("newer.run", 7)] {
             let mut bytes = fs::read(at(name)).unwrap();
             bytes[place] ^= 1;
             fs::write(at(name), bytes).unwrap();

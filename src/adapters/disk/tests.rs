@@ -346,7 +346,7 @@ fn a_register_of_another_format_is_refused_with_both_numbers() {
     (bytes[7], bytes[SLOT_BYTES + 7]) = (1, 1);
     fs::write(&path, bytes).unwrap();
     let Err(error) = open(disk.0.path()) else { panic!("opened") };
-    assert!(error.to_string().contains("it has format 1, expected 5"), "{error}");
+    assert!(error.to_string().contains("it has format 1, expected 6"), "{error}");
 }
 
 #[test]
@@ -365,7 +365,7 @@ fn a_bad_record_cuts_the_log_before_it_and_is_named() {
     for (slot, value, why) in [
         (21u64, None, "slot 21 is missing"),
         (17, Some(encode_entry(&log[16])), "slot 17 holds the record of slot 16"),
-        (13, Some(vec![1, 0, 0, 0, 0, 9]), "slot 13: its checksum is"),
+        (13, Some(vec![2, 0, 0, 0, 0, 9]), "slot 13: its checksum is"),
         (9, Some(encode_entry(&chain_of(10, 50)[9])), "slot 9 follows"),
         (
             0,
