@@ -49,10 +49,11 @@ pub trait Store: Send {
     fn reader(&self) -> Arc<dyn LogReader>;
 }
 
-/// Where trials outlive a node's process, should all nodes restart at once. Nothing is promised by it: what is lost is judged
+/// Where analysis runs outlive a node's process, should all nodes restart at once. Nothing is promised by it: what is
+/// lost is judged
 /// anew.
 pub trait RunStore: Send {
-    /// Saves the trial of a service in place of the one before, without waiting for it, or none: it is over.
+    /// Saves the analysis run of a service in place of the one before, without waiting for it, or none: it is over.
     fn save(&mut self, service: &ServiceId, run: Option<Box<SavedRun>>);
 }
 

@@ -40,7 +40,7 @@ pub const ALL: &[Scenario] = &[
     seed("catch-up-order", 42, "records that came out of order stalled a node that caught up"),
     seed("single-brake", 55, "a brake was published behind the disk in a cluster of one"),
     seed("single-brake-2", 673, "the same"),
-    seed("armed-late", 928, "a increase chosen in doubt first and by its own ballot after that"),
+    seed("armed-late", 928, "an increase chosen in doubt first and by its own ballot after that"),
     seed("completed-in-doubt", 3024, "a completion learned as decided in doubt, next to an aborted start"),
     Scenario {
         ms: 60_000,

@@ -1,4 +1,4 @@
-//! Recorded or live requests, as lines of JSON, and the trial they are fed to.
+//! Recorded or live requests, as lines of JSON, and the analysis run they are fed to.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;

@@ -468,7 +468,7 @@ fn check_judgement(window_verdict: &WindowVerdict) -> Result<(), FrameError> {
     }
 }
 
-/// Sightings in a snapshot.
+/// Tick samples in a snapshot.
 const SIGHTINGS_MAX: u64 = 64;
 
 fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
@@ -634,7 +634,7 @@ mod tests {
         assert!(malformed_by(&heartbeat(u64::MAX)).contains("slot is 18446744073709551615"));
     }
 
-    /// Returns a trial of three nodes whose every bin of latency holds answers, in the middle of a window.
+    /// Returns an analysis run of three nodes whose every bin of latency holds answers, in the middle of a window.
     fn run(answers: u32) -> AnalysisRun<NodeId> {
         let analysis = Analysis { window_ms: 4_000, ..Analysis::default() };
         let mut run = AnalysisRun::new(analysis, Some(Policy::default()), 250, 0);
@@ -685,7 +685,7 @@ mod tests {
         Stats::from_counts(50, 50_000, [0; BINS])
     }
 
-    /// Trials whose bytes were altered on the way are refused, or can be gone on with.
+    /// Analysis runs whose bytes were altered on the way are refused, or can be gone on with.
     #[test]
     fn an_altered_trial_breaks_nothing() {
         use rand::{RngExt as _, SeedableRng as _};

@@ -39,7 +39,7 @@ pub struct Parts {
     pub ledger: Ledger,
     /// The log on it, after that.
     pub log: Vec<Chosen>,
-    /// The trials that it saved.
+    /// The analysis runs that it saved.
     pub saved: BTreeMap<ServiceId, SavedRun>,
     /// Store of the saved analysis runs.
     pub runs: Box<dyn RunStore>,

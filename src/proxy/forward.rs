@@ -1,4 +1,4 @@
-//! The general way: whatever HTTP has, hyper on both sides, bodies streaming both ways.
+//! The slow path: whatever HTTP has, hyper on both sides, bodies streaming both ways.
 //!
 //! HTTP/2 (gRPC with its trailers), HTTP/1.0, upgrades such as WebSocket, this node's own pages. Plain requests go by
 //! [`super::relay`], which decides alike and costs less.
@@ -54,7 +54,7 @@ pub struct SlowPath {
 }
 
 impl SlowPath {
-    /// Returns the general way of the worker that counts in this lane.
+    /// Returns the slow path of the worker that counts in this shard.
     pub fn new(router: Arc<RoutingTable>, shard: usize) -> Self {
         let settings = &router.settings;
         let mut connector = HttpConnector::new();

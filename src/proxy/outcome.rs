@@ -93,7 +93,7 @@ impl Shard {
     }
 }
 
-/// Stops a canary that fails every request while stable doesn't: a brake, not a verdict.
+/// Stops a canary that fails every request while stable doesn't: a local hold, not a verdict.
 #[derive(Default)]
 pub struct CircuitBreaker {
     tripped: AtomicBool,

@@ -78,7 +78,7 @@ impl RelayRequest {
 /// Next state of a connection.
 enum Next {
     Ask(Box<RelayRequest>),
-    /// Whatever it is, it needs the general way.
+    /// Whatever it is, it needs the slow path.
     Other,
     Refuse(BadMessage),
     /// It ended, or waited too long.

@@ -1,4 +1,4 @@
-//! A version's servers: which one takes the next request, and which ones are left alone for a while.
+//! A version's servers: which one takes the next request, and which ones are ejected for a while.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,7 +14,7 @@ use crate::domain::ids::VersionId;
 use crate::domain::plan::{Backend, HealthCheck};
 use crate::domain::time::Mono;
 
-/// Failures in a row after which a server is left alone.
+/// Failures in a row after which a server is ejected.
 const FAILURES_MAX: u32 = 5;
 /// How long, the first time; one more of it each time in a row.
 const LEFT_ALONE_MS: u64 = 10_000;
@@ -36,7 +36,7 @@ pub struct Server {
     open: AtomicU32,
     failures: AtomicU32,
     rounds: AtomicU32,
-    /// Until when it is left alone, in microseconds of the node's clock.
+    /// End of its ejection, in microseconds of the node's clock.
     alone_until: AtomicU64,
     /// It failed the last probes.
     unwell: AtomicBool,

@@ -121,7 +121,7 @@ impl Drop for Deadline {
 }
 
 impl Worker {
-    /// Returns the worker that counts in this lane.
+    /// Returns the worker that counts in this shard.
     pub fn new(router: Arc<RoutingTable>, shard: usize) -> Rc<Self> {
         let general = SlowPath::new(router.clone(), shard);
         let table = (router.node.published.number(), router.table());

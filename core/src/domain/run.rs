@@ -1,6 +1,8 @@
-//! The trial of one canary: what all nodes saw goes in, tick by tick; judgements with what they rest on come out.
+//! The analysis run of one canary: what all nodes saw goes in, tick by tick; window verdicts with what they rest on
+//! come out.
 //!
-//! A node, `aviary judge` and `aviary replay` run this same code. Two nodes with the same sightings come to the same judgements.
+//! A node, `aviary judge` and `aviary replay` run this same code. Two nodes with the same tick samples come to the
+//! same window verdicts.
 
 use serde::{Deserialize, Serialize};
 
@@ -119,7 +121,8 @@ pub struct AnalysisRun<S> {
 impl<S: Eq> Eq for AnalysisRun<S> {}
 
 impl<S: Ord + Clone> AnalysisRun<S> {
-    /// Returns a trial by these limits and this comparison, in ticks of `tick_ms`, from `at_ms` after the rollout's start on.
+    /// Returns an analysis run by these limits and this comparison, in ticks of `tick_ms`, from `at_ms` after the
+    /// rollout's start on.
     pub fn new(analysis: Analysis, policy: Option<Policy>, tick_ms: u64, at_ms: u64) -> Self {
         let first = at_ms / tick_ms;
         Self {
@@ -312,7 +315,7 @@ impl<S: Ord + Clone> AnalysisRun<S> {
 mod tests {
     use super::*;
 
-    /// Returns a trial by limits alone, in windows of a minute.
+    /// Returns an analysis run by limits alone, in windows of a minute.
     fn by_the_minute() -> AnalysisRun<u8> {
         AnalysisRun::new(Analysis { window_ms: 60_000, min_samples: 1, ..Analysis::default() }, None, 250, 0)
     }

@@ -1,6 +1,7 @@
 //! What several sources saw, tick by tick, put together in whatever order it arrives.
 //!
-//! A sighting (of one source, in one tick) counts once, however often it comes. A tick is closed when all who are expected have said
+//! A tick sample (of one source, in one tick) counts once, however often it comes. A tick is closed when all who are
+//! expected have said
 //! what they saw in it, or have had time to; what comes later counts in the tick that is open then. Within that, neither
 //! order nor repetition changes anything: three sources that saw a third each come to exactly what one that saw all has.
 
@@ -13,7 +14,7 @@ use super::window::Evidence;
 
 /// Ticks that a source has to say what it saw.
 const GRACE: u64 = 8;
-/// Ticks that a sighting may be late, and that a source may be ahead.
+/// Ticks that a tick sample may be late, and that a source may be ahead.
 const MEMORY: u64 = 480;
 
 /// Answers that one source counted in one tick.

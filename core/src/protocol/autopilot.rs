@@ -1,5 +1,6 @@
 //! What the cluster does by itself: go on when a step is due and healthy, stop when it isn't, settle what a lost
-//! coordinator left open. Only the coordinator acts, but for the brake: whoever braked asks for the rollback itself
+//! coordinator left open. Only the coordinator acts, but for the local hold: the node that holds asks for the rollback
+//! itself
 //! when the coordinator stays silent.
 
 use std::collections::BTreeMap;

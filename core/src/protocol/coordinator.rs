@@ -39,7 +39,7 @@ struct BallotAttempt {
     intent: Intent,
     began: Mono,
     resend: Mono,
-    /// A lowering waits behind it: don't wait for the last votes.
+    /// A decrease waits behind it: don't wait for the last votes.
     hurry: bool,
     stage: BallotStage,
 }
@@ -143,7 +143,7 @@ impl Coordinator {
         self.enqueue(ctx, Pending { key: (Initiator::Node, tx), digest: 0, proposal, requests: Vec::new(), since })
     }
 
-    /// A lowering goes first, and hurries what is being decided.
+    /// A decrease goes first, and hurries what is being decided.
     fn enqueue(&mut self, ctx: &mut Context, pending: Pending) -> Option<Next> {
         if pending.proposal.decreases() {
             if let Some(attempt) = &mut self.attempt {

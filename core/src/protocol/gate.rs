@@ -1,4 +1,4 @@
-//! The health gate: evidence in, votes and brakes out. One for each service.
+//! The health gate: evidence in, votes and local holds out. One for each service.
 //!
 //! A gate can veto on what this node saw alone; to say Yes it needs enough evidence from all nodes together, so that a
 //! node without traffic can vote. Silence is not health.
@@ -72,7 +72,7 @@ impl Gate {
         measured.fold(Verdict::Promote, Verdict::or_worse)
     }
 
-    /// Returns the brake of a peer that spoke within `age_ms`, and whose.
+    /// Returns the local hold of a peer that spoke within `age_ms`, and whose.
     fn peer_hold(&self, now: Mono, age_ms: u64) -> Option<(&NodeId, &str)> {
         let fresh = self.snapshots.iter().filter(|(_, (at, _))| now.millis_since(*at) <= age_ms);
         fresh.filter_map(|(node, (_, snapshot))| Some((node, snapshot.local_hold.as_deref()?))).next()

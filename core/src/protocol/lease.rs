@@ -1,7 +1,7 @@
 //! The lease: canary traffic that needs one ends a bounded time after the last contact with a majority.
 //!
 //! A lease is measured from the *send* of the heartbeat that a majority answered, on this node's own clock, and is
-//! refused by whoever knows, or has accepted, a lowering that the asker has not.
+//! refused by whoever knows, or has accepted, a decrease that the asker has not.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +23,7 @@ struct Beat {
     answered: BTreeSet<NodeId>,
 }
 
-/// A lowering that some node may not obey yet.
+/// A decrease that some node may not obey yet.
 #[derive(Debug, Clone)]
 struct Enforcing {
     slot: Slot,
@@ -60,7 +60,7 @@ impl Lease {
         Self { nonce, ..Self::default() }
     }
 
-    /// Returns true unless a lowering of this service may still be disobeyed somewhere.
+    /// Returns true unless a decrease of this service may still be disobeyed somewhere.
     pub fn is_enforced(&self, service: &ServiceId) -> bool {
         !self.enforcing.contains_key(service)
     }
@@ -116,7 +116,7 @@ impl Lease {
         nonce
     }
 
-    /// Returns true when a node at `head` knows every lowering that this one knows or has accepted.
+    /// Returns true when a node at `head` knows every decrease that this one knows or has accepted.
     fn grants_lease(ctx: &Context, head: Slot) -> bool {
         let accepted = Ledger::decrease_in(ctx.acceptor.accepted.as_ref()).unwrap_or(Slot(0));
         ctx.ledger.last_decrease.max(accepted) <= head
@@ -178,7 +178,7 @@ impl Lease {
 
     // Enforcement of lowerings.
 
-    /// Begins to watch until a lowering is in force everywhere.
+    /// Begins to watch until a decrease is in force everywhere.
     pub fn enforce(&mut self, ctx: &Context, service: ServiceId, slot: Slot, lease_ms: u64) {
         let chosen = ctx.now.mono;
         self.enforcing.insert(service, Enforcing { slot, chosen, lease_ms });

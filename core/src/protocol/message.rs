@@ -138,7 +138,7 @@ pub enum Membership {
 pub struct Acknowledgement {
     /// The heartbeat's nonce.
     pub nonce: u64,
-    /// True when the peer's lease may last; false when this node knows of a lowering that the peer doesn't.
+    /// True when the peer's lease may last; false when this node knows of a decrease that the peer doesn't.
     pub granted: bool,
 }
 
@@ -180,17 +180,18 @@ pub struct HealthSnapshot {
     pub rollout_generation: u64,
     /// What the sender saw lately, by ticks since the rollout began; each is final.
     pub tick_samples: Vec<(u64, TickSample)>,
-    /// The sender came late to the rollout, and asks for its trial.
+    /// The sender came late to the rollout, and asks for its analysis run.
     pub asks: Option<Asks>,
-    /// The sender's trial, for a receiver that asked for it.
+    /// The sender's analysis run, for a receiver that asked for it.
     pub transfer: Option<Box<RunTransfer>>,
 }
 
-/// A node that came late to a rollout asks for its trial.
+/// A node that came late to a rollout asks for its analysis run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asks {
     /// Who should hand it over; none while it isn't this rollout's turn to be asked for.
     pub whom: Option<NodeId>,
-    /// How far the trial goes that the sender saved before it restarted, in milliseconds since the rollout began; 0: it has none.
+    /// How far the analysis run goes that the sender saved before it restarted, in milliseconds since the rollout
+    /// began; 0: it has none.
     pub saved: u64,
 }

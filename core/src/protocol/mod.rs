@@ -213,7 +213,7 @@ pub enum Output {
         /// The last record to send.
         through: Slot,
     },
-    /// Save the trial of a service in place of the one before, or none: it is over. No barrier, and no promise.
+    /// Save the analysis run of a service in place of the one before, or none: it is over. No barrier, and no promise.
     SaveRun(ServiceId, Option<Box<SavedRun>>),
     /// Serve by this.
     Publish(Arc<View>),

@@ -15,7 +15,7 @@ use super::log::record::{ConfigChange, Intent, Operation};
 pub(super) enum Proposal {
     /// An operator's request.
     OperatorRequest(OperatorRequest),
-    /// A change that the autopilot or the brake wants.
+    /// A change that the autopilot or the local hold wants.
     Operation(Operation),
     /// Settle what a lost coordinator left open: propose what was accepted; of what was only voted on, do what lowers exposure, and
     /// abort the rest.

@@ -685,7 +685,7 @@ fn peers_are_told_of_every_service_a_few_at_a_time() {
 fn a_brake_outlives_a_checkpoint_taken_over_from_a_peer() {
     let mut rig = Rig::keeping(Retention { checkpoint_every: 4, history: 0 });
     rig.asked("a", 1, OperatorRequest::Apply(spec()));
-    // c hears nothing more; it brakes by itself, and its peers go on without changing the weights.
+    // c hears nothing more; it stops its canary traffic by itself, and its peers go on without changing the weights.
     let c = rig.cores.remove(&node("c")).unwrap();
     for number in 2..10 {
         let pause = OperatorRequest::Pause { service: service(), reason: "test".into() };

@@ -104,7 +104,7 @@ pub struct ServiceView {
     pub sequential: Option<SequentialEvidence>,
     /// What the rollout waits for, in words; empty when it waits for nothing.
     pub waiting_for: String,
-    /// The last lowering: true once every voter obeys it or every lease it could outlive has ended.
+    /// The last decrease: true once every voter obeys it or every lease it could outlive has ended.
     pub enforced: bool,
 }
 

@@ -29,7 +29,7 @@ impl Invariant for Certificates {
             Fact::Chosen(record, ballot) if record.intent.operation.increases_exposure() => {
                 let slot = record.slot;
                 let certificate =
-                    record.certificate.as_ref().ok_or(format!("slot {slot}: a increase without certificate"))?;
+                    record.certificate.as_ref().ok_or(format!("slot {slot}: an increase without certificate"))?;
                 if certificate.ballot > **ballot {
                     return Err(format!(
                         "slot {slot}: chosen in {ballot}, its certificate is of {}",

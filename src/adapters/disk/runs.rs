@@ -1,7 +1,9 @@
-//! Saved trials: a file for each service, replaced whole by a thread of its own, and never synced: it outlives the process, and
+//! Saved analysis runs: a file for each service, replaced whole by a thread of its own, and never synced: it outlives
+//! the process, and
 //! mostly the machine.
 //!
-//! Magic and version, CRC-32C of the rest, and the trial's bytes. A file that can't be read is removed; nothing here keeps a node
+//! Magic and version, CRC-32C of the rest, and the analysis run's bytes. A file that can't be read is removed; nothing
+//! here keeps a node
 //! from starting.
 
 use std::collections::BTreeMap;
@@ -23,9 +25,9 @@ use crate::protocol::record::SavedRun;
 const MAGIC: [u8; 8] = *b"aviaryT\x02";
 /// Magic, checksum.
 const HEADER_BYTES: usize = 8 + 4;
-/// Most bytes of an encoded trial; what is longer is none of ours.
+/// Most bytes of an encoded analysis run; what is longer is none of ours.
 const TRIAL_BYTES_MAX: usize = 1024 * 1024;
-/// Trials that may wait to be written; more aren't saved at that time.
+/// Analysis runs that may wait to be written; more aren't saved at that time.
 const WAITING_MAX: usize = 64;
 /// Extensions of complete and of unfinished files.
 const EXTENSION: &str = "run";
@@ -33,7 +35,7 @@ const DRAFT: &str = "new";
 
 /// Analysis runs found in a data directory.
 pub struct FoundRuns {
-    /// Where trials are saved from now on.
+    /// Where analysis runs are saved from now on.
     pub store: DiskRuns,
     /// Analysis runs that could be read, by service.
     pub saved: BTreeMap<ServiceId, SavedRun>,
@@ -44,7 +46,7 @@ pub struct FoundRuns {
 /// A file and its new content; none: it goes.
 type Work = (PathBuf, Option<Box<SavedRun>>);
 
-/// Trials in a directory of their own.
+/// Analysis runs in a directory of their own.
 pub struct DiskRuns {
     dir: PathBuf,
     /// None once it ends.
@@ -53,7 +55,7 @@ pub struct DiskRuns {
 }
 
 impl DiskRuns {
-    /// Opens the trials of a node's data directory, which only one process may use.
+    /// Opens the analysis runs of a node's data directory, which only one process may use.
     pub fn open(data_dir: &Path) -> Result<FoundRuns, StoreError> {
         let dir = data_dir.join("runs");
         let (mut saved, mut notes) = (BTreeMap::new(), Vec::new());

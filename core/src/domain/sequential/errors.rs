@@ -13,15 +13,15 @@ use super::{Mixture, Policy};
 #[derive(Debug, Clone, Copy)]
 enum ErrorAlternative {
     /// Its odds of failing are so many times stable's.
-    SequentialEvidence(f64),
+    OddsRatio(f64),
     /// This share of its requests fails.
     Share(f64),
 }
 
 const ALTERNATIVES: [ErrorAlternative; 5] = [
-    ErrorAlternative::SequentialEvidence(1.7),
-    ErrorAlternative::SequentialEvidence(3.0),
-    ErrorAlternative::SequentialEvidence(7.0),
+    ErrorAlternative::OddsRatio(1.7),
+    ErrorAlternative::OddsRatio(3.0),
+    ErrorAlternative::OddsRatio(7.0),
     ErrorAlternative::Share(0.12),
     ErrorAlternative::Share(0.8),
 ];
@@ -107,14 +107,12 @@ pub(super) fn bet(
     mut chance: impl FnMut() -> f64,
 ) -> bool {
     let stable = rate.value();
-    let sequential = stable / (1.0 - stable);
+    let odds = stable / (1.0 - stable);
     let mut ratios = [0.0; COUNT];
     for (k, (ratio, alternative)) in ratios.iter_mut().zip(ALTERNATIVES).enumerate() {
         *ratio = match alternative {
-            ErrorAlternative::SequentialEvidence(times) => times,
-            ErrorAlternative::Share(share) => {
-                (share / (1.0 - share)).max(sequential * (1.6 + 0.4 * k as f64)) / sequential
-            }
+            ErrorAlternative::OddsRatio(times) => times,
+            ErrorAlternative::Share(share) => (share / (1.0 - share)).max(odds * (1.6 + 0.4 * k as f64)) / odds,
         };
     }
     let margin = 1.0 + policy.error_margin + policy.error_allowance / stable;

@@ -1,4 +1,5 @@
-//! What the log holds: chosen records, hash-chained, each with the votes that allowed it; the promises beside it, and the trials
+//! What the log holds: chosen records, hash-chained, each with the votes that allowed it; the promises beside it, and
+//! the analysis runs
 //! that are saved.
 
 use std::collections::BTreeMap;
@@ -372,23 +373,23 @@ pub struct AcceptorState {
     pub head_hash: Hash,
 }
 
-/// A trial on a node's disk, should all nodes restart at once.
+/// An analysis run on a node's disk, should all nodes restart at once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedRun {
     /// The routing version that its rollout began with.
     pub rollout_generation: u64,
     /// When it was saved.
     pub at: Wall,
-    /// The trial at that time.
+    /// The analysis run at that time.
     pub run: RunTransfer,
 }
 
-/// A trial as far as one node knows it, for another that came late.
+/// An analysis run as far as one node knows it, for another that came late.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunTransfer {
     /// Milliseconds since the rollout began, on the sender's clock.
     pub at_ms: u64,
-    /// The trial.
+    /// The analysis run.
     pub run: AnalysisRun<NodeId>,
     /// Windows that are closed and, as far as the sender knows, not decided yet.
     pub closed: Vec<WindowVerdict>,

@@ -1,4 +1,5 @@
-//! The watch over one rollout's canary: this node's part in its trial. One for each service with a rollout under way; unlike
+//! The watch over one rollout's canary: this node's part in its analysis run. One for each service with a rollout
+//! under way; unlike
 //! a gate it goes on when the weight changes.
 
 use std::cmp::Reverse;
@@ -27,14 +28,14 @@ const CLOSED_MAX: usize = 64;
 /// How long after its end a window is decided that this node has nothing to say of.
 const UNSEEN_MS: u64 = 10_000;
 
-/// How long a peer has for handing its trial over before the next one is asked.
+/// How long a peer has for handing its analysis run over before the next one is asked.
 const ASKED_MS: u64 = 500;
-/// How long peers are asked before a trial is begun anew.
+/// How long peers are asked before an analysis run is begun anew.
 const ASKING_MS: u64 = 4_000;
-/// Sightings of peers that are kept for a trial that isn't there yet.
+/// Tick samples of peers that are kept for an analysis run that isn't there yet.
 const HEARD_MAX: usize = 256;
 
-/// Between two times that a trial is saved, at least: of many one at each tick of the core.
+/// Between two times that an analysis run is saved, at least: of many one at each tick of the core.
 const SAVED_EVERY_MS: u64 = 1_000;
 
 /// What this node saw of one rollout, and what it makes of that and of its peers' word.
@@ -50,15 +51,15 @@ pub(super) struct RunTracker {
     run: AnalysisRun<NodeId>,
     /// Windows that are closed here, and not decided yet as far as this node knows.
     closed: VecDeque<WindowVerdict>,
-    /// This node came late, and asks for a peer's trial; its own waits meanwhile.
+    /// This node came late, and asks for a peer's analysis run; its own waits meanwhile.
     asking: Option<Asking>,
-    /// When the trial is saved next.
+    /// When the analysis run is saved next.
     save_at: Mono,
 }
 
 impl RunTracker {
     /// Returns the watch over a rollout that this node learned of just now; `restarts` when it may have known it before, and
-    /// `saved` its trial.
+    /// `saved` its analysis run.
     pub fn new(service_state: &ServiceState, now: Now, restarts: bool, saved: Option<SavedRun>) -> Self {
         let rollout = &service_state.service.rollout;
         let age_ms = now.wall.0.saturating_sub(rollout.since.0);
@@ -93,7 +94,7 @@ impl RunTracker {
         }
     }
 
-    /// Takes what a peer saw, and its trial where this node asks for one.
+    /// Takes what a peer saw, and its analysis run where this node asks for one.
     pub fn hear(&mut self, own: &NodeId, from: &NodeId, snapshot: &HealthSnapshot, now: Mono) {
         if snapshot.rollout_generation != self.rollout_generation {
             return;
@@ -117,14 +118,15 @@ impl RunTracker {
         }
     }
 
-    /// Goes on with a peer's trial, as if this node had conducted it: in the peer's ticks, after those that it knows of.
+    /// Goes on with a peer's analysis run, as if this node had conducted it: in the peer's ticks, after those that it
+    /// knows of.
     fn take_over(&mut self, own: &NodeId, transfer: &RunTransfer, now: Mono) {
         if self.run.is_like(&transfer.run) {
             self.go_on(own, now.before_ms(transfer.at_ms), transfer.clone(), now);
         }
     }
 
-    /// Goes on with a trial of a rollout that began then.
+    /// Goes on with an analysis run of a rollout that began then.
     fn go_on(&mut self, own: &NodeId, began: Mono, RunTransfer { run, closed, .. }: RunTransfer, now: Mono) {
         self.run = run;
         self.closed = closed.into();
@@ -133,7 +135,8 @@ impl RunTracker {
         self.stop_asking();
     }
 
-    /// Goes on without a peer's trial: with what this node saved before it restarted, or with what it saw since. Returns what was
+    /// Goes on without a peer's analysis run: with what this node saved before it restarted, or with what it saw
+    /// since. Returns what was
     /// decided by that.
     fn go_on_alone(&mut self, own: &NodeId, now: Mono) -> Vec<WindowVerdict> {
         let saved = self.asking.as_mut().and_then(|asking| asking.saved.take());
@@ -146,7 +149,7 @@ impl RunTracker {
         window_verdicts
     }
 
-    /// Takes what peers told meanwhile into the trial that is there.
+    /// Takes what peers told meanwhile into the analysis run that is there.
     fn stop_asking(&mut self) {
         for ((tick, from), tick_sample) in self.asking.take().into_iter().flat_map(|asking| asking.heard) {
             self.run.put(&from, tick, &tick_sample);
@@ -162,7 +165,7 @@ impl RunTracker {
         self.asking.is_none().then(|| RunTransfer { at_ms, run: self.run.clone(), closed })
     }
 
-    /// Returns what peers are told: which rollout, the last ticks, and who is asked for the trial.
+    /// Returns what peers are told: which rollout, the last ticks, and who is asked for the analysis run.
     pub fn told(&self) -> (u64, Vec<(u64, TickSample)>, Option<Asks>) {
         let asks = self
             .asking
@@ -306,18 +309,19 @@ impl RunTracker {
     }
 }
 
-/// How a node that came late gets the trial as far as it went.
+/// How a node that came late gets the analysis run as far as it went.
 #[derive(Debug, Clone, Default)]
 struct Asking {
     /// Since when it asks; none while it can't, or while others are asked for first.
     since: Option<Mono>,
     /// Whom it asks, and since when.
     whom: Option<(NodeId, Mono)>,
-    /// Peers that ask themselves, and how far the trials go that they saved: they have nothing else to hand over.
+    /// Peers that ask themselves, and how far the analysis runs go that they saved: they have nothing else to hand over.
     also: BTreeMap<NodeId, u64>,
     /// What peers tell meanwhile.
     heard: BTreeMap<(u64, NodeId), TickSample>,
-    /// The trial that this node saved before it restarted, and when the rollout began by that, on its present clock.
+    /// The analysis run that this node saved before it restarted, and when the rollout began by that, on its present
+    /// clock.
     saved: Option<(Mono, RunTransfer)>,
 }
 
@@ -356,7 +360,8 @@ impl Asking {
         self.since.is_some()
     }
 
-    /// Returns how far the trial goes that this node saved, in milliseconds since the rollout began; 0: there is none.
+    /// Returns how far the analysis run goes that this node saved, in milliseconds since the rollout began; 0: there
+    /// is none.
     fn saved(&self) -> u64 {
         self.saved.as_ref().map_or(0, |(_, transfer)| transfer.at_ms.max(1))
     }

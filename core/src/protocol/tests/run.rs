@@ -1,4 +1,4 @@
-//! Trials outlive the restarts of those who conduct them.
+//! Analysis runs outlive the restarts of those who conduct them.
 
 use super::*;
 use crate::domain::run::SequentialEvidence;
@@ -171,7 +171,7 @@ fn a_node_asks_the_next_peer_when_the_first_doesnt_answer() {
     rig.assert_windows("b", |from_ms| if from_ms == 6_000 || from_ms == 9_000 { 0..=30 } else { 0..=0 });
 }
 
-/// Restarts all nodes `ms` after they were killed; of those that `lost` names nothing is left of a trial.
+/// Restarts all nodes `ms` after they were killed; of those that `lost` names nothing is left of an analysis run.
 fn all_restart(rig: &mut Rig, ms: u64, lost: &[&str]) {
     ["a", "b", "c"].iter().for_each(|name| rig.kill(name));
     rig.now += 1_000 * ms;
@@ -320,7 +320,7 @@ fn what_was_saved_goes_with_its_rollout() {
     let abort = rig.abort();
     rig.asked("a", 2, abort);
     assert_eq!(rig.runs.values().map(BTreeMap::len).collect::<Vec<_>>(), [0, 0, 0]);
-    // A file that is left of it is no trial of the next one, and goes.
+    // A file that is left of it is no analysis run of the next one, and goes.
     rig.asked("a", 3, OperatorRequest::Retry { service: service() });
     rig.serve(300);
     rig.runs = saved.clone();
