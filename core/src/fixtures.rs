@@ -1,9 +1,10 @@
 //! Rollouts for the core's own tests, as `config` makes them of a file that names no more than their steps.
 
-use crate::domain::analysis::{Analysis, Limit, Metric, OnFailure};
+use crate::domain::analysis::{Analysis, Limit, Metric};
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
 use crate::domain::query::Query;
+use crate::domain::verdict::OnFailure;
 use crate::domain::weights::Weight;
 
 /// Returns a stage at this share (basis points), at least `hold_ms` long.

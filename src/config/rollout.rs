@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Deserializer};
 
-use crate::domain::analysis::{Analysis, Limit, Metric, NoData, OnFailure, Statistic};
+use crate::domain::analysis::{Analysis, Limit, Metric, NoData, Statistic};
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::limits::{self, OutOfRange};
 use crate::domain::plan::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, SpecError, Stage};
 use crate::domain::query::Query;
+use crate::domain::verdict::OnFailure;
 use crate::domain::weights::{Weight, WeightError, Weights};
 
 /// Error in a rollout file.

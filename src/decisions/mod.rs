@@ -4,9 +4,9 @@
 
 use prost_types::Timestamp;
 
-use crate::domain::analysis;
 use crate::domain::rollout::Change;
 use crate::domain::run::{AnswerSummary, WindowVerdict};
+use crate::domain::verdict;
 use crate::protocol::record::{Chosen, Operation};
 use crate::schema::v1::{self, Decision, DecisionKind, Verdict, VersionSummary};
 
@@ -59,10 +59,10 @@ fn kind(operation: &Operation) -> DecisionKind {
 fn window(window_verdict: &WindowVerdict) -> v1::WindowVerdict {
     let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
     let verdict = match verdict {
-        analysis::Verdict::Promote => Verdict::Promote,
-        analysis::Verdict::Hold(_) => Verdict::Hold,
-        analysis::Verdict::Pause(_) => Verdict::Pause,
-        analysis::Verdict::Rollback(_) => Verdict::Rollback,
+        verdict::Verdict::Promote => Verdict::Promote,
+        verdict::Verdict::Hold(_) => Verdict::Hold,
+        verdict::Verdict::Pause(_) => Verdict::Pause,
+        verdict::Verdict::Rollback(_) => Verdict::Rollback,
     };
     v1::WindowVerdict {
         verdict: verdict.into(),

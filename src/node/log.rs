@@ -3,9 +3,9 @@
 use serde_json::{Map, Value, json};
 use tracing::{debug, error, info, warn};
 
-use crate::domain::analysis::Verdict;
 use crate::domain::routing::{RoutingState, Status};
 use crate::domain::run::WindowVerdict;
+use crate::domain::verdict::Verdict;
 use crate::protocol::{Announcement, Event};
 
 /// Writes one announcement to the log.

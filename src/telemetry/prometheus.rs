@@ -128,8 +128,8 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::domain::analysis::OnFailure;
     use crate::domain::text::{CHARACTERS_MAX, CUT};
+    use crate::domain::verdict::OnFailure;
 
     /// Returns what is measured where a provider answers with this.
     async fn measured(answer: Value) -> Result<f64, String> {

@@ -11,54 +11,8 @@ use super::limits::{self, OutOfRange};
 use super::query::Query;
 use super::sequential::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
 use super::stats::Stats;
+use super::verdict::{OnFailure, Verdict};
 use super::window::Evidence;
-
-/// Verdict of the analysis on a canary.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Verdict {
-    /// Enough evidence, all of it good.
-    Promote,
-    /// Not enough evidence; with why.
-    Hold(String),
-    /// Stay at this weight until an operator looks; with why.
-    Pause(String),
-    /// Back to stable; with why.
-    Rollback(String),
-}
-
-impl Verdict {
-    fn rank(&self) -> u8 {
-        match self {
-            Self::Promote => 0,
-            Self::Hold(_) => 1,
-            Self::Pause(_) => 2,
-            Self::Rollback(_) => 3,
-        }
-    }
-
-    /// Returns the more careful of two verdicts, this one when they are equally careful.
-    pub fn or_worse(self, other: Self) -> Self {
-        if other.rank() > self.rank() { other } else { self }
-    }
-
-    /// Returns the verdict's word, as topics and streams spell it.
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Promote => "PROMOTE",
-            Self::Hold(_) => "HOLD",
-            Self::Pause(_) => "PAUSE",
-            Self::Rollback(_) => "ROLLBACK",
-        }
-    }
-
-    /// Returns why; empty for a promotion.
-    pub fn reason(&self) -> &str {
-        match self {
-            Self::Promote => "",
-            Self::Hold(why) | Self::Pause(why) | Self::Rollback(why) => why,
-        }
-    }
-}
 
 /// The number of the latency distribution that a metric compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,15 +59,6 @@ pub enum Limit {
         /// Increase of the quantile that must be ruled out before a promotion, in millionths of stable's.
         increase_ppm: u32,
     },
-}
-
-/// Reaction to a canary that exceeds a limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum OnFailure {
-    /// The rollout is rolled back: all traffic goes to stable.
-    Rollback,
-    /// The rollout is paused until an operator decides.
-    Pause,
 }
 
 /// A metric of the rollout file, with its limit.

@@ -18,5 +18,6 @@ pub mod stats;
 pub mod text;
 pub mod ticks;
 pub mod time;
+pub mod verdict;
 pub mod weights;
 pub mod window;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::analysis::{OnFailure, Verdict};
+use super::verdict::{OnFailure, Verdict};
 
 /// A value in millionths, so that limits can be compared and stored exactly.
 pub type Micro = i64;

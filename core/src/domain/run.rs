@@ -6,10 +6,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::analysis::{Analysis, Verdict};
+use super::analysis::Analysis;
 use super::sequential::{Policy, Sequential, SequentialResult, SequentialVerdict};
 use super::stats::Stats;
 use super::ticks::{Placed, TickMerger, TickSample};
+use super::verdict::Verdict;
 use super::window::Evidence;
 
 /// One version's answers in a few numbers.

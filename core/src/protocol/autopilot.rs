@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use crate::domain::analysis::{NoData, Verdict};
+use crate::domain::analysis::NoData;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::rollout::{Change, Phase, Rollout};
 use crate::domain::time::Mono;
+use crate::domain::verdict::Verdict;
 use crate::domain::weights::Weight;
 
 use super::context::Context;

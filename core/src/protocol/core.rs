@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::domain::analysis::Verdict;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
 use crate::domain::text::bounded;
 use crate::domain::time::Now;
+use crate::domain::verdict::Verdict;
 
 use super::acceptor::{self, Acceptor};
 use super::autopilot::{self, Autopilot, Coordination};

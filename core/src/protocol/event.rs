@@ -2,11 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId, TxId};
 use crate::domain::routing::{RoutingState, Status};
 use crate::domain::run::WindowVerdict;
 use crate::domain::time::Wall;
+use crate::domain::verdict::Verdict;
 
 use super::log::record::{Chosen, Initiator, Operation, Slot};
 use super::message::{GateVote, Prepare};

@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::domain::analysis::{Analysis, Verdict};
+use crate::domain::analysis::Analysis;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::rollout::Change;
 use crate::domain::text::bounded;
 use crate::domain::time::Mono;
+use crate::domain::verdict::Verdict;
 use crate::domain::weights::Weight;
 use crate::domain::window::{Evidence, Window};
 

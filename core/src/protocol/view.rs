@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::analysis::Verdict;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
 use crate::domain::plan::{Backend, RolloutSpec};
 use crate::domain::rollout::Service;
 use crate::domain::run::SequentialEvidence;
+use crate::domain::verdict::Verdict;
 use crate::domain::window::Evidence;
 
 use super::log::record::{Hash, Slot};

@@ -7,7 +7,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Mixture, Policy};
+use super::mixture::Mixture;
+use super::policy::Policy;
 
 /// How much worse a canary may be under an alternative.
 #[derive(Debug, Clone, Copy)]

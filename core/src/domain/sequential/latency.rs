@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 use serde::{Deserialize, Serialize};
 use serde_big_array::BigArray;
 
-use super::{Policy, Slowdown};
+use super::policy::{Policy, Slowdown};
 use crate::domain::stats::{BIN_RATIO, BINS, FIRST_US};
 
 /// Fine bins in one of those that are bet on.

@@ -9,18 +9,19 @@
 
 mod errors;
 mod latency;
+mod mixture;
+mod policy;
 mod promote;
 
 use errors::{Rate, Urn};
 use latency::{Bets, Coarse, NULLS, Shape};
+use mixture::Mixture;
+pub use policy::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
 use promote::VersionCounts;
 use serde::{Deserialize, Serialize};
-use serde_big_array::BigArray;
 
 use super::window::Evidence;
 
-/// The share of α that errors get where both are compared; latency has the rest.
-pub const ERRORS_SHARE: f64 = 0.68;
 /// The share of wealth that is started at once on latency; the rest is for harm that begins later.
 const LATENCY_START: f64 = 0.9;
 /// Requests of a block, at least, by how many of them failed: a failure says more the more requests it is one of. That a
@@ -34,138 +35,6 @@ const PAUSE_TIMES: f64 = 5.0;
 const WARNED: f64 = 5.0;
 /// Counts and times stay below this, so that adding to them can't overflow.
 const NUMBER_MAX: u64 = 1 << 62;
-
-/// A harm that must be ruled out before a promotion.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Required {
-    /// Name of the metric in the rollout file.
-    pub name: String,
-    /// Harm that must be ruled out.
-    pub harm: Harm,
-}
-
-impl Required {
-    fn new(name: &str, harm: Harm) -> Self {
-        Self { name: name.into(), harm }
-    }
-}
-
-/// How a canary may be worse.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub enum Harm {
-    /// An error rate higher by this much, as a share of all requests.
-    Errors(f64),
-    /// That so much fewer answers stay within stable's quantile (0.0 to 1.0).
-    Latency(f64, Slowdown),
-}
-
-/// Latency increase that is allowed.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub enum Slowdown {
-    /// More answers beyond stable's quantile, as a share of all.
-    Share(f64),
-    /// A quantile higher by this much, as a share of stable's.
-    Increase(f64),
-}
-
-/// Tolerances, and the error probabilities of verdicts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Policy {
-    /// Probability of ever rolling back a canary that is no worse than tolerated, at most.
-    pub alpha: f64,
-    /// Probability of promoting a canary that is worse than the margins below, at most.
-    pub alpha_promote: f64,
-    /// A rollout's expected length, in seconds: restarts are spread over it.
-    pub horizon_seconds: f64,
-    /// Tolerated: error rates so much higher, as a share of stable's.
-    pub error_margin: f64,
-    /// And so much higher in absolute terms.
-    pub error_allowance: f64,
-    /// Tolerated: latencies so much longer, as a share.
-    pub latency_margin: f64,
-    /// How fast a warm-up's slowness goes away: to 1/e of it in so many seconds.
-    pub warm_up_seconds: f64,
-    /// The share of α that errors get, 0.0 to 1.0; latency has the rest.
-    pub errors_share: f64,
-    /// Harms that a promotion must have ruled out.
-    pub required: Vec<Required>,
-    /// Nothing is promoted before so many seconds.
-    pub promote_after_seconds: f64,
-    /// Decides the order in which failing requests of a block are looked at.
-    pub seed: u64,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self {
-            alpha: 0.01,
-            alpha_promote: 0.05,
-            horizon_seconds: 3_600.0,
-            error_margin: 0.02,
-            error_allowance: 0.0001,
-            latency_margin: 0.03,
-            warm_up_seconds: 8.0,
-            errors_share: ERRORS_SHARE,
-            required: vec![
-                Required::new("errors", Harm::Errors(0.005)),
-                Required::new("median", Harm::Latency(0.5, Slowdown::Share(0.05))),
-                Required::new("p95", Harm::Latency(0.95, Slowdown::Share(0.025))),
-            ],
-            promote_after_seconds: 30.0,
-            seed: 1,
-        }
-    }
-}
-
-/// Wealth spread over alternatives, and what is kept for later.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Mixture<const K: usize> {
-    /// Of each alternative.
-    #[serde(with = "BigArray")]
-    wealth: [f64; K],
-    /// The share that was started; the rest waits.
-    started: f64,
-}
-
-impl<const K: usize> Default for Mixture<K> {
-    fn default() -> Self {
-        Self { wealth: [0.0; K], started: 0.0 }
-    }
-}
-
-impl<const K: usize> Mixture<K> {
-    /// Starts so much more of the whole, spread by `weights`, which sum to 1.
-    fn start(&mut self, share: f64, weights: &[f64; K]) {
-        let share = share.min(1.0 - self.started);
-        self.started += share;
-        self.wealth.iter_mut().zip(weights).for_each(|(wealth, weight)| *wealth += share * weight);
-    }
-
-    fn is_sound(&self) -> bool {
-        let wealth = self.wealth.iter().all(|wealth| wealth.is_finite() && *wealth >= 0.0);
-        wealth && (0.0..=1.0).contains(&self.started)
-    }
-
-    fn multiply(&mut self, factors: &[f64; K]) {
-        for (wealth, factor) in self.wealth.iter_mut().zip(factors) {
-            *wealth = (*wealth * factor).min(1e200);
-        }
-    }
-
-    /// Returns the e-value.
-    fn value(&self) -> f64 {
-        self.value_with(&[1.0; K])
-    }
-
-    /// Returns the e-value that these factors would lead to.
-    fn value_with(&self, factors: &[f64; K]) -> f64 {
-        self.invested_with(factors) + 1.0 - self.started
-    }
-
-    fn invested_with(&self, factors: &[f64; K]) -> f64 {
-        self.wealth.iter().zip(factors).map(|(wealth, factor)| wealth * factor).sum()
-    }
-}
 
 /// Verdict of the sequential test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

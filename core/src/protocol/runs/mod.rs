@@ -3,9 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use crate::domain::analysis::Verdict;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::run::{SequentialEvidence, WindowVerdict};
+use crate::domain::verdict::Verdict;
 
 use super::Observation;
 use super::Output;

@@ -5,11 +5,11 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::domain::analysis::Verdict;
 use crate::domain::ids::NodeId;
 use crate::domain::run::{AnalysisRun, SequentialEvidence, WindowVerdict};
 use crate::domain::ticks::TickSample;
 use crate::domain::time::{Mono, Now};
+use crate::domain::verdict::Verdict;
 use crate::domain::window::Evidence;
 
 use super::super::log::ledger::ServiceState;
