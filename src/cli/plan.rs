@@ -143,7 +143,7 @@ struct Play<'p> {
 }
 
 /// When something was first said in a run, in seconds.
-struct Ended {
+struct PlanEnd {
     stopped: Option<u64>,
     ready: Option<u64>,
 }
@@ -187,18 +187,18 @@ impl Play<'_> {
         found.unwrap_or(Value::Null)
     }
 
-    fn all(&self, regression: Regression) -> Vec<Ended> {
+    fn all(&self, regression: Regression) -> Vec<PlanEnd> {
         (0..self.runs).map(|seed| self.run(regression, seed)).collect()
     }
 
-    fn run(&self, regression: Regression, seed: u64) -> Ended {
+    fn run(&self, regression: Regression, seed: u64) -> PlanEnd {
         let analysis = self.spec.analysis.clone();
         // At 100 % there is no stable traffic left to compare with.
         let policy = analysis.sequential(self.spec.planned_ms()).filter(|_| self.weight != Weight::FULL);
         let mut run: AnalysisRun<()> = AnalysisRun::new(analysis.clone(), policy, 1_000, 0);
         let mut window = Window::default();
         let mut traffic = Traffic::new(&self.profile, seed);
-        let mut ended = Ended { stopped: None, ready: None };
+        let mut ended = PlanEnd { stopped: None, ready: None };
         for second in 1..=self.seconds {
             let Profile { requests_per_second, error_rate, .. } = self.profile;
             let evidence = traffic.next(requests_per_second, self.weight.fraction(), error_rate, regression);

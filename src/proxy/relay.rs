@@ -76,7 +76,7 @@ impl RelayRequest {
 }
 
 /// Next state of a connection.
-enum Next {
+enum NextMessage {
     Ask(Box<RelayRequest>),
     /// Whatever it is, it needs the slow path.
     Other,
@@ -97,14 +97,14 @@ where
         let idle = if first { worker.settings().header_timeout_ms } else { worker.settings().keep_alive_timeout_ms };
         let next = std::future::poll_fn(|cx| client.poll_next(worker, &watch, idle, cx));
         let next = match first {
-            true => place.end.run_until_cancelled(next).await.unwrap_or(Next::Close),
+            true => place.end.run_until_cancelled(next).await.unwrap_or(NextMessage::Close),
             false => next.await,
         };
-        if !matches!(next, Next::Close) && std::mem::take(&mut first) {
+        if !matches!(next, NextMessage::Close) && std::mem::take(&mut first) {
             place.asked();
         }
         let stays = match next {
-            Next::Ask(request) => {
+            NextMessage::Ask(request) => {
                 if request.pick == Pick::Stable && worker.router.is_mirrored(&request.route, request.began) {
                     mirror(worker, &request);
                 }
@@ -114,13 +114,13 @@ where
                 watch.rest();
                 stays
             }
-            Next::Other => return Some(client.ahead),
-            Next::Refuse(refusal) => {
+            NextMessage::Other => return Some(client.ahead),
+            NextMessage::Refuse(refusal) => {
                 worker.say(&mut client.stream, refusal.status, refusal.why, &[], true).await;
                 linger(worker, &watch, &mut client).await;
                 false
             }
-            Next::Close => false,
+            NextMessage::Close => false,
         };
         if !stays || worker.is_stopping() {
             let _ = client.stream.shutdown().await;
@@ -131,14 +131,20 @@ where
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     /// Waits for a head; nothing of it is used up unless it is a plain request.
-    fn poll_next(&mut self, worker: &Rc<Worker>, watch: &Deadline, idle_ms: u64, cx: &mut Context<'_>) -> Poll<Next> {
+    fn poll_next(
+        &mut self,
+        worker: &Rc<Worker>,
+        watch: &Deadline,
+        idle_ms: u64,
+        cx: &mut Context<'_>,
+    ) -> Poll<NextMessage> {
         let mut tried = 0;
         loop {
             if self.ahead.len() > tried {
                 tried = self.ahead.len();
                 let ahead = std::mem::take(&mut self.ahead);
                 let next = self.begin(worker, &ahead);
-                if self.ahead.is_empty() && !matches!(next, Some(Next::Ask(_))) {
+                if self.ahead.is_empty() && !matches!(next, Some(NextMessage::Ask(_))) {
                     self.ahead = ahead;
                 }
                 if let Some(next) = next {
@@ -148,16 +154,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
             }
             if watch.is_over() {
                 let refusal = BadMessage { status: 408, why: "the request's head stopped coming" };
-                return Poll::Ready(if self.ahead.is_empty() { Next::Close } else { Next::Refuse(refusal) });
+                return Poll::Ready(if self.ahead.is_empty() {
+                    NextMessage::Close
+                } else {
+                    NextMessage::Refuse(refusal)
+                });
             }
             let mut scratch = worker.scratch();
             match poll_read(&mut self.stream, cx, &mut scratch) {
-                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Next::Close),
+                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(NextMessage::Close),
                 Poll::Ready(Ok(length)) if self.ahead.is_empty() => {
                     let next = self.begin(worker, &scratch[..length]);
                     if let Some(next) = next {
                         watch.rest();
-                        if !matches!(next, Next::Ask(_)) {
+                        if !matches!(next, NextMessage::Ask(_)) {
                             self.ahead.extend_from_slice(&scratch[..length]);
                         }
                         return Poll::Ready(next);
@@ -172,7 +182,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                     let begun = !self.ahead.is_empty();
                     watch.set_if_resting(if begun { worker.settings().header_timeout_ms } else { idle_ms });
                     if worker.is_stopping() && self.ahead.is_empty() {
-                        return Poll::Ready(Next::Close);
+                        return Poll::Ready(NextMessage::Close);
                     }
                     return Poll::Pending;
                 }
@@ -181,29 +191,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     }
 
     /// Makes a request of what came; none when it is not all there. What lies behind it stays for later.
-    fn begin(&mut self, worker: &Rc<Worker>, bytes: &[u8]) -> Option<Next> {
+    fn begin(&mut self, worker: &Rc<Worker>, bytes: &[u8]) -> Option<NextMessage> {
         let mut room = Room::default();
         let asked = match wire::request(bytes, &mut room) {
             Ok(Opening::Plain(asked)) => asked,
             Ok(Opening::Partial) if bytes.len() >= HEAD_BYTES_MAX => {
-                return Some(Next::Refuse(BadMessage { status: 431, why: "expected a head of at most 32 KiB" }));
+                return Some(NextMessage::Refuse(BadMessage { status: 431, why: "expected a head of at most 32 KiB" }));
             }
             Ok(Opening::Partial) => return None,
-            Ok(Opening::Other) => return Some(Next::Other),
-            Err(refusal) => return Some(Next::Refuse(refusal)),
+            Ok(Opening::Other) => return Some(NextMessage::Other),
+            Err(refusal) => return Some(NextMessage::Refuse(refusal)),
         };
         let path = asked.target.split_once('?').map_or(asked.target, |(path, _)| path);
         let table = worker.table();
-        let Ok(route) = table.route_of(worker.settings(), path, &asked.fields) else { return Some(Next::Other) };
+        let Ok(route) = table.route_of(worker.settings(), path, &asked.fields) else { return Some(NextMessage::Other) };
         if !route.plain || status::is_here(path) {
-            return Some(Next::Other);
+            return Some(NextMessage::Other);
         }
-        let Some(place) = worker.router.place() else { return Some(Next::Other) };
+        let Some(place) = worker.router.place() else { return Some(NextMessage::Other) };
         let began = worker.router.now();
         let mut body = asked.body;
         let taken = match body.take(&bytes[asked.length..]) {
             Ok(taken) => taken,
-            Err(refusal) => return Some(Next::Refuse(refusal)),
+            Err(refusal) => return Some(NextMessage::Refuse(refusal)),
         };
         let end = asked.length + taken;
         let mut out = worker.buffer();
@@ -211,7 +221,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         out.extend_from_slice(&bytes[asked.length..end]);
         self.ahead.clear();
         self.ahead.extend_from_slice(&bytes[end..]);
-        Some(Next::Ask(Box::new(RelayRequest {
+        Some(NextMessage::Ask(Box::new(RelayRequest {
             out,
             body,
             whole: body.has_ended(),

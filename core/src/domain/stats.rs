@@ -80,7 +80,7 @@ pub fn middle_us(bin: usize) -> u64 {
 ///
 /// Decoding checks what counting keeps by itself (see [`StatsError`]): unsound statistics of a peer or a disk are no value.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(try_from = "Parts")]
+#[serde(try_from = "StatsParts")]
 pub struct Stats {
     /// Number of answers.
     pub count: u64,
@@ -95,17 +95,17 @@ pub struct Stats {
 
 /// The parts of [`Stats`] as they are decoded, which may contradict each other.
 #[derive(Deserialize)]
-struct Parts {
+struct StatsParts {
     count: u64,
     errors: u64,
     latency_sum_us: u64,
     histogram: Vec<(u16, u32)>,
 }
 
-impl TryFrom<Parts> for Stats {
+impl TryFrom<StatsParts> for Stats {
     type Error = StatsError;
 
-    fn try_from(Parts { count, errors, latency_sum_us, histogram }: Parts) -> Result<Self, StatsError> {
+    fn try_from(StatsParts { count, errors, latency_sum_us, histogram }: StatsParts) -> Result<Self, StatsError> {
         let stats = Self { count, errors, latency_sum_us, histogram };
         stats.check().map(|()| stats)
     }

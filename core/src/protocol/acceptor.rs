@@ -42,7 +42,7 @@ pub(super) struct Acceptor {
 
 /// What is to follow an acceptance.
 #[must_use]
-pub(super) enum Next {
+pub(super) enum AfterAccept {
     /// It was accepted before.
     Nothing,
     /// Make it durable.
@@ -147,11 +147,11 @@ impl Acceptor {
     }
 
     /// Accepts a record; it is durable once what follows is done. What lowers exposure is obeyed from here on.
-    pub fn accept(&mut self, ctx: &mut Context, ballot: Ballot, record: Record) -> Next {
+    pub fn accept(&mut self, ctx: &mut Context, ballot: Ballot, record: Record) -> AfterAccept {
         assert!(ctx.promised().is_none_or(|promised| *promised <= ballot), "I6: a promise is kept");
         let accepted = ctx.acceptor.accepted.as_ref();
         if accepted.is_some_and(|a| a.ballot == ballot && a.record.slot == record.slot) {
-            return Next::Nothing;
+            return AfterAccept::Nothing;
         }
         let is_verdict = record.intent.operation.is_verdict();
         if !is_verdict {
@@ -160,7 +160,7 @@ impl Acceptor {
         ctx.acceptor.promised = Some(ballot.clone());
         ctx.acceptor.accepted = Some(Accepted { ballot, record });
         self.accepted_at = ctx.now.mono;
-        if is_verdict { Next::Persist } else { Next::PublishAndPersist }
+        if is_verdict { AfterAccept::Persist } else { AfterAccept::PublishAndPersist }
     }
 
     /// Forgets what was voted on in slots that are decided.

@@ -296,9 +296,9 @@ impl Core {
     /// Accepts a record, durably. A decrease is obeyed before the disk answers.
     fn accept(&mut self, ballot: Ballot, record: Record) {
         match self.acceptor.accept(&mut self.context, ballot, record) {
-            acceptor::Next::Nothing => {}
-            acceptor::Next::Persist => self.context.persist(),
-            acceptor::Next::PublishAndPersist => {
+            acceptor::AfterAccept::Nothing => {}
+            acceptor::AfterAccept::Persist => self.context.persist(),
+            acceptor::AfterAccept::PublishAndPersist => {
                 self.publish();
                 self.context.persist();
             }

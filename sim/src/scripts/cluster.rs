@@ -23,7 +23,7 @@ const BEGIN_US: u64 = 1_000_000;
 const TICK_US: u64 = 20_000;
 
 /// A process.
-pub struct Process<S> {
+pub struct ScriptProcess<S> {
     core: S,
     incarnation: Incarnation,
     /// What it published last.
@@ -32,21 +32,21 @@ pub struct Process<S> {
 }
 
 /// A node: what outlives its process, and the process while it runs.
-pub struct Node<S> {
+pub struct ScriptNode<S> {
     /// Its promises; none once they are lost.
     pub acceptor: Option<AcceptorState>,
     /// Its log, genesis first.
     pub log: Vec<Chosen>,
     /// None while it is down.
-    pub process: Option<Process<S>>,
+    pub process: Option<ScriptProcess<S>>,
     /// It dies instead of the next output whose line begins so.
     pub dies_before: Option<String>,
 }
 
 /// Three nodes and what is between them.
-pub struct Cluster<S> {
+pub struct ScriptCluster<S> {
     /// All of them by their names.
-    pub nodes: BTreeMap<NodeId, Node<S>>,
+    pub nodes: BTreeMap<NodeId, ScriptNode<S>>,
     wire: VecDeque<(NodeId, NodeId, Incarnation, Message)>,
     /// Links that lose what is sent.
     pub cut: BTreeSet<(NodeId, NodeId)>,
@@ -64,13 +64,13 @@ pub struct Cluster<S> {
     fresh: u64,
 }
 
-impl<S: Subject> Cluster<S> {
+impl<S: Subject> ScriptCluster<S> {
     /// Returns a cluster that has run for long enough to have a coordinator, a, and leases everywhere.
     pub fn new() -> Self {
         let (genesis, members) = genesis_of(3);
         let node = |i: usize| {
             let acceptor = Some(first_register(i, &genesis));
-            (name(i), Node { acceptor, log: vec![genesis.clone()], process: None, dies_before: None })
+            (name(i), ScriptNode { acceptor, log: vec![genesis.clone()], process: None, dies_before: None })
         };
         let mut cluster = Self {
             nodes: (0..3).map(node).collect(),
@@ -117,7 +117,7 @@ impl<S: Subject> Cluster<S> {
         let ledger = Ledger::new(&log[0]).expect("a log begins with its genesis");
         self.fact(&Fact::Started(id, &log));
         let Some((core, outputs)) = self.guarded(|| S::start(setup, acceptor, ledger, &log[1..], now)) else { return };
-        let process = Process { core, incarnation, view: None, lease: None };
+        let process = ScriptProcess { core, incarnation, view: None, lease: None };
         self.nodes.get_mut(id).expect("one of the three").process = Some(process);
         self.carry_out(id, outputs);
     }
@@ -210,7 +210,7 @@ impl<S: Subject> Cluster<S> {
         }
     }
 
-    fn process(&mut self, id: &NodeId) -> &mut Process<S> {
+    fn process(&mut self, id: &NodeId) -> &mut ScriptProcess<S> {
         self.nodes.get_mut(id).and_then(|node| node.process.as_mut()).expect("it acts")
     }
 

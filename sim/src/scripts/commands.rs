@@ -10,7 +10,7 @@ use aviary_core::domain::window::Evidence;
 use aviary_core::protocol::record::ConfigChange;
 use aviary_core::protocol::{Command, Input, Observation, OperatorRequest, RequestId};
 
-use super::cluster::Cluster;
+use super::cluster::ScriptCluster;
 use super::node;
 use crate::subject::Subject;
 use crate::truth::Fact;
@@ -20,7 +20,7 @@ fn service() -> ServiceId {
 }
 
 /// Does what one line says. Panics on a line that says nothing known: scripts are part of the source.
-pub fn obey<S: Subject>(cluster: &mut Cluster<S>, line: &str) {
+pub fn obey<S: Subject>(cluster: &mut ScriptCluster<S>, line: &str) {
     let words: Vec<&str> = line.split_whitespace().collect();
     match words.as_slice() {
         ["ask", at, tx, operation @ ..] => ask(cluster, at, tx, operation),
@@ -58,11 +58,11 @@ fn number(word: &str) -> u64 {
     word.parse().unwrap_or_else(|_| panic!("{word:?} is no number"))
 }
 
-fn disk<'a, S>(cluster: &'a mut Cluster<S>, at: &str) -> &'a mut super::cluster::Node<S> {
+fn disk<'a, S>(cluster: &'a mut ScriptCluster<S>, at: &str) -> &'a mut super::cluster::ScriptNode<S> {
     cluster.nodes.get_mut(&node(at)).unwrap_or_else(|| panic!("{at:?} is no node"))
 }
 
-fn deliver<S: Subject>(cluster: &mut Cluster<S>, from: &str, to: &str, count: u64) {
+fn deliver<S: Subject>(cluster: &mut ScriptCluster<S>, from: &str, to: &str, count: u64) {
     for _ in 0..count {
         // A node that broke a rule may have said something else before.
         let said = cluster.deliver(&node(from), &node(to));
@@ -72,7 +72,7 @@ fn deliver<S: Subject>(cluster: &mut Cluster<S>, from: &str, to: &str, count: u6
     }
 }
 
-fn ask<S: Subject>(cluster: &mut Cluster<S>, at: &str, tx: &str, operation: &[&str]) {
+fn ask<S: Subject>(cluster: &mut ScriptCluster<S>, at: &str, tx: &str, operation: &[&str]) {
     let request = RequestId(cluster.asked.len() as u64 + 1);
     cluster.asked.insert(request.0, tx.into());
     let (service, reason) = (service(), "test".to_string());
@@ -122,7 +122,7 @@ fn rollout(stages: &[&str]) -> Arc<RolloutSpec> {
     Arc::new(spec.checked().expect("a rollout within the rules"))
 }
 
-fn observe<S: Subject>(cluster: &mut Cluster<S>, at: &str, canary: u64, failed: u64) {
+fn observe<S: Subject>(cluster: &mut ScriptCluster<S>, at: &str, canary: u64, failed: u64) {
     let view = cluster.nodes[&node(at)].process.as_ref().and_then(|process| process.view.clone());
     let Some(routing_version) = view.and_then(|view| Some(view.services.get(&service())?.serving.routing_version))
     else {
@@ -135,7 +135,7 @@ fn observe<S: Subject>(cluster: &mut Cluster<S>, at: &str, canary: u64, failed: 
     cluster.give(&node(at), Input::Telemetry(vec![Observation { service: service(), routing_version, evidence }]));
 }
 
-fn trip<S: Subject>(cluster: &mut Cluster<S>, at: &str) {
+fn trip<S: Subject>(cluster: &mut ScriptCluster<S>, at: &str) {
     let view = cluster.nodes[&node(at)].process.as_ref().and_then(|process| process.view.clone());
     let shown = view.as_ref().and_then(|view| view.services.get(&service()));
     let routing_version = shown.expect("the node knows the service").serving.routing_version;
@@ -143,7 +143,7 @@ fn trip<S: Subject>(cluster: &mut Cluster<S>, at: &str) {
     cluster.give(&node(at), Input::CircuitBreakerTripped { service: service(), routing_version, reason });
 }
 
-fn show<S: Subject>(cluster: &mut Cluster<S>) {
+fn show<S: Subject>(cluster: &mut ScriptCluster<S>) {
     let ids: Vec<_> = cluster.nodes.keys().cloned().collect();
     for id in ids {
         let line = match cluster.nodes[&id].process.as_ref().and_then(|process| process.view.as_ref()) {

@@ -22,7 +22,7 @@ mod commands;
 mod words;
 
 /// Commands, and what followed.
-struct Block {
+struct ScriptBlock {
     commands: Vec<String>,
     story: Vec<String>,
 }
@@ -30,7 +30,7 @@ struct Block {
 /// A script.
 pub struct Script {
     header: Vec<String>,
-    blocks: Vec<Block>,
+    blocks: Vec<ScriptBlock>,
 }
 
 impl Script {
@@ -40,7 +40,7 @@ impl Script {
         let block = |lines: &[&str]| {
             let end = lines.iter().position(|line| *line == "----");
             let (commands, story) = lines.split_at(end.unwrap_or(lines.len()));
-            Block { commands: owned(commands), story: owned(story.get(1..).unwrap_or_default()) }
+            ScriptBlock { commands: owned(commands), story: owned(story.get(1..).unwrap_or_default()) }
         };
         let blocks = rest.split(|line| line.trim().is_empty()).filter(|lines| !lines.is_empty()).map(block);
         Self { header: owned(&header), blocks: blocks.collect() }
@@ -64,10 +64,10 @@ impl Script {
 
 /// Plays a script's commands; returns it with what followed.
 pub fn play<S: Subject>(script: &Script) -> Script {
-    let mut cluster = cluster::Cluster::<S>::new();
-    let play = |block: &Block| {
+    let mut cluster = cluster::ScriptCluster::<S>::new();
+    let play = |block: &ScriptBlock| {
         block.commands.iter().for_each(|line| commands::obey(&mut cluster, line));
-        Block { commands: block.commands.clone(), story: std::mem::take(&mut cluster.story) }
+        ScriptBlock { commands: block.commands.clone(), story: std::mem::take(&mut cluster.story) }
     };
     Script { header: script.header.clone(), blocks: script.blocks.iter().map(play).collect() }
 }

@@ -8,7 +8,7 @@ impl<S: Subject> World<S> {
         self.calm = true;
         self.cut.clear();
         self.cut_number += 1;
-        self.profiles.iter_mut().for_each(|profile| *profile = Profile::Healthy);
+        self.profiles.iter_mut().for_each(|profile| *profile = TrafficProfile::Healthy);
         self.trace.line(self.now, "*", "calm", String::new);
         for i in 0..self.nodes.len() {
             (self.nodes[i].crash_after, self.nodes[i].crash_at) = (None, None);

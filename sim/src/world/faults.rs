@@ -205,14 +205,14 @@ impl<S: Subject> World<S> {
             _ => {
                 let service = self.dice.below(self.services.len());
                 let profiles = [
-                    Profile::Healthy,
-                    Profile::Healthy,
-                    Profile::Healthy,
-                    Profile::Errors,
-                    Profile::Slow,
-                    Profile::AllFail,
-                    Profile::Silent,
-                    Profile::OneNode(i),
+                    TrafficProfile::Healthy,
+                    TrafficProfile::Healthy,
+                    TrafficProfile::Healthy,
+                    TrafficProfile::Errors,
+                    TrafficProfile::Slow,
+                    TrafficProfile::AllFail,
+                    TrafficProfile::Silent,
+                    TrafficProfile::OneNode(i),
                 ];
                 self.profiles[service] = *self.dice.pick(&profiles);
                 self.trace.line(self.now, "*", "profile", || format!("s{service} {:?}", self.profiles[service]));

@@ -111,7 +111,7 @@ use faults::{CLOG_US_MAX, Mix};
 pub use faults::{FAULTS, LATER};
 use node::Node;
 use words::{brief, brief_op};
-use workload::Profile;
+use workload::TrafficProfile;
 
 enum Happening {
     Tick(usize, u64),
@@ -199,7 +199,7 @@ pub struct World<S> {
     /// What happened.
     pub trace: Trace,
     services: Vec<ServiceId>,
-    profiles: Vec<Profile>,
+    profiles: Vec<TrafficProfile>,
     requests: u64,
     old: Vec<(TxId, OperatorRequest)>,
     replies: BTreeMap<u64, Outcome>,
@@ -237,7 +237,7 @@ impl<S: Subject> World<S> {
         let nodes = (0..count).map(|i| Self::node(i, &genesis, &mut dice)).collect();
         let services =
             (0..dice.between(1, 3)).map(|i| ServiceId::new(format!("s{i}")).expect("valid")).collect::<Vec<_>>();
-        let profiles = services.iter().map(|_| Profile::Healthy).collect();
+        let profiles = services.iter().map(|_| TrafficProfile::Healthy).collect();
         Self {
             options,
             mix,

@@ -3,7 +3,7 @@
 use super::*;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Profile {
+pub(super) enum TrafficProfile {
     Healthy,
     Errors,
     Slow,
@@ -23,7 +23,7 @@ impl<S: Subject> World<S> {
             for (service, shown) in &view.services {
                 let index = self.services.iter().position(|s| s == service).unwrap_or(0);
                 let profile = self.profiles[index];
-                if profile == Profile::Silent {
+                if profile == TrafficProfile::Silent {
                     continue;
                 }
                 let bp = u64::from(self.nodes[i].effective_bp(self.now, &shown.serving));
@@ -31,12 +31,12 @@ impl<S: Subject> World<S> {
                 for _ in 0..self.dice.between(10, 30) {
                     let canary = self.dice.chance(bp);
                     let bad = match profile {
-                        Profile::Errors => canary,
-                        Profile::OneNode(node) => canary && node == i,
-                        Profile::AllFail => true,
+                        TrafficProfile::Errors => canary,
+                        TrafficProfile::OneNode(node) => canary && node == i,
+                        TrafficProfile::AllFail => true,
                         _ => false,
                     };
-                    let latency_us = if canary && profile == Profile::Slow { 900_000 } else { 5_000 };
+                    let latency_us = if canary && profile == TrafficProfile::Slow { 900_000 } else { 5_000 };
                     let stats: &mut Stats = if canary { &mut evidence.canary } else { &mut evidence.stable };
                     stats.record(latency_us, bad);
                 }

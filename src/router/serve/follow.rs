@@ -19,10 +19,10 @@ use crate::ports::RouterWorld;
 use crate::router::engine::{CommittedWeight, Steering};
 
 /// What is known of the cluster, and until when it may be acted by; none: it was never asked successfully.
-pub type Known = Option<(CommittedWeight, Mono)>;
+pub type LastCommitted = Option<(CommittedWeight, Mono)>;
 
 /// Returns the steering by what is known at the moment.
-pub fn steering(known: &watch::Receiver<Known>, now: Mono) -> Steering {
+pub fn steering(known: &watch::Receiver<LastCommitted>, now: Mono) -> Steering {
     let known = known.borrow();
     let known = known.as_ref().filter(|(_, until)| now < *until);
     Steering::Cluster(known.map(|(committed, _)| committed.clone()))
@@ -30,7 +30,7 @@ pub fn steering(known: &watch::Receiver<Known>, now: Mono) -> Steering {
 
 /// Asks the cluster what it has committed. An answer counts as long as the node that gave it may act by it: for its lease, from the
 /// moment it was asked.
-pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>, known: watch::Sender<Known>) {
+pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>, known: watch::Sender<LastCommitted>) {
     let path = format!("/routing/state?service={}", segment(config.name.as_str()));
     let mut ticks = tokio::time::interval(ASK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -87,7 +87,7 @@ pub async fn serve(
 fn work(
     config: &RouterConfig,
     world: &dyn RouterWorld,
-    known: &watch::Receiver<follow::Known>,
+    known: &watch::Receiver<follow::LastCommitted>,
     report: &watch::Sender<Option<super::engine::Report>>,
     shutdown: &CancellationToken,
 ) -> Result<Ended, OutsideError> {

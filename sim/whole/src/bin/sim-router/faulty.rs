@@ -9,7 +9,7 @@ use aviary_core::domain::split::Side;
 
 use super::broker::Handle;
 use super::life::interrupt;
-use super::world::{Fault, RouterWorld, Shared, lock};
+use super::world::{Fault, Shared, SplitWorld, lock};
 
 /// A router's broker.
 pub struct RouterDoor {
@@ -29,7 +29,7 @@ impl RouterDoor {
     fn call<T>(
         &mut self,
         name: &str,
-        operation: impl FnOnce(&mut RouterWorld, &mut Handle) -> Result<T, OutsideError>,
+        operation: impl FnOnce(&mut SplitWorld, &mut Handle) -> Result<T, OutsideError>,
     ) -> Result<T, OutsideError> {
         interrupt(&self.world, self.who, false);
         let mut world = lock(&self.world);

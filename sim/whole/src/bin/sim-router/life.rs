@@ -11,7 +11,7 @@ use aviary_core::domain::split::Side;
 use super::coverage::RouterCoverage;
 use super::seeded_bugs::{self, Bug};
 use super::truth::KnownRecord;
-use super::world::{Router, RouterWorld, Shared, lock};
+use super::world::{Router, Shared, SplitWorld, lock};
 
 /// Turns within which a router must come to its end once nothing goes wrong any more.
 const TURNS_MAX: u64 = 3_000;
@@ -31,7 +31,7 @@ pub struct LifeOutcome {
 
 /// Runs a seed.
 pub fn run(seed: u64, bug: Option<Bug>, late: bool, words: bool) -> LifeOutcome {
-    let shared = Arc::new(Mutex::new(RouterWorld::new(seed, bug, words)));
+    let shared = Arc::new(Mutex::new(SplitWorld::new(seed, bug, words)));
     lock(&shared).late = late;
     live(&shared);
     if lock(&shared).violation.is_none()
@@ -77,7 +77,7 @@ fn live(shared: &Shared) {
     }
 }
 
-fn alive(world: &RouterWorld) -> Vec<usize> {
+fn alive(world: &SplitWorld) -> Vec<usize> {
     let alive = |router: &Router| !router.dead && router.engine.is_some();
     world.routers.iter().enumerate().filter(|(_, router)| alive(router)).map(|(who, _)| who).collect()
 }

@@ -36,7 +36,7 @@ const PINNED: &[(u64, &str)] = &[
 
 /// Simulates the record router on a broker in memory.
 #[derive(Parser)]
-struct Arguments {
+struct RouterArguments {
     /// Run this one seed.
     #[arg(long)]
     seed: Option<u64>,
@@ -67,7 +67,7 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
-    let arguments = Arguments::parse();
+    let arguments = RouterArguments::parse();
     std::panic::set_hook(Box::new(|_| {}));
     if arguments.seeded_bugs {
         return Ok(run_seeded_bugs(arguments.search));
@@ -81,7 +81,7 @@ fn main() -> anyhow::Result<ExitCode> {
 
 /// Runs the pinned seeds, then those that were asked for.
 #[expect(clippy::disallowed_methods, reason = "seeds per second are real seconds; no run depends on them")]
-fn run(arguments: &Arguments, seeds: std::ops::Range<u64>) -> anyhow::Result<ExitCode> {
+fn run(arguments: &RouterArguments, seeds: std::ops::Range<u64>) -> anyhow::Result<ExitCode> {
     let started = std::time::Instant::now();
     let count = seeds.end - seeds.start;
     let (mut coverage, mut failures) = (RouterCoverage::default(), 0);

@@ -23,7 +23,7 @@ compile_error!(
 
 /// Simulates clusters of whole nodes: codec, links, shell, HTTP.
 #[derive(Parser)]
-struct Arguments {
+struct WholeArguments {
     /// Run this one seed.
     #[arg(long)]
     seed: Option<u64>,
@@ -48,7 +48,7 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
-    let arguments = Arguments::parse();
+    let arguments = WholeArguments::parse();
     std::panic::set_hook(Box::new(|_| {}));
     let seeds = match arguments.seed {
         Some(seed) => seed..seed + 1,
@@ -85,7 +85,7 @@ fn compare_processes(count: u64) -> anyhow::Result<ExitCode> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "seeds per second are real seconds; no run depends on them")]
-fn run(seeds: std::ops::Range<u64>, arguments: &Arguments) -> anyhow::Result<ExitCode> {
+fn run(seeds: std::ops::Range<u64>, arguments: &WholeArguments) -> anyhow::Result<ExitCode> {
     let ms = arguments.ms;
     let started = std::time::Instant::now();
     let count = seeds.end - seeds.start;

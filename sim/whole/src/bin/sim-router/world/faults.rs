@@ -4,7 +4,7 @@ use aviary::ports::Topic;
 use aviary_core::domain::course::{HookCall, RouterPhase};
 use aviary_core::domain::split::Side;
 
-use super::RouterWorld;
+use super::SplitWorld;
 use sim::dice::Dice;
 
 /// How often a hook call is overtaken, where it may be, in 1/10 000.
@@ -67,7 +67,7 @@ impl Rates {
     }
 }
 
-impl RouterWorld {
+impl SplitWorld {
     /// Draws whether a hook call has its effect later than it ends.
     pub fn defers(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> bool {
         let defers = self.late && self.faulty && self.dice.chance(LATE);

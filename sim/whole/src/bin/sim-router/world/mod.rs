@@ -23,13 +23,13 @@ use super::truth::{KnownRecord, RouterTruth};
 use sim::dice::Dice;
 
 /// The world, as its routers reach it.
-pub type Shared = Arc<Mutex<RouterWorld>>;
+pub type Shared = Arc<Mutex<SplitWorld>>;
 
 const CHANGE_MS: [u64; 5] = [0, 50, 500, 5_000, 1_000_000];
 const BATCHES: [usize; 5] = [1, 2, 5, 20, 100];
 
 /// Everything that exists.
-pub struct RouterWorld {
+pub struct SplitWorld {
     /// The source of chance.
     pub dice: Dice,
     /// The time.
@@ -92,11 +92,11 @@ pub struct Router {
 }
 
 /// Locks the world, also after a panic.
-pub fn lock(world: &Shared) -> MutexGuard<'_, RouterWorld> {
+pub fn lock(world: &Shared) -> MutexGuard<'_, SplitWorld> {
     world.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl RouterWorld {
+impl SplitWorld {
     /// Returns the world of a seed.
     pub fn new(seed: u64, bug: Option<Bug>, words: bool) -> Self {
         let mut dice = Dice::new(seed);

@@ -8,12 +8,12 @@ use aviary_core::domain::weights::Weight;
 
 use super::super::log::Fate;
 use super::super::truth::KnownRecord;
-use super::{RouterWorld, weight};
+use super::{SplitWorld, weight};
 
 /// Keys of records; few, so that each has many.
 pub const KEYS: [&[u8]; 12] = [b"a", b"b", b"", b"c", b"d", b"e", b"f", b"g", b"h", b"i", b"j", b"k"];
 
-impl RouterWorld {
+impl SplitWorld {
     /// Lets everything else go on for a moment.
     pub fn happen(&mut self) {
         self.now_ms += self.dice.between(0, 10);
