@@ -39,7 +39,7 @@ quick=(format lint core build unit sim-bugs sim)
 profile=(); out=target/debug; seeds=120; router_seeds=4000; node_seeds=20; exhaust=0,0,0,2,0; complete=(); clients=(--big 64)
 
 usage() {
-  sed -n '2,11s/^# \{0,1\}//p' "$0"
+  sed -n '2,11s/^# \{0,1\}//p' run_tests.sh
   printf '\nStages:\n'
   printf '  %s\n' "${stages[@]}"
 }
@@ -67,7 +67,7 @@ stage_format() {
 
 stage_lint() {
   if has shellcheck; then
-    git ls-files '*.sh' .ci/run | xargs shellcheck --severity warning
+    shellcheck --severity warning run_tests.sh run_cluster.sh scripts/*.sh .ci/run benches/streams/run.sh config/router/console.sh deploy/kubernetes/found.sh
   else
     skip "shellcheck is not installed" optional
   fi
@@ -142,8 +142,9 @@ stage_services() {
   local pair program expression='test(/^services::/)'
   without=()
   [ -z "$fetching" ] || wait "$fetching" || true
-  scripts/services.sh up || { skip "no Kafka or no Redis (scripts/services.sh up)"; return; }
+  # Also where it comes up in part: what runs has to be stopped.
   services=up
+  scripts/services.sh up || { skip "no Kafka or no Redis (scripts/services.sh up)"; return; }
   eval "$(scripts/services.sh env)"
   for pair in redis-server:redis_away prometheus:prometheus; do
     program=${pair%:*}
@@ -244,7 +245,7 @@ fetch() {
   for name in nextest kustomize python; do scripts/tools.sh "$name" || true; done
   if required; then
     scripts/tools.sh buf || true
-    scripts/services.sh fetch || true
+    [[ " ${planned[*]} " != *" services "* ]] || scripts/services.sh fetch || true
   fi
 }
 if [[ " ${planned[*]} " == *" manifests "* || " ${planned[*]} " == *" services "* ]]; then fetch >/dev/null 2>&1 & fetching=$!; fi

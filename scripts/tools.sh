@@ -7,7 +7,7 @@
 # AVIARY_CACHE   where they are kept; default ~/.cache/aviary-tools. Another version is another folder: nothing is overwritten.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-cache=${AVIARY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/aviary-tools}
+cache=${AVIARY_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/aviary-tools}
 
 fail() { echo "tools.sh: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }

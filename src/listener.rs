@@ -112,7 +112,7 @@ fn lock(half_open: &HalfOpen) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>
 }
 
 impl ConnectionLimiter {
-    /// Returns a door within these limits.
+    /// Returns a limiter with these limits.
     pub fn new(limits: PortLimits) -> Self {
         let refused =
             |class| metrics::counter!("aviary_connections_refused_total", "port" => limits.name, "class" => class);

@@ -32,7 +32,7 @@ pub struct StoreError {
 
 /// Durable memory of a node: acceptor state, log and checkpoint.
 pub trait Store: Send {
-    /// Writes the register; on return it and every record appended before survive power loss.
+    /// Writes the acceptor state; on return it and every record appended before survive power loss.
     fn persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError>;
 
     /// Appends the record of the next slot; it survives power loss once a later [`Store::persist`] returned.
@@ -71,7 +71,7 @@ pub trait LogReader: Send + Sync {
 pub struct Recovered<S> {
     /// The store, ready to be written.
     pub store: S,
-    /// The promises; none when no slot of the register is readable: the node's memory is gone.
+    /// The promises; none when no slot of the acceptor state is readable: the node's memory is gone.
     pub acceptor: Option<AcceptorState>,
     /// The sum of the log that the records build on: the checkpoint's, or that of genesis alone.
     pub ledger: Ledger,

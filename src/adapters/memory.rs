@@ -57,7 +57,8 @@ impl MemoryStore {
         Self(Arc::new(Mutex::new(Contents { durable, ..contents })))
     }
 
-    /// Returns what survives a power cut at this moment: the register as last persisted, the records appended before
+    /// Returns what survives a power cut at this moment: the acceptor state as last persisted, the records appended
+    /// before
     /// that, and the first `keep_unsynced` of those appended after.
     pub fn survivors(&self, keep_unsynced: usize) -> Contents {
         let mut contents = self.contents().clone();

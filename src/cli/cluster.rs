@@ -283,8 +283,9 @@ fn found(
     let beside = || configs[0].data_dir.parent().unwrap_or(Path::new("")).join("ca");
     let ca = args.ca.clone().unwrap_or_else(beside);
     let secured = configs.iter().any(|config| config.identity.is_some());
-    let authority = secured.then(|| Authority::create(&ca, founding.cluster)).transpose()?;
     let ledger = continued(&founding)?;
+    let checkpoint = ledger.as_ref().filter(|ledger| ledger.head > Slot(0)).map(Checkpoint::of).transpose()?;
+    let authority = secured.then(|| Authority::create(&ca, founding.cluster)).transpose()?;
     println!("cluster {}", founding.cluster);
     for config in &configs {
         let mut acceptor = founding.acceptors[&config.id].clone();
@@ -292,8 +293,8 @@ fn found(
             (acceptor.head, acceptor.head_hash) = (ledger.head, ledger.head_hash);
         }
         DiskStore::create(&config.data_dir, &acceptor, &founding.genesis)?;
-        if let Some(ledger) = ledger.as_ref().filter(|ledger| ledger.head > Slot(0)) {
-            DiskStore::open(&config.data_dir)?.store.install(&Checkpoint::of(ledger)?)?;
+        if let Some(checkpoint) = &checkpoint {
+            DiskStore::open(&config.data_dir)?.store.install(checkpoint)?;
         }
         if let (Some(authority), Some(files)) = (&authority, identity_files(config)) {
             authority.issue(&config.id, args.valid)?.install(&files)?;

@@ -15,7 +15,7 @@ pub const ANSWERS: MetricNames = ("aviary_requests_total", "aviary_request_durat
 /// Of answers to mirrored requests.
 pub const COPIES: MetricNames = ("aviary_mirrored_requests_total", "aviary_mirrored_request_duration_seconds");
 
-/// One version's answers since the last drain, each worker's in a lane of its own.
+/// One version's answers since the last drain, each worker's in a shard of its own.
 pub struct OutcomeCounts {
     shards: Box<[Shard]>,
     by_class: [Counter; 5],
@@ -32,7 +32,7 @@ struct Shard {
 }
 
 impl OutcomeCounts {
-    /// Returns the counts of a version, in these metrics, with a lane for each worker.
+    /// Returns the counts of a version, in these metrics, with a shard for each worker.
     pub fn new(service: &ServiceId, version: &VersionId, shards: usize, (total, seconds): MetricNames) -> Self {
         let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx"].map(|class| {
             metrics::counter!(total, "service" => service.to_string(),
@@ -89,7 +89,13 @@ impl Shard {
         };
         let [fine, errors] = &self.histograms;
         let errors = errors.iter().enumerate().map(take).map(u64::from).sum();
-        Stats::from_counts(errors, sum, fine.iter().enumerate().map(take))
+        let stats = Stats::from_counts(errors, sum, fine.iter().enumerate().map(take));
+        if stats.count == 0 {
+            // An answer is being counted at this moment: its latency waits for its count, without which peers refuse it.
+            self.latency_sum_us.fetch_add(sum, Relaxed);
+            return Stats::default();
+        }
+        stats
     }
 }
 
@@ -176,5 +182,18 @@ mod tests {
         assert_eq!((stats.count, stats.errors, stats.mean_ms()), (2, 1, Some(2.0)));
         assert_eq!(stats.check(), Ok(()));
         assert_eq!(counts.take(), Stats::default());
+    }
+
+    #[test]
+    fn an_answer_that_is_half_counted_waits_for_the_next_time() {
+        let counts = OutcomeCounts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 1, ANSWERS);
+        // The order in which `add` and `take` may meet: class and sum are seen, the bin is not.
+        counts.shards[0].by_class[1].fetch_add(1, Release);
+        counts.shards[0].latency_sum_us.fetch_add(1_000, Relaxed);
+        assert_eq!(counts.take(), Stats::default());
+        counts.shards[0].histograms[0][bin_of(1_000)].fetch_add(1, Relaxed);
+        counts.shards[0].by_class[1].fetch_add(1, Release);
+        let stats = counts.take();
+        assert_eq!((stats.count, stats.mean_ms(), stats.check()), (1, Some(1.0), Ok(())));
     }
 }

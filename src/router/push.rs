@@ -120,7 +120,7 @@ impl Pusher {
     }
 }
 
-/// Records of one key share a lane; those without one are spread.
+/// Records of one key share a shard; those without one are spread.
 fn lane(record: &Posted, lanes: usize) -> usize {
     let ticket = match &record.key {
         Some(key) => xxhash_rust::xxh3::xxh3_64(key),

@@ -43,7 +43,7 @@ pub struct RoutingState {
     pub canary_model_id: Option<VersionId>,
     /// Committed shares of the versions; they sum to 10000 bp.
     pub weights: Weights,
-    /// Outcome of the last transaction that concerned this service.
+    /// COMMITTED in a service; in a record, the outcome of its transaction.
     pub status: Status,
     /// Id of that transaction.
     pub txid: TxId,

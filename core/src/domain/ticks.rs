@@ -100,7 +100,7 @@ impl TickSet {
 }
 
 impl<S: Ord + Clone> TickMerger<S> {
-    /// Returns a timeline that begins at this tick.
+    /// Returns a tick merger that begins at this tick.
     pub fn new(first: u64) -> Self {
         Self { open: BTreeMap::new(), next: first, told: BTreeMap::new() }
     }

@@ -176,7 +176,7 @@ impl Lease {
         }
     }
 
-    // Enforcement of lowerings.
+    // Enforcement of decreases.
 
     /// Begins to watch until a decrease is in force everywhere.
     pub fn enforce(&mut self, ctx: &Context, service: ServiceId, slot: Slot, lease_ms: u64) {

@@ -5,10 +5,11 @@
 //!
 //! The shell's duties, in order:
 //! 1. Carry out the outputs of one call **in their order**, and all of them before the next call.
-//! 2. [`Output::Persist`] is a barrier: when it returns, the register *and everything appended before it* survive
+//! 2. [`Output::Persist`] is a barrier: when it returns, the acceptor state *and everything appended before it* survive
 //!    power loss. What follows in the list may depend on it. If it fails, the process stops.
 //! 3. [`Output::Append`] is ordered but no barrier: its record may be lost in a crash until a later `Persist`.
-//!    A chosen record is already durable in a majority of registers; losing the note that it was chosen is harmless.
+//!    A chosen record is already durable in a majority of acceptor states; losing the note that it was chosen is
+//!    harmless.
 //! 4. [`Output::Send`] may be lost, delayed, repeated and reordered. The core never waits for a peer.
 //! 5. Call [`Core::handle`] with [`Input::Tick`] at least every 25 ms.
 //!
@@ -184,7 +185,7 @@ pub enum Input {
 /// What the shell is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
-    /// Write the register durably, and with it everything appended before.
+    /// Write the acceptor state durably, and with it everything appended before.
     Persist(Box<AcceptorState>),
     /// Append a chosen record to the log.
     Append(Box<Chosen>),

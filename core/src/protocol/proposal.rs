@@ -15,7 +15,7 @@ use super::log::record::{ConfigChange, Intent, Operation};
 pub(super) enum Proposal {
     /// An operator's request.
     OperatorRequest(OperatorRequest),
-    /// A change that the autopilot or the local hold wants.
+    /// A change that the autopilot wants.
     Operation(Operation),
     /// Settle what a lost coordinator left open: propose what was accepted; of what was only voted on, do what lowers exposure, and
     /// abort the rest.
@@ -84,7 +84,7 @@ impl OperatorRequest {
     }
 }
 
-/// What stands in the way of a wish.
+/// What stands in the way of a proposal.
 pub(super) enum Obstacle {
     /// The cluster is there already.
     Unchanged,

@@ -15,7 +15,7 @@ pub struct Settings {
     pub timings: Timings,
     /// Where the node's own draws (suspicion, back-off) begin.
     pub seed: u64,
-    /// The incarnation it takes when its register is gone.
+    /// The incarnation it takes when its acceptor state is gone.
     pub fresh_incarnation: Incarnation,
     /// What it keeps of its log.
     pub retention: Retention,

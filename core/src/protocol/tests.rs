@@ -524,7 +524,7 @@ fn nodes_whose_logs_came_back_shorter_decide_nothing_until_they_have_the_rest() 
     // Two of three disks lose the end of their logs; the third node, which has it, is dead.
     rig.kill("a");
     for name in ["b", "c"].map(node) {
-        // The register remembers what the log held when it was written last; it has accepted slot 3 itself.
+        // The acceptor file remembers what the log held when it was written last; it has accepted slot 3 itself.
         assert_eq!(rig.acceptors[&name].head, Slot(2));
         rig.logs.get_mut(&name).unwrap().truncate(2);
         rig.restart(&name);
@@ -765,7 +765,7 @@ fn a_cluster_grows_and_shrinks_by_one_node_at_a_time() {
     assert!(matches!(rig.asked("a", 3, add("d", 1)), Outcome::Committed { .. }));
     assert_eq!(rig.cores[&node("d")].view().members.len(), 4);
 
-    // Three of four decide; two don't. A raise needs all four.
+    // Three of four decide; two don't. An increase needs all four.
     rig.kill("a");
     rig.run_for(2_000);
     assert!(matches!(rig.asked("d", 4, abort.clone()), Outcome::Committed { .. }));

@@ -303,7 +303,7 @@ fn read_slots(bytes: &[u8]) -> [FileSlot; 2] {
 
 fn read_payload(payload: &[u8]) -> Result<(AcceptorState, Vec<Vec<u8>>), String> {
     let mut parts = parts(payload)?.into_iter();
-    let acceptor = parts.next().ok_or("it has no acceptor file")?;
+    let acceptor = parts.next().ok_or("it has no acceptor state")?;
     let acceptor = codec::decode(acceptor).map_err(|error| error.to_string())?;
     Ok((acceptor, parts.map(<[u8]>::to_vec).collect()))
 }

@@ -1,11 +1,13 @@
-//! A node's disk: promises in a register file, chosen records in a journal, their sum in a checkpoint, genesis in a
+//! A node's disk: promises in an acceptor file, chosen records in a journal, their sum in a checkpoint, genesis
+//! in a
 //! file of its own.
 //!
 //! [`DiskStore::persist`] costs one write and one `fdatasync`, whatever was appended before: records that the journal
-//! has not synced yet travel in the register's slot. The journal follows on a thread of its own.
+//! has not synced yet travel in the acceptor state's slot. The journal follows on a thread of its own.
 //!
 //! What is damaged is moved aside and reported, never repaired by guess: a log may come back shorter, never altered
-//! and never with a hole. That it is shorter shows in the register's `head`; the protocol fetches the rest from peers.
+//! and never with a hole. That it is shorter shows in the acceptor state's `head`; the protocol fetches the rest from
+//! peers.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -31,7 +33,7 @@ pub use runs::DiskRuns;
 
 /// How long sled may take to open before its directory counts as broken.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);
-/// Most bytes of records that a slot of the register carries.
+/// Most bytes of records that a slot of the acceptor state carries.
 const TAIL_BYTES_MAX: usize = 90 * 1024;
 
 /// Why a data directory gives no store.
@@ -81,13 +83,18 @@ pub struct DiskStore {
     paths: Paths,
 }
 
+/// The name of the acceptor file up to format 5. A node that overlooked it would start without its promises.
+const OLDER_ACCEPTOR: &str = "register";
+
 impl DiskStore {
-    /// Sets up a data directory for a node that never ran: its first register, and the log's first record.
+    /// Sets up a data directory for a node that never ran: its first acceptor state, and the log's first record.
     pub fn create(dir: &Path, acceptor: &AcceptorState, genesis: &Chosen) -> Result<(), OpenError> {
         let paths = Paths::of(dir);
         fs::create_dir_all(dir).map_err(|e| trouble(dir, "create the data directory", e))?;
         let _lock = lock(&paths)?;
-        for (path, found) in [(&paths.acceptor, "acceptor"), (&paths.journal, "journal")] {
+        for (path, found) in
+            [(&dir.join(OLDER_ACCEPTOR), OLDER_ACCEPTOR), (&paths.acceptor, "acceptor"), (&paths.journal, "journal")]
+        {
             if path.exists() {
                 return Err(OpenError::Occupied { dir: dir.into(), found });
             }
@@ -95,7 +102,7 @@ impl DiskStore {
         let acceptor = encoded("acceptor", &paths.acceptor, acceptor)?;
         encoded("genesis", &paths.genesis, genesis)?;
         write_whole(&paths.genesis, &encode_entry(genesis)).map_err(|e| trouble(&paths.genesis, "write genesis", e))?;
-        // The register is what makes a node: it comes last, complete, under its own name.
+        // The acceptor file is what makes a node: it comes last, complete, under its own name.
         let draft = dir.join("acceptor.new");
         remove_if_there(&draft).map_err(|e| trouble(&draft, "remove an unfinished acceptor file", e))?;
         let mut found = AcceptorFile::open(&draft)?;
@@ -125,6 +132,11 @@ impl DiskStore {
             return Err(OpenError::NoGenesis { dir: dir.into() });
         }
         let lock = Arc::new(lock(&paths)?);
+        let older = dir.join(OLDER_ACCEPTOR);
+        if older.exists() {
+            let why = "it is of format 5 or older, expected a file named acceptor: start the version that wrote it";
+            return Err(trouble(&older, "read the acceptor file", io::Error::new(ErrorKind::InvalidData, why)).into());
+        }
         let acceptor::FoundAcceptor { file, saved, mut notes } = AcceptorFile::open(&paths.acceptor)?;
         sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
         let (acceptor, tail) = saved.map_or((None, Vec::new()), |Saved { acceptor, tail, .. }| (Some(acceptor), tail));
@@ -283,7 +295,7 @@ impl Paths {
     }
 }
 
-/// The recovery of a log from checkpoint, journal, genesis file and the register's tail.
+/// The recovery of a log from checkpoint, journal, genesis file and the acceptor state's tail.
 struct DiskOpening<'a> {
     paths: &'a Paths,
     lock: &'a Arc<File>,

@@ -48,7 +48,7 @@ fn the_disk_store_keeps_the_contract() {
 
 const RECORDS: u64 = 30;
 
-/// Writes `RECORDS` records with the register at the last of them, and closes the store.
+/// Writes `RECORDS` records with the acceptor state at the last of them, and closes the store.
 fn written() -> (Disk, Vec<Chosen>) {
     let log = chain(RECORDS);
     let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
@@ -60,7 +60,7 @@ fn written() -> (Disk, Vec<Chosen>) {
     (disk, log)
 }
 
-/// Like [`written`], with everything in the journal: the register's newest slot carries no records.
+/// Like [`written`], with everything in the journal: the acceptor state's newest slot carries no records.
 fn settled() -> (Disk, Vec<Chosen>) {
     let (mut disk, log) = written();
     let (mut store, ..) = disk.begin();
@@ -180,7 +180,7 @@ fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
     let (mut store, ..) = disk.begin();
     log[1..5].iter().for_each(|chosen| store.append(chosen).unwrap());
     drop(store);
-    // The register carries records that the journal has, and records that never reached it.
+    // The acceptor file carries records that the journal has, and records that never reached it.
     let mut file = AcceptorFile::open(&disk.0.path().join("acceptor")).unwrap().file;
     let tail: Vec<_> = log[3..].iter().map(encode_entry).collect();
     file.write(&codec::encode(&acceptor(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
@@ -302,7 +302,7 @@ fn a_rotten_slot_costs_the_vote_unless_the_other_is_surely_newer() {
 #[test]
 fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
     let mut random = SmallRng::seed_from_u64(7);
-    // Small registers, and some that carry records over many sectors.
+    // Small acceptor states, and some that carry records over many sectors.
     for bytes in [100, 9_000] {
         let log = chain_of(6, bytes);
         let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
@@ -347,6 +347,18 @@ fn a_register_of_another_format_is_refused_with_both_numbers() {
     fs::write(&path, bytes).unwrap();
     let Err(error) = open(disk.0.path()) else { panic!("opened") };
     assert!(error.to_string().contains("it has format 1, expected 6"), "{error}");
+}
+
+#[test]
+fn promises_under_their_older_name_are_not_overlooked() {
+    let (disk, log) = written();
+    let (now, older) = (disk.0.path().join("acceptor"), disk.0.path().join("register"));
+    fs::rename(&now, &older).unwrap();
+    let Err(error) = open(disk.0.path()) else { panic!("opened") };
+    assert!(error.to_string().contains("it is of format 5 or older, expected a file named acceptor"), "{error}");
+    assert!(!now.exists(), "nothing was changed");
+    fs::rename(&older, &now).unwrap();
+    assert_eq!(open(disk.0.path()).unwrap().log, log);
 }
 
 #[test]
@@ -446,7 +458,7 @@ fn random_damage_never_alters_a_record_nor_makes_a_hole() {
         copy(disk.0.path(), dir.path());
         let name = names[dice.random_range(0..names.len())].strip_prefix(disk.0.path()).unwrap();
         let target = dir.path().join(name);
-        // Damage lands where bytes are: most of sled's file and of the register is padding.
+        // Damage lands where bytes are: most of sled's file and of the acceptor state is padding.
         let bytes = fs::read(&target).unwrap();
         let used: Vec<_> = bytes.iter().enumerate().filter(|(_, byte)| **byte != 0).map(|(at, _)| at as u64).collect();
         if used.is_empty() {

@@ -160,7 +160,8 @@ pub struct Ledger {
     specs_bytes: usize,
 }
 
-/// Returns the bytes that a rollout may need in the ledger: its service holds it twice while its last raise can be undone.
+/// Returns the bytes that a rollout may need in the ledger: its service holds it twice while its last increase can be
+/// undone.
 fn bytes_of(spec: &RolloutSpec) -> usize {
     2 * codec::encode(spec).len()
 }

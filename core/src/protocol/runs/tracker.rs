@@ -1,4 +1,4 @@
-//! The watch over one rollout's canary: this node's part in its analysis run. One for each service with a rollout
+//! The tracker of one rollout's canary: this node's part in its analysis run. One for each service with a rollout
 //! under way; unlike
 //! a gate it goes on when the weight changes.
 

@@ -63,7 +63,7 @@ fn a_nodes_life_to_be_recorded() {
         store.append(&log[slot as usize]).unwrap();
         promise(&mut store, slot);
         if slot.is_multiple_of(4) {
-            // As if time passed: the journal has it, and the register need not carry it any longer.
+            // As if time passed: the journal has it, and the acceptor state need not carry it any longer.
             store.syncer.wait().unwrap();
         }
         if slot.is_multiple_of(5) {
