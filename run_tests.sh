@@ -36,7 +36,7 @@ quick=(format lint core build unit sim-bugs sim)
 
 # What a change needs. A seeded bug of the core is caught by the seed that it is pinned to, whatever the number of seeds here: these
 # look for what nobody thought of, and the nightly run looks further, at other seeds too.
-profile=(); out=target/debug; seeds=120; router_seeds=4000; node_seeds=20; exhaust=0,0,0,2,0; complete=(); clients=(--big 64)
+profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64)
 
 usage() {
   sed -n '2,11s/^# \{0,1\}//p' run_tests.sh
