@@ -13,7 +13,7 @@ use aviary::adapters::clock::BootClock;
 use aviary::adapters::kafka::{KafkaBroker, TopicNames};
 use aviary::config::node::Kafka;
 use aviary::domain::course::HookCall;
-use aviary::domain::split::Side;
+use aviary::domain::side::Side;
 use aviary::domain::time::Mono;
 use aviary::domain::weights::Weight;
 use aviary::ports::{Clock, Hooks, OutsideError, RouterTopics as _, Topic};

@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::domain::course::HookCall;
 use crate::domain::ids::{NodeId, ServiceId};
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::domain::text::bounded;
 use crate::domain::time::Now;
 use crate::protocol::checkpoint::Checkpoint;

@@ -12,7 +12,7 @@ use tracing::info;
 
 use crate::config::router::{HooksConfig, RouterConfig};
 use crate::domain::course::HookCall;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::{Hooks, OutsideError, Topic};
 
 /// Between two looks at a program that runs.

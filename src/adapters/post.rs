@@ -10,7 +10,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 
 use crate::config::router::Push;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::{Later, NotDone, Post, Posted};
 
 /// Posts to the URL of a router's file.

@@ -20,6 +20,7 @@ use crate::client::Api;
 #[cfg(feature = "kafka")]
 use crate::config::node::Kafka;
 use crate::domain::ids::{ServiceId, VersionId};
+use crate::domain::side::Side;
 use crate::domain::weights::Weight;
 #[cfg(feature = "kafka")]
 use crate::schema::v1::TelemetryEvent;
@@ -211,7 +212,7 @@ impl<'a> Out<'a> {
 
 /// An event.
 struct Made {
-    is_canary: bool,
+    side: Side,
     status: u32,
     latency_ms: f64,
     at_ms: u64,
@@ -220,7 +221,10 @@ struct Made {
 
 impl Made {
     fn version<'a>(&self, args: &'a ProduceArgs) -> &'a VersionId {
-        if self.is_canary { &args.canary } else { &args.stable }
+        match self.side {
+            Side::Stable => &args.stable,
+            Side::Canary => &args.canary,
+        }
     }
 
     fn json(&self, args: &ProduceArgs) -> String {
@@ -279,16 +283,19 @@ impl<'a> Source<'a> {
     }
 
     fn event(&mut self, happens: bool, at_ms: u64) -> Made {
-        let is_canary = self.random.random::<f64>() < self.args.share.fraction();
-        let (errors, slower) = match (happens, self.args.profile, is_canary) {
-            (true, ProduceProfile::ErrorBurst, true) => (0.1, 1.0),
-            (true, ProduceProfile::Slow, true) => (0.005, 2.0),
+        let side = match self.random.random::<f64>() < self.args.share.fraction() {
+            true => Side::Canary,
+            false => Side::Stable,
+        };
+        let (errors, slower) = match (happens, self.args.profile, side) {
+            (true, ProduceProfile::ErrorBurst, Side::Canary) => (0.1, 1.0),
+            (true, ProduceProfile::Slow, Side::Canary) => (0.005, 2.0),
             (true, ProduceProfile::SharedIncident, _) => (0.33, 1.0),
             _ => (0.005, 1.0),
         };
         let status = if self.random.random::<f64>() < errors { 500 } else { 200 };
         let latency_ms = self.latency_ms.sample(&mut self.random) * slower;
         self.next_id += 1;
-        Made { is_canary, status, latency_ms, at_ms, id: format!("{:x}-{}", self.run, self.next_id) }
+        Made { side, status, latency_ms, at_ms, id: format!("{:x}-{}", self.run, self.next_id) }
     }
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::node::Kafka;
 use super::rollout::duration;
 use crate::domain::ids::{ServiceId, VersionId};
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::domain::weights::Weight;
 
 /// Settings of a record router, read from its file and checked.

@@ -27,6 +27,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::listener::{Admitted, ConnectionLimiter};
 use crate::status;
@@ -34,7 +35,7 @@ use crate::status;
 use super::answer::{Body, BodyError, own, problem};
 use super::hop::{self, is_hop_by_hop};
 use super::settings::ProxySettings;
-use super::table::{NoRoute, Pick, RequestPermit, Route, RoutingTable};
+use super::table::{NoRoute, RequestPermit, Route, RoutingTable};
 use super::upstream::{InFlightGuard, Pool, Server};
 use super::wire::HEAD_BYTES_MAX;
 
@@ -100,7 +101,7 @@ impl SlowPath {
         limiter.watch(connection, &place, peer).await;
     }
 
-    fn count(&self, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
+    fn count(&self, route: &Route, pick: Side, status: u16, began: Mono, error: bool) {
         self.router.count(self.shard, route, pick, status, began, error);
     }
 }
@@ -343,9 +344,9 @@ async fn forward(
                     general.count(route, pick, 502, began, true);
                 }
                 let untouched = upload.body().is_some();
-                if pick == Pick::Canary && untouched && matches!(failure, ForwardFailure::Unreachable(_)) {
+                if pick == Side::Canary && untouched && matches!(failure, ForwardFailure::Unreachable(_)) {
                     // A canary that isn't there costs users nothing. Never the other way round.
-                    pick = Pick::Stable;
+                    pick = Side::Stable;
                     continue;
                 }
                 let (status, error) = match failure {
@@ -526,7 +527,7 @@ fn mark(headers: &mut HeaderMap, route: &Route, pool: &Pool) {
 }
 
 /// A version without servers: the node says who would have served.
-fn answered_here(general: &SlowPath, route: &Route, pool: &Pool, pick: Pick, began: Mono) -> Response<Body> {
+fn answered_here(general: &SlowPath, route: &Route, pool: &Pool, pick: Side, began: Mono) -> Response<Body> {
     let node = general.router.node.published.view().node.clone();
     let body = json!({
         "service": route.service, "served_by": pool.version, "routing_version": route.serving.routing_version, "node": node,
@@ -565,7 +566,7 @@ fn grpc_failed(headers: &HeaderMap) -> bool {
 struct OutcomeGuard {
     general: SlowPath,
     route: Arc<Route>,
-    pick: Pick,
+    pick: Side,
     status: u16,
     began: Mono,
     counted: bool,

@@ -15,11 +15,12 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::listener::Admitted;
 use crate::status;
 
-use super::table::{Pick, RequestPermit, Route};
+use super::table::{RequestPermit, Route};
 use super::upstream::{InFlightGuard, Pool};
 use super::wire::{self, BadMessage, BodyFraming, HEAD_BYTES_MAX, Opening, ResponseFields, Room};
 use super::worker::{Deadline, Worker};
@@ -54,7 +55,7 @@ struct RelayRequest {
     is_idempotent: bool,
     close: bool,
     route: Arc<Route>,
-    pick: Pick,
+    pick: Side,
     /// Nobody waits for the answer.
     is_copy: bool,
     began: Mono,
@@ -71,7 +72,7 @@ impl RelayRequest {
         out.extend_from_slice(b"x-aviary-mirrored: true\r\n");
         out.extend_from_slice(&self.out[head..]);
         let route = self.route.clone();
-        Some(Self { out, route, pick: Pick::Canary, is_copy: true, close: true, _place, ..*self })
+        Some(Self { out, route, pick: Side::Canary, is_copy: true, close: true, _place, ..*self })
     }
 }
 
@@ -105,7 +106,7 @@ where
         }
         let stays = match next {
             NextMessage::Ask(request) => {
-                if request.pick == Pick::Stable && worker.router.is_mirrored(&request.route, request.began) {
+                if request.pick == Side::Stable && worker.router.is_mirrored(&request.route, request.began) {
                     mirror(worker, &request);
                 }
                 let stays = carry(worker, &watch, &mut client, *request).await;
@@ -311,9 +312,9 @@ where
                 if !matches!(failure, RelayFailure::Client(_)) {
                     count(worker, &request, 502, true);
                 }
-                if request.pick == Pick::Canary && unreachable && !request.is_copy {
+                if request.pick == Side::Canary && unreachable && !request.is_copy {
                     // A canary that isn't there costs users nothing. Never the other way round.
-                    (request.pick, tried) = (Pick::Stable, Vec::new());
+                    (request.pick, tried) = (Side::Stable, Vec::new());
                     continue;
                 }
                 break failure;

@@ -9,6 +9,7 @@ use http::HeaderMap;
 
 use crate::domain::ids::ServiceId;
 use crate::domain::plan::{HashOn, HealthCheck, RolloutSpec};
+use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::domain::weights::{Weight, sticky_ticket};
 use crate::domain::window::Evidence;
@@ -42,13 +43,6 @@ pub struct Route {
     pub reads: Box<[String]>,
     pub counters: Arc<Counters>,
     salt: u64,
-}
-
-/// Which role serves a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pick {
-    Stable,
-    Canary,
 }
 
 /// A request's fields, however they were read.
@@ -120,27 +114,27 @@ impl Route {
     }
 
     /// Returns the servers of a role.
-    pub fn pool(&self, pick: Pick) -> &Pool {
+    pub fn pool(&self, pick: Side) -> &Pool {
         match (pick, &self.canary) {
-            (Pick::Canary, Some(canary)) => canary,
+            (Side::Canary, Some(canary)) => canary,
             _ => &self.stable,
         }
     }
 
     /// Returns who serves a request, given the canary's share at this moment.
-    fn pick(&self, effective_bp: u16, fields: &impl Fields, peer: &str) -> Pick {
+    fn pick(&self, effective_bp: u16, fields: &impl Fields, peer: &str) -> Side {
         if effective_bp == 0 || self.counters.circuit_breaker.is_tripped() {
-            return Pick::Stable;
+            return Side::Stable;
         }
         match fields.value("x-canary") {
-            Some(b"always") => return Pick::Canary,
-            Some(b"never") => return Pick::Stable,
+            Some(b"always") => return Side::Canary,
+            Some(b"never") => return Side::Stable,
             _ => {}
         }
         let spec = &self.serving.spec;
         let holds = |(name, value): &(String, String)| fields.value(name) == Some(value.as_bytes());
         if spec.matches.iter().any(|m| m.headers.iter().all(holds)) {
-            return Pick::Canary;
+            return Side::Canary;
         }
         let key = spec.hash_on.as_ref().and_then(|hash_on| match hash_on {
             HashOn::Header(name) => fields.value(name),
@@ -151,7 +145,7 @@ impl Route {
             Some(key) => sticky_ticket(self.salt, key),
             None => entropy::within(0..Weight::WHOLE),
         };
-        if ticket < effective_bp { Pick::Canary } else { Pick::Stable }
+        if ticket < effective_bp { Side::Canary } else { Side::Stable }
     }
 }
 
@@ -245,7 +239,7 @@ impl RoutingTable {
     }
 
     /// Returns who serves the request of a client at `peer` (an IP address) at this moment.
-    pub fn pick(&self, route: &Route, fields: &impl Fields, peer: &str, now: Mono) -> Pick {
+    pub fn pick(&self, route: &Route, fields: &impl Fields, peer: &str, now: Mono) -> Side {
         route.pick(self.node.published.effective_bp_at(&route.serving, now), fields, peer)
     }
 
@@ -268,10 +262,10 @@ impl RoutingTable {
 
     /// Counts an answer that came to a client, or should have; tells the node when it was one failure of the canary too
     /// many.
-    pub fn count(&self, shard: usize, route: &Route, pick: Pick, status: u16, began: Mono, error: bool) {
+    pub fn count(&self, shard: usize, route: &Route, pick: Side, status: u16, began: Mono, error: bool) {
         let latency_us = self.now().0.saturating_sub(began.0);
         let counters = &route.counters;
-        let (Pick::Canary, Some(canary)) = (pick, &counters.canary) else {
+        let (Side::Canary, Some(canary)) = (pick, &counters.canary) else {
             counters.stable.add(shard, status, latency_us, error);
             return counters.circuit_breaker.stable(error);
         };

@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 
 /// Places of records named in findings, of each kind.
 const EXAMPLES_MAX: usize = 10;

@@ -3,7 +3,7 @@
 use super::audit::{At, Audit, Findings, read_source};
 use super::snapshot::RouterSnapshot;
 use crate::domain::course::RouterPhase;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::{OffsetRange, OutsideError, RouterTopics, Topic};
 
 /// How far the topics were compared, and what was found.

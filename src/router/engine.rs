@@ -8,7 +8,8 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use crate::domain::course::{ControlCommand, ControlEntry, HookCall, Places, RouterEnd, RouterPhase, RouterState};
-use crate::domain::split::{Side, Split, Ticket};
+use crate::domain::side::Side;
+use crate::domain::split::{Split, Ticket};
 use crate::domain::weights::Weight;
 use crate::ports::{Assignment, Broker, Commit, Hooks, OutsideError, Place, SourceRecord, Topic};
 

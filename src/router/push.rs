@@ -12,7 +12,8 @@ use tokio::task::JoinSet;
 use tracing::warn;
 
 use crate::backoff::Backoff;
-use crate::domain::split::{Side, Ticket};
+use crate::domain::side::Side;
+use crate::domain::split::Ticket;
 use crate::domain::weights::Weight;
 use crate::ports::{NotDone, OutsideError, Post, PostSource, Posted};
 

@@ -1,7 +1,8 @@
 //! A router as its topics and groups show it, whether it runs or not.
 
 use crate::domain::course::{RouterPhase, RouterState};
-use crate::domain::split::{Side, Split};
+use crate::domain::side::Side;
+use crate::domain::split::Split;
 use crate::ports::{OutsideError, RouterTopics, Topic};
 
 /// What is seen of a router.

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::domain::ids::ServiceId;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::domain::window::{Evidence, Tally};
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, View};

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::split::Side;
+use super::side::Side;
 use super::weights::Weight;
 
 /// The next offset of each partition.

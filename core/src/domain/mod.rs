@@ -13,6 +13,7 @@ pub mod rollout;
 pub mod routing;
 pub mod run;
 pub mod sequential;
+pub mod side;
 pub mod split;
 pub mod stats;
 pub mod text;

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::side::Side;
 use super::weights::{Weight, sticky_ticket};
 
 /// Tickets that move are looked at in this many groups, or fewer: each moves once its own records are read.
@@ -13,37 +14,6 @@ const BUCKETS_MAX: u16 = 64;
 const METADATA_BYTES_MAX: usize = 4096;
 /// The version of the note.
 const METADATA: u8 = 2;
-
-/// One of the two versions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Side {
-    /// The version that is to be replaced, or kept.
-    Stable,
-    /// The one that is tried.
-    Canary,
-}
-
-impl Side {
-    /// Both sides, stable first.
-    pub const BOTH: [Self; 2] = [Self::Stable, Self::Canary];
-
-    /// Returns its word in files, hooks and topic names.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Stable => "stable",
-            Self::Canary => "canary",
-        }
-    }
-
-    /// Returns the other side.
-    pub fn other(self) -> Self {
-        match self {
-            Self::Stable => Self::Canary,
-            Self::Canary => Self::Stable,
-        }
-    }
-}
 
 /// A record's place among the weights: the same whenever and wherever it is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use super::output::{self, Format};
 use crate::adapters::kafka::KafkaRouter;
 use crate::config::router::RouterConfig;
 use crate::domain::course::{ControlCommand, ControlEntry, RouterEnd, RouterPhase};
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::domain::weights::Weight;
 use crate::ports::{RouterTopics, RouterWorld as _};
 use crate::router::snapshot::RouterSnapshot;

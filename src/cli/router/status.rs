@@ -6,7 +6,7 @@ use super::{print, topics};
 use crate::cli::Exit;
 use crate::cli::output::{Format, facts, table};
 use crate::config::router::{HooksConfig, RouterConfig};
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::Topic;
 use crate::router::snapshot::RouterSnapshot;
 

@@ -12,7 +12,7 @@ use super::ASK;
 use crate::client::{Api, segment};
 use crate::config::router::RouterConfig;
 use crate::domain::course::RouterEnd;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
 use crate::ports::RouterWorld;

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::{ASK, PROGRESS, salt};
 use crate::config::router::{Push, RouterConfig};
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::{OutsideError, RouterWorld};
 use crate::router::engine::Steering;
 use crate::router::push::{PushPlan, Pushed, Pusher};

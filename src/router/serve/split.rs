@@ -10,7 +10,7 @@ use tracing::info;
 use super::status::measure;
 use super::{PROGRESS, salt};
 use crate::config::router::RouterConfig;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::ports::{OutsideError, RouterWorld};
 use crate::router::engine::{Engine, Plan, Report, Steering, Turn};

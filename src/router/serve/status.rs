@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::domain::course::RouterPhase;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::router::engine::Report;
 
 /// Returns the pages `/livez`, `/status` and `/metrics`.

@@ -18,7 +18,7 @@ use tracing::info;
 
 use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush};
 use crate::config::node::Kafka;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::{
     Assignment, Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, RouterTopics as _, SourceRecord, Topic,
 };

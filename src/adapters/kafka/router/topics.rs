@@ -13,7 +13,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use super::super::{ANSWER_MAX, Quiet, client, flush};
 use super::writer::{CONTROL, Writer};
 use super::{KafkaBroker, SOURCE_HEADER, places, read};
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::{OffsetRange, Opened, OutsideError, RouterTopics, Topic};
 
 impl RouterTopics for KafkaBroker {

@@ -8,7 +8,7 @@ use crate::adapters::clock::BootClock;
 use crate::adapters::hooks::ServiceHooks;
 use crate::adapters::post::HttpPost;
 use crate::config::router::RouterConfig;
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::ports::{Broker, Clock, Hooks, OutsideError, PushPorts, RouterTopics, RouterWorld};
 
 /// What a router's file names, opened when it is asked for.

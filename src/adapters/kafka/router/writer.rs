@@ -11,7 +11,7 @@ use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProd
 
 use super::super::{log, send};
 use super::{TopicNames, VERSION_HEADER, WEIGHT_VERSION_HEADER};
-use crate::domain::split::Side;
+use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::ports::{Assignment, Clock};
 

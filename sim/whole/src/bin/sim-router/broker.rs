@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use aviary::ports::{Assignment, Commit, Opened, OutsideError, Place, SourceRecord, Topic};
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 
 use super::log::{Fate, Log};
 use sim::dice::Dice;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
 use aviary_core::domain::course::HookCall;
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 
 use super::broker::Handle;
 use super::life::interrupt;

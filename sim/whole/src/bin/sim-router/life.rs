@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use aviary::ports::{OutsideError, Topic};
 use aviary::router::engine::{Engine, Turn};
 use aviary_core::domain::course::RouterPhase;
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 
 use super::coverage::RouterCoverage;
 use super::seeded_bugs::{self, Bug};

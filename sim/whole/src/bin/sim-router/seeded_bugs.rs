@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
 use aviary_core::domain::course::HookCall;
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 
 use super::faulty::{FaultyHooks, RouterDoor};
 use super::life;

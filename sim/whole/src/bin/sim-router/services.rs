@@ -4,7 +4,7 @@
 
 use aviary::ports::Topic;
 use aviary_core::domain::course::HookCall;
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 
 use super::broker::Broker;
 use super::truth::RouterTruth;

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use aviary::ports::{Commit, Topic};
 use aviary_core::domain::course::{ControlCommand, ControlEntry, RouterPhase};
-use aviary_core::domain::split::{Side, Split};
+use aviary_core::domain::side::Side;
+use aviary_core::domain::split::Split;
 use aviary_core::domain::weights::{Weight, sticky_ticket};
 
 use super::broker::{Broker, Item, Transaction};

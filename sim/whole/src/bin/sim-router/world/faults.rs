@@ -2,7 +2,7 @@
 
 use aviary::ports::Topic;
 use aviary_core::domain::course::{HookCall, RouterPhase};
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 
 use super::SplitWorld;
 use sim::dice::Dice;

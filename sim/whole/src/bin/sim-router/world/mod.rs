@@ -6,7 +6,7 @@ use std::time::Duration;
 use aviary::ports::Topic;
 use aviary::router::engine::{CommittedWeight, Engine, Plan};
 use aviary_core::domain::course::HookCall;
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 use aviary_core::domain::weights::Weight;
 
 mod faults;

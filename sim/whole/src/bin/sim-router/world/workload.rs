@@ -3,7 +3,7 @@
 use aviary::ports::Topic;
 use aviary::router::engine::{CommittedWeight, Steering};
 use aviary_core::domain::course::{ControlCommand, ControlEntry, RouterEnd};
-use aviary_core::domain::split::Side;
+use aviary_core::domain::side::Side;
 use aviary_core::domain::weights::Weight;
 
 use super::super::log::Fate;
