@@ -450,7 +450,7 @@ fn check_intent(intent: &Intent) -> Result<(), FrameError> {
         }
         Operation::Verdict { window_verdict, rollout_generation, .. } => {
             at_most("routing version", *rollout_generation, NUMBER_MAX)?;
-            check_judgement(window_verdict)
+            check_window_verdict(window_verdict)
         }
         Operation::Change(..)
         | Operation::Revert { .. }
@@ -460,7 +460,7 @@ fn check_intent(intent: &Intent) -> Result<(), FrameError> {
     }
 }
 
-fn check_judgement(window_verdict: &WindowVerdict) -> Result<(), FrameError> {
+fn check_window_verdict(window_verdict: &WindowVerdict) -> Result<(), FrameError> {
     at_most("end of a window", window_verdict.to_ms, WALL_MS_MAX)?;
     match window_verdict.is_finite() {
         true => Ok(()),
@@ -469,28 +469,28 @@ fn check_judgement(window_verdict: &WindowVerdict) -> Result<(), FrameError> {
 }
 
 /// Tick samples in a snapshot.
-const SIGHTINGS_MAX: u64 = 64;
+const TICK_SAMPLES_MAX: u64 = 64;
 
 fn check_snapshot(snapshot: &HealthSnapshot) -> Result<(), FrameError> {
     at_most("effective weight in basis points", snapshot.effective_bp.into(), Weight::WHOLE.into())?;
     at_most("routing version", snapshot.routing_version, NUMBER_MAX)?;
     at_most("routing version", snapshot.rollout_generation, NUMBER_MAX)?;
-    at_most("tick samples", snapshot.tick_samples.len() as u64, SIGHTINGS_MAX)?;
+    at_most("tick samples", snapshot.tick_samples.len() as u64, TICK_SAMPLES_MAX)?;
     check_evidence(&snapshot.evidence)?;
     for (tick, tick_sample) in &snapshot.tick_samples {
         at_most("tick", *tick, NUMBER_MAX)?;
         at_most("routing version", tick_sample.version, NUMBER_MAX)?;
         check_evidence(&tick_sample.evidence)?;
     }
-    snapshot.transfer.as_deref().map_or(Ok(()), check_handover)
+    snapshot.transfer.as_deref().map_or(Ok(()), check_transfer)
 }
 
-fn check_handover(transfer: &RunTransfer) -> Result<(), FrameError> {
+fn check_transfer(transfer: &RunTransfer) -> Result<(), FrameError> {
     at_most("milliseconds since the rollout began", transfer.at_ms, WALL_MS_MAX)?;
     if !transfer.is_sound() {
         return Err(malformed("the analysis run contradicts itself, expected its parts to agree"));
     }
-    transfer.closed.iter().try_for_each(check_judgement)
+    transfer.closed.iter().try_for_each(check_window_verdict)
 }
 
 /// Sums of latencies may be added to for long; all else is checked where statistics are decoded.
@@ -666,7 +666,7 @@ mod tests {
             panic!("a whole frame");
         };
         let Message::HealthSnapshot(HealthSnapshot { transfer: Some(found), .. }) = *message else {
-            panic!("a handover");
+            panic!("a transfer");
         };
         let mut found = found.run;
         assert_eq!(found, sent);

@@ -26,7 +26,7 @@ const MAGIC: [u8; 8] = *b"aviaryT\x02";
 /// Magic, checksum.
 const HEADER_BYTES: usize = 8 + 4;
 /// Most bytes of an encoded analysis run; what is longer is none of ours.
-const TRIAL_BYTES_MAX: usize = 1024 * 1024;
+const RUN_BYTES_MAX: usize = 1024 * 1024;
 /// Analysis runs that may wait to be written; more aren't saved at that time.
 const WAITING_MAX: usize = 64;
 /// Extensions of complete and of unfinished files.
@@ -118,8 +118,8 @@ fn read(path: &Path) -> Result<Option<(ServiceId, SavedRun)>, String> {
     let service = name.strip_suffix(EXTENSION).and_then(|name| name.strip_suffix('.'));
     let service = ServiceId::new(service.unwrap_or_default()).map_err(|error| error.to_string())?;
     let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
-    if length > (HEADER_BYTES + TRIAL_BYTES_MAX) as u64 {
-        return Err(format!("it has {length} bytes, expected at most {}", HEADER_BYTES + TRIAL_BYTES_MAX));
+    if length > (HEADER_BYTES + RUN_BYTES_MAX) as u64 {
+        return Err(format!("it has {length} bytes, expected at most {}", HEADER_BYTES + RUN_BYTES_MAX));
     }
     let bytes = fs::read(path).map_err(|error| error.to_string())?;
     let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or("it is shorter than its header")?;
@@ -129,7 +129,7 @@ fn read(path: &Path) -> Result<Option<(ServiceId, SavedRun)>, String> {
     if crc32c::crc32c(body).to_le_bytes() != header[8..] {
         return Err("its content does not match its checksum".into());
     }
-    let saved = codec::decode_within::<SavedRun, TRIAL_BYTES_MAX>(body).map_err(|error| error.to_string())?;
+    let saved = codec::decode_within::<SavedRun, RUN_BYTES_MAX>(body).map_err(|error| error.to_string())?;
     match saved.run.is_sound() {
         true => Ok(Some((service, saved))),
         false => Err("it contradicts itself".into()),
