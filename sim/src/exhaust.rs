@@ -43,7 +43,7 @@ pub struct Bounds {
 
 /// What a search came to.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct SearchResult {
     /// Different states.
     pub states: usize,
     /// Steps between them.
@@ -392,8 +392,8 @@ impl State {
 }
 
 /// Searches everything within the bounds; an error says what broke, and by which steps.
-pub fn search(bounds: Bounds) -> Result<Found, String> {
-    let mut found = Found { complete: true, ..Found::default() };
+pub fn search(bounds: Bounds) -> Result<SearchResult, String> {
+    let mut found = SearchResult { complete: true, ..SearchResult::default() };
     let first = State::new(bounds);
     let mut seen = HashSet::from([first.fingerprint()]);
     let mut ways: Vec<(State, Vec<Move>, Vec<Move>)> = vec![(first.clone(), first.moves(bounds), Vec::new())];

@@ -10,7 +10,7 @@ use crate::protocol::record::{
 };
 
 /// A kind of store whose content outlives the process that wrote it.
-pub(crate) trait Subject: Sized {
+pub(crate) trait StoreUnderTest: Sized {
     type Store: Store;
     /// Makes the durable content of a node that never ran.
     fn create(acceptor: &AcceptorState, genesis: &Chosen) -> Self;
@@ -29,7 +29,7 @@ pub(crate) struct Found<S> {
 }
 
 /// Checks the contract of [`Store`].
-pub(crate) fn check<S: Subject>() {
+pub(crate) fn check<S: StoreUnderTest>() {
     let log = chain(60);
     let genesis = Ledger::new(&log[0]).unwrap();
     let mut subject = S::create(&acceptor(1, 0), &log[0]);
@@ -63,7 +63,7 @@ pub(crate) fn check<S: Subject>() {
     check_checkpoints(&mut subject, &log);
 }
 
-fn check_checkpoints<S: Subject>(subject: &mut S, log: &[Chosen]) {
+fn check_checkpoints<S: StoreUnderTest>(subject: &mut S, log: &[Chosen]) {
     let mut found = subject.open();
     let summed = sum(&log[..40]);
     found.store.checkpoint(&Checkpoint::of(&summed).unwrap(), Slot(30)).unwrap();

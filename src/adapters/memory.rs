@@ -135,14 +135,14 @@ impl LogReader for MemoryStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapters::conformance::{self, Found, Subject, acceptor, chain};
+    use crate::adapters::conformance::{self, Found, StoreUnderTest, acceptor, chain};
 
     #[derive(Default)]
     struct Memory {
         left: Contents,
     }
 
-    impl Subject for Memory {
+    impl StoreUnderTest for Memory {
         type Store = MemoryStore;
 
         fn create(acceptor: &AcceptorState, genesis: &Chosen) -> Self {

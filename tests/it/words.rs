@@ -1,6 +1,6 @@
 //! The field's words, where people meet the program: `tests/words.txt` lists what must not appear, and what to say instead.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -171,4 +171,80 @@ fn the_list_finds_its_words_however_they_are_written_and_spares_its_exceptions()
     for text in ["raises the weight", "indoors", "the leader epoch", "the circuit breaker", "AVIARY_CIRCUIT_BREAKER"] {
         assert!(!found(text), "{text:?} is found");
     }
+}
+
+/// As many type names may be defined more than once: a reader who searches for one should find one.
+const DEFINED_TWICE_MAX: usize = 10;
+
+/// Returns the types and traits that a file defines, with their lines; without associated types, and without test modules.
+fn defined(text: &str) -> Vec<(usize, String)> {
+    let name = Regex::new(r"^(?:pub(?:\([^)]*\))? )?(struct|enum|union|trait|type) (\w+)").unwrap();
+    let impls = Regex::new(r"^(?:pub(?:\([^)]*\))? )?(?:impl|trait)\b").unwrap();
+    let mut found = Vec::new();
+    // The indentation of the test module, and of the `impl` or trait, that the line is in.
+    let (mut tests, mut inside, mut marked) = (None, None, false);
+    for (number, line) in text.lines().enumerate() {
+        let code = line.trim_start();
+        let indent = line.len() - code.len();
+        let ends = |block: Option<usize>| block.is_some_and(|at| code == "}" && indent == at);
+        if tests.is_some() {
+            tests = tests.filter(|_| !ends(tests));
+            continue;
+        }
+        inside = inside.filter(|_| !ends(inside));
+        if marked && code.starts_with("mod ") && code.ends_with('{') {
+            tests = Some(indent);
+        } else if let Some(item) = name.captures(code).filter(|item| &item[1] != "type" || inside.is_none()) {
+            found.push((number + 1, item[2].to_string()));
+        }
+        if inside.is_none() && impls.is_match(code) && !code.ends_with('}') {
+            inside = Some(indent);
+        }
+        marked = code == "#[cfg(test)]" || (marked && code.starts_with("#["));
+    }
+    found
+}
+
+/// Returns the names that these texts define more than once, each with its places.
+fn defined_twice(texts: &[Text]) -> Vec<String> {
+    let mut places = BTreeMap::<String, Vec<String>>::new();
+    for (place, text) in texts {
+        for (line, name) in defined(text) {
+            places.entry(name).or_default().push(format!("{place}:{line}"));
+        }
+    }
+    let twice = places.into_iter().filter(|(_, places)| places.len() > 1);
+    twice.map(|(name, places)| format!("{name}: {}", places.join(", "))).collect()
+}
+
+#[test]
+fn few_type_names_are_defined_more_than_once() {
+    let texts = whole(["core/src", "src", "sim"].map(|dir| files(dir, ".rs")).concat());
+    let tests = Regex::new(r"(?:^|[/_])tests(?:/|\.rs$)").unwrap();
+    let texts: Vec<_> = texts.into_iter().filter(|(place, _)| !tests.is_match(place)).collect();
+    let names: usize = texts.iter().map(|(_, text)| defined(text).len()).sum();
+    assert!(names > 400, "{names} names found");
+    let twice = defined_twice(&texts);
+    assert!(
+        twice.len() <= DEFINED_TWICE_MAX,
+        "{} type names are defined more than once, expected at most {DEFINED_TWICE_MAX}\n{}",
+        twice.len(),
+        twice.join("\n")
+    );
+}
+
+#[test]
+fn names_that_are_defined_twice_are_found() {
+    let text = |place: &str, text: &str| (place.to_string(), text.to_string());
+    let one = "pub struct Disk {\n    kind: Kind,\n}\n\nimpl Store for Disk {\n    type Error = Fault;\n    fn kind() {}\n}\n\
+               pub(crate) enum Kind { A }\n#[cfg(test)]\nmod tests {\n    struct Kind;\n}\n";
+    let two = "#[cfg(test)]\nmod later;\npub trait Disk<T>: Send {\n    type Error;\n}\n// struct Kind is elsewhere\n\
+               type Error = String;\nfn f() {\n    struct Local;\n}\n";
+    assert_eq!(defined_twice(&[text("one.rs", one), text("two.rs", two)]), ["Disk: one.rs:1, two.rs:3"]);
+    let all = [text("a.rs", two), text("b.rs", two)];
+    assert_eq!(
+        defined_twice(&all),
+        ["Disk: a.rs:3, b.rs:3", "Error: a.rs:7, b.rs:7", "Local: a.rs:9, b.rs:9"],
+        "without what an impl or a trait names"
+    );
 }

@@ -127,19 +127,20 @@ enum Happening {
     Heal(u64),
 }
 
-struct Entry(u64, u64, Happening);
-impl PartialEq for Entry {
+/// What happens at a time (microseconds), in the order of its number if several happen then.
+struct Planned(u64, u64, Happening);
+impl PartialEq for Planned {
     fn eq(&self, other: &Self) -> bool {
         (self.0, self.1) == (other.0, other.1)
     }
 }
-impl Eq for Entry {}
-impl PartialOrd for Entry {
+impl Eq for Planned {}
+impl PartialOrd for Planned {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
-impl Ord for Entry {
+impl Ord for Planned {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         (self.0, self.1).cmp(&(other.0, other.1))
     }
@@ -190,7 +191,7 @@ pub struct World<S> {
     retention: Retention,
     now: u64,
     sequence: u64,
-    queue: BinaryHeap<Reverse<Entry>>,
+    queue: BinaryHeap<Reverse<Planned>>,
     nodes: Vec<Node<S>>,
     cut: BTreeSet<(usize, usize)>,
     cut_number: u64,
@@ -290,12 +291,12 @@ impl<S: Subject> World<S> {
 
     fn plan(&mut self, after: u64, happening: Happening) {
         self.sequence += 1;
-        self.queue.push(Reverse(Entry(self.now + after, self.sequence, happening)));
+        self.queue.push(Reverse(Planned(self.now + after, self.sequence, happening)));
     }
 
     fn run_until(&mut self, end: u64) -> Step {
         while self.queue.peek().is_some_and(|Reverse(entry)| entry.0 <= end) {
-            let Reverse(Entry(at, _, happening)) = self.queue.pop().expect("peeked");
+            let Reverse(Planned(at, _, happening)) = self.queue.pop().expect("peeked");
             self.now = at;
             self.truth.now = at;
             self.trace.fold(at);

@@ -9,12 +9,12 @@ use tempfile::TempDir;
 
 use super::power::in_memory;
 use super::*;
-use crate::adapters::conformance::{self, Found, Subject, acceptor, chain, chain_of, sum};
+use crate::adapters::conformance::{self, Found, StoreUnderTest, acceptor, chain, chain_of, sum};
 
 /// A data directory that goes away with the test.
 struct Disk(TempDir);
 
-impl Subject for Disk {
+impl StoreUnderTest for Disk {
     type Store = DiskStore;
 
     fn create(acceptor: &AcceptorState, genesis: &Chosen) -> Self {

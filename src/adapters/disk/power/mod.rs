@@ -81,7 +81,7 @@ fn a_nodes_life_to_be_recorded() {
 
 /// Writes and syncs that the recorder saw.
 #[derive(Debug)]
-enum Event {
+enum RecordedCall {
     Create(String),
     Write { path: String, offset: usize, data: Vec<u8> },
     Truncate { path: String, length: usize },
@@ -92,7 +92,7 @@ enum Event {
     MakeDir(String),
 }
 
-fn events(mut bytes: &[u8]) -> Vec<Event> {
+fn events(mut bytes: &[u8]) -> Vec<RecordedCall> {
     let mut events = Vec::new();
     while let Some((head, rest)) = bytes.split_at_checked(21) {
         let length = |at: usize| usize::from(u16::from_le_bytes([head[at], head[at + 1]]));
@@ -103,14 +103,14 @@ fn events(mut bytes: &[u8]) -> Vec<Event> {
         let [path, to] = [path, other].map(|text| String::from_utf8(text.to_vec()).unwrap());
         let offset = number(5);
         events.push(match head[0] {
-            1 => Event::Create(path),
-            2 => Event::Write { path, offset: offset as usize, data: data.to_vec() },
-            3 => Event::Truncate { path, length: offset as usize },
-            4 => Event::SyncBegin { path, id: offset },
-            5 => Event::SyncEnd { path, id: offset },
-            6 => Event::Rename { from: path, to },
-            7 => Event::Unlink(path),
-            8 => Event::MakeDir(path),
+            1 => RecordedCall::Create(path),
+            2 => RecordedCall::Write { path, offset: offset as usize, data: data.to_vec() },
+            3 => RecordedCall::Truncate { path, length: offset as usize },
+            4 => RecordedCall::SyncBegin { path, id: offset },
+            5 => RecordedCall::SyncEnd { path, id: offset },
+            6 => RecordedCall::Rename { from: path, to },
+            7 => RecordedCall::Unlink(path),
+            8 => RecordedCall::MakeDir(path),
             asked => panic!("op {asked} is unknown"),
         });
         bytes = rest;
@@ -119,12 +119,12 @@ fn events(mut bytes: &[u8]) -> Vec<Event> {
 }
 
 /// A change of a file's content.
-enum Change {
+enum FileChange {
     Write { offset: usize, data: Vec<u8> },
     Truncate { length: usize },
 }
 
-impl Change {
+impl FileChange {
     fn apply(&self, content: &mut Vec<u8>) {
         match self {
             Self::Write { offset, data } => {
@@ -150,14 +150,14 @@ impl Change {
 }
 
 /// A change of a directory's entries.
-enum Entry {
+enum DirectoryChange {
     Put(String, usize),
     Move(String, String),
     Take(String),
     MakeDir(String),
 }
 
-impl Entry {
+impl DirectoryChange {
     fn directory(&self) -> &str {
         let (Self::Put(path, _) | Self::Move(_, path) | Self::Take(path) | Self::MakeDir(path)) = self;
         path.rsplit_once('/').map_or("", |(directory, _)| directory)
@@ -167,12 +167,12 @@ impl Entry {
 /// A name's target: a file's number, or a directory.
 type Names = BTreeMap<String, Option<usize>>;
 
-fn apply(entry: &Entry, names: &mut Names) {
+fn apply(entry: &DirectoryChange, names: &mut Names) {
     match entry {
-        Entry::Put(path, file) => drop(names.insert(path.clone(), Some(*file))),
-        Entry::MakeDir(path) => drop(names.insert(path.clone(), None)),
-        Entry::Take(path) => drop(names.remove(path)),
-        Entry::Move(from, to) => {
+        DirectoryChange::Put(path, file) => drop(names.insert(path.clone(), Some(*file))),
+        DirectoryChange::MakeDir(path) => drop(names.insert(path.clone(), None)),
+        DirectoryChange::Take(path) => drop(names.remove(path)),
+        DirectoryChange::Move(from, to) => {
             let below = format!("{from}/");
             let moved: Vec<_> =
                 names.keys().filter(|name| *name == from || name.starts_with(&below)).cloned().collect();
@@ -194,8 +194,8 @@ enum Fate<'a> {
 /// A disk as it is being written: of each file and directory, all changes, and how many of them are surely on it.
 #[derive(Default)]
 struct Disk {
-    files: Vec<(Vec<Change>, usize)>,
-    entries: Vec<Entry>,
+    files: Vec<(Vec<FileChange>, usize)>,
+    entries: Vec<DirectoryChange>,
     /// Entries of a directory below this place are on the disk.
     synced: BTreeMap<String, usize>,
     names: Names,
@@ -205,22 +205,24 @@ struct Disk {
 }
 
 impl Disk {
-    fn take(&mut self, event: Event) {
+    fn take(&mut self, event: RecordedCall) {
         match event {
-            Event::Write { path, data, .. } if path == MARKS => self.marks.push(String::from_utf8(data).unwrap()),
-            Event::Create(path) if path == MARKS => {}
-            Event::Create(path) => {
-                self.files.push((Vec::new(), 0));
-                self.enter(Entry::Put(path, self.files.len() - 1));
+            RecordedCall::Write { path, data, .. } if path == MARKS => {
+                self.marks.push(String::from_utf8(data).unwrap())
             }
-            Event::Write { path, offset, data } => self.change(&path, Change::Write { offset, data }),
-            Event::Truncate { path, length } => self.change(&path, Change::Truncate { length }),
-            Event::SyncBegin { path, id } => {
+            RecordedCall::Create(path) if path == MARKS => {}
+            RecordedCall::Create(path) => {
+                self.files.push((Vec::new(), 0));
+                self.enter(DirectoryChange::Put(path, self.files.len() - 1));
+            }
+            RecordedCall::Write { path, offset, data } => self.change(&path, FileChange::Write { offset, data }),
+            RecordedCall::Truncate { path, length } => self.change(&path, FileChange::Truncate { length }),
+            RecordedCall::SyncBegin { path, id } => {
                 let file = self.names.get(&path).copied().flatten();
                 let covered = file.map_or(self.entries.len(), |file| self.files[file].0.len());
                 self.syncs.insert(id, (file, covered));
             }
-            Event::SyncEnd { path, id } => {
+            RecordedCall::SyncEnd { path, id } => {
                 let (file, covered) = self.syncs.remove(&id).unwrap();
                 let synced = match file {
                     Some(file) => &mut self.files[file].1,
@@ -228,18 +230,18 @@ impl Disk {
                 };
                 *synced = covered.max(*synced);
             }
-            Event::Rename { from, to } => self.enter(Entry::Move(from, to)),
-            Event::Unlink(path) => self.enter(Entry::Take(path)),
-            Event::MakeDir(path) => self.enter(Entry::MakeDir(path)),
+            RecordedCall::Rename { from, to } => self.enter(DirectoryChange::Move(from, to)),
+            RecordedCall::Unlink(path) => self.enter(DirectoryChange::Take(path)),
+            RecordedCall::MakeDir(path) => self.enter(DirectoryChange::MakeDir(path)),
         }
     }
 
-    fn enter(&mut self, entry: Entry) {
+    fn enter(&mut self, entry: DirectoryChange) {
         apply(&entry, &mut self.names);
         self.entries.push(entry);
     }
 
-    fn change(&mut self, path: &str, change: Change) {
+    fn change(&mut self, path: &str, change: FileChange) {
         let file = self.names.get(path).copied().flatten().unwrap_or_else(|| panic!("{path} was never created"));
         self.files[file].0.push(change);
     }
@@ -334,7 +336,7 @@ impl Disk {
 }
 
 /// Returns what the child's life left on disk, and the recording of it.
-fn recorded(dir: &Path) -> (PathBuf, Vec<Event>) {
+fn recorded(dir: &Path) -> (PathBuf, Vec<RecordedCall>) {
     let (library, recording, root) = (dir.join("recorder.so"), dir.join("recording"), dir.join("root"));
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/adapters/disk/power/recorder.c");
     let compiled = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).output();

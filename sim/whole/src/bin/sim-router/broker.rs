@@ -22,7 +22,7 @@ pub struct Item {
 }
 
 /// What all routers and services see.
-pub struct Broker {
+pub struct MemoryBroker {
     /// What became of each transaction, of routers and of others.
     pub fates: Vec<Fate>,
     topics: [Vec<Log<Item>>; 3],
@@ -79,7 +79,7 @@ fn place_of(topic: Topic) -> usize {
     }
 }
 
-impl Broker {
+impl MemoryBroker {
     /// Returns a broker whose source partitions begin at these offsets.
     pub fn new(bases: &[i64]) -> Self {
         let empty = || bases.iter().map(|_| Log::new(0)).collect();

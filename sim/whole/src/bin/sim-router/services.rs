@@ -6,7 +6,7 @@ use aviary::ports::Topic;
 use aviary_core::domain::course::HookCall;
 use aviary_core::domain::side::Side;
 
-use super::broker::Broker;
+use super::broker::MemoryBroker;
 use super::truth::RouterTruth;
 use sim::dice::Dice;
 
@@ -49,7 +49,7 @@ impl SimulatedService {
     }
 
     /// Starts or stops it.
-    pub fn call(&mut self, call: HookCall, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
+    pub fn call(&mut self, call: HookCall, broker: &mut MemoryBroker, dice: &mut Dice, now_ms: u64) {
         match (call, self.state) {
             (HookCall::Start, ServiceRun::Off | ServiceRun::Lingers { .. }) => {
                 let lows = broker.topic(self.topic).iter().map(|log| log.low());
@@ -67,14 +67,14 @@ impl SimulatedService {
         }
     }
 
-    fn stop(&mut self, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
+    fn stop(&mut self, broker: &mut MemoryBroker, dice: &mut Dice, now_ms: u64) {
         self.commit(broker);
         let linger = if dice.chance(5000) { 0 } else { dice.between(1, 600) };
         self.state = ServiceRun::Lingers { until_ms: now_ms + linger };
         self.tick(broker, dice, now_ms);
     }
 
-    fn commit(&self, broker: &mut Broker) {
+    fn commit(&self, broker: &mut MemoryBroker) {
         let group = broker.groups.get_mut(&(self.side, self.topic)).expect("groups are few, and known");
         for (next, at) in group.iter_mut().zip(&self.at) {
             // A client that has read nothing of a partition commits nothing there.
@@ -85,7 +85,7 @@ impl SimulatedService {
     }
 
     /// Lets time pass.
-    pub fn tick(&mut self, broker: &mut Broker, dice: &mut Dice, now_ms: u64) {
+    pub fn tick(&mut self, broker: &mut MemoryBroker, dice: &mut Dice, now_ms: u64) {
         match self.state {
             ServiceRun::Stops { until_ms } if until_ms <= now_ms => self.stop(broker, dice, now_ms),
             ServiceRun::Lingers { until_ms } if until_ms <= now_ms => self.state = ServiceRun::Off,
@@ -104,7 +104,7 @@ impl SimulatedService {
     }
 
     /// Processes some records; returns how many.
-    pub fn work(&mut self, broker: &mut Broker, truth: &mut RouterTruth, dice: &mut Dice) -> Result<u64, String> {
+    pub fn work(&mut self, broker: &mut MemoryBroker, truth: &mut RouterTruth, dice: &mut Dice) -> Result<u64, String> {
         if !self.runs() {
             return Ok(0);
         }
@@ -121,7 +121,7 @@ impl SimulatedService {
     }
 
     /// Processes everything there is; returns how many.
-    pub fn finish(&mut self, broker: &mut Broker, truth: &mut RouterTruth) -> Result<u64, String> {
+    pub fn finish(&mut self, broker: &mut MemoryBroker, truth: &mut RouterTruth) -> Result<u64, String> {
         let mut count = 0;
         for partition in 0..if self.runs() { self.at.len() } else { 0 } {
             while self.process(broker, truth, partition)? {
@@ -134,7 +134,12 @@ impl SimulatedService {
         Ok(count)
     }
 
-    fn process(&mut self, broker: &mut Broker, truth: &mut RouterTruth, partition: usize) -> Result<bool, String> {
+    fn process(
+        &mut self,
+        broker: &mut MemoryBroker,
+        truth: &mut RouterTruth,
+        partition: usize,
+    ) -> Result<bool, String> {
         let Some((offset, item)) = broker.next(self.topic, partition, self.at[partition]) else {
             if self.skips {
                 self.at[partition] = self.at[partition].max(broker.topic(self.topic)[partition].stable());

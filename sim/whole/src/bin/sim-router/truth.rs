@@ -8,7 +8,7 @@ use aviary_core::domain::side::Side;
 use aviary_core::domain::split::Split;
 use aviary_core::domain::weights::{Weight, sticky_ticket};
 
-use super::broker::{Broker, Item, Transaction};
+use super::broker::{Item, MemoryBroker, Transaction};
 use super::coverage::RouterCoverage;
 
 /// Longer than a router's look at the canary's lag counts, its turn included.
@@ -102,7 +102,7 @@ impl RouterTruth {
     }
 
     /// Looks at the canary's lag.
-    pub fn look(&mut self, broker: &Broker, now_ms: u64) {
+    pub fn look(&mut self, broker: &MemoryBroker, now_ms: u64) {
         let next = &broker.groups[&(Side::Canary, Topic::Of(Side::Canary))];
         let lags = self.splits.iter().zip(next).map(|(split, next)| {
             let last = split.as_ref().and_then(|(split, _)| split.last(Side::Canary));
@@ -130,7 +130,7 @@ impl RouterTruth {
     /// Checks that a service may process this record.
     pub fn processed(
         &mut self,
-        broker: &Broker,
+        broker: &MemoryBroker,
         (side, topic): (Side, Topic),
         partition: usize,
         item: Item,
@@ -160,7 +160,7 @@ impl RouterTruth {
     /// Checks what a router has committed.
     pub fn committed(
         &mut self,
-        broker: &Broker,
+        broker: &MemoryBroker,
         known: KnownRecord,
         transaction: &Transaction,
         commit: &Commit,
@@ -187,7 +187,7 @@ impl RouterTruth {
         Ok(())
     }
 
-    fn wrote(&mut self, broker: &Broker, side: Side, partition: usize, offset: i64) -> Result<(), String> {
+    fn wrote(&mut self, broker: &MemoryBroker, side: Side, partition: usize, offset: i64) -> Result<(), String> {
         let counts = &mut self.counts[partition];
         counts.written[side as usize] += 1;
         if matches!(self.phase, Some(RouterPhase::Reclaiming { .. })) {
@@ -218,7 +218,7 @@ impl RouterTruth {
 
     fn placed(
         &mut self,
-        broker: &Broker,
+        broker: &MemoryBroker,
         partition: usize,
         next: i64,
         metadata: &str,
@@ -314,7 +314,7 @@ impl RouterTruth {
     }
 
     /// Checks that every committed record of the source was processed; twice is told where it happens.
-    pub fn complete(&self, broker: &Broker) -> Result<(), String> {
+    pub fn complete(&self, broker: &MemoryBroker) -> Result<(), String> {
         for (partition, log) in broker.topic(Topic::Source).iter().enumerate() {
             let first = self.begins[partition].max(log.low());
             let mut committed = (first..log.high()).filter(|offset| log.get(&broker.fates, *offset).is_some());

@@ -16,7 +16,7 @@ pub use faults::Fault;
 use faults::Rates;
 use workload::KEYS;
 
-use super::broker::Broker;
+use super::broker::MemoryBroker;
 use super::seeded_bugs::Bug;
 use super::services::SimulatedService;
 use super::truth::{KnownRecord, RouterTruth};
@@ -35,7 +35,7 @@ pub struct SplitWorld {
     /// The time.
     pub now_ms: u64,
     /// The topics and groups.
-    pub broker: Broker,
+    pub broker: MemoryBroker,
     /// Both services, on each topic that they may read.
     pub services: Vec<SimulatedService>,
     /// The observer.
@@ -104,7 +104,7 @@ impl SplitWorld {
         let count = dice.between(1, most) as usize;
         let bases: Vec<i64> =
             (0..count).map(|_| if dice.chance(3000) { dice.between(1, 50) as i64 } else { 0 }).collect();
-        let mut broker = Broker::new(&bases);
+        let mut broker = MemoryBroker::new(&bases);
         (broker.unfenced, broker.uncommitted) = (bug == Some(Bug::Unfenced), bug == Some(Bug::Uncommitted));
         let plan = Plan {
             salt: dice.any(),
