@@ -19,7 +19,8 @@
 //! 11. [`router`]: splits a Kafka topic's records between the stable and the canary service.
 //! 12. [`schema`]: the code that is generated from `proto/`.
 //! 13. [`api`]: the operators' HTTP and gRPC API.
-//! 14. [`code`], [`client`]: the names of the API's errors, and a client of the API that goes by them.
+//! 14. [`code`], [`client`]: the names of the API's errors, and a client of the API that goes by them. [`http_client`] sends its requests,
+//!     and all others that are not relayed traffic.
 //! 15. [`config`]: the files that people write, checked once, at the edge.
 //! 16. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
 //! 17. [`backoff`]: waits between tries.
@@ -36,6 +37,7 @@ pub mod code;
 pub mod config;
 pub mod decisions;
 pub mod entropy;
+pub mod http_client;
 pub mod listener;
 pub mod node;
 pub mod ports;

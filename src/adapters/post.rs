@@ -4,13 +4,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, header};
-use http_body_util::{BodyExt as _, Full};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use http_body_util::Full;
 
 use crate::config::router::Push;
 use crate::domain::side::Side;
+use crate::http_client::{HttpClient, HttpSettings};
 use crate::ports::{Later, NotDone, Post, Posted};
 
 /// Posts to the URL of a router's file.
@@ -18,14 +16,15 @@ pub struct HttpPost {
     url: String,
     topic: String,
     timeout: Duration,
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: HttpClient,
 }
 
 impl HttpPost {
     /// Returns what posts records of `topic`.
     pub fn new(push: &Push, topic: &str) -> Self {
-        let client = Client::builder(TokioExecutor::new()).build_http();
-        Self { url: push.url.clone(), topic: topic.into(), timeout: Duration::from_millis(push.timeout_ms), client }
+        let timeout = Duration::from_millis(push.timeout_ms);
+        let client = HttpClient::new(HttpSettings::new(timeout));
+        Self { url: push.url.clone(), topic: topic.into(), timeout, client }
     }
 
     fn request(&self, record: &Posted, side: Side) -> Result<Request<Full<Bytes>>, http::Error> {
@@ -52,17 +51,14 @@ impl Post for HttpPost {
         Box::pin(async move {
             let again = |why: String| NotDone { why, refused: false };
             let request = self.request(record, side).map_err(|why| NotDone { why: why.to_string(), refused: true })?;
-            let answer = tokio::time::timeout(self.timeout, self.client.request(request)).await;
-            let answer = answer.map_err(|_| again(format!("no answer within {} ms", self.timeout.as_millis())))?;
-            let answer = answer.map_err(|why| again(why.to_string()))?;
-            let status = answer.status();
-            let who =
-                answer.headers().get("x-served-by").and_then(|who| who.to_str().ok()).unwrap_or("unknown").to_string();
-            // Read to its end, so that the connection is kept.
-            let _ = tokio::time::timeout(self.timeout, answer.into_body().collect()).await;
+            let mut answer = self.client.open(request, self.timeout).await.map_err(|why| again(why.to_string()))?;
+            // The head alone tells. The rest is read so that the connection is kept.
+            let _ = tokio::time::timeout(self.timeout, answer.discard()).await;
+            let status = answer.status;
+            let who = answer.headers.get("x-served-by").and_then(|who| who.to_str().ok()).unwrap_or("unknown");
             let passing = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
             match status {
-                status if status.is_success() => Ok(who),
+                status if status.is_success() => Ok(who.into()),
                 status if status.is_client_error() && !passing.contains(&status) => {
                     Err(NotDone { why: format!("{status} from {who}"), refused: true })
                 }

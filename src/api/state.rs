@@ -7,15 +7,13 @@ use std::time::Duration;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::code::Code;
 use crate::domain::ids::NodeId;
+use crate::http_client::{HttpClient, HttpSettings};
 use crate::node::handle::NodeHandle;
 use crate::telemetry::Intake;
 
@@ -30,7 +28,7 @@ pub struct ApiState {
     pub(super) tokens: Option<Arc<Tokens>>,
     pub(super) metrics: PrometheusHandle,
     pub(super) intake: Intake,
-    pub(super) client: Client<HttpConnector, http_body_util::Full<bytes::Bytes>>,
+    pub(super) client: HttpClient,
     /// Cancelled when the API ends, so that streams do.
     pub(super) shutdown: CancellationToken,
 }
@@ -39,6 +37,7 @@ pub struct ApiState {
 pub(super) const BODY_BYTES_MAX: usize = 256 * 1024;
 /// Longest wait for a connection to another node.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
+
 impl ApiState {
     /// Returns the API of a node whose peers' APIs are at `peers` (`host:port`).
     pub fn new(
@@ -48,10 +47,7 @@ impl ApiState {
         metrics: PrometheusHandle,
         shutdown: CancellationToken,
     ) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
+        let client = HttpClient::new(HttpSettings::new(CONNECT_TIMEOUT));
         let intake = Intake::new(node.clone(), "http");
         Self { node, peers: Arc::new(peers), tokens: tokens.map(Arc::new), metrics, intake, client, shutdown }
     }

@@ -8,7 +8,7 @@ use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use http::{HeaderMap, Request, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::Full;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::info;
@@ -194,12 +194,8 @@ async fn forward(
         }
     }
     let request = request.body(Full::from(body.clone())).ok()?;
-    let exchange = async {
-        let (head, body) = state.client.request(request).await.ok()?.into_parts();
-        let body = Limited::new(body, BODY_BYTES_MAX).collect().await.ok()?.to_bytes();
-        Some((head.status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
-    };
-    tokio::time::timeout(FORWARD_TIMEOUT, exchange).await.ok().flatten()
+    let answer = state.client.send(request, FORWARD_TIMEOUT, BODY_BYTES_MAX).await.ok()?;
+    Some((answer.status, [(header::CONTENT_TYPE, "application/json")], answer.body).into_response())
 }
 
 /// Returns a routing state as answers show it.

@@ -46,14 +46,14 @@ pub async fn run(api: &Api, args: &EventsArgs, format: Format) -> anyhow::Result
             Some(StreamEvent::Lost(_)) if connected && !args.follow => return Ok(Exit::Done),
             Some(StreamEvent::Lost(why)) if !connected && lost.len() + 1 >= api.addresses().len() => {
                 lost.push(why);
-                return Err(Unreachable::new(lost).into());
+                return Err(Unreachable { failed: lost }.into());
             }
             Some(StreamEvent::Lost(why)) => {
                 eprintln!("event stream lost, trying the next node: {why}");
                 lost.push(why);
             }
-            Some(StreamEvent::Refused(why)) => anyhow::bail!(why),
-            None => return Err(Unreachable::new(lost).into()),
+            Some(StreamEvent::Refused(refusal)) => return Err(refusal.into()),
+            None => return Err(Unreachable { failed: lost }.into()),
         }
     }
 }

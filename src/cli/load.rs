@@ -12,15 +12,15 @@ use anyhow::Context;
 use bytes::Bytes;
 use clap::Args;
 use http::{Method, Request, Uri};
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::output::{self, Format};
 use super::{Exit, show, wall_ms};
-use crate::client::{HttpClient, http};
 use crate::domain::stats::Stats;
+use crate::http_client::{HttpClient, HttpError, HttpSettings};
 
 /// Arguments of `aviary load`.
 #[derive(Debug, Args)]
@@ -51,6 +51,9 @@ pub struct LoadArgs {
     report: Option<PathBuf>,
 }
 
+/// Maximum wait for a connection.
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+/// Maximum wait for a whole answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// Result of one request.
@@ -234,7 +237,7 @@ impl Sender {
             _ => Err(anyhow::anyhow!("url is {uri}, expected http://host:port/path")),
         };
         Ok(Self {
-            http: http(),
+            http: HttpClient::new(HttpSettings::new(CONNECT_MAX)),
             targets: args.url.iter().map(target).collect::<Result<_, _>>()?,
             body: args.body.clone().map(Bytes::from),
             users: args.users,
@@ -267,8 +270,8 @@ impl Sender {
             let _permit = permit;
             let sent_ms = wall_ms();
             let (status, version) = match timeout(ANSWER_MAX, ask(&http, request)).await {
-                Ok(Some((status, version))) => (Some(status), version),
-                Ok(None) | Err(_) => (None, "none".into()),
+                Ok(Ok((status, version))) => (Some(status), version),
+                Ok(Err(_)) | Err(_) => (None, "none".into()),
             };
             let latency_us = due.elapsed().as_micros() as u64;
             let _ = samples.send(Sample { node, version, status, latency_us, sent_ms, done_ms: wall_ms() });
@@ -294,16 +297,12 @@ fn due_after(index: u64, rate: u64) -> Duration {
     Duration::from_micros((u128::from(index) * 1_000_000 / u128::from(rate)) as u64)
 }
 
-/// Returns the status and the version that served; none when the answer did not arrive whole.
-async fn ask(http: &HttpClient, request: Request<Full<Bytes>>) -> Option<(u16, String)> {
-    let response = http.request(request).await.ok()?;
-    let version = response.headers().get("x-served-by").and_then(|v| v.to_str().ok()).unwrap_or("none").to_owned();
-    let status = response.status().as_u16();
-    let mut body = response.into_body();
-    while let Some(frame) = body.frame().await {
-        frame.ok()?;
-    }
-    Some((status, version))
+/// Returns the status and the version that served, once the whole answer has arrived. Its body is dropped, whatever its size.
+async fn ask(http: &HttpClient, request: Request<Full<Bytes>>) -> Result<(u16, String), HttpError> {
+    let mut answer = http.open(request, ANSWER_MAX).await?;
+    answer.discard().await?;
+    let version = answer.headers.get("x-served-by").and_then(|v| v.to_str().ok()).unwrap_or("none");
+    Ok((answer.status.as_u16(), version.to_owned()))
 }
 
 /// Prints for people or scripts, and keeps the report.

@@ -102,7 +102,7 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
         answers.push(match api.get_from(address, &path).await {
             Ok(answer) if answer.status.is_success() => Ok(answer.json()),
             Ok(answer) => Err(answer.error()),
-            Err(why) => Err(why),
+            Err(error) => Err(error.to_string()),
         });
     }
     let agree = agree(&answers);

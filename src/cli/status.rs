@@ -73,7 +73,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
             StreamEvent::Lost(why) if !connected => {
                 lost.push(why);
                 if lost.len() >= api.addresses().len() {
-                    return Err(Unreachable::new(lost).into());
+                    return Err(Unreachable { failed: lost }.into());
                 }
                 continue;
             }
@@ -81,7 +81,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
                 eprintln!("event stream lost, trying the next node: {why}");
                 continue;
             }
-            StreamEvent::Refused(why) => anyhow::bail!(why),
+            StreamEvent::Refused(refusal) => return Err(refusal.into()),
         };
         let Some(line) = line else { continue };
         match format {

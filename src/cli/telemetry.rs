@@ -181,7 +181,7 @@ impl<'a> Out<'a> {
                         }
                     }
                     Ok(answer) => bail!("{address}: {} {}", answer.status, answer.error()),
-                    Err(why) if *accepted == 0 => return Err(anyhow::anyhow!(why)).context(address.to_string()),
+                    Err(why) if *accepted == 0 => return Err(why).context(address.to_string()),
                     Err(why) => eprintln!("{address}: {why}; {} events were not reported", batch.len()),
                 }
             }

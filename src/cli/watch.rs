@@ -84,7 +84,7 @@ impl Screen {
             }
             Some(StreamEvent::Lost(why)) => format!("{}  stream lost: {why}", show::clock_of(wall_ms())),
             Some(StreamEvent::Connected) => return Ok(()),
-            Some(StreamEvent::Refused(why)) => anyhow::bail!(why),
+            Some(StreamEvent::Refused(refusal)) => return Err(refusal.into()),
             None => anyhow::bail!("the event stream ended, expected it to continue on another node"),
         };
         self.events.push_back(line);

@@ -11,44 +11,40 @@ use std::time::Duration;
 use anyhow::Context;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use http_body_util::Full;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::code::Code;
+use crate::http_client::{HttpClient, HttpError, HttpSettings, OpenAnswer};
 
+mod failure;
 mod sse;
 
+pub use failure::{AddressError, NodeError, NodeFailure, NodeRefusal, Unreachable};
 pub use sse::SseEvent;
 use sse::SseParser;
-
-/// The plain HTTP client that all verbs share.
-pub type HttpClient = Client<HttpConnector, Full<Bytes>>;
 
 /// Where a node's API listens: `http://host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address(String);
 
 impl FromStr for Address {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
+    type Err = AddressError;
+    fn from_str(text: &str) -> Result<Self, AddressError> {
         let text = text.trim().trim_end_matches('/');
         let host = match text.split_once("://") {
             None => text,
             Some(("http", host)) => host,
-            Some((scheme, _)) => return Err(format!("scheme is {scheme}, expected http")),
+            Some((scheme, _)) => return Err(AddressError::Scheme { found: scheme.into() }),
         };
         let authority: http::uri::Authority =
-            host.parse().map_err(|_| format!("found {host:?}, expected http://host:port"))?;
+            host.parse().map_err(|_| AddressError::Malformed { found: host.into() })?;
         match authority.port_u16() {
             Some(_) => Ok(Self(format!("http://{authority}"))),
-            None => Err(format!("{host:?} has no port, expected http://host:port")),
+            None => Err(AddressError::NoPort { found: host.into() }),
         }
     }
 }
@@ -56,18 +52,6 @@ impl FromStr for Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.0)
-    }
-}
-
-/// No node answered.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no node answered: {}", .0.join(" · "))]
-pub struct Unreachable(Vec<String>);
-
-impl Unreachable {
-    /// Returns the error, with what each node did instead of answering.
-    pub fn new(failed: Vec<String>) -> Self {
-        Self(failed)
     }
 }
 
@@ -128,16 +112,16 @@ pub struct Write {
 }
 
 /// Item of an event stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum StreamEvent {
     /// The stream is open; what is read from the API after this misses nothing.
     Connected,
     /// Something happened.
     Event(SseEvent),
     /// The stream broke and is tried again, on the next node; with why.
-    Lost(String),
+    Lost(NodeFailure),
     /// A node refused it; nothing follows.
-    Refused(String),
+    Refused(NodeRefusal),
 }
 
 const CONNECT_MAX: Duration = Duration::from_secs(2);
@@ -149,14 +133,6 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 const SILENCE_MAX: Duration = Duration::from_secs(45);
 const BODY_BYTES_MAX: usize = 64 << 20;
 
-/// Returns an HTTP client that sends small requests at once.
-pub fn http() -> HttpClient {
-    let mut connector = HttpConnector::new();
-    connector.set_connect_timeout(Some(CONNECT_MAX));
-    connector.set_nodelay(true);
-    Client::builder(TokioExecutor::new()).build(connector)
-}
-
 /// The nodes' API.
 #[derive(Clone)]
 pub struct Api {
@@ -167,20 +143,14 @@ pub struct Api {
     http: HttpClient,
 }
 
-/// Why a request got no answer.
-enum CallFailure {
-    /// Nothing was sent.
-    Connect(String),
-    /// It may have been carried out.
-    Broken(String),
-}
-
-impl CallFailure {
-    fn text(self) -> String {
-        match self {
-            Self::Connect(text) | Self::Broken(text) => text,
-        }
-    }
+/// How an event stream ended.
+enum StreamEnd {
+    /// Another node may have one.
+    Lost(NodeFailure),
+    /// No node will give one.
+    Refused(NodeRefusal),
+    /// The receiver was dropped.
+    Unheard,
 }
 
 impl Api {
@@ -204,7 +174,8 @@ impl Api {
                 Some(value)
             }
         };
-        Ok(Self { addresses, last: Arc::default(), token, http: http() })
+        let http = HttpClient::new(HttpSettings::new(CONNECT_MAX));
+        Ok(Self { addresses, last: Arc::default(), token, http })
     }
 
     /// Returns the addresses, in the order they were given.
@@ -221,23 +192,23 @@ impl Api {
                     self.last.store(index, Ordering::Relaxed);
                     return Ok(answer);
                 }
-                Err(why) => failed.push(format!("{}: {why}", self.addresses[index])),
+                Err(error) => failed.push(NodeFailure::new(&self.addresses[index], error)),
             }
         }
-        Err(Unreachable(failed))
+        Err(Unreachable { failed })
     }
 
     /// Reads from one node.
-    pub async fn get_from(&self, address: &Address, path: &str) -> Result<ApiResponse, String> {
-        let request = self.request(Method::GET, address, path).body(Full::default()).map_err(|e| e.to_string())?;
-        self.send(request, READ_MAX).await.map_err(CallFailure::text)
+    pub async fn get_from(&self, address: &Address, path: &str) -> Result<ApiResponse, HttpError> {
+        let request = self.request(Method::GET, address, path).body(Full::default())?;
+        self.send(request, READ_MAX).await
     }
 
     /// Reports a batch of events, as lines of JSON, to one node.
-    pub async fn report(&self, address: &Address, lines: String) -> Result<ApiResponse, String> {
+    pub async fn report(&self, address: &Address, lines: String) -> Result<ApiResponse, HttpError> {
         let request = self.request(Method::POST, address, "/v1/telemetry");
         let request = request.header(header::CONTENT_TYPE, "application/x-ndjson").body(Full::from(lines));
-        self.send(request.map_err(|e| e.to_string())?, READ_MAX).await.map_err(CallFailure::text)
+        self.send(request?, READ_MAX).await
     }
 
     /// Writes, and repeats it under the same key while its outcome is open and there is time.
@@ -267,18 +238,21 @@ impl Api {
                 .request(Method::POST, address, &write.path)
                 .header("idempotency-key", &write.key)
                 .header(header::CONTENT_TYPE, write.content_type)
-                .body(Full::from(write.body.clone()))
-                .map_err(|e| Unreachable(vec![e.to_string()]))?;
-            match self.send(request, WRITE_MAX).await {
+                .body(Full::from(write.body.clone()));
+            let answer = match request {
+                Ok(request) => self.send(request, WRITE_MAX).await,
+                Err(error) => Err(error.into()),
+            };
+            match answer {
                 Ok(answer) => {
                     self.last.store(index, Ordering::Relaxed);
                     return Ok(answer);
                 }
-                Err(CallFailure::Connect(why)) => failed.push(format!("{address}: {why}")),
-                Err(CallFailure::Broken(why)) => return Err(Unreachable(vec![format!("{address}: {why}")])),
+                Err(error) if error.is_unsent() => failed.push(NodeFailure::new(address, error)),
+                Err(error) => return Err(Unreachable { failed: vec![NodeFailure::new(address, error)] }),
             }
         }
-        Err(Unreachable(failed))
+        Err(Unreachable { failed })
     }
 
     /// Follows events in the background, from after slot `after` or from here on, until the receiver is dropped.
@@ -288,14 +262,12 @@ impl Api {
         tokio::spawn(async move {
             let mut last_id = after.map(|slot| slot.to_string());
             loop {
-                let why = match api.follow_once(&mut last_id, &sender).await {
-                    Ok(why) => why,
-                    Err(refused) => {
-                        let _ = sender.send(StreamEvent::Refused(refused)).await;
-                        return;
-                    }
+                let failure = match api.follow_once(&mut last_id, &sender).await {
+                    StreamEnd::Lost(failure) => failure,
+                    StreamEnd::Refused(refusal) => return drop(sender.send(StreamEvent::Refused(refusal)).await),
+                    StreamEnd::Unheard => return,
                 };
-                if sender.send(StreamEvent::Lost(why)).await.is_err() {
+                if sender.send(StreamEvent::Lost(failure)).await.is_err() {
                     return;
                 }
                 api.last.fetch_add(1, Ordering::Relaxed);
@@ -305,48 +277,45 @@ impl Api {
         receiver
     }
 
-    /// Returns why the stream ended, or (an error) why a node refuses to give one.
-    async fn follow_once(
-        &self,
-        last_id: &mut Option<String>,
-        to: &mpsc::Sender<StreamEvent>,
-    ) -> Result<String, String> {
+    /// Follows one node's stream to its end, which it returns.
+    async fn follow_once(&self, last_id: &mut Option<String>, to: &mpsc::Sender<StreamEvent>) -> StreamEnd {
         let address = &self.addresses[self.last.load(Ordering::Relaxed) % self.addresses.len()];
-        let mut request = self.request(Method::GET, address, "/v1/events").header(header::ACCEPT, "text/event-stream");
-        if let Some(id) = &last_id {
-            request = request.header("last-event-id", id);
-        }
-        let request = request.body(Full::default()).map_err(|e| e.to_string())?;
-        let response = match timeout(READ_MAX, self.http.request(request)).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Ok(format!("{address}: {}", cause(&error))),
-            Err(_) => return Ok(format!("{address}: no answer within {} s", READ_MAX.as_secs())),
+        let lost = |error: NodeError| StreamEnd::Lost(NodeFailure { address: address.clone(), error });
+        let answer = match self.open_stream(address, last_id.as_deref()).await {
+            Ok(answer) => answer,
+            Err(error) => return lost(error.into()),
         };
-        let status = response.status();
-        if status.is_client_error() {
-            let answer = text_of(response.into_body()).await.map(|body| ApiResponse { status, body });
-            return Err(format!("{address}: {}", answer.map_or(status.to_string(), |a| a.error())));
+        if answer.status.is_client_error() {
+            return StreamEnd::Refused(refusal(address, answer).await);
         }
-        if !status.is_success() {
-            return Ok(format!("{address}: {status}"));
-        }
+        let mut answer = match answer.expect_success() {
+            Ok(answer) => answer,
+            Err(error) => return lost(error.into()),
+        };
         let _ = to.send(StreamEvent::Connected).await;
-        let mut body = response.into_body();
         let mut parser = SseParser::default();
         loop {
-            let bytes = match timeout(SILENCE_MAX, body.frame()).await {
-                Ok(Some(Ok(frame))) => frame.into_data().unwrap_or_default(),
-                Ok(Some(Err(error))) => return Ok(format!("{address}: {}", cause(&error))),
-                Ok(None) => return Ok(format!("{address}: the stream ended")),
-                Err(_) => return Ok(format!("{address}: silent for {} s", SILENCE_MAX.as_secs())),
+            let bytes = match timeout(SILENCE_MAX, answer.next()).await {
+                Ok(Ok(Some(bytes))) => bytes,
+                Ok(Ok(None)) => return lost(NodeError::Ended),
+                Ok(Err(error)) => return lost(error.into()),
+                Err(_) => return lost(NodeError::Silent { within: SILENCE_MAX }),
             };
             for event in parser.feed(&bytes) {
                 last_id.clone_from(&event.id);
                 if to.send(StreamEvent::Event(event)).await.is_err() {
-                    return Ok("nobody listens".into());
+                    return StreamEnd::Unheard;
                 }
             }
         }
+    }
+
+    async fn open_stream(&self, address: &Address, last_id: Option<&str>) -> Result<OpenAnswer, HttpError> {
+        let mut request = self.request(Method::GET, address, "/v1/events").header(header::ACCEPT, "text/event-stream");
+        if let Some(id) = last_id {
+            request = request.header("last-event-id", id);
+        }
+        self.http.open(request.body(Full::default())?, READ_MAX).await
     }
 
     fn order(&self) -> impl Iterator<Item = usize> + use<> {
@@ -362,33 +331,19 @@ impl Api {
         }
     }
 
-    async fn send(&self, request: Request<Full<Bytes>>, most: Duration) -> Result<ApiResponse, CallFailure> {
-        let answer = async {
-            let response = self.http.request(request).await.map_err(|error| match error.is_connect() {
-                true => CallFailure::Connect(cause(&error)),
-                false => CallFailure::Broken(cause(&error)),
-            })?;
-            let status = response.status();
-            let body = text_of(response.into_body()).await.map_err(CallFailure::Broken)?;
-            Ok(ApiResponse { status, body })
-        };
-        let late = CallFailure::Broken(format!("no answer within {} s", most.as_secs()));
-        timeout(most, answer).await.unwrap_or(Err(late))
+    async fn send(&self, request: Request<Full<Bytes>>, within: Duration) -> Result<ApiResponse, HttpError> {
+        let answer = self.http.send(request, within, BODY_BYTES_MAX).await?;
+        Ok(ApiResponse { status: answer.status, body: String::from_utf8_lossy(&answer.body).into_owned() })
     }
 }
 
-async fn text_of(body: Incoming) -> Result<String, String> {
-    let bytes = Limited::new(body, BODY_BYTES_MAX).collect().await.map_err(|e| e.to_string())?.to_bytes();
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// Returns the innermost cause: "Connection refused" says more than "client error".
-pub fn cause(error: &dyn std::error::Error) -> String {
-    let mut last = error;
-    while let Some(source) = last.source() {
-        last = source;
-    }
-    last.to_string()
+/// Returns a node's refusal with the reason in its body; with the status alone where the body doesn't arrive.
+async fn refusal(address: &Address, mut answer: OpenAnswer) -> NodeRefusal {
+    let body = match timeout(READ_MAX, answer.whole(BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => String::from_utf8_lossy(&body).into_owned(),
+        Ok(Err(_)) | Err(_) => String::new(),
+    };
+    NodeRefusal { address: address.clone(), answer: ApiResponse { status: answer.status, body } }
 }
 
 /// What a segment of a path holds as it is.
@@ -427,7 +382,7 @@ mod tests {
 
     #[test]
     fn an_address_says_what_it_lacks() {
-        let parse = |text: &str| text.parse::<Address>().map(|a| a.to_string());
+        let parse = |text: &str| text.parse::<Address>().map(|a| a.to_string()).map_err(|why| why.to_string());
         assert_eq!(parse("127.0.0.1:50051/"), Ok("http://127.0.0.1:50051".into()));
         assert_eq!(parse("http://a"), Err("\"a\" has no port, expected http://host:port".into()));
         assert_eq!(parse("https://a:1"), Err("scheme is https, expected http".into()));

@@ -3,15 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::{Request, Uri};
-use http_body_util::Empty;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use http_body_util::Full;
 use tracing::{info, warn};
 
 use crate::domain::plan::HealthCheck;
+use crate::http_client::{HttpClient, HttpError, HttpSettings};
 
 use super::table::RoutingTable;
 use super::upstream::Server;
@@ -21,21 +18,16 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Asks servers.
 pub struct Prober {
-    http1: Client<HttpConnector, Empty<Bytes>>,
-    http2: Client<HttpConnector, Empty<Bytes>>,
+    http1: HttpClient,
+    http2: HttpClient,
 }
 
 impl Prober {
     /// Returns a prober that waits so long for a connection.
     pub fn new(connect_timeout: Duration) -> Self {
-        let client = |http2| {
-            let mut connector = HttpConnector::new();
-            connector.set_connect_timeout(Some(connect_timeout));
-            // A new connection each time: what is asked is whether one can be made.
-            let mut builder = Client::builder(TokioExecutor::new());
-            builder.pool_timer(TokioTimer::new()).pool_max_idle_per_host(0).http2_only(http2).build(connector)
-        };
-        Self { http1: client(false), http2: client(true) }
+        // A new connection each time: what is asked is whether one can be made.
+        let settings = HttpSettings { keeps_connections: false, ..HttpSettings::new(connect_timeout) };
+        Self { http1: HttpClient::new(settings), http2: HttpClient::new(HttpSettings { http2: true, ..settings }) }
     }
 
     /// Asks every server whose turn it is.
@@ -48,21 +40,19 @@ impl Prober {
     }
 }
 
-async fn probe(client: Client<HttpConnector, Empty<Bytes>>, server: Arc<Server>, check: HealthCheck) {
-    let uri = Uri::builder().scheme("http").authority(server.authority.clone()).path_and_query(check.path.as_str());
-    let Ok(uri) = uri.build() else { return };
-    let mut request = Request::new(Empty::new());
-    *request.uri_mut() = uri;
-    let patience = PATIENCE.min(Duration::from_millis(check.interval_ms));
-    let found = match tokio::time::timeout(patience, client.request(request)).await {
-        Ok(Ok(answer)) if answer.status().is_success() => Ok(()),
-        Ok(Ok(answer)) => Err(format!("answered {}", answer.status())),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {} ms", patience.as_millis())),
-    };
+async fn probe(client: HttpClient, server: Arc<Server>, check: HealthCheck) {
+    let found = ask(&client, &server, &check).await;
     match (server.probed(found.is_ok()), found) {
         (true, Ok(())) => info!(server = %server.authority, path = check.path, "well again"),
-        (true, Err(why)) => warn!(server = %server.authority, path = check.path, why, "unwell: it gets no requests"),
+        (true, Err(why)) => warn!(server = %server.authority, path = check.path, %why, "unwell: it gets no requests"),
         (false, _) => {}
     }
+}
+
+/// Asks a server; its answer is well when its status is 2xx and comes in time.
+async fn ask(client: &HttpClient, server: &Server, check: &HealthCheck) -> Result<(), HttpError> {
+    let uri = Uri::builder().scheme("http").authority(server.authority.clone()).path_and_query(check.path.as_str());
+    let request = Request::get(uri.build()?).body(Full::default())?;
+    let patience = PATIENCE.min(Duration::from_millis(check.interval_ms));
+    client.open(request, patience).await?.expect_success().map(drop)
 }

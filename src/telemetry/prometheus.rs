@@ -4,11 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use http::{Request, StatusCode, header};
+use http_body_util::Full;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +13,7 @@ use crate::domain::ids::ServiceId;
 use crate::domain::query::Query;
 use crate::domain::text::bounded;
 use crate::domain::time::Mono;
+use crate::http_client::{HttpClient, HttpError, HttpSettings};
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Measurement, ServiceView};
 
@@ -26,12 +24,34 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Longest answer: one value is a few hundred bytes.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
-type PrometheusClient = Client<HttpConnector, Full<Bytes>>;
+/// Why a query gave no value.
+#[derive(Debug, thiserror::Error)]
+enum QueryError {
+    /// The request got no answer.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// The body is not JSON.
+    #[error("{status} without JSON")]
+    NotJson { status: StatusCode },
+    /// The provider reports an error; it may give a reason.
+    #[error("{status}: {}", .reason.as_deref().unwrap_or("no success"))]
+    Failed { status: StatusCode, reason: Option<String> },
+    /// The vector has no element.
+    #[error("no series, expected one")]
+    NoSeries,
+    /// The vector has several elements.
+    #[error("{found} series, expected one")]
+    ManySeries { found: usize },
+    /// The result has another type.
+    #[error("a {}, expected a scalar or a vector of one", .found.as_deref().unwrap_or("nothing"))]
+    OtherType { found: Option<String> },
+    /// The value can't be read.
+    #[error("{found:?}, expected a number")]
+    NotNumber { found: String },
+}
 
-fn client() -> PrometheusClient {
-    let mut connector = HttpConnector::new();
-    connector.set_connect_timeout(Some(ANSWER_MAX));
-    Client::builder(TokioExecutor::new()).build(connector)
+fn client() -> HttpClient {
+    HttpClient::new(HttpSettings::new(ANSWER_MAX))
 }
 
 /// Asks for the metrics of every rollout under way, each as often as its file says, until `shutdown`.
@@ -65,7 +85,7 @@ pub async fn run(node: NodeHandle, shutdown: CancellationToken) {
     }
 }
 
-async fn ask(node: NodeHandle, client: PrometheusClient, service: ServiceId, shown: Arc<ServiceView>, query: Query) {
+async fn ask(node: NodeHandle, client: HttpClient, service: ServiceId, shown: Arc<ServiceView>, query: Query) {
     let routing = &shown.service.routing;
     let spec = &shown.service.rollout.spec;
     let text = query.text(
@@ -74,50 +94,47 @@ async fn ask(node: NodeHandle, client: PrometheusClient, service: ServiceId, sho
         spec.canary.version.as_str(),
         spec.analysis.window_ms,
     );
-    let value = measure(&client, &query, &text).await;
+    let value = measure(&client, &query, &text).await.map_err(|why| reason(&query, &why));
     metrics::counter!("aviary_queries_total", "outcome" => if value.is_ok() { "ok" } else { "error" }).increment(1);
     node.measured(Measurement { service, routing_version: routing.version, name: query.name, value }).await;
 }
 
-/// Returns what a query's provider answers to `text`, or why there is no value, which is cut where the provider is wordy.
-async fn measure(client: &PrometheusClient, query: &Query, text: &str) -> Result<f64, String> {
-    let limit = ANSWER_MAX.min(Duration::from_millis(query.interval_ms));
-    let value = match tokio::time::timeout(limit, answer(client, &query.address, text)).await {
-        Ok(value) => value,
-        Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
-    };
-    value.map_err(|why| bounded(format!("{}: {why}", query.address)))
+/// Returns the error as the reason that nodes vote on and record, which is cut where the provider is wordy.
+fn reason(query: &Query, why: &QueryError) -> String {
+    bounded(format!("{}: {why}", query.address))
 }
 
-/// Returns the value of an instant query that gives one.
-async fn answer(client: &PrometheusClient, address: &str, query: &str) -> Result<f64, String> {
-    let body = form_urlencoded::Serializer::new(String::new()).append_pair("query", query).finish();
-    let request = http::Request::post(format!("{address}/api/v1/query"))
-        .header(http::header::CONTENT_TYPE, "application/x-www-form-urlencoded")
-        .body(Full::new(Bytes::from(body)))
-        .map_err(|why| why.to_string())?;
-    let response = client.request(request).await.map_err(|why| {
-        let cause = std::error::Error::source(&why).map(|cause| format!(": {cause}")).unwrap_or_default();
-        format!("{why}{cause}")
-    })?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|why| why.to_string())?;
-    let json: Value = serde_json::from_slice(&body.to_bytes()).map_err(|_| format!("{status} without JSON"))?;
+/// Returns the value that a query's provider gives for `text`.
+async fn measure(client: &HttpClient, query: &Query, text: &str) -> Result<f64, QueryError> {
+    let body = form_urlencoded::Serializer::new(String::new()).append_pair("query", text).finish();
+    let request = Request::post(format!("{}/api/v1/query", query.address))
+        .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+        .body(Full::from(body))
+        .map_err(HttpError::from)?;
+    let limit = ANSWER_MAX.min(Duration::from_millis(query.interval_ms));
+    let answer = client.send(request, limit, ANSWER_BYTES_MAX).await?;
+    value_of(answer.status, &answer.body)
+}
+
+/// Returns the value in the answer to an instant query that gives one.
+fn value_of(status: StatusCode, body: &[u8]) -> Result<f64, QueryError> {
+    let json: Value = serde_json::from_slice(body).map_err(|_| QueryError::NotJson { status })?;
+    let owned = |value: &Value| value.as_str().map(str::to_owned);
     if json["status"] != "success" {
-        return Err(format!("{status}: {}", json["error"].as_str().unwrap_or("no success")));
+        return Err(QueryError::Failed { status, reason: owned(&json["error"]) });
     }
     let result = &json["data"]["result"];
     let sample = match json["data"]["resultType"].as_str() {
         Some("scalar") => &result[1],
         Some("vector") => match result.as_array().map(Vec::as_slice) {
             Some([one]) => &one["value"][1],
-            Some([]) => return Err("no series, expected one".into()),
-            series => return Err(format!("{} series, expected one", series.map_or(0, <[Value]>::len))),
+            Some([]) => return Err(QueryError::NoSeries),
+            series => return Err(QueryError::ManySeries { found: series.map_or(0, <[Value]>::len) }),
         },
-        other => return Err(format!("a {}, expected a scalar or a vector of one", other.unwrap_or("nothing"))),
+        found => return Err(QueryError::OtherType { found: found.map(str::to_owned) }),
     };
     let text = sample.as_str().unwrap_or_default();
-    text.parse().map_err(|_| format!("{text:?}, expected a number"))
+    text.parse().map_err(|_| QueryError::NotNumber { found: text.to_owned() })
 }
 
 #[cfg(test)]
@@ -146,7 +163,7 @@ mod tests {
             max: None,
             on_failure: OnFailure::Pause,
         };
-        let value = measure(&client(), &query, "errors").await;
+        let value = measure(&client(), &query, "errors").await.map_err(|why| reason(&query, &why));
         served.abort();
         value
     }

@@ -43,7 +43,7 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
             let answer = tokio::time::timeout(Duration::from_secs(1), api.get_from(address, &path)).await;
             let found = match answer {
                 Err(_) => Err("no answer within 1 s".to_string()),
-                Ok(Err(why)) => Err(why),
+                Ok(Err(why)) => Err(why.to_string()),
                 Ok(Ok(answer)) if answer.status.is_success() => read_state(&answer.json(), &config),
                 Ok(Ok(answer)) => Err(answer.error()),
             };
