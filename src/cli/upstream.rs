@@ -69,10 +69,17 @@ const STOP_MAX: Duration = Duration::from_secs(5);
 /// Longest latency that can be asked for, in milliseconds.
 const LATENCY_MS_MAX: u64 = 600_000;
 
-fn percent(text: &str) -> Result<f64, String> {
+/// A text is no percentage.
+#[derive(Debug, thiserror::Error)]
+#[error("found {found:?}, expected 0 to 100")]
+struct PercentError {
+    found: String,
+}
+
+fn percent(text: &str) -> Result<f64, PercentError> {
     match text.parse::<f64>() {
         Ok(found) if (0.0..=100.0).contains(&found) => Ok(found),
-        _ => Err(format!("found {text:?}, expected 0 to 100")),
+        _ => Err(PercentError { found: text.into() }),
     }
 }
 
@@ -184,6 +191,14 @@ mod tests {
         let status = response.status().as_u16();
         let bytes = response.into_body().collect().await.unwrap().to_bytes();
         (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+    }
+
+    #[test]
+    fn a_percentage_is_from_0_to_100() {
+        assert_eq!(percent("99.5").unwrap(), 99.5);
+        for wrong in ["101", "-1", "NaN", "most"] {
+            assert_eq!(percent(wrong).unwrap_err().to_string(), format!("found {wrong:?}, expected 0 to 100"));
+        }
     }
 
     #[tokio::test]

@@ -48,11 +48,22 @@ pub struct Pushed {
     pub given_up: u64,
 }
 
+/// Why a record is given up.
+#[derive(Debug, thiserror::Error)]
+enum GivenUp {
+    /// The data plane refused it.
+    #[error("{}", .last.why)]
+    Refused { last: NotDone },
+    /// It was not done in as many attempts as are allowed.
+    #[error("{} ({attempts} times)", .last.why)]
+    OutOfAttempts { last: NotDone, attempts: u32 },
+}
+
 /// A record, whom it goes to, and what became of it.
 struct Sent {
     record: Posted,
     side: Side,
-    done: Result<String, String>,
+    done: Result<String, GivenUp>,
 }
 
 /// Posts records over HTTP, those of one key one after another.
@@ -111,7 +122,7 @@ impl Pusher {
                         side = side.word(),
                         "record given up: {why}"
                     );
-                    self.source.give_up(&record, &why)?;
+                    self.source.give_up(&record, &why.to_string())?;
                     pushed.given_up += 1;
                 }
             }
@@ -130,13 +141,13 @@ fn lane(record: &Posted, lanes: usize) -> usize {
     (ticket % lanes as u64) as usize
 }
 
-async fn until_done(post: &dyn Post, record: &Posted, side: Side, attempts: u32) -> Result<String, String> {
+async fn until_done(post: &dyn Post, record: &Posted, side: Side, attempts: u32) -> Result<String, GivenUp> {
     let mut retry = Backoff::new(RETRY_MIN, RETRY_MAX);
     for attempt in 1..=attempts {
         match post.post(record, side).await {
             Ok(who) => return Ok(who),
-            Err(NotDone { why, refused: true }) => return Err(why),
-            Err(NotDone { why, .. }) if attempt == attempts => return Err(format!("{why} ({attempts} times)")),
+            Err(last) if last.refused => return Err(GivenUp::Refused { last }),
+            Err(last) if attempt == attempts => return Err(GivenUp::OutOfAttempts { last, attempts }),
             Err(_) => tokio::time::sleep(retry.wait()).await,
         }
     }
