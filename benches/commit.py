@@ -57,6 +57,7 @@ def wait_ready(name):
                 return
         except OSError:
             pass
+        # Pause between two tries.
         time.sleep(0.005)
 
 
@@ -123,9 +124,25 @@ def ours(folder, rounds):
             nodes.start("a")
             wait_ready("a")
             while ask(connect(NODES["b"][1]), "POST", "/v1/rollouts/bench/retry", "{}")[0] != 200:
+                # Pause between two tries: the node that came back has not caught up yet.
                 time.sleep(0.1)
         show("failover, kill to next rollback", failovers)
         return lowering, raising
+
+
+def etcd_leader():
+    """Waits until a member says that it leads, and returns a connection to it."""
+    while True:
+        for i in range(3):
+            try:
+                client = connect(29370 + i)
+                status = json.loads(ask(client, "POST", "/v3/maintenance/status", "{}")[1])
+            except (OSError, http.client.HTTPException):
+                continue
+            if status.get("leader", "0") == status.get("header", {}).get("member_id"):
+                return client
+        # Pause between two tries.
+        time.sleep(0.05)
 
 
 def etcd(folder, rounds):
@@ -138,12 +155,7 @@ def etcd(folder, rounds):
                 ["etcd", "--name", f"n{i}", "--data-dir", f"{folder}/etcd{i}", "--listen-client-urls", client,
                  "--advertise-client-urls", client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
                  "--initial-cluster", peers], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        time.sleep(4)
-        for i in range(3):
-            client = connect(29370 + i)
-            status = json.loads(ask(client, "POST", "/v3/maintenance/status", "{}")[1])
-            if status["leader"] == status["header"]["member_id"]:
-                break
+        client = etcd_leader()
         put = json.dumps({"key": base64.b64encode(b"k").decode(), "value": base64.b64encode(b"x" * 256).decode()})
         return show("etcd put", [timed(client, "/v3/kv/put", put) for _ in range(2 * rounds)])
     finally:

@@ -82,6 +82,7 @@ def wait(port):
         try:
             return socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
+            # Pause between two tries.
             time.sleep(0.05)
     sys.exit("nothing listens on port %d" % port)
 

@@ -7,7 +7,7 @@ Each run starts a rollout, sends open-loop traffic to all three nodes, makes the
 the load generator's report when clients saw its first failure and its last answer. Everything listens on 127.0.0.1; all of
 it ends, and its directory is removed, with the script.
 """
-import http.client, json, os, shutil, subprocess, sys, tempfile, time
+import http.client, json, os, shutil, socket, subprocess, sys, tempfile, time
 
 import commit
 
@@ -37,6 +37,7 @@ def run(client, number, rate, folder):
     urls = ",".join(f"http://127.0.0.1:{data}/predict" for data, _, _ in commit.NODES.values())
     load = subprocess.Popen([commit.AVIARY, "load", "--url", urls, "--rate", str(rate), "--duration", "3s", "--report", report],
                             stdout=subprocess.DEVNULL)
+    # The canary serves well for the first third of the load: only a later failure is measured.
     time.sleep(1)
     fault(100)
     assert load.wait() == 0
@@ -45,8 +46,18 @@ def run(client, number, rate, folder):
     answers = summary["versions"][name]
     assert answers["non_2xx"] > 0, "the canary's failures reached nobody"
     while commit.ask(client, "POST", "/v1/rollouts/bench/abort", "{}")[0] != 200:
+        # Pause between two tries.
         time.sleep(0.1)
     return answers["exposed_ms_after_first_failure"], answers["non_2xx"]
+
+
+def wait_listening(port):
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            # Pause between two tries.
+            time.sleep(0.01)
 
 
 def main():
@@ -59,7 +70,8 @@ def main():
             for (role, port), version in zip(UPSTREAMS.items(), ("v1", "v2")):
                 upstreams.append(subprocess.Popen([commit.AVIARY, "upstream", "--listen", f"127.0.0.1:{port}", "--version", version],
                                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-            time.sleep(0.5)
+            for port in UPSTREAMS.values():
+                wait_listening(port)
             client = commit.connect(commit.NODES["a"][1])
             found = [run(client, number, rate, folder) for number in range(runs)]
         commit.show(f"first failure to last, {rate}/s", [ms for ms, _ in found])

@@ -67,6 +67,7 @@ class Upstream(BaseHTTPRequestHandler):
             self.wfile.write(b"part")
             self.close_connection = True
         else:
+            # A server as slow as the client asks for.
             time.sleep(query.get("ms", 0) / 1000)
             self.answer(b"hello\n")
 
@@ -130,6 +131,7 @@ class Proxy:
             try:
                 return socket.create_connection(("127.0.0.1", self.port)).close()
             except OSError:
+                # Pause between two tries.
                 time.sleep(0.05)
         sys.exit("the proxy did not start")
 
@@ -203,6 +205,7 @@ def sockets(proxy):
     slow = socket.create_connection(("127.0.0.1", proxy.port))
     slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 40\r\n\r\n")
     for _ in range(40):
+        # A slow upload: 2 s for 40 bytes.
         time.sleep(0.05)
         slow.sendall(b"z")
     out = b""
@@ -337,12 +340,15 @@ def churn(proxy, minutes):
                 one(dice)
             except OSError:
                 pass
+            # The rate: with 8 threads at most 400 connections a second.
             time.sleep(0.02)
     threads = [threading.Thread(target=loop, args=(i,), daemon=True) for i in range(8)]
     [t.start() for t in threads]
+    # Buffers and pools fill up first: growth is measured from here.
     time.sleep(min(30, minutes * 15))
     first, end, peak = proxy.rss_mib(), time.time() + minutes * 60, 0
     while time.time() < end:
+        # Time between two measurements.
         time.sleep(min(60, minutes * 20))
         peak = max(peak, proxy.rss_mib())
         print("        %d connections, %.1f MiB, %d descriptors" % (made[0], proxy.rss_mib(), proxy.descriptors()), flush=True)

@@ -89,11 +89,11 @@ async fn clients_that_read_nothing_hold_up_nobody() {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         idle.push(stream);
     }
-    // Long enough for six answers to fill whatever takes them in.
     for i in 0..20 {
         let answer = timeout(Duration::from_secs(2), world.get("/small", "")).await;
         let answer = answer.unwrap_or_else(|_| panic!("request {i}: the answer's body never came"));
         assert!(answer.len() > SMALL_BYTES && answer.ends_with('s'), "{} bytes", answer.len());
+        // Half a second over all: long enough for six answers to fill whatever takes them in.
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
 }

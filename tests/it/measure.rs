@@ -42,7 +42,7 @@ fn from_the_event_that_crosses_the_limit_to_the_decision_on_the_topic() {
         let payload = event("svc", version, status);
         producer.send(BaseRecord::to(&topics.telemetry).key("svc").payload(&payload)).map_err(|(e, _)| e).unwrap();
     };
-    // The nodes join their group first: that is a matter of starting, not of deciding.
+    // Longer than the nodes take to join their consumer group: starting isn't what is measured.
     std::thread::sleep(Duration::from_secs(5));
     let reader = topics.reader();
     let until = |kind: DecisionKind| {
@@ -61,17 +61,19 @@ fn from_the_event_that_crosses_the_limit_to_the_decision_on_the_topic() {
         // A version of its own for each: what was counted for the last one is not this one's.
         let canary = format!("v2-{round}");
         cluster.apply(0, &yaml.replace("version: v2", &format!("version: {canary}")));
-        // Whoever reads has joined by then, too.
         until(DecisionKind::Start);
+        // The nodes' consumers have joined their group by then, too.
         std::thread::sleep(Duration::from_millis(700));
         for _ in 0..200 {
             send(&canary, 200);
         }
+        // The good events are counted, and the peers know of them, which takes a third of a second.
         std::thread::sleep(Duration::from_millis(500));
         // 10 of 210 are less than 5 %; the eleventh crosses the limit.
         for _ in 0..10 {
             send(&canary, 500);
         }
+        // Time for a rollback that must not come.
         std::thread::sleep(Duration::from_millis(500));
         assert_eq!(cluster.state(0).unwrap()["phase"], "Progressing", "round {round}: not over the limit yet");
         let crossed = Instant::now();
@@ -126,6 +128,7 @@ fn a_thousand_services_at_once() {
             let _ = producer.send(BaseRecord::to(&topics.telemetry).key(&service).payload(&payload));
             sent += 1;
         }
+        // The rate is made of batches of 5 ms.
         std::thread::sleep(Duration::from_millis(5));
     }
     let elapsed = began.elapsed().as_secs_f64();
@@ -169,6 +172,7 @@ fn memory_is_flat_while_telemetry_comes() {
     // What is kept for a fixed number of events or seconds fills up first.
     let (began, mut early) = (Instant::now(), Vec::new());
     while began.elapsed() < Duration::from_secs(seconds) {
+        // Time between two measurements.
         std::thread::sleep(Duration::from_secs(seconds / 10));
         let now = memory();
         println!("{:.0} s: {now:.1?} MiB", began.elapsed().as_secs_f64());
@@ -198,6 +202,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
     let (began, mut random) = (Instant::now(), rand::rng());
     let mut kills = [0; 3];
     while began.elapsed() < Duration::from_secs(number("MEASURE_SECONDS", 60)) {
+        // All are up for some windows of a second between two failures.
         std::thread::sleep(Duration::from_millis(random.random_range(1_000..4_000)));
         let victim = random.random_range(0..3);
         kills[victim] += 1;
@@ -206,6 +211,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
             0 => {
                 let node = random.random_range(0..3);
                 cluster.kill(node);
+                // How long the node is down.
                 std::thread::sleep(unavailable);
                 cluster.spawn(node, None);
                 cluster.wait_ready(node);
@@ -213,6 +219,7 @@ fn a_node_the_broker_or_redis_is_killed_again_and_again_and_no_window_is_lost() 
             other => {
                 let own = if other == 1 { &kafka } else { &store };
                 own.kill();
+                // How long the service is down.
                 std::thread::sleep(unavailable);
                 own.up();
             }

@@ -443,6 +443,7 @@ async fn an_upload_that_is_slow_but_moving_is_no_error_of_the_canary() {
     let part = b"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 100\r\n\r\n";
     stream.write_all(part).await.unwrap();
     for _ in 0..10 {
+        // A slow upload: 1 s for 100 bytes, longer than the upstream's time-outs of 600 ms.
         tokio::time::sleep(Duration::from_millis(100)).await;
         let _ = stream.write_all(&[b'x'; 10]).await;
     }
@@ -463,6 +464,7 @@ async fn a_client_that_reads_slowly_is_no_error_of_the_upstream() {
     let mut world = world(view(None, Some(large.await), 10_000)).await;
     let mut stream = TcpStream::connect(world.address).await.unwrap();
     stream.write_all(b"GET /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    // A client that doesn't read for longer than the upstream's time-outs of 600 ms.
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     let mut answer = Vec::new();
     timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
@@ -609,6 +611,7 @@ async fn a_server_that_fails_or_says_so_gets_no_requests() {
         spec.stable.health_check = Some(HealthCheck { path: "/healthz".into(), interval_ms: 100 });
     }));
     let asked = asked.await;
+    // Nine probes of 100 ms: enough to eject the unwell server.
     tokio::time::sleep(Duration::from_millis(900)).await;
     let before = seen_of(&unwell_seen);
     for _ in 0..20 {
@@ -651,6 +654,7 @@ async fn requests_that_can_be_read_in_two_ways_reach_nobody() {
     let late = "POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n";
     let mut stream = TcpStream::connect(world.address).await.unwrap();
     stream.write_all(late.as_bytes()).await.unwrap();
+    // The proxy forwards the sound chunk first, so that the wrong one arrives on its own.
     tokio::time::sleep(Duration::from_millis(50)).await;
     let _ = stream.write_all(b"5 5\nGET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n").await;
     let _ = timeout(SOON, stream.read_to_end(&mut Vec::new())).await.unwrap();
@@ -671,6 +675,7 @@ async fn chunks_trailers_and_hints_pass_both_ways() {
         let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n";
         for part in [early.as_bytes(), head.as_bytes(), &body[..3], &body[3..]] {
             stream.write_all(part).await.unwrap();
+            // Each part in a packet of its own.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         std::future::pending::<()>().await;
@@ -709,6 +714,7 @@ async fn an_answer_before_the_whole_request_ends_the_connection_politely() {
     let hasty = upstream(|mut stream| async move {
         head(&mut stream).await;
         let _ = stream.write_all(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n\r\nno!").await;
+        // Keeps the connection open for as long as the test may take, without reading on.
         tokio::time::sleep(SOON).await;
     });
     let world = world(view(Some(hasty.await), None, 0)).await;
@@ -766,8 +772,8 @@ async fn a_kept_connection_that_ended_costs_nothing() {
     let world = world(view(Some(fickle.await), None, 0)).await;
     let mut stream = TcpStream::connect(world.address).await.unwrap();
     for i in 0..50 {
-        // Nothing can be sent twice here: the connection's end is seen before anything is sent.
         let method = if i < 25 { "GET" } else { "POST" };
+        // The proxy sees the end of the upstream's connection before it sends anything, so that nothing can be sent twice.
         tokio::time::sleep(Duration::from_millis(2)).await;
         let answer =
             ask(&mut stream, &format!("{method} /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")).await;
@@ -790,13 +796,13 @@ async fn a_kept_connection_that_ended_costs_nothing() {
 
 #[tokio::test]
 async fn a_clients_connection_waits_for_its_next_request_as_long_as_it_may() {
-    // Longer than any limit of the request before it, which must not go on counting.
     let settings = ProxySettings { keep_alive_timeout_ms: 1_500, total_timeout_ms: 500, ..settings() };
     let world = world_with(view(Some(answering(OK).await), None, 0), settings).await;
     let mut stream = TcpStream::connect(world.address).await.unwrap();
     for _ in 0..2 {
         let answer = ask(&mut stream, "GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        // Twice the total time-out of a request, and less than that of an idle connection: the former must not go on counting.
         tokio::time::sleep(Duration::from_millis(1_000)).await;
     }
     let ended = timeout(Duration::from_secs(2), stream.read(&mut [0; 1])).await;
@@ -892,6 +898,7 @@ async fn a_total_limit_ends_what_never_ends() {
         head(&mut stream).await;
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
         while stream.write_all(b"more").await.is_ok() {
+            // Never silent for as long as the idle time-out.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     });
@@ -952,6 +959,7 @@ async fn a_new_weight_is_in_force_at_once_on_every_worker_and_costs_no_request()
         });
     }
     for number in 2..=200 {
+        // Some requests fall into each version.
         tokio::time::sleep(Duration::from_millis(10)).await;
         hold_lease(&node);
         node.published.publish(numbered(number, if !number.is_multiple_of(2) { 5_000 } else { 0 }));
@@ -969,6 +977,7 @@ async fn a_new_weight_is_in_force_at_once_on_every_worker_and_costs_no_request()
 async fn a_request_under_way_outlives_the_stop() {
     let slow = upstream(|mut stream| async move {
         head(&mut stream).await;
+        // Longer than the test takes to stop the proxy.
         tokio::time::sleep(Duration::from_millis(400)).await;
         let _ = stream.write_all(OK.as_bytes()).await;
     });
@@ -976,6 +985,7 @@ async fn a_request_under_way_outlives_the_stop() {
     let mut idle = TcpStream::connect(world.address).await.unwrap();
     let mut stream = TcpStream::connect(world.address).await.unwrap();
     stream.write_all(b"GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    // The request has reached the server, which takes 400 ms for its answer.
     tokio::time::sleep(Duration::from_millis(100)).await;
     drop(world);
     assert_eq!(timeout(Duration::from_millis(200), idle.read(&mut [0; 1])).await.expect("ended at once").unwrap(), 0);

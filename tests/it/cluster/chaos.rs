@@ -83,11 +83,13 @@ fn pass(mut from: TcpStream, mut to: TcpStream, towards: bool, mode: &AtomicU8) 
         if swallowed {
             // A cut line loses bytes for good: once it heals, the connection can only be made anew.
             while mode.load(Ordering::Relaxed) == now {
+                // Pause between two looks at the mode.
                 std::thread::sleep(Duration::from_millis(5));
             }
             break;
         }
         if now == Mode::Slow as u8 {
+            // The link's delay.
             std::thread::sleep(Duration::from_millis((noise >> 33) % 250));
         }
         if now == Mode::Twice as u8 && (noise >> 33).is_multiple_of(8) && to.write_all(&bytes[..count]).is_err() {
@@ -159,6 +161,7 @@ fn operate(door: &Door, seed: u64, stop: &AtomicBool, told: &Mutex<Vec<Told>>) {
         if let Some((word, slot)) = found.filter(|(word, _)| ["COMMITTED", "ABORTED"].contains(&word.as_str())) {
             told.lock().unwrap().push(Told { key, verb, word, slot });
         }
+        // The operators' rate.
         std::thread::sleep(Duration::from_millis(random.random_range(1..30)));
     }
 }
@@ -209,6 +212,7 @@ fn storms_leave_one_log_and_every_answer_true() {
             let victim = random.random_range(0..3);
             cluster.kill(victim);
             kills += 1;
+            // How long the node is down.
             std::thread::sleep(Duration::from_millis(random.random_range(0..40)));
             cluster.spawn(victim, None);
             let began = Instant::now();
@@ -221,18 +225,21 @@ fn storms_leave_one_log_and_every_answer_true() {
             link.set(mode);
         }
         cuts += 1;
+        // How long the links are cut before a node fails as well.
         std::thread::sleep(Duration::from_millis(random.random_range(50..400)));
         let victim = random.random_range(0..3);
         match random.random() {
             true => {
                 cluster.kill(victim);
                 kills += 1;
+                // How long the node is down.
                 std::thread::sleep(Duration::from_millis(random.random_range(0..300)));
                 cluster.spawn(victim, None);
             }
             false => {
                 signal(&cluster, victim, "-STOP");
                 stops += 1;
+                // How long the node is stopped.
                 std::thread::sleep(Duration::from_millis(random.random_range(50..1_500)));
                 signal(&cluster, victim, "-CONT");
             }
@@ -425,7 +432,7 @@ fn machines_with_blackholed_routes_leave_one_log_and_every_answer_true() {
         told.len()
     );
     assert_eq!(exposed, 0, "a node that is cut off serves stable once its lease is over");
-    // All are connected again, and what was open is settled.
+    // Longer than a reconnection and a ballot take: afterwards nothing is open that could still be decided.
     std::thread::sleep(Duration::from_secs(3));
     door.judge(&told);
     for name in NAMES {

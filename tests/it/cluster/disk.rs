@@ -171,7 +171,7 @@ fn whatever_is_damaged_a_node_heals_or_says_why_and_never_votes_from_less() {
                 assert_eq!(answer.status, 503, "{what}: {}", String::from_utf8_lossy(&answer.body));
                 cluster.spawn(1, None);
                 cluster.wait_ready(1);
-                // What was asked for may still be decided, once there are two again.
+                // Longer than a ballot takes: the abort may still be decided now that there are two again, or never.
                 std::thread::sleep(Duration::from_secs(2));
             }
             let body = format!("{{\"node\": \"c\", \"incarnation\": \"{incarnation}\"}}");
@@ -229,6 +229,7 @@ fn kill_at_any_moment(mut cluster: Cluster) {
         // Sometimes it dies while it starts, too.
         if random.random_range(0..3) == 0 {
             cluster.spawn(victim, None);
+            // How far it gets in its start.
             std::thread::sleep(Duration::from_micros(random.random_range(0..50_000)));
             cluster.kill(victim);
         }

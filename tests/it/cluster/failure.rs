@@ -21,6 +21,7 @@ fn gather_evidence(cluster: &Cluster) {
             let _ = http(cluster.nodes[i].data, "POST", "/predict", &[], "{}");
         }
     }
+    // Longer than the third of a second in which peers learn of a node's counts.
     std::thread::sleep(Duration::from_millis(600));
 }
 

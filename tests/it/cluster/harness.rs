@@ -148,6 +148,7 @@ impl Process {
             if began.elapsed() >= limit {
                 return false;
             }
+            // Pause between two looks.
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -234,6 +235,7 @@ pub fn wait<T>(what: &str, limit: Duration, mut attempt: impl FnMut() -> Option<
             return found;
         }
         assert!(began.elapsed() < limit, "{what}: not within {limit:?}");
+        // Pause between two tries.
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -454,6 +456,7 @@ impl Traffic {
                         };
                         seen.push(Seen { at: Instant::now(), status, version });
                         connection = open.filter(|_| answer.is_some());
+                        // The rate of this client.
                         std::thread::sleep(Duration::from_micros(1_000_000 / rate));
                     }
                     seen

@@ -26,7 +26,7 @@ fn a_certificate_made_again_is_taken_up_while_the_cluster_runs() {
     let mut cluster = Cluster::start();
     cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
     issue(&cluster, 0);
-    // Certificates are looked at every two seconds.
+    // Longer than the two seconds between two looks at the certificates.
     std::thread::sleep(Duration::from_millis(2_100));
     // A connection that begins now uses it, on both sides of it.
     cluster.kill(2);

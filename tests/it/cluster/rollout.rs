@@ -57,12 +57,13 @@ fn a_failing_canary_is_off_every_node_within_a_second() {
     cluster.apply(0, &rollout(&v1.url(), &v2.url(), MANUAL));
     cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
     let traffic = Traffic::start(&cluster, 200);
-    // Good answers first, and afterwards time for one that should not come.
+    // Some 100 good answers first.
     std::thread::sleep(Duration::from_millis(500));
     v2.fault(r#"{"error_percent":100}"#);
     cluster.until(1, "the rollback", Duration::from_secs(3), |s| s["phase"] == "RolledBack");
     let state = cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
     assert_eq!(state["weights"], serde_json::json!({"v1": 1.0}));
+    // Some 100 requests more, none of which may reach the canary.
     std::thread::sleep(Duration::from_millis(500));
     let seen = traffic.stop();
     let first = seen.iter().filter(|s| s.status >= 500).map(|s| s.at).min().expect("a failed answer");

@@ -104,6 +104,7 @@ fn a_node_killed_in_the_middle_of_a_rollout_goes_on_with_its_peers_trial() {
     // It dies in the middle of the second of its windows, and misses a part of that one.
     std::thread::sleep(Duration::from_secs(5));
     cluster.kill(2);
+    // What it misses: a third of a window.
     std::thread::sleep(Duration::from_secs(1));
     cluster.spawn(2, None);
     cluster.wait_ready(2);

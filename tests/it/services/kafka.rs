@@ -146,6 +146,7 @@ fn kafka_events_promote_a_canary_and_roll_it_back_and_the_topic_says_what_every_
         let mut record = BaseRecord::<(), _>::to(&topics.telemetry).payload(payload);
         while let Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) = producer.send(record) {
             record = back;
+            // Pause between two tries: the producer's queue empties.
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -191,9 +192,11 @@ fn kafka_events_are_taken_once_while_readers_join() {
                     while let Err((why, back)) = producer.send(record) {
                         assert_eq!(why.rdkafka_error_code(), Some(RDKafkaErrorCode::QueueFull));
                         record = back;
+                        // Pause between two tries: the producer's queue empties.
                         std::thread::sleep(Duration::from_millis(5));
                     }
                 }
+                // The rate is made of batches of 1 ms.
                 std::thread::sleep(Duration::from_millis(1));
             }
             producer.flush(Duration::from_secs(30)).unwrap();

@@ -10,10 +10,11 @@ use crate::cluster::harness::{Cluster, Traffic, Upstream, rollout, wait};
 
 /// Kills whoever coordinates, again and again, and ends the rollout; returns the slot of its end.
 fn kill_and_roll_back(cluster: &mut Cluster) -> u64 {
-    // So that deaths and returns fall into all parts of the windows, which are a second long, and others coordinate meanwhile.
     for node in [0, 1, 0, 0] {
+        // Windows are a second long: with these odd times, deaths and returns fall into all parts of them.
         std::thread::sleep(Duration::from_millis(2_300));
         cluster.kill(node);
+        // Longer than the others take to find another coordinator.
         std::thread::sleep(Duration::from_millis(1_700));
         cluster.spawn(node, None);
         cluster.wait_ready(node);

@@ -86,6 +86,7 @@ impl Following {
     pub fn up_to(mut self, last: u64) -> Followed {
         self.last.store(last, Ordering::Relaxed);
         let thread = self.thread.take().unwrap();
+        // Looks ten times a second.
         (0..300).take_while(|_| !thread.is_finished()).for_each(|_| std::thread::sleep(Duration::from_millis(100)));
         drop(self);
         thread.join().unwrap()
@@ -104,6 +105,7 @@ async fn follow(ports: &[u16], last: &AtomicU64) -> Followed {
         if let Err(status) = listen(*port, request, last, &mut followed.decisions).await {
             followed.resumed += 1;
             assert!(status.code() != tonic::Code::OutOfRange, "{status}");
+            // Pause between two tries.
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }

@@ -74,13 +74,14 @@ fn killed(end: &str, kills: u64, broker_kills: u64) {
     let mut random = rand::rng();
     let mut router = rollout.router();
     for kill in 0..kills {
-        // Every step of start and end is hit as well: some lives are very short.
         let life = if random.random_bool(0.5) { random.random_range(50..900) } else { random.random_range(900..4_000) };
+        // Every step of start and end is hit as well: some lives are very short.
         std::thread::sleep(Duration::from_millis(life));
         router.0.kill().unwrap();
         router.0.wait().unwrap();
         if let Some(own) = own.as_ref().filter(|_| kill * broker_kills / kills != (kill + 1) * broker_kills / kills) {
             own.kill();
+            // How long the broker is down.
             std::thread::sleep(Duration::from_millis(random.random_range(100..2_000)));
             own.up();
         }

@@ -92,6 +92,7 @@ impl Witness {
     /// Gives whoever listens the time to kill the router.
     fn say(&self, when: &str, call: &str) {
         let _ = self.tell.send(format!("{when} {call}"));
+        // Longer than the test takes to hear of it and to kill.
         std::thread::sleep(Duration::from_millis(500));
     }
 }
@@ -165,6 +166,7 @@ impl Services {
                             Some(RDKafkaErrorCode::UnknownMemberId),
                             "{side} was thrown out"
                         );
+                        // Pause between two tries.
                         std::thread::sleep(Duration::from_millis(100));
                     }
                     (committed, dirty) = (Instant::now(), false);
@@ -207,6 +209,7 @@ impl Services {
                         if let Some(slow) = &slow {
                             let us = slow.load(Ordering::Relaxed);
                             if us > 0 {
+                                // How long this service takes for a record.
                                 std::thread::sleep(Duration::from_micros(us));
                             }
                         }
@@ -323,6 +326,7 @@ impl Rollout {
         let began = Instant::now();
         while self.status()["phase"] != phase {
             assert!(began.elapsed() < Duration::from_secs(120), "{phase}: not within 120 s\n{}", self.router_log());
+            // Pause between two looks.
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -453,6 +457,7 @@ fn emit(
                     producer.send(record)
                 {
                     record = back;
+                    // Pause between two tries: the producer's queue empties.
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 slowest = slowest.max(sent.elapsed());

@@ -104,6 +104,7 @@ async fn change(trace: &SharedTrace, node: &str, verb: &'static str, key: &str) 
 /// Changes things at random until it is quiet.
 pub async fn operate(cluster: Cluster) -> turmoil::Result {
     let mut dice = Dice::new(cluster.seed ^ 0x6f70);
+    // The nodes elect a coordinator meanwhile: a change before that is refused, and tests nothing.
     tokio::time::sleep(Duration::from_millis(600)).await;
     let (mut number, mut begun) = (0, false);
     while !cluster.quiet.load(Ordering::Relaxed) {
@@ -113,6 +114,7 @@ pub async fn operate(cluster: Cluster) -> turmoil::Result {
         let answered = change(&cluster.trace, NAMES[dice.below(3)], verb, &format!("k{number}")).await;
         begun |= answered.word == "COMMITTED";
         cluster.answered.lock().expect("nobody panics with it").push(answered);
+        // How often people change something.
         tokio::time::sleep(Duration::from_millis(dice.between(10, 700))).await;
     }
     Ok(())
@@ -127,6 +129,7 @@ pub async fn use_it(cluster: Cluster) -> turmoil::Result {
             let version = headers.get("x-served-by").and_then(|value| value.to_str().ok()).unwrap_or("").to_string();
             cluster.served.lock().expect("nobody panics with it").push(ServedAnswer { at: now(), version });
         }
+        // How often a client sends a request.
         tokio::time::sleep(Duration::from_millis(dice.between(5, 40))).await;
     }
     Ok(())
@@ -146,6 +149,7 @@ pub async fn judge(cluster: Cluster) -> turmoil::Result {
     // Each asks another node, which may hear of the one before a little later.
     tokio::time::sleep(Duration::from_millis(100)).await;
     let retry = change(&cluster.trace, "a", "retry", "judge-retry").await;
+    // As above: `b` hears of it.
     tokio::time::sleep(Duration::from_millis(100)).await;
     let abort = change(&cluster.trace, "b", "abort", "judge-abort").await;
     cluster.answered.lock().expect("nobody panics with it").extend([apply.clone(), retry.clone(), abort.clone()]);
