@@ -155,11 +155,11 @@ show_agreement() {
 # follow FILE [COMMAND]: applies the rollout and follows it to its end; after each commit it shows what each node serves
 # by, then calls COMMAND with the line. Returns the code of `aviary apply --wait`.
 follow() {
-  local file=$1 line lines follower code=0
+  local file=$1 line lines applying code=0
   shift
   exec {lines}< <(exec "$aviary" apply -f "$file" --wait 2>>"$out/apply.out")
-  follower=$!
-  pids+=("$follower")
+  applying=$!
+  pids+=("$applying")
   while IFS= read -r line <&"$lines"; do
     say "$line"
     if [[ $line == *COMMITTED* ]]; then
@@ -168,8 +168,8 @@ follow() {
     fi
   done
   exec {lines}<&-
-  wait "$follower" || code=$?
-  forget "$follower"
+  wait "$applying" || code=$?
+  forget "$applying"
   return "$code"
 }
 

@@ -146,7 +146,7 @@ stage_services() {
   services=up
   scripts/services.sh up || { skip "no Kafka or no Redis (scripts/services.sh up)"; return; }
   eval "$(scripts/services.sh env)"
-  for pair in redis-server:redis_away prometheus:prometheus; do
+  for pair in redis-server:redis_unavailable prometheus:prometheus; do
     program=${pair%:*}
     scripts/services.sh need "$program" && continue
     skip "services::*${pair#*:}*: the program $program is not installed, which the test starts and ends"

@@ -106,8 +106,8 @@ def ours(folder, rounds):
         for _ in range(rounds):
             for verb, found in times.items():
                 found.append(timed(client, f"/v1/rollouts/bench/{verb}", "{}"))
-        lowering = show("rollback (majority)", times["abort"])
-        raising = show("start (every node's health vote)", times["retry"])
+        decreases = show("rollback (majority)", times["abort"])
+        increases = show("start (every node's health vote)", times["retry"])
         failovers = []
         for _ in range(10):
             nodes.kill("a")
@@ -127,7 +127,7 @@ def ours(folder, rounds):
                 # Pause between two tries: the node that came back has not caught up yet.
                 time.sleep(0.1)
         show("failover, kill to next rollback", failovers)
-        return lowering, raising
+        return decreases, increases
 
 
 def etcd_leader():
@@ -171,10 +171,10 @@ def main():
         sys.exit(f"{AVIARY} is missing: cargo build --release")
     folder = tempfile.mkdtemp(prefix="aviary-bench-", dir=os.path.join(ROOT, "target"))
     try:
-        lowering, raising = ours(folder, rounds)
+        decreases, increases = ours(folder, rounds)
         if shutil.which("etcd"):
             beside = etcd(folder, rounds)
-            print(f"ratio to etcd: rollback {lowering / beside:.2f}, start {raising / beside:.2f}")
+            print(f"ratio to etcd: rollback {decreases / beside:.2f}, start {increases / beside:.2f}")
         else:
             print("etcd is not installed: measured without it")
     finally:

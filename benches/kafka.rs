@@ -41,7 +41,7 @@ fn main() {
         let tuned =
             || read_bare(&bootstrap, &topic, events, &[("fetch.wait.max.ms", "100"), ("fetch.queue.backoff.ms", "10")]);
         let ours = || read_ours(&bootstrap, &topic, events);
-        // Whoever is first finds the broker's pages cold: they take turns.
+        // The first contender finds the broker's pages cold: they take turns.
         let (plain, tuned, ours) = match round % 3 {
             0 => {
                 let ours = ours();

@@ -12,7 +12,7 @@ use std::time::Duration;
 use aviary::adapters::clock::BootClock;
 use aviary::adapters::kafka::{KafkaBroker, TopicNames};
 use aviary::config::node::Kafka;
-use aviary::domain::course::HookCall;
+use aviary::domain::router_state::HookCall;
 use aviary::domain::side::Side;
 use aviary::domain::time::Mono;
 use aviary::domain::weights::Weight;
@@ -53,7 +53,7 @@ fn main() {
     for round in 0..rounds {
         let topics = Topics::create(&bootstrap);
         topics.fill(records);
-        // Whoever is first finds the broker's pages cold: they take turns.
+        // The first contender finds the broker's pages cold: they take turns.
         contenders.rotate_left(usize::from(round > 0));
         let mut line = String::new();
         for contender in &contenders {
@@ -325,7 +325,7 @@ impl Topics {
 
     /// Returns who sees what a group commits; its questions are answered at once from now on.
     fn watch(&self, group: &str) -> BaseConsumer {
-        // Whoever asks for places that are sure, while there is always a transaction, asks without a pause, and takes a core for it.
+        // With `read_committed`, while a transaction is always open, the client would ask without a pause and take a core for it.
         let own = [("group.id", group), ("isolation.level", "read_uncommitted")];
         let consumer: BaseConsumer = client(&self.bootstrap, &own).create().expect("a consumer");
         let _ = consumer.committed_offsets(self.offsets(&self.source, Offset::Invalid), Duration::from_secs(10));

@@ -49,7 +49,7 @@ esac
 if ! [ -d "$cache/$folder" ]; then
   [ -z "${only_look:-}" ] || exit 1
   mkdir -p "$cache"
-  # One makes it, whoever else wants it waits. One who is stopped in the middle leaves nothing that looks complete.
+  # One process makes it, others that want it wait. A process that is stopped in the middle leaves nothing that looks complete.
   exec 9>"$cache/.$folder.lock"
   flock 9
   if [ -d "$cache/$folder" ]; then echo "$cache/$folder"; exit; fi

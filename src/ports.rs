@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::domain::course::HookCall;
 use crate::domain::ids::{NodeId, ServiceId};
+use crate::domain::router_state::HookCall;
 use crate::domain::side::Side;
 use crate::domain::text::bounded;
 use crate::domain::time::Now;
@@ -156,7 +156,7 @@ pub trait EventSource: Send {
 
 /// Where decisions are published, in order, each once. Its calls block.
 pub trait DecisionSink: Send {
-    /// Becomes the only publisher: whoever was before can't go on. Returns the place in the log that everything up to is
+    /// Becomes the only publisher: the one before can't go on. Returns the place in the log that everything up to is
     /// published; none when nothing is. After an error of any call, this one comes first.
     fn open(&mut self) -> Result<Option<Slot>, OutsideError>;
 
@@ -300,7 +300,7 @@ pub struct OffsetRange {
     pub known: Option<i64>,
 }
 
-/// A router's topics and groups, for those who look at them or ask something of the router. Its calls block.
+/// A router's topics and groups, for those who look at them or send it commands. Its calls block.
 pub trait RouterTopics: Send {
     /// Returns how many partitions a topic has; none when it isn't there.
     fn partitions(&self, topic: &str) -> Result<Option<usize>, OutsideError>;
@@ -326,13 +326,13 @@ pub trait RouterTopics: Send {
     ) -> Result<(), OutsideError>;
 
     /// Writes an entry of the control topic, as anybody may.
-    fn ask(&self, entry: &str) -> Result<(), OutsideError>;
+    fn send(&self, entry: &str) -> Result<(), OutsideError>;
 }
 
 /// How services are started and stopped. Its calls block.
 pub trait Hooks: Send {
     /// Starts or stops a service, which may be what it is already. Calls are numbered: one that comes after a newer one of the same
-    /// version, because whoever made it was held up or died, must do nothing.
+    /// version, because the router that made it was held up or died, must do nothing.
     fn call(&mut self, call: HookCall, side: Side, topic: Topic, number: u64) -> Result<(), OutsideError>;
 }
 

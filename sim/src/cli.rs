@@ -56,15 +56,15 @@ struct Arguments {
     /// Fail unless everything that a long run must reach was reached.
     #[arg(long)]
     complete: bool,
-    /// Go through every order of everything at small bounds: crashes, wipes, timeouts, questions, losses, such as
+    /// Go through every order of everything at small bounds: crashes, wipes, timeouts, requests, losses, such as
     /// 1,1,1,2,0.
-    #[arg(long, value_name = "C,W,T,Q,L", value_delimiter = ',')]
+    #[arg(long, value_name = "C,W,T,R,L", value_delimiter = ',')]
     exhaust: Option<Vec<u8>>,
     /// States at which an exhaustive search stops.
     #[arg(long, default_value_t = 3_000_000)]
     states: usize,
     /// Run each seeded bug on the seed that is pinned to it; one that isn't caught fails.
-    #[arg(long, alias = "teeth")]
+    #[arg(long)]
     seeded_bugs: bool,
     /// With --seeded-bugs: find the first seed that catches each, for pins that a change has moved.
     #[arg(long, requires = "seeded_bugs")]
@@ -127,10 +127,10 @@ pub fn main() -> anyhow::Result<ExitCode> {
 }
 
 fn exhaust_all(bounds: &[u8], states: usize) -> anyhow::Result<ExitCode> {
-    let [crashes, wipes, timeouts, asks, losses] =
-        bounds.try_into().with_context(|| format!("found {} numbers, expected 5: C,W,T,Q,L", bounds.len()))?;
-    ensure!(asks <= 3, "{asks} questions, expected at most 3");
-    match exhaust::search(exhaust::Bounds { crashes, wipes, timeouts, asks, losses, states }) {
+    let [crashes, wipes, timeouts, requests, losses] =
+        bounds.try_into().with_context(|| format!("found {} numbers, expected 5: C,W,T,R,L", bounds.len()))?;
+    ensure!(requests <= 3, "{requests} requests, expected at most 3");
+    match exhaust::search(exhaust::Bounds { crashes, wipes, timeouts, requests, losses, states }) {
         Ok(found) => {
             println!("{found:?}");
             Ok(if found.complete { ExitCode::SUCCESS } else { ExitCode::from(2) })

@@ -3,7 +3,7 @@
 //! A search over the real core: from each state, the next message on any link may come, or be lost, each question may be
 //! asked, a node may die between any two outputs and start again, a disk may be lost, and time may pass. Links keep their
 //! messages in order, as TCP does; `world` has them in any order. States that were seen are not gone into again. What is
-//! checked in each: one value for a slot, what votes depend on is durable, a raise has everybody's Yes, and a client is
+//! checked in each: one value for a slot, what votes depend on is durable, an increase has everybody's Yes, and a client is
 //! never told two things.
 
 use std::collections::{BTreeMap, HashSet};
@@ -22,7 +22,7 @@ use aviary_core::protocol::{
 use std::sync::Arc;
 
 use crate::truth::Truth;
-use crate::world::{first_register, genesis_of, name};
+use crate::world::{first_acceptor, genesis_of, name};
 
 /// What a search goes through.
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +34,7 @@ pub struct Bounds {
     /// Times that everybody's patience ends.
     pub timeouts: u8,
     /// Transactions, up to 3.
-    pub asks: u8,
+    pub requests: u8,
     /// Messages lost, beside those on the way to a process that dies.
     pub losses: u8,
     /// States to stop at.
@@ -87,7 +87,7 @@ struct State {
 enum Move {
     Deliver(usize),
     Lose(usize),
-    Ask(u8),
+    Request(u8),
     Timeout,
     Restart(usize),
     Wipe(usize),
@@ -97,7 +97,7 @@ fn index(node: &NodeId) -> usize {
     usize::from(node.as_str().as_bytes()[0] - b'a')
 }
 
-/// The questions: a raise at one node, a change of members and a rollback at others, so that they meet.
+/// The requests: an increase at one node, a change of members and a rollback at others, so that they meet.
 fn question(number: u8) -> (usize, OperatorRequest) {
     let service = ServiceId::new("s").expect("valid");
     let backend = |version: &str| Backend::new(VersionId::new(version).expect("valid"), vec![]);
@@ -126,7 +126,7 @@ fn question(number: u8) -> (usize, OperatorRequest) {
 impl State {
     fn new(bounds: Bounds) -> Self {
         let (genesis, members) = genesis_of(NODES);
-        let disk = |i| Disk { acceptor: Some(first_register(i, &genesis)), log: vec![genesis.clone()], durable: 1 };
+        let disk = |i| Disk { acceptor: Some(first_acceptor(i, &genesis)), log: vec![genesis.clone()], durable: 1 };
         let mut state = Self {
             now_ms: 10_000,
             cores: Vec::new(),
@@ -247,7 +247,7 @@ impl State {
         if self.losses > 0 {
             moves.extend(next.iter().map(|at| Move::Lose(*at)));
         }
-        moves.extend((0..bounds.asks).filter(|n| self.asked & 1 << n == 0).map(Move::Ask));
+        moves.extend((0..bounds.requests).filter(|n| self.asked & 1 << n == 0).map(Move::Request));
         if self.timeouts > 0 {
             moves.push(Move::Timeout);
         }
@@ -276,7 +276,7 @@ impl State {
                 next.wire.remove(at);
                 Ok(vec![next])
             }
-            Move::Ask(number) => {
+            Move::Request(number) => {
                 let mut next = self.clone();
                 next.asked |= 1 << number;
                 let (i, asked) = question(number);
@@ -361,7 +361,7 @@ impl State {
         Ok(())
     }
 
-    /// Takes away votes that change nothing and never will: those of ballots that are over. A ballot never comes back.
+    /// Removes votes that change nothing and never will: those of ballots that are over. A ballot never comes back.
     fn forget_late_votes(&mut self) {
         let now = self.now();
         let cores = &self.cores;
@@ -437,7 +437,7 @@ mod tests {
 
     #[test]
     fn one_transaction_and_one_death_in_every_order() {
-        let bounds = Bounds { crashes: 1, wipes: 0, timeouts: 0, asks: 1, losses: 0, states: 200_000 };
+        let bounds = Bounds { crashes: 1, wipes: 0, timeouts: 0, requests: 1, losses: 0, states: 200_000 };
         let found = search(bounds).unwrap();
         assert!(found.complete && found.states > 200, "{found:?}");
         assert!(found.chosen[&1] > 0, "{found:?}");

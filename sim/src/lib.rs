@@ -24,4 +24,4 @@ pub mod trace;
 mod truth;
 mod world;
 
-pub use world::{first_register, genesis_of};
+pub use world::{first_acceptor, genesis_of};

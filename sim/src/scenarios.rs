@@ -33,14 +33,14 @@ const fn seed(name: &'static str, seed: u64, about: &'static str) -> Scenario {
 /// All of them.
 pub const ALL: &[Scenario] = &[
     seed("first", 1, "a plain run; it pins no bug"),
-    seed("brake-and-checkpoint", 3, "a node that took over a peer's checkpoint forgot its own brake"),
+    seed("hold-and-checkpoint", 3, "a node that took over a peer's checkpoint forgot its own hold"),
     seed("late-readmit", 1698, "a readmission overtaken by another wipe took the vote from a node that had it"),
     seed("late-readmit-2", 3348, "the same, and the node's own incarnation could never count again"),
     seed("old-disk", 4950, "an incarnation that was replaced could be readmitted, without what it had promised since"),
     seed("catch-up-order", 42, "records that came out of order stalled a node that caught up"),
-    seed("single-brake", 55, "a brake was published behind the disk in a cluster of one"),
-    seed("single-brake-2", 673, "the same"),
-    seed("armed-late", 928, "an increase chosen in doubt first and by its own ballot after that"),
+    seed("single-hold", 55, "a local hold was published before it was durable in a cluster of one"),
+    seed("single-hold-2", 673, "the same"),
+    seed("certain-late", 928, "an increase chosen in doubt first and by its own ballot after that"),
     seed("completed-in-doubt", 3024, "a completion learned as decided in doubt, next to an aborted start"),
     Scenario {
         ms: 60_000,

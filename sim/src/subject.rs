@@ -24,13 +24,13 @@ pub struct Setup {
     pub retention: Retention,
     /// Everybody it may talk with.
     pub peers: BTreeSet<NodeId>,
-    /// The trials that it saved.
+    /// The analysis runs that it saved, by service.
     pub runs: BTreeMap<ServiceId, SavedRun>,
 }
 
 /// One node's process.
 pub trait Subject: Sized {
-    /// Starts it on what its disk holds: the register, and a ledger with the records after it.
+    /// Starts it on what its disk holds: the acceptor state, and a ledger with the records after it.
     fn start(
         setup: Setup,
         acceptor: Option<AcceptorState>,

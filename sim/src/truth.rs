@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 /// Something that happened.
 pub enum Fact<'a> {
-    /// A register became durable.
+    /// A node's acceptor state became durable.
     Persisted(&'a NodeId, &'a AcceptorState),
     /// A node learned a chosen record.
     Appended(&'a NodeId, &'a Chosen),
@@ -68,7 +68,7 @@ pub struct Known {
     /// The ballots it was chosen in.
     pub ballots: BTreeSet<Ballot>,
     /// True when one of them is the ballot that voted on it, or nobody needed to.
-    pub armed: bool,
+    pub certain: bool,
 }
 
 /// Who durably accepted what.
@@ -93,7 +93,7 @@ pub struct Truth {
     pub accepts: BTreeMap<(Slot, Ballot), Support>,
     /// Durable promises.
     pub promises: BTreeMap<Ballot, BTreeSet<(NodeId, Incarnation)>>,
-    /// Each node's last durable register.
+    /// Each node's last durable acceptor state.
     pub acceptors: BTreeMap<NodeId, AcceptorState>,
 }
 
@@ -101,7 +101,7 @@ impl Truth {
     /// Returns the truth at genesis.
     pub fn new(genesis: Record, members: Members) -> Self {
         let hash = genesis.hash();
-        let first = Known { record: genesis, hash, ballots: BTreeSet::new(), armed: true };
+        let first = Known { record: genesis, hash, ballots: BTreeSet::new(), certain: true };
         Self {
             now: 0,
             log: vec![first],
@@ -132,7 +132,7 @@ impl Truth {
         self.log.get(slot.0 as usize)
     }
 
-    /// Counts a durable register. Returns what became chosen by it, or how agreement broke.
+    /// Counts a durable acceptor state. Returns what became chosen by it, or how agreement broke.
     pub fn persisted(&mut self, node: &NodeId, acceptor: &AcceptorState) -> Result<Option<(Record, Ballot)>, String> {
         self.acceptors.insert(node.clone(), acceptor.clone());
         if let Some(promised) = &acceptor.promised {
@@ -166,7 +166,7 @@ impl Truth {
     }
 
     fn choose(&mut self, hash: Hash, record: Record, ballot: Ballot) -> Result<Option<(Record, Ballot)>, String> {
-        let armed = !Chosen { ballot: Some(ballot.clone()), record: record.clone() }.is_in_doubt();
+        let certain = !Chosen { ballot: Some(ballot.clone()), record: record.clone() }.is_in_doubt();
         if let Some(known) = self.log.get_mut(record.slot.0 as usize) {
             if known.hash != hash {
                 return Err(format!(
@@ -180,7 +180,7 @@ impl Truth {
                 ));
             }
             let first = known.ballots.insert(ballot.clone());
-            known.armed |= armed;
+            known.certain |= certain;
             return Ok(first.then_some((record, ballot)));
         }
         let mut members = self.members().clone();
@@ -188,7 +188,7 @@ impl Truth {
             apply(&mut members, change);
         }
         self.memberships.push(members);
-        let known = Known { record: record.clone(), hash, ballots: BTreeSet::from([ballot.clone()]), armed };
+        let known = Known { record: record.clone(), hash, ballots: BTreeSet::from([ballot.clone()]), certain };
         self.log.push(known);
         Ok(Some((record, ballot)))
     }
@@ -212,7 +212,7 @@ fn apply(members: &mut Members, change: &ConfigChange) {
 
 /// One service's rollout as the rules say it must go: written apart from the domain's own arithmetic.
 #[derive(Clone, Default)]
-pub struct Course {
+pub struct ExpectedRollout {
     /// The rollout, while there is one.
     pub spec: Option<Arc<RolloutSpec>>,
     /// Its stage.
@@ -221,24 +221,24 @@ pub struct Course {
     pub active: bool,
     /// What may be served of the canary.
     pub ceiling: u16,
-    /// What may be served of it by whoever learns later that the rollout's completion was decided in doubt: the same
-    /// version, as the canary it was.
+    /// What a node may serve of it that learns later that the rollout's completion was decided in doubt, in basis points:
+    /// the same version, as the canary it was.
     pub in_doubt: u16,
 }
 
-/// The courses of all services along a log.
+/// What is expected of the rollouts of all services, record by record of a log.
 #[derive(Clone, Default)]
-pub struct Courses {
+pub struct ExpectedRollouts {
     /// Each service.
-    pub now: BTreeMap<ServiceId, Course>,
-    before: BTreeMap<Slot, Course>,
-    /// Benched nodes.
+    pub now: BTreeMap<ServiceId, ExpectedRollout>,
+    before: BTreeMap<Slot, ExpectedRollout>,
+    /// Nodes that are cordoned after the last record.
     pub cordoned: BTreeSet<NodeId>,
 }
 
-impl Courses {
+impl ExpectedRollouts {
     /// Goes one record on; an error says which rule the record breaks.
-    pub fn follow(&mut self, record: &Record, armed: bool) -> Result<(), String> {
+    pub fn follow(&mut self, record: &Record, certain: bool) -> Result<(), String> {
         match &record.intent.operation {
             Operation::Config(ConfigChange::Cordon(node)) => {
                 self.cordoned.insert(node.clone());
@@ -249,12 +249,12 @@ impl Courses {
             _ => {}
         }
         let Some(service) = record.intent.operation.service() else { return Ok(()) };
-        let course = self.now.get(service).cloned().unwrap_or_default();
+        let expected = self.now.get(service).cloned().unwrap_or_default();
         if record.intent.operation.increases_exposure() {
-            self.before.insert(record.slot, course.clone());
+            self.before.insert(record.slot, expected.clone());
         }
         let next = match &record.intent.operation {
-            Operation::Change(_, change) => course.after(change, armed)?,
+            Operation::Change(_, change) => expected.after(change, certain)?,
             Operation::Revert { increased, .. } => {
                 self.before.get(increased).cloned().ok_or(format!("reverts slot {increased}, which raised nothing"))?
             }
@@ -270,8 +270,8 @@ impl Courses {
     }
 }
 
-impl Course {
-    fn after(&self, change: &Change, armed: bool) -> Result<Self, String> {
+impl ExpectedRollout {
+    fn after(&self, change: &Change, certain: bool) -> Result<Self, String> {
         let mut next = self.clone();
         match change {
             Change::Start(spec) => {
@@ -295,7 +295,7 @@ impl Course {
         let weight = next.spec.as_ref().map_or(0, |spec| spec.stages[next.stage].weight.bp());
         let completed = matches!(change, Change::Promote { to: Target::Complete, .. });
         next.in_doubt = if completed { self.ceiling } else { 0 };
-        next.ceiling = match (next.active, armed) {
+        next.ceiling = match (next.active, certain) {
             (_, false) => self.ceiling,
             (false, true) => 0,
             (true, true) => weight,

@@ -9,7 +9,7 @@ use http_body_util::Full;
 use tracing::info;
 
 use crate::config::router::{HooksConfig, RouterConfig};
-use crate::domain::course::HookCall;
+use crate::domain::router_state::HookCall;
 use crate::domain::side::Side;
 use crate::http_client::{HttpClient, HttpError, HttpSettings};
 use crate::ports::{Hooks, OutsideError, Topic};

@@ -1,7 +1,7 @@
 //! The control plane's network: TCP, in plain text.
 //!
-//! Whoever reaches the port can speak: [`Connection::peer`] stays empty, and [`crate::node::link`] has only HELLO's word
-//! for who is there. [`super::tls`] fills that field in.
+//! Every program that reaches the port can speak: [`Connection::peer`] stays empty, and [`crate::node::link`] has only HELLO's word
+//! for which node is there. [`super::tls`] fills that field in.
 
 use std::io;
 use std::time::Duration;

@@ -29,7 +29,7 @@ impl HttpPost {
 
     fn request(&self, record: &Posted, side: Side) -> Result<Request<Full<Bytes>>, http::Error> {
         let source = format!("{}/{}/{}", self.topic, record.partition, record.offset);
-        // Whoever is asked for by name is still only given what the committed weight allows.
+        // A side that is asked for by name still gets only what the committed weight allows.
         let pinned = if side == Side::Canary { "always" } else { "never" };
         let mut request = Request::post(&self.url)
             .header(header::CONTENT_TYPE, "application/octet-stream")

@@ -1,4 +1,4 @@
-//! The operators' door: rollouts, the cluster, events and metrics over HTTP.
+//! The operators' API: rollouts, the cluster, events and metrics over HTTP.
 //!
 //! `write` takes changes (forwarding them to the coordinator), `show` tells what is, `events` streams what happens,
 //! `auth` knows tokens and roles, `admission` lets requests through by them; `state` is what all of them share.

@@ -59,7 +59,7 @@ pub struct NodeArgs {
 /// Longest wait for the peers' newest state before clients are served by what is on disk.
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
 
-/// Longest wait at the end for calls that block, to a broker or a store that is away.
+/// Longest wait at the end for calls that block, to a broker or a store that is unavailable.
 const STOP_MAX: Duration = Duration::from_secs(2);
 
 /// Reads a node's file; `data_root` moves its data directory.
@@ -86,7 +86,7 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()> {
     // Ports first: a taken one must not cost a start of the node itself.
     let data = listen_many("data", &config.listen.data, config.data.workers()).await?;
-    let door = listen("api", &config.listen.api).await?;
+    let listener = listen("api", &config.listen.api).await?;
     let metrics = api::metrics::install();
     let shutdown = CancellationToken::new();
     let Running { handle, thread, .. } = start_node(&config, shutdown.clone())?;
@@ -105,7 +105,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     if let Some(kafka) = &config.kafka {
         start_kafka(kafka, &handle, &servers, &shutdown)?;
     }
-    servers.spawn(api::serve(door, state));
+    servers.spawn(api::serve(listener, state));
     tokio::spawn(telemetry::prometheus::run(handle.clone(), shutdown.clone()));
     tokio::spawn(scrub::run(handle.log.clone(), shutdown.clone()));
     tokio::spawn(api::metrics::count(handle));
@@ -132,7 +132,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     }
 }
 
-/// Publishes decisions to Redis, and holds promotions while it is away.
+/// Publishes decisions to Redis, and holds promotions while it is unavailable.
 fn start_redis(
     url: &str,
     node: &NodeHandle,

@@ -1,4 +1,4 @@
-//! `aviary proxy`: the data plane alone, with a fixed canary weight, for trials and benchmarks.
+//! `aviary proxy`: the data plane alone, with a fixed canary weight, to try it out and for benchmarks.
 
 use std::sync::Arc;
 
@@ -91,7 +91,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Returns what a node would publish whose cluster had agreed on this weight.
+/// Returns what a node would publish whose cluster had committed this weight.
 fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
     let id = ServiceId::new("proxy")?;
     let backend = |version: &str, urls: &[String]| anyhow::Ok(Backend::new(VersionId::new(version)?, urls.into()));

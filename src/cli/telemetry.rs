@@ -1,4 +1,4 @@
-//! `aviary telemetry produce`: reports synthetic events of a service, for trials of the analysis.
+//! `aviary telemetry produce`: reports synthetic events of a service, to try the analysis out.
 
 use std::time::Duration;
 

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn all_registers_remember_the_one_genesis() {
+    fn all_acceptor_states_remember_the_one_genesis() {
         let founding = found_of(&[config("a", &["b"], "x"), config("b", &["a"], "y")]).unwrap();
         let hash = founding.genesis.record.hash();
         assert!(founding.acceptors.values().all(|acceptor| acceptor.head_hash == hash));

@@ -40,7 +40,7 @@ pub struct NodeConfig {
     pub identity: Option<IdentityFiles>,
     /// `[kafka]`: telemetry in, decisions out; none: not by Kafka.
     pub kafka: Option<Kafka>,
-    /// `[redis] url`: decisions for other readers; promotions hold while it is away. None: not by Redis.
+    /// `[redis] url`: decisions for other readers; promotions hold while it is unavailable. None: not by Redis.
     pub redis: Option<String>,
 }
 

@@ -14,7 +14,7 @@ use crate::schema::v1::Decision;
 /// Records read at a time.
 const BATCH: usize = 64;
 
-/// Why a follower can't go on.
+/// Why the log can't be read on.
 #[derive(Debug, thiserror::Error)]
 pub enum Lost {
     /// The log no longer has what comes next.
@@ -41,7 +41,7 @@ pub struct LogTail {
 }
 
 impl LogTail {
-    /// Returns a follower of the decisions after `after`; none: of those from now on.
+    /// Returns the tail of the log with the decisions after `after`; none: of those from now on.
     pub fn new(node: &NodeHandle, after: Option<Slot>) -> Self {
         let live = node.events();
         let told = after.unwrap_or_else(|| node.published.view().head);

@@ -1,4 +1,4 @@
-//! Watching over a store that promotions depend on: while it is away, none is voted for.
+//! Watching over a store that promotions depend on: while it is unavailable, none is voted for.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What the cluster decides, told to others: the log is the truth, and whoever tells follows it.
+//! What the cluster decides, told to others: the log is the truth, and streams and publishers follow it.
 //!
 //! Every node makes the same [`Decision`] of the same record, so that streams, topics and stores say the same.
 

@@ -8,7 +8,7 @@
 //! [`HELLO_VERSION`], and settles the version of all that follows.
 //!
 //! What leaves [`FrameCodec`] keeps the rules that the core builds on (see `checked`): a peer's bytes can be refused
-//! here, but they can't make anything behind this door overflow or panic. Who may say what is [`super::link`]'s to know.
+//! here, but they can't make anything behind it overflow or panic. Who may say what is [`super::link`]'s to know.
 
 use std::fmt;
 
@@ -658,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trial_whose_bins_are_all_full_fits_a_frame_and_comes_out_as_it_was() {
+    fn a_run_whose_bins_are_all_full_fits_a_frame_and_comes_out_as_it_was() {
         let mut sent = run(1 << 20);
         let mut bytes = framed(&transfer(sent.clone()));
         assert!(bytes.len() < BODY_BYTES_MAX * 3 / 4, "{}", bytes.len());
@@ -687,7 +687,7 @@ mod tests {
 
     /// Analysis runs whose bytes were altered on the way are refused, or can be gone on with.
     #[test]
-    fn an_altered_trial_breaks_nothing() {
+    fn an_altered_run_breaks_nothing() {
         use rand::{RngExt as _, SeedableRng as _};
         let sent = run(3);
         let whole = framed(&transfer(sent.clone()));

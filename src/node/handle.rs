@@ -16,7 +16,7 @@ use crate::protocol::{Announcement, Mode, Observation, OperatorRequest, Outcome,
 
 /// Requests that may wait for the node's loop.
 pub const REQUESTS_MAX: usize = 256;
-/// Events that a slow follower may lag behind before it must start again from the log.
+/// Events that a slow reader may lag behind before it must start again from the log.
 pub const EVENTS_MAX: usize = 1024;
 
 /// A question to the node's loop.
@@ -135,7 +135,7 @@ impl Published {
 /// The lease length that a node's own mode is judged by, where no service names one.
 pub const LEASE_MS_SHOWN: u64 = 2_000;
 
-/// The node's door: publication, requests, events, log.
+/// Handle of a running node: its published view, requests to it, its events and its log.
 #[derive(Clone)]
 pub struct NodeHandle {
     /// Published view of the node, which readers load without a lock.
@@ -150,7 +150,7 @@ pub struct NodeHandle {
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 impl NodeHandle {
-    /// Returns the door, and the other side of it for the loop.
+    /// Returns the handle, and the other side of it for the loop.
     pub fn new(
         published: Published,
         log: Arc<dyn LogReader>,
@@ -173,7 +173,7 @@ impl NodeHandle {
     }
 
     /// Waits until this node knows what its majority knows, so that a restart shows nobody an older state; at most
-    /// `limit`, after which it serves by what it has, on stable.
+    /// `limit`, after which it routes with what it has, on stable.
     pub async fn caught_up(&self, limit: Duration) {
         let current = || {
             let view = self.published.view();
@@ -199,7 +199,12 @@ impl NodeHandle {
     }
 
     /// Tells the loop that the data plane stopped a canary by itself.
-    pub async fn breaker_tripped(&self, service: crate::domain::ids::ServiceId, routing_version: u64, reason: String) {
+    pub async fn circuit_breaker_tripped(
+        &self,
+        service: crate::domain::ids::ServiceId,
+        routing_version: u64,
+        reason: String,
+    ) {
         let _ = self.requests.send(NodeRequest::CircuitBreakerTripped { service, routing_version, reason }).await;
     }
 

@@ -72,7 +72,7 @@ const TICK: Duration = Duration::from_millis(20);
 /// Messages that may wait for the loop; links wait beyond that.
 const INPUTS_MAX: usize = 1024;
 
-/// Prepares a node: its door, and its loop, which runs on whatever runtime polls it until `shutdown`. The loop says
+/// Prepares a node: its handle, and its loop, which runs on whatever runtime polls it until `shutdown`. The loop says
 /// through `bound` at which address its control port is open, or why it isn't.
 pub fn prepare(
     parts: Parts,
@@ -266,7 +266,7 @@ impl Shell {
                 Output::Lease(from) => self.published.set_lease(from),
                 Output::Reply(request, outcome) => {
                     if let Some(reply) = self.replies.remove(&request) {
-                        // Whoever asked may have gone.
+                        // The client may have gone.
                         let _ = reply.send(outcome);
                     }
                 }

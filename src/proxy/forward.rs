@@ -290,7 +290,7 @@ enum ForwardFailure {
     Client(&'static str),
 }
 
-/// Carries a request to whoever serves it.
+/// Carries a request to a server of the side that was picked.
 async fn forward(
     general: &SlowPath,
     route: &Arc<Route>,
@@ -545,7 +545,7 @@ fn passed_on(pool: &Pool, answer: Response<Incoming>, mut outcome: OutcomeGuard)
     strip(&mut head.headers, &[]);
     mark(&mut head.headers, &outcome.route, pool);
     if head.status.is_server_error() || (outcome.grpc && grpc_failed(&head.headers)) {
-        // At once, not at the body's end: the breaker is in a hurry.
+        // At once, not at the body's end: the circuit breaker must not wait for it.
         outcome.count(true);
     }
     let idle = Duration::from_millis(outcome.general.router.settings.idle_timeout_ms);

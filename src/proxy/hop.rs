@@ -6,8 +6,8 @@
 
 /// Fields that no Connection option removes, in small letters and in order.
 ///
-/// These are the ones that frame a message, that [`super`] reads, and that it writes. Whoever makes the proxy read or write
-/// another field adds it here; fields that a rollout names are not here, but in `Route::reads`.
+/// These are the ones that frame a message, that [`super`] reads, and that it writes. A change that makes the proxy read or
+/// write another field adds it here; fields that a rollout names are not here, but in `Route::reads`.
 pub const RELIED_ON: [&str; 22] = [
     "content-length",
     "content-type",

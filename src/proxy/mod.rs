@@ -3,7 +3,7 @@
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
 //! `worker` is one thread's share of it, `serve` its connections; `relay` carries plain requests, `forward` all others; `wire` is HTTP/1.1 as
 //! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `probe`
-//! asks them, `outcome` counts and trips the breaker.
+//! asks them, `outcome` counts and trips the circuit breaker.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What became of requests: counters for the gate and for Prometheus, and the breaker.
+//! What became of requests: counters for the gate and for Prometheus, and the circuit breaker.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -53,7 +53,7 @@ impl OutcomeCounts {
         let shard = &self.shards[shard];
         shard.latency_sum_us.fetch_add(latency_us, Relaxed);
         shard.histograms[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
-        // Last, and seen last: whoever takes it finds the rest.
+        // Last, and seen last: a reader that sees it finds the rest.
         shard.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Release);
     }
 
@@ -108,7 +108,7 @@ pub struct CircuitBreaker {
     stable: AtomicU32,
 }
 
-/// Canary failures in a row that trip the breaker.
+/// Canary failures in a row that trip the circuit breaker.
 pub const FAILURES_MAX: u32 = 5;
 /// Stable results that are remembered.
 const STABLE_RESULTS: u32 = 20;
@@ -133,7 +133,7 @@ impl CircuitBreaker {
         });
     }
 
-    /// Counts a canary result; returns true when this one trips the breaker.
+    /// Counts a canary result; returns true when this one trips the circuit breaker.
     pub fn canary(&self, error: bool) -> bool {
         if !error {
             self.failures.store(0, Relaxed);
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn five_failures_in_a_row_trip_the_breaker_once() {
+    fn five_failures_in_a_row_trip_the_circuit_breaker_once() {
         let circuit_breaker = CircuitBreaker::default();
         let found: Vec<_> =
             [true, true, false, true, true, true, true, true, true].map(|e| circuit_breaker.canary(e)).into();

@@ -78,7 +78,7 @@ impl RelayRequest {
 
 /// Next state of a connection.
 enum NextMessage {
-    Ask(Box<RelayRequest>),
+    Request(Box<RelayRequest>),
     /// Whatever it is, it needs the slow path.
     Other,
     Refuse(BadMessage),
@@ -105,7 +105,7 @@ where
             place.asked();
         }
         let stays = match next {
-            NextMessage::Ask(request) => {
+            NextMessage::Request(request) => {
                 if request.pick == Side::Stable && worker.router.is_mirrored(&request.route, request.began) {
                     mirror(worker, &request);
                 }
@@ -145,7 +145,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                 tried = self.ahead.len();
                 let ahead = std::mem::take(&mut self.ahead);
                 let next = self.begin(worker, &ahead);
-                if self.ahead.is_empty() && !matches!(next, Some(NextMessage::Ask(_))) {
+                if self.ahead.is_empty() && !matches!(next, Some(NextMessage::Request(_))) {
                     self.ahead = ahead;
                 }
                 if let Some(next) = next {
@@ -168,7 +168,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                     let next = self.begin(worker, &scratch[..length]);
                     if let Some(next) = next {
                         watch.rest();
-                        if !matches!(next, NextMessage::Ask(_)) {
+                        if !matches!(next, NextMessage::Request(_)) {
                             self.ahead.extend_from_slice(&scratch[..length]);
                         }
                         return Poll::Ready(next);
@@ -222,7 +222,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         out.extend_from_slice(&bytes[asked.length..end]);
         self.ahead.clear();
         self.ahead.extend_from_slice(&bytes[end..]);
-        Some(NextMessage::Ask(Box::new(RelayRequest {
+        Some(NextMessage::Request(Box::new(RelayRequest {
             out,
             body,
             whole: body.has_ended(),
@@ -276,7 +276,7 @@ enum ExchangeEnd {
     Gone,
 }
 
-/// Carries a request to whoever serves it, and the answer back; returns true when the connection stays open.
+/// Carries a request to a server of the side that was picked, and the answer back; returns true when the connection stays open.
 async fn carry<S>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client<S>, mut request: RelayRequest) -> bool
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -599,7 +599,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             self.stays_open = answered.stays_open && taken == rest.len();
             self.back.extend_from_slice(&rest[..taken]);
             if self.status >= 500 {
-                // At once, not at the body's end: the breaker is in a hurry.
+                // At once, not at the body's end: the circuit breaker must not wait for it.
                 self.count(true);
             }
             return Ok(());

@@ -214,8 +214,8 @@ impl RoutingTable {
         (self.open.fetch_add(1, Relaxed) < self.settings.requests_max).then_some(place)
     }
 
-    /// Returns the table of the view in force. Whoever first sees another view compiles it; the others wait for that,
-    /// so that nobody serves by a view that is no longer in force.
+    /// Returns the table of the view in force. The first worker that sees another view compiles it; the others wait for
+    /// that, so that none routes with a view that is no longer in force.
     pub fn table(&self) -> Arc<Table> {
         let view = self.node.published.view();
         let table = self.table.load();
@@ -273,7 +273,7 @@ impl RoutingTable {
         if counters.circuit_breaker.canary(error) {
             let reason = format!("the last {FAILURES_MAX} canary answers failed while stable's did not");
             let (node, service, version) = (self.node.clone(), route.service.clone(), route.serving.routing_version);
-            tokio::spawn(async move { node.breaker_tripped(service, version, reason).await });
+            tokio::spawn(async move { node.circuit_breaker_tripped(service, version, reason).await });
         }
     }
 

@@ -17,9 +17,9 @@ use crate::domain::time::Mono;
 /// Failures in a row after which a server is ejected.
 const FAILURES_MAX: u32 = 5;
 /// How long, the first time; one more of it each time in a row.
-const LEFT_ALONE_MS: u64 = 10_000;
+const EJECTED_MS: u64 = 10_000;
 /// The longest.
-const LEFT_ALONE_MS_MAX: u64 = 60_000;
+const EJECTED_MS_MAX: u64 = 60_000;
 /// Failed probes in a row that make a server unwell; one that succeeds makes it well.
 const PROBES_FAILED_MAX: u32 = 3;
 
@@ -37,7 +37,7 @@ pub struct Server {
     failures: AtomicU32,
     rounds: AtomicU32,
     /// End of its ejection, in microseconds of the node's clock.
-    alone_until: AtomicU64,
+    ejected_until: AtomicU64,
     /// It failed the last probes.
     unwell: AtomicBool,
     probes_failed: AtomicU32,
@@ -62,7 +62,7 @@ impl Server {
     }
 
     fn may_serve(&self, now: Mono) -> bool {
-        self.alone_until.load(Relaxed) <= now.0 && !self.unwell.load(Relaxed)
+        self.ejected_until.load(Relaxed) <= now.0 && !self.unwell.load(Relaxed)
     }
 
     /// Takes the result of a probe; returns true when it changed what is thought of the server.
@@ -96,7 +96,7 @@ impl Servers {
             open: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             rounds: AtomicU32::new(0),
-            alone_until: AtomicU64::new(0),
+            ejected_until: AtomicU64::new(0),
             unwell: AtomicBool::new(false),
             probes_failed: AtomicU32::new(0),
             probe_at: AtomicU64::new(0),
@@ -189,7 +189,7 @@ impl InFlightGuard {
         }
         if server.failures.fetch_add(1, Relaxed) + 1 >= FAILURES_MAX && server.may_serve(now) {
             let rounds = u64::from(server.rounds.fetch_add(1, Relaxed)) + 1;
-            server.alone_until.store(now.after_ms((LEFT_ALONE_MS * rounds).min(LEFT_ALONE_MS_MAX)).0, Relaxed);
+            server.ejected_until.store(now.after_ms((EJECTED_MS * rounds).min(EJECTED_MS_MAX)).0, Relaxed);
             // One failure more is enough next time.
             server.failures.store(FAILURES_MAX - 1, Relaxed);
         }
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_fails_is_left_alone_and_tried_again_later() {
+    fn a_server_that_fails_is_ejected_and_tried_again_later() {
         let pool = pool(&["http://a:1", "http://b:1"]);
         let bad = 0;
         for _ in 0..5 {

@@ -172,7 +172,7 @@ fn is_text(byte: u8) -> bool {
 
 /// The head of a request.
 #[derive(Debug)]
-pub struct Asked<'h, 'b> {
+pub struct RequestHead<'h, 'b> {
     /// Method of the request, as the client sent it.
     pub method: &'b str,
     /// Target of the request: path and query.
@@ -195,7 +195,7 @@ pub enum Opening<'h, 'b> {
     /// The head is not complete yet.
     Partial,
     /// A complete head that the fast path can handle.
-    Plain(Asked<'h, 'b>),
+    Plain(RequestHead<'h, 'b>),
     /// Something that needs more than a relay: HTTP/2, HTTP/1.0, an upgrade, another form of target.
     Other,
 }
@@ -235,7 +235,7 @@ pub fn request<'h, 'b>(bytes: &'b [u8], room: &'h mut Room<'b>) -> Result<Openin
         true => BodyFraming::CHUNKED,
         false => BodyFraming::Length(framing.length.unwrap_or(0)),
     };
-    Ok(Opening::Plain(Asked { method, target, fields, length, body, close: framing.close, named: framing.named }))
+    Ok(Opening::Plain(RequestHead { method, target, fields, length, body, close: framing.close, named: framing.named }))
 }
 
 /// Fields that decide a message's end and the fate of its connection.
@@ -333,7 +333,7 @@ fn put_framing(body: BodyFraming, out: &mut Vec<u8>) {
     }
 }
 
-impl Asked<'_, '_> {
+impl RequestHead<'_, '_> {
     /// Writes the head that an upstream gets, on behalf of the client at `peer` (an IP address); `configured` are the
     /// fields that the service's rollout reads.
     pub fn write(&self, peer: &str, configured: &[String], out: &mut Vec<u8>) {

@@ -86,7 +86,7 @@ fn what_can_be_read_in_two_ways_is_refused() {
 }
 
 #[test]
-fn what_is_no_plain_request_is_for_the_general_way() {
+fn what_is_no_plain_request_takes_the_slow_path() {
     for head in [
         "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         "GET / HTTP/1.0\r\n\r\n",

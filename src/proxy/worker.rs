@@ -299,7 +299,7 @@ impl Worker {
         let close = if close { "connection: close\r\n" } else { "" };
         let rest = format!("date: {}\r\n{close}content-length: {}\r\n\r\n{body}", self.date(), body.len());
         out.extend_from_slice(rest.as_bytes());
-        // Whoever doesn't take it in time doesn't want it.
+        // A client that doesn't take it in time doesn't want it.
         let _ = tokio::time::timeout(Duration::from_secs(5), stream.write_all(&out)).await;
         self.give_back(out);
     }

@@ -1,7 +1,7 @@
 //! The audit: which records of the source are in which version's topic, as sets of their places.
 //!
-//! It knows nothing of how records were given out. Counts alone would call a record that is missing and one that stands twice
-//! right; they are told too, for those who are used to them.
+//! It knows nothing of how records were given out. Counts alone would call a record that is missing and one that is there
+//! twice right; they are told too, for those who are used to them.
 
 use std::fmt;
 

@@ -2,7 +2,7 @@
 
 use super::audit::{At, Audit, Findings, read_source};
 use super::snapshot::RouterSnapshot;
-use crate::domain::course::RouterPhase;
+use crate::domain::router_state::RouterPhase;
 use crate::domain::side::Side;
 use crate::ports::{OffsetRange, OutsideError, RouterTopics, Topic};
 
@@ -21,7 +21,7 @@ pub struct Compared {
 /// Compares what a router has read up to this moment; none when it has not begun, or is taking back what the canary has not read.
 pub fn compare(topics: &dyn RouterTopics) -> Result<Option<Compared>, OutsideError> {
     let seen = RouterSnapshot::look(topics)?;
-    let Some(from) = seen.course.phase.as_ref().and_then(RouterPhase::from).cloned() else { return Ok(None) };
+    let Some(from) = seen.control.phase.as_ref().and_then(RouterPhase::from).cloned() else { return Ok(None) };
     if seen.splits.len() != from.len() {
         return Err(OutsideError::new("router", "its places are gone: brokers keep them for some days after the end"));
     }
@@ -52,7 +52,7 @@ pub fn compare(topics: &dyn RouterTopics) -> Result<Option<Compared>, OutsideErr
     // What was given back meanwhile stands in both topics, or in neither.
     let after = RouterSnapshot::look(topics)?;
     let moved = |seen: &RouterSnapshot| seen.splits.iter().map(|split| split.reclaimed()).collect::<Vec<_>>();
-    if matches!(after.course.phase, Some(RouterPhase::Reclaiming { .. })) || moved(&after) != moved(&seen) {
+    if matches!(after.control.phase, Some(RouterPhase::Reclaiming { .. })) || moved(&after) != moved(&seen) {
         return Ok(None);
     }
     Ok(Some(Compared { from: begin, until, findings: audit.findings(), gone }))

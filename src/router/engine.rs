@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use crate::domain::course::{ControlCommand, ControlEntry, HookCall, Places, RouterEnd, RouterPhase, RouterState};
+use crate::domain::router_state::{
+    ControlCommand, ControlEntry, HookCall, Places, RouterEnd, RouterPhase, RouterState,
+};
 use crate::domain::side::Side;
 use crate::domain::split::{Split, Ticket};
 use crate::domain::weights::Weight;
@@ -75,7 +77,8 @@ pub struct Engine {
 
 /// State of the rollout, as the broker holds it.
 struct EngineState {
-    course: RouterState,
+    /// Sum of the control topic's entries.
+    control: RouterState,
     splits: Vec<Split>,
     next: Places,
     /// The canary's lag, and when it was looked at.
@@ -131,7 +134,7 @@ impl Engine {
     /// Returns the state; none before the first turn, and after an error.
     pub fn report(&self) -> Option<Report> {
         self.state.as_ref().map(|state| Report {
-            phase: state.course.phase.clone(),
+            phase: state.control.phase.clone(),
             splits: state.splits.clone(),
             next: state.next.clone(),
             lag: state.lag,
@@ -147,23 +150,23 @@ impl Engine {
         for entry in self.broker.entries()? {
             // Phases are nobody's but this router's, as long as it is one.
             if let Some(entry @ ControlEntry::Command(_)) = read_entry(&entry)? {
-                state.course.add(entry);
+                state.control.add(entry);
             }
         }
         if let Steering::Cluster(Some(CommittedWeight { end: Some(end), .. })) = steering
-            && state.course.phase.is_some()
-            && state.course.is_changed_by(end)
+            && state.control.phase.is_some()
+            && state.control.is_changed_by(end)
         {
-            let ask = match end {
+            let command = match end {
                 RouterEnd::Promote => ControlCommand::Promote,
                 RouterEnd::Abort(reason) => ControlCommand::Abort { reason: reason.clone() },
             };
-            state.course.add(ControlEntry::Command(ask.clone()));
-            self.write(&ControlEntry::Command(ask), Commit::default())?;
+            state.control.add(ControlEntry::Command(command.clone()));
+            self.write(&ControlEntry::Command(command), Commit::default())?;
             return Ok(Turn::Busy(0));
         }
-        let aborted = matches!(state.course.end, Some(RouterEnd::Abort(_)));
-        match state.course.phase.clone() {
+        let aborted = matches!(state.control.end, Some(RouterEnd::Abort(_)));
+        match state.control.phase.clone() {
             None => match steering {
                 Steering::Cluster(None) => Ok(Turn::Waits(UNKNOWN.into())),
                 Steering::Cluster(Some(CommittedWeight { end: Some(RouterEnd::Abort(_)), .. })) => {
@@ -197,14 +200,14 @@ impl Engine {
     /// Becomes the only router, and reads what the former one left.
     fn open(&mut self) -> Result<EngineState, OutsideError> {
         let opened = self.broker.open()?;
-        let mut course = RouterState::default();
+        let mut control = RouterState::default();
         for entry in &opened.entries {
             if let Some(entry) = read_entry(entry)? {
-                course.add(entry);
+                control.add(entry);
             }
         }
         let (mut splits, mut next) = (Vec::new(), Places::new());
-        if let Some(from) = course.phase.as_ref().and_then(RouterPhase::from) {
+        if let Some(from) = control.phase.as_ref().and_then(RouterPhase::from) {
             if from.is_empty() || opened.places.len() < from.len() {
                 let why = format!("found {} partitions, expected {}", opened.places.len(), from.len());
                 return Err(OutsideError::new("router", why));
@@ -223,12 +226,12 @@ impl Engine {
             }
         }
         info!(
-            phase = course.phase.as_ref().map_or("new", RouterPhase::words),
+            phase = control.phase.as_ref().map_or("new", RouterPhase::words),
             partitions = opened.places.len(),
             "router opened"
         );
         Ok(EngineState {
-            course,
+            control,
             splits,
             next,
             lag: 0,
@@ -255,7 +258,7 @@ impl Engine {
         let entry = ControlEntry::Phase(phase);
         self.write(&entry, commit)?;
         let state = self.state();
-        state.course.add(entry);
+        state.control.add(entry);
         state.called.clear();
         Ok(Turn::Busy(0))
     }
@@ -268,8 +271,8 @@ impl Engine {
         let entry = ControlEntry::Hook { call, side, topic: topic.word().into() };
         self.write(&entry, Commit::default())?;
         let state = self.state();
-        state.course.add(entry);
-        let number = state.course.calls;
+        state.control.add(entry);
+        let number = state.control.calls;
         info!(call = call.word(), side = side.word(), topic = topic.word(), "service called");
         self.hooks.call(call, side, topic, number)?;
         self.state().called.push((call, side, topic));
@@ -348,14 +351,14 @@ impl Engine {
         self.look(now_ms)?;
         let plan = self.plan;
         let state = self.state();
-        let asked = state.course.end == Some(RouterEnd::Promote);
+        let asked = state.control.end == Some(RouterEnd::Promote);
         let (weight, weight_version, promoted) = match steering {
             Steering::Cluster(None) => return Ok(Turn::Waits(UNKNOWN.into())),
-            // In a cluster it is nobody else's to say: what is asked here doesn't raise the weight there.
+            // In a cluster it is nobody else's to say: what is asked here doesn't increase the weight there.
             Steering::Cluster(Some(committed)) => {
                 (committed.weight, committed.weight_version, asked && committed.end == Some(RouterEnd::Promote))
             }
-            Steering::Alone => (state.course.weight.unwrap_or(plan.weight), state.course.weights, asked),
+            Steering::Alone => (state.control.weight.unwrap_or(plan.weight), state.control.weights, asked),
         };
         let weight = if promoted { Weight::FULL } else { weight };
         let lags = plan.lag_max.is_some_and(|most| state.lag > most);
@@ -406,7 +409,7 @@ impl Engine {
         }
     }
 
-    /// Notes where the open transaction's records are.
+    /// Keeps where the open transaction's records are.
     fn wrote(&mut self) -> Result<(), OutsideError> {
         let written = self.broker.flush()?;
         for (split, written) in self.state().splits.iter_mut().zip(written) {

@@ -89,20 +89,20 @@ impl Pusher {
             return Ok(Pushed::default());
         }
         // The whole batch is one weight's.
-        let mut lanes: Vec<Vec<(Posted, Side)>> = vec![Vec::new(); self.plan.in_flight];
+        let mut shards: Vec<Vec<(Posted, Side)>> = vec![Vec::new(); self.plan.in_flight];
         for record in records.iter().cloned() {
             let key = record.key.as_deref().filter(|_| self.plan.keyed);
             let side = Ticket::of(self.plan.salt, key, record.partition, record.offset).side(weight);
-            lanes[lane(&record, self.plan.in_flight)].push((record, side));
+            shards[shard(&record, self.plan.in_flight)].push((record, side));
         }
         let (post, attempts) = (self.post.clone(), self.plan.attempts);
         let sent = self.runtime.block_on(async move {
             let mut tasks = JoinSet::new();
-            for lane in lanes.into_iter().filter(|lane| !lane.is_empty()) {
+            for shard in shards.into_iter().filter(|shard| !shard.is_empty()) {
                 let post = post.clone();
                 tasks.spawn(async move {
                     let mut sent = Vec::new();
-                    for (record, side) in lane {
+                    for (record, side) in shard {
                         let done = until_done(post.as_ref(), &record, side, attempts).await;
                         sent.push(Sent { record, side, done });
                     }
@@ -133,12 +133,12 @@ impl Pusher {
 }
 
 /// Records of one key share a shard; those without one are spread.
-fn lane(record: &Posted, lanes: usize) -> usize {
+fn shard(record: &Posted, shards: usize) -> usize {
     let ticket = match &record.key {
         Some(key) => xxhash_rust::xxh3::xxh3_64(key),
         None => xxhash_rust::xxh3::xxh3_64(&record.offset.to_le_bytes()),
     };
-    (ticket % lanes as u64) as usize
+    (ticket % shards as u64) as usize
 }
 
 async fn until_done(post: &dyn Post, record: &Posted, side: Side, attempts: u32) -> Result<String, GivenUp> {

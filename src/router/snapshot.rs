@@ -1,6 +1,6 @@
 //! A router as its topics and groups show it, whether it runs or not.
 
-use crate::domain::course::{RouterPhase, RouterState};
+use crate::domain::router_state::{RouterPhase, RouterState};
 use crate::domain::side::Side;
 use crate::domain::split::Split;
 use crate::ports::{OutsideError, RouterTopics, Topic};
@@ -9,7 +9,7 @@ use crate::ports::{OutsideError, RouterTopics, Topic};
 #[derive(Debug, Clone)]
 pub struct RouterSnapshot {
     /// What its control topic's entries add up to.
-    pub course: RouterState,
+    pub control: RouterState,
     /// Each partition's state, as it was committed last.
     pub splits: Vec<Split>,
     /// The next offset that is read of each partition.
@@ -23,10 +23,10 @@ impl RouterSnapshot {
     /// When they can't be read, or a place was committed that no router of this version writes.
     pub fn look(topics: &dyn RouterTopics) -> Result<Self, OutsideError> {
         let opened = topics.look()?;
-        let mut course = RouterState::default();
+        let mut control = RouterState::default();
         for line in &opened.entries {
             if let Ok(entry) = serde_json::from_str(line) {
-                course.add(entry);
+                control.add(entry);
             }
         }
         let places: Vec<_> = opened.places.into_iter().flatten().collect();
@@ -35,12 +35,12 @@ impl RouterSnapshot {
                 .map_err(|why| OutsideError::new(format!("partition {partition}"), why))
         });
         let splits = splits.collect::<Result<_, _>>()?;
-        Ok(Self { course, splits, next: places.iter().map(|place| place.next).collect() })
+        Ok(Self { control, splits, next: places.iter().map(|place| place.next).collect() })
     }
 
     /// Returns who goes on alone; none before the end.
     pub fn winner(&self) -> Option<Side> {
-        match self.course.phase {
+        match self.control.phase {
             Some(RouterPhase::Done { winner, .. }) => Some(winner),
             _ => None,
         }
@@ -48,7 +48,7 @@ impl RouterSnapshot {
 
     /// Returns the present phase in words.
     pub fn words(&self) -> &'static str {
-        self.course.phase.as_ref().map_or("not started", RouterPhase::words)
+        self.control.phase.as_ref().map_or("not started", RouterPhase::words)
     }
 
     /// Returns upper bounds of what the two services have left to read, for each partition, stable's first.

@@ -1,6 +1,6 @@
 //! Telemetry that others report, beside what the data plane sees itself: events in, evidence for the gates out.
 //!
-//! Whoever brings events (the API, and what will read topics) shares one [`Intake`]. It counts each event for the version it
+//! All that bring events (the API, and the readers of topics) share one [`Intake`]. It counts each event for the version it
 //! names, once, and hands the counts to the node ten times a second, like the data plane.
 
 use std::collections::BTreeMap;
@@ -115,7 +115,7 @@ impl IntakeBatch<'_> {
     }
 }
 
-/// The door for reported events.
+/// Takes in reported events: checks them, ignores repeated ones, and counts the rest.
 #[derive(Clone)]
 pub struct Intake {
     node: NodeHandle,

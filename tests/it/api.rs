@@ -212,7 +212,7 @@ async fn a_replayed_rollback_says_why_and_where_it_led() {
 }
 
 #[tokio::test]
-async fn a_follower_that_lagged_goes_on_though_nothing_was_decided_meanwhile() {
+async fn a_stream_that_lagged_goes_on_though_nothing_was_decided_meanwhile() {
     let a = node("a", "a", &[], None).await;
     let mut open = follow(a.port, "").await;
     let (_, alive) = stream(&mut open, 200).await;

@@ -165,8 +165,8 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
     };
     // Of a comparison with stable these are thousands of bytes, most of them 0.
     let compared = codec::encode(&transfer(Some(Policy::default())));
-    golden.add("handover-hash", &blake3::hash(&compared).to_hex().to_string());
-    golden.add("saved-trial", &SavedRun { rollout_generation: 1, at: Wall(1_790_000_000_000), run: transfer(None) });
+    golden.add("transfer-hash", &blake3::hash(&compared).to_hex().to_string());
+    golden.add("saved-run", &SavedRun { rollout_generation: 1, at: Wall(1_790_000_000_000), run: transfer(None) });
     let snapshot = HealthSnapshot {
         service: ServiceId::new("s").unwrap(),
         routing_version: 2,

@@ -104,7 +104,7 @@ fn takes<T: Serialize + DeserializeOwned + Debug>(bytes: &[u8]) -> bool {
 }
 
 #[test]
-fn altered_records_registers_and_messages_are_refused_or_whole() {
+fn altered_records_acceptor_states_and_messages_are_refused_or_whole() {
     let corpus = golden();
     assert!(corpus.len() > 15);
     let taken = Cell::new(0);

@@ -1,4 +1,4 @@
-//! One integration-test binary: the house rules, the parts over real sockets, whole clusters of real processes.
+//! One integration-test binary: rules of the code, the parts over real sockets, whole clusters of real processes.
 
 mod api;
 mod cluster;

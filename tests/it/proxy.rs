@@ -36,7 +36,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(10);
 pub(crate) const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 const FAILED: &str = "HTTP/1.1 500 Failed\r\ncontent-length: 2\r\n\r\nno";
 
-/// A proxy, its node's door, and what it told the node.
+/// A proxy, its node's handle, and what it told the node.
 pub(crate) struct World {
     pub(crate) address: SocketAddr,
     pub(crate) node: NodeHandle,
@@ -163,7 +163,7 @@ impl World {
         String::from_utf8(answer).unwrap()
     }
 
-    /// Returns what the node was told until `wait` passed: (canary's answers, its errors, breaker trips).
+    /// Returns what the node was told until `wait` passed: (canary's answers, its errors, circuit breaker trips).
     pub(crate) async fn told_within(&mut self, wait: Duration) -> (u64, u64, usize) {
         let (mut count, mut errors, mut trips) = (0, 0, 0);
         let _ = timeout(wait, async {
@@ -279,7 +279,7 @@ async fn without_a_lease_everything_is_stable_at_once() {
 }
 
 #[tokio::test]
-async fn five_failures_trip_the_breaker_for_good() {
+async fn five_failures_trip_the_circuit_breaker_for_good() {
     let mut world = world(view(Some(answering(OK).await), Some(answering(FAILED).await), 10_000)).await;
     for _ in 0..5 {
         assert_eq!(served_by(&world.get("/predict", "").await), "v2");
@@ -433,7 +433,7 @@ async fn uploads_that_clients_abort_are_no_errors_of_the_canary() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let (_, errors, trips) = world.told_within(Duration::from_millis(400)).await;
-    assert_eq!((errors, trips), (0, 0), "(canary errors, breaker trips)");
+    assert_eq!((errors, trips), (0, 0), "(canary errors, circuit breaker trips)");
 }
 
 #[tokio::test]
@@ -567,7 +567,7 @@ async fn copies_go_to_the_canary_and_count_for_nothing() {
         let (head, body) = timeout(SOON, copies.recv()).await.unwrap().unwrap();
         assert!(head.contains("x-aviary-mirrored: true") && &body == b"hello", "{head}");
     }
-    // Twenty failures of the canary, and neither gate nor breaker heard of one.
+    // Twenty failures of the canary, and neither gate nor circuit breaker heard of one.
     assert_eq!(world.told_within(Duration::from_millis(300)).await, (0, 0, 0));
 }
 
@@ -744,7 +744,7 @@ async fn requests_in_a_row_and_half_closed_ones_are_all_answered() {
     let mut answers = String::new();
     timeout(SOON, stream.read_to_string(&mut answers)).await.unwrap().unwrap();
     assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 3, "{answers}");
-    // An older client, on the general way.
+    // An older client, on the slow path.
     let old = world.raw("GET /predict HTTP/1.0\r\n\r\n").await;
     assert!(old.starts_with("HTTP/1.0 200") && old.ends_with("ok"), "{old}");
     // Answers without a body are answers without a body.
@@ -906,7 +906,7 @@ async fn a_total_limit_ends_what_never_ends() {
     let mut world = world_with(view(None, Some(endless.await), 10_000), settings).await;
     let answer = timeout(Duration::from_secs(3), world.get("/predict", "")).await.expect("an end");
     assert!(answer.ends_with("more"), "{answer}");
-    // An older client's goes the general way.
+    // An older client's takes the slow path.
     let mut old = TcpStream::connect(world.address).await.unwrap();
     old.write_all(b"GET /predict HTTP/1.0\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();

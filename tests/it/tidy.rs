@@ -1,10 +1,10 @@
-//! The house rules that no compiler knows: who may import whom. That the core is pure is held by its manifest and `core/tests/pure.rs`.
+//! Rules of the code that no compiler knows: who may import whom. That the core is pure is held by its manifest and `core/tests/pure.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Room → the rooms it may import (`crate::ROOM`); `protocol::record` and `node::handle` are doors of their own.
+/// Room → the rooms it may import (`crate::ROOM`); `protocol::record` and `node::handle` are listed apart from their rooms.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger", "schema"]),
     ("node", &["backoff", "domain", "entropy", "protocol", "ports", "node"]),
@@ -81,14 +81,14 @@ fn rooms_import_only_what_they_may() {
         for path in sources(&root().join(room)) {
             for (number, line) in code(&path) {
                 for import in line.match_indices("crate::").map(|(at, _)| &line[at + 7..]) {
-                    if !allowed.iter().any(|door| import.starts_with(door)) {
+                    if !allowed.iter().any(|path| import.starts_with(path)) {
                         wrong.insert(format!("{}:{number}: {}", path.display(), line.trim()));
                     }
                 }
             }
         }
     }
-    assert!(wrong.is_empty(), "imports against the house's directions:\n{wrong:#?}");
+    assert!(wrong.is_empty(), "imports that MAY_IMPORT does not allow:\n{wrong:#?}");
 }
 
 /// Returns what stands between the first `before` in a file of the project and the next double quote or `-`.

@@ -4,12 +4,12 @@
 //! commit protocol that makes three nodes agree on these values is in [`crate::protocol`].
 
 pub mod analysis;
-pub mod course;
 pub mod ids;
 pub mod limits;
 pub mod plan;
 pub mod query;
 pub mod rollout;
+pub mod router_state;
 pub mod routing;
 pub mod run;
 pub mod sequential;

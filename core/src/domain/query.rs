@@ -43,7 +43,7 @@ impl Query {
     }
 
     /// Returns what an answer says: the value, or why there is none; none when nothing fresh was answered. Only a value can
-    /// be harm: an outage of whoever keeps the metric holds the step.
+    /// be harm: an outage of the metric's provider holds the step.
     pub fn judge(&self, answer: Option<&Result<f64, String>>) -> Verdict {
         let Self { name, min, max, .. } = self;
         let value = match answer {

@@ -85,9 +85,9 @@ pub enum Target {
 /// A change of one service that a transaction proposes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
-    /// Begin a rollout at its first stage. Raises exposure.
+    /// Begins a rollout at its first stage. Increases the canary's weight.
     Start(Arc<RolloutSpec>),
-    /// Go on. Raises exposure.
+    /// Goes on to a later stage, or completes the rollout. Increases the canary's weight.
     Promote {
         /// Stage or end that the promotion leads to.
         to: Target,
@@ -263,7 +263,7 @@ impl Service {
         self.stamped(Status::Aborted, stamp).routing
     }
 
-    /// Returns this earlier state, restored after the raise that followed it was reverted; `version` is the raise's.
+    /// Returns this earlier state, restored after the increase that followed it was reverted; `version` is the increase's.
     pub fn restored(&self, version: u64, reason: &str, stamp: &Stamp) -> Self {
         let mut service = self.stamped(Status::Committed, stamp);
         service.routing.version = version + 1;

@@ -1,4 +1,4 @@
-//! The state that the cluster agrees on for one service, and that every node serves by.
+//! The state that the cluster agrees on for one service, and that every node routes with.
 
 use std::fmt;
 

@@ -66,7 +66,7 @@ pub struct WindowVerdict {
     pub canary: AnswerSummary,
     /// SEQUENTIAL's reckoning; none where it was THRESHOLD's alone.
     pub sequential: Option<SequentialEvidence>,
-    /// True for a closed window's, of which there is one each; false where the comparison changed its mind.
+    /// True for a closed window's, of which there is one each; false where SEQUENTIAL came to another verdict within a window.
     pub is_window: bool,
 }
 
@@ -203,7 +203,7 @@ impl<S: Ord + Clone> AnalysisRun<S> {
     }
 
     /// Closes all ticks that can be closed at `at_ms` after the start, when these sources are expected; returns what was
-    /// decided by them: every closed window once, and every change of mind (SEQUENTIAL).
+    /// decided by them: every closed window once, and every change of SEQUENTIAL's verdict.
     pub fn advance<'s>(&mut self, at_ms: u64, expected: impl Iterator<Item = &'s S> + Clone) -> Vec<WindowVerdict>
     where
         S: 's,

@@ -1,7 +1,7 @@
 //! How one partition's records are split between the two versions, and the order of each key kept while the weight changes.
 //!
 //! Pure: what happened outside arrives as arguments. The state of a partition travels in the metadata of its committed
-//! offset, so that it is as old as what was written, whoever dies.
+//! offset, so that it is as old as what was written, also after a crash.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ use super::weights::{Weight, sticky_ticket};
 const BUCKETS_MAX: u16 = 64;
 /// Longest text that a broker keeps beside an offset, by its own default (`offset.metadata.max.bytes`).
 const METADATA_BYTES_MAX: usize = 4096;
-/// The version of the note.
+/// Version of the offset metadata's format.
 const METADATA: u8 = 2;
 
 /// A record's place among the weights: the same whenever and wherever it is asked for.
@@ -84,7 +84,7 @@ struct OffsetMetadata {
     split: Split,
 }
 
-/// A note beside an offset that no router of this version wrote.
+/// Offset metadata that no router of this version wrote.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("found {found:?} beside a committed offset, expected a router's offset metadata of version {METADATA}: {why}")]
 pub struct OffsetMetadataError {
@@ -98,7 +98,7 @@ impl Split {
         Self { weight_version, weight, change: None, taken: 0, given: [0; 2], last: [None; 2], reclaimed: None }
     }
 
-    /// Returns the state that a note holds.
+    /// Returns the state that offset metadata holds.
     pub fn from_metadata(metadata: &str) -> Result<Self, OffsetMetadataError> {
         let error = |why: String| OffsetMetadataError { found: metadata.chars().take(80).collect(), why };
         let read: OffsetMetadata = serde_json::from_str(metadata).map_err(|why| error(why.to_string()))?;
@@ -153,7 +153,7 @@ impl Split {
         former
     }
 
-    /// Notes where the newest records of a transaction were written.
+    /// Keeps where the newest records of a transaction were written.
     pub fn wrote(&mut self, side: Side, last: i64) {
         assert!(self.last[side as usize] < Some(last), "records are written after those that are there");
         self.last[side as usize] = Some(last);
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_brings_everything_back() {
+    fn the_offset_metadata_brings_everything_back() {
         let split = begun();
         assert_eq!(Split::from_metadata(&split.metadata()).unwrap(), split);
         let full = Split { last: [Some(i64::MAX); 2], ..Split::new(u64::MAX, bp(0)) };
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_of_somebody_else_is_refused_by_name() {
+    fn offset_metadata_of_somebody_else_is_refused_by_name() {
         for metadata in [
             "",
             "lag=7",

@@ -29,7 +29,7 @@ impl Answers {
         let operation = &known.record.intent.operation;
         let is_abort = matches!(operation, Operation::Refused { .. });
         let own = known.record.intent.tx.as_str() == tx;
-        let reverted = !committed && operation.increases_exposure() && !known.armed;
+        let reverted = !committed && operation.increases_exposure() && !known.certain;
         let revert = !committed && matches!(operation, Operation::Revert { .. });
         let own_outcome = own && (is_abort != committed || reverted);
         if !own_outcome && !revert {

@@ -6,13 +6,13 @@ use aviary_core::domain::ids::{NodeId, ServiceId};
 use aviary_core::domain::plan::OnPartition;
 
 use super::Invariant;
-use crate::truth::{Courses, Fact, Truth};
+use crate::truth::{ExpectedRollouts, Fact, Truth};
 
 /// I8.
 #[derive(Default)]
 pub struct Ceiling {
-    learned: BTreeMap<NodeId, Courses>,
-    braked: BTreeSet<(NodeId, ServiceId)>,
+    learned: BTreeMap<NodeId, ExpectedRollouts>,
+    holding: BTreeSet<(NodeId, ServiceId)>,
 }
 
 impl Invariant for Ceiling {
@@ -23,42 +23,43 @@ impl Invariant for Ceiling {
     fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
         match fact {
             Fact::Started(node, log) => {
-                let mut courses = Courses::default();
+                let mut rollouts = ExpectedRollouts::default();
                 for chosen in *log {
-                    courses.follow(&chosen.record, !chosen.is_in_doubt())?;
+                    rollouts.follow(&chosen.record, !chosen.is_in_doubt())?;
                 }
-                self.learned.insert((*node).clone(), courses);
-                self.braked.retain(|(braked, _)| braked != *node);
+                self.learned.insert((*node).clone(), rollouts);
+                self.holding.retain(|(holding, _)| holding != *node);
                 Ok(())
             }
             Fact::Appended(node, chosen) => {
                 if let Some(service) = chosen.record.intent.operation.service() {
-                    self.braked.remove(&((*node).clone(), service.clone()));
+                    self.holding.remove(&((*node).clone(), service.clone()));
                 }
                 self.learned.entry((*node).clone()).or_default().follow(&chosen.record, !chosen.is_in_doubt())
             }
             Fact::LocalHold(node, service) => {
-                self.braked.insert(((*node).clone(), (*service).clone()));
+                self.holding.insert(((*node).clone(), (*service).clone()));
                 Ok(())
             }
             Fact::Served(served) if served.bp > 0 => {
                 let (node, bp) = (served.node, served.bp);
-                let courses = self.learned.get(node).ok_or("serves before it started")?;
-                let ceiling = courses.now.get(served.service).map_or(0, |course| course.ceiling.max(course.in_doubt));
+                let rollouts = self.learned.get(node).ok_or("serves before it started")?;
+                let ceiling =
+                    rollouts.now.get(served.service).map_or(0, |expected| expected.ceiling.max(expected.in_doubt));
                 if bp > ceiling {
                     return Err(format!(
                         "{node} serves {bp} bp of {}, its newest record allows {ceiling}",
                         served.service
                     ));
                 }
-                if courses.cordoned.contains(node) {
-                    return Err(format!("{node} serves {bp} bp though it knows itself benched"));
+                if rollouts.cordoned.contains(node) {
+                    return Err(format!("{node} serves {bp} bp though it knows that it is cordoned"));
                 }
                 if !served.leased && served.on_partition == OnPartition::Stable {
                     return Err(format!("{node} serves {bp} bp of {} without needing a lease", served.service));
                 }
-                if self.braked.contains(&(node.clone(), served.service.clone())) {
-                    return Err(format!("{node} serves {bp} bp of {} after it braked", served.service));
+                if self.holding.contains(&(node.clone(), served.service.clone())) {
+                    return Err(format!("{node} serves {bp} bp of {} after its local hold began", served.service));
                 }
                 Ok(())
             }

@@ -1,4 +1,4 @@
-//! I3: each chosen raise has every gate voter's Yes, given in the certificate's ballot for that slot.
+//! I3: each chosen increase has every gate voter's Yes, given in the certificate's ballot for that slot.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! I9: once a lowering is chosen, nobody exceeds it for longer than a lease, cut off or not.
+//! I9: once a decrease is chosen, no node exceeds it for longer than a lease, cut off or not.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +7,7 @@ use aviary_core::domain::plan::OnPartition;
 use aviary_core::protocol::record::Slot;
 
 use super::Invariant;
-use crate::truth::{Courses, Fact, Truth};
+use crate::truth::{ExpectedRollouts, Fact, Truth};
 
 /// A share that was allowed, and until when it may still be seen.
 struct Allowed {
@@ -18,9 +18,9 @@ struct Allowed {
 /// I9.
 #[derive(Default)]
 pub struct Enforcement {
-    courses: Courses,
+    rollouts: ExpectedRollouts,
     seen: Slot,
-    /// Raises that so far were chosen in doubt only.
+    /// Increases that so far were chosen in doubt only.
     doubtful: BTreeSet<Slot>,
     allowed: BTreeMap<(ServiceId, VersionId), Vec<Allowed>>,
     cordoned: BTreeMap<NodeId, u64>,
@@ -33,29 +33,29 @@ fn longest_us(lease_ms: u64) -> u64 {
 
 impl Enforcement {
     fn chosen(&mut self, record: &aviary_core::protocol::record::Record, truth: &Truth) {
-        let armed = truth.chosen(record.slot).is_none_or(|known| known.armed);
+        let certain = truth.chosen(record.slot).is_none_or(|known| known.certain);
         if record.slot <= self.seen {
-            if armed && self.doubtful.remove(&record.slot) {
-                self.armed_late(record, truth);
+            if certain && self.doubtful.remove(&record.slot) {
+                self.certain_late(record, truth);
             }
             return;
         }
         self.seen = record.slot;
-        if !armed {
+        if !certain {
             self.doubtful.insert(record.slot);
         }
-        let before = self.courses.now.clone();
-        if self.courses.follow(record, armed).is_err() {
+        let before = self.rollouts.now.clone();
+        if self.rollouts.follow(record, certain).is_err() {
             return;
         }
-        for node in &self.courses.cordoned {
+        for node in &self.rollouts.cordoned {
             self.cordoned.entry(node.clone()).or_insert(truth.now);
         }
-        self.cordoned.retain(|node, _| self.courses.cordoned.contains(node));
+        self.cordoned.retain(|node, _| self.rollouts.cordoned.contains(node));
         let operation = &record.intent.operation;
         let Some(service) = operation.service().filter(|_| !operation.is_verdict()) else { return };
-        let (Some(course), old) = (self.courses.now.get(service), before.get(service)) else { return };
-        let completed = !course.active && record.intent.operation.name() == "Promote";
+        let (Some(expected), old) = (self.rollouts.now.get(service), before.get(service)) else { return };
+        let completed = !expected.active && record.intent.operation.name() == "Promote";
         if completed {
             return;
         }
@@ -65,12 +65,12 @@ impl Enforcement {
         if let Some(spec) = old.and_then(|old| old.spec.as_ref()).filter(|_| !starts) {
             let key = (service.clone(), spec.canary.version.clone());
             for allowed in self.allowed.entry(key).or_default() {
-                if allowed.bp > course.ceiling || course.spec.as_ref() != Some(spec) {
+                if allowed.bp > expected.ceiling || expected.spec.as_ref() != Some(spec) {
                     allowed.ends.get_or_insert(truth.now + longest_us(spec.lease_ms));
                 }
             }
         }
-        if let Some(spec) = &course.spec {
+        if let Some(spec) = &expected.spec {
             let key = (service.clone(), spec.canary.version.clone());
             let list = self.allowed.entry(key).or_default();
             list.retain(|allowed| allowed.ends.is_none_or(|ends| ends > truth.now));
@@ -78,21 +78,21 @@ impl Enforcement {
                 let ends = truth.now + longest_us(spec.lease_ms);
                 list.iter_mut().for_each(|allowed| allowed.ends = allowed.ends.or(Some(ends)));
             }
-            list.push(Allowed { bp: course.ceiling, ends: None });
+            list.push(Allowed { bp: expected.ceiling, ends: None });
         }
     }
 }
 
 impl Enforcement {
-    /// The ballot that voted on a raise reached its majority after a later one did: who learns of it so may serve it.
-    fn armed_late(&mut self, record: &aviary_core::protocol::record::Record, truth: &Truth) {
+    /// The ballot that voted on an increase reached its majority after a later one did: a node that learns of it so may serve it.
+    fn certain_late(&mut self, record: &aviary_core::protocol::record::Record, truth: &Truth) {
         let Some(service) = record.intent.operation.service() else { return };
-        let Some(course) = self.courses.now.get_mut(service) else { return };
-        let (Some(spec), Some(state)) = (&course.spec, &record.state) else { return };
+        let Some(expected) = self.rollouts.now.get_mut(service) else { return };
+        let (Some(spec), Some(state)) = (&expected.spec, &record.state) else { return };
         let bp = state.canary_weight().bp();
         let newest = record.slot == self.seen;
-        if newest && course.active {
-            course.ceiling = bp;
+        if newest && expected.active {
+            expected.ceiling = bp;
         }
         let ends = (!newest).then(|| truth.now + longest_us(spec.lease_ms));
         self.allowed.entry((service.clone(), spec.canary.version.clone())).or_default().push(Allowed { bp, ends });
@@ -116,9 +116,9 @@ impl Invariant for Enforcement {
                 let most =
                     live.filter(|a| a.ends.is_none_or(|ends| ends >= truth.now)).map(|a| a.bp).max().unwrap_or(0);
                 // What is everybody's stable by now, and only this node still calls canary, exceeds nothing.
-                let stable = self.courses.now.get(served.service).is_some_and(|course| {
-                    let version = course.spec.as_ref().map(|spec| &spec.canary.version);
-                    !course.active && version == Some(served.canary) && served.bp <= course.in_doubt
+                let stable = self.rollouts.now.get(served.service).is_some_and(|expected| {
+                    let version = expected.spec.as_ref().map(|spec| &spec.canary.version);
+                    !expected.active && version == Some(served.canary) && served.bp <= expected.in_doubt
                 });
                 if served.bp > most && !stable {
                     return Err(format!(
@@ -126,11 +126,11 @@ impl Invariant for Enforcement {
                         served.node, served.bp, served.service, served.canary
                     ));
                 }
-                let lease = self.courses.now.get(served.service).and_then(|course| course.spec.as_ref());
+                let lease = self.rollouts.now.get(served.service).and_then(|expected| expected.spec.as_ref());
                 let lease = lease.map_or(3_000, |spec| spec.lease_ms.max(3_000));
                 match self.cordoned.get(served.node) {
                     Some(since) if truth.now > since + longest_us(lease) => {
-                        Err(format!("{} serves {} bp a lease's length after it was benched", served.node, served.bp))
+                        Err(format!("{} serves {} bp a lease's length after it was cordoned", served.node, served.bp))
                     }
                     _ => Ok(()),
                 }

@@ -7,14 +7,14 @@ use aviary_core::domain::rollout::Change;
 use aviary_core::protocol::record::{Operation, Record, Slot};
 
 use super::Invariant;
-use crate::truth::{Courses, Fact, Truth};
+use crate::truth::{ExpectedRollouts, Fact, Truth};
 
 /// I14.
 #[derive(Default)]
 pub struct Observed {
     /// Canary answers really given at each routing version, and errors among them.
     seen: BTreeMap<(ServiceId, u64), (u64, u64)>,
-    courses: Courses,
+    rollouts: ExpectedRollouts,
     through: Slot,
 }
 
@@ -23,8 +23,8 @@ impl Observed {
         let Operation::Change(service, Change::Promote { full: false, .. }) = &record.intent.operation else {
             return Ok(());
         };
-        let (Some(course), Some(state)) = (self.courses.now.get(service), &record.state) else { return Ok(()) };
-        let Some(spec) = course.spec.as_ref().filter(|spec| spec.stages[course.stage].weight.bp() > 0) else {
+        let (Some(expected), Some(state)) = (self.rollouts.now.get(service), &record.state) else { return Ok(()) };
+        let Some(spec) = expected.spec.as_ref().filter(|spec| spec.stages[expected.stage].weight.bp() > 0) else {
             return Ok(());
         };
         // The version is the one after the change; what it was judged by was seen at the one before.
@@ -59,7 +59,7 @@ impl Invariant for Observed {
             Fact::Chosen(record, _) if record.slot > self.through => {
                 self.through = record.slot;
                 self.promoted(record)?;
-                self.courses.follow(record, true)
+                self.rollouts.follow(record, true)
             }
             _ => Ok(()),
         }

@@ -1,13 +1,13 @@
 //! I7: stages go to the next one, or down; and the routing in a record is the stage's.
 
 use super::Invariant;
-use crate::truth::{Courses, Fact, Truth};
+use crate::truth::{ExpectedRollouts, Fact, Truth};
 use aviary_core::protocol::record::Slot;
 
 /// I7.
 #[derive(Default)]
 pub struct Stages {
-    courses: Courses,
+    rollouts: ExpectedRollouts,
     seen: Slot,
 }
 
@@ -23,19 +23,19 @@ impl Invariant for Stages {
         }
         self.seen = record.slot;
         let operation = &record.intent.operation;
-        self.courses.follow(record, true).map_err(|why| format!("slot {}: {why}", record.slot))?;
-        let Some((course, state)) =
-            operation.service().and_then(|s| self.courses.now.get(s)).zip(record.state.as_ref())
+        self.rollouts.follow(record, true).map_err(|why| format!("slot {}: {why}", record.slot))?;
+        let Some((rollout, state)) =
+            operation.service().and_then(|s| self.rollouts.now.get(s)).zip(record.state.as_ref())
         else {
             return Ok(());
         };
-        let (found, expected) = (state.canary_weight().bp(), course.ceiling);
+        let (found, expected) = (state.canary_weight().bp(), rollout.ceiling);
         if found != expected {
             return Err(format!(
                 "slot {} ({}): routes {found} bp, its stage {} has {expected} bp",
                 record.slot,
                 operation.name(),
-                course.stage
+                rollout.stage
             ));
         }
         Ok(())

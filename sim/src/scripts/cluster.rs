@@ -15,7 +15,7 @@ use super::words;
 use crate::invariants::{self, Invariant};
 use crate::subject::{Setup, Subject};
 use crate::truth::{Fact, Served, Truth};
-use crate::world::{first_register, genesis_of, name};
+use crate::world::{first_acceptor, genesis_of, name};
 
 /// What time it is when the script begins, in microseconds of every node's clock.
 const BEGIN_US: u64 = 1_000_000;
@@ -69,7 +69,7 @@ impl<S: Subject> ScriptCluster<S> {
     pub fn new() -> Self {
         let (genesis, members) = genesis_of(3);
         let node = |i: usize| {
-            let acceptor = Some(first_register(i, &genesis));
+            let acceptor = Some(first_acceptor(i, &genesis));
             (name(i), ScriptNode { acceptor, log: vec![genesis.clone()], process: None, dies_before: None })
         };
         let mut cluster = Self {

@@ -84,7 +84,7 @@ fn ask<S: Subject>(cluster: &mut ScriptCluster<S>, at: &str, tx: &str, operation
         ["resume"] => OperatorRequest::Resume { service },
         ["abort"] => OperatorRequest::Abort { service, reason },
         ["retry"] => OperatorRequest::Retry { service },
-        ["bench", name] => OperatorRequest::Config(ConfigChange::Cordon(node(name))),
+        ["cordon", name] => OperatorRequest::Config(ConfigChange::Cordon(node(name))),
         ["readmit", name] => {
             let view = cluster.nodes[&node(name)].process.as_ref().and_then(|process| process.view.as_ref());
             let incarnation = view.expect("a node that is readmitted runs").incarnation;

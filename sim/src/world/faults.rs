@@ -18,7 +18,7 @@ pub const FAULTS: [&str; 21] = [
     "lost-suffix",
     "failed-write",
     "clog",
-    "breaker",
+    "circuit breaker",
     "absurd",
     "membership",
     "crash-at",
@@ -47,7 +47,7 @@ pub(super) struct Mix {
     pub faults: [u64; 10],
     pub operator_us: u64,
     pub tick_us: u64,
-    /// lost suffix, failed write, clogged link, breaker, absurd telemetry, membership, crash at a moment, bit flip.
+    /// lost suffix, failed write, clogged link, circuit breaker, absurd telemetry, membership, crash at a moment, bit flip.
     pub later: [u64; 8],
     pub later_us: u64,
 }
@@ -112,7 +112,7 @@ impl<S: Subject> World<S> {
         node.log.truncate(survives);
         node.durable = survives;
         node.process = None;
-        node.epoch += 1;
+        node.generation += 1;
         let after = *self.dice.pick(&[10_000, 200_000, 1_000_000, 4_000_000]);
         let after = self.dice.between(1_000, after);
         self.plan(after, Happening::Restart(i));
@@ -160,12 +160,12 @@ impl<S: Subject> World<S> {
             0 => self.crash(i)?,
             1 => self.nodes[i].crash_after = Some(self.dice.between(0, 6)),
             2 => {
-                let epoch = self.nodes[i].epoch;
+                let generation = self.nodes[i].generation;
                 if let Some(process) = &mut self.nodes[i].process {
                     process.paused = true;
                     self.trace.line(self.now, self.nodes[i].id.as_str(), "stopped", String::new);
                     let after = self.dice.between(10_000, 4_000_000);
-                    self.plan(after, Happening::Continue(i, epoch));
+                    self.plan(after, Happening::Continue(i, generation));
                 }
             }
             3 => self.wipe(i)?,
@@ -261,8 +261,8 @@ impl<S: Subject> World<S> {
         damaged <= (self.nodes.len() - 1) / 2
     }
 
-    /// A bit of a disk turns, in the register or in an entry of the journal. Checksums see it, as the tests of
-    /// the real disk's format hold; so a node starts without its register, or with the part of its log before that entry.
+    /// A bit of a disk turns, in the acceptor state or in an entry of the journal. Checksums see it, as the tests of
+    /// the real disk's format hold; so a node starts without its acceptor state, or with the part of its log before that entry.
     fn flip_bit(&mut self, i: usize) -> Step {
         if !self.may_damage(i) {
             return Ok(());
@@ -276,7 +276,7 @@ impl<S: Subject> World<S> {
         if self.more.chance(5_000) {
             // The older of two slots may be hit, or what is in neither: then nothing is lost.
             let lost = self.more.chance(5_000);
-            what = format!("in its register, which is lost: {lost}");
+            what = format!("in its acceptor state, which is lost: {lost}");
             if lost {
                 (node.damaged, node.acceptor) = (true, None);
             }
@@ -296,7 +296,7 @@ impl<S: Subject> World<S> {
         Ok(())
     }
 
-    /// A disk loses the end of its log, also what was synced; the register stays.
+    /// A disk loses the end of its log, also what was synced; the acceptor state stays.
     fn lose_suffix(&mut self, i: usize) -> Step {
         if !self.may_damage(i) {
             return Ok(());
@@ -367,7 +367,7 @@ impl<S: Subject> World<S> {
         if !counted {
             return Ok(Some(view.incarnation));
         }
-        // People look at those who stay before they throw a disk away.
+        // Operators look at the nodes that stay before they throw a disk away.
         let others = self.nodes.iter().filter(|node| node.id != id && node.process.is_some());
         let known = others.filter_map(|node| node.process.as_ref()?.view.as_ref());
         if !known.clone().any(|view| !view.members.is_empty() && !view.members.contains_key(&id)) {

@@ -87,7 +87,7 @@ pub struct Summary {
     pub us: u64,
     /// Chosen slots.
     pub slots: u64,
-    /// Chosen raises.
+    /// Increases that were chosen.
     pub increases: u64,
     /// Crashes.
     pub crashes: u64,
@@ -95,7 +95,7 @@ pub struct Summary {
     pub wipes: u64,
     /// Checkpoints taken over from a peer.
     pub installs: u64,
-    /// Chosen unarmed.
+    /// Records that were chosen in doubt.
     pub in_doubt: u64,
     /// Steps with canary traffic.
     pub exposed: u64,
@@ -161,8 +161,8 @@ pub fn genesis_of(nodes: usize) -> (Chosen, Members) {
     (Chosen { ballot: None, record }, members)
 }
 
-/// Returns the register of a node that never ran.
-pub fn first_register(index: usize, genesis: &Chosen) -> AcceptorState {
+/// Returns the acceptor state of a node that never ran.
+pub fn first_acceptor(index: usize, genesis: &Chosen) -> AcceptorState {
     AcceptorState {
         cluster: ClusterId([7; 16]),
         node: name(index),
@@ -344,10 +344,10 @@ impl<S: Subject> World<S> {
 
     fn happen(&mut self, happening: Happening) -> Step {
         match happening {
-            Happening::Tick(i, epoch) => {
-                if self.nodes[i].epoch == epoch && self.nodes[i].process.is_some() {
+            Happening::Tick(i, generation) => {
+                if self.nodes[i].generation == generation && self.nodes[i].process.is_some() {
                     let after = self.dice.between(self.mix.tick_us / 2, self.mix.tick_us);
-                    self.plan(after, Happening::Tick(i, epoch));
+                    self.plan(after, Happening::Tick(i, generation));
                     let free = self.nodes[i].process.as_ref().is_some_and(|p| !p.paused && p.writing.is_none());
                     return if free { self.give(i, Input::Tick) } else { Ok(()) };
                 }
@@ -360,8 +360,8 @@ impl<S: Subject> World<S> {
                 self.give(to, Input::Received { from, incarnation, message })
             }
             Happening::Refused(to, peer) => self.give(to, Input::Unreachable(peer)),
-            Happening::Written(i, epoch) => {
-                if self.nodes[i].epoch != epoch {
+            Happening::Written(i, generation) => {
+                if self.nodes[i].generation != generation {
                     return Ok(());
                 }
                 self.written(i)?;
@@ -393,8 +393,8 @@ impl<S: Subject> World<S> {
                 self.inject_later_fault()
             }
             Happening::Restart(i) => self.start(i),
-            Happening::Continue(i, epoch) => {
-                if self.nodes[i].epoch == epoch
+            Happening::Continue(i, generation) => {
+                if self.nodes[i].generation == generation
                     && let Some(process) = &mut self.nodes[i].process
                 {
                     process.paused = false;

@@ -25,7 +25,7 @@ pub(super) struct Node<S> {
     pub first: usize,
     pub durable: usize,
     pub process: Option<Process<S>>,
-    pub epoch: u64,
+    pub generation: u64,
     pub mono_base: u64,
     pub mono_from: u64,
     pub ppm: i64,
@@ -59,14 +59,14 @@ impl<S: Subject> World<S> {
     pub(super) fn node(index: usize, genesis: &Chosen, dice: &mut Dice) -> Node<S> {
         Node {
             id: name(index),
-            acceptor: Some(first_register(index, genesis)),
+            acceptor: Some(first_acceptor(index, genesis)),
             log: vec![genesis.clone()],
             checkpoint: None,
             runs: BTreeMap::new(),
             first: 0,
             durable: 1,
             process: None,
-            epoch: 0,
+            generation: 0,
             mono_base: dice.between(1_000_000, 1_000_000_000_000),
             mono_from: 0,
             ppm: dice.between(0, 20_000) as i64 - 10_000,
@@ -91,7 +91,7 @@ impl<S: Subject> World<S> {
         }
         let (at, count) = (self.now, self.nodes.len());
         let node = &mut self.nodes[i];
-        node.epoch += 1;
+        node.generation += 1;
         node.crash_after = None;
         let setup = Setup {
             node: node.id.clone(),
@@ -110,7 +110,7 @@ impl<S: Subject> World<S> {
             let known = acceptor
                 .as_ref()
                 .map(|r| format!("promised {:?} head {}", r.promised.as_ref().map(|b| b.to_string()), r.head));
-            format!("{} records, register {known:?}", log.len())
+            format!("{} records, acceptor state {known:?}", log.len())
         });
         let (core, outputs) = guarded(|| {
             let ledger = match &checkpoint {
@@ -130,9 +130,9 @@ impl<S: Subject> World<S> {
             inbox: VecDeque::new(),
             paused: false,
         });
-        let (id, epoch) = (node.id.clone(), node.epoch);
+        let (id, generation) = (node.id.clone(), node.generation);
         self.fact(Fact::Started(&id, &log))?;
-        self.plan(1_000, Happening::Tick(i, epoch));
+        self.plan(1_000, Happening::Tick(i, generation));
         self.carry_out(i)
     }
 
@@ -184,7 +184,7 @@ impl<S: Subject> World<S> {
         match output {
             Output::Persist(acceptor) => {
                 let slow = self.dice.between(0, self.mix.write_us_max);
-                let epoch = self.nodes[i].epoch;
+                let generation = self.nodes[i].generation;
                 let process = self.nodes[i].process.as_mut().expect("it acts");
                 process.writing = Some(acceptor);
                 if std::mem::take(&mut self.nodes[i].write_fails) {
@@ -194,7 +194,7 @@ impl<S: Subject> World<S> {
                 if slow == 0 || self.calm {
                     return self.written(i);
                 }
-                self.plan(slow, Happening::Written(i, epoch));
+                self.plan(slow, Happening::Written(i, generation));
             }
             Output::Append(chosen) => {
                 self.trace.line(at, id.as_str(), "appends", || {
@@ -307,8 +307,8 @@ impl<S: Subject> World<S> {
         if let Some((record, ballot)) = chosen {
             let known = self.truth.chosen(record.slot).expect("just chosen");
             self.summary.increases += u64::from(record.intent.operation.increases_exposure());
-            self.summary.in_doubt += u64::from(!known.armed);
-            if !known.armed {
+            self.summary.in_doubt += u64::from(!known.certain);
+            if !known.certain {
                 self.coverage.event("increase chosen in doubt");
             }
             self.trace.line(self.now, "*", "chosen", || {

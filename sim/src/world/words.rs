@@ -44,7 +44,7 @@ pub(super) fn brief(message: &Message) -> String {
             h.membership
         ),
         Message::HealthSnapshot(h) => {
-            format!("HEALTH v{} brake {:?} effective {} bp", h.routing_version, h.local_hold, h.effective_bp)
+            format!("HEALTH v{} hold {:?} effective {} bp", h.routing_version, h.local_hold, h.effective_bp)
         }
     }
 }

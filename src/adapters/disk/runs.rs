@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trial_is_found_as_it_was_saved_last() {
+    fn a_run_is_found_as_it_was_saved_last() {
         let dir = TempDir::new().unwrap();
         let mut store = DiskRuns::open(dir.path()).unwrap().store;
         // Names of services that have a meaning for file systems.

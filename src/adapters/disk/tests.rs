@@ -174,7 +174,7 @@ fn a_node_that_exists_is_never_created_again() {
 }
 
 #[test]
-fn the_registers_tail_heals_a_journal_that_lost_what_was_never_synced() {
+fn the_acceptor_files_tail_heals_a_journal_that_lost_what_was_never_synced() {
     let log = chain(20);
     let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
@@ -206,7 +206,7 @@ fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
 }
 
 #[test]
-fn records_too_big_for_the_register_wait_for_the_journal() {
+fn records_too_big_for_the_acceptor_file_wait_for_the_journal() {
     let log = chain_of(12, 50_000);
     let mut disk = Disk::create(&acceptor(1, 0), &log[0]);
     let (mut store, ..) = disk.begin();
@@ -331,15 +331,15 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
                 let found = AcceptorFile::open(&copy).unwrap();
                 let whole = kept.len() == changed.len();
                 let expected = acceptor(if whole { boot } else { boot - 1 }, boot - 1 - u64::from(!whole));
-                let found_register = found.saved.map(|saved| saved.acceptor);
-                assert_eq!(found_register, Some(expected), "round {round}: {kept:?} of {changed:?}: {:?}", found.notes);
+                let found_acceptor = found.saved.map(|saved| saved.acceptor);
+                assert_eq!(found_acceptor, Some(expected), "round {round}: {kept:?} of {changed:?}: {:?}", found.notes);
             }
         }
     }
 }
 
 #[test]
-fn a_register_of_another_format_is_refused_with_both_numbers() {
+fn an_acceptor_file_of_another_format_is_refused_with_both_numbers() {
     let (disk, _) = written();
     let path = disk.0.path().join("acceptor");
     let mut bytes = fs::read(&path).unwrap();

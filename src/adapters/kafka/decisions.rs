@@ -1,7 +1,7 @@
 //! A topic of decisions, each on it once.
 //!
-//! Decisions and the publisher's place in the log go out in one transaction: after a crash the place says what is missing. Whoever
-//! begins to publish shuts out whoever did before, by the transactional id.
+//! Decisions and the publisher's place in the log go out in one transaction: after a crash the place says what is missing. A
+//! node that begins to publish fences the node that did before, by the transactional id.
 
 use prost::Message as _;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerGroupMetadata};

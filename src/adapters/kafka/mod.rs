@@ -123,7 +123,7 @@ impl ClientContext for Quiet {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        // Whoever asks for ends sees them where it reads.
+        // A reader that asks for ends sees them where it reads.
         if error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF) {
             warn!("kafka: {error}: {reason}");
         }

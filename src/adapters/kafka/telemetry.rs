@@ -21,7 +21,7 @@ const BATCH_MAX: usize = 64;
 /// Events of one call.
 const POLL_MAX: usize = 4_096;
 
-/// Notes what becomes of partitions.
+/// Records what becomes of partitions.
 #[derive(Default)]
 struct RebalanceContext {
     topic: String,
@@ -130,7 +130,7 @@ impl KafkaTelemetry {
             ("partition.assignment.strategy", "cooperative-sticky"),
             ("fetch.wait.max.ms", "100"),
             ("queued.max.messages.kbytes", "16384"),
-            // Whoever reads a full queue empty in a tenth of a second would wait for the rest of a second, otherwise.
+            // Otherwise a reader that empties a full queue in a tenth of a second waits for the rest of a second.
             ("fetch.queue.backoff.ms", "10"),
             // A partition that is new is found within this.
             ("topic.metadata.refresh.interval.ms", "10000"),

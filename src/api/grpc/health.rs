@@ -41,7 +41,7 @@ pub async fn report(mut reporter: HealthReporter, state: ApiState) {
     let decisions = DecisionServiceServer::<Decisions>::NAME;
     for service in [WHOLE, rollouts, decisions, TelemetryServiceServer::<Telemetry>::NAME] {
         reporter.set_service_status(service, ServingStatus::NotServing).await;
-        // Whoever watches hears that, and then the end of the stream, which the shutdown waits for.
+        // A client that watches hears that, and then the end of the stream, which the shutdown waits for.
         reporter.clear_service_status(service).await;
     }
 }

@@ -12,7 +12,7 @@ use super::Exit;
 use super::output::{self, Format};
 use crate::adapters::kafka::KafkaRouter;
 use crate::config::router::RouterConfig;
-use crate::domain::course::{ControlCommand, ControlEntry, RouterEnd, RouterPhase};
+use crate::domain::router_state::{ControlCommand, ControlEntry, RouterEnd, RouterPhase};
 use crate::domain::side::Side;
 use crate::domain::weights::Weight;
 use crate::ports::{RouterTopics, RouterWorld as _};
@@ -34,7 +34,7 @@ pub enum RouterVerb {
     /// Set the canary's share of the records.
     SetWeight(SetWeightArgs),
     /// Send all records to the canary, which then reads the source topic alone.
-    Promote(AskArgs),
+    Promote(CommandArgs),
     /// Send all records to stable, also those that the canary has not read; stable then reads the source topic alone.
     Abort(AbortArgs),
     /// Compare the three topics: missing, extra and duplicate records. Exit code 0: there are none.
@@ -51,7 +51,7 @@ pub struct FileArgs {
 
 /// Options of a command: its wait.
 #[derive(Debug, Args)]
-pub struct AskArgs {
+pub struct CommandArgs {
     #[command(flatten)]
     file: FileArgs,
     /// Return once the command is queued, without waiting until it is done.
@@ -69,7 +69,7 @@ pub struct SetWeightArgs {
     #[arg(value_name = "PERCENT", value_parser = super::proxy::weight)]
     weight: Weight,
     #[command(flatten)]
-    ask: AskArgs,
+    options: CommandArgs,
 }
 
 /// Arguments of `aviary router abort`.
@@ -79,7 +79,7 @@ pub struct AbortArgs {
     #[arg(long, default_value = "asked for by an operator")]
     reason: String,
     #[command(flatten)]
-    ask: AskArgs,
+    options: CommandArgs,
 }
 
 /// Runs a verb.
@@ -89,17 +89,17 @@ pub fn run(verb: RouterVerb, format: Format) -> anyhow::Result<Exit> {
         RouterVerb::Plan(args) => status::plan(&load(&args)?, format),
         RouterVerb::Status(args) => status::status(&load(&args)?, format),
         RouterVerb::Audit(args) => audit::run(&load(&args)?, format),
-        RouterVerb::SetWeight(SetWeightArgs { weight, ask }) => {
-            asked(&ask, ControlCommand::SetWeight { weight }, &format!("the canary's share is {weight}"), |state| {
+        RouterVerb::SetWeight(SetWeightArgs { weight, options }) => {
+            send(&options, ControlCommand::SetWeight { weight }, &format!("the canary's share is {weight}"), |state| {
                 !state.splits.is_empty()
                     && state.splits.iter().all(|split| split.weight().0 == weight && split.former().is_none())
             })
         }
-        RouterVerb::Promote(ask) => {
-            asked(&ask, ControlCommand::Promote, "promoted", |state| state.winner() == Some(Side::Canary))
+        RouterVerb::Promote(options) => {
+            send(&options, ControlCommand::Promote, "promoted", |state| state.winner() == Some(Side::Canary))
         }
-        RouterVerb::Abort(AbortArgs { reason, ask }) => {
-            asked(&ask, ControlCommand::Abort { reason }, "aborted", |state| state.winner() == Some(Side::Stable))
+        RouterVerb::Abort(AbortArgs { reason, options }) => {
+            send(&options, ControlCommand::Abort { reason }, "aborted", |state| state.winner() == Some(Side::Stable))
         }
     }
 }
@@ -112,10 +112,10 @@ fn topics(config: &RouterConfig) -> anyhow::Result<Box<dyn RouterTopics>> {
     Ok(KafkaRouter::new(config.clone()).topics()?)
 }
 
-/// Asks something of a router by an entry of its control topic, and waits until it is done.
-fn asked(
-    args: &AskArgs,
-    ask: ControlCommand,
+/// Sends a command to a router by an entry of its control topic, and waits until it is done.
+fn send(
+    args: &CommandArgs,
+    command: ControlCommand,
     done: &str,
     is_done: impl Fn(&RouterSnapshot) -> bool,
 ) -> anyhow::Result<Exit> {
@@ -123,7 +123,7 @@ fn asked(
     if config.push.is_some() {
         bail!("{}: spec.push: the weight is the file's, or the cluster's", args.file.file.display());
     }
-    if config.follow.is_some() && !matches!(ask, ControlCommand::Abort { .. }) {
+    if config.follow.is_some() && !matches!(command, ControlCommand::Abort { .. }) {
         bail!(
             "{}: spec.follow: the cluster says what the weight is: ask it (aviary promote {})",
             args.file.file.display(),
@@ -132,18 +132,20 @@ fn asked(
     }
     let topics = topics(&config)?;
     let seen = RouterSnapshot::look(topics.as_ref())?;
-    let (winner, returning) = (seen.winner(), matches!(seen.course.phase, Some(RouterPhase::Returning { .. })));
+    let (winner, returning) = (seen.winner(), matches!(seen.control.phase, Some(RouterPhase::Returning { .. })));
     if winner.is_some() || returning {
         bail!("router {} is {} already", config.name, seen.words());
     }
-    if seen.course.phase.is_none() && seen.splits.is_empty() && topics.partitions(&config.control())?.is_none() {
+    if seen.control.phase.is_none() && seen.splits.is_empty() && topics.partitions(&config.control())?.is_none() {
         bail!("router {} is not started, expected: aviary router start -f {}", config.name, args.file.file.display());
     }
-    if let (Some(RouterEnd::Abort(reason)), false) = (&seen.course.end, matches!(ask, ControlCommand::Abort { .. })) {
+    if let (Some(RouterEnd::Abort(reason)), false) =
+        (&seen.control.end, matches!(command, ControlCommand::Abort { .. }))
+    {
         bail!("router {} is being aborted: {reason}", config.name);
     }
-    let line = serde_json::to_string(&ControlEntry::Command(ask)).context("an entry has a text")?;
-    topics.ask(&line)?;
+    let line = serde_json::to_string(&ControlEntry::Command(command)).context("an entry has a text")?;
+    topics.send(&line)?;
     if args.no_wait {
         return output::line("asked").map(|()| Exit::Done);
     }
@@ -153,7 +155,7 @@ fn asked(
         loop {
             let seen = match RouterSnapshot::look(topics.as_ref()) {
                 Ok(seen) => seen,
-                // A broker that is away, a router that died in a transaction: it stays asked.
+                // A broker that is unavailable, a router that died in a transaction: the command remains queued.
                 Err(why) if begun.elapsed() <= args.timeout => {
                     if begun.elapsed() > Duration::from_secs(10) {
                         eprintln!("{why:#}");
@@ -172,7 +174,7 @@ fn asked(
             if let Some(winner) = seen.winner() {
                 bail!("router {} ended otherwise: {} continues alone", config.name, winner.word());
             }
-            let (present, words) = (format!("{:?} {:?}", seen.next, seen.course.phase), seen.words());
+            let (present, words) = (format!("{:?} {:?}", seen.next, seen.control.phase), seen.words());
             if present != before {
                 (moved, before) = (Instant::now(), present);
             }

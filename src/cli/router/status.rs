@@ -35,7 +35,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let bounds = topics.topic_bounds(Topic::Source)?;
     let (members, reads) = topics.service(Side::Stable, Topic::Source)?;
     let mut rows = Vec::new();
-    if seen.course.phase.is_none() {
+    if seen.control.phase.is_none() {
         for (partition, (next, (low, high))) in reads.iter().zip(&bounds).enumerate() {
             if next.is_none() && low != high {
                 wrong.push(format!(
@@ -126,7 +126,7 @@ pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let sum = |side| seen.splits.iter().map(|split| split.given(side)).sum::<u64>();
     let taken: u64 = seen.splits.iter().map(|split| split.taken()).sum();
     let value = json!({
-        "router": config.name, "source": config.source, "phase": seen.words(), "course": seen.course.phase,
+        "router": config.name, "source": config.source, "phase": seen.words(), "state": seen.control.phase,
         "taken": taken, "stable": sum(Side::Stable), "canary": sum(Side::Canary), "partitions": partitions,
     });
     print(format, &value, || {

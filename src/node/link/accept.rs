@@ -1,4 +1,4 @@
-//! The receiving side: whoever connects must say HELLO in time and be a configured peer; then its messages come in.
+//! The receiving side: a peer that connects must send HELLO in time and be configured; then its messages come in.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};

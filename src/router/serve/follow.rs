@@ -8,10 +8,10 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tracing::warn;
 
-use super::ASK;
+use super::POLL;
 use crate::client::{Api, segment};
 use crate::config::router::RouterConfig;
-use crate::domain::course::RouterEnd;
+use crate::domain::router_state::RouterEnd;
 use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::domain::weights::Weight;
@@ -32,7 +32,7 @@ pub fn steering(known: &watch::Receiver<LastCommitted>, now: Mono) -> Steering {
 /// moment it was asked.
 pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>, known: watch::Sender<LastCommitted>) {
     let path = format!("/routing/state?service={}", segment(config.name.as_str()));
-    let mut ticks = tokio::time::interval(ASK);
+    let mut ticks = tokio::time::interval(POLL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut said, mut newest) = (String::new(), 0);
     loop {
@@ -48,7 +48,7 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
                 Ok(Ok(answer)) => Err(answer.error()),
             };
             match found {
-                // A node that lags may know only what was agreed before: that isn't gone back to.
+                // A node that lags may know only an older weight: the router doesn't go back to it.
                 Ok((committed, _)) if committed.weight_version < newest => {
                     failed
                         .push(format!("{address}: knows version {} only, expected {newest}", committed.weight_version));

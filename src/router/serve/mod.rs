@@ -22,7 +22,7 @@ mod split;
 mod status;
 
 /// Between two questions to the cluster.
-const ASK: Duration = Duration::from_millis(200);
+const POLL: Duration = Duration::from_millis(200);
 /// Between two lines on how it goes.
 const PROGRESS: Duration = Duration::from_secs(10);
 /// Longest wait for the end of a turn when told to stop.

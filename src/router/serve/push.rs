@@ -6,7 +6,7 @@ use metrics::counter;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{ASK, PROGRESS, salt};
+use super::{POLL, PROGRESS, salt};
 use crate::config::router::{Push, RouterConfig};
 use crate::domain::side::Side;
 use crate::ports::{OutsideError, RouterWorld};
@@ -53,7 +53,7 @@ pub fn run(
                 if !std::mem::replace(&mut waits, true) {
                     info!("waiting for the cluster: what it has committed isn't known");
                 }
-                std::thread::sleep(ASK);
+                std::thread::sleep(POLL);
                 continue;
             }
         };

@@ -8,7 +8,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::domain::course::RouterPhase;
+use crate::domain::router_state::RouterPhase;
 use crate::domain::side::Side;
 use crate::router::engine::Report;
 

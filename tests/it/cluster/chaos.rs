@@ -111,14 +111,14 @@ struct Told {
     slot: u64,
 }
 
-/// The nodes' API ports, and who asks there.
+/// The API ports of the nodes, with a token for them.
 #[derive(Clone)]
-struct Door {
+struct ApiPorts {
     addresses: [SocketAddr; 3],
     bearer: String,
 }
 
-impl Door {
+impl ApiPorts {
     fn send(&self, i: usize, method: &str, path: &str, key: &str, body: &str) -> std::io::Result<Answer> {
         let kind = if body.starts_with("apiVersion") { "application/yaml" } else { "application/json" };
         let headers = [("idempotency-key", key), ("authorization", self.bearer.as_str()), ("content-type", kind)];
@@ -150,14 +150,14 @@ impl Door {
 }
 
 /// Asks nodes for changes until told to stop; keeps what is decided.
-fn operate(door: &Door, seed: u64, stop: &AtomicBool, told: &Mutex<Vec<Told>>) {
+fn operate(ports: &ApiPorts, seed: u64, stop: &AtomicBool, told: &Mutex<Vec<Told>>) {
     let mut random = SmallRng::seed_from_u64(seed);
     let mut number = 0;
     while !stop.load(Ordering::Relaxed) {
         number += 1;
         let key = format!("w{seed}-{number}");
         let verb = ["abort", "retry", "pause", "resume", "promote"][random.random_range(0..5)];
-        let found = door.change(random.random_range(0..3), verb, &key);
+        let found = ports.change(random.random_range(0..3), verb, &key);
         if let Some((word, slot)) = found.filter(|(word, _)| ["COMMITTED", "ABORTED"].contains(&word.as_str())) {
             told.lock().unwrap().push(Told { key, verb, word, slot });
         }
@@ -197,11 +197,11 @@ fn storms_leave_one_log_and_every_answer_true() {
     let traffic = Traffic::start(&cluster, 50);
     let (stop, told) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
     let addresses = [0, 1, 2].map(|i| SocketAddr::from(([127, 0, 0, 1], cluster.nodes[i].api)));
-    let door = Door { addresses, bearer: "none".into() };
+    let ports = ApiPorts { addresses, bearer: "none".into() };
     let writers: Vec<_> = (0..3)
         .map(|seed| {
-            let (stop, told, door) = (stop.clone(), told.clone(), door.clone());
-            std::thread::spawn(move || operate(&door, seed, &stop, &told))
+            let (stop, told, ports) = (stop.clone(), told.clone(), ports.clone());
+            std::thread::spawn(move || operate(&ports, seed, &stop, &told))
         })
         .collect();
     let mut random = SmallRng::seed_from_u64(11);
@@ -260,7 +260,7 @@ fn storms_leave_one_log_and_every_answer_true() {
     assert!(slowest <= Duration::from_secs(2), "{slowest:?}");
 
     cluster.agreed(&[0, 1, 2], Duration::from_secs(4));
-    door.judge(&told);
+    ports.judge(&told);
     // Only requests to a node that died may break, and a canary never fails here.
     let bad: Vec<_> = seen.iter().filter(|answer| answer.status >= 500).collect();
     assert!(bad.is_empty(), "{} of {} answers were bad: {:?}", bad.len(), seen.len(), bad.first());
@@ -378,17 +378,17 @@ fn machines_with_blackholed_routes_leave_one_log_and_every_answer_true() {
     let mut nodes: Vec<_> = (0..3).map(spawn).collect();
     (0..3).for_each(alive);
     let addresses = [0, 1, 2].map(|i| format!("{}:50051", spaces.address(i)).parse().unwrap());
-    let door = Door { addresses, bearer: format!("Bearer {token}") };
+    let ports = ApiPorts { addresses, bearer: format!("Bearer {token}") };
     let text = rollout("x", "y", MANUAL).replace(", url: \"x\"", "").replace(", url: \"y\"", "");
     wait("a rollout", Duration::from_secs(5), || {
-        door.send(0, "POST", "/v1/rollouts", "first", &text).ok().filter(|answer| answer.status == 200)
+        ports.send(0, "POST", "/v1/rollouts", "first", &text).ok().filter(|answer| answer.status == 200)
     });
 
     let (stop, told) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
     let writers: Vec<_> = (10..13)
         .map(|seed| {
-            let (stop, told, door) = (stop.clone(), told.clone(), door.clone());
-            std::thread::spawn(move || operate(&door, seed, &stop, &told))
+            let (stop, told, ports) = (stop.clone(), told.clone(), ports.clone());
+            std::thread::spawn(move || operate(&ports, seed, &stop, &told))
         })
         .collect();
     let mut random = SmallRng::seed_from_u64(12);
@@ -434,7 +434,7 @@ fn machines_with_blackholed_routes_leave_one_log_and_every_answer_true() {
     assert_eq!(exposed, 0, "a node that is cut off serves stable once its lease is over");
     // Longer than a reconnection and a ballot take: afterwards nothing is open that could still be decided.
     std::thread::sleep(Duration::from_secs(3));
-    door.judge(&told);
+    ports.judge(&told);
     for name in NAMES {
         let text = std::fs::read_to_string(dir.path().join(name)).unwrap();
         assert!(!text.contains("panicked"), "{text}");

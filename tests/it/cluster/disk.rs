@@ -114,7 +114,7 @@ fn damage(dir: &Path, random: &mut SmallRng) -> String {
             let (from, to) = [(0, half), (half, 2 * half), (0, 2 * half)][slot];
             acceptor[from..to].fill(0xff);
             fs::write(dir.join("acceptor"), acceptor).unwrap();
-            format!("register slots ruined: {}", ["first", "second", "both"][slot])
+            format!("acceptor slots ruined: {}", ["first", "second", "both"][slot])
         }
     }
 }
@@ -160,7 +160,7 @@ fn whatever_is_damaged_a_node_heals_or_says_why_and_never_votes_from_less() {
             (a["hash"] == c["hash"] && a["slot"] == c["slot"]).then_some(c)
         });
         if caught_up["mode"] == "learner" {
-            // Its register is gone: its vote must not count. With one more node dead, nothing can be decided.
+            // Its acceptor file is gone: its vote must not count. With one more node dead, nothing can be decided.
             let incarnation = wait("its incarnation", Duration::from_secs(3), || {
                 let why = members(&cluster, 0)?["c"]["counts_not"].as_str()?.to_string();
                 Some(why.split("incarnation is ").nth(1)?[..16].to_string())

@@ -154,7 +154,7 @@ fn a_dead_participant_stops_promotions_by_name_and_no_rollback() {
     assert_eq!(cluster.post(1, "/v1/rollouts/svc/abort", None, "{}").json()["status"], "COMMITTED");
     assert!(began.elapsed() <= Duration::from_secs(1), "{:?}", began.elapsed());
 
-    // Benched, the dead node no longer stands in the way.
+    // Cordoned, the dead node no longer holds up increases.
     let answer = cluster.post(0, "/v1/cluster/cordon", None, r#"{"node":"c"}"#);
     assert_eq!(answer.status, 200, "{answer:?}");
     assert_eq!(cluster.post(0, "/v1/rollouts/svc/retry", None, "{}").json()["status"], "COMMITTED");
@@ -162,7 +162,7 @@ fn a_dead_participant_stops_promotions_by_name_and_no_rollback() {
     let answer = cluster.promote(0, None).json();
     assert_eq!(answer["status"], "COMMITTED", "{answer}");
 
-    // Back, it follows, and serves stable while it is benched.
+    // Back, it follows, and serves stable while it is cordoned.
     cluster.spawn(2, None);
     cluster.wait_ready(2);
     let state = cluster.agreed(&[0, 1, 2], Duration::from_secs(3));
@@ -215,7 +215,7 @@ fn no_request_fails_because_a_node_restarts() {
 }
 
 #[test]
-fn a_node_without_its_register_has_no_vote() {
+fn a_node_without_its_acceptor_file_has_no_vote() {
     let (v1, v2, mut cluster) = with_rollout();
     cluster.kill(2);
     std::fs::remove_file(cluster.data_dir(2).join("acceptor")).unwrap();

@@ -114,7 +114,7 @@ fn replay(more: &str) {
     fs::write(cluster.config(0), text.replace(&old, &format!("control = \"127.0.0.1:{port}\""))).unwrap();
     (0..3).for_each(|i| cluster.spawn(i, None));
     (0..3).for_each(|i| cluster.wait_ready(i));
-    // A raise, its rollback, and a raise again: what went before must not come back.
+    // An increase, its rollback, and an increase again: what went before must not come back.
     cluster.apply(0, &rollout(&v1.url(), &v2.url(), MANUAL));
     assert_eq!(cluster.post(0, "/v1/rollouts/svc/abort", None, "{}").status, 200);
     assert_eq!(cluster.post(0, "/v1/rollouts/svc/retry", None, "{}").status, 200);

@@ -128,7 +128,7 @@ fn three_nodes_become_five_and_two_of_them_three_again() {
     // They are up and connected by then, if anybody lets them.
     std::thread::sleep(Duration::from_secs(2));
     let answer = cluster.post(0, "/v1/rollouts/svc/abort", None, "{}");
-    assert_eq!(answer.status, 503, "one of three is no majority, whoever was removed: {answer:?}");
+    assert_eq!(answer.status, 503, "one of three is no majority, also of removed nodes: {answer:?}");
     cluster.assert_no_panic();
 }
 

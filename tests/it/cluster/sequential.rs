@@ -83,7 +83,7 @@ fn a_canary_as_good_as_stable_is_promoted_by_evidence_and_silence_is_none() {
     );
     let traffic = Traffic::start(&cluster, 150);
     cluster.until(2, "completion", Duration::from_secs(90), |s| s["phase"] == "Completed");
-    // Each node judged for itself, on the same sightings: the same numbers at the same tick.
+    // Each node judged for itself, on the same tick samples: the same numbers at the same tick.
     let all = [0, 1, 2].map(|i| judged(&cluster, i));
     println!("{:?}", all[0]);
     assert!(all[0].iter().any(|line| line[1] == "PROMOTE"), "{all:?}");
@@ -94,7 +94,7 @@ fn a_canary_as_good_as_stable_is_promoted_by_evidence_and_silence_is_none() {
 }
 
 #[test]
-fn a_node_killed_in_the_middle_of_a_rollout_goes_on_with_its_peers_trial() {
+fn a_node_killed_in_the_middle_of_a_rollout_goes_on_with_its_peers_run() {
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let mut cluster = Cluster::start();
     let steps = "    - setWeight: 50\n    - pause: { duration: 12s }\n    - setWeight: 100";
@@ -120,7 +120,7 @@ fn a_node_killed_in_the_middle_of_a_rollout_goes_on_with_its_peers_trial() {
 }
 
 #[test]
-fn when_all_nodes_are_killed_together_they_go_on_with_the_trial_that_they_saved() {
+fn when_all_nodes_are_killed_together_they_go_on_with_the_run_that_they_saved() {
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let mut cluster = Cluster::start();
     let steps = "    - setWeight: 50\n    - pause: { duration: 12s }\n    - setWeight: 100";

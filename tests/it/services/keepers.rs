@@ -1,4 +1,4 @@
-//! Whoever keeps decisions, whatever in: the log that every node has, a topic, Redis. One contract for all of them.
+//! Where decisions are kept: the log that every node has, a topic, Redis. One contract for all of them.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::kafka::Topics;
 use super::{Following, apply_when_ready, kinds, redis, streamed, variable};
 use crate::cluster::harness::{Cluster, Traffic, Upstream, rollout, wait};
 
-/// Kills whoever coordinates, again and again, and ends the rollout; returns the slot of its end.
+/// Kills coordinators, again and again, and ends the rollout; returns the slot of its end.
 fn kill_and_roll_back(cluster: &mut Cluster) -> u64 {
     for node in [0, 1, 0, 0] {
         // Windows are a second long: with these odd times, deaths and returns fall into all parts of them.
@@ -25,8 +25,8 @@ fn kill_and_roll_back(cluster: &mut Cluster) -> u64 {
     })
 }
 
-/// Each window is decided once, without a gap, whoever dies; every node says the same, a client that resumes hears the same, and so
-/// does whoever asks the keeper: `agrees` checks that.
+/// Each window is decided once, without a gap, whichever node dies; every node says the same, a client that resumes hears the same, and so
+/// does a client of the keeper: `agrees` checks that.
 fn keeps_every_decision(config: &str, agrees: &dyn Fn(&mut Cluster, &[Decision])) {
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let mut cluster = Cluster::start_with(config);
@@ -58,7 +58,7 @@ fn keeps_every_decision(config: &str, agrees: &dyn Fn(&mut Cluster, &[Decision])
 }
 
 #[test]
-fn the_log_keeps_every_decision_whoever_is_killed() {
+fn the_log_keeps_every_decision_whichever_node_is_killed() {
     keeps_every_decision("", &|cluster, all| {
         (0..3).for_each(|node| cluster.kill(node));
         (0..3).for_each(|node| cluster.spawn(node, None));
@@ -71,7 +71,7 @@ fn the_log_keeps_every_decision_whoever_is_killed() {
 
 #[test]
 #[ignore = "needs Kafka: scripts/services.sh up"]
-fn kafka_keeps_every_decision_whoever_is_killed() {
+fn kafka_keeps_every_decision_whichever_node_is_killed() {
     let topics = Topics::create(variable("KAFKA_BOOTSTRAP"));
     keeps_every_decision(&topics.lines(), &|_, all| {
         assert_eq!(topics.read(|found| kinds(found).last() == Some(&DecisionKind::Rollback)), all);
@@ -80,7 +80,7 @@ fn kafka_keeps_every_decision_whoever_is_killed() {
 
 #[test]
 #[ignore = "needs Redis: scripts/services.sh up"]
-fn redis_keeps_every_decision_whoever_is_killed() {
+fn redis_keeps_every_decision_whichever_node_is_killed() {
     let url = variable("REDIS_URL");
     keeps_every_decision(&format!("\n[redis]\nurl = \"{url}\"\n"), &|cluster, all| redis::agrees(cluster, &url, all));
 }

@@ -70,7 +70,7 @@ impl Drop for Following {
 /// What such a client was told.
 pub struct Followed {
     pub decisions: Vec<Decision>,
-    /// How often it was cut off or turned away, and asked another node.
+    /// How often it was cut off or refused, and went to another node.
     pub resumed: u64,
 }
 

@@ -7,7 +7,7 @@ use crate::cluster::harness::{Cluster, Traffic, Upstream, rollout};
 
 #[test]
 #[ignore = "needs the program prometheus: REQUIRE_SERVICES=1 scripts/services.sh up prometheus"]
-fn prometheus_away_holds_the_step_and_what_it_says_rolls_back() {
+fn prometheus_unavailable_holds_the_step_and_what_it_says_rolls_back() {
     let mut own = Own::new("prometheus");
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
     let cluster = Cluster::start();
@@ -24,7 +24,7 @@ fn prometheus_away_holds_the_step_and_what_it_says_rolls_back() {
         own.port
     );
     let yaml = yaml.replace(own_errors, &asked).replace("window: 30s", "window: 10s");
-    // Too few for the data plane's own breaker: five failures in a row, which would be quicker than the query looked at here.
+    // Too few for the data plane's own circuit breaker: five failures in a row, which would be quicker than the query looked at here.
     let faults = r#"{"error_percent":6}"#;
     cluster.apply(0, &yaml);
     let traffic = Traffic::start(&cluster, 150);

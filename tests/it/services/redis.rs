@@ -59,7 +59,7 @@ pub fn agrees(cluster: &Cluster, url: &str, all: &[Decision]) {
 
 #[test]
 #[ignore = "needs redis-server: scripts/services.sh up"]
-fn redis_away_holds_promotions_lets_rollbacks_through_and_is_made_up_for() {
+fn redis_unavailable_holds_promotions_lets_rollbacks_through_and_is_made_up_for() {
     let own = Own::start("redis");
     let url = format!("redis://127.0.0.1:{}", own.port);
     let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));

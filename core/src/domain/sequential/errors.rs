@@ -13,7 +13,7 @@ use super::policy::Policy;
 /// How much worse a canary may be under an alternative.
 #[derive(Debug, Clone, Copy)]
 enum ErrorAlternative {
-    /// Its odds of failing are so many times stable's.
+    /// The odds ratio of failing: the canary's odds, divided by stable's.
     OddsRatio(f64),
     /// This share of its requests fails.
     Share(f64),
@@ -108,12 +108,14 @@ pub(super) fn bet(
     mut chance: impl FnMut() -> f64,
 ) -> bool {
     let stable = rate.value();
-    let odds = stable / (1.0 - stable);
+    let stable_odds = stable / (1.0 - stable);
     let mut ratios = [0.0; COUNT];
     for (k, (ratio, alternative)) in ratios.iter_mut().zip(ALTERNATIVES).enumerate() {
         *ratio = match alternative {
             ErrorAlternative::OddsRatio(times) => times,
-            ErrorAlternative::Share(share) => (share / (1.0 - share)).max(odds * (1.6 + 0.4 * k as f64)) / odds,
+            ErrorAlternative::Share(share) => {
+                (share / (1.0 - share)).max(stable_odds * (1.6 + 0.4 * k as f64)) / stable_odds
+            }
         };
     }
     let margin = 1.0 + policy.error_margin + policy.error_allowance / stable;

@@ -265,7 +265,7 @@ impl Cold {
 /// Makes `factors` the bet that a canary is like `above`, against a `warm` one or against a `cold` one.
 fn bet_on(factors: &mut Coarse, alternative: LatencyAlternative, above: &Coarse, warm: &Coarse, cold: Option<&Cold>) {
     let most = match (cold, alternative) {
-        // Whoever is faster than tolerated is no worse: a bet never falls towards slower answers.
+        // A canary that is faster than tolerated is no worse: a bet never falls towards slower answers.
         (None, alternative) => {
             never_falling(factors, above, warm);
             match alternative {
@@ -273,7 +273,7 @@ fn bet_on(factors: &mut Coarse, alternative: LatencyAlternative, above: &Coarse,
                 LatencyAlternative::Tail(..) => 5f64.exp(),
             }
         }
-        // A warm-up is a course, not a bound: slowness that stays may well be less than it at first.
+        // A warm-up is a path, not a bound: slowness that stays may well be less than it at first.
         (Some(cold), _) => {
             for ((factor, above), inverse) in factors.iter_mut().zip(above.iter()).zip(cold.inverse.iter()) {
                 *factor = above * inverse;

@@ -1,7 +1,7 @@
 //! The topics and groups of a record router.
 //!
-//! Each transaction holds the copies, the router's own places with its notes, the services' places where they are handed over, and
-//! the control topic's entry. The transactional id shuts out whoever was the router before.
+//! Each transaction holds the copies, the router's own places with their metadata, the services' places where they are handed over, and
+//! the control topic's entry. The transactional id fences the router before.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -327,7 +327,7 @@ impl KafkaBroker {
         let found = reader.fetch_group_list(Some(name), ANSWER_MAX)?;
         let found = found.groups().iter().find(|group| group.name() == name);
         if found.is_some_and(|group| group.state() == "Dead") {
-            // Of a group with the newer protocol the broker says so, whoever is in it.
+            // Of a group with the newer protocol the broker says so, also if it has members.
             return Err(KafkaError::GroupListFetch(RDKafkaErrorCode::InconsistentGroupProtocol));
         }
         Ok(found.map_or(0, |group| group.members().len()))

@@ -1,4 +1,4 @@
-//! What anybody may do with a router's topics: make them, look at them, ask something of the router.
+//! What anybody may do with a router's topics: make them, look at them, send it commands.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -122,7 +122,7 @@ impl RouterTopics for KafkaBroker {
         self.try_scan(self.names.topic(topic), ranges, take).map_err(|error| self.error(error))
     }
 
-    fn ask(&self, entry: &str) -> Result<(), OutsideError> {
+    fn send(&self, entry: &str) -> Result<(), OutsideError> {
         let error = |error: KafkaError| OutsideError::new(format!("kafka topic {}", self.names.control), error);
         let own = [("enable.idempotence", "true"), ("message.timeout.ms", "10000"), ("acks", "all")];
         let writer = Writer::new(&client(&self.config, &own), 0, self.clock.clone()).map_err(error)?;

@@ -212,7 +212,7 @@ fn router_killed_at_each_step_and_aborted() {
 
 #[test]
 #[ignore = "needs Kafka: scripts/services.sh up"]
-fn router_does_not_raise_the_weight_of_a_canary_that_lags() {
+fn router_does_not_increase_the_weight_of_a_canary_that_lags() {
     let rollout = Rollout::start(variable("KAFKA_BOOTSTRAP"), 1_000, "  weight: 10\n  lagMax: 100\n");
     let router = rollout.router();
     rollout.until_phase("running");

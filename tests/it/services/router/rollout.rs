@@ -89,7 +89,7 @@ impl Witness {
         *count - 1
     }
 
-    /// Gives whoever listens the time to kill the router.
+    /// Gives the test the time to kill the router.
     fn say(&self, when: &str, call: &str) {
         let _ = self.tell.send(format!("{when} {call}"));
         // Longer than the test takes to hear of it and to kill.
@@ -159,7 +159,7 @@ impl Services {
             loop {
                 let ends = stop.load(Ordering::Relaxed);
                 if dirty && (ends || committed.elapsed() > Duration::from_millis(100)) {
-                    // A service commits what it did before it does more, however long the broker is away.
+                    // A service commits what it did before it does more, however long the broker is unavailable.
                     while let Err(why) = consumer.commit_consumer_state(CommitMode::Sync) {
                         assert_ne!(
                             why.rdkafka_error_code(),

@@ -52,7 +52,7 @@ pub struct Transaction {
 
 /// A router's connection.
 pub struct Handle {
-    /// Its producer's epoch; 0 before the first.
+    /// Producer epoch, which fences older ones; 0 before the first.
     pub weight_version: u64,
     at: Vec<i64>,
     entries_at: i64,

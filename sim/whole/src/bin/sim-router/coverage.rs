@@ -19,7 +19,7 @@ const EVENTS: [&str; 44] = [
     "ambiguous commit of a phase",
     "entry left in an open transaction",
     "transaction expired",
-    "broker away",
+    "broker unavailable",
     "hook failed before it had an effect",
     "hook failed after it had its effect",
     "takeover in the middle of a call",

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
-use aviary_core::domain::course::HookCall;
+use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
 
 use super::broker::Handle;
@@ -12,7 +12,7 @@ use super::life::interrupt;
 use super::world::{Fault, Shared, SplitWorld, lock};
 
 /// A router's broker.
-pub struct RouterDoor {
+pub struct FaultyBroker {
     world: Shared,
     who: usize,
     handle: Handle,
@@ -20,7 +20,7 @@ pub struct RouterDoor {
     broken: bool,
 }
 
-impl RouterDoor {
+impl FaultyBroker {
     /// Returns the broker of this router.
     pub fn new(world: &Shared, who: usize, partitions: usize) -> Self {
         Self { world: world.clone(), who, handle: Handle::new(partitions), broken: true }
@@ -63,7 +63,7 @@ impl RouterDoor {
     }
 }
 
-impl Broker for RouterDoor {
+impl Broker for FaultyBroker {
     fn open(&mut self) -> Result<Opened, OutsideError> {
         let who = self.who;
         self.call("open", |world, handle| {

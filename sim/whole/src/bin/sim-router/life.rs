@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use aviary::ports::{OutsideError, Topic};
 use aviary::router::engine::{Engine, Turn};
-use aviary_core::domain::course::RouterPhase;
+use aviary_core::domain::router_state::RouterPhase;
 use aviary_core::domain::side::Side;
 
 use super::coverage::RouterCoverage;
@@ -208,7 +208,7 @@ fn settle(shared: &Shared) -> Result<(usize, bool), String> {
         let mut world = lock(shared);
         world.heal();
         if world.dice.chance(7000) {
-            world.ask_end();
+            world.send_end();
         }
         world.say("nothing goes wrong from here on".into());
         let alive = alive(&world);

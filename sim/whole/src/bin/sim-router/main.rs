@@ -59,7 +59,7 @@ struct RouterArguments {
     #[arg(long)]
     late: bool,
     /// Run each seeded bug on the seed that is pinned to it; one that isn't caught fails.
-    #[arg(long, alias = "teeth")]
+    #[arg(long)]
     seeded_bugs: bool,
     /// With --seeded-bugs: find the first seed that catches each, for pins that a change has moved.
     #[arg(long, requires = "seeded_bugs")]

@@ -5,10 +5,10 @@
 use std::time::Duration;
 
 use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
-use aviary_core::domain::course::HookCall;
+use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
 
-use super::faulty::{FaultyHooks, RouterDoor};
+use super::faulty::{FaultyBroker, FaultyHooks};
 use super::life;
 use super::world::Shared;
 
@@ -68,7 +68,7 @@ pub fn search(bug: Bug, seeds_max: u64) -> Option<(u64, String)> {
 
 /// Returns what a router reaches the world by.
 pub fn ports(shared: &Shared, who: usize, partitions: usize, bug: Option<Bug>) -> (Box<dyn Broker>, Box<dyn Hooks>) {
-    let broker = RouterDoor::new(shared, who, partitions);
+    let broker = FaultyBroker::new(shared, who, partitions);
     let hand = FaultyHooks { world: shared.clone(), who };
     match bug {
         None => (Box::new(broker), Box::new(hand)),
@@ -80,7 +80,7 @@ pub fn ports(shared: &Shared, who: usize, partitions: usize, bug: Option<Bug>) -
 }
 
 struct BentBroker {
-    broker: RouterDoor,
+    broker: FaultyBroker,
     bug: Bug,
     partitions: usize,
     /// Records copied since the last commit: partition, offset, and who got them.

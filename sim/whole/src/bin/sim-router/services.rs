@@ -3,7 +3,7 @@
 //! Processing a record and committing it never come apart here: a service that forgets what it did is not the router's fault.
 
 use aviary::ports::Topic;
-use aviary_core::domain::course::HookCall;
+use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
 
 use super::broker::MemoryBroker;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use aviary::ports::{Commit, Topic};
-use aviary_core::domain::course::{ControlCommand, ControlEntry, RouterPhase};
+use aviary_core::domain::router_state::{ControlCommand, ControlEntry, RouterPhase};
 use aviary_core::domain::side::Side;
 use aviary_core::domain::split::Split;
 use aviary_core::domain::weights::{Weight, sticky_ticket};
@@ -92,7 +92,7 @@ impl RouterTruth {
         self.begins = begins;
     }
 
-    /// Notes that a router has taken over.
+    /// Records that a router has taken over.
     pub fn opened(&mut self) {
         if matches!(self.phase, Some(RouterPhase::Reclaiming { .. }))
             && self.counts.iter().any(|counts| counts.reclaimed > 0)
@@ -122,7 +122,7 @@ impl RouterTruth {
         newest_ms - known.world_ms < TURN_MS && self.lags.iter().all(|(_, lag)| *lag > most)
     }
 
-    /// Notes that a weight was asked for.
+    /// Records that a weight was asked for.
     pub fn asked(&mut self, weight: Weight) {
         self.highest = self.highest.max(weight);
     }
@@ -224,7 +224,7 @@ impl RouterTruth {
         metadata: &str,
         (known, transaction): (KnownRecord, &Transaction),
     ) -> Result<(), String> {
-        let split = Split::from_metadata(metadata).map_err(|why| format!("note: {why}"))?;
+        let split = Split::from_metadata(metadata).map_err(|why| format!("offset metadata: {why}"))?;
         let counts = &mut self.counts[partition];
         if let Some((_, before)) = &self.splits[partition] {
             if next < *before {
@@ -237,7 +237,7 @@ impl RouterTruth {
         let found = (split.taken(), split.given(Side::Stable), split.given(Side::Canary));
         if found != expected || found.0 != found.1 + found.2 {
             return Err(format!(
-                "counts: partition {partition} took and gave {found:?} by its note, expected {expected:?}"
+                "counts: partition {partition} took and gave {found:?} by its offset metadata, expected {expected:?}"
             ));
         }
         let (weight, weight_version) = split.weight();
@@ -250,7 +250,10 @@ impl RouterTruth {
             let free = !reclaims && (!self.keyed || item.key.is_none());
             let drawn = if self.ticket(item) < weight.bp() { Side::Canary } else { Side::Stable };
             if item.weight_version != weight_version || free && drawn != *side {
-                return Err(format!("stamp: {item:?} went to {} under {weight}, epoch {weight_version}", side.word()));
+                return Err(format!(
+                    "stamp: {item:?} went to {} under {weight}, weight version {weight_version}",
+                    side.word()
+                ));
             }
         }
         let took = !reclaims && transaction.wrote.iter().any(|(_, of, _)| *of == partition);

@@ -74,7 +74,7 @@ pub struct Cluster {
     pub trace: SharedTrace,
 }
 
-/// Runs a seed: `ms` milliseconds of faults, then healing and judgement. What was seen is in `trace`, also of a run that
+/// Runs a seed: `ms` milliseconds of faults, then healing and the final checks. What was seen is in `trace`, also of a run that
 /// fails.
 pub fn run(seed: u64, ms: u64, trace: &SharedTrace) -> anyhow::Result<WholeSummary> {
     aviary::entropy::seed(seed);

@@ -22,7 +22,7 @@ use turmoil::net::{TcpListener, TcpStream};
 use crate::cluster::{Cluster, NAMES};
 use crate::trace::{SharedTrace, Traced};
 use sim::dice::Dice;
-use sim::{first_register, genesis_of};
+use sim::{first_acceptor, genesis_of};
 
 /// Ports, the same on each host.
 pub const DATA: u16 = 8080;
@@ -33,7 +33,7 @@ const CONTROL: u16 = 7001;
 pub fn new_disks() -> [Arc<Mutex<MemoryStore>>; 3] {
     let (genesis, _) = genesis_of(3);
     [0, 1, 2].map(|i| {
-        let acceptor = first_register(i, &genesis);
+        let acceptor = first_acceptor(i, &genesis);
         Arc::new(Mutex::new(MemoryStore::new(Some(acceptor), vec![genesis.clone()])))
     })
 }

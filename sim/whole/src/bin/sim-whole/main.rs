@@ -33,7 +33,7 @@ struct WholeArguments {
     /// Begin with this seed.
     #[arg(long, default_value_t = 1)]
     from: u64,
-    /// Length of the faulty part, in virtual milliseconds; healing and judgement follow it.
+    /// Length of the faulty part, in virtual milliseconds; healing and the final checks follow it.
     #[arg(long, default_value_t = 20_000)]
     ms: u64,
     /// Print everything that is seen: the trace's hash so far, and what was added to it.

@@ -1,7 +1,7 @@
 //! What goes wrong, and how often.
 
 use aviary::ports::Topic;
-use aviary_core::domain::course::{HookCall, RouterPhase};
+use aviary_core::domain::router_state::{HookCall, RouterPhase};
 use aviary_core::domain::side::Side;
 
 use super::SplitWorld;
@@ -20,7 +20,7 @@ pub struct Rates {
     pub die: u64,
     /// Another router goes on in the middle of a call.
     pub interrupt: u64,
-    /// The broker goes away.
+    /// The broker is unavailable for a while.
     pub unavailable: u64,
     /// A transaction expires.
     pub expire: u64,
@@ -95,8 +95,8 @@ impl SplitWorld {
         if !self.faulty {
             return None;
         }
-        if self.now_ms < self.away_until_ms {
-            self.truth.saw("broker away");
+        if self.now_ms < self.unavailable_until_ms {
+            self.truth.saw("broker unavailable");
             return Some(Fault::Before);
         }
         if self.dice.chance(self.rates.expire) && self.broker.expire() {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use aviary::ports::Topic;
 use aviary::router::engine::{CommittedWeight, Engine, Plan};
-use aviary_core::domain::course::HookCall;
+use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
 use aviary_core::domain::weights::Weight;
 
@@ -63,7 +63,7 @@ pub struct SplitWorld {
     /// What happened.
     pub lines: Vec<String>,
     rates: Rates,
-    away_until_ms: u64,
+    unavailable_until_ms: u64,
     /// The cluster's decisions; none when routers are on their own.
     committed: Option<CommittedWeight>,
     /// The cluster can be asked.
@@ -85,7 +85,7 @@ pub struct Router {
     pub turns: u64,
     /// How far its clock is ahead of the world's.
     pub ahead_ms: u64,
-    /// Its producer's epoch.
+    /// Its producer epoch, which fences older ones.
     pub weight_version: u64,
     /// What it knew at its turn's begin.
     pub known: KnownRecord,
@@ -137,7 +137,7 @@ impl SplitWorld {
             words,
             lines: Vec::new(),
             rates,
-            away_until_ms: 0,
+            unavailable_until_ms: 0,
             committed,
             lease: true,
             quota: dice.between(20, 300),
@@ -186,7 +186,7 @@ impl SplitWorld {
         }
     }
 
-    /// Notes the first thing that went wrong.
+    /// Keeps the first thing that went wrong.
     pub fn violate(&mut self, what: String) {
         self.say(format!("VIOLATION {what}"));
         self.violation.get_or_insert(what);

@@ -2,7 +2,7 @@
 
 use aviary::ports::Topic;
 use aviary::router::engine::{CommittedWeight, Steering};
-use aviary_core::domain::course::{ControlCommand, ControlEntry, RouterEnd};
+use aviary_core::domain::router_state::{ControlCommand, ControlEntry, RouterEnd};
 use aviary_core::domain::side::Side;
 use aviary_core::domain::weights::Weight;
 
@@ -46,10 +46,10 @@ impl SplitWorld {
             self.end_emitter();
         }
         if self.dice.chance(self.rates.ask) {
-            self.ask_weight();
+            self.change_weight();
         }
         if self.dice.chance(self.rates.end) {
-            self.ask_end();
+            self.send_end();
         }
         if self.committed.is_some() && self.dice.chance(if self.lease { self.rates.lease } else { 500 }) {
             self.lease = !self.lease;
@@ -58,7 +58,7 @@ impl SplitWorld {
             }
         }
         if self.dice.chance(self.rates.unavailable) {
-            self.away_until_ms = self.now_ms + self.dice.between(1, 300);
+            self.unavailable_until_ms = self.now_ms + self.dice.between(1, 300);
         }
     }
 
@@ -90,17 +90,17 @@ impl SplitWorld {
         self.broker.end(number, fate);
     }
 
-    fn ask(&mut self, ask: ControlCommand) {
-        self.say(format!("somebody asks: {ask:?}"));
-        let line = serde_json::to_string(&ControlEntry::Command(ask)).expect("an entry has a text");
+    fn send(&mut self, command: ControlCommand) {
+        self.say(format!("an operator sends {command:?}"));
+        let line = serde_json::to_string(&ControlEntry::Command(command)).expect("an entry has a text");
         self.broker.control.append(line, None);
     }
 
-    fn ask_weight(&mut self) {
+    fn change_weight(&mut self) {
         let weight = weight(&mut self.dice);
         let by_hand = self.dice.chance(2000);
         match &mut self.committed {
-            Some(_) if by_hand => self.ask(ControlCommand::SetWeight { weight }),
+            Some(_) if by_hand => self.send(ControlCommand::SetWeight { weight }),
             Some(committed) => {
                 (committed.weight, committed.weight_version) = (weight, committed.weight_version + 1);
                 self.truth.asked(weight);
@@ -108,13 +108,13 @@ impl SplitWorld {
             }
             None => {
                 self.truth.asked(weight);
-                self.ask(ControlCommand::SetWeight { weight });
+                self.send(ControlCommand::SetWeight { weight });
             }
         }
     }
 
     /// Asks for an end.
-    pub fn ask_end(&mut self) {
+    pub fn send_end(&mut self) {
         let end = match self.dice.chance(5000) {
             true => RouterEnd::Promote,
             false => RouterEnd::Abort("chance".into()),
@@ -130,7 +130,7 @@ impl SplitWorld {
                     committed.end = Some(end);
                 }
             }
-            Some(_) | None => self.ask(match end {
+            Some(_) | None => self.send(match end {
                 RouterEnd::Promote => ControlCommand::Promote,
                 RouterEnd::Abort(reason) => ControlCommand::Abort { reason },
             }),
@@ -185,7 +185,7 @@ impl SplitWorld {
 
     /// Ends everything that goes wrong.
     pub fn heal(&mut self) {
-        (self.faulty, self.lease, self.away_until_ms) = (false, true, 0);
+        (self.faulty, self.lease, self.unavailable_until_ms) = (false, true, 0);
         while !self.emitters.is_empty() {
             self.end_emitter();
         }

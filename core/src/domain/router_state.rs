@@ -221,12 +221,14 @@ mod tests {
 
     #[test]
     fn an_abort_wins_over_a_promotion() {
-        let mut course = RouterState::default();
-        for ask in [ControlCommand::Promote, ControlCommand::Abort { reason: "odd".into() }, ControlCommand::Promote] {
-            course.add(ControlEntry::Command(ask));
+        let mut state = RouterState::default();
+        for command in
+            [ControlCommand::Promote, ControlCommand::Abort { reason: "odd".into() }, ControlCommand::Promote]
+        {
+            state.add(ControlEntry::Command(command));
         }
-        assert_eq!(course.end, Some(RouterEnd::Abort("odd".into())));
-        assert!(!course.is_changed_by(&RouterEnd::Promote) && !course.is_changed_by(&RouterEnd::Abort("again".into())));
+        assert_eq!(state.end, Some(RouterEnd::Abort("odd".into())));
+        assert!(!state.is_changed_by(&RouterEnd::Promote) && !state.is_changed_by(&RouterEnd::Abort("again".into())));
         let promoted = RouterState { end: Some(RouterEnd::Promote), ..RouterState::default() };
         assert!(
             promoted.is_changed_by(&RouterEnd::Abort("odd".into())) && !promoted.is_changed_by(&RouterEnd::Promote)
