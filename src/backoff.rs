@@ -23,7 +23,7 @@ impl Backoff {
         wait
     }
 
-    /// Begins anew: something succeeded.
+    /// Starts again at the shortest wait, after something succeeded.
     pub fn reset(&mut self) {
         self.next = self.min;
     }

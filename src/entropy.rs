@@ -22,7 +22,7 @@ pub fn within<T: SampleUniform>(range: impl SampleRange<T>) -> T {
     GENERATOR.with_borrow_mut(|generator| generator.random_range(range))
 }
 
-/// Returns 128 random bits.
+/// Returns 128 bits that nobody can foretell; in a simulation, those that the seed gives.
 pub fn bits() -> u128 {
     GENERATOR.with_borrow_mut(|generator| generator.random())
 }

@@ -15,7 +15,7 @@ use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::timeout;
 
-/// Settings of a client.
+/// Settings of a client, which hold for all its requests.
 #[derive(Debug, Clone, Copy)]
 pub struct HttpSettings {
     /// Maximum wait for a connection.
@@ -42,7 +42,7 @@ pub enum HttpError {
     /// No connection was made; nothing was sent.
     #[error("{}", innermost(.error))]
     Unreachable {
-        /// Error of the connector.
+        /// Error of the connector, with its causes.
         error: ClientError,
     },
     /// The deadline passed first; the request may have been carried out.
@@ -54,25 +54,25 @@ pub enum HttpError {
     /// The connection broke before the head of the answer; the request may have been carried out.
     #[error("{}", innermost(.error))]
     Broken {
-        /// Error of the connection.
+        /// Error of the connection, with its causes.
         error: ClientError,
     },
     /// The connection broke within the body of the answer.
     #[error("{}", innermost(.error))]
     Interrupted {
-        /// Error of the connection.
+        /// Error of the connection, with its causes.
         error: hyper::Error,
     },
     /// The body of the answer is larger than the caller's limit.
     #[error("the answer is larger than {bytes_max} bytes")]
     TooLarge {
-        /// The limit, in bytes.
+        /// The caller's limit, in bytes.
         bytes_max: usize,
     },
     /// The status is not a success.
     #[error("{status}, expected 2xx")]
     Status {
-        /// The status found.
+        /// Status of the answer, outside 200 to 299.
         status: StatusCode,
     },
 }
@@ -101,21 +101,21 @@ fn seconds(time: &Duration) -> String {
     }
 }
 
-/// A whole answer.
+/// An answer whose body has been read to its end.
 #[derive(Debug, Clone)]
 pub struct HttpAnswer {
-    /// The status.
+    /// HTTP status of the answer.
     pub status: StatusCode,
-    /// The body.
+    /// Body of the answer, within the caller's limit.
     pub body: Bytes,
 }
 
 /// An answer whose head has arrived and whose body has not been read yet. Dropping it closes the connection.
 #[derive(Debug)]
 pub struct OpenAnswer {
-    /// The status.
+    /// HTTP status of the answer.
     pub status: StatusCode,
-    /// The headers.
+    /// Header fields of the answer.
     pub headers: HeaderMap,
     body: Incoming,
 }

@@ -126,7 +126,7 @@ impl ConnectionLimiter {
         }
     }
 
-    /// Returns its limits.
+    /// Returns the limits of this port.
     pub fn limits(&self) -> &PortLimits {
         &self.limits
     }

@@ -81,7 +81,7 @@ pub struct Recovered<S> {
     pub notes: Vec<String>,
 }
 
-/// Source of time.
+/// Source of time: a monotonic clock and the time of day.
 pub trait Clock: Send + Sync {
     /// Returns the monotonic time and the time of day, read together.
     fn now(&self) -> Now;
@@ -184,7 +184,7 @@ pub enum Topic {
 pub struct SourceRecord<'a> {
     /// Its partition, counted from 0.
     pub partition: usize,
-    /// Its offset.
+    /// Offset of the record in its partition.
     pub offset: i64,
     /// Its key; none where it has none, which an empty one is not.
     pub key: Option<&'a [u8]>,
@@ -234,7 +234,7 @@ pub struct Commit {
 /// Records of one version's topic that were written for the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reclaimed {
-    /// How many.
+    /// Number of records that were reclaimed.
     pub count: u64,
     /// The offset after the last of them.
     pub next: i64,
@@ -276,7 +276,7 @@ pub trait Broker: Send {
     /// Waits until what was copied is written; returns the last offsets in stable's and canary's topic, for each partition.
     fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError>;
 
-    /// Commits.
+    /// Commits the open transaction with all that `commit` names, or nothing of it.
     fn commit(&mut self, commit: &Commit) -> Result<(), OutsideError>;
 
     /// Returns how many consumers are in a service's group.
@@ -292,9 +292,9 @@ pub trait Broker: Send {
 /// What is read of a partition.
 #[derive(Debug, Clone, Copy)]
 pub struct OffsetRange {
-    /// The first offset.
+    /// First offset of the range.
     pub from: i64,
-    /// That after the last.
+    /// Offset after the last one of the range.
     pub until: i64,
     /// A record that is known to be there: before it is read the partition isn't at its end.
     pub known: Option<i64>,
@@ -339,9 +339,9 @@ pub trait Hooks: Send {
 /// A record that is posted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Posted {
-    /// Partition of the record.
+    /// Partition of the source that holds the record.
     pub partition: usize,
-    /// Its offset.
+    /// Offset of the record in that partition.
     pub offset: i64,
     /// Key of the record; none if it has none.
     pub key: Option<Vec<u8>>,
@@ -383,7 +383,7 @@ pub type PushPorts = (Box<dyn PostSource>, Arc<dyn Post>);
 
 /// The world that a record router runs in. Each call opens its part anew.
 pub trait RouterWorld: Send + Sync {
-    /// Returns the clock.
+    /// Returns the clock that the router's waits use.
     fn clock(&self) -> &dyn Clock;
 
     /// Returns the topics and groups for the router itself, which has not opened them yet.

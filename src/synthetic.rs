@@ -13,7 +13,7 @@ pub struct Profile {
     pub requests_per_second: f64,
     /// Share of them that fail, 0.0 to 1.0.
     pub error_rate: f64,
-    /// Median latency, in milliseconds.
+    /// Median latency of the answers, in milliseconds.
     pub p50_ms: f64,
     /// 95th percentile of the latency, in milliseconds.
     pub p95_ms: f64,
@@ -33,7 +33,7 @@ impl Regression {
     pub const NONE: Self = Self { errors_added: 0.0, slower: 1.0 };
 }
 
-/// Generator of synthetic requests.
+/// Generator of synthetic requests, which follow from its seed.
 #[derive(Debug, Clone)]
 pub struct Traffic {
     random: SmallRng,

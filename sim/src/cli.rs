@@ -20,13 +20,13 @@ use crate::{exhaust, scenarios, seeded_bugs, shrink};
     cargo run --release -p sim -- --seed 42 --shrink      make a failing run small\n  \
     cargo run --release -p sim -- --seeded-bugs           would seeded bugs be found?")]
 struct Arguments {
-    /// Run this one seed.
+    /// Run this one seed, instead of many.
     #[arg(long)]
     seed: Option<u64>,
-    /// Run this many seeds.
+    /// Run this many seeds, one after the other.
     #[arg(long, default_value_t = 50)]
     seeds: u64,
-    /// Begin with this seed.
+    /// Begin with this seed, and count upwards.
     #[arg(long, default_value_t = 1)]
     from: u64,
     /// Length of the faulty part, in virtual milliseconds; the liveness phase follows it.
@@ -38,7 +38,7 @@ struct Arguments {
     /// Leave these kinds of faults out.
     #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(FAULTS))]
     without: Vec<String>,
-    /// Print everything that happens.
+    /// Print everything that happens in the run.
     #[arg(short, long)]
     verbose: bool,
     /// Make the failing run smaller before it is reported.
@@ -72,10 +72,10 @@ struct Arguments {
     /// With --seeded-bugs: only those whose name holds this.
     #[arg(long, requires = "seeded_bugs", default_value = "")]
     bug: String,
-    /// Run this pinned scenario.
+    /// Run this pinned scenario instead of seeds; `--list` names them.
     #[arg(long)]
     scenario: Option<String>,
-    /// List the pinned scenarios.
+    /// List the pinned scenarios, each with what it once found.
     #[arg(long)]
     list: bool,
 }

@@ -52,7 +52,7 @@ pub struct Coverage {
     reached: [u64; MOMENTS],
     died: [u64; MOMENTS],
     events: [u64; EVENTS.len()],
-    /// Faults, by name.
+    /// How often each of `FAULTS` was injected.
     pub faults: BTreeMap<&'static str, u64>,
 }
 
@@ -117,13 +117,13 @@ impl Coverage {
         }
     }
 
-    /// Counts one of [`EVENTS`].
+    /// Counts that one of [`EVENTS`] happened.
     pub fn event(&mut self, name: &str) {
         let place = EVENTS.iter().position(|event| *event == name);
         self.events[place.unwrap_or_else(|| panic!("{name} is no event"))] += 1;
     }
 
-    /// Adds another run's counts.
+    /// Adds another run's counts to these.
     pub fn add(&mut self, other: &Self) {
         let add = |sums: &mut [u64], counts: &[u64]| sums.iter_mut().zip(counts).for_each(|(sum, n)| *sum += n);
         add(&mut self.reached, &other.reached);

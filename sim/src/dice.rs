@@ -32,7 +32,7 @@ impl Dice {
         self.0.random()
     }
 
-    /// Returns one of `choices`.
+    /// Returns one of `choices`, each with the same probability; panics if there are none.
     pub fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
         &choices[self.below(choices.len())]
     }

@@ -29,24 +29,24 @@ use crate::world::{first_acceptor, genesis_of, name};
 pub struct Bounds {
     /// Deaths of a process, at any point.
     pub crashes: u8,
-    /// Disks lost.
+    /// Disks that lose everything they hold.
     pub wipes: u8,
     /// Times that everybody's patience ends.
     pub timeouts: u8,
-    /// Transactions, up to 3.
+    /// Transactions that clients request, up to 3.
     pub requests: u8,
     /// Messages lost, beside those on the way to a process that dies.
     pub losses: u8,
-    /// States to stop at.
+    /// States after which the search stops, complete or not.
     pub states: usize,
 }
 
 /// What a search came to.
 #[derive(Debug, Default)]
 pub struct SearchResult {
-    /// Different states.
+    /// Different states that were reached.
     pub states: usize,
-    /// Steps between them.
+    /// Steps that were tried between them.
     pub steps: usize,
     /// Longest way from the beginning.
     pub depth: usize,
@@ -223,7 +223,7 @@ impl State {
         }
     }
 
-    /// I4 and I5.
+    /// Checks I4 and I5 for an answer: one outcome, and a chosen one.
     fn note(&mut self, request: RequestId, outcome: &Outcome) -> Result<(), String> {
         let (committed, slot) = match outcome {
             Outcome::Committed { slot, .. } => (true, *slot),

@@ -2,13 +2,13 @@
 
 use crate::world::{LATER, Options};
 
-/// A pinned run.
+/// A run that once found a bug, kept so that it is run again.
 pub struct Scenario {
-    /// Its name.
+    /// Name of the scenario, for `--scenario`.
     pub name: &'static str,
-    /// What it once found.
+    /// What the run once found, in words.
     pub about: &'static str,
-    /// Its seed.
+    /// Seed from which the run follows.
     pub seed: u64,
     /// Its length in virtual milliseconds.
     pub ms: u64,
@@ -19,7 +19,7 @@ pub struct Scenario {
 }
 
 impl Scenario {
-    /// Returns its run.
+    /// Returns the options that repeat this run.
     pub fn options(&self) -> Options {
         let Self { seed, ms, nodes, without, .. } = *self;
         Options { seed, ms, nodes, without, words: false, print: false }
@@ -30,7 +30,7 @@ const fn seed(name: &'static str, seed: u64, about: &'static str) -> Scenario {
     Scenario { name, about, seed, ms: 20_000, nodes: None, without: LATER }
 }
 
-/// All of them.
+/// All pinned runs, each with what it found.
 pub const ALL: &[Scenario] = &[
     seed("first", 1, "a plain run; it pins no bug"),
     seed("hold-and-checkpoint", 3, "a node that took over a peer's checkpoint forgot its own hold"),

@@ -15,13 +15,13 @@ use crate::scripts::{self, Script};
 use crate::subject::{Setup, Subject};
 use crate::world::{Options, Violation, World};
 
-/// A seeded bug.
+/// A rule of the protocol that a wrapper around the core breaks.
 pub struct SeededBug {
-    /// What is wrong.
+    /// What is wrong, in words; `--bug` searches in them.
     pub name: &'static str,
     /// The first seed that catches it.
     pub pin: Pin,
-    /// Runs one seed.
+    /// Runs one seed with the bug; returns what broke, if anything did.
     run: fn(Options) -> Option<Violation>,
     /// Plays an event script with it.
     #[cfg(test)]
@@ -31,7 +31,7 @@ pub struct SeededBug {
 /// What catches a seeded bug.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pin {
-    /// The seed.
+    /// Seed of the run that catches it.
     pub seed: u64,
     /// The rule that then breaks.
     pub rule: &'static str,

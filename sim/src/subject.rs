@@ -10,13 +10,13 @@ use aviary_core::protocol::{Input, Output, Retention, Timings};
 
 /// What a node's process is started with.
 pub struct Setup {
-    /// The node.
+    /// Node that the process is.
     pub node: NodeId,
-    /// The cluster.
+    /// Cluster that the node belongs to.
     pub cluster: ClusterId,
-    /// Durations.
+    /// Durations of the protocol: leases, timeouts, heartbeats.
     pub timings: Timings,
-    /// The process's own seed.
+    /// Seed of the process's own random choices.
     pub seed: u64,
     /// The incarnation it takes if its memory is gone.
     pub fresh_incarnation: Incarnation,
@@ -28,7 +28,7 @@ pub struct Setup {
     pub runs: BTreeMap<ServiceId, SavedRun>,
 }
 
-/// One node's process.
+/// One node's process, real or with a seeded bug.
 pub trait Subject: Sized {
     /// Starts it on what its disk holds: the acceptor state, and a ledger with the records after it.
     fn start(
@@ -38,7 +38,7 @@ pub trait Subject: Sized {
         log: &[Chosen],
         now: Now,
     ) -> (Self, Vec<Output>);
-    /// Hands it one input.
+    /// Hands the process one input at a time `now`; returns what it puts out.
     fn handle(&mut self, now: Now, input: Input) -> Vec<Output>;
 }
 
@@ -61,5 +61,5 @@ impl Subject for aviary_core::protocol::Core {
     }
 }
 
-/// What the simulator runs.
+/// Core without a wrapper: what the simulator runs unless it searches for seeded bugs.
 pub type Real = aviary_core::protocol::Core;

@@ -13,9 +13,9 @@ use aviary_core::protocol::{Input, Output};
 
 use crate::subject::{Setup, Subject};
 
-/// No seeded bug.
+/// A toy without a seeded bug.
 pub const SOUND: u8 = 0;
-/// A promise isn't remembered.
+/// Seeded bug: a restart forgets what was promised.
 pub const FORGETS_PROMISE: u8 = 1;
 /// The vote doesn't tell what was accepted.
 pub const HIDES_ACCEPTED: u8 = 2;
@@ -35,7 +35,7 @@ struct Attempt {
     since: Mono,
 }
 
-/// One node.
+/// One node of a tiny single-slot consensus, to test the simulator itself.
 pub struct Toy<const BUG: u8> {
     acceptor: AcceptorState,
     members: Members,

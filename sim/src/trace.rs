@@ -59,7 +59,7 @@ impl Trace {
         self.lines.push_back(line);
     }
 
-    /// Returns the last lines.
+    /// Returns the lines that are kept: the last ones of the run.
     pub fn lines(&self) -> impl Iterator<Item = &String> {
         self.lines.iter()
     }

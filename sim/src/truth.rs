@@ -14,7 +14,7 @@ use aviary_core::protocol::record::{
 };
 use std::sync::Arc;
 
-/// Something that happened.
+/// Something that happened in a run, as rules see it.
 pub enum Fact<'a> {
     /// A node's acceptor state became durable.
     Persisted(&'a NodeId, &'a AcceptorState),
@@ -22,13 +22,13 @@ pub enum Fact<'a> {
     Appended(&'a NodeId, &'a Chosen),
     /// A process started on this log.
     Started(&'a NodeId, &'a [Chosen]),
-    /// A message left.
+    /// A node's process sent a message.
     Sent(&'a NodeId, Incarnation, &'a Message),
-    /// A client asked.
+    /// A client sent a request, with its transaction id.
     Asked(RequestId, &'a str, &'a OperatorRequest),
     /// A client asked for a linearizable read.
     Reads(RequestId),
-    /// A client was answered.
+    /// A client got the answer to its request.
     Replied(RequestId, &'a Outcome),
     /// A majority accepted a record in a ballot.
     Chosen(&'a Record, &'a Ballot),
@@ -38,19 +38,19 @@ pub enum Fact<'a> {
     Served(Served<'a>),
     /// Canary answers of a service at a routing version reached a node's gate: how many, and how many failed.
     Observed(&'a ServiceId, u64, u64, u64),
-    /// The run is over.
+    /// The run is over: everything has healed, and nothing more happens.
     Over,
 }
 
 /// What a node would serve of one service.
 pub struct Served<'a> {
-    /// The node.
+    /// Node that serves the traffic.
     pub node: &'a NodeId,
-    /// The service.
+    /// Service to which the traffic belongs.
     pub service: &'a ServiceId,
-    /// The canary.
+    /// Version that the node treats as canary.
     pub canary: &'a VersionId,
-    /// Its effective share.
+    /// Effective share of the canary at this node, in basis points.
     pub bp: u16,
     /// True when the share ends with a lease.
     pub leased: bool,
@@ -58,12 +58,12 @@ pub struct Served<'a> {
     pub on_partition: OnPartition,
 }
 
-/// A chosen slot.
+/// A slot for which a value was chosen.
 #[derive(Clone)]
 pub struct Known {
-    /// The record.
+    /// Record that was chosen for the slot.
     pub record: Record,
-    /// Its hash.
+    /// Hash of that record, as ballots and logs name it.
     pub hash: Hash,
     /// The ballots it was chosen in.
     pub ballots: BTreeSet<Ballot>,
@@ -71,16 +71,16 @@ pub struct Known {
     pub certain: bool,
 }
 
-/// Who durably accepted what.
+/// Incarnations that durably accepted a value in one ballot.
 #[derive(Debug, Clone)]
 pub struct Support {
-    /// The record's hash.
+    /// Hash of the value that was accepted.
     pub hash: Hash,
     /// Each node, with the incarnation it did so in.
     pub by: BTreeSet<(NodeId, Incarnation)>,
 }
 
-/// What is really so.
+/// What is true of the whole cluster, whatever single nodes know.
 #[derive(Clone)]
 pub struct Truth {
     /// Microseconds since the run began.
@@ -89,9 +89,9 @@ pub struct Truth {
     pub log: Vec<Known>,
     /// The membership after each slot.
     pub memberships: Vec<Members>,
-    /// Durable accepts.
+    /// Nodes that durably accepted something, by slot and ballot.
     pub accepts: BTreeMap<(Slot, Ballot), Support>,
-    /// Durable promises.
+    /// Nodes that durably promised each ballot.
     pub promises: BTreeMap<Ballot, BTreeSet<(NodeId, Incarnation)>>,
     /// Each node's last durable acceptor state.
     pub acceptors: BTreeMap<NodeId, AcceptorState>,
@@ -117,7 +117,7 @@ impl Truth {
         Slot(self.log.len() as u64 - 1)
     }
 
-    /// Returns the newest membership.
+    /// Returns the membership after the last chosen slot.
     pub fn members(&self) -> &Members {
         self.memberships.last().expect("genesis has one")
     }
@@ -215,7 +215,7 @@ fn apply(members: &mut Members, change: &ConfigChange) {
 pub struct ExpectedRollout {
     /// The rollout, while there is one.
     pub spec: Option<Arc<RolloutSpec>>,
-    /// Its stage.
+    /// Number of its stage in the rollout file, from 0.
     pub stage: usize,
     /// True while it is in progress.
     pub active: bool,
@@ -229,7 +229,7 @@ pub struct ExpectedRollout {
 /// What is expected of the rollouts of all services, record by record of a log.
 #[derive(Clone, Default)]
 pub struct ExpectedRollouts {
-    /// Each service.
+    /// What is expected of each service, after the last record.
     pub now: BTreeMap<ServiceId, ExpectedRollout>,
     before: BTreeMap<Slot, ExpectedRollout>,
     /// Nodes that are cordoned after the last record.

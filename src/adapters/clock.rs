@@ -1,4 +1,4 @@
-//! The machine's clocks.
+//! The machine's clocks: one for leases, which suspends don't stop, and the time of day.
 
 use rustix::time::{ClockId, clock_gettime};
 

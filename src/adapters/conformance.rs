@@ -16,7 +16,7 @@ pub(crate) trait StoreUnderTest: Sized {
     fn create(acceptor: &AcceptorState, genesis: &Chosen) -> Self;
     /// Starts a process on it.
     fn open(&mut self) -> Found<Self::Store>;
-    /// Ends that process.
+    /// Ends the process that holds the store.
     fn close(&mut self, store: Self::Store);
 }
 

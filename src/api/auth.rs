@@ -7,7 +7,7 @@ use subtle::ConstantTimeEq;
 /// Permissions of a token; each role includes those of the one before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// May read everything.
+    /// May read everything, and change nothing.
     Viewer,
     /// May also change rollouts and report telemetry.
     Operator,
@@ -20,7 +20,7 @@ pub enum Role {
 pub struct Actor {
     /// The name; the role's where the tokens file gives none.
     pub name: Arc<str>,
-    /// Role of the token.
+    /// What a request with this token may do.
     pub role: Role,
 }
 

@@ -7,7 +7,6 @@ use clap::{Args, Subcommand};
 
 use super::Exit;
 
-/// Verbs of `aviary config`.
 #[derive(Debug, Subcommand)]
 pub enum ConfigVerb {
     /// Check the files of nodes (TOML), rollouts and routers (YAML).

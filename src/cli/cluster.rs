@@ -21,7 +21,6 @@ use super::write::{self, WriteArgs};
 use super::{Exit, read, show};
 use crate::client::Api;
 
-/// Verbs of `aviary cluster`.
 #[derive(Debug, Subcommand)]
 pub enum ClusterVerb {
     /// Create a cluster: certificates, data directories and the first record of the log. Run it once, before the nodes.
@@ -76,13 +75,13 @@ pub struct IssueArgs {
     /// Directory of the certificate authority that `cluster init` created.
     #[arg(long, value_name = "DIR")]
     ca: PathBuf,
-    /// The node's file (TOML).
+    /// File of the node (TOML), as `aviary node` takes it.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// The --data-root that `cluster init` was given, if any.
     #[arg(long, value_name = "ROOT")]
     data_root: Option<PathBuf>,
-    /// Validity of the certificate.
+    /// How long the certificate is valid, from now on.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
 }
@@ -156,7 +155,7 @@ pub struct JoinArgs {
     /// File of the new node (TOML).
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Validity of its certificate.
+    /// How long the node's certificate is valid, from now on.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
 }

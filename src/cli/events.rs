@@ -10,7 +10,6 @@ use super::output::{self, Format};
 use super::{Exit, show};
 use crate::client::{Api, StreamEvent, Unreachable};
 
-/// Arguments of `aviary events`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  aviary events                    all events in the log\n  \
     aviary events -f                 new events only\n  aviary events -f --after 120     events from slot 121 on")]

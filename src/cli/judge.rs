@@ -11,7 +11,6 @@ use super::Exit;
 use super::recording::{Feed, LINES, RecordingStep, Rules};
 use crate::domain::run::WindowVerdict;
 
-/// Arguments of `aviary judge`.
 #[derive(Debug, Args)]
 #[command(after_help = format!("Standard input: one JSON object per line, in order of arrival:\n{LINES}\n\nEach tick gives one line of \
     output. Without ticks, each second of the requests' own time gives one.\nSee also `aviary replay`, which prints decisions only."))]

@@ -22,7 +22,6 @@ use super::{Exit, show, wall_ms};
 use crate::domain::stats::Stats;
 use crate::http_client::{HttpClient, HttpError, HttpSettings};
 
-/// Arguments of `aviary load`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary load --url http://127.0.0.1:8081/predict,http://127.0.0.1:8082/predict \
     --rate 200 --duration 30s\n\n-o json prints one object per second, then a last one with \"summary\": true.\n\
@@ -56,7 +55,7 @@ const CONNECT_MAX: Duration = Duration::from_secs(2);
 /// Maximum wait for a whole answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
-/// Result of one request.
+/// What became of one request: when, how long, which status and version.
 #[derive(Debug, Clone)]
 struct Sample {
     node: Arc<str>,

@@ -97,7 +97,7 @@ struct Cli {
     verb: Verb,
 }
 
-/// Options of every verb.
+/// Options that every verb takes: output format, color, addresses, token.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Everywhere")]
 struct Global {
@@ -122,9 +122,9 @@ enum Verb {
     Cluster(cluster::ClusterVerb),
     /// Start a rollout from a file.
     Apply(write::ApplyArgs),
-    /// List the rollouts.
+    /// List the rollouts of all services.
     List,
-    /// Show one rollout.
+    /// Show the rollout of one service.
     Get(read::GetArgs),
     /// Wait until a rollout ends. Exit code: 0 completed, 1 rolled back or paused, 2 timeout.
     Status(status::StatusArgs),
@@ -132,7 +132,7 @@ enum Verb {
     Promote(write::PromoteArgs),
     /// Hold the canary's weight until `resume`.
     Pause(write::ReasonArgs),
-    /// Continue a paused rollout.
+    /// Continue a rollout that was paused.
     Resume(write::NameArgs),
     /// Send all traffic to stable. Needs a majority of nodes, but no health vote.
     Abort(write::ReasonArgs),
@@ -163,7 +163,7 @@ enum Verb {
     Router(router::RouterVerb),
     /// Run a demo model server whose latency and error rate can be set.
     Upstream(upstream::UpstreamArgs),
-    /// Report synthetic telemetry events.
+    /// Report synthetic telemetry events of a service.
     #[command(subcommand)]
     Telemetry(telemetry::TelemetryVerb),
     /// Send requests at a constant rate and count the answers by version.
@@ -177,7 +177,7 @@ enum Verb {
     },
 }
 
-/// Runs the program.
+/// Runs the program with the arguments of the process; returns its exit code.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

@@ -43,7 +43,7 @@ use crate::telemetry;
 #[cfg(feature = "kafka")]
 use crate::telemetry::Intake;
 
-/// Arguments of `aviary node`.
+/// Arguments of `aviary node`: where its file and its data are.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:\n  aviary node --config config/node-a.toml\n\n\
     `aviary cluster init` or `aviary cluster join` must have created the data directory.")]

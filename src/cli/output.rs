@@ -5,12 +5,12 @@ use std::io::{IsTerminal, Write};
 use comfy_table::{Table, presets};
 use serde_json::Value;
 
-/// Format of the output.
+/// Format of what a verb prints on standard output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// Tables and lines of text.
     Table,
-    /// The node's answer, unchanged.
+    /// The node's answer as JSON, unchanged.
     Json,
     /// The node's answer, as YAML.
     Yaml,
@@ -23,7 +23,7 @@ pub fn put(text: &str) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-/// Prints a line.
+/// Prints a line and its line feed to standard output.
 pub fn line(text: &str) -> anyhow::Result<()> {
     put(&format!("{text}\n"))
 }
@@ -57,13 +57,13 @@ pub fn facts(rows: &[(&str, String)]) -> String {
 /// A colour with a meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tone {
-    /// Green: success.
+    /// Green: it succeeded, or is healthy.
     Good,
     /// Yellow: unusual, no action needed yet.
     Odd,
-    /// Red: failure.
+    /// Red: it failed, or is unhealthy.
     Bad,
-    /// Dimmed: less important.
+    /// Dimmed: less important than the rest.
     Faint,
 }
 

@@ -19,7 +19,6 @@ use crate::domain::weights::Weight;
 use crate::domain::window::Window;
 use crate::synthetic::{Profile, Regression, Traffic};
 
-/// Arguments of `aviary plan`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Simulates each step many times, with synthetic traffic like the service's and the analysis code of the nodes.\n\n\
@@ -57,7 +56,7 @@ const PLAYED_SECONDS_MIN: u64 = 60;
 const ERRORS: [f64; 10] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
 const SLOWER: [f64; 10] = [1.03, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0];
 
-/// Prints the plan.
+/// Prints what the analysis of a rollout file will find, and how soon.
 pub async fn run(api: impl FnOnce() -> anyhow::Result<Api>, args: &PlanArgs, format: Format) -> anyhow::Result<Exit> {
     let name = args.file.display().to_string();
     let text = std::fs::read_to_string(&args.file).with_context(|| name.clone())?;

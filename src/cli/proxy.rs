@@ -24,7 +24,6 @@ use crate::protocol::View;
 use crate::proxy;
 use crate::proxy::settings::ProxySettings;
 
-/// Arguments of `aviary proxy`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary proxy --listen 127.0.0.1:8080 --stable http://127.0.0.1:9101 \
     --canary http://127.0.0.1:9102 --weight 5\n\nRuns a node's data plane without a cluster: the weight is fixed, and nothing is promoted.\n\
@@ -36,7 +35,7 @@ pub struct ProxyArgs {
     /// Servers of the stable version; requests are balanced between them.
     #[arg(long, value_name = "URL[,URL…]", value_delimiter = ',', required = true, value_parser = checked_url)]
     stable: Vec<String>,
-    /// Servers of the canary.
+    /// URLs of the canary's servers, separated by commas.
     #[arg(long, value_name = "URL[,URL…]", value_delimiter = ',', required = true, value_parser = checked_url)]
     canary: Vec<String>,
     /// The canary's share, in percent, such as 5 or 0.01.

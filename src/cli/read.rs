@@ -8,12 +8,11 @@ use super::write::exit_of_status;
 use super::{Exit, show};
 use crate::client::{Api, ApiResponse, segment};
 
-/// Arguments of `aviary get`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  aviary get fraud-model\n  aviary get fraud-model --field state.weights.v2\n  \
     aviary get fraud-model --all-nodes      exit code 0: all nodes agree; 1: they differ")]
 pub struct GetArgs {
-    /// The service.
+    /// Service whose rollout is shown.
     name: String,
     /// Print only this field of the answer: a name at any depth, or a path such as state.weights.v2.
     #[arg(long, value_name = "PATH")]
@@ -23,10 +22,9 @@ pub struct GetArgs {
     all_nodes: bool,
 }
 
-/// Arguments of `aviary history`.
 #[derive(Debug, Args)]
 pub struct HistoryArgs {
-    /// The service.
+    /// Service whose history is shown.
     name: String,
 }
 

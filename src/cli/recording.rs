@@ -14,7 +14,7 @@ use crate::domain::sequential::Policy;
 use crate::domain::ticks::TickSample;
 use crate::domain::window::Tally;
 
-/// The lines, for `--help`.
+/// Kinds of lines of a recording, as `--help` shows them.
 pub const LINES: &str = "  \
     {\"type\":\"start\",\"tick_ms\":1000,\"horizon_ms\":3600000}\n  \
     {\"id\":17,\"timestamp_ms\":12,\"version\":\"stable\",\"status\":200,\"latency_ms\":81.2}\n  \
@@ -168,7 +168,7 @@ impl Feed {
         }
     }
 
-    /// Takes a line.
+    /// Takes the next line; returns the steps that it completes, or why it can't be read.
     pub fn take(&mut self, line: &str) -> anyhow::Result<Vec<RecordingStep>> {
         let mut steps = Vec::new();
         if line.trim().is_empty() {

@@ -12,7 +12,6 @@ use super::Exit;
 use super::recording::{Feed, LINES, RecordingStep, Rules};
 use crate::domain::run::{AnswerSummary, WindowVerdict};
 
-/// Arguments of `aviary replay`.
 #[derive(Debug, Args)]
 #[command(after_help = format!("The recording: one JSON object per line, in order of arrival:\n{LINES}\n\nThe same recording and rollout always \
     give the same decisions.\n\nExample:\n  aviary replay -f config/rollout.yaml yesterday.ndjson"))]
@@ -31,7 +30,7 @@ pub struct ReplayArgs {
     recording: PathBuf,
 }
 
-/// Replays a recording.
+/// Replays a recording through the analysis, and prints its verdicts.
 pub fn run(args: &ReplayArgs) -> anyhow::Result<Exit> {
     let mut feed = Feed::new(Rules::load(args.file.as_deref(), args.alpha)?);
     let name = args.recording.display().to_string();

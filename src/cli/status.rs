@@ -10,12 +10,11 @@ use super::output::{self, Format};
 use super::{Exit, show};
 use crate::client::{Api, StreamEvent, Unreachable, segment};
 
-/// Arguments of `aviary status`.
 #[derive(Debug, Args)]
 #[command(after_help = "Exit codes: 0 completed, 1 rolled back or paused, 2 timeout or no node reachable.\n\n\
     Example:\n  aviary status fraud-model --timeout 5m && echo shipped")]
 pub struct StatusArgs {
-    /// The service.
+    /// Service whose rollout is followed.
     name: String,
     /// Maximum wait; default: no limit.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
@@ -35,7 +34,7 @@ impl StatusArgs {
 /// A wait that nobody outlives, where no timeout is given.
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Follows the rollout.
+/// Follows the rollout until it ends or `--timeout` is over, and prints what happens.
 pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result<Exit> {
     let end = Instant::now() + args.timeout.unwrap_or(YEAR);
     let path = format!("/v1/rollouts/{}", segment(&args.name));

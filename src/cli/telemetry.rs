@@ -25,7 +25,6 @@ use crate::domain::weights::Weight;
 #[cfg(feature = "kafka")]
 use crate::schema::v1::TelemetryEvent;
 
-/// Verbs of `aviary telemetry`.
 #[derive(Debug, Subcommand)]
 pub enum TelemetryVerb {
     /// Report synthetic events to the cluster or to Kafka.
@@ -35,11 +34,11 @@ pub enum TelemetryVerb {
 /// Behaviour of the simulated versions after `--after`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ProduceProfile {
-    /// Both versions stay healthy.
+    /// Both versions stay healthy: the rollout should complete.
     Healthy,
     /// 10 % of the canary's answers are errors.
     ErrorBurst,
-    /// The canary's latency doubles.
+    /// The canary's latency doubles, its errors stay as they are.
     Slow,
     /// A third of the answers of both versions are errors.
     SharedIncident,
@@ -65,7 +64,7 @@ pub struct ProduceArgs {
     /// The canary's share of the events, in percent.
     #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = super::proxy::weight)]
     share: Weight,
-    /// Events per second.
+    /// Events per second, of all versions together.
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     rate: u64,
     /// Behaviour of the versions after --after.
@@ -81,7 +80,7 @@ pub struct ProduceArgs {
     #[cfg(feature = "kafka")]
     #[arg(long, value_name = "BROKERS")]
     kafka: Option<String>,
-    /// Topic to write to.
+    /// Kafka topic to write the events to, instead of the API.
     #[cfg(feature = "kafka")]
     #[arg(long, value_name = "TOPIC", default_value = "telemetry.raw", requires = "kafka")]
     topic: String,
@@ -90,10 +89,10 @@ pub struct ProduceArgs {
     seed: u64,
 }
 
-/// Time between two batches.
+/// Time from one batch of events to the next.
 const BATCH: Duration = Duration::from_millis(100);
 
-/// Runs a verb.
+/// Runs a verb of telemetry; returns the program's exit code.
 pub async fn run(api: &Api, verb: TelemetryVerb) -> anyhow::Result<Exit> {
     let TelemetryVerb::Produce(args) = verb;
     let mut out = Out::new(api, &args)?;
@@ -124,7 +123,7 @@ pub async fn run(api: &Api, verb: TelemetryVerb) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Where events go.
+/// Where the events go, with what is counted on the way.
 enum Out<'a> {
     Api {
         api: &'a Api,
@@ -210,7 +209,7 @@ impl<'a> Out<'a> {
     }
 }
 
-/// An event.
+/// An event before it is encoded.
 struct Made {
     side: Side,
     status: u32,
@@ -252,7 +251,7 @@ impl Made {
     }
 }
 
-/// Draws events.
+/// Draws events of both versions, at the rate and the share of the arguments.
 struct Source<'a> {
     args: &'a ProduceArgs,
     random: SmallRng,
@@ -275,7 +274,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Returns the next batch.
+    /// Returns the events of the next batch; `happens` says whether the profile's fault is on.
     fn batch(&mut self, happens: bool) -> Vec<Made> {
         let count = self.count.sample(&mut self.random) as u64;
         let now = super::wall_ms();

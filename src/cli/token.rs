@@ -5,7 +5,6 @@ use clap::Args;
 use super::Exit;
 use crate::api::auth::Role;
 
-/// Arguments of `aviary token`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary token --role operator --name alice\n\n\
     Give the token to its owner, for AVIARY_TOKEN or --token-file. Add the line to the tokens_file of each node.")]

@@ -18,7 +18,6 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Exit;
 
-/// Arguments of `aviary upstream`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  aviary upstream --listen 127.0.0.1:9102 --version v2 --latency-ms 5\n  \
     curl -X PUT 127.0.0.1:9102/fault -d '{\"error_percent\":100}' -H 'content-type: application/json'\n\n\
@@ -42,7 +41,7 @@ pub struct UpstreamArgs {
     error_percent: f64,
 }
 
-/// How the server behaves.
+/// How the server misbehaves; `POST /fault` changes it while it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 struct InjectedFault {
     error_percent: f64,

@@ -13,10 +13,9 @@ use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, cluster, read, show, status, wall_ms};
 use crate::client::{Api, StreamEvent, segment};
 
-/// Arguments of `aviary watch`.
 #[derive(Debug, Args)]
 pub struct WatchArgs {
-    /// The service.
+    /// Service whose rollout is watched.
     name: String,
 }
 
@@ -25,7 +24,7 @@ const EVENTS_SHOWN: usize = 8;
 /// How often a terminal's numbers are read again, as samples and leases change without an event.
 const REFRESH: Duration = Duration::from_secs(1);
 
-/// Watches until Ctrl-C.
+/// Draws the rollout's state after each event and once a second, until Ctrl-C.
 pub async fn run(api: &Api, args: &WatchArgs) -> anyhow::Result<Exit> {
     if !std::io::stdout().is_terminal() {
         return status::run(api, &status::StatusArgs::after(args.name.clone(), None), Format::Table).await;
@@ -68,7 +67,7 @@ async fn picture(api: &Api, name: &str, screen: &Screen) -> String {
     format!("{}\n\n{body}\n\n{members}\n\n{events}", paint(colours(), Tone::Faint, &head))
 }
 
-/// Content of the screen.
+/// How much was drawn last, and the newest events.
 #[derive(Default)]
 struct Screen {
     drawn: usize,

@@ -15,7 +15,7 @@ use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, show, status};
 use crate::client::{Api, ApiResponse, Write, segment};
 
-/// Options of every write.
+/// Options of every verb that changes something: its key and its time-out.
 #[derive(Debug, Clone, Args)]
 pub struct WriteArgs {
     /// Idempotency key: repeated requests with the same key are carried out once. Default: a random key, which is printed.
@@ -26,7 +26,6 @@ pub struct WriteArgs {
     pub timeout: Duration,
 }
 
-/// Arguments of `aviary apply`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary apply -f config/rollout.yaml --wait")]
 pub struct ApplyArgs {
@@ -43,16 +42,15 @@ pub struct ApplyArgs {
 /// Arguments of verbs that need a name only.
 #[derive(Debug, Args)]
 pub struct NameArgs {
-    /// The service.
+    /// Service whose rollout is changed.
     name: String,
     #[command(flatten)]
     write: WriteArgs,
 }
 
-/// Arguments of `aviary promote`.
 #[derive(Debug, Args)]
 pub struct PromoteArgs {
-    /// The service.
+    /// Service whose rollout is promoted.
     name: String,
     /// Promote to 100 %: skips the remaining steps and the wait for samples. Unhealthy nodes still refuse.
     #[arg(long)]
@@ -64,7 +62,7 @@ pub struct PromoteArgs {
 /// Arguments of verbs that keep a reason for those who look later.
 #[derive(Debug, Args)]
 pub struct ReasonArgs {
-    /// The service.
+    /// Service whose rollout is changed.
     name: String,
     /// Reason, recorded in the history.
     #[arg(long, default_value = "", hide_default_value = true)]
@@ -97,7 +95,7 @@ pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result
     status::run(api, &status::StatusArgs::after(named.metadata.name, told), format).await
 }
 
-/// Promotes the canary.
+/// Promotes the canary to the next step, or to the end with `--full`.
 pub async fn promote(api: &Api, args: PromoteArgs, format: Format) -> anyhow::Result<Exit> {
     operation(api, "promote", &args.name, &json!({ "full": args.full }), args.write, format).await
 }

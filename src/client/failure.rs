@@ -13,7 +13,7 @@ pub enum AddressError {
     /// The URL has another scheme.
     #[error("scheme is {found}, expected http")]
     Scheme {
-        /// The scheme.
+        /// Scheme that the URL has.
         found: String,
     },
     /// The host and port can't be read.
@@ -22,10 +22,10 @@ pub enum AddressError {
         /// What stands in their place.
         found: String,
     },
-    /// The port is missing.
+    /// The URL has a host without a port.
     #[error("{found:?} has no port, expected http://host:port")]
     NoPort {
-        /// The host.
+        /// What the URL has in the place of host and port.
         found: String,
     },
 }
@@ -33,7 +33,7 @@ pub enum AddressError {
 /// Why a node gave no answer, or why its event stream ended.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    /// The request failed.
+    /// The request got no answer, or no usable one.
     #[error(transparent)]
     Http(#[from] HttpError),
     /// The node ended the event stream.
@@ -42,7 +42,7 @@ pub enum NodeError {
     /// The event stream carried nothing, not even a comment.
     #[error("silent for {} s", .within.as_secs())]
     Silent {
-        /// For how long.
+        /// How long nothing came before the connection was given up.
         within: Duration,
     },
 }
@@ -51,9 +51,9 @@ pub enum NodeError {
 #[derive(Debug, thiserror::Error)]
 #[error("{address}: {error}")]
 pub struct NodeFailure {
-    /// The node's address.
+    /// Address of the node's API port.
     pub address: Address,
-    /// Its failure.
+    /// Why the node gave no answer.
     pub error: NodeError,
 }
 
@@ -68,13 +68,13 @@ impl NodeFailure {
 #[derive(Debug, thiserror::Error)]
 #[error("{address}: {}", .answer.error())]
 pub struct NodeRefusal {
-    /// The node's address.
+    /// Address of the node's API port.
     pub address: Address,
-    /// Its answer.
+    /// Answer that refuses the stream, with its reason.
     pub answer: ApiResponse,
 }
 
-/// No node answered.
+/// No node answered: each of them failed.
 #[derive(Debug)]
 pub struct Unreachable {
     /// The failure of each node that was tried, in that order.

@@ -55,12 +55,12 @@ impl fmt::Display for Address {
     }
 }
 
-/// A node's answer.
+/// Answer of a node, whatever its status.
 #[derive(Debug, Clone)]
 pub struct ApiResponse {
-    /// The HTTP status.
+    /// HTTP status of the answer.
     pub status: StatusCode,
-    /// The body as text.
+    /// Body of the answer, as text.
     pub body: String,
 }
 
@@ -99,13 +99,13 @@ impl ApiResponse {
 /// A write: what is asked, and the key that makes asking twice the same as asking once.
 #[derive(Debug, Clone)]
 pub struct Write {
-    /// Path of the endpoint.
+    /// Path of the endpoint, with its query.
     pub path: String,
     /// Its `Idempotency-Key`, which becomes the transaction's id.
     pub key: String,
     /// Media type of the body.
     pub content_type: &'static str,
-    /// The body.
+    /// Body of the request; empty for none.
     pub body: String,
     /// How long it may be repeated while its outcome is open.
     pub patience: Duration,
@@ -116,7 +116,7 @@ pub struct Write {
 pub enum StreamEvent {
     /// The stream is open; what is read from the API after this misses nothing.
     Connected,
-    /// Something happened.
+    /// An event of the stream arrived.
     Event(SseEvent),
     /// The stream broke and is tried again, on the next node; with why.
     Lost(NodeFailure),
@@ -133,7 +133,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 const SILENCE_MAX: Duration = Duration::from_secs(45);
 const BODY_BYTES_MAX: usize = 64 << 20;
 
-/// The nodes' API.
+/// The API of a cluster: its nodes' addresses, tried one after the other.
 #[derive(Clone)]
 pub struct Api {
     addresses: Vec<Address>,
@@ -149,7 +149,7 @@ enum StreamEnd {
     Lost(NodeFailure),
     /// No node will give one.
     Refused(NodeRefusal),
-    /// The receiver was dropped.
+    /// The receiver was dropped: nobody reads the events any more.
     Unheard,
 }
 
@@ -198,7 +198,7 @@ impl Api {
         Err(Unreachable { failed })
     }
 
-    /// Reads from one node.
+    /// Reads a path from one node, without trying another.
     pub async fn get_from(&self, address: &Address, path: &str) -> Result<ApiResponse, HttpError> {
         let request = self.request(Method::GET, address, path).body(Full::default())?;
         self.send(request, READ_MAX).await

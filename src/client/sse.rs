@@ -5,7 +5,7 @@
 pub struct SseEvent {
     /// The last `id:` seen; a stream resumes after it.
     pub id: Option<String>,
-    /// Its data lines, joined.
+    /// Its data lines, joined by line feeds.
     pub data: String,
 }
 

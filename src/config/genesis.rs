@@ -35,7 +35,7 @@ pub enum FoundError {
     /// A file's peers aren't the other nodes.
     #[error("{file}: peers are {found}, expected {expected}: the other nodes given to this command")]
     Peers {
-        /// The file.
+        /// File in which it was found.
         file: String,
         /// Names of the other nodes given to the command.
         expected: String,
@@ -45,9 +45,9 @@ pub enum FoundError {
     /// A peer's address isn't where that peer listens.
     #[error("{file}: peers.{peer}.{port} is {found}, expected {expected}, where {peer} listens")]
     Address {
-        /// The file.
+        /// File in which it was found.
         file: String,
-        /// Name of the peer.
+        /// Name of the peer that is wrong.
         peer: NodeId,
         /// Key of the port: `control` or `api`.
         port: &'static str,

@@ -101,7 +101,7 @@ pub struct IdentityFiles {
 pub struct Listen {
     /// Data port, for clients' requests.
     pub data: String,
-    /// API port, for operators.
+    /// Address of the API port, which operators use.
     pub api: String,
     /// The other nodes. Loopback only, where it is plaintext.
     pub control: String,
@@ -198,7 +198,7 @@ struct ApiPart {
 #[derive(Debug, thiserror::Error)]
 #[error("{file}: {complaint}")]
 pub struct NodeFileError {
-    /// Path of the file.
+    /// Path of the token file.
     pub file: String,
     /// Error: key, found and expected value.
     pub complaint: String,

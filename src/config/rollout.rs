@@ -18,7 +18,7 @@ pub enum RolloutError {
     /// The file is no YAML, or has unknown or missing keys.
     #[error("{file}: {complaint}")]
     Shape {
-        /// The file.
+        /// Path of the rollout file.
         file: String,
         /// Error of the parser, with its line.
         complaint: String,
@@ -26,17 +26,17 @@ pub enum RolloutError {
     /// A value is not allowed.
     #[error("{file}: {place}: {complaint}")]
     Value {
-        /// The file.
+        /// Path of the rollout file.
         file: String,
         /// Key whose value is not allowed, such as `spec.steps`.
         place: String,
-        /// Found and expected value.
+        /// What was found, and what was expected.
         complaint: String,
     },
     /// The values together are not a valid rollout.
     #[error("{file}: {error}")]
     Whole {
-        /// The file.
+        /// Path of the rollout file.
         file: String,
         /// The rule that they break.
         error: SpecError,
@@ -193,7 +193,6 @@ struct MetricPart {
     /// System that stores the metric; none: this cluster.
     #[serde(default)]
     provider: Option<Provider>,
-    /// SEQUENTIAL's.
     #[serde(default)]
     allowed_increase: Option<f64>,
     #[serde(default)]

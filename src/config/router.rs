@@ -47,7 +47,7 @@ pub struct RouterConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServicePart {
-    /// Name of the version.
+    /// Name of the version, as the cluster knows it.
     pub version: VersionId,
     /// Consumer group of the service.
     pub group: String,
@@ -199,7 +199,7 @@ fn hook_ms() -> u64 {
 #[derive(Debug, thiserror::Error)]
 #[error("{file}: {complaint}")]
 pub struct RouterFileError {
-    /// Path of the file.
+    /// Path of the router's file.
     pub file: PathBuf,
     /// Error: key, found and expected value.
     pub complaint: String,

@@ -1,4 +1,4 @@
-//! Following the log.
+//! Reads the log on: from a position to its end, then what is appended.
 
 use std::sync::Arc;
 

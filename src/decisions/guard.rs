@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use crate::node::handle::NodeHandle;
 use crate::ports::GuardProbe;
 
-/// Between two probes.
+/// Time from one probe of the store to the next.
 const PROBE: Duration = Duration::from_millis(500);
 
 /// Tells the node whether the store answers, until `shutdown`; blocks, so that it needs a thread of its own.

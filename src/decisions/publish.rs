@@ -17,7 +17,7 @@ use crate::protocol::record::Slot;
 const LOOK: Duration = Duration::from_millis(100);
 /// First wait after a failure.
 const RETRY_MIN: Duration = Duration::from_millis(200);
-/// Longest such wait.
+/// Longest wait between two tries to publish.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// How often the place is told anew while nothing is decided: brokers forget places that nobody commits to.
 const KEEP: Duration = Duration::from_secs(6 * 3600);

@@ -23,7 +23,7 @@ pub enum Point {
     AfterPropose,
     /// When a majority accepted, before anybody is told.
     BeforeChosen,
-    /// When everybody was told.
+    /// When all peers were told that the record is chosen.
     AfterChosen,
     /// When the record was appended.
     AfterAppend,
@@ -40,7 +40,7 @@ const POINTS: [(&str, Point); 8] = [
     ("after-append", Point::AfterAppend),
 ];
 
-/// Where to die.
+/// Place in a commit where the process dies, and the kind of record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failpoint {
     point: Point,

@@ -51,7 +51,7 @@ const LATENCY_SUM_US_MAX: u64 = 1 << 53;
 pub struct Identity {
     /// Cluster that the node belongs to.
     pub cluster: ClusterId,
-    /// Name of the node.
+    /// Name of that node in the cluster.
     pub node: NodeId,
     /// Incarnation of its data directory.
     pub incarnation: Incarnation,
@@ -60,13 +60,13 @@ pub struct Identity {
 /// Body of a frame: a payload and its sender.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Envelope<T> {
-    /// Cluster of the sender.
+    /// Cluster that the sender belongs to.
     pub cluster: ClusterId,
     /// Name of the sending node.
     pub from: NodeId,
     /// Incarnation of the sender's data directory.
     pub incarnation: Incarnation,
-    /// The message itself.
+    /// The message, as its kind defines it.
     pub payload: T,
 }
 
@@ -94,9 +94,9 @@ pub struct Hello {
 /// A range of protocol versions, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versions {
-    /// Oldest version.
+    /// Oldest version of the range, itself included.
     pub min: u16,
-    /// Newest version.
+    /// Newest version of the range, itself included.
     pub max: u16,
 }
 
@@ -170,7 +170,7 @@ pub enum FrameError {
         /// The first bytes, four at most.
         found: Vec<u8>,
     },
-    /// Another version of it.
+    /// The frame has another protocol version than the connection.
     #[error("protocol version {found}, expected {expected}")]
     Version {
         /// Versions that this node speaks.
@@ -208,9 +208,9 @@ pub enum FrameError {
     /// The sender belongs to another cluster.
     #[error("cluster {found}, expected {expected}")]
     Cluster {
-        /// Cluster of this node.
+        /// Cluster that this node belongs to.
         expected: ClusterId,
-        /// Cluster of the peer.
+        /// Cluster that the peer claims.
         found: ClusterId,
     },
     /// From or for another node than it should be.
@@ -218,7 +218,7 @@ pub enum FrameError {
     Sender {
         /// Field that is wrong: `sender`, `incarnation` or `hello to`.
         what: &'static str,
-        /// Node that was expected.
+        /// Node or incarnation that was expected.
         expected: String,
         /// Node that sent the frame.
         found: String,

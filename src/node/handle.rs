@@ -26,14 +26,14 @@ pub enum NodeRequest {
     Submit {
         /// Id of the transaction: the idempotency key.
         tx: TxId,
-        /// The requested change.
+        /// Change that the operator wants.
         asked: OperatorRequest,
-        /// Where the answer goes.
+        /// Where the outcome goes, once it is known.
         reply: oneshot::Sender<Outcome>,
     },
     /// A linearizable read: it is answered once a majority confirmed this node's state.
     Read {
-        /// Where the answer goes.
+        /// Where the outcome goes, once it is known.
         reply: oneshot::Sender<Outcome>,
     },
     /// Counts of the data plane since the last message, by service.
@@ -57,7 +57,7 @@ pub enum NodeRequest {
 #[derive(Clone)]
 pub struct Published {
     view: Arc<ArcSwap<View>>,
-    /// Counts the views.
+    /// Number of views published so far; readers compare it with theirs.
     number: Arc<AtomicU64>,
     /// Microseconds of the lease's start on the node's clock; 0: no lease.
     lease_from: Arc<AtomicU64>,
@@ -92,7 +92,7 @@ impl Published {
         self.number.fetch_add(1, Ordering::Release);
     }
 
-    /// Moves the lease's start.
+    /// Sets the moment from which the lease counts; without one there is no lease.
     pub fn set_lease(&self, from: Option<Mono>) {
         self.lease_from.store(from.map_or(0, |t| t.0), Ordering::Release);
     }

@@ -9,7 +9,7 @@ use tracing::{debug, error};
 use crate::ports::LogReader;
 use crate::protocol::record::{Hash, Slot};
 
-/// Time between two rounds.
+/// Time between two rounds: an hour.
 const EVERY: Duration = Duration::from_secs(3_600);
 /// Records read at once, and the pause between two reads: a round is slow on purpose.
 const BATCH: usize = 256;

@@ -204,7 +204,7 @@ struct Upload {
 const MOVING: u8 = 0;
 /// The client has more to send, and the upstream waits for it.
 const AWAITED: u8 = 1;
-/// The client broke off.
+/// The client ended the connection before the answer's end.
 const CUT: u8 = 2;
 
 impl Upload {
@@ -284,7 +284,7 @@ enum ForwardFailure {
     Unreachable(String),
     /// No first byte in time.
     Late,
-    /// The upstream broke off.
+    /// The upstream ended the connection before its answer's end; the reason in words.
     Broken(String),
     /// The client broke off, or stopped sending: nobody's error.
     Client(&'static str),
@@ -518,7 +518,7 @@ fn strip(headers: &mut HeaderMap, configured: &[String]) {
     hops.into_iter().for_each(|name| drop(headers.remove(name)));
 }
 
-/// Says who served.
+/// Adds the headers that say which version served.
 fn mark(headers: &mut HeaderMap, route: &Route, pool: &Pool) {
     if let Ok(version) = HeaderValue::from_str(pool.version.as_str()) {
         headers.insert("x-served-by", version);

@@ -119,7 +119,7 @@ impl CircuitBreaker {
         self.tripped.load(Relaxed)
     }
 
-    /// Counts a stable result.
+    /// Counts a result of the stable version: an answer or an error.
     pub fn stable(&self, error: bool) {
         let mask = (1 << STABLE_RESULTS) - 1;
         if !error && self.stable.load(Relaxed) == 1 << STABLE_RESULTS {

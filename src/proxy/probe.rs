@@ -16,7 +16,7 @@ use super::upstream::Server;
 /// Longest wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Asks servers.
+/// Sends health checks to servers, by HTTP/1.1 or HTTP/2.
 pub struct Prober {
     http1: HttpClient,
     http2: HttpClient,

@@ -33,12 +33,12 @@ const UNREAD_MS_MAX: u64 = 75_000;
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES_MAX: usize = 1 << 20;
 
-/// A client's connection.
+/// Connection of a client, with what was read ahead of the request.
 struct Client<S> {
     stream: S,
     /// Bytes that were read and are not used yet.
     ahead: Vec<u8>,
-    /// It sends nothing more.
+    /// True once the client has ended its side.
     ended: bool,
     address: String,
 }
@@ -270,7 +270,7 @@ const STOPPED: BadMessage = BadMessage { status: 408, why: "the request's body s
 enum ExchangeEnd {
     /// Everything is with the client.
     Complete,
-    /// The upstream broke off.
+    /// The upstream ended the connection before its answer's end.
     Cut,
     /// The client went away, or never read.
     Gone,

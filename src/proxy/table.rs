@@ -168,11 +168,11 @@ pub struct Table {
 /// Parts that routes are made from.
 struct RouteParts {
     servers: Servers,
-    /// Workers.
+    /// Number of workers, each with its own counters.
     shards: usize,
 }
 
-/// The data plane's state.
+/// What all workers of the data plane share: the table in force, and the counters.
 pub struct RoutingTable {
     pub node: NodeHandle,
     pub settings: ProxySettings,

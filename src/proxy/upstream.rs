@@ -16,9 +16,9 @@ use crate::domain::time::Mono;
 
 /// Failures in a row after which a server is ejected.
 const FAILURES_MAX: u32 = 5;
-/// How long, the first time; one more of it each time in a row.
+/// Length of a server's first ejection, in milliseconds; each one in a row is longer by as much.
 const EJECTED_MS: u64 = 10_000;
-/// The longest.
+/// Longest ejection, in milliseconds, however often the server fails.
 const EJECTED_MS_MAX: u64 = 60_000;
 /// Failed probes in a row that make a server unwell; one that succeeds makes it well.
 const PROBES_FAILED_MAX: u32 = 3;

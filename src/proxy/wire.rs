@@ -27,7 +27,7 @@ impl Default for Room<'_> {
     }
 }
 
-/// A head's fields.
+/// Header fields of a head, in the order in which they arrived.
 pub type HeaderFields<'h, 'b> = &'h [Header<'b>];
 
 /// Returns the first field of this name, given in small letters.
@@ -43,7 +43,7 @@ fn is(name: &str, known: &str) -> bool {
 /// A message that is answered with an error and the end of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadMessage {
-    /// HTTP status.
+    /// HTTP status that the proxy answers with.
     pub status: u16,
     /// Reason: what was expected instead.
     pub why: &'static str,
@@ -58,7 +58,7 @@ const fn refuse<T>(status: u16, why: &'static str) -> Result<T, BadMessage> {
 pub enum BodyFraming {
     /// So many bytes; none: the body has ended.
     Length(u64),
-    /// Chunks.
+    /// Chunks, with the position in them.
     Chunked(Chunk),
     /// Everything until the connection ends.
     Open,
@@ -73,7 +73,7 @@ pub enum Chunk {
     Extension(u64, u16),
     /// At the line feed behind size and extension.
     SizeEnd(u64),
-    /// In the data.
+    /// In a chunk's data, with so many bytes left.
     Data(u64),
     /// At the carriage return behind the data.
     DataEnd,
@@ -81,16 +81,16 @@ pub enum Chunk {
     DataEnd2,
     /// At the beginning of a trailer line, so many bytes of trailers in.
     Line(u16),
-    /// Within one.
+    /// Within a trailer line, so many bytes of trailers in.
     Trailer(u16),
-    /// At its line feed.
+    /// At the line feed of a trailer line, so many bytes of trailers in.
     TrailerEnd(u16),
     /// At the last line feed.
     End,
 }
 
 impl BodyFraming {
-    /// Message without a body.
+    /// A message without a body.
     pub const NONE: Self = Self::Length(0);
     /// The beginning of a chunked one.
     pub const CHUNKED: Self = Self::Chunked(Chunk::Size(0, 0));
@@ -179,9 +179,9 @@ pub struct RequestHead<'h, 'b> {
     pub target: &'b str,
     /// Header fields, in the order in which they arrived.
     pub fields: HeaderFields<'h, 'b>,
-    /// Bytes of the head.
+    /// Length of the head, in bytes.
     pub length: usize,
-    /// What follows it.
+    /// How the body after it ends.
     pub body: BodyFraming,
     /// The client wants no further request on this connection.
     pub close: bool,
@@ -387,13 +387,13 @@ impl RequestHead<'_, '_> {
 /// The head of an answer.
 #[derive(Debug)]
 pub struct ResponseHead<'h, 'b> {
-    /// HTTP status.
+    /// HTTP status of the response.
     pub status: u16,
     reason: &'b str,
     fields: HeaderFields<'h, 'b>,
-    /// Bytes of the head.
+    /// Length of the head, in bytes.
     pub length: usize,
-    /// What follows it.
+    /// How the body after it ends.
     pub body: BodyFraming,
     /// The upstream takes another request on this connection.
     pub stays_open: bool,

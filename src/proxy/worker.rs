@@ -80,7 +80,7 @@ pub struct Deadline {
 const RESTING: u64 = u64::MAX;
 
 impl Deadline {
-    /// Removes the deadline.
+    /// Removes the deadline: the connection may take any time now.
     pub fn rest(&self) {
         self.deadline.at_ms.set(RESTING);
     }

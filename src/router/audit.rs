@@ -38,11 +38,11 @@ impl Offsets {
 pub struct At {
     /// Partition of the source topic.
     pub partition: usize,
-    /// Offset in that partition.
+    /// Offset of the record in that partition.
     pub offset: i64,
 }
 
-/// Result of an audit.
+/// Result of an audit: counts, and the first records of each kind that is wrong.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Findings {
     /// Number of source records that were compared.

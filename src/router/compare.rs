@@ -10,7 +10,7 @@ use crate::ports::{OffsetRange, OutsideError, RouterTopics, Topic};
 pub struct Compared {
     /// Where each partition of the source begins to be compared.
     pub from: Vec<i64>,
-    /// Where that ends.
+    /// Offset at which the comparison ends, by partition.
     pub until: Vec<i64>,
     /// What was found there. Copies of records after it are the next audit's.
     pub findings: Findings,

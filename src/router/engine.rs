@@ -45,7 +45,7 @@ pub struct CommittedWeight {
     pub end: Option<RouterEnd>,
 }
 
-/// Source of the weight.
+/// Who sets the canary's share: operators, or a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Steering {
     /// Commands of operators in the control topic.
@@ -54,7 +54,7 @@ pub enum Steering {
     Cluster(Option<CommittedWeight>),
 }
 
-/// Result of a turn.
+/// What came of a turn of the loop.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Turn {
     /// Records were copied, this many, or a step was done.
@@ -341,7 +341,7 @@ impl Engine {
         self.enter(RouterPhase::Starting { from }, commit)
     }
 
-    /// One transaction's records.
+    /// Copies the records of one transaction to the topics of their sides, and commits it.
     fn split(&mut self, now_ms: u64, from: Places, steering: &Steering) -> Result<Turn, OutsideError> {
         if self.state().kept_ms + KEEP_MS <= now_ms {
             let places = self.state().places(|_| true);

@@ -19,10 +19,10 @@ use crate::ports::{NotDone, OutsideError, Post, PostSource, Posted};
 
 /// First pause before a record is posted again.
 const RETRY_MIN: Duration = Duration::from_millis(100);
-/// Longest such pause.
+/// Longest pause between two tries of a record.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// Settings of push mode.
+/// Settings of push mode, from the router's file.
 #[derive(Debug, Clone)]
 pub struct PushPlan {
     /// Makes tickets of keys; the data plane's for a rollout of the same service.

@@ -13,7 +13,7 @@ use crate::ports::{Clock, OutsideError};
 const WAIT: Duration = Duration::from_millis(100);
 /// First pause after an error.
 const RETRY_MIN: Duration = Duration::from_millis(200);
-/// Longest such pause.
+/// Longest pause after an error of a turn.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// Runs a router, on a thread of its own. Returns true when the rollout is over, false when it was told to stop.

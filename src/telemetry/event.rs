@@ -10,7 +10,7 @@ pub use json::Json;
 /// A request of a service, checked.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ReportedEvent<'b> {
-    /// Name of the service.
+    /// Name of the service that answered.
     pub service: Text<'b>,
     /// Name of the version that answered.
     pub version: Text<'b>,
@@ -43,7 +43,7 @@ impl<'b> Text<'b> {
         (is_ascii || std::str::from_utf8(bytes).is_ok()).then_some(Self(bytes))
     }
 
-    /// Returns its bytes.
+    /// Returns the text's bytes, which need not be UTF-8.
     pub fn as_bytes(self) -> &'b [u8] {
         self.0
     }

@@ -75,12 +75,12 @@ pub struct IntakeBatch<'i> {
     counted: MutexGuard<'i, ServiceTable>,
     taken: Taken,
     now_ms: u64,
-    /// Of the next event.
+    /// Position of the next event, from 0.
     place: usize,
 }
 
 impl IntakeBatch<'_> {
-    /// Takes the next event.
+    /// Takes in the next event: counts it, or says why it is rejected.
     #[inline]
     pub fn put(&mut self, event: &Result<ReportedEvent<'_>, Rejection>) {
         match event {
@@ -134,7 +134,7 @@ struct ServiceTable {
     ids: Ids,
 }
 
-/// Where an event counts.
+/// What an event counts as: its service, side, time, result and latency.
 struct Hit {
     /// The place of its service in the table.
     bucket: usize,

@@ -1,4 +1,4 @@
-//! Events from a topic.
+//! Reads reported events from a topic.
 
 use std::time::Duration;
 

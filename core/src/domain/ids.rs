@@ -15,7 +15,7 @@ pub enum IdError {
         what: &'static str,
         /// Number of characters of the text.
         found: usize,
-        /// Maximum number of characters.
+        /// Maximum number of characters, which this identifier may have.
         max: usize,
     },
     /// A character outside the allowed set.
@@ -23,7 +23,7 @@ pub enum IdError {
     Character {
         /// Which identifier was being made.
         what: &'static str,
-        /// The rejected text.
+        /// The rejected text, as it arrived.
         text: String,
         /// The first character that is not allowed.
         found: char,

@@ -7,9 +7,9 @@
 pub struct Limits {
     /// What is limited, as files and command lines call it.
     pub what: &'static str,
-    /// The least allowed.
+    /// Least value that is allowed, in the unit that people write.
     pub min: f64,
-    /// The most allowed.
+    /// Greatest value that is allowed, in the unit that people write.
     pub max: f64,
 }
 
@@ -17,9 +17,9 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 #[error("{} is {found}, expected {} to {}", .limits.what, .limits.min, .limits.max)]
 pub struct OutOfRange {
-    /// The limits.
+    /// The limits that the number exceeds.
     pub limits: Limits,
-    /// The number.
+    /// The number that was found, in the unit that people write.
     pub found: f64,
 }
 
@@ -53,7 +53,7 @@ pub const QUANTILE: Limits = Limits::new("quantile", 0.05, 0.999);
 pub const STAGES_MAX: usize = 100;
 /// Most servers of a version.
 pub const URLS_MAX: usize = 64;
-/// Most routing matches.
+/// Most `match` entries of a rollout.
 pub const MATCHES_MAX: usize = 32;
 /// Most metrics that the data plane keeps.
 pub const METRICS_MAX: usize = 32;

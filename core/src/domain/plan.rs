@@ -93,7 +93,7 @@ pub struct RolloutSpec {
     pub matches: Vec<Match>,
     /// The share of stable's requests that the canary gets a copy of, its answers unused.
     pub mirror: Weight,
-    /// Rules of the analysis.
+    /// Rules by which the canary is judged.
     pub analysis: Analysis,
     /// How long canary traffic outlives the last contact with a majority, in milliseconds.
     pub lease_ms: u64,
@@ -131,9 +131,9 @@ pub enum SpecError {
     TooMany {
         /// The list, as the file names it.
         what: &'static str,
-        /// Number of entries found.
+        /// Number of entries that the file has.
         found: usize,
-        /// Maximum number of entries.
+        /// Number of entries that a record holds at most.
         max: usize,
     },
     /// A number of the analysis beyond its limits.
@@ -144,11 +144,11 @@ pub enum SpecError {
     Duration {
         /// Key of the duration in the rollout file.
         what: &'static str,
-        /// Value found, in milliseconds.
+        /// Duration that was found, in milliseconds.
         found: u64,
-        /// Minimum, in milliseconds.
+        /// Shortest duration that is allowed, in milliseconds.
         min: u64,
-        /// Maximum, in milliseconds.
+        /// Longest duration that is allowed, in milliseconds.
         max: u64,
     },
 }

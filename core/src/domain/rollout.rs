@@ -48,9 +48,9 @@ impl fmt::Display for Phase {
 /// A rollout and how far it has come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rollout {
-    /// The rollout file, checked.
+    /// The checked rollout file that its Start recorded.
     pub spec: Arc<RolloutSpec>,
-    /// Current phase.
+    /// Current phase; the last one remains after the rollout's end.
     pub phase: Phase,
     /// Index of the current stage, or of the last one if the rollout ended.
     pub stage: usize,
@@ -73,7 +73,7 @@ pub struct Service {
     pub rollout: Rollout,
 }
 
-/// Target of a promotion.
+/// Where a promotion leads to: a later stage, or the end of the rollout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Target {
     /// The stage with this index.
@@ -142,9 +142,9 @@ pub enum ChangeError {
     InProgress {
         /// Canary of the rollout in progress.
         version: VersionId,
-        /// Phase of that rollout.
+        /// Phase in which that rollout is.
         phase: Phase,
-        /// Weight of that canary.
+        /// Committed weight of that rollout's canary.
         weight: Weight,
     },
     /// No rollout is in progress.
@@ -152,15 +152,15 @@ pub enum ChangeError {
     NotInProgress {
         /// Canary of the last rollout.
         version: VersionId,
-        /// Phase of that rollout.
+        /// Phase in which that rollout ended.
         phase: Phase,
     },
     /// The rollout's phase doesn't allow the change.
     #[error("the rollout to {version} is {phase}, expected {expected}")]
     Phase {
-        /// The canary.
+        /// Canary of the rollout that the change is for.
         version: VersionId,
-        /// Phase of that rollout.
+        /// Phase in which that rollout is.
         phase: Phase,
         /// The phase the change needs.
         expected: &'static str,
@@ -188,7 +188,7 @@ pub enum ChangeError {
 /// A transaction's identity, as it marks the state it leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stamp {
-    /// Its id.
+    /// Id by which clients repeat the transaction, and the log names it.
     pub tx: TxId,
     /// Time at which the coordinator proposed it.
     pub at: Wall,

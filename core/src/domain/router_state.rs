@@ -146,7 +146,7 @@ impl HookCall {
 /// The end that an operator or the cluster asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RouterEnd {
-    /// The canary continues alone.
+    /// The canary continues alone, on the source topic.
     Promote,
     /// Stable continues alone; with the reason.
     Abort(String),

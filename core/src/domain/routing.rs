@@ -8,7 +8,7 @@ use super::ids::{ServiceId, TxId, VersionId};
 use super::time::Wall;
 use super::weights::{Weight, Weights};
 
-/// Outcome of a transaction.
+/// Outcome of a transaction, as records and the API state it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Status {
@@ -45,7 +45,7 @@ pub struct RoutingState {
     pub weights: Weights,
     /// COMMITTED in a service; in a record, the outcome of its transaction.
     pub status: Status,
-    /// Id of that transaction.
+    /// Id of the transaction that committed this state.
     pub txid: TxId,
     /// When its coordinator proposed it.
     pub timestamp: Wall,

@@ -16,7 +16,7 @@ use super::window::Evidence;
 /// One version's answers in a few numbers.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct AnswerSummary {
-    /// Number of answers.
+    /// Number of answers, errors among them.
     pub count: u64,
     /// Number of answers that were errors.
     pub errors: u64,
@@ -43,9 +43,9 @@ pub struct SequentialEvidence {
     pub e_value: f64,
     /// E-value at which the canary is rolled back: 1/α.
     pub bound: f64,
-    /// E-value from errors alone.
+    /// E-value of the bets on errors alone; 1 without evidence.
     pub e_errors: f64,
-    /// E-value from latency alone.
+    /// E-value of the bets on latency alone; 1 without evidence.
     pub e_latency: f64,
     /// Part of α that was spent on bets so far, 0.0 to α.
     pub alpha_spent: f64,
@@ -58,7 +58,7 @@ pub struct WindowVerdict {
     pub from_ms: u64,
     /// End (exclusive), in milliseconds since the rollout's start.
     pub to_ms: u64,
-    /// Result of the analysis.
+    /// What the analysis concluded from these answers.
     pub verdict: Verdict,
     /// The stable version's answers in that time.
     pub stable: AnswerSummary,

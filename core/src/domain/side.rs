@@ -13,7 +13,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// Both sides, stable first.
+    /// Both sides, stable first: for loops over what each side has.
     pub const BOTH: [Self; 2] = [Self::Stable, Self::Canary];
 
     /// Returns its word in files, hooks and topic names.
@@ -24,7 +24,7 @@ impl Side {
         }
     }
 
-    /// Returns the other side.
+    /// Returns the side that this one is compared with.
     pub fn other(self) -> Self {
         match self {
             Self::Stable => Self::Canary,

@@ -82,7 +82,7 @@ pub fn middle_us(bin: usize) -> u64 {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "StatsParts")]
 pub struct Stats {
-    /// Number of answers.
+    /// Number of answers, errors among them.
     pub count: u64,
     /// Answers that were errors (5xx, time-outs, connections refused or broken).
     pub errors: u64,
@@ -117,25 +117,25 @@ pub enum StatsError {
     /// A bin is out of range or out of order, or counts nothing.
     #[error("{answers} answers in bin {bin}, expected at least one, in bins below {BINS} that ascend")]
     Bin {
-        /// The bin.
+        /// Number of the bin, expected below [`BINS`].
         bin: u16,
-        /// Its answers.
+        /// Answers in that bin, expected above 0.
         answers: u32,
     },
     /// The parts don't add up.
     #[error("{count} answers, expected {errors} errors and those in bins, {binned}")]
     Count {
-        /// All answers.
+        /// Number of answers that the statistics claim.
         count: u64,
-        /// Errors among them.
+        /// Number of errors that they claim.
         errors: u64,
-        /// Answers in bins.
+        /// Sum of the answers in their bins.
         binned: u64,
     },
     /// Latency without an answer, or sums that adding to could overflow.
     #[error("{count} answers took {latency_sum_us} µs in all, expected both below 2^60, and no time without answers")]
     Sum {
-        /// All answers.
+        /// Number of answers that the statistics claim.
         count: u64,
         /// Sum of their latencies, in microseconds.
         latency_sum_us: u64,
@@ -276,7 +276,7 @@ impl Default for StatsCounter {
 }
 
 impl StatsCounter {
-    /// Counts one answer.
+    /// Counts one answer: its latency in microseconds, and whether it was an error.
     pub fn record(&mut self, latency_us: u64, error: bool) {
         self.latency_sum_us += latency_us;
         if error {

@@ -14,7 +14,7 @@ pub struct Weight(u16);
 /// Why a number is not a weight, or weights are no split.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum WeightError {
-    /// More than the whole.
+    /// A weight of more than 10000 bp, in basis points.
     #[error("weight is {0} bp, expected 0 to 10000 bp")]
     Range(u32),
     /// Percent outside 0 to 100, or finer than two decimals.
@@ -23,7 +23,7 @@ pub enum WeightError {
     /// The parts don't make a whole.
     #[error("weights sum to {0} bp, expected 10000 bp")]
     Sum(u32),
-    /// One version twice.
+    /// The same version is listed more than once.
     #[error("version {0} is listed twice in the weights, expected once")]
     Twice(VersionId),
 }
@@ -31,9 +31,9 @@ pub enum WeightError {
 impl Weight {
     /// All traffic, in basis points.
     pub const WHOLE: u16 = 10_000;
-    /// 0 bp: no traffic.
+    /// 0 bp: none of the traffic.
     pub const ZERO: Self = Self(0);
-    /// 10000 bp: all traffic.
+    /// 10000 bp: all of the traffic.
     pub const FULL: Self = Self(Self::WHOLE);
 
     /// Returns the weight of `bp` basis points.

@@ -8,9 +8,9 @@ use super::time::Mono;
 /// What one service's two versions did: the evidence that gates and verdicts judge. Decoding checks both (see [`Stats`]).
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Evidence {
-    /// Answers of the stable version.
+    /// Answers of the stable version, from the same nodes and seconds as the canary's.
     pub stable: Stats,
-    /// Answers of the canary.
+    /// Answers of the canary, in the same time.
     pub canary: Stats,
 }
 

@@ -35,7 +35,7 @@ impl Invariant for Agreement {
     }
 }
 
-/// I2.
+/// I2: each log is contiguous from genesis, and each record names the hash of the one before.
 #[derive(Default)]
 pub struct Chained(BTreeMap<NodeId, Chosen>);
 

@@ -8,7 +8,7 @@ use aviary_core::protocol::{OperatorRequest, Outcome, RequestId};
 use super::Invariant;
 use crate::truth::{Fact, Truth};
 
-/// I4 and I5.
+/// I4 and I5: a transaction has one outcome, and what was answered stays so.
 #[derive(Default)]
 pub struct Answers {
     asked: BTreeMap<RequestId, (String, OperatorRequest)>,

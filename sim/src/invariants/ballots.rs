@@ -9,7 +9,7 @@ use aviary_core::protocol::record::{Ballot, Hash, Intent, Slot};
 use super::Invariant;
 use crate::truth::{Fact, Truth};
 
-/// I6.
+/// I6: a node's promise and head never go down within an incarnation.
 #[derive(Default)]
 pub struct Promises(BTreeMap<(NodeId, Incarnation), (Option<Ballot>, Slot, u64)>);
 

@@ -8,7 +8,7 @@ use aviary_core::domain::plan::OnPartition;
 use super::Invariant;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 
-/// I8.
+/// I8: a node serves at most what the newest record that it has learned allows.
 #[derive(Default)]
 pub struct Ceiling {
     learned: BTreeMap<NodeId, ExpectedRollouts>,

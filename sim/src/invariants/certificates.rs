@@ -9,7 +9,7 @@ use aviary_core::protocol::record::{Ballot, Slot};
 use super::Invariant;
 use crate::truth::{Fact, Truth};
 
-/// I3.
+/// I3: a chosen increase carries a Yes of every gate voter.
 #[derive(Default)]
 pub struct Certificates(BTreeSet<(Ballot, Slot, NodeId)>);
 

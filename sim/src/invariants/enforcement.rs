@@ -15,7 +15,7 @@ struct Allowed {
     ends: Option<u64>,
 }
 
-/// I9.
+/// I9: once a decrease is chosen, nobody exceeds it for longer than a lease.
 #[derive(Default)]
 pub struct Enforcement {
     rollouts: ExpectedRollouts,

@@ -9,7 +9,7 @@ use aviary_core::protocol::record::{Operation, Record, Slot};
 use super::Invariant;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 
-/// I14.
+/// I14: without an operator's word, a step goes on only by evidence observed at that step.
 #[derive(Default)]
 pub struct Observed {
     /// Canary answers really given at each routing version, and errors among them.

@@ -12,7 +12,7 @@ mod evidence;
 mod stages;
 mod writes;
 
-/// One rule, watching.
+/// A rule that sees every fact of a run, and says when one breaks it.
 pub trait Invariant {
     /// Its name in the protocol's list.
     fn name(&self) -> &'static str;

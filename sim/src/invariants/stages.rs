@@ -4,7 +4,7 @@ use super::Invariant;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 use aviary_core::protocol::record::Slot;
 
-/// I7.
+/// I7: a rollout goes to the next stage, to 100 % when asked for, or down.
 #[derive(Default)]
 pub struct Stages {
     rollouts: ExpectedRollouts,

@@ -6,7 +6,7 @@ use aviary_core::protocol::message::{Answer, Decision, Message, Vote};
 use super::Invariant;
 use crate::truth::{Fact, Truth};
 
-/// I10 and I12.
+/// I10 and I12: only votes of current incarnations count, and none leaves before the write it depends on.
 pub struct Writes;
 
 impl Writes {

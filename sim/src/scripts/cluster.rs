@@ -22,11 +22,11 @@ const BEGIN_US: u64 = 1_000_000;
 /// Between two ticks while time passes.
 const TICK_US: u64 = 20_000;
 
-/// A process.
+/// A running core, with its incarnation, its lease and its view.
 pub struct ScriptProcess<S> {
     core: S,
     incarnation: Incarnation,
-    /// What it published last.
+    /// View that it published last; none before the first.
     pub view: Option<Arc<View>>,
     lease: Option<Mono>,
 }
@@ -35,7 +35,7 @@ pub struct ScriptProcess<S> {
 pub struct ScriptNode<S> {
     /// Its promises; none once they are lost.
     pub acceptor: Option<AcceptorState>,
-    /// Its log, genesis first.
+    /// Records that its disk holds, genesis first.
     pub log: Vec<Chosen>,
     /// None while it is down.
     pub process: Option<ScriptProcess<S>>,

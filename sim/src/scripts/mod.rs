@@ -21,13 +21,13 @@ mod cluster;
 mod commands;
 mod words;
 
-/// Commands, and what followed.
+/// Commands of a script, and the lines of what followed from them.
 struct ScriptBlock {
     commands: Vec<String>,
     story: Vec<String>,
 }
 
-/// A script.
+/// A script in blocks, as its file has them.
 pub struct Script {
     header: Vec<String>,
     blocks: Vec<ScriptBlock>,

@@ -72,7 +72,7 @@ fn answered(answer: &Answer) -> String {
     }
 }
 
-/// Tells an answer.
+/// Returns the words in which scripts show an answer.
 pub fn outcome(outcome: &Outcome) -> String {
     let again = |repeated: bool| if repeated { ", again" } else { "" };
     match outcome {

@@ -30,27 +30,27 @@ use crate::subject::{Setup, Subject};
 use crate::trace::Trace;
 use crate::truth::{Fact, Served, Truth};
 
-/// A broken rule.
+/// A rule that a run broke.
 #[derive(Debug)]
 pub struct Violation {
-    /// Which.
+    /// Name of the invariant that broke.
     pub invariant: &'static str,
-    /// How.
+    /// How it broke, in words with the values found.
     pub what: String,
 }
 
 /// What a run is made of.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Everything follows from it.
+    /// Seed from which the whole run follows.
     pub seed: u64,
     /// Length of the faulty part, in virtual milliseconds.
     pub ms: u64,
     /// Nodes; drawn from the seed when none.
     pub nodes: Option<usize>,
-    /// Keep the trace's words.
+    /// Keep the trace as text, not only its hash.
     pub words: bool,
-    /// Print them.
+    /// Print the trace while the run goes on.
     pub print: bool,
     /// Kinds of faults that don't happen: bits by their place in [`FAULTS`].
     pub without: u32,
@@ -83,21 +83,21 @@ impl Options {
 pub struct Summary {
     /// Hash of everything that happened.
     pub hash: u64,
-    /// Virtual microseconds.
+    /// Length of the run, in virtual microseconds.
     pub us: u64,
-    /// Chosen slots.
+    /// Slots for which a value was chosen.
     pub slots: u64,
-    /// Increases that were chosen.
+    /// Increases of a canary's weight that were chosen.
     pub increases: u64,
-    /// Crashes.
+    /// Processes that crashed and started again.
     pub crashes: u64,
-    /// Wiped disks.
+    /// Disks that lost everything they held.
     pub wipes: u64,
     /// Checkpoints taken over from a peer.
     pub installs: u64,
     /// Records that were chosen in doubt.
     pub in_doubt: u64,
-    /// Steps with canary traffic.
+    /// Steps after which some node served canary traffic.
     pub exposed: u64,
 }
 
@@ -180,7 +180,7 @@ pub fn name(index: usize) -> NodeId {
     NodeId::new(char::from(b'a' + index as u8).to_string()).expect("a valid name")
 }
 
-/// One run.
+/// One run: the nodes, the network between them, and their clients.
 pub struct World<S> {
     options: Options,
     dice: Dice,
@@ -197,7 +197,7 @@ pub struct World<S> {
     cut_number: u64,
     truth: Truth,
     invariants: Vec<Box<dyn Invariant>>,
-    /// What happened.
+    /// What happened so far, as a hash and perhaps as text.
     pub trace: Trace,
     services: Vec<ServiceId>,
     profiles: Vec<TrafficProfile>,
@@ -208,7 +208,7 @@ pub struct World<S> {
     summary: Summary,
     /// Links that are slow, until when.
     clogged: BTreeMap<(usize, usize), u64>,
-    /// What was reached.
+    /// Faults, events and crash places that this run reached.
     pub coverage: Coverage,
 }
 

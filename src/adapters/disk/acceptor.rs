@@ -28,7 +28,7 @@ const MAGIC: [u8; 7] = *b"aviaryR";
 /// Version of the file format; another version is refused.
 const VERSION: u8 = 6;
 const SECTOR_BYTES: usize = 512;
-/// Magic, version, generation, CRC-32C.
+/// Bytes of magic and version, generation, and CRC-32C, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 4;
 /// Bytes of payload in a sector.
 const ROOM_BYTES: usize = SECTOR_BYTES - HEADER_BYTES;

@@ -10,7 +10,7 @@ use crate::protocol::record::Slot;
 
 /// Format and version; another version gets another magic.
 const MAGIC: [u8; 8] = *b"aviaryC\x02";
-/// Magic, slot, hash.
+/// Bytes of magic, slot and hash, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 32;
 
 /// Result of reading the file.

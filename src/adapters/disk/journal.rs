@@ -45,7 +45,7 @@ pub(super) struct Journal {
 pub(super) enum OpenFailure {
     /// The machine's fault, such as a full disk: nothing speaks against the journal, so it stays where it is.
     Refused(io::Error),
-    /// It can't be used.
+    /// The file can't be used; the reason, in words.
     Broken(String),
 }
 
@@ -232,7 +232,7 @@ impl Chain {
         Slot(self.first.0 + self.log.len() as u64)
     }
 
-    /// Returns the verified records.
+    /// Returns the records that were verified, in the order of their slots.
     pub fn into_log(self) -> Vec<Chosen> {
         self.log
     }

@@ -45,13 +45,13 @@ pub enum OpenError {
         dir.display()
     )]
     NoGenesis {
-        /// The data directory.
+        /// Data directory that the error is about.
         dir: PathBuf,
     },
-    /// Another process uses it.
+    /// Another process uses the data directory at this moment.
     #[error("{}: another process uses this data directory; stop it, or give this node its own directory", dir.display())]
     Locked {
-        /// The data directory.
+        /// Data directory that the error is about.
         dir: PathBuf,
     },
     /// Something is there already that a new node would overwrite.
@@ -59,7 +59,7 @@ pub enum OpenError {
         "{}: found {found:?}, expected no node in this data directory; a node's promises are never overwritten", dir.display()
     )]
     Occupied {
-        /// The data directory.
+        /// Data directory that the error is about.
         dir: PathBuf,
         /// Name of a file that the directory contains.
         found: &'static str,

@@ -23,7 +23,7 @@ use crate::protocol::record::SavedRun;
 
 /// Format and version; another version gets another magic.
 const MAGIC: [u8; 8] = *b"aviaryT\x02";
-/// Magic, checksum.
+/// Bytes of magic and checksum, before the content.
 const HEADER_BYTES: usize = 8 + 4;
 /// Most bytes of an encoded analysis run; what is longer is none of ours.
 const RUN_BYTES_MAX: usize = 1024 * 1024;
@@ -49,7 +49,7 @@ type Work = (PathBuf, Option<Box<SavedRun>>);
 /// Analysis runs in a directory of their own.
 pub struct DiskRuns {
     dir: PathBuf,
-    /// None once it ends.
+    /// Queue of the writing thread; none once the store ends.
     work: Option<SyncSender<Work>>,
     thread: Option<JoinHandle<()>>,
 }

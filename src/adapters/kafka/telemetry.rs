@@ -18,7 +18,7 @@ use crate::telemetry::event::LATE_MS_MAX;
 
 /// Events that are handed over at a time: so few that their memory is still near when it is freed, and used again.
 const BATCH_MAX: usize = 64;
-/// Events of one call.
+/// Most events that one call returns.
 const POLL_MAX: usize = 4_096;
 
 /// Records what becomes of partitions.

@@ -22,7 +22,6 @@ mod audit;
 mod start;
 mod status;
 
-/// Verbs of `aviary router`.
 #[derive(Debug, Subcommand)]
 pub enum RouterVerb {
     /// Show what `start` would do, and what prevents it. Changes nothing.
@@ -82,7 +81,7 @@ pub struct AbortArgs {
     options: CommandArgs,
 }
 
-/// Runs a verb.
+/// Runs a verb of the router; returns the program's exit code.
 pub fn run(verb: RouterVerb, format: Format) -> anyhow::Result<Exit> {
     match verb {
         RouterVerb::Start(args) => start::run(&args),

@@ -29,7 +29,7 @@ struct AcceptedPeer {
 
 type Handshake = Later<'static, std::io::Result<Connection>>;
 
-/// Accepts connections for ever.
+/// Accepts connections of peers for as long as the node runs.
 pub(super) async fn run(shared: Arc<LinkShared>, mut listener: Box<dyn Listener>) {
     let accepted = Arc::new(Mutex::new(AcceptedPeer::default()));
     loop {

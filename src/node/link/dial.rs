@@ -21,7 +21,7 @@ const BATCH_BYTES: usize = 128 * 1024;
 /// A connection that held this long was a good one: the first try after it doesn't wait.
 const STEADY: Duration = Duration::from_secs(1);
 
-/// Keeps one peer connected.
+/// Keeps a connection to one peer open, and dials again after each failure, with growing pauses.
 pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
     let mut retry = Backoff::new(shared.limits.backoff_min, shared.limits.backoff_max);
     let mut wait = Duration::ZERO;

@@ -80,7 +80,7 @@ impl Default for LinkLimits {
     }
 }
 
-/// One configured peer.
+/// A configured peer: its queue, and the state of its connection.
 struct PeerLink {
     node: NodeId,
     address: String,

@@ -45,7 +45,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// All classes of rejections.
+    /// All classes of rejections, in the order of their counters.
     pub const ALL: [Self; 15] = [
         Self::Magic,
         Self::Version,

@@ -15,7 +15,7 @@ use crate::ports::Connection;
 const READ_BYTES: usize = 8 * 1024;
 const READ_BYTES_BEFORE_HELLO: usize = 512;
 
-/// Why a connection ended.
+/// Why a connection between two nodes ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectionEnd {
     /// The peer broke the rules.
@@ -24,7 +24,7 @@ pub(super) enum ConnectionEnd {
     /// The socket ended within a frame.
     #[error("connection ended after {0} bytes of a frame, expected a whole one")]
     Truncated(usize),
-    /// Something took too long.
+    /// A step of the connection took longer than it may.
     #[error("{what} took more than {limit:?}")]
     Deadline { class: Class, what: &'static str, limit: Duration },
     /// The transport's own handshake failed.

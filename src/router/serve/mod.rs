@@ -41,7 +41,7 @@ pub struct Beside {
 /// How a router's process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// The rollout is over.
+    /// The rollout is over: a restart has nothing to do.
     Over,
     /// It was told to stop; started again, it goes on.
     Stopped,
@@ -83,7 +83,7 @@ pub async fn serve(
     }
 }
 
-/// The router's thread.
+/// Body of the router's thread: turns until it is told to stop.
 fn work(
     config: &RouterConfig,
     world: &dyn RouterWorld,

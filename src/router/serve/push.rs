@@ -13,7 +13,7 @@ use crate::ports::{OutsideError, RouterWorld};
 use crate::router::engine::Steering;
 use crate::router::push::{PushPlan, Pushed, Pusher};
 
-/// Pause after an error.
+/// Pause after an error, before the next try.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Posts records until `shutdown`.

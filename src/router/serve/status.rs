@@ -24,7 +24,7 @@ pub fn pages(report: watch::Receiver<Option<Report>>, metrics: PrometheusHandle)
         .route("/metrics", get(scrape))
 }
 
-/// Sets the gauges.
+/// Sets the gauges that `/metrics` shows, from a report.
 pub fn measure(report: &Report) {
     for side in Side::BOTH {
         gauge!("aviary_router_records", "version" => side.word()).set(report.given(side) as f64);

@@ -1,4 +1,4 @@
-//! Events as JSON.
+//! A reported event as a JSON object.
 
 use std::borrow::Cow;
 
@@ -37,7 +37,7 @@ impl<'b> Json<'b> {
         serde_json::from_slice(text).map_err(|error| Rejection::Malformed(error.to_string()))
     }
 
-    /// Returns the event.
+    /// Returns the event that the object holds, or why it is refused.
     pub fn event(&self) -> Result<ReportedEvent<'_>, Rejection> {
         let at_ms = match &self.event_time {
             Time::Millis(ms) => u64::try_from(*ms).ok(),

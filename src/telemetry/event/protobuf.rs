@@ -4,7 +4,7 @@
 use super::{Raw, Rejection, ReportedEvent, Text};
 
 impl<'b> ReportedEvent<'b> {
-    /// Reads an `aviary.v1.TelemetryEvent`.
+    /// Reads one `aviary.v1.TelemetryEvent` from its bytes.
     #[inline]
     pub fn from_protobuf(bytes: &'b [u8]) -> Result<Self, Rejection> {
         ProtobufFields(bytes).event().map_err(Broken::rejection)?.checked()

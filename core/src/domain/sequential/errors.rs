@@ -26,7 +26,6 @@ const ALTERNATIVES: [ErrorAlternative; 5] = [
     ErrorAlternative::Share(0.12),
     ErrorAlternative::Share(0.8),
 ];
-/// Number of alternatives.
 pub(super) const COUNT: usize = ALTERNATIVES.len();
 
 /// What each of them gets at once, of all wealth: most the one that a handful of requests must be enough for. The rest is for
@@ -40,7 +39,7 @@ pub(super) const RESTART: [f64; COUNT] = [0.24, 0.22, 0.2, 0.14, 0.2];
 pub(super) struct Urn {
     /// Requests of the canary, and of stable.
     pub requests: (u64, u64),
-    /// Those that failed.
+    /// Failed requests of the canary, and of stable.
     pub errors: (u64, u64),
 }
 

@@ -20,12 +20,12 @@ use crate::domain::stats::{BIN_RATIO, BINS, FIRST_US};
 const COARSENESS: usize = 7;
 /// Bins that are bet on; their edges are 1.23 apart.
 pub(super) const COARSE: usize = BINS / COARSENESS;
-/// A histogram of them.
+/// Answers (or shares of them) by coarse bins of their latency.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Coarse(#[serde(with = "BigArray")] [f64; COARSE]);
 
 impl Coarse {
-    /// The one without answers.
+    /// A histogram without answers: all bins are 0.
     pub const EMPTY: Self = Self([0.0; COARSE]);
 
     /// Returns true when each bin holds a number of answers.
@@ -65,7 +65,6 @@ const ALTERNATIVES: [LatencyAlternative; 7] = [
     LatencyAlternative::Tail(0.012, 3.0),
     LatencyAlternative::Tail(0.06, 2.5),
 ];
-/// Number of alternatives.
 pub(super) const COUNT: usize = ALTERNATIVES.len();
 /// Share of the wealth for each alternative.
 pub(super) const WEIGHTS: [f64; COUNT] = [0.11, 0.11, 0.43, 0.08, 0.06, 0.105, 0.105];
@@ -79,7 +78,6 @@ pub(super) fn add_moved(sum: &mut Coarse, fine: &[(u16, u32)], by: usize) {
 
 /// Initial slowness of each warm-up, as a share of stable's latency.
 const WARM_UPS: [f64; 7] = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0];
-/// Number of nulls.
 pub(super) const NULLS: usize = WARM_UPS.len();
 
 /// Returns what each null tolerates so long after the start, in fine bins.
@@ -252,7 +250,7 @@ fn slower(alternative: LatencyAlternative, warm: &Moving) -> Coarse {
 /// The null of a canary that warms up.
 struct Cold {
     shares: Coarse,
-    /// 1 ÷ each share.
+    /// 1 divided by each share, kept because bets divide by it often.
     inverse: Coarse,
 }
 

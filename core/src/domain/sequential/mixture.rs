@@ -6,7 +6,7 @@ use serde_big_array::BigArray;
 /// Wealth spread over alternatives, and what is kept for later.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Mixture<const K: usize> {
-    /// Of each alternative.
+    /// Wealth that the bets on each alternative have reached.
     #[serde(with = "BigArray")]
     pub wealth: [f64; K],
     /// The share that was started; the rest waits.
@@ -38,7 +38,7 @@ impl<const K: usize> Mixture<K> {
         }
     }
 
-    /// Returns the e-value.
+    /// Returns the e-value: the sum of what was started and what waits.
     pub fn value(&self) -> f64 {
         self.value_with(&[1.0; K])
     }

@@ -52,13 +52,13 @@ pub enum SequentialVerdict {
 /// Verdict of the sequential test with its evidence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SequentialResult {
-    /// Verdict at this moment.
+    /// Verdict of the test at this moment.
     pub decision: SequentialVerdict,
     /// The e-value of harm: 1/α rolls back.
     pub e: f64,
-    /// E-value from errors alone.
+    /// E-value of the bets on errors alone; 1 without evidence.
     pub e_errors: f64,
-    /// E-value from latency alone.
+    /// E-value of the bets on latency alone; 1 without evidence.
     pub e_latency: f64,
     /// The e-values for promotion, as logarithms, in the order of what is required; ln(1/α) is enough.
     pub promotion: Vec<f64>,
@@ -77,7 +77,7 @@ pub struct Sequential {
     at_ms: u64,
     block: Block,
     errors: Mixture<{ errors::COUNT }>,
-    /// Against each null.
+    /// Bets on latency against each null, a slowness that decays; their minimum is the evidence.
     latency: [Mixture<{ latency::COUNT }>; NULLS],
     rate: Rate,
     shape: Shape,

@@ -53,9 +53,9 @@ impl ProducerContext for DeliveryContext {
     }
 }
 
-/// A producer of transactions.
+/// A transactional producer, and what became of its records.
 pub struct Writer {
-    /// The client.
+    /// The client of librdkafka that sends the records.
     pub producer: ThreadedProducer<DeliveryContext>,
     /// Delivery results that the broker reported.
     pub deliveries: Arc<Deliveries>,

@@ -13,7 +13,7 @@ use sim::dice::Dice;
 /// A record of a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Item {
-    /// Its key.
+    /// Key of the record; none for records without one.
     pub key: Option<&'static [u8]>,
     /// Its partition and offset in the source.
     pub origin: (usize, i64),
@@ -26,15 +26,15 @@ pub struct MemoryBroker {
     /// What became of each transaction, of routers and of others.
     pub fates: Vec<Fate>,
     topics: [Vec<Log<Item>>; 3],
-    /// The control topic.
+    /// Entries of the control topic, in one partition.
     pub control: Log<String>,
-    /// The router's own places.
+    /// Committed places of the router's group, by partition of the source.
     pub places: Vec<Option<Place>>,
     /// Next offsets of the services' groups.
     pub groups: BTreeMap<(Side, Topic), Vec<Option<i64>>>,
-    /// The newest producer's.
-    pub weight_version: u64,
-    /// Open transactions of producers.
+    /// Epoch of the newest producer; older ones are fenced.
+    pub producer_epoch: u64,
+    /// Transactions of producers that have not ended, by their number.
     open: BTreeMap<u64, Transaction>,
     /// Seeded bug: an older producer can go on.
     pub unfenced: bool,
@@ -42,7 +42,7 @@ pub struct MemoryBroker {
     pub uncommitted: bool,
 }
 
-/// A router's open transaction.
+/// A router's open transaction: its number, and what it wrote so far.
 #[derive(Clone)]
 pub struct Transaction {
     number: usize,
@@ -50,10 +50,10 @@ pub struct Transaction {
     pub wrote: Vec<(Side, usize, i64)>,
 }
 
-/// A router's connection.
+/// What a router holds of the broker: its producer epoch, and how far it has read.
 pub struct Handle {
     /// Producer epoch, which fences older ones; 0 before the first.
-    pub weight_version: u64,
+    pub producer_epoch: u64,
     at: Vec<i64>,
     entries_at: i64,
     /// Last offsets since the last commit.
@@ -63,7 +63,7 @@ pub struct Handle {
 impl Handle {
     /// Returns a connection that has done nothing yet.
     pub fn new(partitions: usize) -> Self {
-        Self { weight_version: 0, at: vec![0; partitions], entries_at: 0, written: vec![[None; 2]; partitions] }
+        Self { producer_epoch: 0, at: vec![0; partitions], entries_at: 0, written: vec![[None; 2]; partitions] }
     }
 
     /// Says whether records were written since the last commit.
@@ -90,14 +90,14 @@ impl MemoryBroker {
             control: Log::new(0),
             places: vec![None; bases.len()],
             groups: groups.map(|group| (group, vec![None; bases.len()])).collect(),
-            weight_version: 0,
+            producer_epoch: 0,
             open: BTreeMap::new(),
             unfenced: false,
             uncommitted: false,
         }
     }
 
-    /// Returns a topic's partitions.
+    /// Returns the partitions of a topic.
     pub fn topic(&self, topic: Topic) -> &[Log<Item>] {
         &self.topics[place_of(topic)]
     }
@@ -113,7 +113,7 @@ impl MemoryBroker {
         self.fates.len() - 1
     }
 
-    /// Ends a transaction, everywhere.
+    /// Commits or aborts a transaction in every partition that it wrote to.
     pub fn end(&mut self, number: usize, fate: Fate) {
         self.fates[number] = fate;
         self.topics.iter_mut().flatten().for_each(|log| log.end(number));
@@ -128,21 +128,21 @@ impl MemoryBroker {
 
     /// Says whether a newer router has taken over.
     pub fn is_fenced(&self, handle: &Handle) -> bool {
-        handle.weight_version != self.weight_version && !self.unfenced
+        handle.producer_epoch != self.producer_epoch && !self.unfenced
     }
 
     /// Makes a router the only one.
     pub fn open(&mut self, handle: &mut Handle) -> Opened {
-        self.weight_version += 1;
-        let before = if self.unfenced { handle.weight_version + 1 } else { self.weight_version };
-        let former: Vec<u64> = self.open.range(..before).map(|(weight_version, _)| *weight_version).collect();
-        for weight_version in former {
-            if !self.unfenced || weight_version == handle.weight_version {
-                let transaction = self.open.remove(&weight_version).expect("it was listed");
+        self.producer_epoch += 1;
+        let before = if self.unfenced { handle.producer_epoch + 1 } else { self.producer_epoch };
+        let former: Vec<u64> = self.open.range(..before).map(|(producer_epoch, _)| *producer_epoch).collect();
+        for producer_epoch in former {
+            if !self.unfenced || producer_epoch == handle.producer_epoch {
+                let transaction = self.open.remove(&producer_epoch).expect("it was listed");
                 self.end(transaction.number, Fate::Aborted);
             }
         }
-        handle.weight_version = self.weight_version;
+        handle.producer_epoch = self.producer_epoch;
         handle.written.fill([None; 2]);
         handle.entries_at = 0;
         let entries = self.entries(handle);
@@ -151,9 +151,9 @@ impl MemoryBroker {
 
     /// Ends the newest router's transaction, as if it had taken too long; returns whether there was one.
     pub fn expire(&mut self) -> bool {
-        let Some(transaction) = self.open.remove(&self.weight_version) else { return false };
+        let Some(transaction) = self.open.remove(&self.producer_epoch) else { return false };
         self.end(transaction.number, Fate::Aborted);
-        self.weight_version += 1;
+        self.producer_epoch += 1;
         true
     }
 
@@ -235,7 +235,7 @@ impl MemoryBroker {
 
     fn transaction(&mut self, handle: &Handle) -> &mut Transaction {
         let fates = &mut self.fates;
-        self.open.entry(handle.weight_version).or_insert_with(|| {
+        self.open.entry(handle.producer_epoch).or_insert_with(|| {
             fates.push(Fate::Open);
             Transaction { number: fates.len() - 1, wrote: Vec::new() }
         })
@@ -269,7 +269,7 @@ impl MemoryBroker {
             self.append(handle, entry)?;
         }
         let transaction = self.transaction(handle).clone();
-        self.open.remove(&handle.weight_version);
+        self.open.remove(&handle.producer_epoch);
         self.end(transaction.number, Fate::Committed);
         for (partition, place) in &commit.places {
             self.places[*partition] = Some(place.clone());

@@ -59,13 +59,13 @@ impl Default for RouterCoverage {
 }
 
 impl RouterCoverage {
-    /// Counts one of [`EVENTS`].
+    /// Counts that one of [`EVENTS`] happened.
     pub fn event(&mut self, name: &str) {
         let place = EVENTS.iter().position(|event| *event == name);
         self.0[place.unwrap_or_else(|| panic!("{name:?} is no event"))] += 1;
     }
 
-    /// Adds another run's counts.
+    /// Adds another run's counts to these.
     pub fn add(&mut self, other: &Self) {
         self.0.iter_mut().zip(other.0).for_each(|(sum, count)| *sum += count);
     }

@@ -11,7 +11,7 @@ use super::broker::Handle;
 use super::life::interrupt;
 use super::world::{Fault, Shared, SplitWorld, lock};
 
-/// A router's broker.
+/// The broker as one router reaches it, with faults on the way.
 pub struct FaultyBroker {
     world: Shared,
     who: usize,
@@ -70,7 +70,7 @@ impl Broker for FaultyBroker {
             world.say(format!("router {who} opens"));
             world.truth.opened();
             let opened = world.broker.open(handle);
-            world.routers[who].weight_version = handle.weight_version;
+            world.routers[who].producer_epoch = handle.producer_epoch;
             Ok(opened)
         })
     }
@@ -168,11 +168,11 @@ impl Broker for FaultyBroker {
     }
 }
 
-/// A router's hooks.
+/// Hooks of one router, which may fail before or after they take effect.
 pub struct FaultyHooks {
-    /// Where the services are.
+    /// World in which the services run.
     pub world: Shared,
-    /// Which router it is.
+    /// Number of the router that calls.
     pub who: usize,
 }
 
@@ -185,7 +185,7 @@ impl Hooks for FaultyHooks {
         let mut world = lock(&self.world);
         world.happen();
         let (who, words) = (self.who, format!("{} {} on {}", call.word(), side.word(), topic.word()));
-        if !late && world.routers[who].weight_version != world.broker.weight_version {
+        if !late && world.routers[who].producer_epoch != world.broker.producer_epoch {
             world.violate(format!("hook: router {who} calls {words}, and another has taken over"));
         }
         if world.defers(call, side, topic, number) {

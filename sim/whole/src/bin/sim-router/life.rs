@@ -21,15 +21,15 @@ const SKEW_MS: u64 = 3_000;
 
 /// What became of a seed.
 pub struct LifeOutcome {
-    /// What broke.
+    /// What broke first; none if nothing did.
     pub violation: Option<String>,
-    /// What was reached.
+    /// Faults and events that this run reached.
     pub coverage: RouterCoverage,
     /// What happened, if that was asked for.
     pub lines: Vec<String>,
 }
 
-/// Runs a seed.
+/// Runs a seed to its end: faults, healing, and the final checks.
 pub fn run(seed: u64, bug: Option<Bug>, late: bool, words: bool) -> LifeOutcome {
     let shared = Arc::new(Mutex::new(SplitWorld::new(seed, bug, words)));
     lock(&shared).late = late;
@@ -94,7 +94,7 @@ fn start(shared: &Shared) -> usize {
         let (change_ms_max, lag_max) = (world.plan.change_ms_max, world.plan.lag_max);
         let known = KnownRecord { change_ms_max, lag_max, ..KnownRecord::default() };
         let ahead_ms = world.dice.between(0, 2 * SKEW_MS);
-        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, weight_version: 0, known });
+        world.routers.push(Router { engine: None, dead: false, turns: u64::MAX, ahead_ms, producer_epoch: 0, known });
         world.say(format!("router {who} is started"));
         (who, world.bug, world.plan, world.partitions())
     };

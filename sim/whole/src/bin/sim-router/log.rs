@@ -6,15 +6,15 @@
 /// What became of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// It isn't over.
+    /// The transaction goes on: nobody sees its records.
     Open,
-    /// Its records are there.
+    /// The transaction was committed: readers see its records.
     Committed,
     /// Its records are invisible for ever.
     Aborted,
 }
 
-/// A partition.
+/// One partition of a topic: records and markers in the order of their offsets.
 pub struct Log<T> {
     base: i64,
     slots: Vec<LogSlot<T>>,
@@ -33,7 +33,7 @@ impl<T> Log<T> {
         Self { base, slots: Vec::new(), open: Vec::new() }
     }
 
-    /// Returns the first offset.
+    /// Returns the lowest offset that the partition still holds.
     pub fn low(&self) -> i64 {
         self.base
     }
@@ -81,7 +81,7 @@ impl<T> Log<T> {
         })
     }
 
-    /// Returns a committed record.
+    /// Returns the record at an offset, if its transaction was committed.
     pub fn get(&self, fates: &[Fate], offset: i64) -> Option<&T> {
         match self.slots.get(usize::try_from(offset - self.base).ok()?)? {
             LogSlot::Marker => None,

@@ -37,16 +37,16 @@ const PINNED: &[(u64, &str)] = &[
 /// Simulates the record router on a broker in memory.
 #[derive(Parser)]
 struct RouterArguments {
-    /// Run this one seed.
+    /// Run this one seed, instead of many.
     #[arg(long)]
     seed: Option<u64>,
-    /// Run this many seeds.
+    /// Run this many seeds, one after the other.
     #[arg(long, default_value_t = 50)]
     seeds: u64,
-    /// Begin with this seed.
+    /// Begin with this seed, and count upwards.
     #[arg(long, default_value_t = 1)]
     from: u64,
-    /// Print everything that happens.
+    /// Print everything that happens in the run.
     #[arg(short, long)]
     verbose: bool,
     /// Go on after a failure.

@@ -12,7 +12,7 @@ use super::faulty::{FaultyBroker, FaultyHooks};
 use super::life;
 use super::world::Shared;
 
-/// A seeded bug.
+/// A rule that a broken router, broker or service ignores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bug {
     /// Places are committed in a transaction of their own.

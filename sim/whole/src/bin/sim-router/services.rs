@@ -12,9 +12,9 @@ use sim::dice::Dice;
 
 /// A service as the reader of one topic.
 pub struct SimulatedService {
-    /// Which version it is.
+    /// Side of the rollout that the service is.
     pub side: Side,
-    /// What it reads.
+    /// Topic that the service reads at present.
     pub topic: Topic,
     state: ServiceRun,
     /// The next offset that it reads.
@@ -48,7 +48,7 @@ impl SimulatedService {
         Self { side, topic, state: ServiceRun::Off, at: Vec::new(), lazy, skips, speed }
     }
 
-    /// Starts or stops it.
+    /// Starts or stops the service, as a hook would.
     pub fn call(&mut self, call: HookCall, broker: &mut MemoryBroker, dice: &mut Dice, now_ms: u64) {
         match (call, self.state) {
             (HookCall::Start, ServiceRun::Off | ServiceRun::Lingers { .. }) => {
@@ -84,7 +84,7 @@ impl SimulatedService {
         }
     }
 
-    /// Lets time pass.
+    /// Lets virtual time pass: what is due by then happens.
     pub fn tick(&mut self, broker: &mut MemoryBroker, dice: &mut Dice, now_ms: u64) {
         match self.state {
             ServiceRun::Stops { until_ms } if until_ms <= now_ms => self.stop(broker, dice, now_ms),

@@ -27,13 +27,13 @@ pub struct RouterTruth {
     newest: Vec<BTreeMap<&'static [u8], i64>>,
     /// The highest weight that was asked for.
     highest: Weight,
-    /// The committed phase.
+    /// Phase that was committed last; none before the first.
     pub phase: Option<RouterPhase>,
     /// The committed state of each partition.
     pub splits: Vec<Option<(Split, i64)>>,
     /// The canary's lag, and when that was.
     lags: VecDeque<(u64, u64)>,
-    /// What was reached.
+    /// Faults and events that this run reached.
     pub coverage: RouterCoverage,
     /// Records taken, and written to stable's and canary's topic, and written back, in each partition.
     counts: Vec<Counts>,
@@ -53,11 +53,11 @@ pub struct KnownRecord {
     pub blind: bool,
     /// An abort had been asked for.
     pub aborted: bool,
-    /// Its clock.
+    /// Virtual time at which it was seen, in milliseconds of the router's clock.
     pub now_ms: u64,
     /// How long a change of weight waits before its partition is held.
     pub change_ms_max: u64,
-    /// The world's clock.
+    /// Virtual time of the whole world, in milliseconds.
     pub world_ms: u64,
     /// The canary's lag above which the weight isn't raised.
     pub lag_max: Option<u64>,
@@ -82,7 +82,7 @@ impl RouterTruth {
         }
     }
 
-    /// Counts an event.
+    /// Counts that an event of the coverage happened.
     pub fn saw(&mut self, event: &str) {
         self.coverage.event(event);
     }

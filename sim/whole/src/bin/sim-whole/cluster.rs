@@ -31,24 +31,24 @@ pub const LEASE_MS: u64 = 2_000;
 /// What a run came to.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct WholeSummary {
-    /// Virtual milliseconds.
+    /// Length of the run, in virtual milliseconds.
     pub ms: u64,
     /// Changes that people were told are decided.
     pub decided: u64,
     /// Changes that nobody could decide at the time.
     pub undecided: u64,
-    /// `/predict` answers.
+    /// Answers of `/predict` that clients got.
     pub served: u64,
     /// Those that the canary gave.
     pub canary: u64,
-    /// Crashes.
+    /// Processes that crashed and started again.
     pub crashes: u64,
-    /// Links cut or held.
+    /// Links that were cut or held for a while.
     pub cuts: u64,
 }
 
 impl WholeSummary {
-    /// Adds another run's numbers.
+    /// Adds another run's numbers to these.
     pub fn add(&mut self, other: &Self) {
         self.ms += other.ms;
         self.decided += other.decided;

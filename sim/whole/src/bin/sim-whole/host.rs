@@ -167,7 +167,7 @@ impl Listener for Control {
     }
 }
 
-/// An HTTP port.
+/// Turmoil's listener as a port that serves HTTP.
 struct HttpListener(TcpListener);
 
 impl Accept for HttpListener {

@@ -24,13 +24,13 @@ compile_error!(
 /// Simulates clusters of whole nodes: codec, links, shell, HTTP.
 #[derive(Parser)]
 struct WholeArguments {
-    /// Run this one seed.
+    /// Run this one seed, instead of many.
     #[arg(long)]
     seed: Option<u64>,
-    /// Run this many seeds.
+    /// Run this many seeds, one after the other.
     #[arg(long, default_value_t = 20)]
     seeds: u64,
-    /// Begin with this seed.
+    /// Begin with this seed, and count upwards.
     #[arg(long, default_value_t = 1)]
     from: u64,
     /// Length of the faulty part, in virtual milliseconds; healing and the final checks follow it.

@@ -37,7 +37,7 @@ impl ProbeAnswer {
     }
 }
 
-/// A `/predict` answer.
+/// An answer of `/predict`: when a client got it, and which version gave it.
 #[derive(Debug, Clone)]
 pub struct ServedAnswer {
     pub at: u64,

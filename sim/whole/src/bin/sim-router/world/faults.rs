@@ -22,28 +22,28 @@ pub struct Rates {
     pub interrupt: u64,
     /// The broker is unavailable for a while.
     pub unavailable: u64,
-    /// A transaction expires.
+    /// A transaction of the router expires.
     pub expire: u64,
-    /// A hook fails.
+    /// A hook fails, before or after its effect.
     pub hook: u64,
-    /// Records are emitted.
+    /// Emitters append records to the source.
     pub emit: u64,
     /// A weight is asked for.
     pub ask: u64,
     /// An end is asked for.
     pub end: u64,
-    /// The lease is lost.
+    /// The router loses the cluster's lease.
     pub lease: u64,
-    /// A service processes records.
+    /// A service processes records of its topic.
     pub work: u64,
 }
 
-/// When a call fails.
+/// When a call fails: before or after it takes effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// Without any effect.
+    /// It fails without any effect.
     Before,
-    /// With its whole effect.
+    /// It fails after its whole effect.
     After,
 }
 

@@ -28,27 +28,27 @@ pub type Shared = Arc<Mutex<SplitWorld>>;
 const CHANGE_MS: [u64; 5] = [0, 50, 500, 5_000, 1_000_000];
 const BATCHES: [usize; 5] = [1, 2, 5, 20, 100];
 
-/// Everything that exists.
+/// Everything that exists in a run: broker, routers, services, and the observer.
 pub struct SplitWorld {
-    /// The source of chance.
+    /// Source of all chance in the run.
     pub dice: Dice,
-    /// The time.
+    /// Virtual time, in milliseconds since the run began.
     pub now_ms: u64,
-    /// The topics and groups.
+    /// Topics and groups that all processes share.
     pub broker: MemoryBroker,
     /// Both services, on each topic that they may read.
     pub services: Vec<SimulatedService>,
-    /// The observer.
+    /// Observer that knows what is committed, and checks it.
     pub truth: RouterTruth,
     /// Every router process that was ever started.
     pub routers: Vec<Router>,
     /// What the routers are to do.
     pub plan: Plan,
-    /// A seeded bug.
+    /// Seeded bug that this run has; none in a sound run.
     pub bug: Option<Bug>,
-    /// What went wrong first.
+    /// What went wrong first; none as long as nothing did.
     pub violation: Option<String>,
-    /// Things go wrong.
+    /// True while faults are injected.
     pub faulty: bool,
     /// A router is turned in the middle of another's call.
     pub nested: bool,
@@ -58,9 +58,9 @@ pub struct SplitWorld {
     pub called: [u64; 2],
     /// Hook calls that failed, and when they have their effect.
     pending: Vec<(u64, HookCall, Side, Topic, u64)>,
-    /// Says what happens.
+    /// True if the run keeps its lines.
     pub words: bool,
-    /// What happened.
+    /// Lines of what happened, if `words` is set.
     pub lines: Vec<String>,
     rates: Rates,
     unavailable_until_ms: u64,
@@ -71,22 +71,22 @@ pub struct SplitWorld {
     /// Records that are still to be emitted.
     quota: u64,
     keys: usize,
-    /// Open transactions of emitters.
+    /// Numbers of the emitters' open transactions.
     emitters: Vec<usize>,
 }
 
-/// A router process.
+/// A process of the router, which may be one of several at a time.
 pub struct Router {
     /// Its engine; none while it is turned, and after its end.
     pub engine: Option<Engine>,
-    /// It was killed.
+    /// True once it was killed: its turns have no effect any more.
     pub dead: bool,
     /// Turns until it is killed.
     pub turns: u64,
     /// How far its clock is ahead of the world's.
     pub ahead_ms: u64,
     /// Its producer epoch, which fences older ones.
-    pub weight_version: u64,
+    pub producer_epoch: u64,
     /// What it knew at its turn's begin.
     pub known: KnownRecord,
 }
@@ -192,7 +192,7 @@ impl SplitWorld {
         self.violation.get_or_insert(what);
     }
 
-    /// Says what happens.
+    /// Keeps a line of what happens, if `words` is set.
     pub fn say(&mut self, what: String) {
         if self.words {
             self.lines.push(format!("{:>7} {what}", self.now_ms));

@@ -62,7 +62,7 @@ impl SplitWorld {
         }
     }
 
-    /// Emits a record.
+    /// Appends a record to the source, sometimes in an emitter's transaction.
     pub fn emit(&mut self) {
         let partition = self.dice.below(self.partitions());
         let key = (!self.dice.chance(1500)).then(|| KEYS[self.dice.below(self.keys)]);
@@ -113,7 +113,7 @@ impl SplitWorld {
         }
     }
 
-    /// Asks for an end.
+    /// Requests a promotion or an abort, by hand or through the cluster.
     pub fn send_end(&mut self) {
         let end = match self.dice.chance(5000) {
             true => RouterEnd::Promote,
@@ -191,7 +191,7 @@ impl SplitWorld {
         }
     }
 
-    /// Emits no more.
+    /// Ends the emission: emitters append nothing more.
     pub fn quiet(&mut self) {
         self.quota = 0;
     }
