@@ -32,7 +32,7 @@ pub struct MemoryBroker {
     pub places: Vec<Option<Place>>,
     /// Next offsets of the services' groups.
     pub groups: BTreeMap<(Side, Topic), Vec<Option<i64>>>,
-    /// Epoch of the newest producer; older ones are fenced.
+    /// Producer epoch of the newest router; older ones are fenced.
     pub producer_epoch: u64,
     /// Transactions of producers that have not ended, by their number.
     open: BTreeMap<u64, Transaction>,
