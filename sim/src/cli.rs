@@ -7,9 +7,10 @@ use anyhow::{Context, bail, ensure};
 use clap::Parser;
 
 use crate::coverage::Coverage;
+use crate::invariants::Violation;
 use crate::seeded_bugs::SeededBug;
 use crate::subject::Real;
-use crate::world::{FAULTS, Options, Summary, Violation, World};
+use crate::world::{FAULTS, Options, Summary, World};
 use crate::{exhaust, scenarios, seeded_bugs, shrink};
 
 /// Simulates clusters and checks the protocol's invariants after every step.
@@ -196,7 +197,7 @@ fn run(arguments: &Arguments, seeds: std::ops::Range<u64>, options: Options) -> 
                 add(&mut total, &summary);
             }
             Err(violation) if arguments.keep_going => {
-                println!("seed {seed}: {}: {}", violation.invariant, violation.what);
+                println!("seed {seed}: {violation}");
                 failures.entry(violation.invariant).or_default().push(seed);
             }
             Err(violation) => {
@@ -300,7 +301,7 @@ fn search_pins(bugs: &[&SeededBug], options: Options) -> ExitCode {
 fn report(options: Options, violation: Violation, shrink: bool) {
     let (options, violation) = match shrink {
         true => {
-            println!("{}: {}; looking for a smaller run", violation.invariant, violation.what);
+            println!("{violation}; looking for a smaller run");
             shrink::shrink(options, violation)
         }
         false => (options, violation),
@@ -309,8 +310,8 @@ fn report(options: Options, violation: Violation, shrink: bool) {
     let again = world.run();
     world.trace.lines().for_each(|line| println!("{line}"));
     world.states().iter().for_each(|line| println!("{line}"));
-    println!("\nVIOLATION {}: {}", violation.invariant, violation.what);
-    if !again.is_err_and(|again| again.what == violation.what) {
+    println!("\nVIOLATION {violation}");
+    if !again.is_err_and(|again| again == violation) {
         println!("(the second run differed: the run isn't deterministic)");
     }
     println!("REPRODUCE: cargo run --release -p sim -- {}", options.arguments());

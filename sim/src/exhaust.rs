@@ -21,6 +21,8 @@ use aviary_core::protocol::{
 };
 use std::sync::Arc;
 
+use crate::broken;
+use crate::invariants::{AGREEMENT, ANSWERS, UNANIMITY, Violation};
 use crate::truth::Truth;
 use crate::world::{first_acceptor, genesis_of, name};
 
@@ -54,6 +56,15 @@ pub struct SearchResult {
     pub chosen: BTreeMap<u64, usize>,
     /// True when nothing was left to look at.
     pub complete: bool,
+}
+
+/// A broken rule, at the end of a way from the beginning.
+#[derive(Debug, thiserror::Error)]
+#[error("{violation}, after {path:?}")]
+pub struct BrokenWay {
+    /// What broke.
+    pub violation: Violation,
+    path: Vec<Move>,
 }
 
 const NODES: usize = 3;
@@ -175,7 +186,7 @@ impl State {
     }
 
     /// Carries out the first `most` outputs.
-    fn carry_out(&mut self, i: usize, outputs: Vec<Output>, most: usize) -> Result<(), String> {
+    fn carry_out(&mut self, i: usize, outputs: Vec<Output>, most: usize) -> Result<(), Violation> {
         let node = name(i);
         for output in outputs.into_iter().take(most) {
             match output {
@@ -188,14 +199,14 @@ impl State {
                         let yes = record.certificate.as_ref().map_or(0, |certificate| certificate.yes.len());
                         let needed = self.truth.membership_for(record.slot).map_or(0, |m| m.gate_voters().count());
                         if yes < needed {
-                            return Err(format!("I3: slot {} was raised by {yes} of {needed}", record.slot));
+                            return Err(broken!(UNANIMITY, "slot {} was raised by {yes} of {needed}", record.slot));
                         }
                     }
                 }
                 Output::Append(chosen) => {
                     let (slot, hash) = (chosen.record.slot, chosen.record.hash());
                     if self.truth.chosen(slot).is_none_or(|known| known.hash != hash) {
-                        return Err(format!("I1: {node} learned what nobody chose for slot {slot}"));
+                        return Err(broken!(AGREEMENT, "{node} learned what nobody chose for slot {slot}"));
                     }
                     self.disks[i].log.push(*chosen);
                 }
@@ -224,17 +235,17 @@ impl State {
     }
 
     /// Checks I4 and I5 for an answer: one outcome, and a chosen one.
-    fn note(&mut self, request: RequestId, outcome: &Outcome) -> Result<(), String> {
+    fn note(&mut self, request: RequestId, outcome: &Outcome) -> Result<(), Violation> {
         let (committed, slot) = match outcome {
             Outcome::Committed { slot, .. } => (true, *slot),
             Outcome::Aborted { slot, .. } => (false, *slot),
             _ => return Ok(()),
         };
         if self.truth.chosen(slot).is_none() {
-            return Err(format!("I5: {request:?} was told {outcome:?}, and nothing is chosen there"));
+            return Err(broken!(ANSWERS, "{request:?} was told {outcome:?}, and nothing is chosen there"));
         }
         match self.told.insert(request.0, (committed, slot)) {
-            Some(before) if before != (committed, slot) => Err(format!("I4: told {before:?}, then {outcome:?}")),
+            Some(before) if before != (committed, slot) => Err(broken!(ANSWERS, "told {before:?}, then {outcome:?}")),
             _ => Ok(()),
         }
     }
@@ -262,7 +273,7 @@ impl State {
 
     /// Returns every state that a move can lead to: the move as a whole, and, while somebody may still die, a death
     /// after each of its outputs.
-    fn after(&self, step: Move) -> Result<Vec<State>, String> {
+    fn after(&self, step: Move) -> Result<Vec<State>, Violation> {
         match step {
             Move::Deliver(at) => {
                 let mut next = self.clone();
@@ -307,7 +318,7 @@ impl State {
         }
     }
 
-    fn given(self, i: usize, input: Input) -> Result<Vec<State>, String> {
+    fn given(self, i: usize, input: Input) -> Result<Vec<State>, Violation> {
         let mut next = self;
         let now = next.now();
         let outputs = next.cores[i].handle(now, input);
@@ -328,7 +339,7 @@ impl State {
         Ok(states)
     }
 
-    fn restart(&mut self, i: usize) -> Result<(), String> {
+    fn restart(&mut self, i: usize) -> Result<(), Violation> {
         self.wire.retain(|(_, to, ..)| *to != i);
         let disk = &mut self.disks[i];
         disk.log.truncate(disk.durable);
@@ -338,7 +349,7 @@ impl State {
     }
 
     /// Lets time pass, with every sign of life arriving.
-    fn pass_time(&mut self, ms: u64) -> Result<(), String> {
+    fn pass_time(&mut self, ms: u64) -> Result<(), Violation> {
         self.now_ms += ms;
         let now = self.now();
         let mut beats = Vec::new();
@@ -392,7 +403,7 @@ impl State {
 }
 
 /// Searches everything within the bounds; an error says what broke, and by which steps.
-pub fn search(bounds: Bounds) -> Result<SearchResult, String> {
+pub fn search(bounds: Bounds) -> Result<SearchResult, BrokenWay> {
     let mut found = SearchResult { complete: true, ..SearchResult::default() };
     let first = State::new(bounds);
     let mut seen = HashSet::from([first.fingerprint()]);
@@ -407,9 +418,13 @@ pub fn search(bounds: Bounds) -> Result<SearchResult, String> {
         let states = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| state.after(step)));
         let states = states.unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().cloned();
-            Err(text.or_else(|| panic.downcast_ref::<&str>().map(|t| t.to_string())).unwrap_or_default())
+            Err(broken!(
+                "panic",
+                "{}",
+                text.or_else(|| panic.downcast_ref::<&str>().map(|t| t.to_string())).unwrap_or_default()
+            ))
         });
-        let states = states.map_err(|what| format!("{what}, after {path:?}"))?;
+        let states = states.map_err(|violation| BrokenWay { violation, path: path.clone() })?;
         found.steps += states.len();
         for mut next in states {
             next.forget_late_votes();

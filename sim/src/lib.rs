@@ -24,4 +24,5 @@ pub mod trace;
 mod truth;
 mod world;
 
+pub use invariants::Violation;
 pub use world::{first_acceptor, genesis_of};

@@ -10,10 +10,11 @@ use aviary_core::protocol::record::{AcceptorState, Chosen};
 use aviary_core::protocol::{Core, Input, Observation, Output, View};
 use std::sync::Arc;
 
+use crate::invariants::Violation;
 #[cfg(test)]
 use crate::scripts::{self, Script};
 use crate::subject::{Setup, Subject};
-use crate::world::{Options, Violation, World};
+use crate::world::{Options, World};
 
 /// A rule of the protocol that a wrapper around the core breaks.
 pub struct SeededBug {

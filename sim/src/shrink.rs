@@ -1,7 +1,8 @@
 //! Makes a failing run smaller: shorter, with fewer kinds of faults, fewer nodes, as long as the same rule breaks.
 
+use crate::invariants::Violation;
 use crate::subject::Real;
-use crate::world::{FAULTS, Options, Violation, World};
+use crate::world::{FAULTS, Options, World};
 
 /// Returns the smallest failing run that was found, and how it fails.
 pub fn shrink(options: Options, violation: Violation) -> (Options, Violation) {

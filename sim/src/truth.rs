@@ -14,6 +14,9 @@ use aviary_core::protocol::record::{
 };
 use std::sync::Arc;
 
+use crate::broken;
+use crate::invariants::{AGREEMENT, Violation};
+
 /// Something that happened in a run, as rules see it.
 pub enum Fact<'a> {
     /// A node's acceptor state became durable.
@@ -133,7 +136,11 @@ impl Truth {
     }
 
     /// Counts a durable acceptor state. Returns what became chosen by it, or how agreement broke.
-    pub fn persisted(&mut self, node: &NodeId, acceptor: &AcceptorState) -> Result<Option<(Record, Ballot)>, String> {
+    pub fn persisted(
+        &mut self,
+        node: &NodeId,
+        acceptor: &AcceptorState,
+    ) -> Result<Option<(Record, Ballot)>, Violation> {
         self.acceptors.insert(node.clone(), acceptor.clone());
         if let Some(promised) = &acceptor.promised {
             self.promises.entry(promised.clone()).or_default().insert((node.clone(), acceptor.incarnation));
@@ -143,20 +150,15 @@ impl Truth {
         let hash = record.hash();
         let support = self.accepts.entry(key.clone()).or_insert_with(|| Support { hash, by: BTreeSet::new() });
         if support.hash != hash {
-            return Err(format!(
-                "ballot {ballot} slot {}: two values accepted, {} and {hash}",
-                record.slot, support.hash
-            ));
+            let (slot, other) = (record.slot, support.hash);
+            return Err(broken!(AGREEMENT, "ballot {ballot} slot {slot}: two values accepted, {other} and {hash}"));
         }
         if !support.by.insert((node.clone(), acceptor.incarnation)) {
             return Ok(None);
         }
         let Some(members) = self.memberships.get(record.slot.0 as usize - 1) else {
-            return Err(format!(
-                "{node} accepted slot {} though slot {} is not chosen",
-                record.slot,
-                self.head().next()
-            ));
+            let (slot, open) = (record.slot, self.head().next());
+            return Err(broken!(AGREEMENT, "{node} accepted slot {slot} though slot {open} is not chosen"));
         };
         let count = support.by.iter().filter(|(node, incarnation)| members.counts(node, *incarnation)).count();
         if count < members.quorum() {
@@ -165,18 +167,18 @@ impl Truth {
         self.choose(hash, record.clone(), ballot.clone())
     }
 
-    fn choose(&mut self, hash: Hash, record: Record, ballot: Ballot) -> Result<Option<(Record, Ballot)>, String> {
+    fn choose(&mut self, hash: Hash, record: Record, ballot: Ballot) -> Result<Option<(Record, Ballot)>, Violation> {
         let certain = !Chosen { ballot: Some(ballot.clone()), record: record.clone() }.is_in_doubt();
         if let Some(known) = self.log.get_mut(record.slot.0 as usize) {
             if known.hash != hash {
-                return Err(format!(
-                    "slot {} has two chosen values: {} tx {} in {:?}, and {} tx {} in {ballot}",
+                let named = |record: &Record| format!("{} tx {}", record.intent.operation.name(), record.intent.tx);
+                return Err(broken!(
+                    AGREEMENT,
+                    "slot {} has two chosen values: {} in {:?}, and {} in {ballot}",
                     record.slot,
-                    known.record.intent.operation.name(),
-                    known.record.intent.tx,
+                    named(&known.record),
                     known.ballots.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                    record.intent.operation.name(),
-                    record.intent.tx
+                    named(&record)
                 ));
             }
             let first = known.ballots.insert(ballot.clone());
@@ -226,6 +228,30 @@ pub struct ExpectedRollout {
     pub in_doubt: u16,
 }
 
+/// Reason for which no rollout can go the way that a chosen record takes it.
+#[derive(Debug, thiserror::Error)]
+pub enum UnexpectedChange {
+    /// A start while another rollout of the service is in progress.
+    #[error("starts a rollout while one is in progress")]
+    InProgress,
+    /// A change, named here, of a service without a rollout in progress.
+    #[error("{0} without a rollout in progress")]
+    NoRollout(&'static str),
+    /// A promotion past a stage, or back.
+    #[error("promotes from stage {from} of {stages} to {to:?}")]
+    Jumps {
+        /// Index of the stage before.
+        from: usize,
+        /// Number of stages.
+        stages: usize,
+        /// Stage that was promoted to.
+        to: Target,
+    },
+    /// A revert of this slot, which holds no increase.
+    #[error("reverts slot {0}, which raised nothing")]
+    RaisedNothing(Slot),
+}
+
 /// What is expected of the rollouts of all services, record by record of a log.
 #[derive(Clone, Default)]
 pub struct ExpectedRollouts {
@@ -238,7 +264,7 @@ pub struct ExpectedRollouts {
 
 impl ExpectedRollouts {
     /// Goes one record on; an error says which rule the record breaks.
-    pub fn follow(&mut self, record: &Record, certain: bool) -> Result<(), String> {
+    pub fn follow(&mut self, record: &Record, certain: bool) -> Result<(), UnexpectedChange> {
         match &record.intent.operation {
             Operation::Config(ConfigChange::Cordon(node)) => {
                 self.cordoned.insert(node.clone());
@@ -256,7 +282,7 @@ impl ExpectedRollouts {
         let next = match &record.intent.operation {
             Operation::Change(_, change) => expected.after(change, certain)?,
             Operation::Revert { increased, .. } => {
-                self.before.get(increased).cloned().ok_or(format!("reverts slot {increased}, which raised nothing"))?
+                self.before.get(increased).cloned().ok_or(UnexpectedChange::RaisedNothing(*increased))?
             }
             Operation::Verdict { .. }
             | Operation::Refused { .. }
@@ -271,22 +297,22 @@ impl ExpectedRollouts {
 }
 
 impl ExpectedRollout {
-    fn after(&self, change: &Change, certain: bool) -> Result<Self, String> {
+    fn after(&self, change: &Change, certain: bool) -> Result<Self, UnexpectedChange> {
         let mut next = self.clone();
         match change {
             Change::Start(spec) => {
                 if self.active {
-                    return Err("starts a rollout while one is in progress".into());
+                    return Err(UnexpectedChange::InProgress);
                 }
                 next = Self { spec: Some(spec.clone()), stage: 0, active: true, ceiling: 0, in_doubt: 0 };
             }
-            _ if !self.active => return Err(format!("{} without a rollout in progress", change.name())),
+            _ if !self.active => return Err(UnexpectedChange::NoRollout(change.name())),
             Change::Promote { to, full } => {
                 let last = self.spec.as_ref().map_or(0, |spec| spec.stages.len() - 1);
                 match to {
                     Target::Stage(to) if *to == self.stage + 1 || (*full && *to == last) => next.stage = *to,
                     Target::Complete if self.stage == last => next.active = false,
-                    _ => return Err(format!("promotes from stage {} of {} to {to:?}", self.stage, last + 1)),
+                    _ => return Err(UnexpectedChange::Jumps { from: self.stage, stages: last + 1, to: *to }),
                 }
             }
             Change::Rollback { .. } => next.active = false,

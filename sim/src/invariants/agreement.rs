@@ -5,32 +5,31 @@ use std::collections::BTreeMap;
 use aviary_core::domain::ids::NodeId;
 use aviary_core::protocol::record::{Chosen, Slot};
 
-use super::Invariant;
+use super::{AGREEMENT, CHAIN, Invariant, Violation};
+use crate::broken;
 use crate::truth::{Fact, Truth};
 
 /// I1 and I10: what a node learns or proposes is what a majority of bound voters accepted.
 pub struct Agreement;
 
 impl Invariant for Agreement {
-    fn name(&self) -> &'static str {
-        "I1 agreement"
-    }
-
-    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), Violation> {
         let Fact::Appended(node, chosen) = fact else { return Ok(()) };
         let (slot, hash) = (chosen.record.slot, chosen.record.hash());
         let known = truth.chosen(slot).ok_or_else(|| {
-            format!(
-                "{node} learned slot {slot} ({}), which no majority of bound voters accepted",
-                chosen.record.intent.operation.name()
-            )
+            let name = chosen.record.intent.operation.name();
+            broken!(AGREEMENT, "{node} learned slot {slot} ({name}), which no majority of bound voters accepted")
         })?;
         if known.hash != hash {
-            return Err(format!("{node} learned {hash} for slot {slot}, chosen is {}", known.hash));
+            return Err(broken!(AGREEMENT, "{node} learned {hash} for slot {slot}, chosen is {}", known.hash));
         }
         match &chosen.ballot {
             Some(ballot) if known.ballots.contains(ballot) => Ok(()),
-            other => Err(format!("{node} learned slot {slot} as chosen in {other:?}, it was in {:?}", known.ballots)),
+            other => Err(broken!(
+                AGREEMENT,
+                "{node} learned slot {slot} as chosen in {other:?}, it was in {:?}",
+                known.ballots
+            )),
         }
     }
 }
@@ -40,25 +39,25 @@ impl Invariant for Agreement {
 pub struct Chained(BTreeMap<NodeId, Chosen>);
 
 impl Invariant for Chained {
-    fn name(&self) -> &'static str {
-        "I2 chain"
-    }
-
-    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Started(node, log) => {
-                let last = log.last().ok_or("a log without genesis")?;
+                let last = log.last().ok_or_else(|| broken!(CHAIN, "a log without genesis"))?;
                 self.0.insert((*node).clone(), last.clone());
                 Ok(())
             }
             Fact::Appended(node, chosen) => {
                 let before = self.0.insert((*node).clone(), (*chosen).clone());
-                let Some(before) = before else { return Err(format!("{node} appended before it started")) };
+                let Some(before) = before else {
+                    return Err(broken!(CHAIN, "{node} appended before it started"));
+                };
                 let expected = Slot(before.record.slot.0 + 1);
                 if chosen.record.slot != expected || chosen.record.prev_hash != before.record.hash() {
-                    return Err(format!(
+                    return Err(broken!(
+                        CHAIN,
                         "{node} appended slot {} after slot {}",
-                        chosen.record.slot, before.record.slot
+                        chosen.record.slot,
+                        before.record.slot
                     ));
                 }
                 Ok(())
@@ -77,7 +76,7 @@ mod tests {
     fn a_record_that_nobody_accepted_is_caught() {
         let truth = truth();
         let error = Agreement.see(&Fact::Appended(&node("a"), &pause(1, "x")), &truth).unwrap_err();
-        assert!(error.contains("no majority"), "{error}");
+        assert!(error.what.contains("no majority"), "{error}");
     }
 
     #[test]
@@ -95,6 +94,6 @@ mod tests {
             truth.persisted(&node(voter), &acceptor(voter, 1, "x")).unwrap();
         }
         assert!(truth.persisted(&node("b"), &acceptor("b", 2, "y")).unwrap().is_none());
-        assert!(truth.persisted(&node("c"), &acceptor("c", 2, "y")).unwrap_err().contains("two chosen values"));
+        assert!(truth.persisted(&node("c"), &acceptor("c", 2, "y")).unwrap_err().what.contains("two chosen values"));
     }
 }

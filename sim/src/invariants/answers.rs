@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use aviary_core::protocol::record::{ConfigChange, Operation, Slot};
 use aviary_core::protocol::{OperatorRequest, Outcome, RequestId};
 
-use super::Invariant;
+use super::{ANSWERS, Invariant, READS, Violation};
+use crate::broken;
 use crate::truth::{Fact, Truth};
 
 /// I4 and I5: a transaction has one outcome, and what was answered stays so.
@@ -22,10 +23,14 @@ pub struct Answers {
 }
 
 impl Answers {
-    fn decided(&mut self, request: RequestId, committed: bool, slot: Slot, truth: &Truth) -> Result<(), String> {
-        let Some((tx, asked)) = self.asked.get(&request) else { return Err("an answer to nobody's question".into()) };
+    fn decided(&mut self, request: RequestId, committed: bool, slot: Slot, truth: &Truth) -> Result<(), Violation> {
+        let Some((tx, asked)) = self.asked.get(&request) else {
+            return Err(broken!(ANSWERS, "an answer to nobody's question"));
+        };
         let word = if committed { "COMMITTED" } else { "ABORTED" };
-        let known = truth.chosen(slot).ok_or(format!("{tx} answered {word} at slot {slot}, which isn't chosen"))?;
+        let Some(known) = truth.chosen(slot) else {
+            return Err(broken!(ANSWERS, "{tx} answered {word} at slot {slot}, which isn't chosen"));
+        };
         let operation = &known.record.intent.operation;
         let is_abort = matches!(operation, Operation::Refused { .. });
         let own = known.record.intent.tx.as_str() == tx;
@@ -33,25 +38,30 @@ impl Answers {
         let revert = !committed && matches!(operation, Operation::Revert { .. });
         let own_outcome = own && (is_abort != committed || reverted);
         if !own_outcome && !revert {
-            return Err(format!(
+            return Err(broken!(
+                ANSWERS,
                 "{tx} answered {word} at slot {slot}, which holds {} of {}",
                 operation.name(),
                 known.record.intent.tx
             ));
         }
         if own && committed && !fits(asked, operation) {
-            return Err(format!("{tx} answered {word}: asked {asked:?}, slot {slot} holds {}", operation.name()));
+            return Err(broken!(
+                ANSWERS,
+                "{tx} answered {word}: asked {asked:?}, slot {slot} holds {}",
+                operation.name()
+            ));
         }
         // Linearizable: what is decided first was asked before the answer to what is decided after it.
         let least = self.told_before.get(&request).copied().unwrap_or_default();
         let first = !self.answers.contains_key(tx) && !self.again.contains(tx);
         if first && own && slot <= least {
-            return Err(format!("{tx} is in slot {slot}, and was asked after slot {least} was answered"));
+            return Err(broken!(ANSWERS, "{tx} is in slot {slot}, and was asked after slot {least} was answered"));
         }
         self.told = self.told.max(slot);
         match self.answers.insert(tx.clone(), (committed, slot)) {
             Some((before, at)) if before != committed => {
-                Err(format!("{tx} answered {word} at slot {slot}, and otherwise before, at slot {at}"))
+                Err(broken!(ANSWERS, "{tx} answered {word} at slot {slot}, and otherwise before, at slot {at}"))
             }
             _ => Ok(()),
         }
@@ -81,11 +91,7 @@ fn fits(asked: &OperatorRequest, operation: &Operation) -> bool {
 }
 
 impl Invariant for Answers {
-    fn name(&self) -> &'static str {
-        "I4/I5 answers"
-    }
-
-    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Asked(request, tx, asked) => {
                 // Asked twice, the first time is what counts.
@@ -101,7 +107,7 @@ impl Invariant for Answers {
                 if let Some(before) = self.slots.insert(tx, record.slot)
                     && before != record.slot
                 {
-                    return Err(format!("{} is in slots {before} and {}", record.intent.tx, record.slot));
+                    return Err(broken!(ANSWERS, "{} is in slots {before} and {}", record.intent.tx, record.slot));
                 }
             }
             Fact::Replied(request, Outcome::Committed { slot, .. }) => {
@@ -112,7 +118,7 @@ impl Invariant for Answers {
             }
             Fact::Over => {
                 for (tx, (_, slot)) in &self.answers {
-                    truth.chosen(*slot).ok_or(format!("the answer to {tx} vanished"))?;
+                    truth.chosen(*slot).ok_or_else(|| broken!(ANSWERS, "the answer to {tx} vanished"))?;
                 }
             }
             _ => {}
@@ -129,11 +135,7 @@ pub struct Reads {
 }
 
 impl Invariant for Reads {
-    fn name(&self) -> &'static str {
-        "I11 reads"
-    }
-
-    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Reads(request) => drop(self.asked.insert(*request, self.answered)),
             Fact::Replied(_, Outcome::Committed { slot, .. } | Outcome::Aborted { slot, .. }) => {
@@ -143,7 +145,10 @@ impl Invariant for Reads {
                 let least = self.asked.get(request).copied().unwrap_or_default();
                 self.answered = self.answered.max(*slot);
                 if *slot < least {
-                    return Err(format!("a read found slot {slot}, slot {least} was answered before it was asked"));
+                    return Err(broken!(
+                        READS,
+                        "a read found slot {slot}, slot {least} was answered before it was asked"
+                    ));
                 }
             }
             _ => {}
@@ -163,7 +168,7 @@ mod tests {
         let (truth, asked) = (truth(), OperatorRequest::Resume { service: service() });
         answers.see(&Fact::Asked(RequestId(1), "x", &asked), &truth).unwrap();
         let outcome = Outcome::Committed { slot: Slot(1), state: None, repeated: false };
-        assert!(answers.see(&Fact::Replied(RequestId(1), &outcome), &truth).unwrap_err().contains("isn't chosen"));
+        assert!(answers.see(&Fact::Replied(RequestId(1), &outcome), &truth).unwrap_err().what.contains("isn't chosen"));
     }
 
     #[test]

@@ -6,7 +6,8 @@ use aviary_core::domain::ids::{Incarnation, NodeId};
 use aviary_core::protocol::message::{Decision, Message};
 use aviary_core::protocol::record::{Ballot, Hash, Intent, Slot};
 
-use super::Invariant;
+use super::{BALLOTS, Invariant, PROMISES, Violation};
+use crate::broken;
 use crate::truth::{Fact, Truth};
 
 /// I6: a node's promise and head never go down within an incarnation.
@@ -14,18 +15,18 @@ use crate::truth::{Fact, Truth};
 pub struct Promises(BTreeMap<(NodeId, Incarnation), (Option<Ballot>, Slot, u64)>);
 
 impl Invariant for Promises {
-    fn name(&self) -> &'static str {
-        "I6 promises"
-    }
-
-    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), Violation> {
         let Fact::Persisted(node, acceptor) = fact else { return Ok(()) };
         let now = (acceptor.promised.clone(), acceptor.head, acceptor.boot);
         let before = self.0.insert(((*node).clone(), acceptor.incarnation), now.clone());
         match before {
-            Some(before) if before.0 > now.0 => Err(format!("{node} promised {:?}, then {:?}", before.0, now.0)),
-            Some(before) if before.2 > now.2 => Err(format!("{node} booted {}, then {}", before.2, now.2)),
-            Some(before) if before.1 > now.1 => Err(format!("{node}'s head was {}, then {}", before.1, now.1)),
+            Some(before) if before.0 > now.0 => {
+                Err(broken!(PROMISES, "{node} promised {:?}, then {:?}", before.0, now.0))
+            }
+            Some(before) if before.2 > now.2 => Err(broken!(PROMISES, "{node} booted {}, then {}", before.2, now.2)),
+            Some(before) if before.1 > now.1 => {
+                Err(broken!(PROMISES, "{node}'s head was {}, then {}", before.1, now.1))
+            }
             _ => Ok(()),
         }
     }
@@ -39,25 +40,21 @@ pub struct Ballots {
 }
 
 impl Invariant for Ballots {
-    fn name(&self) -> &'static str {
-        "I13 ballots"
-    }
-
-    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Sent(node, _, Message::Prepare(prepare)) => {
                 let what = &prepare.intent;
                 let key = (prepare.ballot.clone(), prepare.slot);
                 let before = self.asked.entry(key).or_insert_with(|| what.clone());
                 if before != what || prepare.ballot.node != **node {
-                    return Err(format!("{node} uses {} for {what:?} and {before:?}", prepare.ballot));
+                    return Err(broken!(BALLOTS, "{node} uses {} for {what:?} and {before:?}", prepare.ballot));
                 }
             }
             Fact::Sent(node, _, Message::Decision(Decision::Propose(ballot, record))) => {
                 let what = record.hash();
                 let before = self.proposed.entry((ballot.clone(), record.slot)).or_insert(what);
                 if *before != what || ballot.node != **node {
-                    return Err(format!("{node} proposes two values in {ballot}: {before:?} and {what:?}"));
+                    return Err(broken!(BALLOTS, "{node} proposes two values in {ballot}: {before:?} and {what:?}"));
                 }
             }
             _ => {}

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use aviary_core::domain::ids::{NodeId, ServiceId};
 use aviary_core::domain::plan::OnPartition;
 
-use super::Invariant;
+use super::{CEILING, Invariant, Violation};
+use crate::broken;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 
 /// I8: a node serves at most what the newest record that it has learned allows.
@@ -16,16 +17,12 @@ pub struct Ceiling {
 }
 
 impl Invariant for Ceiling {
-    fn name(&self) -> &'static str {
-        "I8 ceiling"
-    }
-
-    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Started(node, log) => {
                 let mut rollouts = ExpectedRollouts::default();
                 for chosen in *log {
-                    rollouts.follow(&chosen.record, !chosen.is_in_doubt())?;
+                    rollouts.follow(&chosen.record, !chosen.is_in_doubt()).map_err(|why| broken!(CEILING, "{why}"))?;
                 }
                 self.learned.insert((*node).clone(), rollouts);
                 self.holding.retain(|(holding, _)| holding != *node);
@@ -35,7 +32,8 @@ impl Invariant for Ceiling {
                 if let Some(service) = chosen.record.intent.operation.service() {
                     self.holding.remove(&((*node).clone(), service.clone()));
                 }
-                self.learned.entry((*node).clone()).or_default().follow(&chosen.record, !chosen.is_in_doubt())
+                let rollouts = self.learned.entry((*node).clone()).or_default();
+                rollouts.follow(&chosen.record, !chosen.is_in_doubt()).map_err(|why| broken!(CEILING, "{why}"))
             }
             Fact::LocalHold(node, service) => {
                 self.holding.insert(((*node).clone(), (*service).clone()));
@@ -43,23 +41,32 @@ impl Invariant for Ceiling {
             }
             Fact::Served(served) if served.bp > 0 => {
                 let (node, bp) = (served.node, served.bp);
-                let rollouts = self.learned.get(node).ok_or("serves before it started")?;
+                let rollouts = self.learned.get(node).ok_or_else(|| broken!(CEILING, "serves before it started"))?;
                 let ceiling =
                     rollouts.now.get(served.service).map_or(0, |expected| expected.ceiling.max(expected.in_doubt));
                 if bp > ceiling {
-                    return Err(format!(
+                    return Err(broken!(
+                        CEILING,
                         "{node} serves {bp} bp of {}, its newest record allows {ceiling}",
                         served.service
                     ));
                 }
                 if rollouts.cordoned.contains(node) {
-                    return Err(format!("{node} serves {bp} bp though it knows that it is cordoned"));
+                    return Err(broken!(CEILING, "{node} serves {bp} bp though it knows that it is cordoned"));
                 }
                 if !served.leased && served.on_partition == OnPartition::Stable {
-                    return Err(format!("{node} serves {bp} bp of {} without needing a lease", served.service));
+                    return Err(broken!(
+                        CEILING,
+                        "{node} serves {bp} bp of {} without needing a lease",
+                        served.service
+                    ));
                 }
                 if self.holding.contains(&(node.clone(), served.service.clone())) {
-                    return Err(format!("{node} serves {bp} bp of {} after its local hold began", served.service));
+                    return Err(broken!(
+                        CEILING,
+                        "{node} serves {bp} bp of {} after its local hold began",
+                        served.service
+                    ));
                 }
                 Ok(())
             }

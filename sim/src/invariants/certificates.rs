@@ -6,7 +6,8 @@ use aviary_core::domain::ids::NodeId;
 use aviary_core::protocol::message::{Answer, GateVote, Message};
 use aviary_core::protocol::record::{Ballot, Slot};
 
-use super::Invariant;
+use super::{Invariant, UNANIMITY, Violation};
+use crate::broken;
 use crate::truth::{Fact, Truth};
 
 /// I3: a chosen increase carries a Yes of every gate voter.
@@ -14,11 +15,7 @@ use crate::truth::{Fact, Truth};
 pub struct Certificates(BTreeSet<(Ballot, Slot, NodeId)>);
 
 impl Invariant for Certificates {
-    fn name(&self) -> &'static str {
-        "I3 unanimity"
-    }
-
-    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Sent(node, _, Message::Vote(vote)) => {
                 if matches!(&vote.answer, Answer::Gate { gate: GateVote::Yes(_), .. }) {
@@ -28,22 +25,28 @@ impl Invariant for Certificates {
             }
             Fact::Chosen(record, ballot) if record.intent.operation.increases_exposure() => {
                 let slot = record.slot;
-                let certificate =
-                    record.certificate.as_ref().ok_or(format!("slot {slot}: an increase without certificate"))?;
+                let Some(certificate) = &record.certificate else {
+                    return Err(broken!(UNANIMITY, "slot {slot}: an increase without certificate"));
+                };
                 if certificate.ballot > **ballot {
-                    return Err(format!(
+                    return Err(broken!(
+                        UNANIMITY,
                         "slot {slot}: chosen in {ballot}, its certificate is of {}",
                         certificate.ballot
                     ));
                 }
-                let members = truth.membership_for(slot).ok_or("no membership")?;
+                let members = truth.membership_for(slot).ok_or_else(|| broken!(UNANIMITY, "no membership"))?;
                 for voter in members.gate_voters() {
                     if !certificate.yes.contains_key(voter) {
-                        return Err(format!("slot {slot}: the certificate lacks {voter}'s Yes"));
+                        return Err(broken!(UNANIMITY, "slot {slot}: the certificate lacks {voter}'s Yes"));
                     }
                     let own = *voter == certificate.ballot.node;
                     if !own && !self.0.contains(&(certificate.ballot.clone(), slot, voter.clone())) {
-                        return Err(format!("slot {slot}: {voter} never said Yes in {}", certificate.ballot));
+                        return Err(broken!(
+                            UNANIMITY,
+                            "slot {slot}: {voter} never said Yes in {}",
+                            certificate.ballot
+                        ));
                     }
                 }
                 Ok(())
@@ -68,6 +71,6 @@ mod tests {
         let yes = ["a", "b", "c"].map(|voter| (node(voter), "fine".to_string()));
         increase.certificate = Some(Certificate { ballot: ballot("a", 1), yes: yes.into() });
         let error = Certificates::default().see(&Fact::Chosen(&increase, &ballot("a", 1)), &truth()).unwrap_err();
-        assert!(error.contains("never said Yes"), "{error}");
+        assert!(error.what.contains("never said Yes"), "{error}");
     }
 }

@@ -6,7 +6,8 @@ use aviary_core::domain::ids::{NodeId, ServiceId, VersionId};
 use aviary_core::domain::plan::OnPartition;
 use aviary_core::protocol::record::Slot;
 
-use super::Invariant;
+use super::{ENFORCEMENT, Invariant, Violation};
+use crate::broken;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 
 /// A share that was allowed, and until when it may still be seen.
@@ -100,11 +101,7 @@ impl Enforcement {
 }
 
 impl Invariant for Enforcement {
-    fn name(&self) -> &'static str {
-        "I9 enforcement"
-    }
-
-    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Chosen(record, _) => {
                 self.chosen(record, truth);
@@ -121,17 +118,24 @@ impl Invariant for Enforcement {
                     !expected.active && version == Some(served.canary) && served.bp <= expected.in_doubt
                 });
                 if served.bp > most && !stable {
-                    return Err(format!(
+                    return Err(broken!(
+                        ENFORCEMENT,
                         "{} serves {} bp of {} {}, at most {most} bp were chosen within a lease's length",
-                        served.node, served.bp, served.service, served.canary
+                        served.node,
+                        served.bp,
+                        served.service,
+                        served.canary
                     ));
                 }
                 let lease = self.rollouts.now.get(served.service).and_then(|expected| expected.spec.as_ref());
                 let lease = lease.map_or(3_000, |spec| spec.lease_ms.max(3_000));
                 match self.cordoned.get(served.node) {
-                    Some(since) if truth.now > since + longest_us(lease) => {
-                        Err(format!("{} serves {} bp a lease's length after it was cordoned", served.node, served.bp))
-                    }
+                    Some(since) if truth.now > since + longest_us(lease) => Err(broken!(
+                        ENFORCEMENT,
+                        "{} serves {} bp a lease's length after it was cordoned",
+                        served.node,
+                        served.bp
+                    )),
                     _ => Ok(()),
                 }
             }
@@ -166,6 +170,6 @@ mod tests {
         at(60_000_000, &serves).unwrap();
         at(60_000_000, &Fact::Chosen(&change(2, Change::Rollback { reason: "bad".into() }), &ballot)).unwrap();
         at(62_000_000, &serves).unwrap();
-        assert!(at(62_030_000, &serves).unwrap_err().contains("at most 0 bp"));
+        assert!(at(62_030_000, &serves).unwrap_err().what.contains("at most 0 bp"));
     }
 }

@@ -6,7 +6,8 @@ use aviary_core::domain::ids::ServiceId;
 use aviary_core::domain::rollout::Change;
 use aviary_core::protocol::record::{Operation, Record, Slot};
 
-use super::Invariant;
+use super::{EVIDENCE, Invariant, Violation};
+use crate::broken;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 
 /// I14: without an operator's word, a step goes on only by evidence observed at that step.
@@ -19,7 +20,7 @@ pub struct Observed {
 }
 
 impl Observed {
-    fn promoted(&self, record: &Record) -> Result<(), String> {
+    fn promoted(&self, record: &Record) -> Result<(), Violation> {
         let Operation::Change(service, Change::Promote { full: false, .. }) = &record.intent.operation else {
             return Ok(());
         };
@@ -31,24 +32,27 @@ impl Observed {
         let judged = (service.clone(), state.version.saturating_sub(1));
         let (count, errors) = self.seen.get(&judged).copied().unwrap_or_default();
         if count < spec.analysis.min_samples {
-            return Err(format!(
+            return Err(broken!(
+                EVIDENCE,
                 "slot {}: {service} goes on from version {} after {count} canary answers, {} are needed",
-                record.slot, judged.1, spec.analysis.min_samples
+                record.slot,
+                judged.1,
+                spec.analysis.min_samples
             ));
         }
         if errors == count {
-            return Err(format!("slot {}: {service} goes on though all {count} canary answers failed", record.slot));
+            return Err(broken!(
+                EVIDENCE,
+                "slot {}: {service} goes on though all {count} canary answers failed",
+                record.slot
+            ));
         }
         Ok(())
     }
 }
 
 impl Invariant for Observed {
-    fn name(&self) -> &'static str {
-        "I14 evidence"
-    }
-
-    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Observed(service, version, count, errors) => {
                 let seen = self.seen.entry(((*service).clone(), *version)).or_default();
@@ -59,7 +63,7 @@ impl Invariant for Observed {
             Fact::Chosen(record, _) if record.slot > self.through => {
                 self.through = record.slot;
                 self.promoted(record)?;
-                self.rollouts.follow(record, true)
+                self.rollouts.follow(record, true).map_err(|why| broken!(EVIDENCE, "{why}"))
             }
             _ => Ok(()),
         }
@@ -83,7 +87,7 @@ mod tests {
         let least = spec().analysis.min_samples;
         observed.see(&Fact::Observed(&service(), 1, least - 1, 0), &truth).unwrap();
         let error = observed.promoted(&promote).unwrap_err();
-        assert!(error.contains("99 canary answers, 100 are needed"), "{error}");
+        assert!(error.what.contains("99 canary answers, 100 are needed"), "{error}");
         observed.see(&Fact::Observed(&service(), 1, 1, 0), &truth).unwrap();
         observed.promoted(&promote).unwrap();
     }

@@ -12,12 +12,42 @@ mod evidence;
 mod stages;
 mod writes;
 
+// The rules' names in the protocol's list, as reports and the pins of seeded bugs say them.
+pub(crate) const AGREEMENT: &str = "I1 agreement";
+pub(crate) const CHAIN: &str = "I2 chain";
+pub(crate) const UNANIMITY: &str = "I3 unanimity";
+pub(crate) const ANSWERS: &str = "I4/I5 answers";
+const PROMISES: &str = "I6 promises";
+const STAGES: &str = "I7 stages";
+const CEILING: &str = "I8 ceiling";
+const ENFORCEMENT: &str = "I9 enforcement";
+const WRITES: &str = "I10/I12 writes";
+const READS: &str = "I11 reads";
+const BALLOTS: &str = "I13 ballots";
+const EVIDENCE: &str = "I14 evidence";
+
+/// A rule that a run broke: the program that was simulated has a bug, or the simulator has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{invariant}: {what}")]
+pub struct Violation {
+    /// Name of the rule, such as `I1 agreement`, `liveness` or `panic`.
+    pub invariant: &'static str,
+    /// What happened, and what was expected.
+    pub what: String,
+}
+
+/// Makes the [`Violation`] of a rule: its name, then what `format!` takes.
+#[macro_export]
+macro_rules! broken {
+    ($invariant:expr, $($what:tt)+) => {
+        $crate::Violation { invariant: $invariant, what: format!($($what)+) }
+    };
+}
+
 /// A rule that sees every fact of a run, and says when one breaks it.
 pub trait Invariant {
-    /// Its name in the protocol's list.
-    fn name(&self) -> &'static str;
     /// Looks at what happened; an error says what broke.
-    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String>;
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), Violation>;
 }
 
 /// Returns all of them, at the beginning of a run.

@@ -1,6 +1,7 @@
 //! I7: stages go to the next one, or down; and the routing in a record is the stage's.
 
-use super::Invariant;
+use super::{Invariant, STAGES, Violation};
+use crate::broken;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 use aviary_core::protocol::record::Slot;
 
@@ -12,18 +13,15 @@ pub struct Stages {
 }
 
 impl Invariant for Stages {
-    fn name(&self) -> &'static str {
-        "I7 stages"
-    }
-
-    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, _: &Truth) -> Result<(), Violation> {
         let Fact::Chosen(record, _) = fact else { return Ok(()) };
         if record.slot <= self.seen {
             return Ok(());
         }
         self.seen = record.slot;
         let operation = &record.intent.operation;
-        self.rollouts.follow(record, true).map_err(|why| format!("slot {}: {why}", record.slot))?;
+        let followed = self.rollouts.follow(record, true);
+        followed.map_err(|why| broken!(STAGES, "slot {}: {why}", record.slot))?;
         let Some((rollout, state)) =
             operation.service().and_then(|s| self.rollouts.now.get(s)).zip(record.state.as_ref())
         else {
@@ -31,7 +29,8 @@ impl Invariant for Stages {
         };
         let (found, expected) = (state.canary_weight().bp(), rollout.ceiling);
         if found != expected {
-            return Err(format!(
+            return Err(broken!(
+                STAGES,
                 "slot {} ({}): routes {found} bp, its stage {} has {expected} bp",
                 record.slot,
                 operation.name(),
@@ -51,6 +50,6 @@ mod tests {
     fn a_change_without_a_rollout_is_caught() {
         let record = pause(1, "x").record;
         let error = Stages::default().see(&Fact::Chosen(&record, &ballot("a", 1)), &truth()).unwrap_err();
-        assert!(error.contains("without a rollout"), "{error}");
+        assert!(error.what.contains("without a rollout"), "{error}");
     }
 }

@@ -3,43 +3,50 @@
 use aviary_core::domain::ids::{Incarnation, NodeId};
 use aviary_core::protocol::message::{Answer, Decision, Message, Vote};
 
-use super::Invariant;
+use super::{Invariant, Violation, WRITES};
+use crate::broken;
 use crate::truth::{Fact, Truth};
 
 /// I10 and I12: only votes of current incarnations count, and none leaves before the write it depends on.
 pub struct Writes;
 
 impl Writes {
-    fn vote(node: &NodeId, incarnation: Incarnation, vote: &Vote, truth: &Truth) -> Result<(), String> {
+    fn vote(node: &NodeId, incarnation: Incarnation, vote: &Vote, truth: &Truth) -> Result<(), Violation> {
         let acceptor = truth.acceptors.get(node);
         let me = (node.clone(), incarnation);
         match &vote.answer {
             Answer::Refuse(_) => return Ok(()),
             Answer::Gate { accepted, .. } => {
                 if acceptor.and_then(|r| r.promised.as_ref()) < Some(&vote.ballot) {
-                    return Err(format!("{node} votes in {} before the promise is durable", vote.ballot));
+                    return Err(broken!(WRITES, "{node} votes in {} before the promise is durable", vote.ballot));
                 }
                 let slot = truth.accepts.range((vote.slot, lowest())..).take_while(|(key, _)| key.0 == vote.slot);
                 let last =
                     slot.filter(|(key, s)| key.1 < vote.ballot && s.by.contains(&me)).last().map(|(key, _)| &key.1);
                 let told = accepted.as_ref().map(|accepted| &accepted.ballot);
                 if last > told {
-                    return Err(format!("{node} accepted slot {} in {last:?} and its vote tells {told:?}", vote.slot));
+                    return Err(broken!(
+                        WRITES,
+                        "{node} accepted slot {} in {last:?} and its vote tells {told:?}",
+                        vote.slot
+                    ));
                 }
             }
             Answer::Accept => {
                 let support = truth.accepts.get(&(vote.slot, vote.ballot.clone()));
                 if !support.is_some_and(|support| support.by.contains(&me)) {
-                    return Err(format!(
+                    return Err(broken!(
+                        WRITES,
                         "{node} confirms {} slot {} before the accept is durable",
-                        vote.ballot, vote.slot
+                        vote.ballot,
+                        vote.slot
                     ));
                 }
             }
         }
         match truth.membership_for(vote.slot) {
             Some(members) if members.counts(node, incarnation) => Ok(()),
-            _ => Err(format!("{node} votes on slot {} in unbound incarnation {incarnation}", vote.slot)),
+            _ => Err(broken!(WRITES, "{node} votes on slot {} in unbound incarnation {incarnation}", vote.slot)),
         }
     }
 }
@@ -50,23 +57,20 @@ fn lowest() -> aviary_core::protocol::record::Ballot {
 }
 
 impl Invariant for Writes {
-    fn name(&self) -> &'static str {
-        "I10/I12 writes"
-    }
-
-    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), String> {
+    fn see(&mut self, fact: &Fact, truth: &Truth) -> Result<(), Violation> {
         match fact {
             Fact::Sent(node, incarnation, Message::Vote(vote)) => Self::vote(node, *incarnation, vote, truth),
             Fact::Sent(node, _, Message::Decision(Decision::Propose(ballot, record))) => {
                 let Some(members) = truth.membership_for(record.slot) else {
-                    return Err(format!("{node} proposes slot {} beyond the open one", record.slot));
+                    return Err(broken!(WRITES, "{node} proposes slot {} beyond the open one", record.slot));
                 };
                 let promised = truth
                     .promises
                     .get(ballot)
                     .map_or(0, |by| by.iter().filter(|(node, incarnation)| members.counts(node, *incarnation)).count());
                 if promised < members.quorum() {
-                    return Err(format!(
+                    return Err(broken!(
+                        WRITES,
                         "{node} proposes in {ballot} with {promised} durable promises of {}",
                         members.quorum()
                     ));
@@ -74,7 +78,8 @@ impl Invariant for Writes {
                 let hash = record.hash();
                 match truth.chosen(record.slot) {
                     Some(known) if known.hash != hash && known.ballots.iter().any(|chosen| chosen < ballot) => {
-                        Err(format!(
+                        Err(broken!(
+                            WRITES,
                             "{node} proposes another value than the chosen one for slot {} in {ballot}",
                             record.slot
                         ))

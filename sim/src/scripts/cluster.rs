@@ -155,8 +155,8 @@ impl<S: Subject> ScriptCluster<S> {
     /// Lets every invariant look at what happened.
     pub fn fact(&mut self, fact: &Fact) {
         for invariant in &mut self.invariants {
-            if let (false, Err(what)) = (self.over, invariant.see(fact, &self.truth)) {
-                self.story.push(format!("VIOLATION {}: {what}", invariant.name()));
+            if let (false, Err(violation)) = (self.over, invariant.see(fact, &self.truth)) {
+                self.story.push(format!("VIOLATION {violation}"));
                 self.over = true;
             }
         }

@@ -30,10 +30,7 @@ impl<S: Subject> World<S> {
         while let Some((node, incarnation)) = self.unbound().first().cloned() {
             tries += 1;
             if tries > 3 * self.nodes.len() {
-                return Err(broken(
-                    "liveness",
-                    format!("{node} can't be readmitted: {:?}", self.replies.last_key_value()),
-                ));
+                return Err(broken!("liveness", "{node} can't be readmitted: {:?}", self.replies.last_key_value()));
             }
             let helper = self.voter();
             if self.truth.members().0.contains_key(&node) {
@@ -98,7 +95,7 @@ impl<S: Subject> World<S> {
                 return Ok(());
             }
         }
-        Err(broken("liveness", format!("no rollout starts in 6 tries: {:?}", self.replies.last_key_value())))
+        Err(broken!("liveness", "no rollout starts in 6 tries: {:?}", self.replies.last_key_value()))
     }
 
     pub(super) fn agree(&self) -> bool {
@@ -120,7 +117,7 @@ impl<S: Subject> World<S> {
                 return Ok(());
             }
         }
-        Err(broken("liveness", format!("not within {ms} ms: {what}")))
+        Err(broken!("liveness", "not within {ms} ms: {what}"))
     }
 
     /// Asks and waits for an answer; every question must have one within the stated bound.

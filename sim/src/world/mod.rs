@@ -23,21 +23,13 @@ use aviary_core::protocol::{
     Command, Event, Input, Observation, OperatorRequest, Outcome, Output, RequestId, Retention, Timings, View, codec,
 };
 
+use crate::broken;
 use crate::coverage::Coverage;
 use crate::dice::Dice;
-use crate::invariants::{self, Invariant};
+use crate::invariants::{self, Invariant, Violation};
 use crate::subject::{Setup, Subject};
 use crate::trace::Trace;
 use crate::truth::{Fact, Served, Truth};
-
-/// A rule that a run broke.
-#[derive(Debug)]
-pub struct Violation {
-    /// Name of the invariant that broke.
-    pub invariant: &'static str,
-    /// How it broke, in words with the values found.
-    pub what: String,
-}
 
 /// What a run is made of.
 #[derive(Debug, Clone, Copy)]
@@ -214,10 +206,6 @@ pub struct World<S> {
 
 type Step = Result<(), Violation>;
 
-fn broken(invariant: &'static str, what: impl Into<String>) -> Violation {
-    Violation { invariant, what: what.into() }
-}
-
 /// Returns what the nodes of a seed keep of their logs: mostly so little that who lags needs the sum.
 fn retention_of(seed: u64) -> Retention {
     let (checkpoint_every, history) = [(4_096, 16_384), (8, 8), (4, 2), (2, 0)][(seed % 4) as usize];
@@ -310,7 +298,7 @@ impl<S: Subject> World<S> {
 
     fn fact(&mut self, fact: Fact) -> Step {
         for invariant in &mut self.invariants {
-            invariant.see(&fact, &self.truth).map_err(|what| Violation { invariant: invariant.name(), what })?;
+            invariant.see(&fact, &self.truth)?;
         }
         Ok(())
     }
@@ -333,9 +321,7 @@ impl<S: Subject> World<S> {
                 };
                 let fact = Fact::Served(served);
                 for invariant in &mut self.invariants {
-                    invariant
-                        .see(&fact, &self.truth)
-                        .map_err(|what| Violation { invariant: invariant.name(), what })?;
+                    invariant.see(&fact, &self.truth)?;
                 }
             }
         }

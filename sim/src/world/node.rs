@@ -265,7 +265,7 @@ impl<S: Subject> World<S> {
         let decided = self.truth.chosen(checkpoint.slot).map(|known| known.hash);
         if decided != Some(ledger.head_hash) {
             let what = format!("{id} installs a sum of slot {} that ends in {}", checkpoint.slot, ledger.head_hash);
-            return Err(broken("I2 chain", what));
+            return Err(broken!(invariants::CHAIN, "{what}"));
         }
         for slot in self.nodes[i].log.len()..=checkpoint.slot.0 as usize {
             let known = &self.truth.log[slot];
@@ -302,7 +302,7 @@ impl<S: Subject> World<S> {
                 acceptor.head
             )
         });
-        let chosen = self.truth.persisted(&id, &acceptor).map_err(|what| broken("I1 agreement", what))?;
+        let chosen = self.truth.persisted(&id, &acceptor)?;
         self.fact(Fact::Persisted(&id, &acceptor))?;
         if let Some((record, ballot)) = chosen {
             let known = self.truth.chosen(record.slot).expect("just chosen");
@@ -336,7 +336,7 @@ impl<S: Subject> World<S> {
         self.trace.line(at, from.as_str(), "sends", || format!("to {to}: {}", brief(&message)));
         self.fact(Fact::Sent(&from, incarnation, &message))?;
         let Some(target) = self.nodes.iter().position(|node| node.id == *to) else {
-            return Err(broken("network", format!("{from} sends to {to}, who doesn't exist")));
+            return Err(broken!("network", "{from} sends to {to}, who doesn't exist"));
         };
         if self.cut.contains(&(i, target)) {
             return Ok(());
@@ -375,6 +375,6 @@ fn guarded<T>(operation: impl FnOnce() -> T) -> Result<T, Violation> {
     catch_unwind(AssertUnwindSafe(operation)).map_err(|cause| {
         let text = cause.downcast_ref::<String>().cloned();
         let text = text.or_else(|| cause.downcast_ref::<&str>().map(|text| text.to_string()));
-        broken("panic", text.unwrap_or_default())
+        broken!("panic", "{}", text.unwrap_or_default())
     })
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
 use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
+use sim::broken;
 
 use super::broker::Handle;
 use super::life::interrupt;
@@ -35,7 +36,7 @@ impl FaultyBroker {
         let mut world = lock(&self.world);
         world.happen();
         if self.broken && name != "open" {
-            world.violate(format!("contract: {name} after an error, expected open"));
+            world.violate(broken!("contract", "{name} after an error, expected open"));
         }
         let result = match world.fault(self.who, name) {
             None => {
@@ -186,7 +187,7 @@ impl Hooks for FaultyHooks {
         world.happen();
         let (who, words) = (self.who, format!("{} {} on {}", call.word(), side.word(), topic.word()));
         if !late && world.routers[who].producer_epoch != world.broker.producer_epoch {
-            world.violate(format!("hook: router {who} calls {words}, and another has taken over"));
+            world.violate(broken!("hook", "router {who} calls {words}, and another has taken over"));
         }
         if world.defers(call, side, topic, number) {
             return Err(OutsideError::new("hook", format!("{words} takes too long")));

@@ -7,6 +7,7 @@ use aviary::ports::{OutsideError, Topic};
 use aviary::router::engine::{Engine, Turn};
 use aviary_core::domain::router_state::RouterPhase;
 use aviary_core::domain::side::Side;
+use sim::{Violation, broken};
 
 use super::coverage::RouterCoverage;
 use super::seeded_bugs::{self, Bug};
@@ -22,7 +23,7 @@ const SKEW_MS: u64 = 3_000;
 /// What became of a seed.
 pub struct LifeOutcome {
     /// What broke first; none if nothing did.
-    pub violation: Option<String>,
+    pub violation: Option<Violation>,
     /// Faults and events that this run reached.
     pub coverage: RouterCoverage,
     /// What happened, if that was asked for.
@@ -146,7 +147,7 @@ fn turn(shared: &Shared, who: usize) -> Option<Result<Turn, OutsideError>> {
             let text = panic.downcast_ref::<String>().cloned();
             text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default()
         })
-        .map_err(|text| world.violate(format!("panic: {text}")))
+        .map_err(|text| world.violate(broken!("panic", "{text}")))
     else {
         return None;
     };
@@ -171,21 +172,22 @@ fn turn(shared: &Shared, who: usize) -> Option<Result<Turn, OutsideError>> {
 }
 
 /// Lets nothing go wrong any more, and expects that all comes to a good end.
-fn end_well(shared: &Shared) -> Result<(), String> {
+fn end_well(shared: &Shared) -> Result<(), Violation> {
     let (who, over) = settle(shared)?;
     let mut world = lock(shared);
     let world = &mut *world;
     if over {
         let Some(RouterPhase::Done { winner, .. }) = world.truth.phase.clone() else {
-            return Err(format!("end: router {who} says it is over in {:?}", world.truth.phase));
+            return Err(broken!("end", "router {who} says it is over in {:?}", world.truth.phase));
         };
         world.emit_last();
         for service in &world.services {
             let (side, topic) = (service.side, service.topic);
             if service.runs() != ((side, topic) == (winner, Topic::Source)) {
                 let runs = if service.runs() { "runs" } else { "doesn't run" };
-                return Err(format!(
-                    "end: {} won, and the {} service {runs} on {}",
+                return Err(broken!(
+                    "end",
+                    "{} won, and the {} service {runs} on {}",
                     winner.word(),
                     side.word(),
                     topic.word()
@@ -203,7 +205,7 @@ fn end_well(shared: &Shared) -> Result<(), String> {
 }
 
 /// Turns a router until it is over, or nothing is left to be done; returns which, and whether it is over.
-fn settle(shared: &Shared) -> Result<(usize, bool), String> {
+fn settle(shared: &Shared) -> Result<(usize, bool), Violation> {
     let who = {
         let mut world = lock(shared);
         world.heal();
@@ -262,5 +264,5 @@ fn settle(shared: &Shared) -> Result<(usize, bool), String> {
         }
     }
     let phase = lock(shared).truth.phase.as_ref().map_or("new", RouterPhase::words);
-    Err(format!("liveness: after {TURNS_MAX} calm turns in {phase:?} it waits for: {last}"))
+    Err(broken!("liveness", "after {TURNS_MAX} calm turns in {phase:?} it waits for: {last}"))
 }

@@ -90,20 +90,20 @@ fn run(arguments: &RouterArguments, seeds: std::ops::Range<u64>) -> anyhow::Resu
         let outcome = life::run(seed, None, arguments.late, arguments.verbose);
         coverage.add(&outcome.coverage);
         outcome.lines.iter().for_each(|line| println!("{line}"));
-        let Some(what) = outcome.violation else { continue };
+        let Some(violation) = outcome.violation else { continue };
         failures += 1;
         if arguments.keep_going {
-            println!("seed {seed}: {what}");
+            println!("seed {seed}: {violation}");
             continue;
         }
         if !arguments.verbose {
             let again = life::run(seed, None, arguments.late, true);
             again.lines.iter().for_each(|line| println!("{line}"));
-            if again.violation.as_ref() != Some(&what) {
+            if again.violation.as_ref() != Some(&violation) {
                 println!("(the second run differed: the run isn't deterministic)");
             }
         }
-        println!("\nVIOLATION {what}");
+        println!("\nVIOLATION {violation}");
         let late = if arguments.late { " --late" } else { "" };
         println!("REPRODUCE: cargo run --release -p sim-whole --bin sim-router -- --seed {seed}{late}");
         return Ok(ExitCode::FAILURE);
@@ -130,10 +130,13 @@ fn run_seeded_bugs(search: bool) -> ExitCode {
     for (bug, name, pin) in seeded_bugs::ALL {
         let found = match search {
             true => seeded_bugs::search(bug, SEEDS_MAX),
-            false => life::run(pin, Some(bug), false, false).violation.map(|what| (pin, what)),
+            false => life::run(pin, Some(bug), false, false).violation.map(|violation| (pin, violation)),
         };
         match found {
-            Some((seed, what)) => println!("{name:<62} {seed:>6}  {}", what.chars().take(90).collect::<String>()),
+            Some((seed, violation)) => {
+                let short: String = violation.to_string().chars().take(90).collect();
+                println!("{name:<62} {seed:>6}  {short}");
+            }
             None => {
                 alive += 1;
                 println!("{name:<62} {pin:>6}  NOT CAUGHT");

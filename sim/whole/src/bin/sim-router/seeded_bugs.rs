@@ -7,6 +7,7 @@ use std::time::Duration;
 use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
 use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
+use sim::Violation;
 
 use super::faulty::{FaultyBroker, FaultyHooks};
 use super::life;
@@ -62,8 +63,9 @@ pub const ALL: [(Bug, &str, u64); 13] = [
 ];
 
 /// Runs seeds from 1 on until the bug is caught; returns the seed, and what broke.
-pub fn search(bug: Bug, seeds_max: u64) -> Option<(u64, String)> {
-    (1..=seeds_max).find_map(|seed| life::run(seed, Some(bug), false, false).violation.map(|what| (seed, what)))
+pub fn search(bug: Bug, seeds_max: u64) -> Option<(u64, Violation)> {
+    (1..=seeds_max)
+        .find_map(|seed| life::run(seed, Some(bug), false, false).violation.map(|violation| (seed, violation)))
 }
 
 /// Returns what a router reaches the world by.

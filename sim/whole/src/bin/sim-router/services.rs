@@ -8,6 +8,7 @@ use aviary_core::domain::side::Side;
 
 use super::broker::MemoryBroker;
 use super::truth::RouterTruth;
+use sim::Violation;
 use sim::dice::Dice;
 
 /// A service as the reader of one topic.
@@ -104,7 +105,12 @@ impl SimulatedService {
     }
 
     /// Processes some records; returns how many.
-    pub fn work(&mut self, broker: &mut MemoryBroker, truth: &mut RouterTruth, dice: &mut Dice) -> Result<u64, String> {
+    pub fn work(
+        &mut self,
+        broker: &mut MemoryBroker,
+        truth: &mut RouterTruth,
+        dice: &mut Dice,
+    ) -> Result<u64, Violation> {
         if !self.runs() {
             return Ok(0);
         }
@@ -121,7 +127,7 @@ impl SimulatedService {
     }
 
     /// Processes everything there is; returns how many.
-    pub fn finish(&mut self, broker: &mut MemoryBroker, truth: &mut RouterTruth) -> Result<u64, String> {
+    pub fn finish(&mut self, broker: &mut MemoryBroker, truth: &mut RouterTruth) -> Result<u64, Violation> {
         let mut count = 0;
         for partition in 0..if self.runs() { self.at.len() } else { 0 } {
             while self.process(broker, truth, partition)? {
@@ -139,7 +145,7 @@ impl SimulatedService {
         broker: &mut MemoryBroker,
         truth: &mut RouterTruth,
         partition: usize,
-    ) -> Result<bool, String> {
+    ) -> Result<bool, Violation> {
         let Some((offset, item)) = broker.next(self.topic, partition, self.at[partition]) else {
             if self.skips {
                 self.at[partition] = self.at[partition].max(broker.topic(self.topic)[partition].stable());

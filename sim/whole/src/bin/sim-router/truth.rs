@@ -7,6 +7,7 @@ use aviary_core::domain::router_state::{ControlCommand, ControlEntry, RouterPhas
 use aviary_core::domain::side::Side;
 use aviary_core::domain::split::Split;
 use aviary_core::domain::weights::{Weight, sticky_ticket};
+use sim::{Violation, broken};
 
 use super::broker::{Item, MemoryBroker, Transaction};
 use super::coverage::RouterCoverage;
@@ -134,25 +135,25 @@ impl RouterTruth {
         (side, topic): (Side, Topic),
         partition: usize,
         item: Item,
-    ) -> Result<(), String> {
+    ) -> Result<(), Violation> {
         let (origin, offset) = item.origin;
         let who = format!("the {} service, on {}", side.word(), topic.word());
         if origin != partition {
-            return Err(format!("partition: {who} found a record of partition {origin} in {partition}"));
+            return Err(broken!("partition", "{who} found a record of partition {origin} in {partition}"));
         }
         if broker.topic(Topic::Source)[origin].get(&broker.fates, offset).is_none() {
-            return Err(format!("extra: {who} processed {origin}/{offset}, which isn't committed in the source"));
+            return Err(broken!("extra", "{who} processed {origin}/{offset}, which isn't committed in the source"));
         }
         if offset < self.begins[origin] {
-            return Err(format!("twice: {who} processed {origin}/{offset}, which was processed before the run"));
+            return Err(broken!("twice", "{who} processed {origin}/{offset}, which was processed before the run"));
         }
         if let Some(first) = self.processed[origin].insert(offset, side) {
-            return Err(format!("twice: {who} processed {origin}/{offset}, and {} had before", first.word()));
+            return Err(broken!("twice", "{who} processed {origin}/{offset}, and {} had before", first.word()));
         }
         if let Some(key) = item.key.filter(|_| self.keyed)
             && let Some(newer) = self.newest[origin].insert(key, offset).filter(|newer| *newer > offset)
         {
-            return Err(format!("order: {who} processed {origin}/{offset} of key {key:?} after {newer}"));
+            return Err(broken!("order", "{who} processed {origin}/{offset} of key {key:?} after {newer}"));
         }
         Ok(())
     }
@@ -164,13 +165,13 @@ impl RouterTruth {
         known: KnownRecord,
         transaction: &Transaction,
         commit: &Commit,
-    ) -> Result<(), String> {
+    ) -> Result<(), Violation> {
         // Places that don't move may be committed again.
         if known.blind && matches!(self.phase, Some(RouterPhase::Running { .. })) && !transaction.wrote.is_empty() {
-            return Err("blind: records were copied while the cluster could not be asked".into());
+            return Err(broken!("blind", "records were copied while the cluster could not be asked"));
         }
         if known.aborted && transaction.wrote.iter().any(|(side, ..)| *side == Side::Canary) {
-            return Err("abort: the canary was given records after an abort was known".into());
+            return Err(broken!("abort", "the canary was given records after an abort was known"));
         }
         for (side, partition, offset) in &transaction.wrote {
             self.wrote(broker, *side, *partition, *offset)?;
@@ -182,12 +183,12 @@ impl RouterTruth {
             Some(Ok(ControlEntry::Phase(phase))) => self.entered(phase, known)?,
             Some(Ok(ControlEntry::Command(ControlCommand::Promote))) => self.asked(Weight::FULL),
             Some(Ok(ControlEntry::Command(_) | ControlEntry::Hook { .. })) | None => {}
-            Some(Err(why)) => return Err(format!("entry: {why}")),
+            Some(Err(why)) => return Err(broken!("entry", "{why}")),
         }
         Ok(())
     }
 
-    fn wrote(&mut self, broker: &MemoryBroker, side: Side, partition: usize, offset: i64) -> Result<(), String> {
+    fn wrote(&mut self, broker: &MemoryBroker, side: Side, partition: usize, offset: i64) -> Result<(), Violation> {
         let counts = &mut self.counts[partition];
         counts.written[side as usize] += 1;
         if matches!(self.phase, Some(RouterPhase::Reclaiming { .. })) {
@@ -200,7 +201,7 @@ impl RouterTruth {
         let ticket = self.ticket(item);
         if side == Side::Canary && ticket >= self.highest.bp() {
             let highest = self.highest;
-            return Err(format!("share: the canary was given ticket {ticket}, and at most {highest} was asked for"));
+            return Err(broken!("share", "the canary was given ticket {ticket}, and at most {highest} was asked for"));
         }
         Ok(())
     }
@@ -223,12 +224,12 @@ impl RouterTruth {
         next: i64,
         metadata: &str,
         (known, transaction): (KnownRecord, &Transaction),
-    ) -> Result<(), String> {
-        let split = Split::from_metadata(metadata).map_err(|why| format!("offset metadata: {why}"))?;
+    ) -> Result<(), Violation> {
+        let split = Split::from_metadata(metadata).map_err(|why| broken!("offset metadata", "{why}"))?;
         let counts = &mut self.counts[partition];
         if let Some((_, before)) = &self.splits[partition] {
             if next < *before {
-                return Err(format!("place: partition {partition} went from {before} back to {next}"));
+                return Err(broken!("place", "partition {partition} went from {before} back to {next}"));
             }
             counts.taken += broker.topic(Topic::Source)[partition].count(&broker.fates, *before, next);
         }
@@ -236,13 +237,14 @@ impl RouterTruth {
         let expected = (counts.taken, counts.written[Side::Stable as usize], canary);
         let found = (split.taken(), split.given(Side::Stable), split.given(Side::Canary));
         if found != expected || found.0 != found.1 + found.2 {
-            return Err(format!(
-                "counts: partition {partition} took and gave {found:?} by its offset metadata, expected {expected:?}"
+            return Err(broken!(
+                "counts",
+                "partition {partition} took and gave {found:?} by its offset metadata, expected {expected:?}"
             ));
         }
         let (weight, weight_version) = split.weight();
         if weight > self.highest {
-            return Err(format!("share: the weight is {weight}, and at most {} was asked for", self.highest));
+            return Err(broken!("share", "the weight is {weight}, and at most {} was asked for", self.highest));
         }
         let reclaims = matches!(self.phase, Some(RouterPhase::Reclaiming { .. }));
         for (side, _, offset) in transaction.wrote.iter().filter(|(_, of, _)| *of == partition) {
@@ -250,8 +252,9 @@ impl RouterTruth {
             let free = !reclaims && (!self.keyed || item.key.is_none());
             let drawn = if self.ticket(item) < weight.bp() { Side::Canary } else { Side::Stable };
             if item.weight_version != weight_version || free && drawn != *side {
-                return Err(format!(
-                    "stamp: {item:?} went to {} under {weight}, weight version {weight_version}",
+                return Err(broken!(
+                    "stamp",
+                    "{item:?} went to {} under {weight}, weight version {weight_version}",
                     side.word()
                 ));
             }
@@ -262,7 +265,7 @@ impl RouterTruth {
             && took
             && since.saturating_add(known.change_ms_max) <= known.now_ms
         {
-            return Err(format!("held: partition {partition} took records while a change since {since} ms waited"));
+            return Err(broken!("held", "partition {partition} took records while a change since {since} ms waited"));
         }
         if split.former().is_some() {
             self.saw("buckets waited");
@@ -272,13 +275,13 @@ impl RouterTruth {
             self.saw("weight changed");
         }
         if weight > before && self.lagged(known) {
-            return Err(format!("lag: the weight was raised from {before} to {weight} while the canary lagged"));
+            return Err(broken!("lag", "the weight was raised from {before} to {weight} while the canary lagged"));
         }
         self.splits[partition] = Some((split, next));
         Ok(())
     }
 
-    fn entered(&mut self, phase: RouterPhase, known: KnownRecord) -> Result<(), String> {
+    fn entered(&mut self, phase: RouterPhase, known: KnownRecord) -> Result<(), Violation> {
         let number = |phase: &RouterPhase| match phase {
             RouterPhase::Taking => 1,
             RouterPhase::Starting { .. } => 2,
@@ -295,10 +298,10 @@ impl RouterTruth {
         };
         let before = self.phase.as_ref().map_or(0, number);
         if number(&phase) <= before {
-            return Err(format!("phase: {phase:?} after {:?}", self.phase));
+            return Err(broken!("phase", "{phase:?} after {:?}", self.phase));
         }
         if known.aborted && winner == Some(Side::Canary) {
-            return Err(format!("abort: {phase:?} was entered after an abort was known"));
+            return Err(broken!("abort", "{phase:?} was entered after an abort was known"));
         }
         match (&self.phase, &phase) {
             (Some(RouterPhase::Draining { .. }), RouterPhase::Reclaiming { .. }) => self.saw("abort of a promotion"),
@@ -317,12 +320,12 @@ impl RouterTruth {
     }
 
     /// Checks that every committed record of the source was processed; twice is told where it happens.
-    pub fn complete(&self, broker: &MemoryBroker) -> Result<(), String> {
+    pub fn complete(&self, broker: &MemoryBroker) -> Result<(), Violation> {
         for (partition, log) in broker.topic(Topic::Source).iter().enumerate() {
             let first = self.begins[partition].max(log.low());
             let mut committed = (first..log.high()).filter(|offset| log.get(&broker.fates, *offset).is_some());
             if let Some(offset) = committed.find(|offset| !self.processed[partition].contains_key(offset)) {
-                return Err(format!("missing: nobody processed {partition}/{offset}"));
+                return Err(broken!("missing", "nobody processed {partition}/{offset}"));
             }
         }
         Ok(())

@@ -20,6 +20,7 @@ use super::broker::MemoryBroker;
 use super::seeded_bugs::Bug;
 use super::services::SimulatedService;
 use super::truth::{KnownRecord, RouterTruth};
+use sim::Violation;
 use sim::dice::Dice;
 
 /// The world, as its routers reach it.
@@ -47,7 +48,7 @@ pub struct SplitWorld {
     /// Seeded bug that this run has; none in a sound run.
     pub bug: Option<Bug>,
     /// What went wrong first; none as long as nothing did.
-    pub violation: Option<String>,
+    pub violation: Option<Violation>,
     /// True while faults are injected.
     pub faulty: bool,
     /// A router is turned in the middle of another's call.
@@ -187,9 +188,9 @@ impl SplitWorld {
     }
 
     /// Keeps the first thing that went wrong.
-    pub fn violate(&mut self, what: String) {
-        self.say(format!("VIOLATION {what}"));
-        self.violation.get_or_insert(what);
+    pub fn violate(&mut self, violation: Violation) {
+        self.say(format!("VIOLATION {violation}"));
+        self.violation.get_or_insert(violation);
     }
 
     /// Keeps a line of what happens, if `words` is set.

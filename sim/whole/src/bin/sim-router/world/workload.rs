@@ -30,7 +30,7 @@ impl SplitWorld {
             if service.runs() && self.dice.chance(self.rates.work) {
                 match service.work(&mut self.broker, &mut self.truth, &mut self.dice) {
                     Ok(_) => {}
-                    Err(what) => self.violate(what),
+                    Err(violation) => self.violate(violation),
                 }
             }
         }
