@@ -1,20 +1,51 @@
 //! Files that people write, typed once at the edge: unknown keys are refused, units stand in the keys.
+//!
+//! A complaint names the file, the key, and what was found and expected.
 
 pub mod genesis;
 pub mod node;
 pub mod rollout;
 pub mod router;
 
+use std::fmt;
+
 use serde::de::DeserializeOwned;
 use strsim::levenshtein;
 
-/// Reads YAML (or JSON, which is YAML); a complaint is one line.
-fn read_yaml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_saphyr::from_str(text).map_err(|error| {
-        let complaint = error.to_string();
+/// A file of settings that can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {problem}")]
+pub struct FileError<P> {
+    /// Path of the file, or another name for where its text came from.
+    pub file: String,
+    /// What is wrong with it.
+    pub problem: P,
+}
+
+impl<P> FileError<P> {
+    fn new(file: impl fmt::Display, problem: impl Into<P>) -> Self {
+        Self { file: file.to_string(), problem: problem.into() }
+    }
+}
+
+/// A text that is no YAML, or has unknown or missing keys, or values of another type. It is shown in one line, with the
+/// nearest known key.
+#[derive(Debug)]
+pub struct YamlError(Box<serde_saphyr::Error>);
+
+impl std::error::Error for YamlError {}
+
+impl fmt::Display for YamlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let complaint = self.0.to_string();
         let first = complaint.lines().next().unwrap_or_default();
-        with_nearest_key(first.strip_prefix("error: ").unwrap_or(first))
-    })
+        f.write_str(&with_nearest_key(first.strip_prefix("error: ").unwrap_or(first)))
+    }
+}
+
+/// Reads YAML (or JSON, which is YAML).
+fn read_yaml<T: DeserializeOwned>(text: &str) -> Result<T, YamlError> {
+    serde_saphyr::from_str(text).map_err(|error| YamlError(Box::new(error)))
 }
 
 /// Returns a parser's complaint about an unknown key with the nearest known one, where the complaint lists them.

@@ -1,12 +1,14 @@
 //! A node's file (TOML). Relative paths are relative to the working directory.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use serde::Deserialize;
 
+use super::{FileError, with_nearest_key};
 use crate::domain::ids::NodeId;
+use crate::domain::limits::{self, Limits, OutOfRange};
 use crate::protocol::{Retention, Timings};
 use crate::proxy::settings::ProxySettings;
 
@@ -194,39 +196,92 @@ struct ApiPart {
     tokens_file: Option<PathBuf>,
 }
 
+/// A node's file that can't be used.
+pub type NodeFileError = FileError<NodeProblem>;
+
 /// Why a file is no node's.
 #[derive(Debug, thiserror::Error)]
-#[error("{file}: {complaint}")]
-pub struct NodeFileError {
-    /// Path of the token file.
-    pub file: String,
-    /// Error: key, found and expected value.
-    pub complaint: String,
+pub enum NodeProblem {
+    /// The system refused to read the file.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// The text is no TOML, or has unknown or missing keys.
+    #[error("line {line}: {}", with_nearest_key(.error.message()))]
+    Shape {
+        /// Line of the file, from 1.
+        line: usize,
+        /// Error of the parser.
+        error: toml::de::Error,
+    },
+    /// An address without a port.
+    #[error("{key}: {found:?} has no port, expected host:port")]
+    NoPort {
+        /// Key of the address.
+        key: String,
+        /// Address found.
+        found: String,
+    },
+    /// An address without a host, or whose port is no number.
+    #[error("{key}: {found:?} is not an address, expected host:port")]
+    NoAddress {
+        /// Key of the address.
+        key: String,
+        /// Address found.
+        found: String,
+    },
+    /// A text of another form than the key needs.
+    #[error("{key} is {found:?}, expected {expected}")]
+    Text {
+        /// Key of the text.
+        key: &'static str,
+        /// Text found.
+        found: String,
+        /// The form that the key needs.
+        expected: &'static str,
+    },
+    /// A number beyond its limits.
+    #[error(transparent)]
+    Number(#[from] OutOfRange),
+    /// A limit or timeout of the data plane, named by its key, that would let nothing through.
+    #[error("data.{0} is 0, expected at least 1")]
+    Zero(&'static str),
+    /// A node that is its own peer.
+    #[error("peers.{0} is this node itself, expected the others")]
+    OwnPeer(NodeId),
+    /// A plaintext control address that other machines can reach.
+    #[error(
+        "control address {0:?} is off loopback, expected loopback with control.plaintext; without that line the nodes speak mutual TLS"
+    )]
+    OffLoopback(String),
+    /// Certificates that plaintext connections would not use.
+    #[error("control names certificates beside plaintext = true, expected one or the other")]
+    UnusedCertificates,
+    /// Kafka's settings, for a program that can't speak to it.
+    #[error("kafka: this program was built without Kafka (cargo build --features kafka)")]
+    NoKafka,
 }
-
-/// Minimum lease of a rollout, in milliseconds.
-const LEASE_MS_MIN: u64 = 1_000;
 
 impl NodeConfig {
     /// Reads and checks a node's file.
     pub fn load(path: &Path) -> Result<Self, NodeFileError> {
-        let error = |complaint: String| NodeFileError { file: path.display().to_string(), complaint };
-        let text = fs::read_to_string(path).map_err(|e| error(e.to_string()))?;
-        Self::parse(&text, path).map_err(error)
+        let read = fs::read_to_string(path).map_err(NodeProblem::from);
+        read.and_then(|text| Self::parse(&text, path)).map_err(|problem| FileError::new(path.display(), problem))
     }
 
-    pub(super) fn parse(text: &str, path: &Path) -> Result<Self, String> {
-        let file: NodeFile = toml::from_str(text).map_err(|e| {
-            let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
-            format!("line {line}: {}", super::with_nearest_key(e.message()))
+    pub(super) fn parse(text: &str, path: &Path) -> Result<Self, NodeProblem> {
+        let file: NodeFile = toml::from_str(text).map_err(|error| {
+            let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
+            NodeProblem::Shape { line, error }
         })?;
         let NodeFile { node, listen, control, peers, log, timings, history, data, api, kafka, redis } = file;
-        if let Some(RedisPart { url }) = redis.as_ref().filter(|redis| !redis.url.starts_with("redis://")) {
-            return Err(format!("redis.url is {url:?}, expected redis://[user:password@]host:port[/db]"));
+        let redis = redis.map(|redis| redis.url);
+        if let Some(found) = redis.clone().filter(|url| !url.starts_with("redis://")) {
+            let (key, expected) = ("redis.url", "redis://[user:password@]host:port[/db]");
+            return Err(NodeProblem::Text { key, found, expected });
         }
         if let Some(kafka) = &kafka {
             if cfg!(not(feature = "kafka")) {
-                return Err("kafka: this program was built without Kafka (cargo build --features kafka)".into());
+                return Err(NodeProblem::NoKafka);
             }
             for address in kafka.bootstrap.split(',') {
                 checked_address("kafka.bootstrap", address.trim())?;
@@ -236,7 +291,7 @@ impl NodeConfig {
             checked_address(&format!("listen.{key}"), address)?;
         }
         if peers.contains_key(&node.id) {
-            return Err(format!("peers.{} is this node itself, expected the others", node.id));
+            return Err(NodeProblem::OwnPeer(node.id));
         }
         for (name, peer) in &peers {
             checked_address(&format!("peers.{name}.control"), &peer.control)?;
@@ -244,14 +299,11 @@ impl NodeConfig {
         }
         let addresses = peers.values().map(|peer| &peer.control).chain([&listen.control]);
         if let Some(open) = addresses.into_iter().find(|address| control.plaintext && !is_loopback(address)) {
-            return Err(format!(
-                "control address {open:?} is off loopback, expected loopback with control.plaintext; \
-                 without that line the nodes speak mutual TLS"
-            ));
+            return Err(NodeProblem::OffLoopback(open.clone()));
         }
         let ControlPart { plaintext, ca, cert, key } = control;
         if plaintext && (ca.is_some() || cert.is_some() || key.is_some()) {
-            return Err("control names certificates beside plaintext = true, expected one or the other".into());
+            return Err(NodeProblem::UnusedCertificates);
         }
         let identity = (!plaintext).then_some(IdentityFiles { ca, cert, key });
         let limits = [
@@ -264,11 +316,12 @@ impl NodeConfig {
             ("requests_max", data.requests_max as u64),
         ];
         if let Some((key, _)) = limits.iter().find(|(_, found)| *found == 0) {
-            return Err(format!("data.{key} is 0, expected at least 1"));
+            return Err(NodeProblem::Zero(key));
         }
-        let level = log.level.unwrap_or_else(|| "info".into());
-        if !["error", "warn", "info", "debug", "trace"].contains(&level.as_str()) {
-            return Err(format!("log.level is {level:?}, expected error, warn, info, debug or trace"));
+        let found = log.level.unwrap_or_else(|| "info".into());
+        if !["error", "warn", "info", "debug", "trace"].contains(&found.as_str()) {
+            let (key, expected) = ("log.level", "error, warn, info, debug or trace");
+            return Err(NodeProblem::Text { key, found, expected });
         }
         Ok(Self {
             file: path.into(),
@@ -277,19 +330,19 @@ impl NodeConfig {
             listen,
             peers,
             log_file: log.file,
-            log_level: level,
+            log_level: found,
             timings: checked_timings(&timings)?,
             retention: checked_retention(&history)?,
             data,
             tokens_file: api.tokens_file,
             identity,
             kafka,
-            redis: redis.map(|redis| redis.url),
+            redis,
         })
     }
 }
 
-fn checked_timings(part: &TimingsPart) -> Result<Timings, String> {
+fn checked_timings(part: &TimingsPart) -> Result<Timings, OutOfRange> {
     let default = Timings::default();
     let timings = Timings {
         heartbeat_ms: part.heartbeat_ms.unwrap_or(default.heartbeat_ms),
@@ -300,35 +353,37 @@ fn checked_timings(part: &TimingsPart) -> Result<Timings, String> {
         evidence_age_ms_max: part.evidence_age_ms_max.unwrap_or(default.evidence_age_ms_max),
     };
     let rules = [
-        ("heartbeat_ms", timings.heartbeat_ms, 20, LEASE_MS_MIN / 4),
-        ("suspect_ms", timings.suspect_ms, timings.heartbeat_ms.saturating_mul(2), 10_000),
-        ("vote_ms", timings.vote_ms, 100, 1_500),
-        ("resend_ms", timings.resend_ms, 20, timings.vote_ms),
-        ("snapshot_ms", timings.snapshot_ms, 50, 1_000),
-        ("evidence_age_ms_max", timings.evidence_age_ms_max, timings.snapshot_ms.saturating_mul(3), 30_000),
+        ("timings.heartbeat_ms", timings.heartbeat_ms, 20, limits::LEASE.min as u64 / 4),
+        ("timings.suspect_ms", timings.suspect_ms, timings.heartbeat_ms.saturating_mul(2), 10_000),
+        ("timings.vote_ms", timings.vote_ms, 100, 1_500),
+        ("timings.resend_ms", timings.resend_ms, 20, timings.vote_ms),
+        ("timings.snapshot_ms", timings.snapshot_ms, 50, 1_000),
+        ("timings.evidence_age_ms_max", timings.evidence_age_ms_max, timings.snapshot_ms.saturating_mul(3), 30_000),
     ];
-    match rules.iter().find(|(_, found, least, most)| !(least..=most).contains(&found)) {
-        Some((key, found, least, most)) => Err(format!("timings.{key} is {found}, expected {least} to {most}")),
-        None => Ok(timings),
-    }
+    check_all(rules).map(|()| timings)
 }
 
-fn checked_retention(part: &HistoryPart) -> Result<Retention, String> {
+fn checked_retention(part: &HistoryPart) -> Result<Retention, OutOfRange> {
     let default = Retention::default();
     let checkpoint_every = part.checkpoint_every.unwrap_or(default.checkpoint_every);
     let records = part.records.unwrap_or(default.history);
-    let rules = [("checkpoint_every", checkpoint_every, 1, 1_000_000), ("records", records, 0, 10_000_000)];
-    match rules.iter().find(|(_, found, least, most)| !(least..=most).contains(&found)) {
-        Some((key, found, least, most)) => Err(format!("history.{key} is {found}, expected {least} to {most}")),
-        None => Ok(Retention { checkpoint_every, history: records }),
-    }
+    let rules =
+        [("history.checkpoint_every", checkpoint_every, 1, 1_000_000), ("history.records", records, 0, 10_000_000)];
+    check_all(rules).map(|()| Retention { checkpoint_every, history: records })
 }
 
-fn checked_address(key: &str, address: &str) -> Result<(), String> {
+/// Checks numbers, each with its key, its minimum and its maximum.
+fn check_all<const N: usize>(rules: [(&'static str, u64, u64, u64); N]) -> Result<(), OutOfRange> {
+    let limits = |what, min, max| Limits { what, min: min as f64, max: max as f64, unit: "" };
+    rules.into_iter().try_for_each(|(what, found, min, max)| limits(what, min, max).check_whole(found).map(drop))
+}
+
+fn checked_address(key: &str, address: &str) -> Result<(), NodeProblem> {
+    let (key, found) = (key.into(), address.into());
     match address.rsplit_once(':') {
-        None => Err(format!("{key}: {address:?} has no port, expected host:port")),
+        None => Err(NodeProblem::NoPort { key, found }),
         Some((host, port)) if host.is_empty() || port.parse::<u16>().is_err() => {
-            Err(format!("{key}: {address:?} is not an address, expected host:port"))
+            Err(NodeProblem::NoAddress { key, found })
         }
         Some(_) => Ok(()),
     }
@@ -362,7 +417,7 @@ api = "127.0.0.1:50051"
 heartbeat_ms = 200
 "#;
 
-    fn parse(text: &str) -> Result<NodeConfig, String> {
+    fn parse(text: &str) -> Result<NodeConfig, NodeProblem> {
         NodeConfig::parse(text, Path::new("b.toml"))
     }
 
@@ -375,7 +430,7 @@ heartbeat_ms = 200
 
     #[test]
     fn a_mistake_names_what_was_found_and_expected() {
-        let complaint = |from: &str, to: &str| parse(&GOOD.replacen(from, to, 1)).unwrap_err();
+        let complaint = |from: &str, to: &str| parse(&GOOD.replacen(from, to, 1)).unwrap_err().to_string();
         assert_eq!(
             complaint("api = \"127.0.0.1:50051\"", "api = \"10.0.0.3\""),
             "peers.a.api: \"10.0.0.3\" has no port, expected host:port"

@@ -12,35 +12,145 @@ use crate::domain::query::Query;
 use crate::domain::verdict::OnFailure;
 use crate::domain::weights::{Weight, WeightError, Weights};
 
-/// Error in a rollout file.
+use super::{FileError, YamlError};
+
+/// A rollout file that can't be used.
+pub type RolloutError = FileError<RolloutProblem>;
+
+/// Why a text is no rollout.
 #[derive(Debug, thiserror::Error)]
-pub enum RolloutError {
-    /// The file is no YAML, or has unknown or missing keys.
-    #[error("{file}: {complaint}")]
-    Shape {
-        /// Path of the rollout file.
-        file: String,
-        /// Error of the parser, with its line.
-        complaint: String,
+pub enum RolloutProblem {
+    /// The text is no YAML, or has unknown or missing keys.
+    #[error(transparent)]
+    Shape(#[from] YamlError),
+    /// The file is of another kind or of another version.
+    #[error("{key}: found {found:?}, expected {expected:?}")]
+    OtherFile {
+        /// Key: `apiVersion` or `kind`.
+        key: &'static str,
+        /// Value found.
+        found: String,
+        /// The only value that this program reads.
+        expected: &'static str,
     },
-    /// A value is not allowed.
-    #[error("{file}: {place}: {complaint}")]
-    Value {
-        /// Path of the rollout file.
-        file: String,
-        /// Key whose value is not allowed, such as `spec.steps`.
-        place: String,
-        /// What was found, and what was expected.
-        complaint: String,
+    /// A version's server has an address that can't be used.
+    #[error("{key}: {problem}")]
+    Server {
+        /// Key of the version.
+        key: &'static str,
+        /// What is wrong with the address.
+        problem: UrlError,
     },
+    /// A step is not allowed.
+    #[error("spec.steps: step {number}: {problem}")]
+    Step {
+        /// Number of the step in the file, from 1.
+        number: usize,
+        /// What is wrong with the step.
+        problem: StepProblem,
+    },
+    /// The rules of the analysis are not allowed.
+    #[error("spec.analysis: {0}")]
+    Analysis(#[from] AnalysisProblem),
+    /// A name that no header or cookie can have.
+    #[error("{key}: header {found:?} is not a header name, expected letters, digits and hyphens")]
+    HeaderName {
+        /// Key of the name.
+        key: &'static str,
+        /// Name found.
+        found: String,
+    },
+    /// Requests are hashed on nothing, or on two things.
+    #[error("spec.routing.hashOn: expected one of header, cookie and clientAddress: true")]
+    HashOn,
+    /// The mirrored share is no weight.
+    #[error("spec.routing.mirror: {0}")]
+    Mirror(WeightError),
     /// The values together are not a valid rollout.
-    #[error("{file}: {error}")]
-    Whole {
-        /// Path of the rollout file.
-        file: String,
-        /// The rule that they break.
-        error: SpecError,
+    #[error(transparent)]
+    Whole(#[from] SpecError),
+}
+
+/// Why a step is not allowed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepProblem {
+    /// A number is no weight, or the weights are no split.
+    #[error(transparent)]
+    Weight(#[from] WeightError),
+    /// The weights name a version that the rollout does not have.
+    #[error("weights name {found}, expected {stable} and {canary}")]
+    Version {
+        /// Version found.
+        found: VersionId,
+        /// The rollout's stable version.
+        stable: VersionId,
+        /// The rollout's canary version.
+        canary: VersionId,
     },
+    /// The step has none of its three keys, or several.
+    #[error("expected one of setWeight, weights and pause")]
+    NotOne,
+}
+
+/// Why rules of the analysis are not allowed.
+#[derive(Debug, thiserror::Error)]
+pub enum AnalysisProblem {
+    /// A number beyond its limits.
+    #[error(transparent)]
+    Number(#[from] OutOfRange),
+    /// Two metrics have the same name.
+    #[error("two metrics have one name, expected a name for each, such as errors and errors-vs-stable")]
+    SameName,
+    /// A metric of the cluster's own with a name that says nothing about what is measured.
+    #[error("metric {0:?} is unknown, expected errors, latency, or one of them with more after a dash")]
+    Unknown(String),
+    /// A metric whose values are not allowed.
+    #[error("metric {name}: {problem}")]
+    Metric {
+        /// Name of the metric.
+        name: String,
+        /// What is wrong with it.
+        problem: MetricProblem,
+    },
+}
+
+/// Why the values of a metric are not allowed.
+#[derive(Debug, thiserror::Error)]
+pub enum MetricProblem {
+    /// A number beyond its limits.
+    #[error(transparent)]
+    Number(#[from] OutOfRange),
+    /// A word that is none of those that the key knows.
+    #[error("{key} is {found:?}, expected {expected}")]
+    Word {
+        /// Key: `strategy` or `statistic`.
+        key: &'static str,
+        /// Word found.
+        found: String,
+        /// The words that the key knows.
+        expected: &'static str,
+    },
+    /// Keys of another strategy or of another kind of metric; names both kinds of keys.
+    #[error("{0}")]
+    ForeignKeys(&'static str),
+    /// A metric of the cluster's own without the one limit that THRESHOLD needs.
+    #[error("no thresholdRange with a max alone, expected {{ max: … }}")]
+    NoMax,
+    /// A metric of another system without any limit.
+    #[error("no thresholdRange, expected {{ min: …, max: … }} or one of them")]
+    NoRange,
+    /// A highest error rate that is no percentage.
+    #[error("thresholdRange.max is {0}, expected 0 to 100 percent, two decimals")]
+    ErrorRate(f64),
+    /// The other system has an address that can't be used.
+    #[error("provider: {0}")]
+    Provider(#[from] UrlError),
+    /// The query to the other system is empty or too long.
+    #[error("the provider's query is empty or longer than {max} bytes, expected PromQL", max = limits::QUERY_BYTES_MAX)]
+    QueryLength,
+    /// The query has a word in braces that nothing is put in place of.
+    #[error("the query has {{{{{0}}}}}, expected {{{{service}}}}, {{{{stable}}}}, {{{{version}}}} or {{{{window}}}}")]
+    QueryWord(String),
 }
 
 #[derive(Debug, Deserialize)]
@@ -289,43 +399,41 @@ fn maybe_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u
 
 /// Returns the rollout that `text` describes; errors begin with `file`.
 pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
-    let parsed: RolloutFile =
-        super::read_yaml(text).map_err(|complaint| RolloutError::Shape { file: file.into(), complaint })?;
-    let value =
-        |place: &str, complaint: String| RolloutError::Value { file: file.into(), place: place.into(), complaint };
-    if parsed.api_version != "aviary/v1" {
-        return Err(value("apiVersion", format!("found {:?}, expected \"aviary/v1\"", parsed.api_version)));
-    }
-    if parsed.kind != "Rollout" {
-        return Err(value("kind", format!("found {:?}, expected \"Rollout\"", parsed.kind)));
+    parse_text(text).map_err(|problem| RolloutError::new(file, problem))
+}
+
+fn parse_text(text: &str) -> Result<RolloutSpec, RolloutProblem> {
+    let parsed: RolloutFile = super::read_yaml(text)?;
+    for (key, found, expected) in [("apiVersion", parsed.api_version, "aviary/v1"), ("kind", parsed.kind, "Rollout")] {
+        if found != expected {
+            return Err(RolloutProblem::OtherFile { key, found, expected });
+        }
     }
     let SpecPart { stable, canary, steps, bake, routing, analysis, safety, progress_deadline } = parsed.spec;
-    let stable = backend(stable).map_err(|why| value("spec.stable", why))?;
-    let canary = backend(canary).map_err(|why| value("spec.canary", why))?;
-    let stages = stages(steps, &stable.version, &canary.version).map_err(|why| value("spec.steps", why))?;
-    let analysis = match analysis {
-        Some(part) => self::analysis(part).map_err(|why| value("spec.analysis", why))?,
-        None => Analysis::default(),
-    };
-    let header = |place: &str, name: &str| {
-        http::HeaderName::from_bytes(name.as_bytes()).map(|name| name.as_str().to_string()).map_err(|_| {
-            value(place, format!("header {name:?} is not a header name, expected letters, digits and hyphens"))
-        })
+    let server = |key| move |problem| RolloutProblem::Server { key, problem };
+    let stable = backend(stable).map_err(server("spec.stable"))?;
+    let canary = backend(canary).map_err(server("spec.canary"))?;
+    let stages = stages(steps, &stable.version, &canary.version)?;
+    let analysis = analysis.map_or(Ok(Analysis::default()), self::analysis)?;
+    let header = |key, found: &str| {
+        http::HeaderName::from_bytes(found.as_bytes())
+            .map(|name| name.as_str().to_string())
+            .map_err(|_| RolloutProblem::HeaderName { key, found: found.into() })
     };
     let hash_on = routing.hash_on.map(|hash| match (hash.header, hash.cookie, hash.client_address) {
         (Some(name), None, false) => header("spec.routing.hashOn", &name).map(HashOn::Header),
         // A cookie's name is a token, as a header's is, with large and small letters told apart.
         (None, Some(name), false) => header("spec.routing.hashOn", &name).map(|_| HashOn::Cookie(name)),
         (None, None, true) => Ok(HashOn::ClientAddress),
-        _ => Err(value("spec.routing.hashOn", "expected one of header, cookie and clientAddress: true".into())),
+        _ => Err(RolloutProblem::HashOn),
     });
     let mirror = routing.mirror.map_or(Ok(Weight::ZERO), |mirror| Weight::from_percent(mirror.percent));
     let matches = routing.matches.into_iter().map(|part| {
         let headers = part.headers.into_iter();
         let headers = headers.map(|(name, exact)| Ok((header("spec.routing.match", &name)?, exact.exact)));
-        Ok(Match { headers: headers.collect::<Result<_, RolloutError>>()? })
+        Ok(Match { headers: headers.collect::<Result<_, RolloutProblem>>()? })
     });
-    let matches = matches.collect::<Result<_, RolloutError>>()?;
+    let matches = matches.collect::<Result<_, RolloutProblem>>()?;
     let spec = RolloutSpec {
         service: parsed.metadata.name,
         stable,
@@ -334,7 +442,7 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
         bake_ms: bake.map_or(60_000, |bake| bake.duration),
         hash_on: hash_on.transpose()?,
         matches,
-        mirror: mirror.map_err(|why| value("spec.routing.mirror", why.to_string()))?,
+        mirror: mirror.map_err(RolloutProblem::Mirror)?,
         analysis,
         lease_ms: safety.lease.unwrap_or(2_000),
         on_partition: match safety.on_partition {
@@ -343,42 +451,62 @@ pub fn parse(text: &str, file: &str) -> Result<RolloutSpec, RolloutError> {
         },
         progress_deadline_ms: progress_deadline.unwrap_or(30 * 60 * 1000),
     };
-    spec.checked().map_err(|error| RolloutError::Whole { file: file.into(), error })
+    Ok(spec.checked()?)
 }
 
-fn backend(side: SidePart) -> Result<Backend, String> {
+fn backend(side: SidePart) -> Result<Backend, UrlError> {
     let urls = side.url.into_iter().chain(side.urls).map(|url| checked_url(&url)).collect::<Result<_, _>>()?;
     let health_check =
         side.health_check.map(|part| HealthCheck { path: part.path, interval_ms: part.interval.unwrap_or(5_000) });
     Ok(Backend { version: side.version, urls, health_check })
 }
 
+/// An address of a server, given here, that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum UrlError {
+    /// It is no URL.
+    #[error("url {0:?}: {1}, expected http://host:port")]
+    Malformed(String, http::uri::InvalidUri),
+    /// It has no port, or a user or a fragment.
+    #[error("url {0:?} is not a plain address, expected http://host:port")]
+    NotPlain(String),
+    /// It asks for TLS.
+    #[error("url {0:?} is https, expected http: upstream TLS is not available yet")]
+    Https(String),
+    /// It has no scheme, or an unknown one.
+    #[error("url {0:?} has no scheme, expected http://host:port")]
+    NoScheme(String),
+    /// It has a path or a query.
+    #[error("url {0:?} has a path, expected http://host:port: requests keep their own path")]
+    HasPath(String),
+}
+
 /// Returns a server's address as it is used, or what is wrong with it.
-pub fn checked_url(url: &str) -> Result<String, String> {
-    let uri: http::Uri = url.parse().map_err(|e| format!("url {url:?}: {e}, expected http://host:port"))?;
+pub fn checked_url(url: &str) -> Result<String, UrlError> {
+    let uri: http::Uri = url.parse().map_err(|why| UrlError::Malformed(url.into(), why))?;
     let plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
     if uri.port_u16().is_none_or(|port| port == 0) || !plain || url.contains('#') {
-        return Err(format!("url {url:?} is not a plain address, expected http://host:port"));
+        return Err(UrlError::NotPlain(url.into()));
     }
     match uri.scheme_str() {
         Some("http" | "h2c") => {}
-        Some("https") => return Err(format!("url {url:?} is https, expected http: upstream TLS is not available yet")),
-        _ => return Err(format!("url {url:?} has no scheme, expected http://host:port")),
+        Some("https") => return Err(UrlError::Https(url.into())),
+        _ => return Err(UrlError::NoScheme(url.into())),
     }
     if uri.path() != "/" && !uri.path().is_empty() || uri.query().is_some() {
-        return Err(format!("url {url:?} has a path, expected http://host:port: requests keep their own path"));
+        return Err(UrlError::HasPath(url.into()));
     }
     Ok(url.trim_end_matches('/').to_string())
 }
 
 /// Steps as their author wrote them, folded into stages: a pause belongs to the weight before it.
-fn stages(steps: Vec<StepPart>, stable: &VersionId, canary: &VersionId) -> Result<Vec<Stage>, String> {
+fn stages(steps: Vec<StepPart>, stable: &VersionId, canary: &VersionId) -> Result<Vec<Stage>, RolloutProblem> {
     let mut stages: Vec<Stage> = Vec::new();
     for (i, step) in steps.into_iter().enumerate() {
-        let place = format!("step {}", i + 1);
+        let wrong = |problem| RolloutProblem::Step { number: i + 1, problem };
         let weight = match (step.set_weight, step.weights, step.pause) {
-            (Some(percent), None, None) => Weight::from_percent(percent).map_err(|e| format!("{place}: {e}"))?,
-            (None, Some(parts), None) => split(parts, stable, canary).map_err(|e| format!("{place}: {e}"))?,
+            (Some(percent), None, None) => Weight::from_percent(percent).map_err(|why| wrong(why.into()))?,
+            (None, Some(parts), None) => split(parts, stable, canary).map_err(wrong)?,
             (None, None, Some(pause)) => {
                 if stages.is_empty() {
                     stages.push(Stage { weight: Weight::ZERO, hold_ms: 0, manual: false });
@@ -390,7 +518,7 @@ fn stages(steps: Vec<StepPart>, stable: &VersionId, canary: &VersionId) -> Resul
                 }
                 continue;
             }
-            _ => return Err(format!("{place}: expected one of setWeight, weights and pause")),
+            _ => return Err(wrong(StepProblem::NotOne)),
         };
         stages.push(Stage { weight, hold_ms: 0, manual: false });
     }
@@ -400,33 +528,43 @@ fn stages(steps: Vec<StepPart>, stable: &VersionId, canary: &VersionId) -> Resul
     Ok(stages)
 }
 
-fn split(parts: BTreeMap<VersionId, f64>, stable: &VersionId, canary: &VersionId) -> Result<Weight, String> {
+fn split(parts: BTreeMap<VersionId, f64>, stable: &VersionId, canary: &VersionId) -> Result<Weight, StepProblem> {
     let parts: Result<Vec<_>, WeightError> =
         parts.into_iter().map(|(version, percent)| Ok((version, Weight::from_percent(percent)?))).collect();
-    let weights = parts.and_then(Weights::new).map_err(|e| e.to_string())?;
-    if let Some((stranger, _)) = weights.iter().find(|(version, _)| version != stable && version != canary) {
-        return Err(format!("weights name {stranger}, expected {stable} and {canary}"));
+    let weights = parts.and_then(Weights::new)?;
+    if let Some((found, _)) = weights.iter().find(|(version, _)| version != stable && version != canary) {
+        let (found, stable, canary) = (found.clone(), stable.clone(), canary.clone());
+        return Err(StepProblem::Version { found, stable, canary });
     }
     Ok(weights.of(canary))
 }
 
-fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
+fn analysis(part: AnalysisPart) -> Result<Analysis, AnalysisProblem> {
     let default = Analysis::default();
     let (metrics, queries) = match part.metrics {
         Some(parts) => {
-            let (asked, own): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| part.provider.is_some());
-            let metrics = own.into_iter().map(metric).collect::<Result<Vec<_>, _>>()?;
-            (metrics, asked.into_iter().map(query).collect::<Result<Vec<_>, _>>()?)
+            let (mut metrics, mut queries) = (Vec::new(), Vec::new());
+            for mut part in parts {
+                match part.provider.take() {
+                    None => metrics.push(metric(part)?),
+                    Some(provider) => {
+                        let name = part.name.clone();
+                        let query = query(part, provider.prometheus);
+                        queries.push(query.map_err(|problem| AnalysisProblem::Metric { name, problem })?);
+                    }
+                }
+            }
+            (metrics, queries)
         }
         None => (default.metrics, Vec::new()),
     };
     let names = metrics.iter().map(|metric| &metric.name).chain(queries.iter().map(|query| &query.name));
     let names: BTreeSet<&String> = names.collect();
     if names.len() < metrics.len() + queries.len() {
-        return Err("two metrics have one name, expected a name for each, such as errors and errors-vs-stable".into());
+        return Err(AnalysisProblem::SameName);
     }
     let alpha = part.alpha.unwrap_or(f64::from(default.alpha_ppm) / 1e6);
-    limits::ALPHA.check(alpha).map_err(|why| why.to_string())?;
+    limits::ALPHA.check(alpha)?;
     Ok(Analysis {
         alpha_ppm: (alpha * 1e6).round() as u32,
         window_ms: part.window.unwrap_or(default.window_ms),
@@ -441,55 +579,48 @@ fn analysis(part: AnalysisPart) -> Result<Analysis, String> {
     })
 }
 
-fn metric(part: MetricPart) -> Result<Metric, String> {
-    let kind = part.name.split('-').next().unwrap_or_default();
+fn metric(part: MetricPart) -> Result<Metric, AnalysisProblem> {
+    let name = part.name.clone();
+    let kind = name.split('-').next().unwrap_or_default();
     if kind != "errors" && kind != "latency" {
-        let name = &part.name;
-        return Err(format!(
-            "metric {name:?} is unknown, expected errors, latency, or one of them with more after a dash"
-        ));
+        return Err(AnalysisProblem::Unknown(name));
     }
-    match part.strategy.as_str() {
+    let metric = match part.strategy.as_str() {
         "THRESHOLD" => threshold_metric(part),
         "SEQUENTIAL" => sequential_metric(part),
-        other => Err(format!("metric {}: strategy is {other:?}, expected THRESHOLD or SEQUENTIAL", part.name)),
-    }
+        _ => {
+            let (key, found, expected) = ("strategy", part.strategy, "THRESHOLD or SEQUENTIAL");
+            Err(MetricProblem::Word { key, found, expected })
+        }
+    };
+    metric.map_err(|problem| AnalysisProblem::Metric { name, problem })
 }
 
 /// A metric that a Prometheus keeps.
-fn query(part: MetricPart) -> Result<Query, String> {
-    let MetricPart { name, strategy, statistic, threshold_range, on_failure, allowed_increase, quantile, provider } =
-        part;
-    let complain = |why: &str| Err(format!("metric {name}: {why}"));
-    let Some(Provider { prometheus: PrometheusPart { address, query: template, interval } }) = provider else {
-        return complain("no provider");
-    };
+fn query(part: MetricPart, provider: PrometheusPart) -> Result<Query, MetricProblem> {
+    let MetricPart { name, strategy, statistic, threshold_range, on_failure, allowed_increase, quantile, .. } = part;
+    let PrometheusPart { address, query: template, interval } = provider;
     if strategy != "THRESHOLD" || statistic.is_some() || allowed_increase.is_some() || quantile.is_some() {
-        return complain(
+        return Err(MetricProblem::ForeignKeys(
             "a provider's metric has a thresholdRange and no strategy, statistic, allowedIncrease or quantile",
-        );
+        ));
     }
     let Some(RangePart { min, max }) = threshold_range.filter(|range| range.min.is_some() || range.max.is_some())
     else {
-        return complain("no thresholdRange, expected { min: …, max: … } or one of them");
+        return Err(MetricProblem::NoRange);
     };
-    let micro = |bound: f64| match bound.abs() < 1e12 {
-        true => Ok((bound * 1e6).round() as i64),
-        false => Err(format!("metric {name}: thresholdRange has {bound}, expected less than 10^12 either way")),
-    };
+    let micro = |bound: f64| limits::QUERY_BOUND.check(bound).map(|bound| (bound * 1e6).round() as i64);
     let (min, max) = (min.map(micro).transpose()?, max.map(micro).transpose()?);
-    let address = checked_url(&address).map_err(|why| format!("metric {name}: provider: {why}"))?;
-    if template.trim().is_empty() || template.len() > 4_096 {
-        return complain("the provider's query is empty or longer than 4096 bytes, expected PromQL");
+    let address = checked_url(&address)?;
+    if template.trim().is_empty() || template.len() > limits::QUERY_BYTES_MAX {
+        return Err(MetricProblem::QueryLength);
     }
     let words = ["service", "stable", "version", "window"];
     let mut rest = template.as_str();
     while let Some((_, after)) = rest.split_once("{{") {
         let (word, after) = after.split_once("}}").unwrap_or((after, ""));
         if !words.contains(&word.trim()) {
-            return Err(format!(
-                "metric {name}: the query has {{{{{word}}}}}, expected {{{{service}}}}, {{{{stable}}}}, {{{{version}}}} or {{{{window}}}}"
-            ));
+            return Err(MetricProblem::QueryWord(word.into()));
         }
         rest = after;
     }
@@ -504,46 +635,45 @@ fn query(part: MetricPart) -> Result<Query, String> {
 /// Default `allowedIncrease`: 0.5 % of all answers for errors, 10 % for the 95th percentile.
 const INCREASES: (f64, f64) = (0.005, 0.1);
 
-fn sequential_metric(part: MetricPart) -> Result<Metric, String> {
+fn sequential_metric(part: MetricPart) -> Result<Metric, MetricProblem> {
     let MetricPart { name, statistic, threshold_range, on_failure, allowed_increase, quantile, .. } = part;
     if statistic.is_some() || threshold_range.is_some() || on_failure.is_some() {
-        return Err(format!(
-            "metric {name}: statistic, thresholdRange and onFailure are THRESHOLD's, expected allowedIncrease and quantile"
+        return Err(MetricProblem::ForeignKeys(
+            "statistic, thresholdRange and onFailure are THRESHOLD's, expected allowedIncrease and quantile",
         ));
     }
     let errors = name.starts_with("errors");
     let increase = allowed_increase.unwrap_or(if errors { INCREASES.0 } else { INCREASES.1 });
-    let of_metric = |why: OutOfRange| format!("metric {name}: {why}");
     let allowed = if errors { limits::ERRORS_INCREASE } else { limits::LATENCY_INCREASE };
-    allowed.check(increase).map_err(of_metric)?;
+    allowed.check(increase)?;
     let increase_ppm = (increase * 1e6).round() as u32;
     if errors {
         return match quantile {
-            Some(_) => Err(format!("metric {name}: quantile is for latency, expected allowedIncrease alone")),
+            Some(_) => Err(MetricProblem::ForeignKeys("quantile is for latency, expected allowedIncrease alone")),
             None => Ok(Metric { name, limit: Limit::ErrorsVsStable { increase_ppm }, on_failure: OnFailure::Rollback }),
         };
     }
     let quantile = quantile.unwrap_or(0.95);
-    limits::QUANTILE.check(quantile).map_err(of_metric)?;
+    limits::QUANTILE.check(quantile)?;
     let limit = Limit::LatencyVsStable { quantile_bp: (quantile * 1e4).round() as u16, increase_ppm };
     Ok(Metric { name, limit, on_failure: OnFailure::Rollback })
 }
 
-fn threshold_metric(part: MetricPart) -> Result<Metric, String> {
+fn threshold_metric(part: MetricPart) -> Result<Metric, MetricProblem> {
     let MetricPart { name, statistic, threshold_range, on_failure, allowed_increase, quantile, .. } = part;
     if allowed_increase.is_some() || quantile.is_some() {
-        return Err(format!("metric {name}: allowedIncrease and quantile are SEQUENTIAL's, expected thresholdRange"));
+        return Err(MetricProblem::ForeignKeys(
+            "allowedIncrease and quantile are SEQUENTIAL's, expected thresholdRange",
+        ));
     }
     let Some(RangePart { min: None, max: Some(max) }) = threshold_range else {
-        return Err(format!("metric {name} has no thresholdRange with a max alone, expected {{ max: … }}"));
+        return Err(MetricProblem::NoMax);
     };
     let (limit, default) = if name.starts_with("errors") {
         if statistic.is_some() {
-            return Err(format!("metric {name}: statistic is for latency, expected thresholdRange alone"));
+            return Err(MetricProblem::ForeignKeys("statistic is for latency, expected thresholdRange alone"));
         }
-        let max_bp = Weight::from_percent(max).map_err(|_| {
-            format!("metric {name}: thresholdRange.max is {max}, expected 0 to 100 percent, two decimals")
-        })?;
+        let max_bp = Weight::from_percent(max).map_err(|_| MetricProblem::ErrorRate(max))?;
         (Limit::ErrorRate { max_bp: max_bp.bp() }, OnFailure::Rollback)
     } else {
         let statistic = match statistic.as_deref() {
@@ -552,14 +682,11 @@ fn threshold_metric(part: MetricPart) -> Result<Metric, String> {
             Some("p95") => Statistic::Quantile(9_500),
             Some("p99") => Statistic::Quantile(9_900),
             Some(other) => {
-                return Err(format!("metric {name}: statistic is {other:?}, expected mean, p50, p95 or p99"));
+                let (key, found, expected) = ("statistic", other.into(), "mean, p50, p95 or p99");
+                return Err(MetricProblem::Word { key, found, expected });
             }
         };
-        if !(max > 0.0 && max <= 3_600_000.0) {
-            return Err(format!(
-                "metric {name}: thresholdRange.max is {max} ms, expected more than 0, at most an hour"
-            ));
-        }
+        limits::LATENCY_MAX.check(max)?;
         (Limit::Latency { statistic, max_us: (max * 1000.0) as u64 }, OnFailure::Pause)
     };
     let on_failure = match on_failure {

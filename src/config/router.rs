@@ -1,15 +1,17 @@
 //! The file of a record router: YAML, in the words of the rollout file.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 
 use serde::Deserialize;
 
 use super::node::Kafka;
-use super::rollout::duration;
+use super::rollout::{UrlError, checked_url, duration};
+use super::{FileError, YamlError};
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::side::Side;
-use crate::domain::weights::Weight;
+use crate::domain::weights::{Weight, WeightError};
 
 /// Settings of a record router, read from its file and checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -195,30 +197,94 @@ fn hook_ms() -> u64 {
     60_000
 }
 
+/// A router's file that can't be used.
+pub type RouterFileError = FileError<RouterProblem>;
+
 /// Why a file is no router's.
 #[derive(Debug, thiserror::Error)]
-#[error("{file}: {complaint}")]
-pub struct RouterFileError {
-    /// Path of the router's file.
-    pub file: PathBuf,
-    /// Error: key, found and expected value.
-    pub complaint: String,
+pub enum RouterProblem {
+    /// The system refused to read the file.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// The text is no YAML, or has unknown or missing keys.
+    #[error(transparent)]
+    Shape(#[from] YamlError),
+    /// The file is of another kind or of another version.
+    #[error("found apiVersion {api_version:?} and kind {kind:?}, expected \"aviary/v1\" and \"Router\"")]
+    OtherFile {
+        /// Version found.
+        api_version: String,
+        /// Kind found.
+        kind: String,
+    },
+    /// A name that Kafka refuses for a topic.
+    #[error("{key} is {found:?}, expected a topic: 1 to 249 letters, digits, '.', '_' and '-'")]
+    Topic {
+        /// Key of the topic.
+        key: String,
+        /// Name found.
+        found: String,
+    },
+    /// A URL to which nothing can be posted.
+    #[error("{key} is {found:?}, expected http://host:port/path")]
+    Url {
+        /// Key of the URL.
+        key: &'static str,
+        /// URL found.
+        found: String,
+    },
+    /// A service without a consumer group.
+    #[error("spec.{}.group is empty, expected a consumer group", .0.word())]
+    NoGroup(Side),
+    /// Two services share what must be their own, or one has the source for its topic.
+    #[error("{what} {found} is used twice, expected a different {what} for each")]
+    Twice {
+        /// `version`, `group` or `topic`.
+        what: &'static str,
+        /// The name that is used twice.
+        found: String,
+    },
+    /// Both the file and the cluster would say what the weight is.
+    #[error("spec has weight and follow, expected one of them")]
+    WeightAndFollow,
+    /// The weight is none.
+    #[error("spec.weight: {0}")]
+    Weight(#[from] WeightError),
+    /// No node to follow.
+    #[error("spec.follow.api: found none, expected http://host:port of each node")]
+    NoNodes,
+    /// A node's address that can't be used.
+    #[error("spec.follow.api: {0}")]
+    Node(#[from] UrlError),
+    /// Services are started in no way, or in two.
+    #[error("spec.hooks: expected one of exec: [PROGRAM, …] and http: URL")]
+    Hooks,
+    /// A transaction that would take up nothing, or never end.
+    #[error(
+        "spec.batchMax and spec.interval: found {batch_max} and {interval_ms} ms, expected 1 or more, and 1 to 5000 ms"
+    )]
+    Transaction {
+        /// Most records in a transaction.
+        batch_max: usize,
+        /// How long a transaction takes records up, in milliseconds.
+        interval_ms: u64,
+    },
+    /// Records that would never be posted.
+    #[error("spec.push: attempts and inFlight: found 0, expected 1 or more")]
+    NoPosts,
 }
 
 impl RouterConfig {
     /// Reads and checks a router's file.
     pub fn load(path: &Path) -> Result<Self, RouterFileError> {
-        let error = |complaint: String| RouterFileError { file: path.into(), complaint };
-        let text = std::fs::read_to_string(path).map_err(|why| error(why.to_string()))?;
-        Self::parse(&text).map_err(error)
+        let read = std::fs::read_to_string(path).map_err(RouterProblem::from);
+        read.and_then(|text| Self::parse(&text)).map_err(|problem| FileError::new(path.display(), problem))
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
+    fn parse(text: &str) -> Result<Self, RouterProblem> {
         let RouterFile { api_version, kind, metadata, spec } = super::read_yaml(text)?;
         if (api_version.as_str(), kind.as_str()) != ("aviary/v1", "Router") {
-            return Err(format!(
-                "found apiVersion {api_version:?} and kind {kind:?}, expected \"aviary/v1\" and \"Router\""
-            ));
+            return Err(RouterProblem::OtherFile { api_version, kind });
         }
         let name = metadata.name;
         checked_topic("spec.source", &spec.source)?;
@@ -229,7 +295,7 @@ impl RouterConfig {
             }
             checked_topic(&format!("spec.{}.topic", side.word()), &service.topic)?;
             if service.group.is_empty() {
-                return Err(format!("spec.{}.group is empty, expected a consumer group", side.word()));
+                return Err(RouterProblem::NoGroup(*side));
             }
         }
         let [stable, canary] = &services;
@@ -241,21 +307,14 @@ impl RouterConfig {
             ("topic", &canary.topic, &spec.source),
         ] {
             if one == other {
-                return Err(format!("{what} {one} is used twice, expected a different {what} for each"));
+                return Err(RouterProblem::Twice { what, found: one.into() });
             }
         }
         let weight = match (spec.weight, &spec.follow) {
-            (Some(_), Some(_)) => {
-                return Err("spec has weight and follow, expected one of them".into());
-            }
-            (percent, _) => {
-                Weight::from_percent(percent.unwrap_or(0.0)).map_err(|why| format!("spec.weight: {why}"))?
-            }
+            (Some(_), Some(_)) => return Err(RouterProblem::WeightAndFollow),
+            (percent, _) => Weight::from_percent(percent.unwrap_or(0.0))?,
         };
-        let follow = spec
-            .follow
-            .map(|follow| checked_follow(follow).map_err(|why| format!("spec.follow.api: {why}")))
-            .transpose()?;
+        let follow = spec.follow.map(checked_follow).transpose()?;
         let hooks = match spec.hooks {
             None => HooksConfig::Manual,
             Some(HooksPart { exec: Some(argv), http: None, timeout }) if !argv.is_empty() => {
@@ -265,17 +324,16 @@ impl RouterConfig {
                 plain_http("spec.hooks.http", &url)?;
                 HooksConfig::Http { url, timeout_ms: timeout }
             }
-            Some(_) => return Err("spec.hooks: expected one of exec: [PROGRAM, …] and http: URL".into()),
+            Some(_) => return Err(RouterProblem::Hooks),
         };
         if spec.batch_max == 0 || !(1..=5_000).contains(&spec.interval) {
-            let found = format!("found {} and {} ms", spec.batch_max, spec.interval);
-            return Err(format!("spec.batchMax and spec.interval: {found}, expected 1 or more, and 1 to 5000 ms"));
+            return Err(RouterProblem::Transaction { batch_max: spec.batch_max, interval_ms: spec.interval });
         }
         if let Some(push) = &spec.push {
             checked_topic("spec.push.deadLetter", &push.dead_letter)?;
             plain_http("spec.push.url", &push.url)?;
             if push.attempts == 0 || push.in_flight == 0 {
-                return Err("spec.push: attempts and inFlight: found 0, expected 1 or more".into());
+                return Err(RouterProblem::NoPosts);
             }
         }
         let kafka = Kafka { properties: spec.kafka.properties, ..Kafka::at(&spec.kafka.bootstrap) };
@@ -313,27 +371,27 @@ impl RouterConfig {
 }
 
 /// Checks the form of a topic's name (Kafka's own rule).
-fn checked_topic(place: &str, name: &str) -> Result<(), String> {
+fn checked_topic(key: &str, name: &str) -> Result<(), RouterProblem> {
     let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     match !name.is_empty() && name.len() <= 249 && name.chars().all(letters) {
         true => Ok(()),
-        false => Err(format!("{place} is {name:?}, expected a topic: 1 to 249 letters, digits, '.', '_' and '-'")),
+        false => Err(RouterProblem::Topic { key: key.into(), found: name.into() }),
     }
 }
 
-fn plain_http(place: &str, url: &str) -> Result<(), String> {
+fn plain_http(key: &'static str, url: &str) -> Result<(), RouterProblem> {
     let parsed = url.parse::<http::Uri>().ok();
     match parsed.filter(|url| url.scheme_str() == Some("http") && url.authority().is_some()) {
         Some(_) => Ok(()),
-        None => Err(format!("{place} is {url:?}, expected http://host:port/path")),
+        None => Err(RouterProblem::Url { key, found: url.into() }),
     }
 }
 
-fn checked_follow(follow: Follow) -> Result<Follow, String> {
+fn checked_follow(follow: Follow) -> Result<Follow, RouterProblem> {
     if follow.api.is_empty() {
-        return Err("found none, expected http://host:port of each node".into());
+        return Err(RouterProblem::NoNodes);
     }
-    let api = follow.api.iter().map(|url| super::rollout::checked_url(url)).collect::<Result<_, _>>()?;
+    let api = follow.api.iter().map(|url| checked_url(url)).collect::<Result<_, _>>()?;
     Ok(Follow { api })
 }
 
@@ -377,7 +435,7 @@ spec:
             ("kind: Router", "kind: Rollout", "\"Router\""),
             ("weight: 5", "follow: { api: [] }", "expected http://host:port"),
         ] {
-            let error = RouterConfig::parse(&FILE.replace(from, to)).unwrap_err();
+            let error = RouterConfig::parse(&FILE.replace(from, to)).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
         }
     }

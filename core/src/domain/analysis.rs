@@ -124,7 +124,7 @@ impl Default for Analysis {
 }
 
 impl Analysis {
-    /// Checks the numbers that SEQUENTIAL computes with.
+    /// Checks the numbers of the metrics, which peers send as well.
     pub fn check_numbers(&self) -> Result<(), OutOfRange> {
         limits::ALPHA.check(f64::from(self.alpha_ppm) / 1e6)?;
         for metric in &self.metrics {
@@ -136,7 +136,12 @@ impl Analysis {
                     limits::QUANTILE.check(f64::from(quantile_bp) / 1e4)?;
                     limits::LATENCY_INCREASE.check(f64::from(increase_ppm) / 1e6)?;
                 }
-                Limit::ErrorRate { .. } | Limit::Latency { .. } => {}
+                Limit::ErrorRate { max_bp } => {
+                    limits::ERRORS_MAX.check(f64::from(max_bp) / 1e2)?;
+                }
+                Limit::Latency { max_us, .. } => {
+                    limits::LATENCY_MAX.check(max_us as f64 / 1e3)?;
+                }
             }
         }
         Ok(())
@@ -271,6 +276,22 @@ mod tests {
         };
         let rule = Analysis { metrics: Vec::new(), queries: vec![query], ..Analysis::default() };
         assert_eq!(rule.judge(&Evidence::default()), Verdict::Promote);
+    }
+
+    #[test]
+    fn a_threshold_that_no_answer_can_pass_or_fail_is_refused() {
+        let checked = |limit| {
+            let metric = Metric { name: "m".into(), limit, on_failure: OnFailure::Pause };
+            Analysis { metrics: vec![metric], ..Analysis::default() }.check_numbers().map_err(|error| error.to_string())
+        };
+        let latency = |max_us| checked(Limit::Latency { statistic: Statistic::Mean, max_us });
+        assert_eq!((latency(1), latency(3_600_000_000)), (Ok(()), Ok(())));
+        let expected = "expected 0.001 to 3600000 ms";
+        assert_eq!(latency(0), Err(format!("thresholdRange.max is 0 ms, {expected}")));
+        assert_eq!(latency(3_600_000_001), Err(format!("thresholdRange.max is 3600000.001 ms, {expected}")));
+        assert_eq!(checked(Limit::ErrorRate { max_bp: 10_000 }), Ok(()));
+        let error = checked(Limit::ErrorRate { max_bp: 10_001 });
+        assert_eq!(error, Err("thresholdRange.max is 100.01 %, expected 0 to 100 %".into()));
     }
 
     #[test]

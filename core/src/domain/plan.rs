@@ -136,25 +136,10 @@ pub enum SpecError {
         /// Number of entries that a record holds at most.
         max: usize,
     },
-    /// A number of the analysis beyond its limits.
+    /// A number of the analysis or a duration beyond its limits.
     #[error(transparent)]
     Number(#[from] OutOfRange),
-    /// A duration outside its range.
-    #[error("{what} is {found} ms, expected {min} to {max} ms")]
-    Duration {
-        /// Key of the duration in the rollout file.
-        what: &'static str,
-        /// Duration that was found, in milliseconds.
-        found: u64,
-        /// Shortest duration that is allowed, in milliseconds.
-        min: u64,
-        /// Longest duration that is allowed, in milliseconds.
-        max: u64,
-    },
 }
-
-/// Longest duration a rollout may name: 90 days.
-const DURATION_MS_MAX: u64 = 90 * 24 * 3600 * 1000;
 
 impl RolloutSpec {
     /// Returns this rollout, or what is wrong with it. Peers check what they receive by the same rules.
@@ -193,28 +178,23 @@ impl RolloutSpec {
             Some(last) if last.weight != Weight::FULL => return Err(SpecError::NotWhole(last.weight)),
             Some(_) => {}
         }
-        let within = |what, found, min, max| match (min..=max).contains(&found) {
-            true => Ok(()),
-            false => Err(SpecError::Duration { what, found, min, max }),
-        };
-        within("safety.lease", self.lease_ms, 1_000, 60_000)?;
-        within("bake.duration", self.bake_ms, 0, DURATION_MS_MAX)?;
+        limits::LEASE.check_whole(self.lease_ms)?;
+        limits::BAKE.check_whole(self.bake_ms)?;
         for health in [&self.stable, &self.canary].into_iter().filter_map(|backend| backend.health_check.as_ref()) {
-            within("healthCheck.interval", health.interval_ms, 100, 3_600_000)?;
-            at_most("bytes of healthCheck.path", health.path.len(), 1_024)?;
+            limits::PROBE_INTERVAL.check_whole(health.interval_ms)?;
+            at_most("bytes of healthCheck.path", health.path.len(), limits::PROBE_PATH_BYTES_MAX)?;
             let plain = health.path.starts_with('/') && health.path.bytes().all(|byte| byte.is_ascii_graphic());
             if !plain {
                 return Err(SpecError::Missing("healthCheck.path is no path, expected one such as /healthz"));
             }
         }
-        within("progressDeadline", self.progress_deadline_ms, 1_000, DURATION_MS_MAX)?;
-        within("analysis.window", self.analysis.window_ms, 1_000, 3_600_000)?;
+        limits::PROGRESS_DEADLINE.check_whole(self.progress_deadline_ms)?;
+        limits::WINDOW.check_whole(self.analysis.window_ms)?;
         for query in &self.analysis.queries {
-            let (min, max) = limits::QUERY_INTERVAL_MS;
-            within("provider.prometheus.interval", query.interval_ms, min, max)?;
+            limits::QUERY_INTERVAL.check_whole(query.interval_ms)?;
         }
         for stage in &self.stages {
-            within("pause.duration", stage.hold_ms, 0, DURATION_MS_MAX)?;
+            limits::PAUSE.check_whole(stage.hold_ms)?;
         }
         Ok(self)
     }
