@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error};
 
-use crate::ports::LogReader;
+use crate::ports::{LogReader, StoreError};
+use crate::protocol::checkpoint::CheckpointError;
 use crate::protocol::record::{Hash, Slot};
 
 /// Time between two rounds: an hour.
@@ -37,23 +39,39 @@ pub async fn run(log: Arc<dyn LogReader>, shutdown: CancellationToken) {
     let _ = shutdown.run_until_cancelled(rounds).await;
 }
 
+/// Finding of a round: the disk does not hold what was written, or could not be read.
+#[derive(Debug, thiserror::Error)]
+enum ScrubError {
+    /// The checkpoint or a record can't be read.
+    #[error(transparent)]
+    Read(#[from] StoreError),
+    /// The checkpoint can be read, and is no ledger.
+    #[error("checkpoint: {0}")]
+    Checkpoint(#[from] CheckpointError),
+    /// A record of another history than the one before it.
+    #[error("slot {slot} follows {found}, expected the hash of the one before it")]
+    Follows { slot: Slot, found: Hash },
+    /// The thread that reads has panicked.
+    #[error(transparent)]
+    Thread(#[from] JoinError),
+}
+
 /// Reads all of it once; returns how many records there were.
-async fn round(log: &Arc<dyn LogReader>) -> Result<u64, String> {
+async fn round(log: &Arc<dyn LogReader>) -> Result<u64, ScrubError> {
     let reader = log.clone();
-    let checkpoint = blocking(move || reader.checkpoint().map_err(|error| error.to_string())).await?;
-    if let Some(checkpoint) = checkpoint {
-        checkpoint.ledger().map_err(|error| format!("checkpoint: {error}"))?;
+    if let Some(checkpoint) = blocking(move || reader.checkpoint()).await? {
+        checkpoint.ledger()?;
     }
     let mut last: Option<(Slot, Hash)> = None;
     let mut records = 0;
     loop {
         let (reader, from) = (log.clone(), last.map_or(Slot(0), |(slot, _)| slot.next()));
-        let batch = blocking(move || reader.read(from, BATCH).map_err(|error| error.to_string())).await?;
+        let batch = blocking(move || reader.read(from, BATCH)).await?;
         for chosen in &batch {
-            let (slot, before) = (chosen.record.slot, chosen.record.prev_hash);
+            let (slot, found) = (chosen.record.slot, chosen.record.prev_hash);
             // What was let go between two reads is no hole.
-            if last.is_some_and(|(previous, hash)| previous.next() == slot && hash != before) {
-                return Err(format!("slot {slot} follows {before}, expected the hash of the one before it"));
+            if last.is_some_and(|(previous, hash)| previous.next() == slot && hash != found) {
+                return Err(ScrubError::Follows { slot, found });
             }
             last = Some((slot, chosen.record.hash()));
         }
@@ -65,14 +83,15 @@ async fn round(log: &Arc<dyn LogReader>) -> Result<u64, String> {
     }
 }
 
-async fn blocking<T: Send + 'static>(read: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
-    tokio::task::spawn_blocking(read).await.map_err(|error| error.to_string())?
+async fn blocking<T: Send + 'static>(
+    read: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, ScrubError> {
+    Ok(tokio::task::spawn_blocking(read).await??)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ports::StoreError;
     use crate::protocol::checkpoint::Checkpoint;
     use crate::protocol::record::Chosen;
 
@@ -93,10 +112,10 @@ mod tests {
     async fn a_log_is_read_to_its_end_and_an_altered_record_is_found() {
         let log = crate::adapters::conformance::chain(600);
         let reader: Arc<dyn LogReader> = Arc::new(Log(log.clone()));
-        assert_eq!(round(&reader).await, Ok(600));
+        assert_eq!(round(&reader).await.unwrap(), 600);
         let mut altered = log;
         altered[300].record.intent.digest += 1;
         let reader: Arc<dyn LogReader> = Arc::new(Log(altered));
-        assert!(round(&reader).await.unwrap_err().starts_with("slot 301 follows"));
+        assert!(matches!(round(&reader).await, Err(ScrubError::Follows { slot: Slot(301), .. })));
     }
 }

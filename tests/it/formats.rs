@@ -4,7 +4,7 @@
 //! journal's entry version) and a way to read the old one. `AVIARY_GOLDEN=write` writes the file anew.
 
 use std::collections::BTreeMap;
-use std::fmt::{Debug, Write as _};
+use std::fmt::{Debug, Display, Write as _};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -95,15 +95,15 @@ struct Golden(BTreeMap<String, String>, String);
 impl Golden {
     /// Encodes a value; the bytes of the file must read as the same value.
     fn add<T: Serialize + DeserializeOwned + PartialEq + Debug>(&mut self, name: &str, value: &T) {
-        self.add_read(name, value, |bytes| codec::decode(bytes).map_err(|error| error.to_string()));
+        self.add_read(name, value, codec::decode);
     }
 
     /// Encodes a value that is more than its bytes; `read` makes it of them.
-    fn add_read<T: Serialize + PartialEq + Debug>(
+    fn add_read<T: Serialize + PartialEq + Debug, E: Display>(
         &mut self,
         name: &str,
         value: &T,
-        read: impl Fn(&[u8]) -> Result<T, String>,
+        read: impl Fn(&[u8]) -> Result<T, E>,
     ) {
         let hex = codec::encode(value).iter().fold(String::new(), |mut hex, byte| {
             write!(hex, "{byte:02x}").unwrap();
@@ -133,7 +133,7 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
     log[1..].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
     golden.add_read("ledger", &ledger, |bytes| {
         let checkpoint = Checkpoint { slot: Slot(7), bytes: bytes.to_vec().into() };
-        checkpoint.ledger().map_err(|error| error.to_string())
+        checkpoint.ledger()
     });
     let accepted = Accepted { ballot: ballot(4), record: log[7].record.clone() };
     let acceptor = AcceptorState {

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use super::trouble;
 use crate::ports::StoreError;
-use crate::protocol::codec;
+use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::record::AcceptorState;
 
 /// Size of each of the two slots, in bytes.
@@ -74,9 +74,32 @@ enum FileSlot {
     },
     /// Damaged. `newest` is the last generation that wrote it, where that still shows.
     Rotten {
-        why: String,
+        why: SlotDamage,
         newest: Option<u64>,
     },
+}
+
+/// Why a slot holds what nobody wrote.
+#[derive(Debug, thiserror::Error)]
+enum SlotDamage {
+    /// This sector is not one of this file, or of another version of it.
+    #[error("sector {0} does not begin with the acceptor file's magic and version")]
+    Magic(usize),
+    /// A sector's content is not what its checksum was made of.
+    #[error("the checksum of sector {sector} is {found:08x}, expected {expected:08x}")]
+    Checksum { sector: usize, found: u32, expected: u32 },
+    /// The payload has no parts.
+    #[error("it has no acceptor state")]
+    Empty,
+    /// The payload ends within a part's length.
+    #[error("its last part has no length")]
+    NoLength,
+    /// The payload ends within a part.
+    #[error("its last part is cut off")]
+    CutOff,
+    /// The first part is no acceptor state.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
 }
 
 impl AcceptorFile {
@@ -262,15 +285,15 @@ fn checksum(generation: u64, slot: usize, index: usize, part: &[u8]) -> u32 {
 }
 
 /// Returns the generation that wrote a sector; 0 when it was never written.
-fn read_sector(sector: &[u8], slot: usize, index: usize) -> Result<u64, String> {
+fn read_sector(sector: &[u8], slot: usize, index: usize) -> Result<u64, SlotDamage> {
     if sector[..7] != MAGIC || sector[7] != VERSION {
-        return Err(format!("sector {index} does not begin with the acceptor file's magic and version"));
+        return Err(SlotDamage::Magic(index));
     }
     let generation = u64::from_le_bytes(sector[8..16].try_into().expect("8 bytes"));
     let (expected, found) = (u32_at(sector, 16), checksum(generation, slot, index, &sector[HEADER_BYTES..]));
     match expected == found {
         true => Ok(generation),
-        false => Err(format!("the checksum of sector {index} is {found:08x}, expected {expected:08x}")),
+        false => Err(SlotDamage::Checksum { sector: index, found, expected }),
     }
 }
 
@@ -278,7 +301,7 @@ fn read_slot(bytes: &[u8], slot: usize) -> FileSlot {
     let read = |(index, sector)| read_sector(sector, slot, index);
     let sectors: Vec<_> = bytes.chunks(SECTOR_BYTES).enumerate().map(read).collect();
     let newest = sectors.iter().flatten().copied().max().unwrap_or(0);
-    let whole = sectors.iter().take_while(|sector| **sector == Ok(newest)).count();
+    let whole = sectors.iter().take_while(|sector| matches!(sector, Ok(found) if *found == newest)).count();
     let payload: Vec<u8> = bytes.chunks(SECTOR_BYTES).take(whole).flat_map(|s| &s[HEADER_BYTES..]).copied().collect();
     if newest > 0
         && whole > 0
@@ -291,28 +314,30 @@ fn read_slot(bytes: &[u8], slot: usize) -> FileSlot {
             Err(why) => FileSlot::Rotten { why, newest: Some(newest) },
         };
     }
-    let Some(why) = sectors.iter().find_map(|sector| sector.as_ref().err()) else { return FileSlot::Torn { newest } };
     // Every write goes over the first sectors: what is whole among them tells the last one.
     let last = sectors[..SECTORS_MIN].iter().flatten().copied().max().filter(|last| *last > 0);
-    FileSlot::Rotten { why: why.clone(), newest: last.map(|last| last.max(newest)) }
+    match sectors.into_iter().find_map(Result::err) {
+        None => FileSlot::Torn { newest },
+        Some(why) => FileSlot::Rotten { why, newest: last.map(|last| last.max(newest)) },
+    }
 }
 
 fn read_slots(bytes: &[u8]) -> [FileSlot; 2] {
     [0, 1].map(|slot| read_slot(&bytes[slot * SLOT_BYTES..][..SLOT_BYTES], slot))
 }
 
-fn read_payload(payload: &[u8]) -> Result<(AcceptorState, Vec<Vec<u8>>), String> {
+fn read_payload(payload: &[u8]) -> Result<(AcceptorState, Vec<Vec<u8>>), SlotDamage> {
     let mut parts = parts(payload)?.into_iter();
-    let acceptor = parts.next().ok_or("it has no acceptor state")?;
-    let acceptor = codec::decode(acceptor).map_err(|error| error.to_string())?;
+    let acceptor = parts.next().ok_or(SlotDamage::Empty)?;
+    let acceptor = codec::decode(acceptor)?;
     Ok((acceptor, parts.map(<[u8]>::to_vec).collect()))
 }
 
-fn parts(mut payload: &[u8]) -> Result<Vec<&[u8]>, String> {
+fn parts(mut payload: &[u8]) -> Result<Vec<&[u8]>, SlotDamage> {
     let mut parts = Vec::new();
     while !payload.is_empty() {
-        let (length, rest) = payload.split_at_checked(4).ok_or("its last part has no length")?;
-        let (part, rest) = rest.split_at_checked(u32_at(length, 0) as usize).ok_or("its last part is cut off")?;
+        let (length, rest) = payload.split_at_checked(4).ok_or(SlotDamage::NoLength)?;
+        let (part, rest) = rest.split_at_checked(u32_at(length, 0) as usize).ok_or(SlotDamage::CutOff)?;
         parts.push(part);
         payload = rest;
     }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
-use crate::protocol::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint};
+use crate::protocol::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, CheckpointError};
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::Slot;
 
@@ -12,12 +12,37 @@ use crate::protocol::record::Slot;
 const MAGIC: [u8; 8] = *b"aviaryC\x02";
 /// Bytes of magic, slot and hash, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 32;
+/// Most bytes of the file.
+const BYTES_MAX: usize = HEADER_BYTES + CHECKPOINT_BYTES_MAX;
 
 /// Result of reading the file.
 pub(super) enum FoundCheckpoint {
     Nothing,
     Good(Checkpoint, Box<Ledger>),
-    Damaged(String),
+    Damaged(CheckpointDamage),
+}
+
+/// Why bytes are no checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CheckpointDamage {
+    /// More bytes than any checkpoint has.
+    #[error("it has {0} bytes, expected at most {BYTES_MAX}")]
+    Long(usize),
+    /// Fewer bytes than the header has.
+    #[error("it is shorter than its header")]
+    Short,
+    /// Another kind of file.
+    #[error("it does not begin with a checkpoint's magic")]
+    Magic,
+    /// Another version of the program wrote it.
+    #[error("it has version {0}, expected {expected}", expected = MAGIC[7])]
+    Version(u8),
+    /// The content is not what the hash was made of.
+    #[error("its content does not match its hash")]
+    Hash,
+    /// The content is no ledger of its slot.
+    #[error(transparent)]
+    Ledger(#[from] CheckpointError),
 }
 
 /// Writes a checkpoint durably, but for its directory's entry.
@@ -45,22 +70,22 @@ pub(super) fn read(path: &Path) -> io::Result<FoundCheckpoint> {
     })
 }
 
-fn parse(bytes: &[u8]) -> Result<(Checkpoint, Ledger), String> {
-    if bytes.len() > HEADER_BYTES + CHECKPOINT_BYTES_MAX {
-        return Err(format!("it has {} bytes, expected at most {}", bytes.len(), HEADER_BYTES + CHECKPOINT_BYTES_MAX));
+fn parse(bytes: &[u8]) -> Result<(Checkpoint, Ledger), CheckpointDamage> {
+    if bytes.len() > BYTES_MAX {
+        return Err(CheckpointDamage::Long(bytes.len()));
     }
-    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or("it is shorter than its header")?;
+    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(CheckpointDamage::Short)?;
     if header[..7] != MAGIC[..7] {
-        return Err("it does not begin with a checkpoint's magic".into());
+        return Err(CheckpointDamage::Magic);
     }
     if header[7] != MAGIC[7] {
-        return Err(format!("it has version {}, expected {}", header[7], MAGIC[7]));
+        return Err(CheckpointDamage::Version(header[7]));
     }
     let slot = Slot(u64::from_le_bytes(header[8..16].try_into().expect("8 bytes")));
     let checkpoint = Checkpoint { slot, bytes: body.to_vec().into() };
     if checkpoint.hash().0 != header[16..] {
-        return Err("its content does not match its hash".into());
+        return Err(CheckpointDamage::Hash);
     }
-    let ledger = checkpoint.ledger().map_err(|error| error.to_string())?;
+    let ledger = checkpoint.ledger()?;
     Ok((checkpoint, ledger))
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::trouble;
 use crate::ports::StoreError;
-use crate::protocol::codec;
+use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Hash, Slot};
 
@@ -47,6 +47,55 @@ pub(super) enum OpenFailure {
     Refused(io::Error),
     /// The file can't be used; the reason, in words.
     Broken(String),
+}
+
+/// Why bytes are no stored record.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EntryDamage {
+    /// Fewer bytes than version and checksum need.
+    #[error("its entry has {0} bytes")]
+    Short(usize),
+    /// Another version of the program wrote it.
+    #[error("its entry has version {0}, expected {ENTRY_VERSION}")]
+    Version(u8),
+    /// The content is not what the checksum was made of.
+    #[error("its checksum is {found:08x}, expected {expected:08x}")]
+    Checksum { found: u32, expected: u32 },
+    /// The content is no record.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+}
+
+/// Why records don't continue a log.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ChainError {
+    /// A key of sled's that is no slot.
+    #[error("found key {0:02x?}, expected 8 bytes")]
+    Key(Vec<u8>),
+    /// The entry behind a slot's key is damaged.
+    #[error("slot {slot}: {damage}")]
+    Entry { slot: u64, damage: EntryDamage },
+    /// An entry that is damaged, and whose slot no key tells.
+    #[error(transparent)]
+    Unplaced(#[from] EntryDamage),
+    /// Another key follows than the next slot's.
+    #[error("slot {slot} is missing: the next key is {found:02x?}")]
+    NoKey { slot: u64, found: Vec<u8> },
+    /// A record under another slot's key.
+    #[error("slot {slot} holds the record of slot {found}")]
+    Misplaced { slot: u64, found: Slot },
+    /// Another record follows than the next slot's.
+    #[error("slot {next} is missing: found slot {found}")]
+    NoRecord { next: Slot, found: Slot },
+    /// A record of another history.
+    #[error("slot {slot} follows {found}, expected {expected}")]
+    Follows { slot: Slot, found: Hash, expected: Hash },
+}
+
+impl From<ChainError> for OpenFailure {
+    fn from(error: ChainError) -> Self {
+        Self::Broken(error.to_string())
+    }
 }
 
 impl From<io::Error> for OpenFailure {
@@ -102,15 +151,13 @@ impl Journal {
 
     /// Returns up to `most` records from the first one kept at or after `from`.
     pub fn read(&self, from: Slot, most: usize) -> Result<Vec<Chosen>, StoreError> {
-        let broken = |why: String| trouble(&self.path, "read the journal", io::Error::other(why));
+        let broken = |error: io::Error| trouble(&self.path, "read the journal", error);
         let mut records: Vec<Chosen> = Vec::new();
         for entry in self.tree.range(from.0.to_be_bytes()..).take(most) {
-            let (key, value) = entry.map_err(|error| broken(error.to_string()))?;
-            let slot = match records.last() {
-                Some(before) => before.record.slot.next().0,
-                None => slot_of(&key).map_err(broken)?,
-            };
-            records.push(decode_at(slot, &key, &value).map_err(broken)?);
+            let (key, value) = entry.map_err(|error| broken(io::Error::other(error)))?;
+            let slot = records.last().map_or_else(|| slot_of(&key), |before| Ok(before.record.slot.next().0));
+            let record = slot.and_then(|slot| decode_at(slot, &key, &value));
+            records.push(record.map_err(|error| broken(io::Error::other(error)))?);
         }
         Ok(records)
     }
@@ -174,31 +221,31 @@ pub(super) fn encode_entry(chosen: &Chosen) -> Vec<u8> {
 }
 
 /// Returns the record that the bytes store, or what is wrong with them.
-pub(super) fn decode_entry(entry: &[u8]) -> Result<Chosen, String> {
-    let (head, body) = entry.split_at_checked(5).ok_or_else(|| format!("its entry has {} bytes", entry.len()))?;
+pub(super) fn decode_entry(entry: &[u8]) -> Result<Chosen, EntryDamage> {
+    let (head, body) = entry.split_at_checked(5).ok_or(EntryDamage::Short(entry.len()))?;
     if head[0] != ENTRY_VERSION {
-        return Err(format!("its entry has version {}, expected {ENTRY_VERSION}", head[0]));
+        return Err(EntryDamage::Version(head[0]));
     }
     let expected = u32::from_le_bytes(head[1..].try_into().expect("4 bytes"));
     let found = crc32c::crc32c(body);
     if found != expected {
-        return Err(format!("its checksum is {found:08x}, expected {expected:08x}"));
+        return Err(EntryDamage::Checksum { found, expected });
     }
-    codec::decode(body).map_err(|error| error.to_string())
+    Ok(codec::decode(body)?)
 }
 
-fn slot_of(key: &[u8]) -> Result<u64, String> {
-    let key = key.try_into().map_err(|_| format!("found key {key:02x?}, expected 8 bytes"))?;
+fn slot_of(key: &[u8]) -> Result<u64, ChainError> {
+    let key = key.try_into().map_err(|_| ChainError::Key(key.into()))?;
     Ok(u64::from_be_bytes(key))
 }
 
-fn decode_at(slot: u64, key: &[u8], value: &[u8]) -> Result<Chosen, String> {
+fn decode_at(slot: u64, key: &[u8], value: &[u8]) -> Result<Chosen, ChainError> {
     if key != slot.to_be_bytes() {
-        return Err(format!("slot {slot} is missing: the next key is {key:02x?}"));
+        return Err(ChainError::NoKey { slot, found: key.into() });
     }
-    let chosen = decode_entry(value).map_err(|why| format!("slot {slot}: {why}"))?;
+    let chosen = decode_entry(value).map_err(|damage| ChainError::Entry { slot, damage })?;
     if chosen.record.slot != Slot(slot) {
-        return Err(format!("slot {slot} holds the record of slot {}", chosen.record.slot));
+        return Err(ChainError::Misplaced { slot, found: chosen.record.slot });
     }
     Ok(chosen)
 }
@@ -219,7 +266,7 @@ impl Chain {
     }
 
     /// Checks records that a checkpoint covers and returns the last one's slot and hash; none when there are none.
-    pub fn history(entries: &[RawEntry]) -> Result<Option<(Slot, Hash)>, String> {
+    pub fn history(entries: &[RawEntry]) -> Result<Option<(Slot, Hash)>, ChainError> {
         let Some((key, value)) = entries.first() else { return Ok(None) };
         let first = decode_at(slot_of(key)?, key, value)?;
         let mut chain = Self { first: first.record.slot, log: Vec::new(), head_hash: first.record.prev_hash };
@@ -244,14 +291,14 @@ impl Chain {
     }
 
     /// Adds the record that comes next, or says why it isn't that.
-    pub fn push(&mut self, chosen: Chosen) -> Result<(), String> {
+    pub fn push(&mut self, chosen: Chosen) -> Result<(), ChainError> {
         let (slot, next) = (chosen.record.slot, self.next());
         if slot != next {
-            return Err(format!("slot {next} is missing: found slot {slot}"));
+            return Err(ChainError::NoRecord { next, found: slot });
         }
         if chosen.record.prev_hash != self.head_hash {
             let (found, expected) = (chosen.record.prev_hash, self.head_hash);
-            return Err(format!("slot {slot} follows {found}, expected {expected}"));
+            return Err(ChainError::Follows { slot, found, expected });
         }
         self.head_hash = chosen.record.hash();
         self.log.push(chosen);
@@ -259,7 +306,7 @@ impl Chain {
     }
 
     /// Adds the good prefix of what sled returned, and says what is wrong behind it.
-    pub fn extend(&mut self, entries: &[RawEntry]) -> Result<(), String> {
+    pub fn extend(&mut self, entries: &[RawEntry]) -> Result<(), ChainError> {
         for (key, value) in entries {
             self.push(decode_at(self.next().0, key, value)?)?;
         }

@@ -28,7 +28,9 @@ use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{AcceptorState, Chosen, Operation, Slot};
 use acceptor::{AcceptorFile, SLOT_BYTES, Saved, bytes_needed};
-use journal::{Chain, Journal, OpenFailure, SyncFailure, Syncer, decode_entry, encode_entry, speaks_of_content};
+use journal::{
+    Chain, ChainError, Journal, OpenFailure, SyncFailure, Syncer, decode_entry, encode_entry, speaks_of_content,
+};
 pub use runs::DiskRuns;
 
 /// How long sled may take to open before its directory counts as broken.
@@ -358,7 +360,7 @@ impl DiskOpening<'_> {
                     Some(expected) => format!("it is of cluster {}, expected {expected}", ledger.cluster),
                 }
             }
-            checkpoint::FoundCheckpoint::Damaged(why) => why,
+            checkpoint::FoundCheckpoint::Damaged(why) => why.to_string(),
         };
         self.quarantine(path, &why, notes)?;
         Ok(None)
@@ -375,9 +377,9 @@ impl DiskOpening<'_> {
         let (journal, entries) = Journal::open(&self.paths.journal, self.lock, self.patience)?;
         let covered = checkpoint.map_or(0, |ledger| entries.partition_point(|(key, _)| is_covered(key, ledger.head)));
         let (history, after) = entries.split_at(covered);
-        chain.extend(after).map_err(OpenFailure::Broken)?;
+        chain.extend(after)?;
         if let Some(ledger) = checkpoint {
-            match Chain::history(history).map_err(OpenFailure::Broken)? {
+            match Chain::history(history)? {
                 // Nothing to go by, or what a crash left between a peer's checkpoint and the end of the old log.
                 None => {}
                 Some((last, _)) if last < ledger.head && after.is_empty() => {
@@ -413,9 +415,11 @@ impl DiskOpening<'_> {
             chain.push(genesis).map_err(|why| self.unusable(io::Error::other(why)))?;
         }
         for entry in tail {
-            let added = decode_entry(entry).and_then(|chosen| match chosen.record.slot < chain.next() {
-                true => Ok(()),
-                false => chain.push(chosen),
+            let added = decode_entry(entry).map_err(ChainError::from).and_then(|chosen| {
+                match chosen.record.slot < chain.next() {
+                    true => Ok(()),
+                    false => chain.push(chosen),
+                }
             });
             if let Err(why) = added {
                 let path = self.paths.acceptor.display();

@@ -16,9 +16,9 @@ use std::thread::JoinHandle;
 use tracing::{info, warn};
 
 use super::{remove_if_there, trouble};
-use crate::domain::ids::ServiceId;
+use crate::domain::ids::{IdError, ServiceId};
 use crate::ports::{RunStore, StoreError};
-use crate::protocol::codec;
+use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::record::SavedRun;
 
 /// Format and version; another version gets another magic.
@@ -27,6 +27,8 @@ const MAGIC: [u8; 8] = *b"aviaryT\x02";
 const HEADER_BYTES: usize = 8 + 4;
 /// Most bytes of an encoded analysis run; what is longer is none of ours.
 const RUN_BYTES_MAX: usize = 1024 * 1024;
+/// Most bytes of a file.
+const FILE_BYTES_MAX: u64 = (HEADER_BYTES + RUN_BYTES_MAX) as u64;
 /// Analysis runs that may wait to be written; more aren't saved at that time.
 const WAITING_MAX: usize = 64;
 /// Extensions of complete and of unfinished files.
@@ -113,26 +115,55 @@ fn encode(run: &SavedRun) -> Vec<u8> {
     [&MAGIC[..], &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
 }
 
-fn read(path: &Path) -> Result<Option<(ServiceId, SavedRun)>, String> {
+/// Why a file holds no analysis run.
+#[derive(Debug, thiserror::Error)]
+enum RunDamage {
+    /// The file's name is no service's.
+    #[error(transparent)]
+    Name(#[from] IdError),
+    /// The system refused to read the file.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// More bytes than any analysis run has.
+    #[error("it has {0} bytes, expected at most {FILE_BYTES_MAX}")]
+    Long(u64),
+    /// Fewer bytes than the header has.
+    #[error("it is shorter than its header")]
+    Short,
+    /// Another kind of file, or another version of it: its first bytes.
+    #[error("it begins with {}, expected {}", .0.escape_ascii(), MAGIC.escape_ascii())]
+    Magic(Vec<u8>),
+    /// The content is not what the checksum was made of.
+    #[error("its content does not match its checksum")]
+    Checksum,
+    /// The content is no analysis run.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// Numbers of the analysis run exclude each other.
+    #[error("it contradicts itself")]
+    Unsound,
+}
+
+fn read(path: &Path) -> Result<Option<(ServiceId, SavedRun)>, RunDamage> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let service = name.strip_suffix(EXTENSION).and_then(|name| name.strip_suffix('.'));
-    let service = ServiceId::new(service.unwrap_or_default()).map_err(|error| error.to_string())?;
-    let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
-    if length > (HEADER_BYTES + RUN_BYTES_MAX) as u64 {
-        return Err(format!("it has {length} bytes, expected at most {}", HEADER_BYTES + RUN_BYTES_MAX));
+    let service = ServiceId::new(service.unwrap_or_default())?;
+    let length = fs::metadata(path)?.len();
+    if length > FILE_BYTES_MAX {
+        return Err(RunDamage::Long(length));
     }
-    let bytes = fs::read(path).map_err(|error| error.to_string())?;
-    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or("it is shorter than its header")?;
+    let bytes = fs::read(path)?;
+    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(RunDamage::Short)?;
     if header[..8] != MAGIC {
-        return Err(format!("it begins with {}, expected {}", header[..8].escape_ascii(), MAGIC.escape_ascii()));
+        return Err(RunDamage::Magic(header[..8].into()));
     }
     if crc32c::crc32c(body).to_le_bytes() != header[8..] {
-        return Err("its content does not match its checksum".into());
+        return Err(RunDamage::Checksum);
     }
-    let saved = codec::decode_within::<SavedRun, RUN_BYTES_MAX>(body).map_err(|error| error.to_string())?;
+    let saved = codec::decode_within::<SavedRun, RUN_BYTES_MAX>(body)?;
     match saved.run.is_sound() {
         true => Ok(Some((service, saved))),
-        false => Err("it contradicts itself".into()),
+        false => Err(RunDamage::Unsound),
     }
 }
 
