@@ -3,6 +3,7 @@
 //! Time arrives as an argument. After any error everything is read anew from the broker: there is no state here that isn't
 //! there, so that an error, a crash and a takeover by another process are one and the same case.
 
+use std::fmt;
 use std::time::Duration;
 
 use tracing::{info, warn};
@@ -61,10 +62,54 @@ pub enum Turn {
     Busy(usize),
     /// The source had no new records.
     Idle,
-    /// Nothing can be done; this is waited for.
-    Waits(String),
+    /// Nothing can be done yet.
+    Waits(Wait),
     /// The rollout has ended; the loop can stop.
     Over,
+}
+
+/// What a router waits for, shown as the object of "waiting for".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wait {
+    /// A node of the cluster that says what it has committed.
+    Cluster,
+    /// Another rollout: this one was rolled back before the router began.
+    NextRollout,
+    /// The end of all consumers of a service that was told to stop.
+    Members {
+        /// The service's version.
+        side: Side,
+        /// Number of consumers in its group.
+        members: usize,
+    },
+    /// The stable service, which was started again while its place was read.
+    StartedAgain,
+    /// Records that the canary has to read before the weight is raised, this many.
+    Lag(u64),
+    /// Records that a service has to read before its topic is left.
+    Unread {
+        /// The service's version.
+        side: Side,
+        /// Most records that it can still have to read.
+        records: u64,
+    },
+}
+
+impl fmt::Display for Wait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cluster => f.write_str("the cluster: what it has committed isn't known"),
+            Self::NextRollout => f.write_str("the cluster's next rollout: the last one was rolled back"),
+            Self::Members { side, members } => {
+                write!(f, "the {} service's group has {members} members, expected none", side.word())
+            }
+            Self::StartedAgain => f.write_str("the stable service, which was started again"),
+            Self::Lag(records) => write!(f, "the canary, which has {records} records to read"),
+            Self::Unread { side, records } => {
+                write!(f, "the {} service, which has up to {records} records to read", side.word())
+            }
+        }
+    }
 }
 
 /// Loop of a record router: one transaction per turn.
@@ -107,8 +152,6 @@ pub struct Report {
     pub lag: u64,
 }
 
-/// Reason for waiting while the cluster doesn't answer.
-const UNKNOWN: &str = "the cluster: what it has committed isn't known";
 /// Between two looks at the canary's lag.
 const LOOK_MS: u64 = 500;
 /// How often a service that doesn't stop is told to.
@@ -168,9 +211,9 @@ impl Engine {
         let aborted = matches!(state.control.end, Some(RouterEnd::Abort(_)));
         match state.control.phase.clone() {
             None => match steering {
-                Steering::Cluster(None) => Ok(Turn::Waits(UNKNOWN.into())),
+                Steering::Cluster(None) => Ok(Turn::Waits(Wait::Cluster)),
                 Steering::Cluster(Some(CommittedWeight { end: Some(RouterEnd::Abort(_)), .. })) => {
-                    Ok(Turn::Waits("the cluster's next rollout: the last one was rolled back".into()))
+                    Ok(Turn::Waits(Wait::NextRollout))
                 }
                 _ => self.enter(RouterPhase::Taking, Commit::default()),
             },
@@ -289,8 +332,7 @@ impl Engine {
         }
         self.call(HookCall::Stop, side, topic)?;
         let members = self.broker.members(side)?;
-        Ok((members > 0)
-            .then(|| Turn::Waits(format!("the {} service's group has {members} members, expected none", side.word()))))
+        Ok((members > 0).then_some(Turn::Waits(Wait::Members { side, members })))
     }
 
     fn take_over(&mut self, now_ms: u64) -> Result<Turn, OutsideError> {
@@ -299,7 +341,7 @@ impl Engine {
         }
         let reads = self.broker.reads(Side::Stable, Topic::Source)?;
         if self.broker.members(Side::Stable)? > 0 {
-            return Ok(Turn::Waits("the stable service, which was started again".into()));
+            return Ok(Turn::Waits(Wait::StartedAgain));
         }
         let bounds = self.broker.bounds(Topic::Source)?;
         if bounds.is_empty() || bounds.len() != reads.len() {
@@ -353,7 +395,7 @@ impl Engine {
         let state = self.state();
         let asked = state.control.end == Some(RouterEnd::Promote);
         let (weight, weight_version, promoted) = match steering {
-            Steering::Cluster(None) => return Ok(Turn::Waits(UNKNOWN.into())),
+            Steering::Cluster(None) => return Ok(Turn::Waits(Wait::Cluster)),
             // In a cluster it is nobody else's to say: what is asked here doesn't increase the weight there.
             Steering::Cluster(Some(committed)) => {
                 (committed.weight, committed.weight_version, asked && committed.end == Some(RouterEnd::Promote))
@@ -403,7 +445,7 @@ impl Engine {
             self.broker.commit(&Commit { places, ..Commit::default() })?;
         }
         match copied {
-            0 if lags => Ok(Turn::Waits(format!("the canary, which has {} records to read", self.state().lag))),
+            0 if lags => Ok(Turn::Waits(Wait::Lag(self.state().lag))),
             0 => Ok(Turn::Idle),
             copied => Ok(Turn::Busy(copied)),
         }
@@ -496,9 +538,8 @@ impl Engine {
     /// Returns what is left to be read of a version's topic; none when nothing is.
     fn left(&mut self, side: Side) -> Result<Option<Turn>, OutsideError> {
         let reads = self.broker.reads(side, Topic::Of(side))?;
-        let left: u64 = lags(&self.state().splits, side, &reads).sum();
-        Ok((left > 0)
-            .then(|| Turn::Waits(format!("the {} service, which has up to {left} records to read", side.word()))))
+        let records: u64 = lags(&self.state().splits, side, &reads).sum();
+        Ok((records > 0).then_some(Turn::Waits(Wait::Unread { side, records })))
     }
 
     fn drain(&mut self, from: Places, winner: Side) -> Result<Turn, OutsideError> {

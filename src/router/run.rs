@@ -28,7 +28,7 @@ pub fn run(
     shutdown: &CancellationToken,
     told: &mut dyn FnMut(&Engine, &Result<Turn, OutsideError>),
 ) -> Result<bool, OutsideError> {
-    let (mut retry, mut waited_for) = (Backoff::new(RETRY_MIN, RETRY_MAX), String::new());
+    let (mut retry, mut waited_for) = (Backoff::new(RETRY_MIN, RETRY_MAX), None);
     while !shutdown.is_cancelled() {
         let turn = engine.turn(clock.now().wall.0, &steering());
         told(engine, &turn);
@@ -36,15 +36,15 @@ pub fn run(
             Ok(Turn::Over) => return Ok(true),
             Ok(Turn::Busy(_)) => {
                 retry.reset();
-                waited_for.clear();
+                waited_for = None;
             }
             // The broker has waited for records already.
             Ok(Turn::Idle) => retry.reset(),
             Ok(Turn::Waits(what)) => {
                 retry.reset();
-                if waited_for != what {
+                if waited_for.as_ref() != Some(&what) {
                     info!("waiting for {what}");
-                    waited_for = what;
+                    waited_for = Some(what);
                 }
                 std::thread::sleep(WAIT);
             }

@@ -11,10 +11,11 @@ use tracing::warn;
 use super::POLL;
 use crate::client::{Api, segment};
 use crate::config::router::RouterConfig;
+use crate::domain::ids::VersionId;
 use crate::domain::router_state::RouterEnd;
 use crate::domain::side::Side;
 use crate::domain::time::Mono;
-use crate::domain::weights::Weight;
+use crate::domain::weights::{Weight, WeightError};
 use crate::ports::RouterWorld;
 use crate::router::engine::{CommittedWeight, Steering};
 
@@ -44,7 +45,9 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
             let found = match answer {
                 Err(_) => Err("no answer within 1 s".to_string()),
                 Ok(Err(why)) => Err(why.to_string()),
-                Ok(Ok(answer)) if answer.status.is_success() => read_state(&answer.json(), &config),
+                Ok(Ok(answer)) if answer.status.is_success() => {
+                    read_state(&answer.json(), &config).map_err(|why| why.to_string())
+                }
                 Ok(Ok(answer)) => Err(answer.error()),
             };
             match found {
@@ -70,21 +73,45 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
     }
 }
 
+/// Why a node's routing state says nothing that a router may act by.
+#[derive(Debug, thiserror::Error)]
+enum StateError {
+    /// The node is a learner, or has lost the majority.
+    #[error("its mode is {0:?}, expected \"normal\"")]
+    Mode(String),
+    /// The canary's share is no weight.
+    #[error(transparent)]
+    Weight(#[from] WeightError),
+    /// The state has other versions than the router's file.
+    #[error("its weights are {found}, expected those of {stable} and {canary}")]
+    Versions {
+        /// Weights of the state.
+        found: Value,
+        /// The file's stable version.
+        stable: VersionId,
+        /// The file's canary version.
+        canary: VersionId,
+    },
+    /// The node may not act by the state itself.
+    #[error("it holds no lease")]
+    NoLease,
+}
+
 /// Returns what a node's routing state says of a router's rollout, and for how long it may be acted by.
-fn read_state(state: &Value, config: &RouterConfig) -> Result<(CommittedWeight, Duration), String> {
-    let canary = config.service(Side::Canary).version.as_str();
-    let stable = config.service(Side::Stable).version.as_str();
+fn read_state(state: &Value, config: &RouterConfig) -> Result<(CommittedWeight, Duration), StateError> {
+    let [stable, canary] = Side::BOTH.map(|side| &config.service(side).version);
     let text = |key: &str| state[key].as_str().unwrap_or_default();
     if text("mode") != "normal" {
-        return Err(format!("its mode is {:?}, expected \"normal\"", text("mode")));
+        return Err(StateError::Mode(text("mode").into()));
     }
-    let share = |version: &str| state["weights"][version].as_f64();
-    let weight = Weight::from_percent(share(canary).unwrap_or(0.0) * 100.0).map_err(|why| why.to_string())?;
+    let share = |version: &VersionId| state["weights"][version.as_str()].as_f64();
+    let weight = Weight::from_percent(share(canary).unwrap_or(0.0) * 100.0)?;
     let end = match text("phase") {
         "Completed" if share(canary) == Some(1.0) => Some(RouterEnd::Promote),
         "RolledBack" if share(stable) == Some(1.0) => Some(RouterEnd::Abort(text("reason").into())),
         _ if share(canary).is_none() || share(stable).is_none() => {
-            return Err(format!("its weights are {}, expected those of {stable} and {canary}", state["weights"]));
+            let (stable, canary) = (stable.clone(), canary.clone());
+            return Err(StateError::Versions { found: state["weights"].clone(), stable, canary });
         }
         _ => None,
     };
@@ -92,7 +119,7 @@ fn read_state(state: &Value, config: &RouterConfig) -> Result<(CommittedWeight, 
     let lease_ms = if end.is_some() { 10_000 } else { state["lease_ms_left"].as_u64().unwrap_or(0) };
     let weight_version = state["version"].as_u64().unwrap_or(0);
     match lease_ms {
-        0 => Err("it holds no lease".into()),
+        0 => Err(StateError::NoLease),
         ms => Ok((CommittedWeight { weight, weight_version, end }, Duration::from_millis(ms))),
     }
 }

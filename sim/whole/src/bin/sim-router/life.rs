@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use aviary::ports::{OutsideError, Topic};
-use aviary::router::engine::{Engine, Turn};
+use aviary::router::engine::{Engine, Turn, Wait};
 use aviary_core::domain::router_state::RouterPhase;
 use aviary_core::domain::side::Side;
 use sim::{Violation, broken};
@@ -152,8 +152,8 @@ fn turn(shared: &Shared, who: usize) -> Option<Result<Turn, OutsideError>> {
         return None;
     };
     match &result {
-        Ok(Turn::Waits(why)) if why.contains("members") => world.truth.saw("group still had members"),
-        Ok(Turn::Waits(why)) if why.starts_with("the canary, which has") => {
+        Ok(Turn::Waits(Wait::Members { .. })) => world.truth.saw("group still had members"),
+        Ok(Turn::Waits(Wait::Lag(_))) => {
             world.truth.saw("weight waited for the canary's lag");
         }
         Ok(turn) => world.say(format!("router {who}: {turn:?}")),
@@ -248,7 +248,7 @@ fn settle(shared: &Shared) -> Result<(usize, bool), Violation> {
                 calm += 1;
                 "nothing".into()
             }
-            Some(Ok(Turn::Waits(why))) => why,
+            Some(Ok(Turn::Waits(wait))) => wait.to_string(),
             Some(Ok(Turn::Busy(count))) => format!("busy with {count} records"),
             Some(Err(error)) => error.to_string(),
             None => "it died".into(),
