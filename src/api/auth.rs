@@ -62,14 +62,20 @@ impl Tokens {
     }
 }
 
+/// A word that names no role.
+#[derive(Debug, thiserror::Error)]
+#[error("found {0:?}, expected viewer, operator or admin")]
+pub struct RoleError(String);
+
 impl std::str::FromStr for Role {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
+    type Err = RoleError;
+
+    fn from_str(text: &str) -> Result<Self, RoleError> {
         match text {
             "viewer" => Ok(Self::Viewer),
             "operator" => Ok(Self::Operator),
             "admin" => Ok(Self::Admin),
-            _ => Err(format!("found {text:?}, expected viewer, operator or admin")),
+            _ => Err(RoleError(text.into())),
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::protocol::record::{Accepted, AcceptorState, Chosen, Operation, Slot};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
@@ -250,10 +251,10 @@ pub struct ReadmitArgs {
     write: WriteArgs,
 }
 
-fn incarnation(text: &str) -> Result<String, String> {
+fn incarnation(text: &str) -> anyhow::Result<String> {
     match u64::from_str_radix(text, 16) {
         Ok(n) if text.len() <= 16 && !text.starts_with('+') => Ok(format!("{n:016x}")),
-        _ => Err(format!("found {text:?}, expected up to 16 hexadecimal digits")),
+        _ => bail!("found {text:?}, expected up to 16 hexadecimal digits"),
     }
 }
 
@@ -385,7 +386,7 @@ mod tests {
 
     #[test]
     fn an_incarnation_is_hexadecimal() {
-        assert_eq!(incarnation("ab"), Ok("00000000000000ab".into()));
+        assert_eq!(incarnation("ab").unwrap(), "00000000000000ab");
         assert!(
             incarnation("+ab").is_err() && incarnation("xyz").is_err() && incarnation("0".repeat(17).as_str()).is_err()
         );

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -50,9 +50,9 @@ pub struct ProxyArgs {
 }
 
 /// Reads a share in percent.
-pub fn weight(text: &str) -> Result<Weight, String> {
-    let percent = text.trim_end_matches('%').parse().map_err(|_| format!("found {text:?}, expected 0 to 100"))?;
-    Weight::from_percent(percent).map_err(|error| error.to_string())
+pub fn weight(text: &str) -> anyhow::Result<Weight> {
+    let percent = text.trim_end_matches('%').parse().map_err(|_| anyhow!("found {text:?}, expected 0 to 100"))?;
+    Ok(Weight::from_percent(percent)?)
 }
 
 /// Serves until SIGINT or SIGTERM.

@@ -1,5 +1,6 @@
 //! Verbs that only read: `list`, `get`, `history`.
 
+use anyhow::anyhow;
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -99,16 +100,16 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
     for address in api.addresses() {
         answers.push(match api.get_from(address, &path).await {
             Ok(answer) if answer.status.is_success() => Ok(answer.json()),
-            Ok(answer) => Err(answer.error()),
-            Err(error) => Err(error.to_string()),
+            Ok(answer) => Err(anyhow!(answer.error())),
+            Err(why) => Err(anyhow!(why)),
         });
     }
     let agree = agree(&answers);
     let rows = api.addresses().iter().zip(&answers);
     if format != Format::Table {
-        let node = |(address, answer): (_, &Result<Value, String>)| match answer {
+        let node = |(address, answer): (_, &anyhow::Result<Value>)| match answer {
             Ok(state) => json!({ "api": format!("{address}"), "state": state }),
-            Err(why) => json!({ "api": format!("{address}"), "error": why }),
+            Err(why) => json!({ "api": format!("{address}"), "error": why.to_string() }),
         };
         let body = json!({ "agree": agree, "nodes": rows.map(node).collect::<Vec<_>>() });
         output::print(format, &body.to_string(), |_| String::new())?;
@@ -121,7 +122,7 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
                     let weights = show::weights_of(state, "weights");
                     [text("version"), weights, text("status"), text("slot"), text("hash"), text("mode")]
                 }
-                Err(why) => [why.clone(), "".into(), "".into(), "".into(), "".into(), "".into()],
+                Err(why) => [why.to_string(), "".into(), "".into(), "".into(), "".into(), "".into()],
             };
             table.add_row(std::iter::once(address.to_string()).chain(cells));
         }
@@ -132,8 +133,8 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
 }
 
 /// Returns true when every node answered, and all of them the same.
-fn agree(answers: &[Result<Value, String>]) -> bool {
-    let key = |answer: &Result<Value, String>| {
+fn agree(answers: &[anyhow::Result<Value>]) -> bool {
+    let key = |answer: &anyhow::Result<Value>| {
         let state = answer.as_ref().ok()?;
         AGREED.iter().map(|name| show::seek(state, name).cloned()).collect::<Option<Vec<_>>>()
     };
@@ -178,7 +179,7 @@ pub fn print(answer: &ApiResponse, format: Format, table: impl FnOnce(&Value) ->
 mod tests {
     use super::*;
 
-    fn state(hash: &str) -> Result<Value, String> {
+    fn state(hash: &str) -> anyhow::Result<Value> {
         Ok(
             json!({"version": 2, "weights": {"v1": 1.0}, "status": "COMMITTED", "slot": 7, "hash": hash, "lease_ms_left": 3}),
         )
@@ -188,7 +189,7 @@ mod tests {
     fn nodes_agree_only_when_all_answer_the_same() {
         assert!(agree(&[state("a"), state("a"), state("a")]));
         assert!(!agree(&[state("a"), state("b"), state("a")]));
-        assert!(!agree(&[state("a"), state("a"), Err("connection refused".into())]));
+        assert!(!agree(&[state("a"), state("a"), Err(anyhow!("connection refused"))]));
         assert!(!agree(&[Ok(json!({})), Ok(json!({}))]), "answers without the fields prove nothing");
         assert!(!agree(&[]));
     }

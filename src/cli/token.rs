@@ -1,5 +1,6 @@
 //! `aviary token`: makes a bearer token for the API.
 
+use anyhow::ensure;
 use clap::Args;
 
 use super::Exit;
@@ -17,12 +18,11 @@ pub struct TokenArgs {
     name: String,
 }
 
-fn name(text: &str) -> Result<String, String> {
+fn name(text: &str) -> anyhow::Result<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || ".-_@".contains(c);
-    match !text.is_empty() && text.len() <= 64 && text.chars().all(fits) {
-        true => Ok(text.into()),
-        false => Err(format!("found {text:?}, expected 1 to 64 letters, digits, '.', '_', '-' or '@'")),
-    }
+    let is_name = !text.is_empty() && text.len() <= 64 && text.chars().all(fits);
+    ensure!(is_name, "found {text:?}, expected 1 to 64 letters, digits, '.', '_', '-' or '@'");
+    Ok(text.into())
 }
 
 /// Prints a new random token and its line for the tokens file; the token is not stored.
