@@ -10,8 +10,7 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::ServiceId;
-use crate::domain::query::Query;
-use crate::domain::text::bounded;
+use crate::domain::query::{NoValue, Query};
 use crate::domain::time::Mono;
 use crate::http_client::{HttpClient, HttpError, HttpSettings};
 use crate::node::handle::NodeHandle;
@@ -100,8 +99,8 @@ async fn ask(node: NodeHandle, client: HttpClient, service: ServiceId, shown: Ar
 }
 
 /// Returns the error as the reason that nodes vote on and record, which is cut where the provider is wordy.
-fn reason(query: &Query, why: &QueryError) -> String {
-    bounded(format!("{}: {why}", query.address))
+fn reason(query: &Query, why: &QueryError) -> NoValue {
+    NoValue::new(format_args!("{}: {why}", query.address))
 }
 
 /// Returns the value that a query's provider gives for `text`.
@@ -149,7 +148,7 @@ mod tests {
     use crate::domain::verdict::OnFailure;
 
     /// Returns what is measured where a provider answers with this.
-    async fn measured(answer: Value) -> Result<f64, String> {
+    async fn measured(answer: Value) -> Result<f64, NoValue> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let provider = Router::new().route("/api/v1/query", post(async move || axum::Json(answer)));
@@ -177,7 +176,7 @@ mod tests {
         let no_number = json!({"status": "success", "data": {"resultType": "scalar", "result": [1.0, essay]}});
         let no_type = json!({"status": "success", "data": {"resultType": essay, "result": []}});
         for answer in [json!({"status": "error", "error": essay}), no_number, no_type] {
-            let why = measured(answer).await.unwrap_err();
+            let why = measured(answer).await.unwrap_err().to_string();
             assert!(why.starts_with("http://127.0.0.1:") && why.contains("üüü") && why.ends_with(CUT), "{why}");
             assert_eq!(why.chars().count(), CHARACTERS_MAX + CUT.chars().count());
         }

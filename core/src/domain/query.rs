@@ -1,7 +1,10 @@
 //! A metric that some other system keeps, asked for by a query: what is asked, and what its answer says.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
+use super::text::bounded;
 use super::verdict::{OnFailure, Verdict};
 
 /// A value in millionths, so that limits can be compared and stored exactly.
@@ -26,6 +29,19 @@ pub struct Query {
     pub on_failure: OnFailure,
 }
 
+/// Why another system gave no value, in its own words: cut where they are long, since they become a reason that is voted
+/// on and recorded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NoValue(String);
+
+impl NoValue {
+    /// Returns the first characters of `why`.
+    pub fn new(why: impl fmt::Display) -> Self {
+        Self(bounded(why.to_string()))
+    }
+}
+
 impl Query {
     /// Returns the query with its words filled in.
     pub fn text(&self, service: &str, stable: &str, canary: &str, window_ms: u64) -> String {
@@ -44,7 +60,7 @@ impl Query {
 
     /// Returns what an answer says: the value, or why there is none; none when nothing fresh was answered. Only a value can
     /// be harm: an outage of the metric's provider holds the step.
-    pub fn judge(&self, answer: Option<&Result<f64, String>>) -> Verdict {
+    pub fn judge(&self, answer: Option<&Result<f64, NoValue>>) -> Verdict {
         let Self { name, min, max, .. } = self;
         let value = match answer {
             None => return Verdict::Hold(format!("{name}: no answer yet")),
@@ -91,7 +107,7 @@ mod tests {
     #[test]
     fn a_value_beyond_is_harm_and_no_value_holds() {
         let query = query(Some(-1_000_000), Some(2_500_000));
-        let words = [Ok(2.5), Ok(2.6), Ok(-1.1), Ok(f64::NAN), Ok(f64::INFINITY), Err("no route".to_string())]
+        let words = [Ok(2.5), Ok(2.6), Ok(-1.1), Ok(f64::NAN), Ok(f64::INFINITY), Err(NoValue::new("no route"))]
             .map(|answer| query.judge(Some(&answer)).word());
         assert_eq!(words, ["PROMOTE", "PAUSE", "PAUSE", "HOLD", "PAUSE", "HOLD"]);
         assert_eq!(query.judge(None).word(), "HOLD");

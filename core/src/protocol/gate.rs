@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::domain::analysis::Analysis;
 use crate::domain::ids::{NodeId, ServiceId};
+use crate::domain::query::NoValue;
 use crate::domain::rollout::Change;
 use crate::domain::text::bounded;
 use crate::domain::time::Mono;
@@ -28,7 +29,7 @@ struct Gate {
     routing_version: u64,
     window: Window,
     /// The latest answer to each query, and when it came.
-    measured: BTreeMap<String, (Mono, Result<f64, String>)>,
+    measured: BTreeMap<String, (Mono, Result<f64, NoValue>)>,
     /// The latest snapshot of each peer, and when it came.
     snapshots: BTreeMap<NodeId, (Mono, HealthSnapshot)>,
     /// Why this node stopped the canary by itself; none while it hasn't.
@@ -209,7 +210,7 @@ impl Gates {
     pub fn measure(&mut self, now: Mono, measurement: Measurement) -> bool {
         let Measurement { service, routing_version, name, value } = measurement;
         let gate = self.of.get_mut(&service).filter(|gate| gate.routing_version == routing_version);
-        gate.map(|gate| gate.measured.insert(name, (now, value.map_err(bounded)))).is_some()
+        gate.map(|gate| gate.measured.insert(name, (now, value))).is_some()
     }
 
     /// Takes in a peer's evidence of the present routing version.

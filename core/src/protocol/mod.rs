@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::RolloutSpec;
+use crate::domain::query::NoValue;
 use crate::domain::routing::RoutingState;
 use crate::domain::time::Mono;
 use crate::domain::window::Evidence;
@@ -139,7 +140,7 @@ pub struct Measurement {
     /// The query's name.
     pub name: String,
     /// The value, or why there is none.
-    pub value: Result<f64, String>,
+    pub value: Result<f64, NoValue>,
 }
 
 // Two measurements that are no number are the same for whoever compares inputs.

@@ -1,6 +1,7 @@
 //! Text from outside is short by the time it is voted on, sent and recorded, whoever forgot to cut it.
 
 use super::*;
+use crate::domain::query::NoValue;
 use crate::domain::text::{CHARACTERS_MAX, CUT};
 use crate::protocol::Measurement;
 
@@ -44,7 +45,7 @@ impl Rig {
 fn a_query_that_is_answered_with_an_essay_refuses_a_promotion_in_short() {
     let mut rig = asking();
     for name in ["a", "b", "c"].map(node) {
-        let value = Err(essay());
+        let value = Err(NoValue::new(essay()));
         let measurement = Measurement { service: service(), routing_version: 1, name: "failing".into(), value };
         rig.handle(&name, Input::Measured(measurement));
     }
