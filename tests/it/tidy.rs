@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::words::files;
+
 /// Room → the rooms it may import (`crate::ROOM`); `protocol::record` and `node::handle` are listed apart from their rooms.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("ports", &["domain", "protocol::record", "protocol::checkpoint", "protocol::ledger", "schema"]),
@@ -248,5 +250,67 @@ fn circles_are_found() {
         let mut wrong = sound.clone();
         wrong.insert(name.into(), code.into());
         assert_eq!(in_circles(&wrong), circle, "{name}: {code}");
+    }
+}
+
+/// Most results in the whole tree whose error is a text: nobody can branch on one, or look into it.
+const TEXT_ERRORS_MAX: usize = 5;
+
+/// Returns the error of a `Result<` whose arguments begin here; none for an alias with one argument.
+fn error_type(arguments: &str) -> Option<&str> {
+    let (mut depth, mut from, mut found) = (0, 0, Vec::new());
+    for (at, c) in arguments.char_indices() {
+        match c {
+            '<' | '(' | '[' => depth += 1,
+            '>' if arguments[..at].ends_with('-') => {}
+            '>' | ')' | ']' => depth -= 1,
+            ';' | '{' if depth == 0 => return None,
+            _ => {}
+        }
+        if depth < 0 || (depth == 0 && c == ',') {
+            found.push(arguments[from..at].trim());
+            from = at + 1;
+        }
+        if depth < 0 {
+            break;
+        }
+    }
+    found.retain(|argument| !argument.is_empty());
+    found.get(1).copied()
+}
+
+/// Returns the numbers of the lines with a result whose error is a text.
+fn text_errors(code: &str) -> Vec<usize> {
+    let results =
+        code.match_indices("Result<").filter(|(at, word)| error_type(&code[at + word.len()..]) == Some("String"));
+    results.map(|(at, _)| 1 + code[..at].matches('\n').count()).collect()
+}
+
+#[test]
+fn few_errors_are_texts() {
+    let mut found = Vec::new();
+    for path in ["src", "core", "sim", "benches", "tests"].into_iter().flat_map(|room| files(room, ".rs")) {
+        let lines = text_errors(&fs::read_to_string(&path).unwrap());
+        found.extend(lines.into_iter().map(|line| format!("{}:{line}", path.display())));
+    }
+    assert!(
+        found.len() <= TEXT_ERRORS_MAX,
+        "{} errors are texts, expected at most {TEXT_ERRORS_MAX}:\n{}",
+        found.len(),
+        found.join("\n")
+    );
+}
+
+#[test]
+fn errors_that_are_texts_are_found() {
+    for (code, lines) in [
+        ("fn f() -> Result<(), TEXT> {\n}\nlet x: Vec<Result<u8, TEXT>> = y;", &[1, 3][..]),
+        ("fn f(\n) -> Result<\n    BTreeMap<u8, Vec<u8>>,\n    TEXT,\n> {", &[2]),
+        ("fn f(g: impl Fn() -> Result<impl Fn() -> u8, TEXT>);", &[1]),
+        ("fn f() -> Result<BTreeMap<u8, TEXT>, Error> {", &[]),
+        ("fn f() -> io::Result<TEXT> { g::<u8, TEXT>() }", &[]),
+        ("fn f() -> Result<TEXT, StringError> {", &[]),
+    ] {
+        assert_eq!(text_errors(&code.replace("TEXT", "String")), lines, "{code}");
     }
 }

@@ -85,7 +85,7 @@ fn complaints(texts: &[Text], list: &[Forbidden]) -> Vec<String> {
 }
 
 /// Returns the files below a directory that end so.
-fn files(dir: &str, ending: &str) -> Vec<PathBuf> {
+pub fn files(dir: &str, ending: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![root().join(dir)];
     while let Some(dir) = open.pop() {
