@@ -19,8 +19,8 @@ use aviary::protocol::checkpoint::{Checkpoint, Part};
 use aviary::protocol::codec;
 use aviary::protocol::ledger::Ledger;
 use aviary::protocol::message::{
-    Acknowledgement, Answer, Asks, Decision, GateVote, HealthSnapshot, Heartbeat, Membership, Message, Prepare,
-    Refusal, Vote,
+    Acknowledgement, Answer, Decision, GateVote, HealthSnapshot, Heartbeat, Membership, Message, Prepare, Refusal,
+    RunRequest, Vote,
 };
 use aviary::protocol::record::{
     Accepted, AcceptorState, Ballot, Certificate, Chosen, ConfigChange, Initiator, Intent, Member, Members, Operation,
@@ -176,7 +176,7 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         effective_bp: 500,
         rollout_generation: 1,
         tick_samples: vec![(17, Default::default())],
-        asks: Some(Asks { whom: Some(node("b")), saved: 16 }),
+        asks: Some(RunRequest { whom: Some(node("b")), saved: 16 }),
         transfer: Some(Box::new(transfer(None))),
     };
     let part: Part = Checkpoint { slot: Slot(7), bytes: b"ledger".as_slice().into() }.parts().remove(0);

@@ -162,7 +162,7 @@ fn help_and_errors_and_names_and_docs_use_the_fields_words() {
 
 /// Files that name old words on purpose.
 const ABOUT_WORDS: [&str; 1] = ["tests/it/words.rs"];
-/// Rooms whose code keeps some of the old words.
+/// Where the code still has some of the old words.
 const NOT_YET: &str = "core/src/protocol";
 
 #[test]

@@ -43,15 +43,15 @@ pub(super) struct Acceptor {
 /// What is to follow an acceptance.
 #[must_use]
 pub(super) enum AfterAccept {
-    /// It was accepted before.
+    /// The record was accepted before: there is nothing to do.
     Nothing,
-    /// Make it durable.
+    /// The acceptor state must be durable before the answer leaves.
     Persist,
     /// A decrease is obeyed from here on: publish, then make it durable.
     PublishAndPersist,
 }
 
-/// How long an open slot of a live coordinator is left alone.
+/// How long an open slot of a live coordinator is not touched.
 const OPEN_PATIENCE_MS: u64 = 1_500;
 
 impl Acceptor {

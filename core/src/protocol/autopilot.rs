@@ -22,7 +22,7 @@ use super::proposal::Proposal;
 const HOLD_PATIENCE_MS: u64 = 300;
 /// First wait after an automatic change was refused; it doubles each time.
 const RETRY_MS: u64 = 500;
-/// Longest such wait.
+/// Longest wait between two tries, in milliseconds.
 const RETRY_MS_MAX: u64 = 15_000;
 
 /// How the automatic changes of one rollout go.

@@ -23,7 +23,7 @@ pub(super) struct PeerState {
     pub unreachable: bool,
     /// Its incarnation, by its own word.
     pub incarnation: Option<Incarnation>,
-    /// Its last decided slot.
+    /// Last slot that the peer has decided.
     pub head: Option<Slot>,
     /// Its role, by its own word.
     pub membership: Option<Membership>,
@@ -52,11 +52,11 @@ impl Draws {
 /// Parts of the published view that must be made anew. A view is of all services: with many, most are as they were.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Outdated {
-    /// Head, members, coordinator.
+    /// Head, members or coordinator changed.
     pub cluster: bool,
-    /// All services.
+    /// The views of all services must be made anew.
     pub all: bool,
-    /// These.
+    /// Services whose views must be made anew.
     pub services: BTreeSet<ServiceId>,
 }
 
@@ -80,7 +80,7 @@ pub(super) struct Context {
     pub draws: Draws,
     /// Silence after which a peer counts as lost, in milliseconds; each node draws its own.
     suspect_ms: u64,
-    /// When this process began.
+    /// Moment at which this process began, on its monotonic clock.
     started: Mono,
     out: Vec<Output>,
 }

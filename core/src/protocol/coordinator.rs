@@ -26,7 +26,7 @@ struct Pending {
     proposal: Proposal,
     /// Who waits for the answer.
     requests: Vec<RequestId>,
-    /// When it came.
+    /// Moment at which the request came.
     since: Mono,
 }
 
@@ -50,7 +50,7 @@ enum BallotStage {
     Proposing { record: Box<Record>, accepts: BTreeSet<NodeId> },
 }
 
-/// What this node coordinates.
+/// What this node coordinates: requests that wait, and the attempt at a slot.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Coordinator {
     queue: VecDeque<Pending>,
@@ -59,7 +59,7 @@ pub(super) struct Coordinator {
     standing: Option<(Ballot, Slot)>,
     /// No ballot before this, after a duel.
     not_before: Mono,
-    /// Highest round seen anywhere.
+    /// Highest round of a ballot seen anywhere; the next ballot is above it.
     round: u64,
     /// Transactions made up by this process.
     made_up: u64,
@@ -313,7 +313,7 @@ impl Coordinator {
         if settling {
             return match &attempt.pending.proposal {
                 Proposal::Settle(Some(_)) => match ctx.ledger.next_record(intent.clone(), None) {
-                    // Lowering needs nobody's permission, a lost coordinator's neither.
+                    // A decrease needs nobody's permission, a lost coordinator's neither.
                     Ok(record) if intent.operation.decreases_exposure() => self.propose(ctx, record),
                     _ => self.propose_abort(ctx, intent, vec!["its coordinator was lost".into()]),
                 },

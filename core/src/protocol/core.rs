@@ -1,4 +1,4 @@
-//! The protocol core of one node: its door, and who deals with what. Only here components are called, one after the other; what a
+//! The protocol core of one node: what it takes in, and which component deals with it. Only here components are called, one after the other; what a
 //! component says is to follow is followed up here.
 
 use std::collections::BTreeMap;
@@ -323,7 +323,7 @@ impl Core {
         }
     }
 
-    /// Takes in the record of the next slot, which a majority accepted: adds it to the ledger and the log, serves by
+    /// Takes in the record of the next slot, which a majority accepted: adds it to the ledger and the log, routes with
     /// it, answers who waited for it. Panics when it contradicts what this node knows: that is I1 or I2 broken.
     fn learn(&mut self, chosen: Chosen) {
         let (record, operation) = (&chosen.record, &chosen.record.intent.operation);
@@ -336,7 +336,7 @@ impl Core {
             self.context.outdate(operation);
             self.publish();
         }
-        // Whoever hears of it finds it in the log.
+        // A reader that hears of it finds it in the log.
         self.context.put(Output::Append(Box::new(chosen.clone())));
         self.announce(&chosen);
         self.coordinator.settle(&mut self.context, record);
@@ -581,7 +581,7 @@ impl Core {
 
     // What is shown.
 
-    /// Publishes what this node serves by, at this point of its outputs: a local hold and an accepted decrease before the
+    /// Publishes what this node routes with, at this point of its outputs: a local hold and an accepted decrease before the
     /// disk answers, a decided record before anybody is told of it, everything else at the end of the call.
     fn publish(&mut self) {
         for id in self.publisher.take_outdated(&mut self.context) {

@@ -34,7 +34,7 @@ struct Gate {
     snapshots: BTreeMap<NodeId, (Mono, HealthSnapshot)>,
     /// Why this node stopped the canary by itself; none while it hasn't.
     local_hold: Option<String>,
-    /// When it did.
+    /// Moment at which the hold began.
     held_at: Mono,
     /// What the analysis says at the moment.
     verdict: Option<Verdict>,
@@ -146,7 +146,7 @@ impl Gates {
     }
 
     /// Returns the services whose turn it is, so that each has one at least each [`ROUND_MS`]: of many a few at a time, so that
-    /// whoever asks for something in between isn't kept waiting.
+    /// a request in between isn't kept waiting.
     pub fn next_turn(&mut self, now: Mono) -> Vec<ServiceId> {
         let (last, before) = &self.turned;
         let most = self.of.len() as u64 * now.millis_since(*before) / ROUND_MS + 1;
@@ -368,7 +368,7 @@ impl Gates {
 /// Longest time that a record is believed to be old, by comparing wall clocks: a year.
 const LATE_MS_MAX: u64 = 365 * 24 * 3600 * 1000;
 
-/// Returns evidence in words.
+/// Returns evidence in words, for votes and logs.
 fn describe(evidence: &Evidence) -> String {
     let canary = &evidence.canary;
     let percent = canary.error_rate().unwrap_or(0.0) * 100.0;

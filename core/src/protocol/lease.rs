@@ -1,7 +1,7 @@
 //! The lease: canary traffic that needs one ends a bounded time after the last contact with a majority.
 //!
 //! A lease is measured from the *send* of the heartbeat that a majority answered, on this node's own clock, and is
-//! refused by whoever knows, or has accepted, a decrease that the asker has not.
+//! refused by a node that knows, or has accepted, a decrease that the asker has not.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -212,7 +212,7 @@ impl Lease {
 
     // Linearizable reads.
 
-    /// Begins a linearizable read.
+    /// Begins a linearizable read: it is answered once a majority confirms the coordinator's head.
     pub fn on_read(&mut self, ctx: &mut Context, request: RequestId) {
         if ctx.membership() == Membership::Learner {
             ctx.put(Output::Reply(request, Outcome::Refused("this node has no vote".into())));

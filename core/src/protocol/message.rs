@@ -40,13 +40,13 @@ impl Message {
 /// Phase 1 of a ballot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepare {
-    /// The ballot.
+    /// Ballot in which the coordinator asks.
     pub ballot: Ballot,
     /// The slot it wants to fill.
     pub slot: Slot,
     /// Hash of the slot before.
     pub base_hash: Hash,
-    /// What is to happen.
+    /// Transaction and operation that the coordinator wants to decide.
     pub intent: Intent,
     /// True when the ballot only settles what a lost coordinator left open: nobody's gate is asked.
     pub recovery: bool,
@@ -59,7 +59,7 @@ pub struct Prepare {
 pub enum GateVote {
     /// Healthy; with the evidence in words.
     Yes(String),
-    /// Not healthy.
+    /// No: the canary is unhealthy, for the reason in words.
     No(String),
     /// Can't tell: silence is not health.
     Abstain(String),
@@ -82,41 +82,41 @@ pub enum Refusal {
     BadProposal(String),
 }
 
-/// An answer.
+/// Answer of a participant to PREPARE or DECISION.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vote {
-    /// The ballot answered.
+    /// Ballot that the answer belongs to.
     pub ballot: Ballot,
-    /// Its slot.
+    /// Slot that the answer belongs to.
     pub slot: Slot,
     /// The voter's last decided slot.
     pub head: Slot,
-    /// The answer.
+    /// What the participant promised, accepted or refused.
     pub answer: Answer,
 }
 
-/// What is answered.
+/// What a participant promises, accepts or refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
-    /// Phase 1: promised, durably.
+    /// Phase 1: the ballot was promised, durably.
     Gate {
         /// What this node accepted for the slot in an earlier ballot.
         accepted: Option<Box<Accepted>>,
-        /// Its health vote.
+        /// Health vote of the node on an increase.
         gate: GateVote,
     },
-    /// Phase 2: accepted, durably.
+    /// Phase 2: the record was accepted, durably.
     Accept,
-    /// Neither.
+    /// Neither: the ballot or the record is refused.
     Refuse(Refusal),
 }
 
-/// Phase 2 and after.
+/// DECISION: a record to accept (phase 2), or one that was chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Decision {
     /// Accept this record in this ballot.
     Propose(Ballot, Box<Record>),
-    /// A majority accepted it.
+    /// A majority accepted the record, which is thereby chosen.
     Chosen(Box<Chosen>),
     /// A majority accepted it some time ago, and you missed it.
     CatchUp(Box<Chosen>),
@@ -127,7 +127,7 @@ pub enum Decision {
 /// What a node counts as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Membership {
-    /// Its votes count.
+    /// A member whose votes count.
     Voter,
     /// It follows, without a vote: its memory is gone, or it is rebuilding its log.
     Learner,
@@ -136,22 +136,22 @@ pub enum Membership {
 /// The answer to a peer's heartbeat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Acknowledgement {
-    /// The heartbeat's nonce.
+    /// Nonce of the heartbeat that is acknowledged.
     pub nonce: u64,
     /// True when the peer's lease may last; false when this node knows of a decrease that the peer doesn't.
     pub granted: bool,
 }
 
-/// A sign of life.
+/// Sign of life of a node, which asks for an acknowledgement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heartbeat {
     /// Answer me with this; none in an answer.
     pub nonce: Option<u64>,
     /// The answer to the receiver's own heartbeat.
     pub acknowledges: Option<Acknowledgement>,
-    /// Last decided slot.
+    /// Last slot that the sender has decided.
     pub head: Slot,
-    /// Its hash.
+    /// Hash of the record at that slot.
     pub head_hash: Hash,
     /// A rise in exposure that the sender knows as decided in doubt and not undone.
     pub in_doubt: Option<Slot>,
@@ -164,11 +164,11 @@ pub struct Heartbeat {
 /// One service's recent traffic as one node saw it. Each snapshot replaces the one before.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthSnapshot {
-    /// The service.
+    /// Service that the snapshot is about.
     pub service: ServiceId,
     /// The routing version under which all of it was observed.
     pub routing_version: u64,
-    /// The sliding window.
+    /// Counts of the sender's sliding window.
     pub evidence: Evidence,
     /// Why the sender stopped its canary traffic by itself; none while it hasn't.
     pub local_hold: Option<String>,
@@ -181,14 +181,14 @@ pub struct HealthSnapshot {
     /// What the sender saw lately, by ticks since the rollout began; each is final.
     pub tick_samples: Vec<(u64, TickSample)>,
     /// The sender came late to the rollout, and asks for its analysis run.
-    pub asks: Option<Asks>,
+    pub asks: Option<RunRequest>,
     /// The sender's analysis run, for a receiver that asked for it.
     pub transfer: Option<Box<RunTransfer>>,
 }
 
 /// A node that came late to a rollout asks for its analysis run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Asks {
+pub struct RunRequest {
     /// Who should hand it over; none while it isn't this rollout's turn to be asked for.
     pub whom: Option<NodeId>,
     /// How far the analysis run goes that the sender saved before it restarted, in milliseconds since the rollout

@@ -70,48 +70,48 @@ pub enum OperatorRequest {
     Apply(Arc<RolloutSpec>),
     /// Go to the next stage, or (`full`) to 100 %.
     Promote {
-        /// The service.
+        /// Service whose canary is promoted.
         service: ServiceId,
         /// Skip the stages between and the wait for samples; a failing gate still says No.
         full: bool,
     },
-    /// Hold the weight.
+    /// Hold the weight until a Resume.
     Pause {
-        /// The service.
+        /// Service whose rollout is paused.
         service: ServiceId,
-        /// Why.
+        /// Reason that the operator gave.
         reason: String,
     },
     /// Go on after a pause.
     Resume {
-        /// The service.
+        /// Service whose rollout goes on.
         service: ServiceId,
     },
     /// Everything back to stable; never waits for a gate.
     Abort {
-        /// The service.
+        /// Service whose rollout is ended.
         service: ServiceId,
-        /// Why.
+        /// Reason that the operator gave.
         reason: String,
     },
     /// Start the rolled-back rollout again.
     Retry {
-        /// The service.
+        /// Service that the request is about.
         service: ServiceId,
     },
     /// Start the completed rollout the other way round; abort one in progress.
     Undo {
-        /// The service.
+        /// Service that the request is about.
         service: ServiceId,
     },
-    /// Change the membership.
+    /// Change the members, or who votes on promotions.
     Config(ConfigChange),
 }
 
 /// A request to the core.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Command {
-    /// Where the answer goes.
+    /// Request that gets the answer.
     pub request: RequestId,
     /// The transaction's id: the client's `Idempotency-Key`.
     pub tx: TxId,
@@ -122,57 +122,57 @@ pub struct Command {
 /// What one version's traffic did since the last report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Observation {
-    /// The service.
+    /// Service that the counts are of.
     pub service: ServiceId,
     /// The routing version that the requests were routed by.
     pub routing_version: u64,
-    /// The counts.
+    /// Answers of both versions, as the data plane counted them.
     pub evidence: Evidence,
 }
 
 /// What another system answered to a query.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measurement {
-    /// The service.
+    /// Service that the metric belongs to.
     pub service: ServiceId,
     /// The routing version that was in force when it was asked.
     pub routing_version: u64,
-    /// The query's name.
+    /// Name of the query, as the rollout file has it.
     pub name: String,
     /// The value, or why there is none.
     pub value: Result<f64, NoValue>,
 }
 
-// Two measurements that are no number are the same for whoever compares inputs.
+// Two measurements that are no number are the same when inputs are compared.
 impl Eq for Measurement {}
 
-/// What reaches the core.
+/// Everything that reaches the core: time, messages, counts and requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
-    /// Time passed.
+    /// Time has passed; deadlines are looked at.
     Tick,
-    /// A peer said something.
+    /// A message of a peer arrived.
     Received {
-        /// The authenticated peer.
+        /// Peer that sent it, as the connection authenticated it.
         from: NodeId,
         /// Its incarnation, by its own word.
         incarnation: Incarnation,
-        /// What it said.
+        /// The message, decoded and checked.
         message: Box<Message>,
     },
     /// The connection to a peer broke, and a new one was refused: a hint that its process is gone.
     Unreachable(NodeId),
-    /// The data plane's counts.
+    /// Counts of the data plane, for each service and routing version.
     Telemetry(Vec<Observation>),
-    /// Another system's metric.
+    /// A metric that another system measured.
     Measured(Measurement),
     /// The data plane's circuit breaker stopped a canary by itself.
     CircuitBreakerTripped {
-        /// The service.
+        /// Service whose canary failed.
         service: ServiceId,
         /// The routing version it was routed by.
         routing_version: u64,
-        /// What happened, in words.
+        /// Reason in words, for logs and clients.
         reason: String,
     },
     /// Whether the store that promotions depend on does what it should: why not, or none.
@@ -190,11 +190,11 @@ pub enum Output {
     Persist(Box<AcceptorState>),
     /// Append a chosen record to the log.
     Append(Box<Chosen>),
-    /// Tell a peer.
+    /// Send a message to a peer.
     Send {
-        /// The peer.
+        /// Peer that gets the message.
         to: NodeId,
-        /// What.
+        /// Message that is sent.
         message: Box<Message>,
     },
     /// Keep this checkpoint, which covers the log so far, and let records before `keep_from` go.
@@ -208,7 +208,7 @@ pub enum Output {
     Install(Checkpoint),
     /// Send a peer the log's records from `from`, each as [`message::Decision::CatchUp`], as many as fit in a second.
     SendLog {
-        /// The peer.
+        /// Peer that gets the records or the checkpoint.
         to: NodeId,
         /// The first record it lacks.
         from: Slot,
@@ -217,33 +217,33 @@ pub enum Output {
     },
     /// Save the analysis run of a service in place of the one before, or none: it is over. No barrier, and no promise.
     SaveRun(ServiceId, Option<Box<SavedRun>>),
-    /// Serve by this.
+    /// Publish the view that this node routes with.
     Publish(Arc<View>),
     /// Canary traffic that needs a lease may go on until its lease length after this; none: stop it.
     Lease(Option<Mono>),
-    /// Answer a request.
+    /// Answer a request of a client.
     Reply(RequestId, Outcome),
-    /// Tell people.
+    /// Tell logs and streams of an event.
     Announce(Event),
 }
 
-/// How a request ended.
+/// How a request of a client ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
-    /// Decided and in force.
+    /// The change was decided, and is in force.
     Committed {
-        /// Its slot.
+        /// Slot of the transaction's record.
         slot: Slot,
         /// The routing it led to; none for membership.
         state: Option<RoutingState>,
         /// True when an earlier request with this id did it.
         repeated: bool,
     },
-    /// Decided against.
+    /// The change was decided against: nothing changed.
     Aborted {
-        /// Its slot.
+        /// Slot of the transaction's record.
         slot: Slot,
-        /// Who refused, and why.
+        /// Reasons of the nodes that refused, each with its node.
         reasons: Vec<String>,
         /// True when an earlier request with this id was answered so.
         repeated: bool,
@@ -261,7 +261,7 @@ pub enum Outcome {
     NoQuorum {
         /// Nodes that answered, this one included.
         reached: Vec<NodeId>,
-        /// How many are needed.
+        /// Number of voters that a majority needs.
         needed: usize,
     },
     /// Proposed, and no majority confirmed it in time. The same id will tell later.

@@ -13,7 +13,7 @@ use super::log::record::{ConfigChange, Intent, Operation};
 /// What is asked for: by an operator, or by the node itself.
 #[derive(Debug, Clone)]
 pub(super) enum Proposal {
-    /// An operator's request.
+    /// A change that an operator requested.
     OperatorRequest(OperatorRequest),
     /// A change that the autopilot wants.
     Operation(Operation),
@@ -88,7 +88,7 @@ impl OperatorRequest {
 pub(super) enum Obstacle {
     /// The cluster is there already.
     Unchanged,
-    /// It can't be done.
+    /// The request can't be carried out, for the reason in words.
     Refused(String),
 }
 

@@ -70,7 +70,7 @@ impl Publisher {
         }
     }
 
-    /// Publishes what this node serves by, at this point of the outputs, if it isn't what was published last.
+    /// Publishes what this node routes with, at this point of the outputs, if it isn't what was published last.
     pub fn publish(&mut self, ctx: &mut Context) {
         self.published_at = ctx.now.mono;
         let view = Arc::new(self.build(ctx));

@@ -7,11 +7,11 @@ use crate::domain::ids::{ClusterId, Incarnation, NodeId};
 /// What a node is told about itself.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The node.
+    /// Name of this node.
     pub node: NodeId,
-    /// Its cluster.
+    /// Cluster that this node belongs to.
     pub cluster: ClusterId,
-    /// Durations.
+    /// Durations by which the protocol waits and gives up.
     pub timings: Timings,
     /// Where the node's own draws (suspicion, back-off) begin.
     pub seed: u64,
@@ -49,7 +49,7 @@ pub struct Timings {
     pub vote_ms: u64,
     /// Between two tries of an unanswered PREPARE or proposal.
     pub resend_ms: u64,
-    /// Between two health snapshots.
+    /// Time from one health snapshot to the next, in milliseconds.
     pub snapshot_ms: u64,
     /// Oldest evidence that a gate votes on.
     pub evidence_age_ms_max: u64,

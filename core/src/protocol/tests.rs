@@ -401,7 +401,7 @@ c appends slot 2 Rollback";
 }
 
 #[test]
-fn a_raise_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor() {
+fn an_increase_that_was_voted_on_and_lost_its_coordinator_is_aborted_by_a_survivor() {
     let mut rig = Rig::new();
     rig.ask("a", 1, OperatorRequest::Apply(spec()));
     // b and c promise and vote; the votes reach nobody.
@@ -445,7 +445,7 @@ fn a_rollback_that_was_voted_on_and_lost_its_coordinator_is_done_by_a_survivor()
 }
 
 #[test]
-fn a_raise_that_a_later_ballot_completes_is_served_by_nobody_and_reverted() {
+fn an_increase_that_a_later_ballot_completes_is_served_by_nobody_and_reverted() {
     let mut rig = Rig::new();
     rig.ask("a", 1, OperatorRequest::Apply(spec()));
     (0..4).for_each(|_| rig.deliver(0));
@@ -682,7 +682,7 @@ fn peers_are_told_of_every_service_a_few_at_a_time() {
 }
 
 #[test]
-fn a_brake_outlives_a_checkpoint_taken_over_from_a_peer() {
+fn a_local_hold_outlives_a_checkpoint_taken_over_from_a_peer() {
     let mut rig = Rig::keeping(Retention { checkpoint_every: 4, history: 0 });
     rig.asked("a", 1, OperatorRequest::Apply(spec()));
     // c hears nothing more; it stops its canary traffic by itself, and its peers go on without changing the weights.

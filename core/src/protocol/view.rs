@@ -1,4 +1,4 @@
-//! What a node serves by and shows: the committed weight is a ceiling, and a [`Hold`] lowers it.
+//! What a node routes with and shows: the committed weight is a ceiling, and a [`Hold`] lowers it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,18 +24,18 @@ pub enum Mode {
     Normal,
     /// No lease: canary traffic that needs one is off.
     FailSafe,
-    /// Without a vote.
+    /// The node follows the log without a vote.
     Learner,
 }
 
 /// What the data plane serves one service by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Serving {
-    /// The committed routing version.
+    /// Routing version that was committed last.
     pub routing_version: u64,
-    /// What serves everything else.
+    /// Version and servers that serve everything else.
     pub stable: Backend,
-    /// What is on trial, and its share at most, in basis points; the share is 0 when something holds it back.
+    /// The canary, and its share at most, in basis points; the share is 0 when something holds it back.
     pub canary: Option<(Backend, u16)>,
     /// Milliseconds that canary traffic outlives the lease's start; none: no lease is needed.
     pub lease_ms: Option<u64>,
@@ -50,7 +50,7 @@ pub struct Serving {
 pub enum Hold {
     /// The node is a learner: it may not know what is decided.
     Learner,
-    /// The node is cordoned.
+    /// The node is cordoned, so that it serves stable only.
     Cordoned,
     /// The node accepted a decrease that it doesn't know to be decided.
     Decreasing,
@@ -86,17 +86,17 @@ impl fmt::Display for Hold {
 /// One service as this node sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ServiceView {
-    /// What is agreed.
+    /// State that the cluster has committed.
     pub service: Service,
     /// The last record that concerned it.
     pub slot: Slot,
-    /// That record's hash.
+    /// Hash of the record that led to the state.
     pub hash: Hash,
-    /// What is served.
+    /// What this node may serve of it at this moment.
     pub serving: Serving,
-    /// This node's window.
+    /// Counts of this node's sliding window.
     pub local: Evidence,
-    /// All nodes' windows.
+    /// Counts of all nodes' sliding windows.
     pub cluster: Evidence,
     /// What the analysis says, when the canary has traffic.
     pub verdict: Option<Verdict>,
@@ -114,11 +114,11 @@ impl Eq for ServiceView {}
 /// One member as this node sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemberView {
-    /// Whose votes count.
+    /// Incarnation whose votes count.
     pub incarnation: Incarnation,
     /// Out of the gate set.
     pub cordoned: bool,
-    /// Heard from lately.
+    /// True if this node heard from it lately.
     pub alive: bool,
     /// Its last decided slot, by its last word.
     pub head: Option<Slot>,
@@ -126,26 +126,26 @@ pub struct MemberView {
     pub counts_not: Option<String>,
 }
 
-/// Everything this node serves by and shows.
+/// Everything this node routes with and shows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct View {
-    /// The node.
+    /// Name of this node.
     pub node: NodeId,
-    /// Its cluster.
+    /// Cluster that this node belongs to.
     pub cluster: ClusterId,
     /// This run of its disk.
     pub incarnation: Incarnation,
     /// Voter or learner; whether it holds a lease is the reader's to compare with the clock.
     pub membership: Membership,
-    /// Last decided slot.
+    /// Last slot that this node has decided.
     pub head: Slot,
-    /// Its hash.
+    /// Hash of the record at that slot.
     pub head_hash: Hash,
     /// Whom this node takes for the coordinator.
     pub coordinator: NodeId,
-    /// The voters.
+    /// Voters of the cluster, by name.
     pub members: BTreeMap<NodeId, MemberView>,
-    /// The services.
+    /// Services that the log knows, by name.
     pub services: BTreeMap<ServiceId, Arc<ServiceView>>,
 }
 

@@ -12,27 +12,27 @@ pub const PART_BYTES: usize = 48 * 1024;
 /// Most bytes of a checkpoint, which is an encoded ledger.
 pub const CHECKPOINT_BYTES_MAX: usize = LEDGER_BYTES_MAX;
 
-/// A ledger's encoding.
+/// A ledger as its canonical encoding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
     /// The last slot it covers.
     pub slot: Slot,
-    /// The ledger's canonical encoding.
+    /// Canonical encoding of the ledger, the same at all nodes.
     pub bytes: Bytes,
 }
 
 /// Why bytes are no checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    /// They are no ledger.
+    /// The bytes are not the encoding of a ledger.
     #[error(transparent)]
     Decode(#[from] DecodeError),
-    /// They are another slot's.
+    /// The ledger in the bytes has another head than it should.
     #[error("checkpoint covers slot {found}, expected slot {expected}")]
     Slot {
         /// The slot it was said to cover.
         expected: Slot,
-        /// The ledger's head.
+        /// Head of the ledger in the bytes.
         found: Slot,
     },
 }
@@ -81,11 +81,11 @@ pub struct Part {
     pub slot: Slot,
     /// BLAKE3 of the whole checkpoint.
     pub hash: Hash,
-    /// Its place, from 0.
+    /// Number of the part, from 0.
     pub index: u32,
-    /// How many there are.
+    /// Number of parts of the whole checkpoint.
     pub parts: u32,
-    /// At most [`PART_BYTES`].
+    /// Bytes of this part, at most [`PART_BYTES`].
     pub bytes: Bytes,
 }
 

@@ -15,20 +15,20 @@ pub enum DecodeError {
     /// Too long to be read at all.
     #[error("value has {found} bytes, expected at most {most}")]
     Length {
-        /// Its length.
+        /// Length of the value's bytes.
         found: usize,
-        /// The limit.
+        /// Most bytes that are read.
         most: usize,
     },
     /// Not the shape of the expected type.
     #[error("malformed value: {0}")]
     Malformed(#[from] bincode::error::DecodeError),
-    /// Bytes behind the value.
+    /// Bytes follow the end of the value.
     #[error("value ends after {used} of {total} bytes, expected all of them to be used")]
     Trailing {
-        /// Bytes read.
+        /// Bytes that the value took.
         used: usize,
-        /// Bytes given.
+        /// Bytes that were given.
         total: usize,
     },
     /// Another spelling of the same value.
@@ -36,7 +36,7 @@ pub enum DecodeError {
     NotCanonical,
 }
 
-/// Returns the value's bytes.
+/// Returns the canonical bytes of a value.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     bincode::serde::encode_to_vec(value, bincode::config::standard()).expect("every value of ours can be encoded")
 }

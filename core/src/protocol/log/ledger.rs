@@ -27,25 +27,25 @@ pub const SERVICES_MAX: usize = 10_000;
 /// is for what needs no permission to grow: the outcomes of transactions, and each service's state and reasons.
 pub const SPECS_BYTES_MAX: usize = LEDGER_BYTES_MAX / 2;
 
-/// How a transaction ended.
+/// How a transaction ended, kept for clients that repeat its key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settled {
-    /// Its only slot.
+    /// Slot of the transaction's only record.
     pub slot: Slot,
-    /// Fingerprint of the request.
+    /// Fingerprint of the request, to refuse another one with the same key.
     pub digest: u64,
     /// Who refused and why; none when it was committed.
     pub refused: Option<Vec<String>>,
 }
 
-/// One service, as agreed.
+/// State of one service, and the record that led to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceState {
-    /// Its state.
+    /// State after the service's last change.
     pub service: Service,
     /// The last record that concerned it.
     pub slot: Slot,
-    /// That record's hash.
+    /// Hash of the record that led to the state.
     pub hash: Hash,
     /// The last rise in exposure, while nothing has lowered it since.
     pub increase: Option<Increase>,
@@ -56,39 +56,39 @@ pub struct ServiceState {
 /// A rise in exposure that could still be undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Increase {
-    /// Its slot.
+    /// Slot of the increase.
     pub slot: Slot,
-    /// The service before it.
+    /// State of the service before the increase.
     pub before: Service,
-    /// True when it was decided in doubt: nobody serves by it.
+    /// True when it was decided in doubt: no node routes with it.
     pub in_doubt: bool,
 }
 
 /// Why a record can't be the next one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
-    /// Not the next slot.
+    /// The record is not for the next slot.
     #[error("record is for slot {found}, expected slot {expected}")]
     Slot {
-        /// The next slot.
+        /// Slot after the ledger's head.
         expected: Slot,
-        /// The record's.
+        /// Slot that the record is for.
         found: Slot,
     },
-    /// Another history.
+    /// The record continues another history.
     #[error("record follows {found}, expected {expected}")]
     History {
-        /// The head's hash.
+        /// Hash of the ledger's head.
         expected: Hash,
-        /// The record's predecessor.
+        /// Hash that the record names as its predecessor's.
         found: Hash,
     },
     /// The transaction has its outcome already.
     #[error("transaction {tx} is settled in slot {slot}, expected one that is not in the log")]
     Settled {
-        /// Which.
+        /// Transaction that is decided already.
         tx: TxId,
-        /// Where.
+        /// Slot of its record.
         slot: Slot,
     },
     /// The change can't be made.
@@ -114,7 +114,7 @@ pub enum RecordError {
     /// A voter's Yes is missing.
     #[error("no Yes of {0} in the certificate, expected every gate voter's")]
     Certificate(String),
-    /// One service too many.
+    /// The record starts a rollout of one service too many.
     #[error("service {service} would be one of {found} services, expected at most {SERVICES_MAX}")]
     Services {
         /// The service that a rollout would add.
@@ -128,7 +128,7 @@ pub enum RecordError {
         /// The bytes that they would need.
         found: usize,
     },
-    /// A second genesis.
+    /// A genesis record at a slot other than 0.
     #[error("a genesis record at slot {0}, expected it at slot 0 only")]
     Genesis(Slot),
 }
@@ -136,18 +136,18 @@ pub enum RecordError {
 /// The sum of a log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
-    /// The cluster.
+    /// Cluster that the log belongs to.
     pub cluster: ClusterId,
-    /// Last slot.
+    /// Slot of the last record.
     pub head: Slot,
-    /// Its hash.
+    /// Hash of the last record.
     pub head_hash: Hash,
-    /// Who decides.
+    /// Members of the cluster: the voters.
     pub members: Members,
     /// Incarnations that another one replaced. What such a disk promised since is on another disk, or nowhere: its votes
     /// never count again.
     retired: BTreeSet<(NodeId, Incarnation)>,
-    /// The services.
+    /// Services that the log knows, by name.
     pub services: BTreeMap<ServiceId, ServiceState>,
     /// The outcomes of the last [`SETTLED_MAX`] transactions.
     pub settled: BTreeMap<TransactionKey, Settled>,
@@ -288,7 +288,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Adds a chosen record.
+    /// Adds a chosen record, if it continues the log.
     pub fn apply(&mut self, chosen: &Chosen) -> Result<(), RecordError> {
         let record = &chosen.record;
         self.check(record)?;
@@ -380,7 +380,7 @@ impl Ledger {
         Ok(self)
     }
 
-    /// Notes that the raise at `slot`, if it is still some service's last, was completed by a later ballot.
+    /// Records that the increase at `slot`, if it is still some service's last, was completed by a later ballot.
     /// Returns true when that is news.
     pub fn mark_in_doubt(&mut self, slot: Slot) -> bool {
         let increases = self.services.values_mut().filter_map(|service_state| service_state.increase.as_mut());

@@ -73,9 +73,9 @@ impl fmt::Debug for Hash {
 pub struct Ballot {
     /// Compared first; above everything its node had promised.
     pub round: u64,
-    /// Who leads it.
+    /// Node that leads the ballot.
     pub node: NodeId,
-    /// That node's incarnation.
+    /// Incarnation of that node.
     pub incarnation: Incarnation,
     /// Which start of that node's process.
     pub boot: u64,
@@ -127,7 +127,7 @@ impl Members {
 pub enum ConfigChange {
     /// Let rollouts go on without this node.
     Cordon(NodeId),
-    /// Need its Yes again.
+    /// Include the node in promotion votes again.
     Uncordon(NodeId),
     /// Count this incarnation's votes from here on.
     Readmit(NodeId, Incarnation),
@@ -138,7 +138,7 @@ pub enum ConfigChange {
 }
 
 impl ConfigChange {
-    /// Returns the node concerned.
+    /// Returns the node that the change is about.
     pub fn node(&self) -> &NodeId {
         let (Self::Cordon(node)
         | Self::Uncordon(node)
@@ -165,32 +165,32 @@ impl ConfigChange {
 pub enum Operation {
     /// The first record of every log.
     Genesis {
-        /// The cluster.
+        /// Cluster that begins here.
         cluster: ClusterId,
-        /// Its first voters.
+        /// Members of the cluster at its beginning, all of them voters.
         members: Members,
     },
     /// A change of one service.
     Change(ServiceId, Change),
-    /// The raise at `increased` was decided in doubt: undo it.
+    /// The increase at `increased` was decided in doubt: undo it.
     Revert {
-        /// The service it concerned.
+        /// Service whose rollout the increase belongs to.
         service: ServiceId,
-        /// The slot of the raise.
+        /// Slot of the increase that is undone.
         increased: Slot,
-        /// Why.
+        /// Reason for the revert, in words.
         reason: String,
     },
     /// The transaction was refused; nothing changes but that everybody knows.
     Refused {
         /// The service it concerned; none for a change of membership.
         service: Option<ServiceId>,
-        /// The refused change's name.
+        /// Name of the change that was refused.
         refused: String,
-        /// Who refused, and why.
+        /// Reasons of the nodes that refused, each with its node.
         reasons: Vec<String>,
     },
-    /// A change of membership.
+    /// A change of the members, or of who votes on promotions.
     Config(ConfigChange),
     /// What a closed window of a rollout says. The windows of a rollout follow each other without a gap, each decided once.
     Verdict {
@@ -268,7 +268,7 @@ pub enum Initiator {
     Node,
 }
 
-/// What tells transactions apart.
+/// Key that tells transactions apart: who began it, and its id.
 pub type TransactionKey = (Initiator, TxId);
 
 /// A transaction as its client asked for it, before anybody voted.
@@ -276,13 +276,13 @@ pub type TransactionKey = (Initiator, TxId);
 pub struct Intent {
     /// Who made up its id.
     pub initiator: Initiator,
-    /// Its id.
+    /// Id of the transaction, by which clients repeat it.
     pub tx: TxId,
     /// Fingerprint of the request: one id may not stand for two requests.
     pub digest: u64,
     /// When its coordinator proposed it.
     pub at: Wall,
-    /// What is to happen.
+    /// Operation that the transaction carries out.
     pub operation: Operation,
 }
 
@@ -305,11 +305,11 @@ pub struct Certificate {
 /// One entry of the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Its position.
+    /// Position of the record in the log.
     pub slot: Slot,
-    /// Its predecessor's hash.
+    /// Hash of the record at the slot before.
     pub prev_hash: Hash,
-    /// The transaction.
+    /// Transaction, operation and proposer that the record states.
     pub intent: Intent,
     /// The routing it leads to or leaves in force; none for membership.
     pub state: Option<RoutingState>,
@@ -336,7 +336,7 @@ pub struct Chosen {
 
 impl Chosen {
     /// Returns true when a rise in exposure was completed by a later ballot than the one that voted on it: its
-    /// evidence may be stale, so nobody serves by it.
+    /// evidence may be stale, so no node routes with it.
     pub fn is_in_doubt(&self) -> bool {
         let Some(certificate) = &self.record.certificate else { return false };
         self.record.intent.operation.increases_exposure() && self.ballot.as_ref() != Some(&certificate.ballot)
@@ -355,13 +355,13 @@ pub struct Accepted {
 /// A node's promises: what it must not forget, whatever happens to its log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AcceptorState {
-    /// The cluster.
+    /// Cluster that the disk belongs to.
     pub cluster: ClusterId,
-    /// The node.
+    /// Node that the disk belongs to.
     pub node: NodeId,
     /// This run of its disk.
     pub incarnation: Incarnation,
-    /// Starts of the process.
+    /// Number of times that a process started on this disk.
     pub boot: u64,
     /// No ballot below this one gets a vote.
     pub promised: Option<Ballot>,
@@ -369,7 +369,7 @@ pub struct AcceptorState {
     pub accepted: Option<Accepted>,
     /// Last slot known to be chosen when this was written. A log that ends before it lost something.
     pub head: Slot,
-    /// That slot's hash.
+    /// Hash of the record at that slot.
     pub head_hash: Hash,
 }
 
@@ -378,7 +378,7 @@ pub struct AcceptorState {
 pub struct SavedRun {
     /// The routing version that its rollout began with.
     pub rollout_generation: u64,
-    /// When it was saved.
+    /// Time of day at which it was saved.
     pub at: Wall,
     /// The analysis run at that time.
     pub run: RunTransfer,
@@ -389,7 +389,7 @@ pub struct SavedRun {
 pub struct RunTransfer {
     /// Milliseconds since the rollout began, on the sender's clock.
     pub at_ms: u64,
-    /// The analysis run.
+    /// The run as it was at that time.
     pub run: AnalysisRun<NodeId>,
     /// Windows that are closed and, as far as the sender knows, not decided yet.
     pub closed: Vec<WindowVerdict>,

@@ -118,7 +118,7 @@ impl Runs {
     pub fn tick(&mut self, ctx: &Context, services: &[ServiceId]) -> Vec<DueWindow> {
         let expected: Vec<_> =
             ctx.ledger.members.gate_voters().filter(|node| ctx.is_live_voter(node)).cloned().collect();
-        // Without a vote or a majority nothing goes on anyway: whoever has the run, or saved most of it, may still come.
+        // Without a vote or a majority nothing goes on anyway: a peer that has the run, or saved most of it, may still come.
         let voters = ctx.ledger.members.0.keys().filter(|node| ctx.is_live_voter(node)).count();
         let can_ask = ctx.membership() == Membership::Voter && voters >= ctx.ledger.members.quorum();
         let asked = self.of.values().filter(|tracker| tracker.is_asking()).count();

@@ -14,7 +14,7 @@ use crate::domain::window::Evidence;
 
 use super::super::log::ledger::ServiceState;
 use super::super::log::record::{RunTransfer, SavedRun};
-use super::super::message::{Asks, HealthSnapshot};
+use super::super::message::{HealthSnapshot, RunRequest};
 
 /// Length of a tick, in milliseconds.
 const TICK_MS: u64 = 250;
@@ -46,7 +46,7 @@ pub(super) struct RunTracker {
     began: Mono,
     /// The tick that this node is in, and what it saw in it.
     open: (u64, TickSample),
-    /// Its last ticks.
+    /// Samples of its last ticks, which peers may have missed.
     recent: VecDeque<(u64, TickSample)>,
     run: AnalysisRun<NodeId>,
     /// Windows that are closed here, and not decided yet as far as this node knows.
@@ -166,16 +166,16 @@ impl RunTracker {
     }
 
     /// Returns what peers are told: which rollout, the last ticks, and who is asked for the analysis run.
-    pub fn told(&self) -> (u64, Vec<(u64, TickSample)>, Option<Asks>) {
-        let asks = self
-            .asking
-            .as_ref()
-            .map(|asking| Asks { whom: asking.whom.as_ref().map(|(whom, _)| whom.clone()), saved: asking.saved() });
+    pub fn told(&self) -> (u64, Vec<(u64, TickSample)>, Option<RunRequest>) {
+        let asks = self.asking.as_ref().map(|asking| RunRequest {
+            whom: asking.whom.as_ref().map(|(whom, _)| whom.clone()),
+            saved: asking.saved(),
+        });
         (self.rollout_generation, self.recent.iter().cloned().collect(), asks)
     }
 
     /// Returns the window that is next to be decided, once it is closed; one that nobody here saw the whole of is decided, with
-    /// all that follow it, when whoever did had its time.
+    /// all that follow it, when the peer that did had its time.
     pub fn next_window(&mut self, service_state: &ServiceState, now: Mono) -> Option<WindowVerdict> {
         if self.asking.is_some() {
             return None;
@@ -196,7 +196,7 @@ impl RunTracker {
         }
     }
 
-    /// Returns the comparison's reckoning.
+    /// Returns SEQUENTIAL's evidence; none where nothing is compared.
     pub fn sequential(&self) -> Option<SequentialEvidence> {
         self.run.sequential()
     }
@@ -250,7 +250,7 @@ impl RunTracker {
         changes
     }
 
-    /// Asks for a peer's run while it makes sense to; none meanwhile. Returns what was decided by going on without one.
+    /// RunRequest for a peer's run while it makes sense to; none meanwhile. Returns what was decided by going on without one.
     fn wait_for_run(
         &mut self,
         own: &NodeId,
@@ -318,7 +318,7 @@ struct Asking {
     whom: Option<(NodeId, Mono)>,
     /// Peers that ask themselves, and how far the analysis runs go that they saved: they have nothing else to hand over.
     also: BTreeMap<NodeId, u64>,
-    /// What peers tell meanwhile.
+    /// Samples of peers that arrive while the run is waited for.
     heard: BTreeMap<(u64, NodeId), TickSample>,
     /// The analysis run that this node saved before it restarted, and when the rollout began by that, on its present
     /// clock.

@@ -14,7 +14,7 @@ fn under_way() -> Rig {
     let mut rig = Rig::new();
     rig.asked("a", 1, OperatorRequest::Apply(compared()));
     rig.serve(5_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     rig
 }
 
@@ -44,7 +44,7 @@ impl Rig {
     }
 
     /// Asserts that all nodes come to the same numbers at the same ticks, for 2 s. What was put into bets tells the tick.
-    fn assert_same_odds(&mut self) {
+    fn assert_same_evidence(&mut self) {
         let mut told = BTreeMap::<u64, BTreeMap<NodeId, SequentialEvidence>>::new();
         for _ in 0..20 {
             self.serve(100);
@@ -84,13 +84,13 @@ impl Rig {
 }
 
 #[test]
-fn a_node_that_restarts_goes_on_with_its_peers_trial() {
+fn a_node_that_restarts_goes_on_with_its_peers_run() {
     let mut rig = under_way();
     rig.kill("c");
     rig.serve(1_000);
     rig.restart(&node("c"));
     rig.serve(3_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     // c served nothing from 8.6 to 9.6 s, and what it saw in its last tick before that nobody knows.
     rig.assert_windows("b", |from_ms| match from_ms {
         6_000 => 20..=32,
@@ -113,7 +113,7 @@ fn a_coordinator_that_restarts_decides_the_windows_that_closed_without_it() {
     rig.serve(300);
     rig.restart(&node("a"));
     rig.serve(4_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     rig.assert_windows("b", |from_ms| match from_ms {
         6_000 => 5..=17,
         9_000 => 10..=10,
@@ -122,7 +122,7 @@ fn a_coordinator_that_restarts_decides_the_windows_that_closed_without_it() {
 }
 
 #[test]
-fn two_nodes_that_restart_together_go_on_with_the_third_ones_trial() {
+fn two_nodes_that_restart_together_go_on_with_the_third_ones_run() {
     let mut rig = under_way();
     rig.serve(300);
     ["b", "c"].iter().for_each(|name| rig.kill(name));
@@ -133,12 +133,12 @@ fn two_nodes_that_restart_together_go_on_with_the_third_ones_trial() {
     rig.serve(600);
     rig.loses = |_, _, _| false;
     rig.serve(4_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     rig.assert_windows("a", |from_ms| if from_ms < 6_000 { 0..=0 } else { 0..=200 });
 }
 
 #[test]
-fn a_peer_that_asked_is_asked_once_it_has_the_trial() {
+fn a_peer_that_asked_is_asked_once_it_has_the_run() {
     let mut rig = under_way();
     rig.serve(300);
     ["b", "c"].iter().for_each(|name| rig.kill(name));
@@ -149,7 +149,7 @@ fn a_peer_that_asked_is_asked_once_it_has_the_trial() {
     rig.loses = |from, to, message| (from, to) == (&node("a"), &node("b")) && hands_over(message);
     rig.serve(2_500);
     rig.loses = |_, _, _| false;
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
 }
 
 fn hands_over(message: &Message) -> bool {
@@ -167,7 +167,7 @@ fn a_node_asks_the_next_peer_when_the_first_doesnt_answer() {
     rig.serve(2_600);
     rig.loses = |_, _, _| false;
     rig.serve(4_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     rig.assert_windows("b", |from_ms| if from_ms == 6_000 || from_ms == 9_000 { 0..=30 } else { 0..=0 });
 }
 
@@ -190,7 +190,7 @@ impl Rig {
 }
 
 #[test]
-fn when_all_restart_they_go_on_with_the_trial_that_was_saved_last() {
+fn when_all_restart_they_go_on_with_the_run_that_was_saved_last() {
     let mut rig = under_way();
     rig.serve(300);
     // a has been away for a while: what it saved is older.
@@ -198,7 +198,7 @@ fn when_all_restart_they_go_on_with_the_trial_that_was_saved_last() {
     rig.serve(2_000);
     all_restart(&mut rig, 500, &[]);
     rig.serve(1_500);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     rig.serve(4_000);
     // In the window from 9 s on two nodes served until 10.9 s, and all from 11.4 s on: 280 answers, less what b saw since it
     // saved them, which is a second's at most.
@@ -212,12 +212,12 @@ fn when_all_restart_they_go_on_with_the_trial_that_was_saved_last() {
 }
 
 #[test]
-fn a_trial_that_one_node_saved_is_enough_and_an_outage_of_many_windows_ends_it_in_none() {
+fn a_run_that_one_node_saved_is_enough_and_an_outage_of_many_windows_ends_it_in_none() {
     let mut rig = under_way();
     all_restart(&mut rig, 600_000, &["a", "b"]);
     rig.serve(1_500);
     rig.serve(6_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     let (windows, unseen) = (rig.windows("b"), rig.unseen("b"));
     assert!(windows.windows(2).all(|pair| pair[0].1 == pair[1].0), "{windows:?}");
     assert_eq!(unseen[0].0, 6_000);
@@ -230,7 +230,7 @@ fn a_trial_that_one_node_saved_is_enough_and_an_outage_of_many_windows_ends_it_i
 }
 
 #[test]
-fn who_is_up_first_waits_for_whoever_may_know_more() {
+fn who_is_up_first_waits_for_those_who_may_know_more() {
     let mut rig = under_way();
     rig.kill("a");
     rig.serve(2_000);
@@ -239,7 +239,7 @@ fn who_is_up_first_waits_for_whoever_may_know_more() {
     rig.run_for(6_000);
     ["b", "c"].iter().for_each(|name| rig.restart(&node(name)));
     rig.serve(2_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
     // What b saved was seen until 10 s; of that window a saw nothing.
     let counts: Vec<_> =
         rig.windows("b").into_iter().filter(|window| window.0 == 9_000).map(|(.., count)| count).collect();
@@ -247,7 +247,7 @@ fn who_is_up_first_waits_for_whoever_may_know_more() {
 }
 
 #[test]
-fn a_node_that_restarts_cut_off_takes_the_trial_when_it_is_back() {
+fn a_node_that_restarts_cut_off_takes_the_run_when_it_is_back() {
     let mut rig = under_way();
     rig.kill("c");
     rig.loses = |from, to, _| [from, to].contains(&&node("c"));
@@ -255,11 +255,11 @@ fn a_node_that_restarts_cut_off_takes_the_trial_when_it_is_back() {
     rig.serve(8_000);
     rig.loses = |_, _, _| false;
     rig.serve(2_000);
-    rig.assert_same_odds();
+    rig.assert_same_evidence();
 }
 
 #[test]
-fn a_majority_of_which_some_are_benched_is_one() {
+fn a_majority_of_which_some_are_cordoned_is_one() {
     let mut rig = under_way();
     for (number, name) in [(2, "b"), (3, "c")] {
         rig.asked("a", number, OperatorRequest::Config(ConfigChange::Cordon(node(name))));
@@ -335,7 +335,7 @@ fn what_was_saved_goes_with_its_rollout() {
 }
 
 #[test]
-fn when_nothing_was_saved_the_trial_begins_anew_and_says_so() {
+fn when_nothing_was_saved_the_run_begins_anew_and_says_so() {
     let mut rig = under_way();
     all_restart(&mut rig, 500, &["a", "b", "c"]);
     rig.serve(1_500);

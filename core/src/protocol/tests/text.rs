@@ -1,4 +1,4 @@
-//! Text from outside is short by the time it is voted on, sent and recorded, whoever forgot to cut it.
+//! Text from outside is short by the time it is voted on, sent and recorded, also where nobody cut it before.
 
 use super::*;
 use crate::domain::query::NoValue;
@@ -53,7 +53,7 @@ fn a_query_that_is_answered_with_an_essay_refuses_a_promotion_in_short() {
 }
 
 #[test]
-fn a_store_that_is_away_for_an_essay_refuses_a_promotion_in_short() {
+fn a_store_that_is_unavailable_for_an_essay_refuses_a_promotion_in_short() {
     let mut rig = asking();
     for name in ["a", "b", "c"].map(node) {
         rig.handle(&name, Input::Guarded(Some(essay())));
@@ -81,8 +81,8 @@ fn a_peer_that_refuses_with_an_essay_is_recorded_in_short() {
 }
 
 #[test]
-fn a_breaker_or_a_peer_that_stops_a_canary_for_an_essay_rolls_back_in_short() {
-    let brakes = |rig: &mut Rig, by_peer: bool| match by_peer {
+fn a_circuit_breaker_or_a_peer_that_stops_a_canary_for_an_essay_rolls_back_in_short() {
+    let holds = |rig: &mut Rig, by_peer: bool| match by_peer {
         false => {
             let tripped = Input::CircuitBreakerTripped { service: service(), routing_version: 1, reason: essay() };
             rig.handle(&node("a"), tripped);
@@ -95,7 +95,7 @@ fn a_breaker_or_a_peer_that_stops_a_canary_for_an_essay_rolls_back_in_short() {
     };
     for by_peer in [false, true] {
         let mut rig = asking();
-        brakes(&mut rig, by_peer);
+        holds(&mut rig, by_peer);
         rig.settle();
         rig.run_for(1_000);
         let last = rig.decided.values().last().unwrap();
