@@ -80,3 +80,109 @@ fn summary(summary: &AnswerSummary) -> VersionSummary {
     let AnswerSummary { count, errors, p50_ms, p95_ms, p99_ms } = summary;
     VersionSummary { count: *count, errors: *errors, p50_ms: *p50_ms, p95_ms: *p95_ms, p99_ms: *p99_ms }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ids::{ClusterId, NodeId, ServiceId, TxId};
+    use crate::domain::rollout::{Service, Stamp, Target};
+    use crate::domain::run::SequentialEvidence;
+    use crate::domain::time::Wall;
+    use crate::protocol::record::{ConfigChange, Hash, Initiator, Intent, Members, Record, Slot};
+
+    const AT_MS: u64 = 1_700_000_000_123;
+    const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
+        stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
+
+    fn id() -> ServiceId {
+        ServiceId::new("svc").unwrap()
+    }
+
+    fn start() -> (Change, Service) {
+        let spec = crate::config::rollout::parse(ROLLOUT, "rollout").unwrap_or_else(|why| panic!("{why}"));
+        let change = Change::Start(std::sync::Arc::new(spec));
+        let stamp = Stamp { tx: TxId::new("before").unwrap(), at: Wall(1) };
+        (change.clone(), Service::after(None, &id(), &change, &stamp).unwrap())
+    }
+
+    /// Returns the decision that a record of this operation makes of a canary at 5 %.
+    fn of(operation: Operation, has_state: bool) -> Option<Decision> {
+        let (tx, at) = (TxId::new("tx-9").unwrap(), Wall(AT_MS));
+        let intent = Intent { initiator: Initiator::Client, tx, digest: 0, at, operation };
+        let state = has_state.then(|| start().1.routing);
+        let record = Record { slot: Slot(9), prev_hash: Hash::default(), intent, state, certificate: None };
+        decision(&Chosen { ballot: None, record })
+    }
+
+    fn expected(kind: DecisionKind, reasons: &[&str]) -> Decision {
+        Decision {
+            sequence: 9,
+            service: "svc".into(),
+            kind: kind.into(),
+            transaction_id: "tx-9".into(),
+            routing_version: 1,
+            stable_version: "v1".into(),
+            canary_version: "v2".into(),
+            canary_weight_bp: 500,
+            reasons: reasons.iter().map(ToString::to_string).collect(),
+            decision_time: Some(Timestamp { seconds: 1_700_000_000, nanos: 123_000_000 }),
+            window: None,
+            rollout_generation: 0,
+        }
+    }
+
+    #[test]
+    fn each_record_of_a_service_is_one_decision() {
+        let change = |change| of(Operation::Change(id(), change), true);
+        let promote = Change::Promote { to: Target::Stage(1), full: false };
+        assert_eq!(change(start().0), Some(expected(DecisionKind::Start, &[])));
+        assert_eq!(change(promote), Some(expected(DecisionKind::Promote, &[])));
+        assert_eq!(change(Change::Resume), Some(expected(DecisionKind::Resume, &[])));
+        let pause = Change::Pause { reason: String::new() };
+        assert_eq!(change(pause), Some(expected(DecisionKind::Pause, &[])), "an empty reason is none");
+        let rollback = Change::Rollback { reason: "errors: 9 %".into() };
+        assert_eq!(change(rollback), Some(expected(DecisionKind::Rollback, &["errors: 9 %"])));
+        let revert = Operation::Revert { service: id(), increased: Slot(8), reason: "in doubt".into() };
+        assert_eq!(of(revert, true), Some(expected(DecisionKind::Revert, &["in doubt"])));
+        let reasons = vec!["b: no".to_string(), "c: silent".to_string()];
+        let refused = Operation::Refused { service: Some(id()), refused: "Promote".into(), reasons };
+        assert_eq!(of(refused, true), Some(expected(DecisionKind::Refused, &["b: no", "c: silent"])));
+    }
+
+    #[test]
+    fn a_windows_verdict_is_a_decision_with_its_evidence() {
+        let sequential =
+            SequentialEvidence { e_value: 7.5, bound: 100.0, e_errors: 1.0, e_latency: 2.0, alpha_spent: 0.01 };
+        let canary = AnswerSummary { count: 40, errors: 9, p50_ms: Some(1.5), p95_ms: None, p99_ms: Some(8.0) };
+        let window_verdict = WindowVerdict {
+            verdict: verdict::Verdict::Rollback("worse".into()),
+            canary,
+            sequential: Some(sequential),
+            ..WindowVerdict::unseen(3_000, 6_000)
+        };
+        let window_verdict = Box::new(window_verdict);
+        let found = of(Operation::Verdict { service: id(), rollout_generation: 4, window_verdict }, true);
+        let window = v1::WindowVerdict {
+            verdict: Verdict::Rollback.into(),
+            from_ms: 3_000,
+            to_ms: 6_000,
+            stable: Some(VersionSummary::default()),
+            canary: Some(VersionSummary { count: 40, errors: 9, p50_ms: Some(1.5), p95_ms: None, p99_ms: Some(8.0) }),
+            e_value: Some(7.5),
+            e_value_bound: Some(100.0),
+            alpha_spent: Some(0.01),
+        };
+        let base = expected(DecisionKind::Verdict, &["worse"]);
+        assert_eq!(found, Some(Decision { window: Some(window), rollout_generation: 4, ..base }));
+    }
+
+    #[test]
+    fn what_is_no_services_is_no_decision() {
+        let node = NodeId::new("c").unwrap();
+        let cluster = ClusterId([1; 16]);
+        assert_eq!(of(Operation::Config(ConfigChange::Cordon(node)), false), None);
+        assert_eq!(of(Operation::Genesis { cluster, members: Members::default() }, false), None);
+        let refused = Operation::Refused { service: None, refused: "Cordon".into(), reasons: Vec::new() };
+        assert_eq!(of(refused, false), None);
+    }
+}
