@@ -16,7 +16,7 @@ use crate::domain::routing::{RoutingState, Status};
 use crate::domain::weights::Weight;
 use crate::node::handle::NodeHandle;
 use crate::protocol::record::Initiator;
-use crate::protocol::{Event, View};
+use crate::protocol::{Event, RoutingKind, View};
 
 use super::state::ApiState;
 
@@ -99,7 +99,7 @@ pub async fn count(node: NodeHandle) {
             Event::Routing { kind, initiator, state, took_ms, .. } if state.status != Status::Prepared => {
                 count_transaction(kind, *initiator, state);
                 if let Some(ms) = took_ms {
-                    let (kind, outcome) = (kind.clone(), state.status.to_string());
+                    let (kind, outcome) = (kind.to_string(), state.status.to_string());
                     let seconds = Duration::from_millis(*ms).as_secs_f64();
                     histogram!("aviary_commit_duration_seconds", "kind" => kind, "outcome" => outcome).record(seconds);
                 }
@@ -120,16 +120,16 @@ pub async fn count(node: NodeHandle) {
 }
 
 /// Counts a refused transaction, or one that sent the traffic back to stable.
-fn count_transaction(kind: &str, initiator: Initiator, state: &RoutingState) {
+fn count_transaction(kind: &RoutingKind, initiator: Initiator, state: &RoutingState) {
     let service = state.service.to_string();
     let reason = match (state.status, kind, initiator) {
         (Status::Aborted, ..) => {
             counter!("aviary_transactions_refused_total", "service" => service).increment(1);
             return;
         }
-        (_, "Revert", _) => "in_doubt",
-        (_, "Rollback", Initiator::Node) => "verdict",
-        (_, "Rollback", Initiator::Client) => "operator",
+        (_, RoutingKind::Revert, _) => "in_doubt",
+        (_, RoutingKind::Rollback, Initiator::Node) => "verdict",
+        (_, RoutingKind::Rollback, Initiator::Client) => "operator",
         _ => return,
     };
     counter!("aviary_rollbacks_total", "service" => service, "reason" => reason).increment(1);

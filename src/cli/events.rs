@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::Value;
 use tokio::time::timeout;
 
+use super::Exit;
+use super::announced::Announced;
 use super::output::{self, Format};
-use super::{Exit, show};
 use crate::client::{Api, StreamEvent, Unreachable};
 
 #[derive(Debug, Args)]
@@ -58,13 +58,25 @@ pub async fn run(api: &Api, args: &EventsArgs, format: Format) -> anyhow::Result
 }
 
 fn line(data: &str, format: Format) -> anyhow::Result<String> {
-    let Ok(json) = serde_json::from_str::<Value>(data) else { return Ok(data.into()) };
+    let announced = Announced::read(data);
     Ok(match format {
+        _ if announced.json.is_null() => data.into(),
         Format::Json => data.replace('\n', ""),
-        Format::Yaml => format!("---\n{}", serde_saphyr::to_string(&json)?.trim_end()),
-        Format::Table => {
-            let from = json["node"].as_str().unwrap_or_default();
-            format!("{}  {from}  {}", show::clock(show::seek(&json, "at")), show::event(&json))
-        }
+        Format::Yaml => format!("---\n{}", serde_saphyr::to_string(&announced.json)?.trim_end()),
+        Format::Table => format!("{}  {}  {}", announced.time(), announced.reporter(), announced.line()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_names_the_node_that_reports_and_json_stays_as_it_is() {
+        let data = r#"{"at":3723000,"reported_by":"b","event":"peer","node":"c","alive":false}"#;
+        let table = line(data, Format::Table).unwrap();
+        assert_eq!(table, "01:02:03  b  peer  alive=false  node=c  reported_by=b");
+        assert_eq!(line(data, Format::Json).unwrap(), data);
+        assert_eq!(line("no JSON", Format::Table).unwrap(), "no JSON");
+    }
 }

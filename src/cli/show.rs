@@ -103,61 +103,6 @@ pub fn rows(value: &Value) -> Vec<&Value> {
     array.map(|items| items.iter().collect()).unwrap_or_default()
 }
 
-/// Returns one line about an event, after its time.
-pub fn event(event: &Value) -> String {
-    let name = text(event, "event");
-    let slot = number(event, "slot").map(|slot| format!("slot {slot}")).unwrap_or_default();
-    let took = number(event, "took_ms").map(|ms| format!("{ms} ms")).unwrap_or_default();
-    let parts = match name.as_str() {
-        "routing" => vec![
-            slot,
-            text(event, "status"),
-            text(event, "kind"),
-            text(event, "service"),
-            weights_of(event, "weights"),
-            number(event, "version").map(|v| format!("version {v}")).unwrap_or_default(),
-            text(event, "phase"),
-            took,
-            reasons(event),
-        ],
-        "membership" => vec![slot, text(event, "kind"), format!("node {}", text(event, "node"))],
-        "verdict" => vec![
-            "verdict".into(),
-            text(event, "service"),
-            verdict(event),
-            number(event, "samples").map(|n| format!("{n} samples")).unwrap_or_default(),
-        ],
-        "analyzed" => vec![
-            "analyzed".into(),
-            text(event, "service"),
-            verdict(event),
-            span(event).unwrap_or_default(),
-            seek(event, "canary").map(|canary| format!("canary {}", failed(canary))).unwrap_or_default(),
-            seek(event, "stable").map(|stable| format!("stable {}", failed(stable))).unwrap_or_default(),
-            evidence(event),
-        ],
-        "enforced" => vec![slot, "enforced everywhere".into(), text(event, "service"), took],
-        _ => {
-            let mut parts = vec![name, slot];
-            let rest = event.as_object().into_iter().flatten();
-            let rest = rest.filter(|(key, v)| !["event", "at", "slot"].contains(&key.as_str()) && !v.is_null());
-            parts.extend(rest.map(|(key, v)| format!("{key}={}", word(v))));
-            parts
-        }
-    };
-    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
-}
-
-/// Returns the time that a verdict looked at, in seconds since the rollout's start.
-fn span(event: &Value) -> Option<String> {
-    let seconds = |key: &str| Some(number(event, key)? as f64 / 1000.0);
-    Some(format!("{}-{} s", seconds("from_ms")?, seconds("to_ms")?))
-}
-
-fn failed(side: &Value) -> String {
-    format!("{} of {} failed", text(side, "errors"), text(side, "count"))
-}
-
 /// Returns the comparison's reckoning in words; empty without one.
 pub fn evidence(value: &Value) -> String {
     let Some(sequential) = seek(value, "sequential").filter(|sequential| sequential.is_object()) else {
@@ -200,21 +145,6 @@ mod tests {
     fn weights_read_the_same_in_both_forms() {
         assert_eq!(weights(&json!({"v1": 0.875, "v2": 0.125})), "v1=87.5% v2=12.5%");
         assert_eq!(weights(&json!([["v1", 8750], ["v2", 1250]])), "v1=87.5% v2=12.5%");
-    }
-
-    #[test]
-    fn a_routing_event_is_one_line() {
-        let state =
-            json!({"service": "m", "version": 3, "status": "COMMITTED", "weights": [["v1", 8000], ["v2", 2000]]});
-        let found = event(&json!({"event": "routing", "slot": 12, "kind": "Promote", "state": state,
-            "phase": "Progressing", "reasons": [], "took_ms": 38, "at": 1, "node": "b"}));
-        assert_eq!(found, "slot 12  COMMITTED  Promote  m  v1=80% v2=20%  version 3  Progressing  38 ms");
-    }
-
-    #[test]
-    fn an_unknown_event_is_shown_with_all_its_fields() {
-        let found = event(&json!({"event": "peer", "node": "c", "alive": false, "at": 5}));
-        assert_eq!(found, "peer  alive=false  node=c");
     }
 
     #[test]

@@ -6,9 +6,12 @@ use clap::Args;
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
+use super::announced::Announced;
 use super::output::{self, Format};
 use super::{Exit, show};
 use crate::client::{Api, StreamEvent, Unreachable, segment};
+use crate::domain::routing::Status;
+use crate::protocol::Event;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Exit codes: 0 completed, 1 rolled back or paused, 2 timeout or no node reachable.\n\n\
@@ -50,7 +53,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
                 return Ok(Exit::Unavailable);
             }
         };
-        let (json, line) = match next {
+        let (json, phase, line) = match next {
             StreamEvent::Connected => {
                 connected = true;
                 let answer = match timeout_at(end, api.get(&path)).await {
@@ -61,13 +64,13 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
                     anyhow::bail!("{}: {}", args.name, answer.error());
                 }
                 let json = answer.json();
-                let line = told.snapshot(&json);
-                (json, line)
+                let (phase, line) = (show::text(&json, "phase"), told.snapshot(&json));
+                (json, phase, line)
             }
             StreamEvent::Event(event) => {
-                let json: Value = serde_json::from_str(&event.data).unwrap_or(Value::Null);
-                let line = told.event(&json);
-                (json, line)
+                let announced = Announced::read(&event.data);
+                let (phase, line) = (announced.phase(), told.event(&announced));
+                (announced.json, phase, line)
             }
             StreamEvent::Lost(why) if !connected => {
                 lost.push(why);
@@ -88,7 +91,7 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
             Format::Json => output::line(&json.to_string())?,
             Format::Yaml => output::put(&format!("---\n{}", serde_saphyr::to_string(&json)?))?,
         }
-        if let Some(exit) = ended(&json) {
+        if let Some(exit) = ended(&phase) {
             return Ok(exit);
         }
     }
@@ -127,24 +130,24 @@ impl LastTold {
     }
 
     /// Returns the line about an event; none when it concerns something else, changes nothing, or was told.
-    fn event(&mut self, json: &Value) -> Option<String> {
-        if show::text(json, "service") != self.service {
+    fn event(&mut self, announced: &Announced) -> Option<String> {
+        if announced.service() != self.service {
             return None;
         }
-        if json["event"] == "routing" {
-            let slot = show::number(json, "slot");
-            if show::text(json, "status") == "PREPARED" || (slot.is_some() && self.slot >= slot) {
+        if let Some(Event::Routing { slot, state, .. }) = announced.event() {
+            let slot = Some(slot.0);
+            if state.status == Status::Prepared || self.slot >= slot {
                 return None;
             }
             self.slot = slot;
         }
-        Some(format!("{}  {}", show::clock(show::seek(json, "at")), show::event(json)))
+        Some(format!("{}  {}", announced.time(), announced.line()))
     }
 }
 
-/// Returns how a rollout in this state ended; none while it goes on.
-fn ended(json: &Value) -> Option<Exit> {
-    match show::text(json, "phase").as_str() {
+/// Returns how a rollout in this phase ended; none while it goes on.
+fn ended(phase: &str) -> Option<Exit> {
+    match phase {
         "Completed" => Some(Exit::Done),
         "RolledBack" | "Paused" => Some(Exit::Refused),
         _ => None,
@@ -154,19 +157,19 @@ fn ended(json: &Value) -> Option<Exit> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::announced::tests::{promotion, sent};
     use serde_json::json;
 
-    fn routing(slot: u64, status: &str, phase: &str) -> Value {
-        let state = json!({"service": "m", "status": status, "weights": [["v1", 9500], ["v2", 500]], "version": slot});
-        json!({"event": "routing", "slot": slot, "kind": "Promote", "phase": phase, "reasons": [], "state": state, "at": 0})
+    fn routing(slot: u64, status: Status, phase: &str) -> Announced {
+        sent(promotion(slot, status, phase))
     }
 
     #[test]
     fn a_transition_is_told_once_and_only_when_decided() {
         let mut told = LastTold { service: "m".into(), slot: None };
-        assert_eq!(told.event(&routing(3, "PREPARED", "Progressing")), None);
-        assert!(told.event(&routing(3, "COMMITTED", "Progressing")).is_some());
-        assert_eq!(told.event(&routing(3, "COMMITTED", "Progressing")), None);
+        assert_eq!(told.event(&routing(3, Status::Prepared, "Progressing")), None);
+        assert!(told.event(&routing(3, Status::Committed, "Progressing")).is_some());
+        assert_eq!(told.event(&routing(3, Status::Committed, "Progressing")), None);
         assert_eq!(told.snapshot(&json!({"slot": 3, "phase": "Progressing"})), None);
         assert!(told.snapshot(&json!({"slot": 4, "phase": "Progressing"})).is_some());
     }
@@ -175,20 +178,20 @@ mod tests {
     fn a_node_that_lags_behind_what_was_answered_is_not_believed() {
         let mut told = LastTold { service: "m".into(), slot: Some(9) };
         assert_eq!(told.snapshot(&json!({"slot": 8, "phase": "Completed"})), None);
-        assert_eq!(told.event(&routing(8, "COMMITTED", "Completed")), None);
+        assert_eq!(told.event(&routing(8, Status::Committed, "Completed")), None);
     }
 
     #[test]
     fn other_services_are_not_told() {
         let mut told = LastTold { service: "other".into(), slot: None };
-        assert_eq!(told.event(&routing(3, "COMMITTED", "Completed")), None);
+        assert_eq!(told.event(&routing(3, Status::Committed, "Completed")), None);
     }
 
     #[test]
     fn the_phases_end_the_program_as_documented() {
-        assert_eq!(ended(&routing(3, "COMMITTED", "Completed")), Some(Exit::Done));
-        assert_eq!(ended(&routing(3, "COMMITTED", "RolledBack")), Some(Exit::Refused));
-        assert_eq!(ended(&json!({"phase": "Paused"})), Some(Exit::Refused));
-        assert_eq!(ended(&json!({"phase": "Baking"})), None);
+        assert_eq!(ended(&routing(3, Status::Committed, "Completed").phase()), Some(Exit::Done));
+        assert_eq!(ended(&routing(3, Status::Committed, "RolledBack").phase()), Some(Exit::Refused));
+        assert_eq!(ended("Paused"), Some(Exit::Refused));
+        assert_eq!(ended("Baking"), None);
     }
 }

@@ -5,10 +5,10 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::interval;
 
+use super::announced::Announced;
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, cluster, read, show, status, wall_ms};
 use crate::client::{Api, StreamEvent, segment};
@@ -78,8 +78,8 @@ impl Screen {
     fn take(&mut self, next: Option<StreamEvent>) -> anyhow::Result<()> {
         let line = match next {
             Some(StreamEvent::Event(event)) => {
-                let json: Value = serde_json::from_str(&event.data).unwrap_or(Value::Null);
-                format!("{}  {}", show::clock(show::seek(&json, "at")), show::event(&json))
+                let announced = Announced::read(&event.data);
+                format!("{}  {}", announced.time(), announced.line())
             }
             Some(StreamEvent::Lost(why)) => format!("{}  stream lost: {why}", show::clock_of(wall_ms())),
             Some(StreamEvent::Connected) => return Ok(()),
@@ -111,7 +111,8 @@ mod tests {
     fn only_the_last_events_stay_on_the_screen() {
         let mut screen = Screen::default();
         for slot in 0..20 {
-            let data = format!(r#"{{"event":"enforced","slot":{slot},"service":"m","took_ms":5,"at":0}}"#);
+            let event = format!(r#""event":"enforced","slot":{slot},"service":"m","took_ms":5"#);
+            let data = format!(r#"{{"at":0,"reported_by":"a",{event}}}"#);
             screen.take(Some(StreamEvent::Event(SseEvent { id: None, data }))).unwrap();
         }
         assert_eq!(screen.events.len(), EVENTS_SHOWN);

@@ -4,55 +4,66 @@
 
 use prost_types::Timestamp;
 
-use crate::domain::rollout::Change;
 use crate::domain::run::{AnswerSummary, WindowVerdict};
 use crate::domain::verdict;
-use crate::protocol::record::{Chosen, Operation};
+use crate::protocol::record::Chosen;
+use crate::protocol::{Event, RoutingKind};
 use crate::schema::v1::{self, Decision, DecisionKind, Verdict, VersionSummary};
 
 pub mod follow;
 pub mod guard;
 pub mod publish;
 
-/// Returns what a record decides about a service; none for what is no service's.
+/// Returns what a record decides about a service, as its [`Event`] tells it; none for a record that concerns no service.
 pub fn decision(chosen: &Chosen) -> Option<Decision> {
-    let record = &chosen.record;
-    let operation = &record.intent.operation;
-    let state = record.state.as_ref()?;
-    let (window, rollout_generation) = match operation {
-        Operation::Verdict { window_verdict, rollout_generation, .. } => {
-            (Some(window(window_verdict)), *rollout_generation)
+    // A decision says neither where the rollout stands nor how long the transaction took: not every node knows that.
+    let event = Event::of(chosen, String::new(), None)?;
+    let (kind, reasons, window, rollout_generation) = match event {
+        Event::Routing { kind, reasons, .. } => (kind_of(&kind), reasons, None, 0),
+        Event::Analyzed { rollout_generation, window_verdict, .. } => {
+            let reason = Some(window_verdict.verdict.reason().to_owned()).filter(|reason| !reason.is_empty());
+            let reasons = reason.into_iter().collect();
+            (DecisionKind::Verdict, reasons, Some(window(&window_verdict)), rollout_generation)
         }
-        _ => (None, 0),
+        // Of no service, or of no record.
+        Event::Membership { .. }
+        | Event::Voted { .. }
+        | Event::Verdict { .. }
+        | Event::LocalHold { .. }
+        | Event::Enforced { .. }
+        | Event::Lease { .. }
+        | Event::Coordinator { .. }
+        | Event::Peer { .. }
+        | Event::Rejected { .. } => return None,
     };
+    let (record, state) = (&chosen.record, chosen.record.state.as_ref()?);
     let at_ms = record.intent.at.0;
     Some(Decision {
         sequence: record.slot.0,
         service: state.service.to_string(),
-        kind: kind(operation).into(),
+        kind: kind.into(),
         transaction_id: record.intent.tx.to_string(),
         routing_version: state.version,
         stable_version: state.stable_model_id.to_string(),
         canary_version: state.canary_model_id.as_ref().map(ToString::to_string).unwrap_or_default(),
         canary_weight_bp: state.canary_weight().bp().into(),
-        reasons: operation.reasons(),
+        reasons,
         decision_time: Some(Timestamp { seconds: (at_ms / 1000) as i64, nanos: (at_ms % 1000 * 1_000_000) as i32 }),
         window,
         rollout_generation,
     })
 }
 
-fn kind(operation: &Operation) -> DecisionKind {
-    match operation {
-        Operation::Change(_, Change::Start(_)) => DecisionKind::Start,
-        Operation::Change(_, Change::Promote { .. }) => DecisionKind::Promote,
-        Operation::Change(_, Change::Pause { .. }) => DecisionKind::Pause,
-        Operation::Change(_, Change::Resume) => DecisionKind::Resume,
-        Operation::Change(_, Change::Rollback { .. }) => DecisionKind::Rollback,
-        Operation::Revert { .. } => DecisionKind::Revert,
-        Operation::Refused { .. } => DecisionKind::Refused,
-        Operation::Verdict { .. } => DecisionKind::Verdict,
-        Operation::Genesis { .. } | Operation::Config(_) => DecisionKind::Unspecified,
+/// Returns the kind as the schema spells it.
+fn kind_of(kind: &RoutingKind) -> DecisionKind {
+    match kind {
+        RoutingKind::Start => DecisionKind::Start,
+        RoutingKind::Promote => DecisionKind::Promote,
+        RoutingKind::Pause => DecisionKind::Pause,
+        RoutingKind::Resume => DecisionKind::Resume,
+        RoutingKind::Rollback => DecisionKind::Rollback,
+        RoutingKind::Revert => DecisionKind::Revert,
+        RoutingKind::Refused { .. } => DecisionKind::Refused,
     }
 }
 
@@ -85,10 +96,10 @@ fn summary(summary: &AnswerSummary) -> VersionSummary {
 mod tests {
     use super::*;
     use crate::domain::ids::{ClusterId, NodeId, ServiceId, TxId};
-    use crate::domain::rollout::{Service, Stamp, Target};
+    use crate::domain::rollout::{Change, Service, Stamp, Target};
     use crate::domain::run::SequentialEvidence;
     use crate::domain::time::Wall;
-    use crate::protocol::record::{ConfigChange, Hash, Initiator, Intent, Members, Record, Slot};
+    use crate::protocol::record::{ConfigChange, Hash, Initiator, Intent, Members, Operation, Record, Slot};
 
     const AT_MS: u64 = 1_700_000_000_123;
     const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \

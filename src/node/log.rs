@@ -21,7 +21,7 @@ pub fn write(announcement: &Announcement) {
             };
             let canary_model_id = canary_model_id.as_ref().map(tracing::field::display);
             info!(
-                %service, slot = slot.0, kind, version, %stable_model_id, canary_model_id,
+                %service, slot = slot.0, kind = kind.to_string(), version, %stable_model_id, canary_model_id,
                 weights = %weights_json(state), %status, %txid, %timestamp, phase,
                 reasons = (!reasons.is_empty()).then(|| reasons.join("; ")), took_ms, "{what}"
             );

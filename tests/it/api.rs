@@ -212,6 +212,27 @@ async fn a_replayed_rollback_says_why_and_where_it_led() {
 }
 
 #[tokio::test]
+async fn a_decision_reads_the_same_live_and_resumed() {
+    let a = node("a", "a", &[], None).await;
+    a.handle.published.publish(view("a", "a", 1, started().1));
+    let mut live = follow(a.port, "").await;
+    assert!(stream(&mut live, 200).await.1, "the stream is open before anything is decided");
+    a.handle.published.publish(view("a", "a", 2, rollback().1));
+    let event = Event::of(&log()[2], "RolledBack".into(), None).unwrap();
+    a.events.send(Arc::new(Announcement { at: Wall(2), node: NodeId::new("a").unwrap(), event })).unwrap();
+    let mut resumed = follow(a.port, "last-event-id: 1\r\n").await;
+    let mut told = Vec::new();
+    for open in [&mut live, &mut resumed] {
+        let (text, _) = stream(open, 300).await;
+        let lines = text.lines().filter(|line| line.starts_with("id:") || line.starts_with("data:"));
+        told.push(lines.map(str::to_owned).collect::<Vec<_>>());
+    }
+    assert_eq!(told[0], told[1]);
+    let kind_and_state = r#""kind":"Rollback","initiator":"client","state":{"service":"svc","version":2,"#;
+    assert!(told[0].len() == 2 && told[0].concat().contains(kind_and_state), "{told:?}");
+}
+
+#[tokio::test]
 async fn a_stream_that_lagged_goes_on_though_nothing_was_decided_meanwhile() {
     let a = node("a", "a", &[], None).await;
     let mut open = follow(a.port, "").await;

@@ -3,7 +3,6 @@
 //! Every promise made in a message is persisted before the message (see the contract in [`crate::protocol`]).
 
 use crate::domain::ids::{Incarnation, NodeId};
-use crate::domain::routing::{RoutingState, Status};
 use crate::domain::time::Mono;
 
 use super::context::Context;
@@ -115,10 +114,9 @@ impl Acceptor {
         let Ok(record) = ctx.ledger.next_record(intent.clone(), None) else { return };
         let Some(state) = record.state else { return };
         let phase = ctx.ledger.services.get(id).map_or(String::new(), |known| known.service.rollout.phase.to_string());
-        let state = RoutingState { status: Status::Prepared, ..state };
-        let kind = intent.operation.name().into();
-        let initiator = intent.initiator;
-        ctx.announce(Event::Routing { slot: *slot, kind, initiator, state, phase, reasons: Vec::new(), took_ms: None });
+        if let Some(event) = Event::prepared(*slot, intent, state, phase) {
+            ctx.announce(event);
+        }
     }
 
     /// Returns why a proposal isn't accepted; none when it may be.

@@ -50,7 +50,7 @@ mod tests;
 mod view;
 
 pub use self::core::Core;
-pub use event::{Announcement, Event};
+pub use event::{Announcement, Event, RoutingKind, RoutingKindError};
 pub use log::{checkpoint, codec, ledger, record};
 pub use settings::{Retention, Settings, Timings};
 pub use view::{Hold, MemberView, Mode, ServiceView, Serving, View};

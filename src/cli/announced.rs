@@ -1,0 +1,248 @@
+//! Events of the cluster as lines for people.
+//!
+//! A line is made from the same typed [`Event`] that nodes announce. A newer node may announce what this program doesn't know; that is
+//! shown with all its fields.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::show;
+use crate::domain::ids::ServiceId;
+use crate::domain::routing::RoutingState;
+use crate::domain::run::{AnswerSummary, SequentialEvidence, WindowVerdict};
+use crate::domain::verdict::Verdict;
+use crate::domain::weights::Weights;
+use crate::protocol::{Announcement, Event};
+
+/// An event from the API's stream.
+#[derive(Debug)]
+pub struct Announced {
+    /// The event as it was sent; null where that was no JSON.
+    pub json: Value,
+    /// The same, typed; none where this program doesn't know it.
+    known: Option<Announcement>,
+}
+
+impl Announced {
+    /// Reads the data of an event.
+    pub fn read(data: &str) -> Self {
+        let json = serde_json::from_str(data).unwrap_or(Value::Null);
+        let known = Announcement::deserialize(&json).ok();
+        Self { json, known }
+    }
+
+    /// Returns the event; none where this program doesn't know it.
+    pub fn event(&self) -> Option<&Event> {
+        self.known.as_ref().map(|announcement| &announcement.event)
+    }
+
+    /// Returns the time of day (UTC) at which it happened.
+    pub fn time(&self) -> String {
+        show::clock(show::seek(&self.json, "at"))
+    }
+
+    /// Returns the node that reports it.
+    pub fn reporter(&self) -> String {
+        show::text(&self.json, "reported_by")
+    }
+
+    /// Returns the service that it is about; empty where it is about nodes.
+    pub fn service(&self) -> String {
+        match self.event() {
+            Some(event) => event.service().map(ServiceId::to_string).unwrap_or_default(),
+            None => show::text(&self.json, "service"),
+        }
+    }
+
+    /// Returns the phase that the rollout is in after it; empty where it doesn't say.
+    pub fn phase(&self) -> String {
+        match self.event() {
+            Some(Event::Routing { phase, .. }) => phase.clone(),
+            Some(_) => String::new(),
+            None => show::text(&self.json, "phase"),
+        }
+    }
+
+    /// Returns the event as one line, without its time.
+    pub fn line(&self) -> String {
+        let parts = match self.event() {
+            Some(Event::Routing { slot, kind, initiator: _, state, phase, reasons, took_ms }) => {
+                let RoutingState { service, version, weights, status, .. } = state;
+                vec![
+                    format!("slot {slot}"),
+                    status.to_string(),
+                    kind.to_string(),
+                    service.to_string(),
+                    percentages(weights),
+                    format!("version {version}"),
+                    phase.clone(),
+                    took_ms.map(|ms| format!("{ms} ms")).unwrap_or_default(),
+                    reasons.join("; "),
+                ]
+            }
+            Some(Event::Membership { slot, kind, node, txid: _ }) => {
+                vec![format!("slot {slot}"), kind.clone(), format!("node {node}")]
+            }
+            Some(Event::Verdict { service, routing_version: _, verdict, samples }) => {
+                vec!["verdict".into(), service.to_string(), words(verdict), format!("{samples} samples")]
+            }
+            Some(Event::Analyzed { service, window_verdict, .. }) => analyzed(service, window_verdict),
+            Some(Event::Enforced { service, slot, took_ms }) => {
+                let took = format!("{took_ms} ms");
+                vec![format!("slot {slot}"), "enforced everywhere".into(), service.to_string(), took]
+            }
+            Some(
+                Event::Voted { .. }
+                | Event::LocalHold { .. }
+                | Event::Lease { .. }
+                | Event::Coordinator { .. }
+                | Event::Peer { .. }
+                | Event::Rejected { .. },
+            )
+            | None => fields(&self.json),
+        };
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
+    }
+}
+
+fn percentages(weights: &Weights) -> String {
+    let part = |(version, weight): &(_, crate::domain::weights::Weight)| {
+        format!("{version}={}%", (weight.fraction() * 10_000.0).round() / 100.0)
+    };
+    weights.iter().map(part).collect::<Vec<_>>().join(" ")
+}
+
+fn words(verdict: &Verdict) -> String {
+    match verdict {
+        Verdict::Promote => "Promote".into(),
+        Verdict::Hold(why) => format!("Hold: {why}"),
+        Verdict::Pause(why) => format!("Pause: {why}"),
+        Verdict::Rollback(why) => format!("Rollback: {why}"),
+    }
+}
+
+fn analyzed(service: &ServiceId, window_verdict: &WindowVerdict) -> Vec<String> {
+    let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
+    let seconds = |ms: u64| ms as f64 / 1000.0;
+    let failed = |AnswerSummary { count, errors, .. }: &AnswerSummary| format!("{errors} of {count} failed");
+    vec![
+        "analyzed".into(),
+        service.to_string(),
+        words(verdict),
+        format!("{}-{} s", seconds(*from_ms), seconds(*to_ms)),
+        format!("canary {}", failed(canary)),
+        format!("stable {}", failed(stable)),
+        sequential.as_ref().map(evidence).unwrap_or_default(),
+    ]
+}
+
+fn evidence(sequential: &SequentialEvidence) -> String {
+    let SequentialEvidence { e_value, bound, alpha_spent, .. } = sequential;
+    format!("e {e_value:.2} of {bound:.0}, α spent {alpha_spent:.4}")
+}
+
+/// Returns the event's name and slot, and then every other field.
+fn fields(json: &Value) -> Vec<String> {
+    let slot = show::number(json, "slot").map(|slot| format!("slot {slot}")).unwrap_or_default();
+    let mut parts = vec![show::text(json, "event"), slot];
+    let rest = json.as_object().into_iter().flatten();
+    let rest = rest.filter(|(key, v)| !["event", "at", "slot"].contains(&key.as_str()) && !v.is_null());
+    parts.extend(rest.map(|(key, v)| format!("{key}={}", show::word(v))));
+    parts
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::domain::ids::{NodeId, TxId, VersionId};
+    use crate::domain::routing::Status;
+    use crate::domain::time::Wall;
+    use crate::domain::weights::Weight;
+    use crate::protocol::RoutingKind;
+    use crate::protocol::record::{Initiator, Slot};
+
+    /// Returns an event as a node sends it: node b announces it at 01:02:03.
+    pub fn sent(event: Event) -> Announced {
+        let node = NodeId::new("b").unwrap();
+        let announced =
+            Announced::read(&serde_json::to_string(&Announcement { at: Wall(3_723_000), node, event }).unwrap());
+        assert!(announced.event().is_some(), "not read back: {}", announced.json);
+        announced
+    }
+
+    /// Returns that a promotion of service m to 20 % in slot `slot` has this status, and leaves the rollout in this phase.
+    pub fn promotion(slot: u64, status: Status, phase: &str) -> Event {
+        let version = |name| VersionId::new(name).unwrap();
+        let part = |name, bp| (version(name), Weight::from_bp(bp).unwrap());
+        let state = RoutingState {
+            service: service(),
+            version: 3,
+            stable_model_id: version("v1"),
+            canary_model_id: Some(version("v2")),
+            weights: Weights::new(vec![part("v1", 8_750), part("v2", 1_250)]).unwrap(),
+            status,
+            txid: TxId::new("tx").unwrap(),
+            timestamp: Wall(1),
+        };
+        let (kind, initiator) = (RoutingKind::Promote, Initiator::Client);
+        let (slot, phase, took_ms) = (Slot(slot), phase.into(), Some(38));
+        Event::Routing { slot, kind, initiator, state, phase, reasons: Vec::new(), took_ms }
+    }
+
+    fn service() -> ServiceId {
+        ServiceId::new("m").unwrap()
+    }
+
+    #[test]
+    fn a_decision_is_one_line() {
+        let event = promotion(12, Status::Committed, "Progressing");
+        let promoted = sent(event.clone());
+        let expected = "slot 12  COMMITTED  Promote  m  v1=87.5% v2=12.5%  version 3  Progressing  38 ms";
+        assert_eq!(promoted.line(), expected);
+        assert_eq!((promoted.time().as_str(), promoted.reporter().as_str()), ("01:02:03", "b"));
+        let Event::Routing { slot, initiator, state, .. } = event else { unreachable!() };
+        let (kind, reasons) =
+            (RoutingKind::Refused { refused: "Promote".into() }, vec!["a: no".into(), "c: silent".into()]);
+        let (state, phase) = (RoutingState { status: Status::Aborted, ..state }, String::new());
+        let refused = sent(Event::Routing { slot, kind, initiator, state, phase, reasons, took_ms: None });
+        let expected = "slot 12  ABORTED  Refused(Promote)  m  v1=87.5% v2=12.5%  version 3  a: no; c: silent";
+        assert_eq!(refused.line(), expected);
+    }
+
+    #[test]
+    fn a_change_of_membership_is_told_of_one_node_by_another() {
+        let (node, txid) = (NodeId::new("c").unwrap(), TxId::new("tx").unwrap());
+        let changed = sent(Event::Membership { slot: Slot(4), kind: "Cordon".into(), node, txid });
+        assert_eq!((changed.line().as_str(), changed.reporter().as_str()), ("slot 4  Cordon  node c", "b"));
+    }
+
+    #[test]
+    fn the_analysis_is_told_with_its_evidence() {
+        let verdict = Verdict::Hold("too few answers".into());
+        let held = sent(Event::Verdict { service: service(), routing_version: 3, verdict, samples: 7 });
+        assert_eq!(held.line(), "verdict  m  Hold: too few answers  7 samples");
+        let sequential =
+            SequentialEvidence { e_value: 7.5, bound: 100.0, e_errors: 1.0, e_latency: 2.0, alpha_spent: 0.01 };
+        let window_verdict = WindowVerdict {
+            verdict: Verdict::Promote,
+            canary: AnswerSummary { count: 40, errors: 9, p50_ms: Some(1.5), ..AnswerSummary::default() },
+            sequential: Some(sequential),
+            ..WindowVerdict::unseen(3_000, 4_500)
+        };
+        let slot = Some(Slot(5));
+        let analyzed = sent(Event::Analyzed { slot, service: service(), rollout_generation: 1, window_verdict });
+        let expected = "analyzed  m  Promote  3-4.5 s  canary 9 of 40 failed  stable 0 of 0 failed  \
+            e 7.50 of 100, α spent 0.0100";
+        assert_eq!(analyzed.line(), expected);
+    }
+
+    #[test]
+    fn what_is_not_known_is_shown_with_all_its_fields() {
+        let peer = sent(Event::Peer { node: NodeId::new("c").unwrap(), alive: false });
+        assert_eq!(peer.line(), "peer  alive=false  node=c  reported_by=b");
+        let newer = Announced::read(r#"{"event":"frozen","slot":3,"at":1,"service":"m","phase":"Paused","until":9}"#);
+        assert!(newer.event().is_none());
+        assert_eq!(newer.line(), "frozen  slot 3  phase=Paused  service=m  until=9");
+        assert_eq!((newer.service().as_str(), newer.phase().as_str()), ("m", "Paused"));
+    }
+}
