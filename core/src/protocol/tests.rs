@@ -27,6 +27,7 @@ use crate::fixtures;
 
 mod initiator;
 mod limits;
+mod restore;
 mod run;
 mod text;
 

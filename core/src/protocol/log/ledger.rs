@@ -358,18 +358,32 @@ impl Ledger {
 
     /// Returns what another cluster begins with that takes over from this log, which lost its majority: the same services,
     /// all of their traffic on stable, other members and another id.
-    pub fn refounded(mut self, cluster: ClusterId, members: Members, at: Wall) -> Result<Self, RecordError> {
+    pub fn refounded(self, cluster: ClusterId, members: Members, at: Wall) -> Result<Self, RecordError> {
+        self.continued(cluster, members, at, "the cluster was founded anew from one node")
+    }
+
+    /// Returns what another cluster begins with that is restored from this log's backup: the same services with all of their
+    /// traffic on stable, because the evidence for a canary is gone; other members and another id; and no outcome of a
+    /// transaction, because only the old cluster's clients know those ids. `source` names the backup.
+    pub fn restored(self, cluster: ClusterId, members: Members, at: Wall, source: &str) -> Result<Self, RecordError> {
+        let mut ledger = self.continued(cluster, members, at, &format!("restored from {source}"))?;
+        ledger.settled.clear();
+        ledger.order.clear();
+        Ok(ledger)
+    }
+
+    /// Ends every rollout that is under way, and puts another cluster's id and members in place.
+    fn continued(mut self, cluster: ClusterId, members: Members, at: Wall, reason: &str) -> Result<Self, RecordError> {
         let active =
             self.services.iter().filter(|(_, service_state)| service_state.service.routing.canary_model_id.is_some());
         for (number, id) in active.map(|(id, _)| id.clone()).collect::<Vec<_>>().into_iter().enumerate() {
-            let reason = "the cluster was founded anew from one node".to_string();
             let tx = TxId::new(format!("refound-{cluster}-{number}")).expect("made of id characters");
             let intent = Intent {
                 initiator: Initiator::Node,
                 tx,
                 digest: 0,
                 at,
-                operation: Operation::Change(id, Change::Rollback { reason }),
+                operation: Operation::Change(id, Change::Rollback { reason: reason.to_string() }),
             };
             let record = self.next_record(intent, None)?;
             self.apply(&Chosen { ballot: None, record })?;
