@@ -22,6 +22,7 @@
 //! 14. [`code`], [`client`]: the names of the API's errors, and a client of the API that goes by them. [`http_client`] sends its requests,
 //!     and all others that are not relayed traffic.
 //! 15. [`config`]: the files that people write, checked once, at the edge.
+//!     [`backup`]: the format of a cluster's backup.
 //! 16. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
 //! 17. [`backoff`]: waits between tries.
 //! 18. [`cli`]: the command line, a file for each verb or small group of verbs.
@@ -31,6 +32,7 @@ pub use aviary_core::{domain, protocol};
 pub mod adapters;
 pub mod api;
 pub mod backoff;
+pub mod backup;
 pub mod cli;
 pub mod client;
 pub mod code;

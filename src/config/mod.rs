@@ -4,6 +4,7 @@
 
 pub mod genesis;
 pub mod node;
+pub mod redact;
 pub mod rollout;
 pub mod router;
 

@@ -25,6 +25,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "telemetry::event",
         ],
     ),
+    ("backup", &["domain", "protocol"]),
     ("entropy", &[]),
     ("http_client", &["http_client"]),
     ("listener", &["listener"]),
@@ -42,6 +43,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "api",
         &[
+            "backup",
             "code",
             "domain",
             "entropy",
