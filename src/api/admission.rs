@@ -25,6 +25,8 @@ pub async fn check(State(state): State<ApiState>, mut request: Request, next: Ne
         (_, "/livez" | "/readyz") => return next.run(request).await,
         (_, path) if path.starts_with("/grpc.health.v1.Health/") => return next.run(request).await,
         (_, path) if LOOKING.iter().any(|service| path.starts_with(service)) => Role::Viewer,
+        // A backup is the whole cluster in a file.
+        (true, "/v1/cluster/backup") => Role::Admin,
         (true, _) => Role::Viewer,
         (false, path) if path.starts_with("/v1/cluster") => Role::Admin,
         (false, _) => Role::Operator,

@@ -7,11 +7,11 @@ use subtle::ConstantTimeEq;
 /// Permissions of a token; each role includes those of the one before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// May read everything, and change nothing.
+    /// May read everything but a backup, and change nothing.
     Viewer,
     /// May also change rollouts and report telemetry.
     Operator,
-    /// May also change the cluster's members.
+    /// May also change the cluster's members, and back the cluster up.
     Admin,
 }
 

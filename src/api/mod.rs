@@ -1,7 +1,7 @@
 //! The operators' API: rollouts, the cluster, events and metrics over HTTP.
 //!
 //! `write` takes changes (forwarding them to the coordinator), `show` tells what is, `events` streams what happens,
-//! `auth` knows tokens and roles, `admission` lets requests through by them; `state` is what all of them share.
+//! `backup` streams a backup, `auth` knows tokens and roles, `admission` lets requests through by them; `state` is what all of them share.
 
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::status;
 
 mod admission;
 pub mod auth;
+mod backup;
 mod events;
 pub mod grpc;
 pub mod metrics;
@@ -24,6 +25,7 @@ mod state;
 mod telemetry;
 mod write;
 
+pub use backup::BackupSource;
 pub use state::ApiState;
 use state::{BODY_BYTES_MAX, error};
 
@@ -50,7 +52,7 @@ pub async fn serve(listener: impl Accept, state: ApiState) {
 
 const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \
     POST /v1/rollouts/{name}/{promote|pause|resume|abort|retry|undo}, GET /v1/events, GET /v1/cluster, \
-    POST /v1/cluster/{cordon|uncordon|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
+    GET /v1/cluster/backup, POST /v1/cluster/{cordon|uncordon|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
 
 fn router(state: ApiState) -> Router {
     let router = Router::new()
@@ -60,6 +62,7 @@ fn router(state: ApiState) -> Router {
         .route("/v1/rollouts/{name}/{verb}", post(write::change))
         .route("/v1/events", get(events::follow))
         .route("/v1/cluster", get(show::cluster))
+        .route("/v1/cluster/backup", get(backup::stream))
         .route("/v1/cluster/{verb}", post(write::configure))
         .route("/v1/telemetry", post(telemetry::report).layer(DefaultBodyLimit::max(telemetry::BATCH_BYTES_MAX)))
         .route("/metrics", get(metrics::scrape))

@@ -18,6 +18,7 @@ use crate::node::handle::NodeHandle;
 use crate::telemetry::Intake;
 
 use super::auth::Tokens;
+use super::backup::BackupSource;
 
 /// State that the API's handlers share.
 #[derive(Clone)]
@@ -29,6 +30,8 @@ pub struct ApiState {
     pub(super) metrics: PrometheusHandle,
     pub(super) intake: Intake,
     pub(super) client: HttpClient,
+    /// What a backup holds beside the log; none: this node makes none.
+    pub(super) backup: Option<BackupSource>,
     /// Cancelled when the API ends, so that streams do.
     pub(super) shutdown: CancellationToken,
 }
@@ -49,7 +52,21 @@ impl ApiState {
     ) -> Self {
         let client = HttpClient::new(HttpSettings::new(CONNECT_TIMEOUT));
         let intake = Intake::new(node.clone(), "http");
-        Self { node, peers: Arc::new(peers), tokens: tokens.map(Arc::new), metrics, intake, client, shutdown }
+        Self {
+            node,
+            peers: Arc::new(peers),
+            tokens: tokens.map(Arc::new),
+            metrics,
+            intake,
+            client,
+            backup: None,
+            shutdown,
+        }
+    }
+
+    /// Returns the API of a node that makes backups.
+    pub fn with_backup(self, source: BackupSource) -> Self {
+        Self { backup: Some(source), ..self }
     }
 }
 

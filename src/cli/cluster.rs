@@ -16,6 +16,7 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::backup::{self, BackupArgs, RestoreArgs, VerifyBackupArgs};
 use super::node::identity_files;
 use super::output::{Format, facts, table};
 use super::write::{self, WriteArgs};
@@ -30,6 +31,12 @@ pub enum ClusterVerb {
     Issue(IssueArgs),
     /// Create a new cluster from one node's data, after a majority lost their disks. The node must be stopped.
     ForceNew(ForceNewArgs),
+    /// Write a backup of the running cluster into a file, from any node: its log, its checkpoint and the node's configuration.
+    Backup(BackupArgs),
+    /// Verify a backup, and show what is in it.
+    VerifyBackup(VerifyBackupArgs),
+    /// Create a new cluster from a backup. It has another id and another certificate authority than the old one.
+    Restore(RestoreArgs),
     /// Create the data directory of a new node for an existing cluster.
     Join(JoinArgs),
     /// Make a running node a voter; `join` printed its incarnation.
@@ -264,7 +271,7 @@ pub fn init(args: InitArgs) -> anyhow::Result<()> {
 }
 
 /// Makes a cluster that begins with its genesis, or with a ledger that continues another one's.
-fn found(
+pub(super) fn found(
     args: &InitArgs,
     continued: impl FnOnce(&genesis::Founding) -> anyhow::Result<Option<Ledger>>,
 ) -> anyhow::Result<()> {
@@ -316,6 +323,8 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
         ClusterVerb::Init(_) | ClusterVerb::Issue(_) | ClusterVerb::Join(_) | ClusterVerb::ForceNew(_) => {
             unreachable!("handled before the runtime starts")
         }
+        ClusterVerb::VerifyBackup(_) | ClusterVerb::Restore(_) => unreachable!("handled before the runtime starts"),
+        ClusterVerb::Backup(args) => backup::run(api, &args, format).await,
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
         ClusterVerb::Cordon(args) => change(api, "cordon", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Uncordon(args) => change(api, "uncordon", json!({ "node": args.node }), args.write, format).await,

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod announced;
+mod backup;
 mod check;
 mod cluster;
 mod events;
@@ -204,6 +205,8 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Node(args) => node::run(args).map(|()| Exit::Done),
         Verb::Cluster(cluster::ClusterVerb::Init(args)) => cluster::init(args).map(|()| Exit::Done),
         Verb::Cluster(cluster::ClusterVerb::ForceNew(args)) => cluster::force_new(args).map(|()| Exit::Done),
+        Verb::Cluster(cluster::ClusterVerb::VerifyBackup(args)) => backup::verify(&args, cli.global.output),
+        Verb::Cluster(cluster::ClusterVerb::Restore(args)) => backup::restore(&args),
         Verb::Cluster(cluster::ClusterVerb::Join(args)) => cluster::join(&args).map(|()| Exit::Done),
         Verb::Cluster(cluster::ClusterVerb::Issue(args)) => cluster::issue(&args).map(|()| Exit::Done),
         Verb::Config(verb) => check::run(&verb),

@@ -25,10 +25,11 @@ use crate::adapters::net::PlainNetwork;
 use crate::adapters::redis::{self, RedisDecisions, RedisProbe};
 use crate::adapters::tls::{Files, TlsNetwork};
 use crate::api::auth::Tokens;
-use crate::api::{self, ApiState};
+use crate::api::{self, ApiState, BackupSource};
 #[cfg(feature = "kafka")]
 use crate::config::node::Kafka;
 use crate::config::node::{IdentityFiles, NodeConfig, is_loopback};
+use crate::config::redact::without_secrets;
 use crate::decisions;
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
@@ -98,6 +99,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     servers.spawn(async { plane.await.unwrap_or_else(|failure| error!("{failure:#}")) });
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
+    let state = state.with_backup(backup_source(&config)?);
     if let Some(url) = &config.redis {
         start_redis(url, &handle, &servers, &shutdown)?;
     }
@@ -216,6 +218,14 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         },
         shutdown,
     )
+}
+
+/// Returns what a backup of this node holds beside its log: its file as it is now, without secrets.
+fn backup_source(config: &NodeConfig) -> anyhow::Result<BackupSource> {
+    let file = || config.file.display().to_string();
+    let text = fs::read_to_string(&config.file).with_context(file)?;
+    let text = without_secrets(&text).with_context(file)?;
+    Ok(BackupSource::new(text, identity_files(config).map(|files| files.authority)))
 }
 
 /// Returns where a node's identity is; none when the control plane is plaintext.

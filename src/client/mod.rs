@@ -20,9 +20,11 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::code::Code;
 use crate::http_client::{HttpClient, HttpError, HttpSettings, OpenAnswer};
 
+mod download;
 mod failure;
 mod sse;
 
+pub use download::{Download, DownloadBody};
 pub use failure::{AddressError, NodeError, NodeFailure, NodeRefusal, Unreachable};
 pub use sse::SseEvent;
 use sse::SseParser;

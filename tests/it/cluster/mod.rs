@@ -1,6 +1,7 @@
 //! Whole clusters of real processes: what a user would see.
 #![expect(clippy::disallowed_methods, reason = "these tests wait for real processes, on the real clock")]
 
+mod backup;
 mod chaos;
 mod disk;
 mod failure;
