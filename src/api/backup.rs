@@ -9,35 +9,18 @@ use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::{StatusCode, header};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::spawn_blocking;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{info, warn};
 
-use super::state::{ApiState, error};
+use super::state::{ApiState, BackupSource, error};
 use crate::backup::{Header, RECORDS_MAX, Writer};
 use crate::node::handle::NodeHandle;
 use crate::ports::StoreError;
 use crate::protocol::View;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::record::{Chosen, Slot};
-
-/// What a backup holds beside the node's log.
-#[derive(Debug, Clone)]
-pub struct BackupSource {
-    config: Arc<str>,
-    authority: Option<PathBuf>,
-    /// A backup reads the whole log, and a checkpoint into memory: one at a time.
-    turn: Arc<Semaphore>,
-}
-
-impl BackupSource {
-    /// Returns the source of a node whose file, without its secrets, is `config`, and whose authority's certificate is in the file
-    /// `authority`, if its control plane has one.
-    pub fn new(config: String, authority: Option<PathBuf>) -> Self {
-        Self { config: config.into(), authority, turn: Arc::new(Semaphore::new(1)) }
-    }
-}
 
 /// Pieces that wait for a slow client; the node reads no further meanwhile.
 const WAITING_MAX: usize = 2;

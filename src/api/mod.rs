@@ -25,8 +25,7 @@ mod state;
 mod telemetry;
 mod write;
 
-pub use backup::BackupSource;
-pub use state::ApiState;
+pub use state::{ApiState, BackupSource};
 use state::{BODY_BYTES_MAX, error};
 
 /// Bounds of the API's port: people and scripts, not traffic.

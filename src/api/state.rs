@@ -1,6 +1,7 @@
 //! What the API's handlers share: the node, the peers, and how an error looks.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::code::Code;
@@ -18,7 +20,6 @@ use crate::node::handle::NodeHandle;
 use crate::telemetry::Intake;
 
 use super::auth::Tokens;
-use super::backup::BackupSource;
 
 /// State that the API's handlers share.
 #[derive(Clone)]
@@ -34,6 +35,23 @@ pub struct ApiState {
     pub(super) backup: Option<BackupSource>,
     /// Cancelled when the API ends, so that streams do.
     pub(super) shutdown: CancellationToken,
+}
+
+/// What a backup holds beside the node's log.
+#[derive(Debug, Clone)]
+pub struct BackupSource {
+    pub(super) config: Arc<str>,
+    pub(super) authority: Option<PathBuf>,
+    /// A backup reads the whole log, and a checkpoint into memory: one at a time.
+    pub(super) turn: Arc<Semaphore>,
+}
+
+impl BackupSource {
+    /// Returns the source of a node whose file, without its secrets, is `config`, and whose authority's certificate is in the file
+    /// `authority`, if its control plane has one.
+    pub fn new(config: String, authority: Option<PathBuf>) -> Self {
+        Self { config: config.into(), authority, turn: Arc::new(Semaphore::new(1)) }
+    }
 }
 
 /// Longest body of a request: a rollout file is a few kilobytes.
