@@ -139,6 +139,9 @@ impl<const BUG: u8> Subject for Bent<BUG> {
                     accepted: None,
                     head,
                     head_hash,
+                    // More than any peer has seen.
+                    writes: 1 << 32,
+                    seen: Default::default(),
                 })
             }
             (_, None) => None,

@@ -105,6 +105,8 @@ pub fn acceptor(name: &str, round: u64, tx: &str) -> AcceptorState {
         accepted: Some(accepted),
         head: Slot(0),
         head_hash: genesis().record.hash(),
+        writes: 1,
+        seen: Default::default(),
     }
 }
 

@@ -74,7 +74,7 @@ impl<const BUG: u8> Toy<BUG> {
     fn vote(&mut self, to: NodeId, ballot: Ballot, slot: Slot, answer: Answer) {
         let head = self.head;
         let at = self.out.len();
-        self.send(to, Message::Vote(Vote { ballot, slot, head, answer }));
+        self.send(to, Message::Vote(Vote { ballot, slot, head, writes: 0, answer }));
         if BUG == SENDS_FIRST && at > 0 {
             self.out.swap(at - 1, at);
         }
@@ -208,6 +208,8 @@ impl<const BUG: u8> Toy<BUG> {
             in_doubt: Default::default(),
             open: None,
             membership: Membership::Voter,
+            writes: 0,
+            seen: None,
         };
         self.tell(&Message::Heartbeat(heartbeat));
     }
@@ -232,6 +234,8 @@ impl<const BUG: u8> Subject for Toy<BUG> {
             accepted: None,
             head: base.0,
             head_hash: base.1,
+            writes: 0,
+            seen: BTreeMap::new(),
         });
         acceptor.boot += 1;
         acceptor.accepted = acceptor.accepted.filter(|accepted| accepted.record.slot > last.0);

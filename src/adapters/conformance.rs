@@ -6,7 +6,7 @@ use crate::ports::Store;
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{
-    AcceptorState, Ballot, Chosen, Hash, Initiator, Intent, Members, Operation, Record, Slot,
+    AcceptorState, Ballot, Chosen, Hash, Initiator, Intent, Members, Operation, Record, SeenDisk, Slot,
 };
 
 /// A kind of store whose content outlives the process that wrote it.
@@ -140,6 +140,8 @@ pub(crate) fn acceptor(boot: u64, head: u64) -> AcceptorState {
         accepted: None,
         head: Slot(head),
         head_hash: Hash([head as u8; 32]),
+        writes: boot,
+        seen: [(NodeId::new("b").unwrap(), SeenDisk { incarnation: Incarnation(2), writes: head })].into(),
     }
 }
 

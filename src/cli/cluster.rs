@@ -9,6 +9,7 @@ use crate::ports::{Clock as _, Recovered, Store as _};
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Accepted, AcceptorState, Chosen, Operation, Slot};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -209,6 +210,8 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
         accepted: None,
         head: Slot(0),
         head_hash: genesis.record.hash(),
+        writes: 0,
+        seen: BTreeMap::new(),
     };
     DiskStore::create(&config.data_dir, &acceptor, &genesis)?;
     if let Some((files, issued)) = issued {

@@ -88,7 +88,21 @@ pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<
         let incarnation = member.incarnation;
         let empty = (None, None, Slot(0));
         let (promised, accepted, head) = empty;
-        (node.clone(), AcceptorState { cluster, node, incarnation, boot: 0, promised, accepted, head, head_hash })
+        (
+            node.clone(),
+            AcceptorState {
+                cluster,
+                node,
+                incarnation,
+                boot: 0,
+                promised,
+                accepted,
+                head,
+                head_hash,
+                writes: 0,
+                seen: BTreeMap::new(),
+            },
+        )
     };
     Ok(Founding {
         cluster,

@@ -33,7 +33,7 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
 pub const HELLO_VERSION: u16 = 1;
 /// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 7, max: 7 };
+pub const VERSIONS: Versions = Versions { min: 8, max: 8 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most bytes of a body after HELLO.
@@ -557,6 +557,8 @@ mod tests {
             in_doubt: None,
             open: None,
             membership: Membership::Voter,
+            writes: 1,
+            seen: None,
         })
     }
 
@@ -569,7 +571,7 @@ mod tests {
         let vote = (any::<u32>(), any::<u64>(), ".{0,40}").prop_map(|(round, boot, why)| {
             let ballot = Ballot { round: round.into(), node: node("b"), incarnation: Incarnation(boot), boot };
             let answer = Answer::Gate { accepted: None, gate: GateVote::No(why) };
-            Message::Vote(Vote { ballot, slot: Slot(2), head: Slot(1), answer })
+            Message::Vote(Vote { ballot, slot: Slot(2), head: Slot(1), writes: 1, answer })
         });
         prop_oneof![evidence.prop_map(snapshot), vote, (0..NUMBER_MAX).prop_map(heartbeat)]
     }

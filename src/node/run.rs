@@ -247,6 +247,7 @@ impl Shell {
                         tokio::task::yield_now().await;
                     }
                     self.store.persist(&acceptor).context("the acceptor state can't be written")?;
+                    links.set_incarnation(acceptor.incarnation);
                 }
                 Output::Append(chosen) => self.store.append(&chosen).context("the log can't be written")?,
                 Output::Checkpoint { checkpoint, keep_from } => {

@@ -24,7 +24,7 @@ use aviary::protocol::message::{
 };
 use aviary::protocol::record::{
     Accepted, AcceptorState, Ballot, Certificate, Chosen, ConfigChange, Initiator, Intent, Member, Members, Operation,
-    Record, RunTransfer, SavedRun, Slot,
+    Record, RunTransfer, SavedRun, SeenDisk, Slot,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -145,10 +145,12 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         accepted: Some(accepted.clone()),
         head: Slot(6),
         head_hash: log[6].record.hash(),
+        writes: 70_000,
+        seen: [(node("b"), SeenDisk { incarnation: Incarnation(0xbbbb), writes: 300 })].into(),
     };
     golden.add("acceptor", &acceptor);
 
-    let vote = |answer| Message::Vote(Vote { ballot: ballot(4), slot: Slot(7), head: Slot(6), answer });
+    let vote = |answer| Message::Vote(Vote { ballot: ballot(4), slot: Slot(7), head: Slot(6), writes: 70_000, answer });
     let heartbeat = Heartbeat {
         nonce: Some(1),
         acknowledges: Some(Acknowledgement { nonce: 2, granted: true }),
@@ -157,6 +159,8 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         in_doubt: Some(Slot(1)),
         open: Some(ballot(4)),
         membership: Membership::Voter,
+        writes: 70_000,
+        seen: Some(SeenDisk { incarnation: Incarnation(0xbbbb), writes: 300 }),
     };
     let transfer = |policy| {
         let mut run = AnalysisRun::new(Analysis::default(), policy, 250, 4_000);

@@ -10,7 +10,7 @@ use crate::domain::time::{Mono, Now};
 use super::Output;
 use super::event::Event;
 use super::log::ledger::Ledger;
-use super::log::record::{AcceptorState, Ballot, Chosen, Operation, Slot};
+use super::log::record::{AcceptorState, Ballot, Chosen, Operation, SeenDisk, Slot};
 use super::message::{Acknowledgement, Heartbeat, Membership, Message, Refusal};
 use super::settings::Settings;
 
@@ -147,6 +147,7 @@ impl Context {
             self.acceptor.head = self.ledger.head;
             self.acceptor.head_hash = self.ledger.head_hash;
         }
+        self.acceptor.writes += 1;
         self.put(Output::Persist(Box::new(self.acceptor.clone())));
     }
 
@@ -170,8 +171,8 @@ impl Context {
         self.put(Output::SendLog { to: to.clone(), from, through });
     }
 
-    /// Returns a heartbeat of this node as it stands.
-    pub fn heartbeat(&self, nonce: Option<u64>, acknowledges: Option<Acknowledgement>) -> Heartbeat {
+    /// Returns a heartbeat of this node as it stands, for a peer.
+    pub fn heartbeat(&self, to: &NodeId, nonce: Option<u64>, acknowledges: Option<Acknowledgement>) -> Heartbeat {
         Heartbeat {
             nonce,
             acknowledges,
@@ -180,13 +181,33 @@ impl Context {
             in_doubt: self.ledger.in_doubt().map(|(_, increase)| increase.slot),
             open: self.acceptor.accepted.as_ref().map(|accepted| accepted.ballot.clone()),
             membership: self.membership(),
+            writes: self.acceptor.writes,
+            seen: self.acceptor.seen.get(to).copied(),
         }
     }
 
     /// Tells one peer where this node is, without asking for an answer.
     pub fn beat_to(&mut self, to: &NodeId) {
-        let heartbeat = self.heartbeat(None, None);
+        let heartbeat = self.heartbeat(to, None, None);
         self.send(to, Message::Heartbeat(heartbeat));
+    }
+
+    /// Remembers how far a member's disk is. It is durable with this node's next write.
+    pub fn note_disk(&mut self, from: &NodeId, incarnation: Incarnation, writes: u64) {
+        if !self.counts(from, incarnation) {
+            return;
+        }
+        let heard = SeenDisk { incarnation, writes };
+        let seen = self.acceptor.seen.entry(from.clone()).or_insert(heard);
+        if seen.incarnation != incarnation || seen.writes < writes {
+            *seen = heard;
+        }
+    }
+
+    /// Returns true when a peer knows of a later state of this node's disk: this one is an old copy of it.
+    pub fn is_outdated_disk(&self, seen: Option<SeenDisk>) -> bool {
+        let own = &self.acceptor;
+        seen.is_some_and(|seen| seen.incarnation == own.incarnation && seen.writes > own.writes)
     }
 
     // Who counts.
@@ -302,6 +323,8 @@ impl Context {
         for node in self.ledger.members.0.keys().filter(|node| **node != self.settings.node) {
             self.peers.entry(node.clone()).or_default();
         }
+        let members = &self.ledger.members;
+        self.acceptor.seen.retain(|node, seen| members.counts(node, seen.incarnation));
     }
 
     pub fn forget_settled_accept(&mut self) {

@@ -20,7 +20,7 @@ use super::gate::Gates;
 use super::lease::Lease;
 use super::log::checkpoint::Checkpoint;
 use super::log::ledger::Ledger;
-use super::log::record::{AcceptorState, Ballot, Chosen, Operation, Record, SavedRun, Slot};
+use super::log::record::{AcceptorState, Ballot, Chosen, Operation, Record, SavedRun, SeenDisk, Slot};
 use super::message::{Answer, Decision, GateVote, HealthSnapshot, Membership, Message, Prepare, Vote};
 use super::proposal::Proposal;
 use super::publisher::Publisher;
@@ -71,6 +71,8 @@ impl Core {
             accepted: None,
             head: base.0,
             head_hash: base.1,
+            writes: 0,
+            seen: BTreeMap::new(),
         });
         assert_eq!(
             (&acceptor.node, acceptor.cluster),
@@ -152,6 +154,8 @@ impl Core {
         let Context { acceptor, ledger, rebuilding, peers, coordinator, draws, now, .. } = &self.context;
         let known: Vec<_> =
             peers.values().map(|p| (p.unreachable, p.incarnation, p.head, p.membership, &p.open)).collect();
+        // How often it was written, and what is known of other disks, changes no answer but for a disk that was put back.
+        let acceptor = AcceptorState { writes: 0, seen: BTreeMap::new(), ..acceptor.clone() };
         let state = (acceptor, ledger.head_hash, rebuilding, known, coordinator);
         let open = (&self.acceptor, &self.coordinator, self.catch_up.early(), draws, now);
         xxhash_rust::xxh3::xxh3_64(format!("{state:?} {open:?}").as_bytes())
@@ -180,6 +184,7 @@ impl Core {
         match message {
             Message::Prepare(prepare) => self.on_prepare(from, incarnation, prepare),
             Message::Vote(vote) => {
+                self.context.note_disk(from, incarnation, vote.writes);
                 let next = self.coordinator.on_vote(&mut self.context, from, incarnation, vote);
                 self.follow(next);
             }
@@ -193,11 +198,35 @@ impl Core {
                     self.install(from, checkpoint, ledger);
                 }
             }
+            Message::Heartbeat(heartbeat) if self.context.is_outdated_disk(heartbeat.seen) => {
+                self.restart_without_memory(from, heartbeat.seen);
+            }
             Message::Heartbeat(heartbeat) => {
                 self.lease.on_heartbeat(&mut self.context, from, incarnation, heartbeat);
             }
             Message::HealthSnapshot(snapshot) => self.on_snapshot(from, incarnation, snapshot),
         }
+    }
+
+    /// Starts again as a node whose memory is gone: the disk that this one started from is an old copy, so that it may have
+    /// forgotten promises. It takes its fresh incarnation and follows without a vote until it is readmitted.
+    fn restart_without_memory(&mut self, peer: &NodeId, seen: Option<SeenDisk>) {
+        let Context { settings, acceptor, ledger, now, .. } = &self.context;
+        let (node, seen) = (settings.node.clone(), seen.map_or(0, |seen| seen.writes));
+        let reason = format!(
+            "its own data directory is an old copy: node {peer} knows of write {seen}, found write {}. It has no vote until \
+             you run `aviary cluster readmit {node} --incarnation {}`",
+            acceptor.writes, settings.fresh_incarnation
+        );
+        let (settings, ledger, now) = (settings.clone(), ledger.clone(), *now);
+        let before = self.context.take_outputs();
+        let (core, outputs) = Self::start(settings, None, ledger, &[], BTreeMap::new(), now);
+        *self = core;
+        before.into_iter().for_each(|output| self.context.put(output));
+        self.context.put(Output::Lease(None));
+        self.context.announce(Event::Rejected { node, reason });
+        outputs.into_iter().for_each(|output| self.context.put(output));
+        self.context.outdated.all = true;
     }
 
     fn on_unreachable(&mut self, node: &NodeId) {
@@ -266,8 +295,7 @@ impl Core {
                 self.acceptor.vote(&mut self.context, &prepare, gate)
             }),
         };
-        let head = self.context.ledger.head;
-        self.context.send(from, Message::Vote(Vote { ballot: prepare.ballot, slot: prepare.slot, head, answer }));
+        self.send_vote(from, prepare.ballot, prepare.slot, answer);
     }
 
     fn gate_vote(&self, prepare: &Prepare) -> GateVote {
@@ -289,8 +317,12 @@ impl Core {
                 Answer::Accept
             }
         };
-        let head = self.context.ledger.head;
-        self.context.send(from, Message::Vote(Vote { ballot, slot, head, answer }));
+        self.send_vote(from, ballot, slot, answer);
+    }
+
+    fn send_vote(&mut self, to: &NodeId, ballot: Ballot, slot: Slot, answer: Answer) {
+        let (head, writes) = (self.context.ledger.head, self.context.acceptor.writes);
+        self.context.send(to, Message::Vote(Vote { ballot, slot, head, writes, answer }));
     }
 
     /// Accepts a record, durably. A decrease is obeyed before the disk answers.

@@ -107,8 +107,10 @@ impl Lease {
         self.next_beat = now.after_ms(ctx.settings.timings.heartbeat_ms);
         self.beats.retain(|_, beat| now.millis_since(beat.sent) < BEAT_MS);
         self.beats.insert(nonce, Beat { sent: now, granted: BTreeSet::new(), answered: BTreeSet::new() });
-        let heartbeat = ctx.heartbeat(Some(nonce), None);
-        ctx.broadcast(&Message::Heartbeat(heartbeat));
+        for peer in ctx.peers.keys().cloned().collect::<Vec<_>>() {
+            let heartbeat = ctx.heartbeat(&peer, Some(nonce), None);
+            ctx.send(&peer, Message::Heartbeat(heartbeat));
+        }
         let (own, granted) = (ctx.settings.node.clone(), Self::grants_lease(ctx, ctx.ledger.head));
         if ctx.membership() == Membership::Voter {
             self.on_acknowledged(ctx, &own, Acknowledgement { nonce, granted });
@@ -125,9 +127,10 @@ impl Lease {
     /// Answers a heartbeat, and takes in what it says of the sender and of this node's own heartbeats.
     pub fn on_heartbeat(&mut self, ctx: &mut Context, from: &NodeId, incarnation: Incarnation, heartbeat: Heartbeat) {
         let counts = ctx.counts(from, incarnation);
+        ctx.note_disk(from, incarnation, heartbeat.writes);
         if let Some(nonce) = heartbeat.nonce {
             let granted = counts && ctx.membership() == Membership::Voter && Self::grants_lease(ctx, heartbeat.head);
-            let answer = ctx.heartbeat(None, Some(Acknowledgement { nonce, granted }));
+            let answer = ctx.heartbeat(from, None, Some(Acknowledgement { nonce, granted }));
             ctx.send(from, Message::Heartbeat(answer));
         }
         Self::note_heartbeat(ctx, from, &heartbeat);

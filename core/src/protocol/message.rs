@@ -7,7 +7,7 @@ use crate::domain::ticks::TickSample;
 use crate::domain::window::Evidence;
 
 use super::log::checkpoint::Part;
-use super::log::record::{Accepted, Ballot, Chosen, Hash, Intent, Record, RunTransfer, Slot};
+use super::log::record::{Accepted, Ballot, Chosen, Hash, Intent, Record, RunTransfer, SeenDisk, Slot};
 
 /// Everything a node says to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +91,8 @@ pub struct Vote {
     pub slot: Slot,
     /// The voter's last decided slot.
     pub head: Slot,
+    /// Number of the last write of the voter's promises, which the answer may depend on.
+    pub writes: u64,
     /// What the participant promised, accepted or refused.
     pub answer: Answer,
 }
@@ -159,6 +161,10 @@ pub struct Heartbeat {
     pub open: Option<Ballot>,
     /// What the sender counts as, by its own word.
     pub membership: Membership,
+    /// Number of the last write of the sender's promises.
+    pub writes: u64,
+    /// The newest state of the receiver's disk that the sender knows of; none where it knows of none that counts.
+    pub seen: Option<SeenDisk>,
 }
 
 /// One service's recent traffic as one node saw it. Each snapshot replaces the one before.

@@ -120,6 +120,8 @@ impl Rig {
             accepted: None,
             head: Slot(0),
             head_hash: genesis().record.hash(),
+            writes: 0,
+            seen: BTreeMap::new(),
         };
         self.acceptors.insert(name.clone(), acceptor);
         self.logs.insert(name.clone(), vec![genesis()]);

@@ -104,6 +104,7 @@ mod tests {
                 ballot: ballot("a", 1),
                 slot: aviary_core::protocol::record::Slot(1),
                 head: Default::default(),
+                writes: 1,
                 answer,
             })
         };

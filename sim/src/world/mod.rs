@@ -164,6 +164,8 @@ pub fn first_acceptor(index: usize, genesis: &Chosen) -> AcceptorState {
         accepted: None,
         head: Slot(0),
         head_hash: genesis.record.hash(),
+        writes: 0,
+        seen: BTreeMap::new(),
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
 /// First bytes of every sector; the version of the format follows them.
 const MAGIC: [u8; 7] = *b"aviaryR";
 /// Version of the file format; another version is refused.
-const VERSION: u8 = 6;
+const VERSION: u8 = 7;
 const SECTOR_BYTES: usize = 512;
 /// Bytes of magic and version, generation, and CRC-32C, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 4;

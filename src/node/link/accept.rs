@@ -14,6 +14,7 @@ use crate::domain::ids::NodeId;
 use crate::node::frame::{self, Envelope, FrameError, Identity, Payload};
 use crate::ports::{Connection, Later, Listener};
 use crate::protocol::Input;
+use crate::protocol::message::Message;
 
 /// Wait after the system refused to accept: it is short of something, and asking again at once would not help.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -105,8 +106,10 @@ async fn receive(
     };
     settle(accepted, id, end, &sender.node);
     shared.peers[&sender.node].called.notify_one();
+    // Its heartbeat tells what it knows of this node's disk. A node that started from an old copy must hear that before it votes.
+    let mut heard = false;
     loop {
-        if let Err(end) = pass_on(shared, &mut wire, &sender).await {
+        if let Err(end) = pass_on(shared, &mut wire, &sender, &mut heard).await {
             return end;
         }
     }
@@ -137,7 +140,7 @@ async fn greet(
     if matches!(checked, Ok(_) | Err(FrameError::Version { .. })) && known {
         // The answer goes out even when no version is common: the dialler's log then names both ranges too.
         let mut bytes = BytesMut::new();
-        frame::encode_hello(&shared.me, &shared.hello_to(&hello.from), &mut bytes);
+        frame::encode_hello(&shared.me.load(), &shared.hello_to(&hello.from), &mut bytes);
         wire.write(&bytes, shared.limits.write).await?;
     }
     let version = checked?;
@@ -150,13 +153,23 @@ async fn greet(
     Ok((wire, hello.sender()))
 }
 
-/// Hands the next message to the node; a full inbox makes this connection wait, and no other.
-async fn pass_on(shared: &LinkShared, wire: &mut FrameStream, sender: &Identity) -> Result<(), ConnectionEnd> {
+/// Hands the next message to the node; a full inbox makes this connection wait, and no other. What comes before the first
+/// heartbeat of a connection is dropped: the sender repeats it.
+async fn pass_on(
+    shared: &LinkShared,
+    wire: &mut FrameStream,
+    sender: &Identity,
+    heard: &mut bool,
+) -> Result<(), ConnectionEnd> {
     let envelope = wire.next(&shared.limits).await?;
     shared.check_cluster(&envelope)?;
     expect("sender", &sender.node, &envelope.from)?;
     expect("incarnation", &sender.incarnation, &envelope.incarnation)?;
     let Payload::Message(message) = envelope.payload else { unreachable!("the codec takes no second HELLO") };
+    *heard |= matches!(*message, Message::Heartbeat(_));
+    if !*heard {
+        return Ok(());
+    }
     let input = Input::Received { from: envelope.from, incarnation: envelope.incarnation, message };
     // The inbox closes only when the node stops, and then so do the links.
     let _ = shared.inputs.send(input).await;

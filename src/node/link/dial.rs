@@ -12,7 +12,7 @@ use super::wire::{ConnectionEnd, FrameStream};
 use super::{Class, LinkShared, PeerLink, expect};
 use crate::backoff::Backoff;
 use crate::entropy;
-use crate::node::frame::{self, Envelope, FrameError, Payload};
+use crate::node::frame::{self, Envelope, FrameError, Identity, Payload};
 use crate::protocol::Input;
 
 /// Bytes gathered for one write.
@@ -35,11 +35,11 @@ pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
         }
         wait = retry.wait();
         let end = match dial(&shared, &peer).await {
-            Ok((mut wire, version)) => {
+            Ok((mut wire, version, me)) => {
                 let since = Instant::now();
                 peer.connected.store(true, Ordering::Relaxed);
                 tracing::info!(peer = %peer.node, address = peer.address, "peer connected");
-                let end = converse(&shared, &peer, &mut wire, version).await;
+                let end = converse(&shared, &peer, &mut wire, version, &me).await;
                 peer.connected.store(false, Ordering::Relaxed);
                 outage = true;
                 if since.elapsed() >= STEADY {
@@ -66,13 +66,14 @@ pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
     }
 }
 
-async fn dial(shared: &LinkShared, peer: &PeerLink) -> Result<(FrameStream, u16), ConnectionEnd> {
+async fn dial(shared: &LinkShared, peer: &PeerLink) -> Result<(FrameStream, u16, Arc<Identity>), ConnectionEnd> {
+    let me = shared.me.load_full();
     let connecting = shared.network.connect(&peer.node, &peer.address);
     let connection = timeout(shared.limits.connect, connecting).await.map_err(|_| late("connecting", shared))??;
     let limit = shared.limits.hello;
     let mut wire = FrameStream::new(connection);
-    match timeout(limit, greet(shared, peer, &mut wire)).await {
-        Ok(version) => Ok((wire, version?)),
+    match timeout(limit, greet(shared, peer, &mut wire, &me)).await {
+        Ok(version) => Ok((wire, version?, me)),
         Err(_) => Err(ConnectionEnd::Deadline { class: Class::HelloDeadline, what: "HELLO", limit }),
     }
 }
@@ -82,9 +83,14 @@ fn late(what: &str, shared: &LinkShared) -> ConnectionEnd {
     ConnectionEnd::Io(io::Error::new(io::ErrorKind::TimedOut, text))
 }
 
-async fn greet(shared: &LinkShared, peer: &PeerLink, wire: &mut FrameStream) -> Result<u16, ConnectionEnd> {
+async fn greet(
+    shared: &LinkShared,
+    peer: &PeerLink,
+    wire: &mut FrameStream,
+    me: &Identity,
+) -> Result<u16, ConnectionEnd> {
     let mut bytes = BytesMut::new();
-    frame::encode_hello(&shared.me, &shared.hello_to(&peer.node), &mut bytes);
+    frame::encode_hello(me, &shared.hello_to(&peer.node), &mut bytes);
     wire.write(&bytes, shared.limits.write).await?;
     let Envelope { cluster, from, incarnation, payload } = wire.next(&shared.limits).await?;
     let Payload::Hello(payload) = payload else { unreachable!("the codec takes only HELLO first") };
@@ -96,11 +102,20 @@ async fn greet(shared: &LinkShared, peer: &PeerLink, wire: &mut FrameStream) -> 
 }
 
 /// Writes what is queued, in the same poll that the queue wakes, until the connection ends.
-async fn converse(shared: &LinkShared, peer: &PeerLink, wire: &mut FrameStream, version: u16) -> ConnectionEnd {
+async fn converse(
+    shared: &LinkShared,
+    peer: &PeerLink,
+    wire: &mut FrameStream,
+    version: u16,
+    me: &Identity,
+) -> ConnectionEnd {
     let mut bytes = BytesMut::new();
     loop {
+        if shared.me.load().incarnation != me.incarnation {
+            return ConnectionEnd::Replaced;
+        }
         for (_, message) in peer.outbox.take() {
-            match frame::encode_message(&shared.me, version, &message, &mut bytes) {
+            match frame::encode_message(me, version, &message, &mut bytes) {
                 Ok(()) => {}
                 Err(error @ FrameError::TooLong { .. }) => {
                     let name = message.name();

@@ -16,10 +16,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::domain::ids::NodeId;
+use crate::domain::ids::{Incarnation, NodeId};
 use crate::ports::{Connection, Network};
 use crate::protocol::Input;
 use crate::protocol::message::Message;
@@ -94,7 +95,8 @@ struct PeerLink {
 /// State that all tasks of the links share.
 struct LinkShared {
     network: Arc<dyn Network>,
-    me: Identity,
+    /// Who this node is; its incarnation changes when it finds that its disk is an old copy.
+    me: ArcSwap<Identity>,
     limits: LinkLimits,
     peers: BTreeMap<NodeId, Arc<PeerLink>>,
     inputs: mpsc::Sender<Input>,
@@ -131,12 +133,28 @@ impl Links {
         let shutdown = shutdown.child_token();
         let rejections = Arc::new(Rejections::default());
         let stop = shutdown.clone().drop_guard();
-        let shared = Arc::new(LinkShared { network, me: identity, limits, peers, inputs, rejections, shutdown });
+        let shared = Arc::new(LinkShared {
+            network,
+            me: ArcSwap::from_pointee(identity),
+            limits,
+            peers,
+            inputs,
+            rejections,
+            shutdown,
+        });
         shared.spawn(accept::run(shared.clone(), listener));
         for peer in shared.peers.values() {
             shared.spawn(dial::run(shared.clone(), peer.clone()));
         }
         Ok(Self { shared, address, _stop: stop })
+    }
+
+    /// Speaks for this incarnation from here on; connections that began with another one are dialled again.
+    pub fn set_incarnation(&self, incarnation: Incarnation) {
+        let me = self.shared.me.load();
+        if me.incarnation != incarnation {
+            self.shared.me.store(Arc::new(Identity { incarnation, ..(**me).clone() }));
+        }
     }
 
     /// Queues a message for a peer; never waits. It is dropped when the peer is unknown or its queue is full, and when
@@ -192,12 +210,12 @@ impl LinkShared {
         if let Some(peer) = &connection.peer {
             expect("sender", peer, &hello.from)?;
         }
-        expect("hello to", &self.me.node, &hello.payload.to)?;
+        expect("hello to", &self.me.load().node, &hello.payload.to)?;
         self.limits.versions.common(hello.payload.versions)
     }
 
     fn check_cluster<T>(&self, envelope: &Envelope<T>) -> Result<(), FrameError> {
-        let (expected, found) = (self.me.cluster, envelope.cluster);
+        let (expected, found) = (self.me.load().cluster, envelope.cluster);
         if found == expected { Ok(()) } else { Err(FrameError::Cluster { expected, found }) }
     }
 }

@@ -29,6 +29,8 @@ fn heartbeat(head: u64) -> Message {
         in_doubt: None,
         open: None,
         membership: Membership::Voter,
+        writes: 1,
+        seen: None,
     })
 }
 

@@ -11,6 +11,7 @@ pub mod harness;
 mod identity;
 mod input;
 mod membership;
+mod old_disk;
 mod rollout;
 mod sequential;
 mod telemetry;

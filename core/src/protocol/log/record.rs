@@ -371,6 +371,19 @@ pub struct AcceptorState {
     pub head: Slot,
     /// Hash of the record at that slot.
     pub head_hash: Hash,
+    /// Number of this write. Peers remember the highest that they heard of: who starts from an older one forgot promises.
+    pub writes: u64,
+    /// What this node heard of the writes of the members' disks.
+    pub seen: BTreeMap<NodeId, SeenDisk>,
+}
+
+/// The newest state of another node's disk that is known of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenDisk {
+    /// Incarnation of the disk.
+    pub incarnation: Incarnation,
+    /// The highest number of a write, by that node's own word.
+    pub writes: u64,
 }
 
 /// An analysis run on a node's disk, should all nodes restart at once.

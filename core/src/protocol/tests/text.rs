@@ -71,7 +71,7 @@ fn a_peer_that_refuses_with_an_essay_is_recorded_in_short() {
     let refusals =
         [Answer::Gate { accepted: None, gate: GateVote::No(essay()) }, Answer::Refuse(Refusal::BadProposal(essay()))];
     for (peer, answer) in [node("b"), node("c")].into_iter().zip(refusals) {
-        let vote = Vote { ballot: prepare.ballot.clone(), slot: prepare.slot, head: Slot(1), answer };
+        let vote = Vote { ballot: prepare.ballot.clone(), slot: prepare.slot, head: Slot(1), writes: 1, answer };
         let message = Box::new(Message::Vote(vote));
         rig.handle(&from, Input::Received { from: peer, incarnation: Incarnation(1), message });
     }
