@@ -354,12 +354,12 @@ mod tests {
     use crate::adapters::conformance;
 
     #[test]
-    fn the_bytes_of_format_5_stay() {
+    fn the_sectors_of_format_7_stay() {
         let bytes = slot_bytes(3, 1, b"abc", [&b"de"[..]].into_iter());
         assert_eq!(bytes.len(), SECTORS_MIN * SECTOR_BYTES);
         let crc = checksum(3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
         assert_eq!(crc, 1_078_649_338, "the checksum covers generation, place and payload");
-        let head = [&b"aviaryR\x06\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
+        let head = [&b"aviaryR\x07\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
         assert_eq!(bytes[..HEADER_BYTES], head);
         assert_eq!(bytes[HEADER_BYTES..][..17], *b"\x0d\0\0\0\x03\0\0\0abc\x02\0\0\0de");
     }

@@ -346,7 +346,7 @@ fn an_acceptor_file_of_another_format_is_refused_with_both_numbers() {
     (bytes[7], bytes[SLOT_BYTES + 7]) = (1, 1);
     fs::write(&path, bytes).unwrap();
     let Err(error) = open(disk.0.path()) else { panic!("opened") };
-    assert!(error.to_string().contains("it has format 1, expected 6"), "{error}");
+    assert!(error.to_string().contains("it has format 1, expected 7"), "{error}");
 }
 
 #[test]
