@@ -11,7 +11,6 @@ use crate::domain::stats::Stats;
 use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
 use crate::node::handle::NodeHandle;
-use crate::node::log::weights_json;
 use crate::protocol::{Mode, Outcome, ServiceView};
 
 /// Returns true for the paths that [`answer`] answers.
@@ -124,10 +123,10 @@ pub fn routing_state(node: &NodeHandle, service: &ServiceId) -> Option<Value> {
         "version": routing.version,
         "stable_model_id": routing.stable_model_id,
         "canary_model_id": routing.canary_model_id,
-        "weights": weights_json(routing),
+        "weights": routing.weights,
         "status": routing.status,
         "txid": routing.txid,
-        "timestamp": routing.timestamp.to_string(),
+        "timestamp": routing.timestamp,
         "service": routing.service,
         "node": view.node,
         "slot": slot,

@@ -1,8 +1,10 @@
 //! Rollouts for the core's own tests, as `config` makes them of a file that names no more than their steps.
 
+use std::sync::Arc;
+
 use crate::domain::analysis::{Analysis, Limit, Metric};
 use crate::domain::ids::{ServiceId, VersionId};
-use crate::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use crate::domain::plan::{Backend, Manifest, RolloutSpec, Stage};
 use crate::domain::query::Query;
 use crate::domain::verdict::OnFailure;
 use crate::domain::weights::Weight;
@@ -17,24 +19,16 @@ pub fn manual(bp: u16) -> Stage {
     Stage { manual: true, ..held(bp, 0) }
 }
 
+/// Returns a rollout of service `s` from v1 to v2, as the log keeps it.
+pub fn manifest(stages: &[Stage], analysis: Analysis) -> Arc<Manifest> {
+    Arc::new(rollout(stages, analysis).checked().unwrap())
+}
+
 /// Returns a rollout of service `s` from v1 to v2.
 pub fn rollout(stages: &[Stage], analysis: Analysis) -> RolloutSpec {
     let backend = |name| Backend::new(VersionId::new(name).unwrap(), Vec::new());
-    let spec = RolloutSpec {
-        service: ServiceId::new("s").unwrap(),
-        stable: backend("v1"),
-        canary: backend("v2"),
-        stages: stages.to_vec(),
-        bake_ms: 60_000,
-        hash_on: None,
-        matches: Vec::new(),
-        mirror: Weight::ZERO,
-        analysis,
-        lease_ms: 2_000,
-        on_partition: OnPartition::Stable,
-        progress_deadline_ms: 30 * 60 * 1000,
-    };
-    spec.checked().unwrap()
+    let (stable, canary) = (backend("v1"), backend("v2"));
+    RolloutSpec { analysis, ..RolloutSpec::new(ServiceId::new("s").unwrap(), stable, canary, stages.to_vec()) }
 }
 
 /// Returns an analysis that compares the canary's errors with stable's, in windows of 3 s.

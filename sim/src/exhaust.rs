@@ -8,9 +8,8 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use aviary_core::domain::analysis::Analysis;
 use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary_core::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary_core::domain::plan::{Backend, RolloutSpec, Stage};
 use aviary_core::domain::time::{Mono, Now, Wall};
 use aviary_core::domain::weights::Weight;
 use aviary_core::protocol::ledger::Ledger;
@@ -114,21 +113,12 @@ fn question(number: u8) -> (usize, OperatorRequest) {
     let backend = |version: &str| Backend::new(VersionId::new(version).expect("valid"), vec![]);
     let stage = |bp| Stage { weight: Weight::from_bp(bp).expect("in range"), hold_ms: 60_000, manual: true };
     let spec = RolloutSpec {
-        service: service.clone(),
-        stable: backend("v1"),
-        canary: backend("v2"),
-        stages: vec![stage(500), stage(10_000)],
         bake_ms: 0,
-        hash_on: None,
-        mirror: Weight::ZERO,
-        matches: vec![],
-        analysis: Analysis::default(),
-        lease_ms: 2_000,
-        on_partition: OnPartition::Stable,
         progress_deadline_ms: 600_000,
+        ..RolloutSpec::new(service.clone(), backend("v1"), backend("v2"), vec![stage(500), stage(10_000)])
     };
     match number {
-        0 => (0, OperatorRequest::Apply(Arc::new(spec))),
+        0 => (0, OperatorRequest::Apply(Arc::new(spec.checked().expect("a rollout within the rules")))),
         1 => (1, OperatorRequest::Config(ConfigChange::Cordon(name(2)))),
         _ => (2, OperatorRequest::Abort { service, reason: "x".into() }),
     }
@@ -292,7 +282,12 @@ impl State {
                 next.asked |= 1 << number;
                 let (i, asked) = question(number);
                 let tx = TxId::new(format!("t{number}")).expect("valid");
-                let input = Input::Operator(Command { request: RequestId(u64::from(number)), tx, asked });
+                let input = Input::Operator(Command {
+                    request: RequestId(u64::from(number)),
+                    tx,
+                    actor: "client".into(),
+                    asked,
+                });
                 next.given(i, input)
             }
             Move::Timeout => {

@@ -1,8 +1,7 @@
 //! Small makers for the checkers' own tests.
 
-use aviary_core::domain::analysis::Analysis;
 use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary_core::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary_core::domain::plan::{Backend, Manifest, OnPartition, RolloutSpec, Stage};
 use aviary_core::domain::rollout::Change;
 use aviary_core::domain::routing::{RoutingState, Status};
 use aviary_core::domain::time::Wall;
@@ -44,13 +43,20 @@ pub fn pause(slot: u64, tx: &str) -> Chosen {
     let intent = Intent {
         initiator: Initiator::Client,
         tx: TxId::new(tx).unwrap(),
+        actor: "test".into(),
         digest: 0,
         at: Wall(0),
         operation: Operation::Change(service(), Change::Pause { reason: "test".into() }),
     };
-    let record =
-        Record { slot: Slot(slot), prev_hash: genesis().record.hash(), intent, state: None, certificate: None };
-    Chosen { ballot: Some(ballot("a", 1)), record }
+    let record = Record {
+        slot: Slot(slot),
+        prev_hash: genesis().record.hash(),
+        intent,
+        state: None,
+        phase: None,
+        certificate: None,
+    };
+    Chosen { ballot: Some(ballot("a", 1)), decided_at: Wall(0), record }
 }
 
 /// A change of the service at `slot`.
@@ -75,23 +81,15 @@ pub fn routing(routing_version: u64) -> RoutingState {
 }
 
 /// A rollout from v1 to v2 at 5 % and 100 %, with a lease of 2 s.
-pub fn spec() -> Arc<RolloutSpec> {
+pub fn spec() -> Arc<Manifest> {
     let backend = |name| Backend::new(version(name), vec![]);
     let stage = |bp| Stage { weight: Weight::from_bp(bp).unwrap(), hold_ms: 0, manual: false };
-    Arc::new(RolloutSpec {
-        service: service(),
-        stable: backend("v1"),
-        canary: backend("v2"),
-        stages: vec![stage(500), stage(10_000)],
+    let spec = RolloutSpec {
         bake_ms: 0,
-        hash_on: None,
-        mirror: Weight::ZERO,
-        matches: vec![],
-        analysis: Analysis::default(),
-        lease_ms: 2_000,
-        on_partition: OnPartition::Stable,
         progress_deadline_ms: 60_000,
-    })
+        ..RolloutSpec::new(service(), backend("v1"), backend("v2"), vec![stage(500), stage(10_000)])
+    };
+    Arc::new(spec.checked().unwrap())
 }
 
 pub fn acceptor(name: &str, round: u64, tx: &str) -> AcceptorState {

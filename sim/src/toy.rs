@@ -112,6 +112,7 @@ impl<const BUG: u8> Toy<BUG> {
                 prev_hash: self.head_hash,
                 intent: attempt.intent.clone(),
                 state: None,
+                phase: None,
                 certificate: None,
             };
             let record = highest.map_or(fresh, |accepted| accepted.record.clone());
@@ -126,7 +127,7 @@ impl<const BUG: u8> Toy<BUG> {
         if done {
             let attempt = self.attempt.take().expect("just seen");
             let record = attempt.proposed.expect("just seen");
-            let chosen = Chosen { ballot: Some(attempt.ballot), record };
+            let chosen = Chosen { ballot: Some(attempt.ballot), decided_at: self.now.wall, record };
             self.learn(chosen.clone());
             self.tell(&Message::Decision(Decision::Chosen(Box::new(chosen))));
         }
@@ -258,7 +259,14 @@ impl<const BUG: u8> Subject for Toy<BUG> {
                 // Made unique: the toy keeps no outcomes, and so can't tell a repeated transaction.
                 let unique = format!("{}.{}.{}", command.tx, self.acceptor.node, command.request.0);
                 let tx = aviary_core::domain::ids::TxId::new(unique).expect("short enough");
-                self.begin(Intent { initiator: Initiator::Client, tx, digest: 0, at: now.wall, operation });
+                self.begin(Intent {
+                    initiator: Initiator::Client,
+                    tx,
+                    actor: "toy".into(),
+                    digest: 0,
+                    at: now.wall,
+                    operation,
+                });
             }
             _ => {}
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aviary_core::domain::ids::{Incarnation, NodeId, ServiceId, VersionId};
-use aviary_core::domain::plan::{OnPartition, RolloutSpec};
+use aviary_core::domain::plan::{Manifest, OnPartition};
 use aviary_core::domain::rollout::{Change, Target};
 use aviary_core::protocol::OperatorRequest;
 use aviary_core::protocol::Outcome;
@@ -168,7 +168,8 @@ impl Truth {
     }
 
     fn choose(&mut self, hash: Hash, record: Record, ballot: Ballot) -> Result<Option<(Record, Ballot)>, Violation> {
-        let certain = !Chosen { ballot: Some(ballot.clone()), record: record.clone() }.is_in_doubt();
+        let certain = !Chosen { ballot: Some(ballot.clone()), decided_at: record.intent.at, record: record.clone() }
+            .is_in_doubt();
         if let Some(known) = self.log.get_mut(record.slot.0 as usize) {
             if known.hash != hash {
                 let named = |record: &Record| format!("{} tx {}", record.intent.operation.name(), record.intent.tx);
@@ -216,7 +217,7 @@ fn apply(members: &mut Members, change: &ConfigChange) {
 #[derive(Clone, Default)]
 pub struct ExpectedRollout {
     /// The rollout, while there is one.
-    pub spec: Option<Arc<RolloutSpec>>,
+    pub spec: Option<Arc<Manifest>>,
     /// Number of its stage in the rollout file, from 0.
     pub stage: usize,
     /// True while it is in progress.
@@ -280,14 +281,11 @@ impl ExpectedRollouts {
             self.before.insert(record.slot, expected.clone());
         }
         let next = match &record.intent.operation {
-            Operation::Change(_, change) => expected.after(change, certain)?,
+            Operation::Change(_, change) => expected.after(change, record.intent.operation.name(), certain)?,
             Operation::Revert { increased, .. } => {
                 self.before.get(increased).cloned().ok_or(UnexpectedChange::RaisedNothing(*increased))?
             }
-            Operation::Verdict { .. }
-            | Operation::Refused { .. }
-            | Operation::Config(_)
-            | Operation::Genesis { .. } => {
+            Operation::Verdicts(_) | Operation::Refused { .. } | Operation::Config(_) | Operation::Genesis { .. } => {
                 return Ok(());
             }
         };
@@ -297,7 +295,7 @@ impl ExpectedRollouts {
 }
 
 impl ExpectedRollout {
-    fn after(&self, change: &Change, certain: bool) -> Result<Self, UnexpectedChange> {
+    fn after(&self, change: &Change, name: &'static str, certain: bool) -> Result<Self, UnexpectedChange> {
         let mut next = self.clone();
         match change {
             Change::Start(spec) => {
@@ -306,7 +304,7 @@ impl ExpectedRollout {
                 }
                 next = Self { spec: Some(spec.clone()), stage: 0, active: true, ceiling: 0, in_doubt: 0 };
             }
-            _ if !self.active => return Err(UnexpectedChange::NoRollout(change.name())),
+            _ if !self.active => return Err(UnexpectedChange::NoRollout(name)),
             Change::Promote { to, full } => {
                 let last = self.spec.as_ref().map_or(0, |spec| spec.stages.len() - 1);
                 match to {

@@ -118,13 +118,14 @@ pub(crate) fn chain_of(length: u64, bytes: usize) -> Vec<Chosen> {
         let intent = Intent {
             initiator: Initiator::Client,
             tx: TxId::new(format!("tx-{slot}")).unwrap(),
+            actor: "test".into(),
             digest: slot,
             at: Wall(slot),
             operation,
         };
-        let record = Record { slot: Slot(slot), prev_hash, intent, state: None, certificate: None };
+        let record = Record { slot: Slot(slot), prev_hash, intent, state: None, phase: None, certificate: None };
         prev_hash = record.hash();
-        Chosen { ballot: (slot > 0).then(|| ballot(slot)), record }
+        Chosen { ballot: (slot > 0).then(|| ballot(slot)), decided_at: Wall(slot), record }
     };
     (0..length).map(chosen).collect()
 }

@@ -119,7 +119,7 @@ impl RedisDecisions {
         call.key(format!("{}:window:{service}:{}:{to_ms}", self.prefix, decision.rollout_generation));
         call.arg(publisher).arg(sequence).arg(verdict.unwrap_or("")).arg(WINDOW_KEPT_S);
         if window.is_none() {
-            let at = decision.decision_time.unwrap_or_default();
+            let at = decision.decided_time.unwrap_or_default();
             let decided_ms = at.seconds * 1000 + i64::from(at.nanos) / 1_000_000;
             call.arg("sequence").arg(sequence);
             call.arg("kind").arg(decision.kind().as_str_name().trim_start_matches("DECISION_KIND_"));

@@ -1,4 +1,5 @@
-//! What happens, as server-sent events. A decision's `id` is its slot: a client may resume on any node.
+//! What happens, as server-sent events. A decision's `id` is its place among all decisions: a client may
+//! resume on any node.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -13,7 +14,8 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::protocol::record::{Chosen, Slot};
+use crate::domain::time::Wall;
+use crate::protocol::record::Sequence;
 use crate::protocol::{Announcement, Event};
 
 use super::state::ApiState;
@@ -25,14 +27,14 @@ const WAITING_MAX: usize = 64;
 /// Records read from the log at a time.
 const BATCH: usize = 64;
 
-/// `GET /v1/events`: from here on; with `Last-Event-ID: N`, the decisions after slot N first.
+/// `GET /v1/events`: from here on; with `Last-Event-ID: N`, the decisions after N first.
 pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Response {
-    let resume = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok()).map(Slot);
+    let resume = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok()).map(Sequence);
     let (sender, receiver) = mpsc::channel(WAITING_MAX);
     let shutdown = state.shutdown.clone();
     // Before the answer: what is decided once a client knows that it is connected is told.
     let live = state.node.events();
-    let told = resume.unwrap_or(state.node.published.view().head);
+    let told = resume.unwrap_or_else(|| Sequence::last_of(state.node.published.view().head));
     tokio::spawn(async move {
         tokio::select! {
             () = shutdown.cancelled() => {}
@@ -50,7 +52,7 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
 async fn feed(
     state: &ApiState,
     mut live: Receiver<Arc<Announcement>>,
-    mut told: Slot,
+    mut told: Sequence,
     resumed: bool,
     client: &mpsc::Sender<Sse>,
 ) -> Option<()> {
@@ -60,12 +62,12 @@ async fn feed(
     loop {
         match live.recv().await {
             Ok(announcement) => {
-                let slot = announcement.event.decided();
-                if slot.is_some_and(|slot| slot <= told) {
+                let sequence = announcement.event.sequence();
+                if sequence.is_some_and(|sequence| sequence <= told) {
                     continue;
                 }
-                client.send(sse(&announcement, slot)).await.ok()?;
-                told = slot.unwrap_or(told);
+                client.send(sse(&announcement)).await.ok()?;
+                told = sequence.unwrap_or(told);
             }
             Err(RecvError::Lagged(_)) => told = replay(state, told, client).await?,
             Err(RecvError::Closed) => return None,
@@ -73,44 +75,30 @@ async fn feed(
     }
 }
 
-/// Sends the decisions after `told` from the log; returns the last slot sent, `told` when there is none.
-async fn replay(state: &ApiState, mut told: Slot, client: &mpsc::Sender<Sse>) -> Option<Slot> {
+/// Sends the decisions after `told` from the log; returns the last place that was looked at.
+async fn replay(state: &ApiState, mut told: Sequence, client: &mpsc::Sender<Sse>) -> Option<Sequence> {
+    let node = state.node.published.view().node.clone();
     loop {
-        let (log, from) = (state.node.log.clone(), told.next());
+        let (log, from) = (state.node.log.clone(), told.next_slot());
         let records = tokio::task::spawn_blocking(move || log.read(from, BATCH)).await.ok()?.ok()?;
         let Some(last) = records.last().map(|chosen| chosen.record.slot) else { return Some(told) };
-        for chosen in &records {
-            if let Some(announcement) = retold(state, chosen) {
-                client.send(sse(&announcement, Some(chosen.record.slot))).await.ok()?;
+        for (sequence, event) in records.iter().flat_map(Event::of) {
+            if sequence > told {
+                client.send(sse(&Announcement::new(event, Wall::default(), &node))).await.ok()?;
             }
         }
-        told = last;
+        told = told.max(Sequence::last_of(last));
         if records.len() < BATCH {
             return Some(told);
         }
     }
 }
 
-/// Returns a record of the log as it was announced, as far as the log knows.
-fn retold(state: &ApiState, chosen: &Chosen) -> Option<Announcement> {
-    let event = Event::of(chosen, phase_after(state, chosen), None)?;
-    Some(Announcement { at: chosen.record.intent.at, node: state.node.published.view().node.clone(), event })
-}
-
-/// Returns where the rollout stands when the record is the last one that concerned it; empty for earlier ones, as a
-/// record holds the routing only.
-fn phase_after(state: &ApiState, chosen: &Chosen) -> String {
-    let view = state.node.published.view();
-    let service = chosen.record.intent.operation.service().and_then(|id| view.services.get(id));
-    let last = service.filter(|service| service.slot == chosen.record.slot);
-    last.map(|service| service.service.rollout.phase.to_string()).unwrap_or_default()
-}
-
-fn sse(announcement: &Announcement, slot: Option<Slot>) -> Sse {
-    let data = serde_json::to_string(announcement).unwrap_or_default();
-    let event = Sse::default().data(data);
-    match slot {
-        Some(slot) => event.id(slot.to_string()),
+/// The same for an event that is live and for one that is read from the log.
+fn sse(announcement: &Announcement) -> Sse {
+    let event = Sse::default().data(serde_json::to_string(announcement).unwrap_or_default());
+    match announcement.event.sequence() {
+        Some(sequence) => event.id(sequence.to_string()),
         None => event,
     }
 }

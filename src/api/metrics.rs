@@ -15,8 +15,8 @@ use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::routing::{RoutingState, Status};
 use crate::domain::weights::Weight;
 use crate::node::handle::NodeHandle;
-use crate::protocol::record::Initiator;
-use crate::protocol::{Event, RoutingKind, View};
+use crate::protocol::record::{Initiator, RecordKind};
+use crate::protocol::{Event, View};
 
 use super::state::ApiState;
 
@@ -96,11 +96,12 @@ pub async fn count(node: NodeHandle) {
             Err(RecvError::Closed) => return,
         };
         match &announcement.event {
-            Event::Routing { kind, initiator, state, took_ms, .. } if state.status != Status::Prepared => {
-                count_transaction(kind, *initiator, state);
-                if let Some(ms) = took_ms {
-                    let (kind, outcome) = (kind.to_string(), state.status.to_string());
-                    let seconds = Duration::from_millis(*ms).as_secs_f64();
+            Event::Routing { kind, initiator, state, took_ms, coordinator, .. } if state.status != Status::Prepared => {
+                count_transaction(*kind, *initiator, state);
+                // Once in a cluster.
+                if let Some(ms) = took_ms.filter(|_| coordinator.as_ref() == Some(&announcement.node)) {
+                    let (kind, outcome) = (kind.name(), state.status.to_string());
+                    let seconds = Duration::from_millis(ms).as_secs_f64();
                     histogram!("aviary_commit_duration_seconds", "kind" => kind, "outcome" => outcome).record(seconds);
                 }
             }
@@ -120,16 +121,16 @@ pub async fn count(node: NodeHandle) {
 }
 
 /// Counts a refused transaction, or one that sent the traffic back to stable.
-fn count_transaction(kind: &RoutingKind, initiator: Initiator, state: &RoutingState) {
+fn count_transaction(kind: RecordKind, initiator: Initiator, state: &RoutingState) {
     let service = state.service.to_string();
     let reason = match (state.status, kind, initiator) {
         (Status::Aborted, ..) => {
             counter!("aviary_transactions_refused_total", "service" => service).increment(1);
             return;
         }
-        (_, RoutingKind::Revert, _) => "in_doubt",
-        (_, RoutingKind::Rollback, Initiator::Node) => "verdict",
-        (_, RoutingKind::Rollback, Initiator::Client) => "operator",
+        (_, RecordKind::Revert, _) => "in_doubt",
+        (_, RecordKind::Rollback, Initiator::Node) => "verdict",
+        (_, RecordKind::Rollback, Initiator::Client) => "operator",
         _ => return,
     };
     counter!("aviary_rollbacks_total", "service" => service, "reason" => reason).increment(1);

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use crate::domain::ids::ServiceId;
 use crate::domain::plan::{Backend, Stage};
-use crate::node::log::weights_json;
 use crate::protocol::record::{Chosen, Operation, Slot};
 use crate::status;
 
@@ -99,10 +98,13 @@ fn record_json(chosen: &Chosen) -> Value {
         "slot": record.slot,
         "kind": record.intent.operation.name(),
         "txid": record.intent.tx,
-        "at": record.intent.at.to_string(),
+        "proposed_at": record.intent.at,
+        "decided_at": chosen.decided_at,
         "ballot": chosen.ballot.as_ref().map(ToString::to_string),
         "version": state.map(|state| state.version),
-        "weights": state.map(weights_json),
+        "weights": state.map(|state| &state.weights),
+        "phase": record.phase,
+        "actor": record.intent.actor,
         "status": state.map(|state| state.status),
         "reasons": record.intent.operation.reasons(),
         "yes": record.certificate.as_ref().map(|certificate| &certificate.yes),

@@ -10,23 +10,26 @@ use axum::{Extension, Json};
 use http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::Full;
 use serde::Deserialize;
-use serde_json::{Value, json};
-use tracing::info;
+use serde_json::json;
+use tokio::sync::broadcast::error::RecvError;
+use tracing::{info, warn};
 
 use crate::code::Code;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
-use crate::domain::routing::RoutingState;
 use crate::domain::text::bounded;
 use crate::entropy;
-use crate::node::log::weights_json;
-use crate::protocol::record::ConfigChange;
+use crate::protocol::record::{ConfigChange, Slot};
 use crate::protocol::{OperatorRequest, Outcome};
+
+use crate::http_client::HttpAnswer;
 
 use super::auth::Actor;
 use super::state::{ApiState, BODY_BYTES_MAX, error};
 
 /// Set on a request that was forwarded once, with the node that did.
 const FORWARDED: &str = "x-aviary-forwarded";
+/// Longest wait for this node to serve by a write that the coordinator answered.
+const SERVED_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for the coordinator's answer.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -78,7 +81,6 @@ pub async fn change(
     };
     let reason = bounded(reason.unwrap_or_default());
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
-    let reason = actor.as_ref().map_or_else(|| reason.clone(), |actor| format!("{reason} (by {})", actor.name));
     let asked = match verb.as_str() {
         "promote" => OperatorRequest::Promote { service, full },
         "pause" => OperatorRequest::Pause { service, reason },
@@ -162,14 +164,20 @@ async fn submit(
         if let Some(address) = state.peers.get(&coordinator)
             && let Some(answer) = forward(state, address, path, headers, body, &tx).await
         {
-            return answer;
+            if let Ok(Forwarded { slot: Some(slot) }) = serde_json::from_slice(&answer.body) {
+                served(state, slot).await;
+            }
+            return (answer.status, [(header::CONTENT_TYPE, "application/json")], answer.body).into_response();
         }
     }
-    let who = actor.map_or("anybody on loopback", |actor| &actor.name);
-    info!(%tx, path, actor = who, "write asked for");
-    let outcome = state.node.submit(tx.clone(), asked).await;
+    let actor = actor.map_or_else(|| NOBODY.to_string(), |actor| actor.name.to_string());
+    info!(%tx, path, actor, "write asked for");
+    let outcome = state.node.submit(tx.clone(), actor, asked).await;
     answer(&tx, outcome)
 }
+
+/// The actor of writes that need no token.
+const NOBODY: &str = "anybody on loopback";
 
 fn random_key() -> String {
     format!("tx-{:032x}", entropy::bits())
@@ -183,7 +191,7 @@ async fn forward(
     headers: &HeaderMap,
     body: &Bytes,
     tx: &TxId,
-) -> Option<Response> {
+) -> Option<HttpAnswer> {
     let node = state.node.published.view().node.clone();
     let mut request = Request::post(format!("http://{address}{path}"))
         .header("idempotency-key", tx.as_str())
@@ -194,24 +202,37 @@ async fn forward(
         }
     }
     let request = request.body(Full::from(body.clone())).ok()?;
-    let answer = state.client.send(request, FORWARD_TIMEOUT, BODY_BYTES_MAX).await.ok()?;
-    Some((answer.status, [(header::CONTENT_TYPE, "application/json")], answer.body).into_response())
+    state.client.send(request, FORWARD_TIMEOUT, BODY_BYTES_MAX).await.ok()
 }
 
-/// Returns a routing state as answers show it.
-fn state_json(state: &RoutingState) -> Value {
-    json!({
-        "service": state.service, "version": state.version, "stable_model_id": state.stable_model_id,
-        "canary_model_id": state.canary_model_id, "weights": weights_json(state), "status": state.status,
-        "txid": state.txid, "timestamp": state.timestamp.to_string(),
-    })
+/// What matters here of a coordinator's answer.
+#[derive(Deserialize)]
+struct Forwarded {
+    #[serde(default)]
+    slot: Option<Slot>,
+}
+
+/// Waits until this node routes with the record in `slot`, so that a client that was answered here finds its write here; at most
+/// [`SERVED_TIMEOUT`]. The coordinator routes with a record before it answers.
+async fn served(state: &ApiState, slot: Slot) {
+    // Before the view is looked at: what is published from here on is announced.
+    let mut events = state.node.events();
+    let wait = async {
+        while state.node.published.view().head < slot {
+            if matches!(events.recv().await, Err(RecvError::Closed)) {
+                return;
+            }
+        }
+    };
+    if tokio::time::timeout(SERVED_TIMEOUT, wait).await.is_err() {
+        warn!(slot = slot.0, "a write that the coordinator answered isn't served here yet");
+    }
 }
 
 fn answer(tx: &TxId, outcome: Outcome) -> Response {
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
     let (status, body) = match outcome {
         Outcome::Committed { slot, state, repeated } => {
-            let state = state.as_ref().map(state_json);
             (StatusCode::OK, json!({"status": "COMMITTED", "slot": slot, "repeated": repeated, "state": state}))
         }
         Outcome::Aborted { slot, reasons, repeated } => {
@@ -220,7 +241,7 @@ fn answer(tx: &TxId, outcome: Outcome) -> Response {
             });
             (StatusCode::CONFLICT, body)
         }
-        Outcome::Unchanged(state) => (StatusCode::OK, json!({"status": "UNCHANGED", "state": state_json(&state)})),
+        Outcome::Unchanged(state) => (StatusCode::OK, json!({"status": "UNCHANGED", "state": state})),
         Outcome::Refused(why) => {
             (StatusCode::CONFLICT, json!({"code": Code::Refused, "status": "REFUSED", "error": why}))
         }

@@ -14,6 +14,7 @@ fn intent(tx: String, operation: Operation) -> Intent {
     Intent {
         initiator: Initiator::Client,
         tx: TxId::new(tx).unwrap(),
+        actor: "alice".into(),
         digest: 7,
         at: Wall(1_790_000_000_000),
         operation,
@@ -25,15 +26,22 @@ fn log(slots: u64) -> (Vec<Chosen>, Vec<Ledger>) {
     let member = |name| (node(name), Member { incarnation: Incarnation(1), cordoned: false });
     let members = Members(["a", "b", "c"].map(member).into());
     let genesis = intent("genesis".into(), Operation::Genesis { cluster: ClusterId([7; 16]), members });
-    let record = Record { slot: Slot(0), prev_hash: Hash::default(), intent: genesis, state: None, certificate: None };
-    let mut log = vec![Chosen { ballot: None, record }];
+    let record = Record {
+        slot: Slot(0),
+        prev_hash: Hash::default(),
+        intent: genesis,
+        state: None,
+        phase: None,
+        certificate: None,
+    };
+    let mut log = vec![Chosen { ballot: None, decided_at: Wall(0), record }];
     let mut ledgers = vec![Ledger::new(&log[0]).unwrap()];
     for slot in 1..=slots {
         let change = if slot % 2 == 1 { ConfigChange::Cordon(node("c")) } else { ConfigChange::Uncordon(node("c")) };
         let mut ledger = ledgers.last().unwrap().clone();
         let record = ledger.next_record(intent(format!("t{slot}"), Operation::Config(change)), None).unwrap();
         let ballot = Ballot { round: 1, node: node("a"), incarnation: Incarnation(1), boot: 1 };
-        log.push(Chosen { ballot: Some(ballot), record });
+        log.push(Chosen { ballot: Some(ballot), decided_at: Wall(slot), record });
         ledger.apply(&log[slot as usize]).unwrap();
         ledgers.push(ledger);
     }

@@ -57,7 +57,7 @@ impl Announced {
     /// Returns the phase that the rollout is in after it; empty where it doesn't say.
     pub fn phase(&self) -> String {
         match self.event() {
-            Some(Event::Routing { phase, .. }) => phase.clone(),
+            Some(Event::Routing { phase, .. }) => phase.map(|phase| phase.to_string()).unwrap_or_default(),
             Some(_) => String::new(),
             None => show::text(&self.json, "phase"),
         }
@@ -66,22 +66,26 @@ impl Announced {
     /// Returns the event as one line, without its time.
     pub fn line(&self) -> String {
         let parts = match self.event() {
-            Some(Event::Routing { slot, kind, initiator: _, state, phase, reasons, took_ms }) => {
+            Some(Event::Routing { slot, kind, refused, state, phase, reasons, took_ms, actor, .. }) => {
                 let RoutingState { service, version, weights, status, .. } = state;
                 vec![
                     format!("slot {slot}"),
                     status.to_string(),
-                    kind.to_string(),
+                    match refused {
+                        Some(refused) => format!("{}({refused})", kind.name()),
+                        None => kind.name().into(),
+                    },
                     service.to_string(),
                     percentages(weights),
                     format!("version {version}"),
-                    phase.clone(),
+                    phase.map(|phase| phase.to_string()).unwrap_or_default(),
+                    format!("by {actor}"),
                     took_ms.map(|ms| format!("{ms} ms")).unwrap_or_default(),
                     reasons.join("; "),
                 ]
             }
-            Some(Event::Membership { slot, kind, node, txid: _ }) => {
-                vec![format!("slot {slot}"), kind.clone(), format!("node {node}")]
+            Some(Event::Membership { slot, kind, node, actor, .. }) => {
+                vec![format!("slot {slot}"), kind.name().into(), format!("node {node}"), format!("by {actor}")]
             }
             Some(Event::Verdict { service, routing_version: _, verdict, samples }) => {
                 vec!["verdict".into(), service.to_string(), words(verdict), format!("{samples} samples")]
@@ -155,11 +159,11 @@ fn fields(json: &Value) -> Vec<String> {
 pub mod tests {
     use super::*;
     use crate::domain::ids::{NodeId, TxId, VersionId};
+    use crate::domain::rollout::Phase;
     use crate::domain::routing::Status;
     use crate::domain::time::Wall;
     use crate::domain::weights::Weight;
-    use crate::protocol::RoutingKind;
-    use crate::protocol::record::{Initiator, Slot};
+    use crate::protocol::record::{Initiator, RecordKind, Slot};
 
     /// Returns an event as a node sends it: node b announces it at 01:02:03.
     pub fn sent(event: Event) -> Announced {
@@ -171,7 +175,7 @@ pub mod tests {
     }
 
     /// Returns that a promotion of service m to 20 % in slot `slot` has this status, and leaves the rollout in this phase.
-    pub fn promotion(slot: u64, status: Status, phase: &str) -> Event {
+    pub fn promotion(slot: u64, status: Status, phase: Phase) -> Event {
         let version = |name| VersionId::new(name).unwrap();
         let part = |name, bp| (version(name), Weight::from_bp(bp).unwrap());
         let state = RoutingState {
@@ -184,9 +188,19 @@ pub mod tests {
             txid: TxId::new("tx").unwrap(),
             timestamp: Wall(1),
         };
-        let (kind, initiator) = (RoutingKind::Promote, Initiator::Client);
-        let (slot, phase, took_ms) = (Slot(slot), phase.into(), Some(38));
-        Event::Routing { slot, kind, initiator, state, phase, reasons: Vec::new(), took_ms }
+        Event::Routing {
+            slot: Slot(slot),
+            kind: RecordKind::Promote,
+            refused: None,
+            initiator: Initiator::Client,
+            actor: "alice".into(),
+            state,
+            phase: Some(phase),
+            reasons: Vec::new(),
+            decided_at: Some(Wall(39)),
+            took_ms: Some(38),
+            coordinator: NodeId::new("a").ok(),
+        }
     }
 
     fn service() -> ServiceId {
@@ -195,25 +209,33 @@ pub mod tests {
 
     #[test]
     fn a_decision_is_one_line() {
-        let event = promotion(12, Status::Committed, "Progressing");
+        let event = promotion(12, Status::Committed, Phase::Progressing);
         let promoted = sent(event.clone());
-        let expected = "slot 12  COMMITTED  Promote  m  v1=87.5% v2=12.5%  version 3  Progressing  38 ms";
+        let expected = "slot 12  COMMITTED  Promote  m  v1=87.5% v2=12.5%  version 3  Progressing  by alice  38 ms";
         assert_eq!(promoted.line(), expected);
         assert_eq!((promoted.time().as_str(), promoted.reporter().as_str()), ("01:02:03", "b"));
-        let Event::Routing { slot, initiator, state, .. } = event else { unreachable!() };
-        let (kind, reasons) =
-            (RoutingKind::Refused { refused: "Promote".into() }, vec!["a: no".into(), "c: silent".into()]);
-        let (state, phase) = (RoutingState { status: Status::Aborted, ..state }, String::new());
-        let refused = sent(Event::Routing { slot, kind, initiator, state, phase, reasons, took_ms: None });
-        let expected = "slot 12  ABORTED  Refused(Promote)  m  v1=87.5% v2=12.5%  version 3  a: no; c: silent";
+        let mut event = event;
+        if let Event::Routing { kind, refused, reasons, state, .. } = &mut event {
+            (*kind, *refused, state.status) = (RecordKind::Refused, Some("Promote".into()), Status::Aborted);
+            *reasons = vec!["a: no".into(), "c: silent".into()];
+        }
+        let refused = sent(event);
+        let expected = "slot 12  ABORTED  Refused(Promote)  m  v1=87.5% v2=12.5%  version 3  Progressing  by alice  38 ms  a: no; c: silent";
         assert_eq!(refused.line(), expected);
     }
 
     #[test]
     fn a_change_of_membership_is_told_of_one_node_by_another() {
         let (node, txid) = (NodeId::new("c").unwrap(), TxId::new("tx").unwrap());
-        let changed = sent(Event::Membership { slot: Slot(4), kind: "Cordon".into(), node, txid });
-        assert_eq!((changed.line().as_str(), changed.reporter().as_str()), ("slot 4  Cordon  node c", "b"));
+        let changed = sent(Event::Membership {
+            slot: Slot(4),
+            kind: RecordKind::Cordon,
+            node,
+            txid,
+            actor: "alice".into(),
+            decided_at: Wall(1),
+        });
+        assert_eq!((changed.line().as_str(), changed.reporter().as_str()), ("slot 4  Cordon  node c  by alice", "b"));
     }
 
     #[test]
@@ -229,8 +251,13 @@ pub mod tests {
             sequential: Some(sequential),
             ..WindowVerdict::unseen(3_000, 4_500)
         };
-        let slot = Some(Slot(5));
-        let analyzed = sent(Event::Analyzed { slot, service: service(), rollout_generation: 1, window_verdict });
+        let analyzed = sent(Event::Analyzed {
+            sequence: None,
+            service: service(),
+            rollout_generation: 1,
+            window_verdict,
+            decided: None,
+        });
         let expected = "analyzed  m  Promote  3-4.5 s  canary 9 of 40 failed  stable 0 of 0 failed  \
             e 7.50 of 100, α spent 0.0100";
         assert_eq!(analyzed.line(), expected);

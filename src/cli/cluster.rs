@@ -122,7 +122,7 @@ pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
     // What it accepted last may have been decided, and somebody may have been told so.
     let accepted = acceptor.as_ref().and_then(|acceptor| acceptor.accepted.clone());
     if let Some(Accepted { ballot, record }) = accepted.filter(|accepted| accepted.record.slot == ledger.head.next()) {
-        ledger.apply(&Chosen { ballot: Some(ballot), record })?;
+        ledger.apply(&Chosen { ballot: Some(ballot), decided_at: record.intent.at, record })?;
     }
     let old = ledger.cluster;
     println!("{}: cluster {old}, {} slots, {} services", args.from.display(), ledger.head, ledger.services.len());

@@ -12,13 +12,13 @@ use crate::client::{Api, StreamEvent, Unreachable};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  aviary events                    all events in the log\n  \
-    aviary events -f                 new events only\n  aviary events -f --after 120     events from slot 121 on")]
+    aviary events -f                 new events only\n  aviary events -f --after 495616  events after this one")]
 pub struct EventsArgs {
     /// Follow new events; without it, the command ends after 0.5 s without an event.
     #[arg(short, long)]
     follow: bool,
-    /// Begin after this slot; default: 0, with -f only new events.
-    #[arg(long, value_name = "SLOT")]
+    /// Begin after the event with this id: slot × 4096 + index in the slot; default: 0, with -f only new events.
+    #[arg(long, value_name = "ID")]
     after: Option<u64>,
 }
 

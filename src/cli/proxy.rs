@@ -11,9 +11,8 @@ use tracing::warn;
 use super::Exit;
 use crate::adapters::clock::BootClock;
 use crate::adapters::memory::MemoryStore;
-use crate::config::rollout::checked_url;
-use crate::domain::analysis::Analysis;
 use crate::domain::ids::{NodeId, ServiceId, TxId, VersionId};
+use crate::domain::plan::file::checked_url;
 use crate::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
 use crate::domain::rollout::{Change, Service, Stamp};
 use crate::domain::time::Mono;
@@ -97,19 +96,10 @@ fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
     let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
     let weights = [args.weight, Weight::FULL];
     let from = usize::from(args.weight == Weight::FULL);
+    let stages = weights[from..].iter().map(|weight| stage(*weight)).collect();
     let spec = RolloutSpec {
-        service: id.clone(),
-        stable: backend("stable", &args.stable)?,
-        canary: backend("canary", &args.canary)?,
-        stages: weights[from..].iter().map(|weight| stage(*weight)).collect(),
-        bake_ms: 0,
-        hash_on: None,
-        mirror: Weight::ZERO,
-        matches: Vec::new(),
-        analysis: Analysis::default(),
-        lease_ms: 2_000,
         on_partition: OnPartition::Hold,
-        progress_deadline_ms: 600_000,
+        ..RolloutSpec::new(id.clone(), backend("stable", &args.stable)?, backend("canary", &args.canary)?, stages)
     };
     let spec = Arc::new(spec.checked()?);
     let stamp = Stamp { tx: TxId::new("proxy")?, at: BootClock.now().wall };

@@ -149,7 +149,7 @@ pub async fn history(api: &Api, args: &HistoryArgs, format: Format) -> anyhow::R
         let mut table = table(["SLOT", "TIME", "WHAT", "STATUS", "WEIGHTS", "VERSION", "WHY"]);
         for row in show::rows(json) {
             let kind = ["kind", "act", "change"].map(|key| show::text(row, key)).into_iter().find(|k| !k.is_empty());
-            let time = ["timestamp", "at", "time"].into_iter().find_map(|key| show::seek(row, key));
+            let time = ["decided_at", "timestamp"].into_iter().find_map(|key| show::seek(row, key));
             table.add_row([
                 show::text(row, "slot"),
                 show::clock(time),

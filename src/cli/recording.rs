@@ -124,7 +124,7 @@ impl Rules {
         if let (Some(policy), Some(alpha)) = (&mut policy, alpha) {
             policy.alpha = alpha;
         }
-        Ok(Self { analysis: spec.analysis, policy })
+        Ok(Self { analysis: spec.analysis.clone(), policy })
     }
 }
 

@@ -58,10 +58,6 @@ pub fn weights(value: &Value) -> String {
             let parts = parts.iter().filter_map(|(name, w)| Some(format!("{name}={}", percent(w.as_f64()?))));
             parts.collect::<Vec<_>>().join(" ")
         }
-        Value::Array(parts) => {
-            let part = |pair: &Value| Some(format!("{}={}", pair[0].as_str()?, percent(pair[1].as_f64()? / 10_000.0)));
-            parts.iter().filter_map(part).collect::<Vec<_>>().join(" ")
-        }
         _ => String::new(),
     }
 }
@@ -142,9 +138,8 @@ mod tests {
     }
 
     #[test]
-    fn weights_read_the_same_in_both_forms() {
+    fn weights_are_shown_in_percent() {
         assert_eq!(weights(&json!({"v1": 0.875, "v2": 0.125})), "v1=87.5% v2=12.5%");
-        assert_eq!(weights(&json!([["v1", 8750], ["v2", 1250]])), "v1=87.5% v2=12.5%");
     }
 
     #[test]

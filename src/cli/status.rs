@@ -158,18 +158,19 @@ fn ended(phase: &str) -> Option<Exit> {
 mod tests {
     use super::*;
     use crate::cli::announced::tests::{promotion, sent};
+    use crate::domain::rollout::Phase;
     use serde_json::json;
 
-    fn routing(slot: u64, status: Status, phase: &str) -> Announced {
+    fn routing(slot: u64, status: Status, phase: Phase) -> Announced {
         sent(promotion(slot, status, phase))
     }
 
     #[test]
     fn a_transition_is_told_once_and_only_when_decided() {
         let mut told = LastTold { service: "m".into(), slot: None };
-        assert_eq!(told.event(&routing(3, Status::Prepared, "Progressing")), None);
-        assert!(told.event(&routing(3, Status::Committed, "Progressing")).is_some());
-        assert_eq!(told.event(&routing(3, Status::Committed, "Progressing")), None);
+        assert_eq!(told.event(&routing(3, Status::Prepared, Phase::Progressing)), None);
+        assert!(told.event(&routing(3, Status::Committed, Phase::Progressing)).is_some());
+        assert_eq!(told.event(&routing(3, Status::Committed, Phase::Progressing)), None);
         assert_eq!(told.snapshot(&json!({"slot": 3, "phase": "Progressing"})), None);
         assert!(told.snapshot(&json!({"slot": 4, "phase": "Progressing"})).is_some());
     }
@@ -178,19 +179,19 @@ mod tests {
     fn a_node_that_lags_behind_what_was_answered_is_not_believed() {
         let mut told = LastTold { service: "m".into(), slot: Some(9) };
         assert_eq!(told.snapshot(&json!({"slot": 8, "phase": "Completed"})), None);
-        assert_eq!(told.event(&routing(8, Status::Committed, "Completed")), None);
+        assert_eq!(told.event(&routing(8, Status::Committed, Phase::Completed)), None);
     }
 
     #[test]
     fn other_services_are_not_told() {
         let mut told = LastTold { service: "other".into(), slot: None };
-        assert_eq!(told.event(&routing(3, Status::Committed, "Completed")), None);
+        assert_eq!(told.event(&routing(3, Status::Committed, Phase::Completed)), None);
     }
 
     #[test]
     fn the_phases_end_the_program_as_documented() {
-        assert_eq!(ended(&routing(3, Status::Committed, "Completed").phase()), Some(Exit::Done));
-        assert_eq!(ended(&routing(3, Status::Committed, "RolledBack").phase()), Some(Exit::Refused));
+        assert_eq!(ended(&routing(3, Status::Committed, Phase::Completed).phase()), Some(Exit::Done));
+        assert_eq!(ended(&routing(3, Status::Committed, Phase::RolledBack).phase()), Some(Exit::Refused));
         assert_eq!(ended("Paused"), Some(Exit::Refused));
         assert_eq!(ended("Baking"), None);
     }

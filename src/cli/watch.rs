@@ -112,7 +112,7 @@ mod tests {
         let mut screen = Screen::default();
         for slot in 0..20 {
             let event = format!(r#""event":"enforced","slot":{slot},"service":"m","took_ms":5"#);
-            let data = format!(r#"{{"at":0,"reported_by":"a",{event}}}"#);
+            let data = format!(r#"{{"at":"1970-01-01T00:00:00.000Z","reported_by":"a",{event}}}"#);
             screen.take(Some(StreamEvent::Event(SseEvent { id: None, data }))).unwrap();
         }
         assert_eq!(screen.events.len(), EVENTS_SHOWN);

@@ -81,8 +81,9 @@ pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<
         .collect();
     let operation = Operation::Genesis { cluster, members: Members(members.clone()) };
     let tx = TxId::new("genesis").expect("a word is an id");
-    let intent = Intent { initiator: Initiator::Node, tx, digest: 0, at, operation };
-    let record = Record { slot: Slot(0), prev_hash: Hash::default(), intent, state: None, certificate: None };
+    let intent = Intent { initiator: Initiator::Node, tx, actor: "cluster init".into(), digest: 0, at, operation };
+    let record =
+        Record { slot: Slot(0), prev_hash: Hash::default(), intent, state: None, phase: None, certificate: None };
     let head_hash = record.hash();
     let acceptor = |(node, member): (NodeId, Member)| {
         let incarnation = member.incarnation;
@@ -106,7 +107,7 @@ pub fn found(configs: &[NodeConfig], random: &mut impl Rng, at: Wall) -> Result<
     };
     Ok(Founding {
         cluster,
-        genesis: Chosen { ballot: None, record },
+        genesis: Chosen { ballot: None, decided_at: Wall(0), record },
         acceptors: members.into_iter().map(acceptor).collect(),
     })
 }

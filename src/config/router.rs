@@ -7,9 +7,9 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::node::Kafka;
-use super::rollout::{UrlError, checked_url, duration};
 use super::{FileError, YamlError};
 use crate::domain::ids::{ServiceId, VersionId};
+use crate::domain::plan::file::{UrlError, checked_url, duration};
 use crate::domain::side::Side;
 use crate::domain::weights::{Weight, WeightError};
 

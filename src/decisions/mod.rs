@@ -1,69 +1,92 @@
 //! What the cluster decides, told to others: the log is the truth, and streams and publishers follow it.
 //!
-//! Every node makes the same [`Decision`] of the same record, so that streams, topics and stores say the same.
+//! Every node makes the same [`Decision`] of the same record's event, so that streams, topics and stores say the same.
 
 use prost_types::Timestamp;
 
+use crate::domain::routing::RoutingState;
 use crate::domain::run::{AnswerSummary, WindowVerdict};
+use crate::domain::time::Wall;
 use crate::domain::verdict;
-use crate::protocol::record::Chosen;
-use crate::protocol::{Event, RoutingKind};
+use crate::protocol::Event;
+use crate::protocol::record::{RecordKind, Sequence};
 use crate::schema::v1::{self, Decision, DecisionKind, Verdict, VersionSummary};
 
 pub mod follow;
 pub mod guard;
 pub mod publish;
 
-/// Returns what a record decides about a service, as its [`Event`] tells it; none for a record that concerns no service.
-pub fn decision(chosen: &Chosen) -> Option<Decision> {
-    // A decision says neither where the rollout stands nor how long the transaction took: not every node knows that.
-    let event = Event::of(chosen, String::new(), None)?;
-    let (kind, reasons, window, rollout_generation) = match event {
-        Event::Routing { kind, reasons, .. } => (kind_of(&kind), reasons, None, 0),
-        Event::Analyzed { rollout_generation, window_verdict, .. } => {
-            let reason = Some(window_verdict.verdict.reason().to_owned()).filter(|reason| !reason.is_empty());
-            let reasons = reason.into_iter().collect();
-            (DecisionKind::Verdict, reasons, Some(window(&window_verdict)), rollout_generation)
+/// Returns what an event decides about a service; none for what is no decision, or no service's.
+pub fn decision(event: &Event) -> Option<Decision> {
+    match event {
+        Event::Routing { slot, kind, actor, state, phase, reasons, decided_at: Some(decided_at), .. } => {
+            Some(Decision {
+                sequence: Sequence::of(*slot, 0).0,
+                kind: decision_kind(*kind).into(),
+                reasons: reasons.clone(),
+                proposed_time: Some(time(state.timestamp)),
+                decided_time: Some(time(*decided_at)),
+                actor: actor.clone(),
+                phase: phase.map(|phase| phase.to_string()).unwrap_or_default(),
+                transaction_id: state.txid.to_string(),
+                ..of_routing(state)
+            })
         }
-        // Of no service, or of no record.
-        Event::Membership { .. }
-        | Event::Voted { .. }
-        | Event::Verdict { .. }
-        | Event::LocalHold { .. }
-        | Event::Enforced { .. }
-        | Event::Lease { .. }
-        | Event::Coordinator { .. }
-        | Event::Peer { .. }
-        | Event::Rejected { .. } => return None,
-    };
-    let (record, state) = (&chosen.record, chosen.record.state.as_ref()?);
-    let at_ms = record.intent.at.0;
-    Some(Decision {
-        sequence: record.slot.0,
+        Event::Analyzed {
+            sequence: Some(sequence),
+            rollout_generation,
+            window_verdict,
+            decided: Some(decided),
+            ..
+        } => {
+            let reasons = vec![window_verdict.verdict.reason().to_string()];
+            Some(Decision {
+                sequence: sequence.0,
+                kind: DecisionKind::Verdict.into(),
+                reasons: reasons.into_iter().filter(|reason| !reason.is_empty()).collect(),
+                proposed_time: Some(time(decided.proposed_at)),
+                decided_time: Some(time(decided.decided_at)),
+                transaction_id: decided.txid.to_string(),
+                window: Some(window(window_verdict)),
+                rollout_generation: *rollout_generation,
+                ..of_routing(&decided.state)
+            })
+        }
+        _ => None,
+    }
+}
+
+fn of_routing(state: &RoutingState) -> Decision {
+    Decision {
         service: state.service.to_string(),
-        kind: kind.into(),
-        transaction_id: record.intent.tx.to_string(),
         routing_version: state.version,
         stable_version: state.stable_model_id.to_string(),
         canary_version: state.canary_model_id.as_ref().map(ToString::to_string).unwrap_or_default(),
         canary_weight_bp: state.canary_weight().bp().into(),
-        reasons,
-        decision_time: Some(Timestamp { seconds: (at_ms / 1000) as i64, nanos: (at_ms % 1000 * 1_000_000) as i32 }),
-        window,
-        rollout_generation,
-    })
+        ..Decision::default()
+    }
 }
 
-/// Returns the kind as the schema spells it.
-fn kind_of(kind: &RoutingKind) -> DecisionKind {
+fn time(at: Wall) -> Timestamp {
+    Timestamp { seconds: (at.0 / 1000) as i64, nanos: (at.0 % 1000 * 1_000_000) as i32 }
+}
+
+fn decision_kind(kind: RecordKind) -> DecisionKind {
     match kind {
-        RoutingKind::Start => DecisionKind::Start,
-        RoutingKind::Promote => DecisionKind::Promote,
-        RoutingKind::Pause => DecisionKind::Pause,
-        RoutingKind::Resume => DecisionKind::Resume,
-        RoutingKind::Rollback => DecisionKind::Rollback,
-        RoutingKind::Revert => DecisionKind::Revert,
-        RoutingKind::Refused { .. } => DecisionKind::Refused,
+        RecordKind::Start => DecisionKind::Start,
+        RecordKind::Promote => DecisionKind::Promote,
+        RecordKind::Pause => DecisionKind::Pause,
+        RecordKind::Resume => DecisionKind::Resume,
+        RecordKind::Rollback => DecisionKind::Rollback,
+        RecordKind::Revert => DecisionKind::Revert,
+        RecordKind::Refused => DecisionKind::Refused,
+        RecordKind::Verdict => DecisionKind::Verdict,
+        RecordKind::Genesis
+        | RecordKind::Cordon
+        | RecordKind::Uncordon
+        | RecordKind::Readmit
+        | RecordKind::Add
+        | RecordKind::Remove => DecisionKind::Unspecified,
     }
 }
 
@@ -96,10 +119,11 @@ fn summary(summary: &AnswerSummary) -> VersionSummary {
 mod tests {
     use super::*;
     use crate::domain::ids::{ClusterId, NodeId, ServiceId, TxId};
-    use crate::domain::rollout::{Change, Service, Stamp, Target};
+    use crate::domain::rollout::{Change, Phase, Service, Stamp, Target};
     use crate::domain::run::SequentialEvidence;
-    use crate::domain::time::Wall;
-    use crate::protocol::record::{ConfigChange, Hash, Initiator, Intent, Members, Operation, Record, Slot};
+    use crate::protocol::record::{
+        Chosen, ConfigChange, Hash, Initiator, Intent, Members, Operation, Record, ServiceVerdict, Slot,
+    };
 
     const AT_MS: u64 = 1_700_000_000_123;
     const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
@@ -116,18 +140,25 @@ mod tests {
         (change.clone(), Service::after(None, &id(), &change, &stamp).unwrap())
     }
 
-    /// Returns the decision that a record of this operation makes of a canary at 5 %.
+    /// Returns the first decision that a record of this operation makes of a canary at 5 %.
     fn of(operation: Operation, has_state: bool) -> Option<Decision> {
-        let (tx, at) = (TxId::new("tx-9").unwrap(), Wall(AT_MS));
-        let intent = Intent { initiator: Initiator::Client, tx, digest: 0, at, operation };
-        let state = has_state.then(|| start().1.routing);
-        let record = Record { slot: Slot(9), prev_hash: Hash::default(), intent, state, certificate: None };
-        decision(&Chosen { ballot: None, record })
+        let (tx, at, actor) = (TxId::new("tx-9").unwrap(), Wall(AT_MS), "alice".into());
+        let intent = Intent { initiator: Initiator::Client, tx, actor, digest: 0, at, operation };
+        let state = has_state.then(routing);
+        let (slot, prev_hash, phase) = (Slot(9), Hash::default(), has_state.then_some(Phase::Progressing));
+        let record = Record { slot, prev_hash, intent, state, phase, certificate: None };
+        let chosen = Chosen { ballot: None, decided_at: Wall(AT_MS + 38), record };
+        Event::of(&chosen).first().and_then(|(_, event)| decision(event))
+    }
+
+    fn routing() -> RoutingState {
+        let tx = TxId::new("tx-9").unwrap();
+        RoutingState { txid: tx, timestamp: Wall(AT_MS), ..start().1.routing }
     }
 
     fn expected(kind: DecisionKind, reasons: &[&str]) -> Decision {
         Decision {
-            sequence: 9,
+            sequence: 9 * 4096,
             service: "svc".into(),
             kind: kind.into(),
             transaction_id: "tx-9".into(),
@@ -136,7 +167,10 @@ mod tests {
             canary_version: "v2".into(),
             canary_weight_bp: 500,
             reasons: reasons.iter().map(ToString::to_string).collect(),
-            decision_time: Some(Timestamp { seconds: 1_700_000_000, nanos: 123_000_000 }),
+            proposed_time: Some(Timestamp { seconds: 1_700_000_000, nanos: 123_000_000 }),
+            decided_time: Some(Timestamp { seconds: 1_700_000_000, nanos: 161_000_000 }),
+            actor: "alice".into(),
+            phase: "Progressing".into(),
             window: None,
             rollout_generation: 0,
         }
@@ -171,8 +205,8 @@ mod tests {
             sequential: Some(sequential),
             ..WindowVerdict::unseen(3_000, 6_000)
         };
-        let window_verdict = Box::new(window_verdict);
-        let found = of(Operation::Verdict { service: id(), rollout_generation: 4, window_verdict }, true);
+        let verdict = ServiceVerdict { routing: routing(), rollout_generation: 4, window_verdict };
+        let found = of(Operation::Verdicts(vec![verdict]), false);
         let window = v1::WindowVerdict {
             verdict: Verdict::Rollback.into(),
             from_ms: 3_000,
@@ -183,7 +217,8 @@ mod tests {
             e_value_bound: Some(100.0),
             alpha_spent: Some(0.01),
         };
-        let base = expected(DecisionKind::Verdict, &["worse"]);
+        let base =
+            Decision { actor: String::new(), phase: String::new(), ..expected(DecisionKind::Verdict, &["worse"]) };
         assert_eq!(found, Some(Decision { window: Some(window), rollout_generation: 4, ..base }));
     }
 

@@ -11,7 +11,7 @@ use crate::backoff::Backoff;
 use crate::node::handle::NodeHandle;
 use crate::ports::{DecisionSink, OutsideError};
 use crate::protocol::Mode;
-use crate::protocol::record::Slot;
+use crate::protocol::record::{Sequence, Slot};
 
 /// Between two looks at who coordinates.
 const LOOK: Duration = Duration::from_millis(100);
@@ -77,15 +77,15 @@ async fn turn(
         Err(why) => return (sink, Err(why)),
     };
     info!(sink = name, after = told.0, "publishing decisions");
-    let mut tail = LogTail::new(node, Some(told));
+    let mut tail = LogTail::new(node, Some(Sequence::last_of(told)));
     while coordinates(node) {
         let decisions = tokio::select! {
             next = tokio::time::timeout(KEEP, tail.next()) => match next {
                 Ok(Ok(decisions)) => decisions,
                 Ok(Err(Lost::Compacted { after, first })) => {
-                    warn!(sink = name, after = after.0, first = first.0, "decisions are gone from the log unpublished");
+                    warn!(sink = name, after = after.0, first_slot = first.0, "decisions are gone from the log unpublished");
                     counter!("aviary_publish_gaps_total", "sink" => name).increment(1);
-                    tail.skip_to(Slot(first.0 - 1));
+                    tail.skip_to(Sequence::last_of(Slot(first.0 - 1)));
                     continue;
                 }
                 Ok(Err(why)) => return (sink, Err(OutsideError::new(name, why))),
@@ -93,7 +93,7 @@ async fn turn(
             },
             () = deposed(node) => break,
         };
-        let (count, through) = (decisions.len() as u64, tail.told());
+        let (count, through) = (decisions.len() as u64, tail.told().slot());
         let (back, published) = blocking(sink, move |sink| sink.publish(&decisions, through)).await;
         sink = back;
         if let Err(why) = published {
@@ -101,7 +101,7 @@ async fn turn(
         }
         retry.reset();
         counter!("aviary_decisions_published_total", "sink" => name).increment(count);
-        gauge!("aviary_decisions_published_sequence", "sink" => name).set(through.0 as f64);
+        gauge!("aviary_decisions_published_sequence", "sink" => name).set(Sequence::last_of(through).0 as f64);
     }
     (sink, Ok(()))
 }

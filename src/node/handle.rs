@@ -26,7 +26,9 @@ pub enum NodeRequest {
     Submit {
         /// Id of the transaction: the idempotency key.
         tx: TxId,
-        /// Change that the operator wants.
+        /// Who asks: the name of the client's token.
+        actor: String,
+        /// The requested change.
         asked: OperatorRequest,
         /// Where the outcome goes, once it is known.
         reply: oneshot::Sender<Outcome>,
@@ -161,9 +163,9 @@ impl NodeHandle {
     }
 
     /// Asks for a change and waits for its outcome.
-    pub async fn submit(&self, tx: TxId, asked: OperatorRequest) -> Outcome {
+    pub async fn submit(&self, tx: TxId, actor: String, asked: OperatorRequest) -> Outcome {
         let (reply, answer) = oneshot::channel();
-        self.ask(NodeRequest::Submit { tx, asked, reply }, answer).await
+        self.ask(NodeRequest::Submit { tx, actor, asked, reply }, answer).await
     }
 
     /// Waits until this node knows every write that was answered before the call.

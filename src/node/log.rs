@@ -1,6 +1,6 @@
 //! Announcements as log lines: an event in words, facts as fields.
 
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use tracing::{debug, error, info, warn};
 
 use crate::domain::routing::{RoutingState, Status};
@@ -11,7 +11,7 @@ use crate::protocol::{Announcement, Event};
 /// Writes one announcement to the log.
 pub fn write(announcement: &Announcement) {
     match &announcement.event {
-        Event::Routing { slot, kind, initiator: _, state, phase, reasons, took_ms } => {
+        Event::Routing { slot, kind, refused, actor, state, phase, reasons, took_ms, .. } => {
             let RoutingState { service, version, stable_model_id, canary_model_id, status, txid, timestamp, .. } =
                 state;
             let what = match status {
@@ -21,13 +21,13 @@ pub fn write(announcement: &Announcement) {
             };
             let canary_model_id = canary_model_id.as_ref().map(tracing::field::display);
             info!(
-                %service, slot = slot.0, kind = kind.to_string(), version, %stable_model_id, canary_model_id,
-                weights = %weights_json(state), %status, %txid, %timestamp, phase,
+                %service, slot = slot.0, kind = kind.name(), refused, actor, version, %stable_model_id, canary_model_id,
+                weights = %json!(state.weights), %status, %txid, proposed_at = %timestamp, phase = phase.map(tracing::field::display),
                 reasons = (!reasons.is_empty()).then(|| reasons.join("; ")), took_ms, "{what}"
             );
         }
-        Event::Membership { slot, kind, node, txid } => {
-            info!(slot = slot.0, kind, member = %node, %txid, "membership changed");
+        Event::Membership { slot, kind, node, txid, actor, .. } => {
+            info!(slot = slot.0, kind = kind.name(), member = %node, %txid, actor, "membership changed");
         }
         Event::Voted { slot, ballot, txid, vote, reason } => {
             debug!(slot = slot.0, ballot, %txid, vote, reason, "voted");
@@ -40,12 +40,12 @@ pub fn write(announcement: &Announcement) {
                 warn!(%service, version = routing_version, verdict, reason, samples, "verdict");
             }
         }
-        Event::Analyzed { slot, service, window_verdict, .. } => {
+        Event::Analyzed { sequence, service, window_verdict, .. } => {
             let WindowVerdict { from_ms, to_ms, verdict, stable, canary, sequential, is_window: _ } = window_verdict;
             let e_value = sequential.map(|sequential| sequential.e_value);
             let word = verdict.word();
             info!(
-                slot = slot.map(|slot| slot.0), %service, from_ms, to_ms, verdict = word, reason = verdict.reason(), canary = canary.count,
+                sequence = sequence.map(|sequence| sequence.0), %service, from_ms, to_ms, verdict = word, reason = verdict.reason(), canary = canary.count,
                 canary_errors = canary.errors, stable = stable.count, stable_errors = stable.errors, e_value, "analyzed"
             );
         }
@@ -60,10 +60,4 @@ pub fn write(announcement: &Announcement) {
         Event::Peer { node, alive: false } => warn!(peer = %node, "peer is silent"),
         Event::Rejected { node, reason } => error!(peer = %node, reason, "message refused"),
     }
-}
-
-/// Returns the weights as `{"v1":0.95,"v2":0.05}`.
-pub fn weights_json(state: &RoutingState) -> Value {
-    let weights = state.weights.iter().map(|(version, weight)| (version.to_string(), json!(weight.fraction())));
-    Value::Object(weights.collect::<Map<_, _>>())
 }

@@ -201,9 +201,9 @@ impl Shell {
         *next += 1;
         let id = RequestId(*next);
         match request {
-            NodeRequest::Submit { tx, asked, reply } => {
+            NodeRequest::Submit { tx, actor, asked, reply } => {
                 self.replies.insert(id, reply);
-                Input::Operator(Command { request: id, tx, asked })
+                Input::Operator(Command { request: id, tx, actor, asked })
             }
             NodeRequest::Read { reply } => {
                 self.replies.insert(id, reply);
@@ -272,8 +272,7 @@ impl Shell {
                     }
                 }
                 Output::Announce(event) => {
-                    let node = self.core.view().node.clone();
-                    let announcement = Announcement { at: self.clock.now().wall, node, event };
+                    let announcement = Announcement::new(event, self.clock.now().wall, &self.core.view().node);
                     super::log::write(&announcement);
                     // Nobody may be listening.
                     let _ = self.events.send(Arc::new(announcement));

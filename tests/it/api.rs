@@ -10,7 +10,6 @@ use aviary::api::auth::Tokens;
 use aviary::api::{self, ApiState};
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use aviary::domain::rollout::{Change, Service, Stamp};
-use aviary::domain::routing::RoutingState;
 use aviary::domain::time::Wall;
 use aviary::domain::window::Evidence;
 use aviary::node::handle::{NodeHandle, NodeRequest, Published};
@@ -64,12 +63,27 @@ fn rollback() -> (Change, Service) {
     (change, service)
 }
 
-fn record(slot: u64, change: Change, state: RoutingState) -> Chosen {
+fn record(slot: u64, change: Change, service: Service) -> Chosen {
     let operation = Operation::Change(id(), change);
-    let intent = Intent { initiator: Initiator::Client, tx: stamp(slot).tx, digest: 0, at: Wall(slot), operation };
+    let intent = Intent {
+        initiator: Initiator::Client,
+        tx: stamp(slot).tx,
+        actor: "alice".into(),
+        digest: 0,
+        at: Wall(slot),
+        operation,
+    };
     Chosen {
         ballot: None,
-        record: Record { slot: Slot(slot), prev_hash: Hash([0; 32]), intent, state: Some(state), certificate: None },
+        decided_at: Wall(slot + 1),
+        record: Record {
+            slot: Slot(slot),
+            prev_hash: Hash([0; 32]),
+            intent,
+            phase: Some(service.rollout.phase),
+            state: Some(service.routing),
+            certificate: None,
+        },
     }
 }
 
@@ -111,11 +125,7 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
 /// A log of genesis-like slot 0, a start in slot 1 and a rollback in slot 2.
 fn log() -> Vec<Chosen> {
     let ((start, first), (back, second)) = (started(), rollback());
-    vec![
-        record(0, Change::Resume, first.routing.clone()),
-        record(1, start, first.routing),
-        record(2, back, second.routing),
-    ]
+    vec![record(0, Change::Resume, first.clone()), record(1, start, first), record(2, back, second)]
 }
 
 async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Option<&str>) -> Node {
@@ -128,7 +138,7 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
     let told = asked.clone();
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {
-            if let NodeRequest::Submit { tx, asked, reply } = request {
+            if let NodeRequest::Submit { tx, asked, reply, .. } = request {
                 told.lock().unwrap().push((tx, asked));
                 let _ =
                     reply.send(Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false });
@@ -185,7 +195,7 @@ async fn follow(port: u16, headers: &str) -> TcpStream {
 #[tokio::test]
 async fn a_stream_resumed_at_the_head_stays_open() {
     let a = node("a", "a", &[], None).await;
-    let mut open = follow(a.port, "last-event-id: 2\r\n").await;
+    let mut open = follow(a.port, "last-event-id: 8192\r\n").await;
     let (text, alive) = stream(&mut open, 500).await;
     assert!(alive, "ended at once: {text}");
 }
@@ -193,9 +203,9 @@ async fn a_stream_resumed_at_the_head_stays_open() {
 #[tokio::test]
 async fn a_stream_resumes_after_the_slot_it_names_and_tells_each_decision_once() {
     let a = node("a", "a", &[], None).await;
-    let mut open = follow(a.port, "last-event-id: 1\r\n").await;
+    let mut open = follow(a.port, "last-event-id: 4096\r\n").await;
     let (text, _) = stream(&mut open, 300).await;
-    assert!(text.contains("id: 2") && !text.contains("id: 1\n"), "{text}");
+    assert!(text.contains("id: 8192") && !text.contains("id: 4096\n"), "{text}");
     let event = Event::Peer { node: NodeId::new("c").unwrap(), alive: false };
     a.events.send(Arc::new(Announcement { at: Wall(1), node: NodeId::new("a").unwrap(), event })).unwrap();
     let (text, alive) = stream(&mut open, 300).await;
@@ -205,7 +215,7 @@ async fn a_stream_resumes_after_the_slot_it_names_and_tells_each_decision_once()
 #[tokio::test]
 async fn a_replayed_rollback_says_why_and_where_it_led() {
     let a = node("a", "a", &[], None).await;
-    let mut open = follow(a.port, "last-event-id: 1\r\n").await;
+    let mut open = follow(a.port, "last-event-id: 4096\r\n").await;
     let (text, _) = stream(&mut open, 300).await;
     assert!(text.contains("errors: 9 %"), "no reason: {text}");
     assert!(text.contains("RolledBack"), "no phase: {text}");
@@ -218,9 +228,9 @@ async fn a_decision_reads_the_same_live_and_resumed() {
     let mut live = follow(a.port, "").await;
     assert!(stream(&mut live, 200).await.1, "the stream is open before anything is decided");
     a.handle.published.publish(view("a", "a", 2, rollback().1));
-    let event = Event::of(&log()[2], "RolledBack".into(), None).unwrap();
-    a.events.send(Arc::new(Announcement { at: Wall(2), node: NodeId::new("a").unwrap(), event })).unwrap();
-    let mut resumed = follow(a.port, "last-event-id: 1\r\n").await;
+    let (_, event) = Event::of(&log()[2]).remove(0);
+    a.events.send(Arc::new(Announcement::new(event, Wall(9), &NodeId::new("a").unwrap()))).unwrap();
+    let mut resumed = follow(a.port, "last-event-id: 4096\r\n").await;
     let mut told = Vec::new();
     for open in [&mut live, &mut resumed] {
         let (text, _) = stream(open, 300).await;
@@ -228,7 +238,8 @@ async fn a_decision_reads_the_same_live_and_resumed() {
         told.push(lines.map(str::to_owned).collect::<Vec<_>>());
     }
     assert_eq!(told[0], told[1]);
-    let kind_and_state = r#""kind":"Rollback","initiator":"client","state":{"service":"svc","version":2,"#;
+    let kind_and_state =
+        r#""kind":"Rollback","initiator":"client","actor":"alice","state":{"service":"svc","version":2,"#;
     assert!(told[0].len() == 2 && told[0].concat().contains(kind_and_state), "{told:?}");
 }
 

@@ -41,6 +41,7 @@ fn intent(tx: &str, operation: Operation) -> Intent {
     Intent {
         initiator: Initiator::Client,
         tx: TxId::new(tx).unwrap(),
+        actor: "test".into(),
         digest: 77,
         at: Wall(1_790_000_000_000),
         operation,
@@ -52,9 +53,15 @@ fn log() -> Vec<Chosen> {
     let member = |name, incarnation| (node(name), Member { incarnation: Incarnation(incarnation), cordoned: false });
     let members = Members([member("a", 0xaaaa), member("b", 0xbbbb), member("c", 0xcccc)].into());
     let genesis = intent("genesis", Operation::Genesis { cluster: ClusterId([7; 16]), members });
-    let first =
-        Record { slot: Slot(0), prev_hash: Default::default(), intent: genesis, state: None, certificate: None };
-    let mut log = vec![Chosen { ballot: None, record: first }];
+    let first = Record {
+        slot: Slot(0),
+        prev_hash: Default::default(),
+        intent: genesis,
+        state: None,
+        phase: None,
+        certificate: None,
+    };
+    let mut log = vec![Chosen { ballot: None, decided_at: first.intent.at, record: first }];
     let mut ledger = Ledger::new(&log[0]).unwrap();
     let text = "{apiVersion: aviary/v1, kind: Rollout, metadata: {name: s}, spec: {stable: {version: v1, url: 'http://x:1'}, \
                 canary: {version: v2, urls: ['http://y:2', 'http://y:3']}, steps: [{setWeight: 5}, {pause: {duration: 30s}}, \
@@ -81,7 +88,7 @@ fn log() -> Vec<Chosen> {
     for (number, (operation, votes)) in operations.into_iter().enumerate() {
         let certificate = votes.then(|| Certificate { ballot: ballot(2), yes: yes.clone() });
         let record = ledger.next_record(intent(&format!("t{number}"), operation), certificate).unwrap();
-        let chosen = Chosen { ballot: Some(ballot(2)), record };
+        let chosen = Chosen { ballot: Some(ballot(2)), decided_at: Wall(1_790_000_000_038), record };
         ledger.apply(&chosen).unwrap();
         log.push(chosen);
     }

@@ -143,7 +143,7 @@ fn a_thousand_services_at_once() {
     }
     let head = http(cluster.nodes[0].api, "GET", "/v1/cluster", &[], "").unwrap().json()["head"].as_u64().unwrap();
     let all = streamed(&cluster, 0, head);
-    let started = |decision: &Decision| decision.decision_time.map(|at| at.seconds as f64 + f64::from(at.nanos) / 1e9);
+    let started = |decision: &Decision| decision.proposed_time.map(|at| at.seconds as f64 + f64::from(at.nanos) / 1e9);
     let mut late: Vec<f64> = Vec::new();
     for decision in all.iter().filter(|one| one.kind() == DecisionKind::Verdict) {
         let window = decision.window.as_ref().unwrap();

@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use aviary::adapters::clock::BootClock;
 use aviary::adapters::memory::MemoryStore;
-use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary::domain::plan::{Backend, HashOn, HealthCheck, OnPartition, RolloutSpec, Stage};
+use aviary::domain::plan::{Backend, HashOn, HealthCheck, RolloutSpec, Stage};
 use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::domain::time::Wall;
 use aviary::domain::weights::Weight;
@@ -64,22 +63,13 @@ pub(crate) fn view_of(
         Backend::new(version(name), at.iter().map(|address| format!("http://{address}")).collect())
     };
     let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
+    let stages = vec![stage(Weight::from_bp(bp).unwrap()), stage(Weight::FULL)];
     let mut spec = RolloutSpec {
-        service: id.clone(),
-        stable: backend("v1", stable.or(canary)),
-        canary: backend("v2", canary.or(stable)),
-        stages: vec![stage(Weight::from_bp(bp).unwrap()), stage(Weight::FULL)],
-        bake_ms: 0,
         hash_on: Some(HashOn::Header("x-user".into())),
-        mirror: Weight::ZERO,
-        matches: vec![],
-        analysis: Analysis::default(),
-        lease_ms: 2_000,
-        on_partition: OnPartition::Stable,
-        progress_deadline_ms: 60_000,
+        ..RolloutSpec::new(id.clone(), backend("v1", stable.or(canary)), backend("v2", canary.or(stable)), stages)
     };
     change(&mut spec);
-    let spec = Arc::new(spec);
+    let spec = Arc::new(spec.checked().unwrap());
     let stamp = Stamp { tx: TxId::new("tx-1").unwrap(), at: Wall(0) };
     let service = Service::after(None, &id, &Change::Start(spec.clone()), &stamp).unwrap();
     let serving = Serving {

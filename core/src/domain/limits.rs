@@ -87,6 +87,8 @@ pub const QUERY_INTERVAL: Limits = Limits::ms("provider.prometheus.interval", 1_
 pub const STAGES_MAX: usize = 100;
 /// Most servers of a version.
 pub const URLS_MAX: usize = 64;
+/// Most labels, and most annotations, of a rollout.
+pub const LABELS_MAX: usize = 64;
 /// Most `match` entries of a rollout.
 pub const MATCHES_MAX: usize = 32;
 /// Most metrics that the data plane keeps.

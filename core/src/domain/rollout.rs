@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::ids::{ServiceId, TxId, VersionId};
-use super::plan::{Backend, RolloutSpec};
+use super::plan::{Backend, Manifest};
 use super::routing::{RoutingState, Status};
 use super::time::Wall;
 use super::weights::{Weight, Weights};
@@ -49,7 +49,7 @@ impl fmt::Display for Phase {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rollout {
     /// The checked rollout file that its Start recorded.
-    pub spec: Arc<RolloutSpec>,
+    pub spec: Arc<Manifest>,
     /// Current phase; the last one remains after the rollout's end.
     pub phase: Phase,
     /// Index of the current stage, or of the last one if the rollout ended.
@@ -86,7 +86,7 @@ pub enum Target {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
     /// Begins a rollout at its first stage. Increases the canary's weight.
-    Start(Arc<RolloutSpec>),
+    Start(Arc<Manifest>),
     /// Goes on to a later stage, or completes the rollout. Increases the canary's weight.
     Promote {
         /// Stage or end that the promotion leads to.
@@ -117,17 +117,6 @@ impl Change {
     /// Returns true when the canary gets less traffic by it, which nodes obey before they remember it.
     pub fn decreases_exposure(&self) -> bool {
         matches!(self, Self::Rollback { .. })
-    }
-
-    /// Returns the name of the variant, as logs and events show it.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Start(_) => "Start",
-            Self::Promote { .. } => "Promote",
-            Self::Rollback { .. } => "Rollback",
-            Self::Pause { .. } => "Pause",
-            Self::Resume => "Resume",
-        }
     }
 }
 
@@ -196,7 +185,7 @@ pub struct Stamp {
 
 impl Service {
     /// Returns the service that `spec` describes before any canary traffic: everything on its stable version.
-    pub fn before_start(spec: &Arc<RolloutSpec>, stamp: &Stamp) -> Self {
+    pub fn before_start(spec: &Arc<Manifest>, stamp: &Stamp) -> Self {
         let routing = RoutingState {
             service: spec.service.clone(),
             version: 0,
@@ -294,7 +283,7 @@ impl Service {
         if stage == self.rollout.spec.last_stage() { Phase::Baking } else { Phase::Progressing }
     }
 
-    fn started(current: Option<&Self>, spec: &Arc<RolloutSpec>, stamp: &Stamp) -> Result<Self, ChangeError> {
+    fn started(current: Option<&Self>, spec: &Arc<Manifest>, stamp: &Stamp) -> Result<Self, ChangeError> {
         let mut service = Self::before_start(spec, stamp);
         if let Some(current) = current {
             let Rollout { phase, spec: running, .. } = &current.rollout;

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::ops::Add;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Microseconds on a node's own clock that never jumps and counts suspend (`CLOCK_BOOTTIME`).
 ///
@@ -33,10 +34,28 @@ impl Mono {
     }
 }
 
-/// Milliseconds since 1970 (UTC), for people and for pauses across restarts; safety never depends on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
-#[serde(transparent)]
+/// Milliseconds since 1970 (UTC), for people and for pauses across restarts; safety never depends on it. In JSON a text by
+/// RFC 3339, `2026-11-29T14:05:09.250Z`; in the log a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Wall(pub u64);
+
+impl Serialize for Wall {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
+    }
+}
+
+impl<'de> Deserialize<'de> for Wall {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if !deserializer.is_human_readable() {
+            return u64::deserialize(deserializer).map(Self);
+        }
+        let text = String::deserialize(deserializer)?;
+        let time = humantime::parse_rfc3339(&text).map_err(|why| D::Error::custom(format!("time {text:?}: {why}")))?;
+        let since = time.duration_since(std::time::UNIX_EPOCH).map_err(D::Error::custom)?;
+        u64::try_from(since.as_millis()).map(Self).map_err(D::Error::custom)
+    }
+}
 
 impl Add<u64> for Wall {
     type Output = Self;

@@ -1,8 +1,10 @@
 //! Traffic weights in basis points, and the pick of a version for one request.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::ids::VersionId;
 
@@ -93,8 +95,9 @@ impl fmt::Display for Weight {
 /// Traffic split between versions.
 ///
 /// Invariant: versions unique, parts sum to [`Weight::WHOLE`]; checked once, in [`Weights::new`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Vec<(VersionId, Weight)>", into = "Vec<(VersionId, Weight)>")]
+///
+/// In JSON an object of shares, `{"v1": 0.95, "v2": 0.05}`; in the log a list, stable first.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Weights(Vec<(VersionId, Weight)>);
 
 impl Weights {
@@ -150,16 +153,26 @@ impl Weights {
     }
 }
 
-impl TryFrom<Vec<(VersionId, Weight)>> for Weights {
-    type Error = WeightError;
-    fn try_from(parts: Vec<(VersionId, Weight)>) -> Result<Self, WeightError> {
-        Self::new(parts)
+impl Serialize for Weights {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match serializer.is_human_readable() {
+            true => serializer.collect_map(self.0.iter().map(|(version, weight)| (version, weight.fraction()))),
+            false => self.0.serialize(serializer),
+        }
     }
 }
 
-impl From<Weights> for Vec<(VersionId, Weight)> {
-    fn from(weights: Weights) -> Self {
-        weights.0
+impl<'de> Deserialize<'de> for Weights {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let parts = match deserializer.is_human_readable() {
+            true => {
+                let shares = BTreeMap::<VersionId, f64>::deserialize(deserializer)?;
+                let part = |(version, share): (VersionId, f64)| Ok((version, Weight::from_percent(share * 100.0)?));
+                shares.into_iter().map(part).collect::<Result<_, WeightError>>().map_err(D::Error::custom)?
+            }
+            false => Vec::deserialize(deserializer)?,
+        };
+        Self::new(parts).map_err(D::Error::custom)
     }
 }
 
@@ -191,6 +204,18 @@ mod tests {
     fn weights_that_do_not_sum_say_what_they_sum_to() {
         let parts = vec![(id("v1"), Weight::from_bp(8500).unwrap()), (id("v2"), Weight::from_bp(500).unwrap())];
         assert_eq!(Weights::new(parts).unwrap_err().to_string(), "weights sum to 9000 bp, expected 10000 bp");
+    }
+
+    #[test]
+    fn people_read_shares_and_the_log_a_list() {
+        let weights = Weights::between(id("v1"), id("v2"), Weight::from_bp(1250).unwrap());
+        let json = serde_json::to_string(&weights).unwrap();
+        assert_eq!(json, r#"{"v1":0.875,"v2":0.125}"#);
+        assert_eq!(serde_json::from_str::<Weights>(&json).unwrap(), weights);
+        assert!(serde_json::from_str::<Weights>(r#"{"v1":0.5}"#).unwrap_err().to_string().contains("sum to 5000 bp"));
+        let bytes = crate::protocol::codec::encode(&weights);
+        assert_eq!(bytes, crate::protocol::codec::encode(&vec![("v1", 8750u16), ("v2", 1250)]));
+        assert_eq!(crate::protocol::codec::decode::<Weights>(&bytes).unwrap(), weights);
     }
 
     #[test]

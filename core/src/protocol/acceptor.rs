@@ -3,6 +3,7 @@
 //! Every promise made in a message is persisted before the message (see the contract in [`crate::protocol`]).
 
 use crate::domain::ids::{Incarnation, NodeId};
+use crate::domain::routing::{RoutingState, Status};
 use crate::domain::time::Mono;
 
 use super::context::Context;
@@ -110,13 +111,22 @@ impl Acceptor {
         let at = ctx.now.mono;
         self.prepared = Some(Prepared { slot: *slot, ballot: ballot.clone(), intent: intent.clone(), at });
         ctx.announce(Event::voted(prepare, gate));
-        let Some(id) = intent.operation.service().filter(|_| !intent.operation.is_verdict()) else { return };
         let Ok(record) = ctx.ledger.next_record(intent.clone(), None) else { return };
         let Some(state) = record.state else { return };
-        let phase = ctx.ledger.services.get(id).map_or(String::new(), |known| known.service.rollout.phase.to_string());
-        if let Some(event) = Event::prepared(*slot, intent, state, phase) {
-            ctx.announce(event);
-        }
+        let state = RoutingState { status: Status::Prepared, ..state };
+        ctx.announce(Event::Routing {
+            slot: *slot,
+            kind: intent.operation.kind(),
+            refused: None,
+            initiator: intent.initiator,
+            actor: intent.actor.clone(),
+            state,
+            phase: record.phase,
+            reasons: Vec::new(),
+            decided_at: None,
+            took_ms: None,
+            coordinator: None,
+        });
     }
 
     /// Returns why a proposal isn't accepted; none when it may be.

@@ -36,6 +36,9 @@ fn hold(ctx: &Context, service_state: &ServiceState, local_hold: Option<&str>) -
     if ctx.ledger.members.is_cordoned(&ctx.settings.node) {
         return Some(Hold::Cordoned);
     }
+    if let Err(why) = service_state.service.rollout.spec.known() {
+        return Some(Hold::UnknownKey(why));
+    }
     if is_decreasing(ctx, service_state) {
         return Some(Hold::Decreasing);
     }

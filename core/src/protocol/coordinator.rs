@@ -22,6 +22,7 @@ use super::{Command, Outcome, Output, RequestId};
 struct Pending {
     /// Who made up its id, and the id.
     key: TransactionKey,
+    actor: String,
     digest: u64,
     proposal: Proposal,
     /// Who waits for the answer.
@@ -77,12 +78,6 @@ pub(super) enum Next {
 }
 
 impl Coordinator {
-    /// Returns how long a decided record took since this node proposed it; none when another node did.
-    pub fn took_ms(&self, record: &Record, now: Mono) -> Option<u64> {
-        let attempt = self.attempt.as_ref()?;
-        (attempt.intent.key() == record.intent.key()).then(|| now.millis_since(attempt.pending.since))
-    }
-
     /// Returns true when nothing is being decided or waiting here.
     pub fn is_free(&self) -> bool {
         self.attempt.is_none() && self.queue.is_empty()
@@ -103,7 +98,7 @@ const QUEUE_MAX: usize = 64;
 impl Coordinator {
     /// Takes in an operator's request; `no_vote` says why this node's vote doesn't count, where it doesn't.
     pub fn on_command(&mut self, ctx: &mut Context, command: Command, no_vote: Option<String>) -> Option<Next> {
-        let Command { request, tx, asked } = command;
+        let Command { request, tx, actor, asked } = command;
         let key = (Initiator::Client, tx);
         let digest = xxhash_rust::xxh3::xxh3_64(&codec::encode(&asked));
         let open = self.attempt.as_mut().map(|attempt| &mut attempt.pending);
@@ -124,8 +119,8 @@ impl Coordinator {
             Outcome::Busy
         } else {
             let requests = vec![request];
-            let pending =
-                Pending { key, digest, proposal: Proposal::OperatorRequest(asked), requests, since: ctx.now.mono };
+            let (actor, since) = (bounded(actor), ctx.now.mono);
+            let pending = Pending { key, actor, digest, proposal: Proposal::OperatorRequest(asked), requests, since };
             return self.enqueue(ctx, pending);
         };
         ctx.put(Output::Reply(request, outcome));
@@ -139,8 +134,8 @@ impl Coordinator {
         let incarnation = ctx.acceptor.incarnation.0 & 0xffff;
         let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.made_up));
         let tx = tx.expect("a made-up id is made of id characters");
-        let since = ctx.now.mono;
-        self.enqueue(ctx, Pending { key: (Initiator::Node, tx), digest: 0, proposal, requests: Vec::new(), since })
+        let (key, actor, since) = ((Initiator::Node, tx), node.to_string(), ctx.now.mono);
+        self.enqueue(ctx, Pending { key, actor, digest: 0, proposal, requests: Vec::new(), since })
     }
 
     /// A decrease goes first, and hurries what is being decided.
@@ -191,7 +186,8 @@ impl Coordinator {
             Proposal::Settle(Some(intent)) if !ctx.ledger.settled.contains_key(&intent.key()) => intent.clone(),
             _ => {
                 let (initiator, tx) = pending.key.clone();
-                Intent { initiator, tx, digest: pending.digest, at: ctx.now.wall, operation }
+                let actor = pending.actor.clone();
+                Intent { initiator, tx, actor, digest: pending.digest, at: ctx.now.wall, operation }
             }
         };
         if let Err(error) = ctx.ledger.next_record(intent.clone(), None) {
@@ -395,7 +391,11 @@ impl Coordinator {
         if accepts.len() < ctx.ledger.members.quorum() {
             return None;
         }
-        let chosen = Box::new(Chosen { ballot: Some(attempt.ballot.clone()), record: (**record).clone() });
+        let chosen = Box::new(Chosen {
+            ballot: Some(attempt.ballot.clone()),
+            decided_at: ctx.now.wall,
+            record: (**record).clone(),
+        });
         ctx.broadcast(&Message::Decision(Decision::Chosen(chosen.clone())));
         Some(Next::Learn(chosen))
     }

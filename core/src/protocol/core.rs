@@ -380,13 +380,7 @@ impl Core {
     }
 
     fn announce(&mut self, chosen: &Chosen) {
-        let operation = &chosen.record.intent.operation;
-        let known = operation.service().and_then(|id| self.context.ledger.services.get(id));
-        let phase = known.map_or(String::new(), |known| known.service.rollout.phase.to_string());
-        let took_ms = self.coordinator.took_ms(&chosen.record, self.context.now.mono);
-        if let Some(event) = Event::of(chosen, phase, took_ms) {
-            self.context.announce(event);
-        }
+        Event::of(chosen).into_iter().for_each(|(_, event)| self.context.announce(event));
     }
 
     fn enforce(&mut self, record: &Record) {
@@ -580,16 +574,15 @@ impl Core {
         }
     }
 
-    /// Asks for the next closed window of each rollout to be decided. A verdict can wait: it never contends for a slot that
+    /// Asks for the next closed window of each rollout to be decided. Verdicts can wait: they never contend for a slot that
     /// somebody's transaction is open in, which would put an increase in doubt.
     fn decide_windows(&mut self) {
         if self.acceptor.is_open(&self.context) || !self.coordinator.is_free() {
             return;
         }
-        for due in self.runs.due(&self.context) {
-            // What other systems measured isn't counted by windows; it is asked when one is decided.
-            let measured = self.gates.measured(&self.context, &due.service);
-            self.submit(due.proposal(measured));
+        let measured = |service: &ServiceId| self.gates.measured(&self.context, service);
+        if let Some(proposal) = self.runs.due(&self.context, measured) {
+            self.submit(proposal);
         }
     }
 

@@ -1,100 +1,16 @@
 //! What people may want to know: decisions, and what this node noticed by itself.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{NodeId, ServiceId, TxId};
-use crate::domain::rollout::Change;
+use crate::domain::rollout::Phase;
 use crate::domain::routing::{RoutingState, Status};
 use crate::domain::run::WindowVerdict;
 use crate::domain::time::Wall;
 use crate::domain::verdict::Verdict;
 
-use super::log::record::{Chosen, Initiator, Intent, Operation, Slot};
+use super::log::record::{Chosen, Initiator, Intent, Operation, Record, RecordKind, Sequence, ServiceVerdict, Slot};
 use super::message::{GateVote, Prepare};
-
-/// Kind of a record about a service's routing. Events and logs show it by its name, and a refused change as `Refused(NAME)`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum RoutingKind {
-    /// A rollout was started.
-    Start,
-    /// The canary's weight was increased, or the rollout completed.
-    Promote,
-    /// The rollout was paused.
-    Pause,
-    /// A paused rollout was continued.
-    Resume,
-    /// All traffic was sent back to stable.
-    Rollback,
-    /// An increase that was decided in doubt was undone.
-    Revert,
-    /// A change was refused.
-    Refused {
-        /// Name of the refused change.
-        refused: String,
-    },
-}
-
-/// A text is no kind of a routing record: a newer node may know more kinds.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("found {found:?}, expected a kind of routing record")]
-pub struct RoutingKindError {
-    /// The text.
-    pub found: String,
-}
-
-impl RoutingKind {
-    const PLAIN: [Self; 6] = [Self::Start, Self::Promote, Self::Pause, Self::Resume, Self::Rollback, Self::Revert];
-
-    /// Returns the kind of an operation; none where it changes no routing and doesn't refuse to.
-    fn of(operation: &Operation) -> Option<Self> {
-        match operation {
-            Operation::Change(_, Change::Start(_)) => Some(Self::Start),
-            Operation::Change(_, Change::Promote { .. }) => Some(Self::Promote),
-            Operation::Change(_, Change::Pause { .. }) => Some(Self::Pause),
-            Operation::Change(_, Change::Resume) => Some(Self::Resume),
-            Operation::Change(_, Change::Rollback { .. }) => Some(Self::Rollback),
-            Operation::Revert { .. } => Some(Self::Revert),
-            Operation::Refused { refused, .. } => Some(Self::Refused { refused: refused.clone() }),
-            Operation::Genesis { .. } | Operation::Config(_) | Operation::Verdict { .. } => None,
-        }
-    }
-}
-
-impl fmt::Display for RoutingKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Start => f.write_str("Start"),
-            Self::Promote => f.write_str("Promote"),
-            Self::Pause => f.write_str("Pause"),
-            Self::Resume => f.write_str("Resume"),
-            Self::Rollback => f.write_str("Rollback"),
-            Self::Revert => f.write_str("Revert"),
-            Self::Refused { refused } => write!(f, "Refused({refused})"),
-        }
-    }
-}
-
-impl From<RoutingKind> for String {
-    fn from(kind: RoutingKind) -> Self {
-        kind.to_string()
-    }
-}
-
-impl TryFrom<String> for RoutingKind {
-    type Error = RoutingKindError;
-
-    fn try_from(found: String) -> Result<Self, RoutingKindError> {
-        let refused = found.strip_prefix("Refused(").and_then(|rest| rest.strip_suffix(')'));
-        match (refused, Self::PLAIN.into_iter().find(|kind| kind.to_string() == found)) {
-            (Some(refused), _) => Ok(Self::Refused { refused: refused.into() }),
-            (None, Some(kind)) => Ok(kind),
-            (None, None) => Err(RoutingKindError { found }),
-        }
-    }
-}
 
 /// What people may want to know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -104,29 +20,42 @@ pub enum Event {
     Routing {
         /// Its slot.
         slot: Slot,
-        /// The record kind.
-        kind: RoutingKind,
+        /// What the record is about.
+        kind: RecordKind,
+        /// The kind of what was refused; none where nothing was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        refused: Option<String>,
         /// Who made up the transaction's id: a client, or a node by itself.
         initiator: Initiator,
+        /// Who asked for it: the name of the client's token, or the node.
+        actor: String,
         /// The routing it leads to or leaves in force.
         state: RoutingState,
-        /// Where the rollout stands.
-        phase: String,
+        /// The phase that the rollout is in after it; none where the service isn't known.
+        phase: Option<Phase>,
         /// Why, or who refused.
         reasons: Vec<String>,
-        /// Milliseconds from proposal to decision, at its coordinator; none elsewhere.
+        /// When it was decided; none while it is prepared. `state.timestamp` is when it was proposed.
+        decided_at: Option<Wall>,
+        /// Milliseconds from the one to the other.
         took_ms: Option<u64>,
+        /// The node that led the ballot it was decided in.
+        coordinator: Option<NodeId>,
     },
     /// The membership changed.
     Membership {
         /// Its slot.
         slot: Slot,
-        /// The record kind.
-        kind: String,
+        /// What the record is about.
+        kind: RecordKind,
         /// The node concerned.
         node: NodeId,
         /// The transaction.
         txid: TxId,
+        /// Who asked for it.
+        actor: String,
+        /// When it was decided.
+        decided_at: Wall,
     },
     /// This node voted.
     Voted {
@@ -154,14 +83,17 @@ pub enum Event {
     },
     /// A window was closed and decided, once; or the comparison with stable changed its mind here.
     Analyzed {
-        /// Its slot; none for a change of mind, which isn't in the log.
-        slot: Option<Slot>,
+        /// Its place among all decisions; none for a change of mind, which isn't in the log.
+        sequence: Option<Sequence>,
         /// The service.
         service: ServiceId,
         /// The routing version that its rollout began with.
         rollout_generation: u64,
         /// What was decided, and what that rests on.
         window_verdict: WindowVerdict,
+        /// What the log says beside; none for a change of mind.
+        #[serde(flatten)]
+        decided: Option<DecidedVerdict>,
     },
     /// This node stopped its canary traffic by itself.
     LocalHold {
@@ -205,39 +137,68 @@ pub enum Event {
     },
 }
 
+/// What the log says of a window's verdict.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecidedVerdict {
+    /// The transaction that decided it, with others.
+    pub txid: TxId,
+    /// The routing in force, which it didn't change.
+    pub state: RoutingState,
+    /// When it was proposed.
+    pub proposed_at: Wall,
+    /// When it was decided.
+    pub decided_at: Wall,
+}
+
 impl Event {
-    /// Returns what a decided record tells: the same wherever and whenever it is read, but for `phase`, where the rollout stands
-    /// after it (empty where the reader doesn't know), and `took_ms`, which only its coordinator knows. None for what tells
-    /// nobody anything.
-    pub fn of(chosen: &Chosen, phase: String, took_ms: Option<u64>) -> Option<Self> {
-        let record = &chosen.record;
-        let (slot, operation) = (record.slot, &record.intent.operation);
+    /// Returns what a decided record tells: the same wherever and whenever it is read, each with its place among all decisions.
+    pub fn of(chosen: &Chosen) -> Vec<(Sequence, Self)> {
+        let Chosen { ballot, decided_at, record } = chosen;
+        let Record { slot, intent: Intent { initiator, tx, actor, at, operation, .. }, .. } = record;
+        let alone = |event| vec![(Sequence::of(*slot, 0), event)];
         match operation {
-            Operation::Genesis { .. } => None,
-            Operation::Config(change) => {
-                let (kind, node) = (operation.name().into(), change.node().clone());
-                Some(Self::Membership { slot, kind, node, txid: record.intent.tx.clone() })
-            }
-            Operation::Verdict { service, rollout_generation, window_verdict } => {
-                let (service, window_verdict) = (service.clone(), (**window_verdict).clone());
-                let rollout_generation = *rollout_generation;
-                Some(Self::Analyzed { slot: Some(slot), service, rollout_generation, window_verdict })
+            Operation::Genesis { .. } => Vec::new(),
+            Operation::Config(change) => alone(Self::Membership {
+                slot: *slot,
+                kind: operation.kind(),
+                node: change.node().clone(),
+                txid: tx.clone(),
+                actor: actor.clone(),
+                decided_at: *decided_at,
+            }),
+            Operation::Verdicts(verdicts) => {
+                let analyzed = |(index, verdict): (usize, &ServiceVerdict)| {
+                    let sequence = Sequence::of(*slot, index);
+                    let ServiceVerdict { routing, rollout_generation, window_verdict } = verdict.clone();
+                    let (txid, proposed_at, decided_at) = (tx.clone(), *at, *decided_at);
+                    let service = routing.service.clone();
+                    let decided = Some(DecidedVerdict { txid, state: routing, proposed_at, decided_at });
+                    let told = Some(sequence);
+                    (sequence, Self::Analyzed { sequence: told, service, rollout_generation, window_verdict, decided })
+                };
+                verdicts.iter().enumerate().map(analyzed).collect()
             }
             Operation::Refused { .. } | Operation::Change(..) | Operation::Revert { .. } => {
-                let kind = RoutingKind::of(operation)?;
-                let (state, reasons) = (record.state.clone()?, operation.reasons());
-                let initiator = record.intent.initiator;
-                Some(Self::Routing { slot, kind, initiator, state, phase, reasons, took_ms })
+                let refused = match operation {
+                    Operation::Refused { refused, .. } => Some(refused.clone()),
+                    _ => None,
+                };
+                let Some(state) = record.state.clone() else { return Vec::new() };
+                alone(Self::Routing {
+                    slot: *slot,
+                    kind: operation.kind(),
+                    refused,
+                    initiator: *initiator,
+                    actor: actor.clone(),
+                    took_ms: Some(decided_at.0.saturating_sub(state.timestamp.0)),
+                    coordinator: ballot.as_ref().map(|ballot| ballot.node.clone()),
+                    state,
+                    phase: record.phase,
+                    reasons: operation.reasons(),
+                    decided_at: Some(*decided_at),
+                })
             }
         }
-    }
-
-    /// Returns that a change of a service's routing to `state` was prepared, in this slot; none where `intent` is no such change.
-    pub(super) fn prepared(slot: Slot, intent: &Intent, state: RoutingState, phase: String) -> Option<Self> {
-        let kind = RoutingKind::of(&intent.operation)?;
-        let state = RoutingState { status: Status::Prepared, ..state };
-        let initiator = intent.initiator;
-        Some(Self::Routing { slot, kind, initiator, state, phase, reasons: Vec::new(), took_ms: None })
     }
 
     /// Returns that this node voted.
@@ -273,12 +234,22 @@ impl Event {
         }
     }
 
-    /// Returns the slot that it says was decided; none where it isn't about a decision.
-    pub fn decided(&self) -> Option<Slot> {
+    /// Returns the place among all decisions of the one that it tells of; none where it isn't about a decision.
+    pub fn sequence(&self) -> Option<Sequence> {
         match self {
-            Self::Routing { slot, state, .. } if state.status != Status::Prepared => Some(*slot),
-            Self::Membership { slot, .. } => Some(*slot),
-            Self::Analyzed { slot, .. } => *slot,
+            Self::Routing { slot, state, .. } if state.status != Status::Prepared => Some(Sequence::of(*slot, 0)),
+            Self::Membership { slot, .. } => Some(Sequence::of(*slot, 0)),
+            Self::Analyzed { sequence, .. } => *sequence,
+            _ => None,
+        }
+    }
+
+    /// Returns when what it tells of was decided; none where it isn't about a decision.
+    pub fn decided_at(&self) -> Option<Wall> {
+        match self {
+            Self::Routing { decided_at, .. } => *decided_at,
+            Self::Analyzed { decided, .. } => decided.as_ref().map(|decided| decided.decided_at),
+            Self::Membership { decided_at, .. } => Some(*decided_at),
             _ => None,
         }
     }
@@ -297,20 +268,10 @@ pub struct Announcement {
     pub event: Event,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_kind_is_read_back_from_its_text_and_no_other_text_is_one() {
-        let refused = RoutingKind::Refused { refused: "Start".into() };
-        assert_eq!(refused.to_string(), "Refused(Start)");
-        for kind in RoutingKind::PLAIN.into_iter().chain([refused]) {
-            let text = serde_json::to_string(&kind).unwrap();
-            assert_eq!(text, format!("\"{kind}\""));
-            assert_eq!(serde_json::from_str::<RoutingKind>(&text).unwrap(), kind);
-        }
-        let unknown = RoutingKind::try_from("Freeze".to_string()).unwrap_err();
-        assert_eq!(unknown.to_string(), "found \"Freeze\", expected a kind of routing record");
+impl Announcement {
+    /// Returns what a node says of an event that it notices `now`. A decision's time is when it was decided, so that it is told the
+    /// same when it is read from the log later.
+    pub fn new(event: Event, now: Wall, node: &NodeId) -> Self {
+        Self { at: event.decided_at().unwrap_or(now), node: node.clone(), event }
     }
 }

@@ -299,9 +299,15 @@ impl Gates {
         if let Some(why) = &ctx.unavailable {
             return GateVote::Abstain(why.clone());
         }
-        let Some(service_state) = ctx.ledger.services.get(id) else {
-            return GateVote::Yes("no canary traffic yet".into());
+        let known = ctx.ledger.services.get(id);
+        let spec = match change {
+            Change::Start(spec) => Some(spec),
+            _ => known.map(|service_state| &service_state.service.rollout.spec),
         };
+        if let Some(Err(why)) = spec.map(|spec| spec.known()) {
+            return GateVote::No(why.to_string());
+        }
+        let Some(service_state) = known else { return GateVote::Yes("no canary traffic yet".into()) };
         if service_state.increase.as_ref().is_some_and(|increase| increase.in_doubt) {
             return GateVote::No("the last increase was decided in doubt and must be reverted first".into());
         }

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
-use crate::domain::plan::RolloutSpec;
+use crate::domain::plan::Manifest;
 use crate::domain::query::NoValue;
 use crate::domain::routing::RoutingState;
 use crate::domain::time::Mono;
@@ -50,7 +50,7 @@ mod tests;
 mod view;
 
 pub use self::core::Core;
-pub use event::{Announcement, Event, RoutingKind, RoutingKindError};
+pub use event::{Announcement, DecidedVerdict, Event};
 pub use log::{checkpoint, codec, ledger, record};
 pub use settings::{Retention, Settings, Timings};
 pub use view::{Hold, MemberView, Mode, ServiceView, Serving, View};
@@ -67,7 +67,7 @@ pub struct RequestId(pub u64);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OperatorRequest {
     /// Begin this rollout.
-    Apply(Arc<RolloutSpec>),
+    Apply(Arc<Manifest>),
     /// Go to the next stage, or (`full`) to 100 %.
     Promote {
         /// Service whose canary is promoted.
@@ -115,6 +115,8 @@ pub struct Command {
     pub request: RequestId,
     /// The transaction's id: the client's `Idempotency-Key`.
     pub tx: TxId,
+    /// Who asks: the name of the client's token.
+    pub actor: String,
     /// What is asked.
     pub asked: OperatorRequest,
 }

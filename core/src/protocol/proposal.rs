@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
-use crate::domain::plan::RolloutSpec;
+use crate::domain::plan::Manifest;
 use crate::domain::rollout::{Change, ChangeError, Phase, Service};
 
 use super::OperatorRequest;
@@ -132,7 +132,7 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
             Change::Start(rollout.spec.clone())
         }
         OperatorRequest::Undo { .. } => match &known_or()?.rollout {
-            rollout if rollout.phase == Phase::Completed => Change::Start(rollout.spec.reversed().into()),
+            rollout if rollout.phase == Phase::Completed => Change::Start(reversed(&rollout.spec)?),
             rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
             rollout => {
                 let version = rollout.spec.canary.version.clone();
@@ -144,7 +144,13 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
     Ok((id, change))
 }
 
-fn apply(known: Option<&Service>, spec: &Arc<RolloutSpec>) -> Result<Change, Obstacle> {
+/// A key that this build doesn't know can't be turned round.
+fn reversed(spec: &Manifest) -> Result<Arc<Manifest>, Obstacle> {
+    spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
+    spec.reversed().map(Arc::new).map_err(|error| Obstacle::Refused(error.to_string()))
+}
+
+fn apply(known: Option<&Service>, spec: &Arc<Manifest>) -> Result<Change, Obstacle> {
     match known.map(|service| &service.rollout) {
         Some(rollout) if rollout.spec == *spec && rollout.phase != Phase::RolledBack => Err(Obstacle::Unchanged),
         _ => Ok(Change::Start(spec.clone())),

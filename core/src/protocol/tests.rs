@@ -19,7 +19,7 @@ use super::{
 };
 use crate::domain::analysis::Analysis;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
-use crate::domain::plan::RolloutSpec;
+use crate::domain::plan::{Manifest, RolloutSpec};
 use crate::domain::run::WindowVerdict;
 use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::window::Evidence;
@@ -27,6 +27,7 @@ use crate::fixtures;
 
 mod initiator;
 mod limits;
+mod manifest;
 mod restore;
 mod run;
 mod text;
@@ -41,17 +42,24 @@ fn service() -> ServiceId {
     ServiceId::new("s").unwrap()
 }
 
-fn spec() -> Arc<RolloutSpec> {
-    Arc::new(fixtures::rollout(&[fixtures::manual(500), fixtures::held(10_000, 0)], Analysis::default()))
+fn spec() -> Arc<Manifest> {
+    fixtures::manifest(&[fixtures::manual(500), fixtures::held(10_000, 0)], Analysis::default())
 }
 
 fn genesis() -> Chosen {
     let member = |name| (node(name), Member { incarnation: Incarnation(1), cordoned: false });
     let operation = Operation::Genesis { cluster: CLUSTER, members: Members(["a", "b", "c"].map(member).into()) };
-    let intent =
-        Intent { initiator: Initiator::Node, tx: TxId::new("genesis").unwrap(), digest: 0, at: Wall(0), operation };
-    let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
-    Chosen { ballot: None, record }
+    let intent = Intent {
+        initiator: Initiator::Node,
+        tx: TxId::new("genesis").unwrap(),
+        actor: "founder".into(),
+        digest: 0,
+        at: Wall(0),
+        operation,
+    };
+    let record =
+        Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, phase: None, certificate: None };
+    Chosen { ballot: None, decided_at: Wall(0), record }
 }
 
 /// Three cores, their disks, and the messages under way.
@@ -75,8 +83,8 @@ struct Rig {
     /// What was put out, without heartbeats, leases, evidence and publications.
     story: Vec<String>,
     replies: BTreeMap<u64, Outcome>,
-    /// What each node judged; with the slot, where it is in the log.
-    judged: Vec<(NodeId, Option<Slot>, WindowVerdict)>,
+    /// What each node judged; with its place among all decisions, where it is in the log.
+    judged: Vec<(NodeId, Option<super::record::Sequence>, WindowVerdict)>,
 }
 
 impl Rig {
@@ -189,8 +197,8 @@ impl Rig {
                     self.checkpoints.insert(name.clone(), checkpoint);
                 }
                 Output::Reply(request, outcome) => drop(self.replies.insert(request.0, outcome)),
-                Output::Announce(Event::Analyzed { slot, window_verdict, .. }) => {
-                    self.judged.push((name.clone(), slot, window_verdict));
+                Output::Announce(Event::Analyzed { sequence, window_verdict, .. }) => {
+                    self.judged.push((name.clone(), sequence, window_verdict));
                 }
                 Output::SaveRun(service, run) => {
                     let runs = self.runs.entry(name.clone()).or_default();
@@ -245,7 +253,10 @@ impl Rig {
     /// Asks a node for something under request and transaction `number`.
     fn ask(&mut self, name: &str, number: u64, asked: OperatorRequest) {
         let tx = TxId::new(format!("t{number}")).unwrap();
-        self.handle(&node(name), Input::Operator(Command { request: RequestId(number), tx, asked }));
+        self.handle(
+            &node(name),
+            Input::Operator(Command { request: RequestId(number), tx, actor: "alice".into(), asked }),
+        );
     }
 
     fn asked(&mut self, name: &str, number: u64, asked: OperatorRequest) -> Outcome {
@@ -633,10 +644,10 @@ fn a_node_that_lags_behind_what_its_peers_keep_starts_from_their_checkpoint() {
 #[test]
 fn a_change_of_one_service_makes_nothing_anew_for_the_others() {
     let mut rig = Rig::new();
-    let mut other = spec().as_ref().clone();
+    let mut other = RolloutSpec::clone(&spec());
     other.service = ServiceId::new("other").unwrap();
     rig.asked("a", 1, OperatorRequest::Apply(spec()));
-    rig.asked("a", 2, OperatorRequest::Apply(other.into()));
+    rig.asked("a", 2, OperatorRequest::Apply(Arc::new(other.checked().unwrap())));
     let view = |rig: &Rig| rig.cores[&node("b")].view().services.clone();
     let before = view(&rig);
     // What is seen meanwhile is shown with the next refresh.
@@ -661,9 +672,9 @@ fn peers_are_told_of_every_service_a_few_at_a_time() {
     let mut rig = Rig::new();
     let name = |i: u64| ServiceId::new(format!("s{i:02}")).unwrap();
     for i in 0..50 {
-        let mut other = spec().as_ref().clone();
+        let mut other = RolloutSpec::clone(&spec());
         other.service = name(i);
-        rig.asked("a", i, OperatorRequest::Apply(other.into()));
+        rig.asked("a", i, OperatorRequest::Apply(Arc::new(other.checked().unwrap())));
     }
     for (tick_ms, most) in [(20, 11), (100, 50)] {
         let mut told = BTreeMap::<ServiceId, u64>::new();

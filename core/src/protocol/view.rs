@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
-use crate::domain::plan::{Backend, RolloutSpec};
+use crate::domain::plan::{Backend, Manifest, UnknownKey};
 use crate::domain::rollout::Service;
 use crate::domain::run::SequentialEvidence;
 use crate::domain::verdict::Verdict;
@@ -40,7 +40,7 @@ pub struct Serving {
     /// Milliseconds that canary traffic outlives the lease's start; none: no lease is needed.
     pub lease_ms: Option<u64>,
     /// Stickiness and matches are the rollout's.
-    pub spec: Arc<RolloutSpec>,
+    pub spec: Arc<Manifest>,
     /// Why less than the committed share is served; none when nothing holds it back.
     pub held_back: Option<Hold>,
 }
@@ -52,6 +52,8 @@ pub enum Hold {
     Learner,
     /// The node is cordoned, so that it serves stable only.
     Cordoned,
+    /// The rollout has a key that this build doesn't know: it is never half obeyed.
+    UnknownKey(UnknownKey),
     /// The node accepted a decrease that it doesn't know to be decided.
     Decreasing,
     /// The node stopped the canary by itself, and why.
@@ -64,7 +66,7 @@ impl Hold {
     /// Returns the share in basis points that is left of `weight_bp`.
     pub fn ceiling_bp(&self, weight_bp: u16) -> u16 {
         match self {
-            Self::Learner | Self::Cordoned | Self::Decreasing | Self::Local(_) => 0,
+            Self::Learner | Self::Cordoned | Self::UnknownKey(_) | Self::Decreasing | Self::Local(_) => 0,
             // The weight is already the one before the increase.
             Self::InDoubt(_) => weight_bp,
         }
@@ -76,6 +78,7 @@ impl fmt::Display for Hold {
         match self {
             Self::Learner => write!(f, "this node has no vote"),
             Self::Cordoned => write!(f, "this node is cordoned"),
+            Self::UnknownKey(why) => why.fmt(f),
             Self::Decreasing => write!(f, "a rollback is being decided"),
             Self::Local(why) => write!(f, "local hold: {why}"),
             Self::InDoubt(slot) => write!(f, "slot {slot} was decided in doubt and is being reverted"),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use aviary_core::domain::analysis::Analysis;
 use aviary_core::domain::ids::{ServiceId, TxId, VersionId};
-use aviary_core::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary_core::domain::plan::{Backend, Manifest, RolloutSpec, Stage};
 use aviary_core::domain::weights::Weight;
 use aviary_core::domain::window::Evidence;
 use aviary_core::protocol::record::ConfigChange;
@@ -94,11 +94,11 @@ fn ask<S: Subject>(cluster: &mut ScriptCluster<S>, at: &str, tx: &str, operation
     };
     cluster.fact(&Fact::Asked(request, tx, &asked));
     let tx = TxId::new(tx).expect("a valid transaction id");
-    cluster.give(&node(at), Input::Operator(Command { request, tx, asked }));
+    cluster.give(&node(at), Input::Operator(Command { request, tx, actor: "client".into(), asked }));
 }
 
 /// A rollout from v1 to v2 with a lease of 2 s. A stage is `BP`, which an operator ends, or `BP:MS`, held so long at least.
-fn rollout(stages: &[&str]) -> Arc<RolloutSpec> {
+fn rollout(stages: &[&str]) -> Arc<Manifest> {
     let backend = |name| Backend::new(VersionId::new(name).expect("a valid name"), vec![]);
     let stage = |word: &&str| {
         let (bp, hold_ms) = word.split_once(':').map_or((*word, None), |(bp, ms)| (bp, Some(number(ms))));
@@ -106,18 +106,9 @@ fn rollout(stages: &[&str]) -> Arc<RolloutSpec> {
         Stage { weight, hold_ms: hold_ms.unwrap_or(0), manual: hold_ms.is_none() }
     };
     let spec = RolloutSpec {
-        service: service(),
-        stable: backend("v1"),
-        canary: backend("v2"),
-        stages: stages.iter().map(stage).collect(),
-        bake_ms: 60_000,
-        hash_on: None,
-        mirror: Weight::ZERO,
-        matches: vec![],
         analysis: Analysis { window_ms: 3_000, min_samples: 10, ..Analysis::default() },
-        lease_ms: 2_000,
-        on_partition: OnPartition::Stable,
         progress_deadline_ms: 60_000,
+        ..RolloutSpec::new(service(), backend("v1"), backend("v2"), stages.iter().map(stage).collect())
     };
     Arc::new(spec.checked().expect("a rollout within the rules"))
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use aviary_core::domain::analysis::Analysis;
 use aviary_core::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId, VersionId};
-use aviary_core::domain::plan::{Backend, OnPartition, RolloutSpec, Stage};
+use aviary_core::domain::plan::{Backend, Manifest, OnPartition, RolloutSpec, Stage};
 use aviary_core::domain::rollout::{Phase, Service};
 use aviary_core::domain::stats::Stats;
 use aviary_core::domain::time::{Mono, Now, Wall};
@@ -145,12 +145,14 @@ pub fn genesis_of(nodes: usize) -> (Chosen, Members) {
     let intent = Intent {
         initiator: Initiator::Node,
         tx: TxId::new("genesis").expect("a valid name"),
+        actor: "test".into(),
         digest: 0,
         at: Wall(0),
         operation,
     };
-    let record = Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, certificate: None };
-    (Chosen { ballot: None, record }, members)
+    let record =
+        Record { slot: Slot(0), prev_hash: Default::default(), intent, state: None, phase: None, certificate: None };
+    (Chosen { ballot: None, decided_at: Wall(0), record }, members)
 }
 
 /// Returns the acceptor state of a node that never ran.

@@ -271,7 +271,7 @@ impl<S: Subject> World<S> {
             let known = &self.truth.log[slot];
             let voted = known.record.certificate.as_ref().map(|certificate| &certificate.ballot);
             let ballot = voted.filter(|ballot| known.ballots.contains(ballot)).or(known.ballots.first()).cloned();
-            let chosen = Chosen { ballot, record: known.record.clone() };
+            let chosen = Chosen { ballot, decided_at: known.record.intent.at, record: known.record.clone() };
             self.fact(Fact::Appended(&id, &chosen))?;
             self.nodes[i].log.push(chosen);
         }

@@ -56,7 +56,7 @@ impl<S: Subject> World<S> {
         Ok(())
     }
 
-    pub(super) fn spec(&mut self, service: &ServiceId, stable: &VersionId, short: bool) -> Arc<RolloutSpec> {
+    pub(super) fn spec(&mut self, service: &ServiceId, stable: &VersionId, short: bool) -> Arc<Manifest> {
         let backend = |version: &str| Backend::new(VersionId::new(version).expect("valid"), vec![]);
         let choices: Vec<&str> = ["v1", "v2", "v3"].into_iter().filter(|v| *v != stable.as_str()).collect();
         let canary = backend(choices[self.dice.below(choices.len())]);
@@ -77,18 +77,12 @@ impl<S: Subject> World<S> {
         };
         let hold = !short && self.dice.chance(1_000);
         let spec = RolloutSpec {
-            service: service.clone(),
-            stable: backend(stable.as_str()),
-            canary,
-            stages,
             bake_ms: if short { 200 } else { self.dice.between(0, 2_000) },
-            hash_on: None,
-            mirror: Weight::ZERO,
-            matches: vec![],
             analysis,
             lease_ms: self.dice.between(1_000, 3_000),
             on_partition: if hold { OnPartition::Hold } else { OnPartition::Stable },
             progress_deadline_ms: if short { 60_000 } else { self.dice.between(2_000, 30_000) },
+            ..RolloutSpec::new(service.clone(), backend(stable.as_str()), canary, stages)
         };
         Arc::new(spec.checked().expect("drawn within the rules"))
     }
@@ -157,7 +151,7 @@ impl<S: Subject> World<S> {
         self.trace
             .line(self.now, self.nodes[i].id.as_str(), "asked", || format!("{} {tx} {}", request.0, brief_op(&asked)));
         self.fact(Fact::Asked(request, tx.as_str(), &asked))?;
-        self.give(i, Input::Operator(Command { request, tx, asked }))?;
+        self.give(i, Input::Operator(Command { request, tx, actor: "client".into(), asked }))?;
         Ok(request.0)
     }
 

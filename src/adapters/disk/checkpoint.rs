@@ -9,7 +9,7 @@ use crate::protocol::ledger::Ledger;
 use crate::protocol::record::Slot;
 
 /// Format and version; another version gets another magic.
-const MAGIC: [u8; 8] = *b"aviaryC\x02";
+const MAGIC: [u8; 8] = *b"aviaryC\x03";
 /// Bytes of magic, slot and hash, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 32;
 /// Most bytes of the file.

@@ -19,7 +19,7 @@ use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Hash, Slot};
 
 /// First byte of each stored record.
-const ENTRY_VERSION: u8 = 2;
+const ENTRY_VERSION: u8 = 3;
 const TREE: &str = "log";
 const CACHE_BYTES: u64 = 16 * 1024 * 1024;
 /// How long records may wait for company before they are synced; promises don't wait for it.

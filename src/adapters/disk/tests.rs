@@ -377,7 +377,7 @@ fn a_bad_record_cuts_the_log_before_it_and_is_named() {
     for (slot, value, why) in [
         (21u64, None, "slot 21 is missing"),
         (17, Some(encode_entry(&log[16])), "slot 17 holds the record of slot 16"),
-        (13, Some(vec![2, 0, 0, 0, 0, 9]), "slot 13: its checksum is"),
+        (13, Some(vec![3, 0, 0, 0, 0, 9]), "slot 13: its checksum is"),
         (9, Some(encode_entry(&chain_of(10, 50)[9])), "slot 9 follows"),
         (
             0,
@@ -588,12 +588,13 @@ fn grown(count: u64) -> Disk {
         let intent = crate::protocol::record::Intent {
             initiator: crate::protocol::record::Initiator::Client,
             tx,
+            actor: "test".into(),
             digest: slot,
             at,
             operation,
         };
         let record = ledger.next_record(intent, None).unwrap();
-        let chosen = Chosen { ballot: log[0].ballot.clone(), record };
+        let chosen = Chosen { ballot: log[0].ballot.clone(), decided_at: at, record };
         ledger.apply(&chosen).unwrap();
         store.append(&chosen).unwrap();
         if slot % 64 == 0 {

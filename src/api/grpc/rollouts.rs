@@ -14,6 +14,7 @@ use super::super::state::ApiState;
 use super::super::write;
 use crate::domain::ids::ServiceId;
 use crate::domain::rollout::Phase;
+use crate::protocol::record::{Sequence, Slot};
 use crate::protocol::{Outcome, ServiceView};
 use crate::schema::v1::rollout_service_server::RolloutService;
 use crate::schema::v1::*;
@@ -110,7 +111,7 @@ async fn result(answer: Answer) -> Result<ChangeResult, Status> {
     if head.status.is_success() {
         return Ok(ChangeResult {
             transaction_id: json["txid"].as_str().unwrap_or_default().into(),
-            sequence: json["slot"].as_u64(),
+            sequence: json["slot"].as_u64().map(|slot| Sequence::of(Slot(slot), 0).0),
             repeated: json["repeated"].as_bool().unwrap_or_default(),
             routing_version: json["state"]["version"].as_u64().unwrap_or_default(),
         });

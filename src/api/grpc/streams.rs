@@ -13,7 +13,7 @@ use super::super::state::ApiState;
 use crate::decisions::follow::{LogTail, Lost};
 use crate::domain::ids::ServiceId;
 use crate::protocol::Outcome;
-use crate::protocol::record::Slot;
+use crate::protocol::record::{Sequence, Slot};
 use crate::schema::v1::decision_service_server::DecisionService;
 use crate::schema::v1::telemetry_service_server::TelemetryService;
 use crate::schema::v1::watch_decisions_response::Event as Told;
@@ -45,7 +45,7 @@ impl DecisionService for Decisions {
         }
         let state = self.0.clone();
         let after = match after_sequence {
-            Some(after) => Some(self.kept_since(Slot(after)).await?),
+            Some(after) => Some(self.kept_since(Sequence(after)).await?),
             None => None,
         };
         // Before the answer: what is decided once a client knows that it is connected is told.
@@ -77,7 +77,7 @@ impl DecisionService for Decisions {
                 let mut tick = tokio::time::interval(HEARTBEAT);
                 loop {
                     tick.tick().await;
-                    let sequence = state.node.published.view().head.0;
+                    let sequence = Sequence::last_of(state.node.published.view().head).0;
                     // A client that has decisions waiting needs no sign of life.
                     let _ = sender.try_send(response(Told::Heartbeat(Heartbeat { sequence })));
                 }
@@ -96,42 +96,45 @@ impl DecisionService for Decisions {
 impl Decisions {
     /// Returns the place to go on after: 0 is before the oldest decision that is kept. Refuses one whose successors are no
     /// longer in the log, or that nobody has reached.
-    async fn kept_since(&self, after: Slot) -> Result<Slot, Status> {
+    async fn kept_since(&self, after: Sequence) -> Result<Sequence, Status> {
         let head = || self.0.node.published.view().head;
+        let slot = after.slot();
         // Another node may have told what this one is about to learn.
-        let current = after <= head() || matches!(self.0.node.read().await, Outcome::Current(_));
+        let current = slot <= head() || matches!(self.0.node.read().await, Outcome::Current(_));
         let head = head();
         // A verdict is in the log before it is shown.
-        let (log, place) = (self.0.node.log.clone(), after);
-        let known = tokio::task::spawn_blocking(move || log.read(place, 1)).await;
-        let known =
-            matches!(known, Ok(Ok(records)) if records.first().is_some_and(|chosen| chosen.record.slot == after));
-        if after > head && !known && !current {
-            let why = format!(
-                "this node knows sequences up to {head}, expected {after}, and can't reach a majority: try another node"
-            );
-            return Err(Status::unavailable(why));
+        let known = self.first_from(slot).await? == Some(slot);
+        if slot > head && !known {
+            let newest = Sequence::last_of(head);
+            return Err(match current {
+                true => Status::out_of_range(format!(
+                    "after_sequence is {after}, expected at most {newest}, the last one that this node knows"
+                )),
+                false => Status::unavailable(format!(
+                    "this node knows sequences up to {newest}, expected {after}, and can't reach a majority: try another node"
+                )),
+            });
         }
-        if after > head && !known {
-            let why = format!("after_sequence is {after}, expected at most {head}, the last one that this node knows");
-            return Err(Status::out_of_range(why));
+        let next = after.next_slot();
+        let first = self.first_from(next).await?;
+        if after == Sequence(0) {
+            return Ok(first.map_or(after, |first| Sequence::last_of(Slot(first.0.saturating_sub(1)))));
         }
-        let (log, next) = (self.0.node.log.clone(), after.next());
-        let read = tokio::task::spawn_blocking(move || log.read(next, 1)).await;
-        let first = match read {
-            Ok(Ok(records)) => records.first().map(|chosen| chosen.record.slot),
-            Ok(Err(why)) => return Err(Status::internal(why.to_string())),
-            Err(why) => return Err(Status::internal(why.to_string())),
-        };
-        if after == Slot(0) {
-            return Ok(first.map_or(after, |first| Slot(first.0 - 1)));
-        }
-        if after < head && first != Some(next) {
+        if next <= head && first != Some(next) {
             let first = first.map_or_else(|| head.to_string(), |slot| slot.to_string());
-            let why = format!("decisions after {after} are no longer in this node's log, which begins at {first}");
+            let why = format!("decisions after {after} are no longer in this node's log, which begins at slot {first}");
             return Err(Status::out_of_range(why));
         }
         Ok(after)
+    }
+
+    /// Returns the first slot in the log from this one on.
+    async fn first_from(&self, slot: Slot) -> Result<Option<Slot>, Status> {
+        let log = self.0.node.log.clone();
+        let read = tokio::task::spawn_blocking(move || log.read(slot, 1)).await;
+        let records = read.map_err(|why| Status::internal(why.to_string()))?;
+        let records = records.map_err(|why| Status::internal(why.to_string()))?;
+        Ok(records.first().map(|chosen| chosen.record.slot))
     }
 }
 

@@ -84,7 +84,7 @@ fn decisions_are_followed_on_any_node_and_from_any_place() {
         let (again, _) = runtime.block_on(decisions(&mut stream, 4 - from));
         assert_eq!(again, seen[from..], "node {node} after {after}");
     }
-    let ahead = runtime.block_on(watch(&cluster, 0, Some(1_000))).unwrap_err();
+    let ahead = runtime.block_on(watch(&cluster, 0, Some(1_000 << 12))).unwrap_err();
     assert!(ahead.code() == Code::OutOfRange && ahead.message().contains("expected at most"), "{ahead:?}");
     // A client that doesn't read holds up nobody, and misses nothing.
     let mut slow = runtime.block_on(watch(&cluster, 0, Some(0))).unwrap();
@@ -193,11 +193,11 @@ fn rollouts_are_changed_once_for_each_key_and_refusals_are_statuses() {
         let first = client.apply_rollout(apply("k1", &file)).await.unwrap().into_inner().result.unwrap();
         assert_eq!(
             (&*first.transaction_id, first.sequence, first.repeated, first.routing_version),
-            ("k1", Some(1), false, 1)
+            ("k1", Some(4096), false, 1)
         );
         let mut other = RolloutServiceClient::new(channel(&cluster, 0).await);
         let again = other.apply_rollout(apply("k1", &file)).await.unwrap().into_inner().result.unwrap();
-        assert_eq!((again.sequence, again.repeated), (Some(1), true));
+        assert_eq!((again.sequence, again.repeated), (Some(4096), true));
 
         let service = || "svc".to_string();
         let promote = PromoteRolloutRequest { service: service(), ..Default::default() };

@@ -139,3 +139,24 @@ fn completed_rollouts_can_be_undone_and_rolled_back_ones_retried() {
     assert_eq!((&state["stable_model_id"], &state["canary_model_id"]), (&"v2".into(), &"v1".into()));
     drop(traffic);
 }
+
+#[test]
+fn a_write_that_a_node_answered_is_served_by_that_node() {
+    let (v1, v2) = (Upstream::start("v1"), Upstream::start("v2"));
+    let cluster = Cluster::start();
+    for round in 0..40 {
+        let i = 1 + round % 2;
+        let name = format!("svc{round}");
+        let yaml = rollout(&v1.url(), &v2.url(), MANUAL).replace("name: svc }", &format!("name: {name} }}"));
+        let mut data = Http::connect(cluster.nodes[i].data).unwrap();
+        let answer = cluster.post(i, "/v1/rollouts", None, &yaml);
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let served = data.send("POST", &format!("/v1/models/{name}:predict"), &[], "{}").unwrap();
+        assert_eq!(
+            (served.status, served.header("x-routing-version")),
+            (200, Some("1")),
+            "node {i}, {round}: {served:?}"
+        );
+    }
+    cluster.assert_no_panic();
+}

@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
-use crate::domain::plan::RolloutSpec;
-use crate::domain::rollout::{Change, ChangeError, Service, Stamp};
+use crate::domain::plan::Manifest;
+use crate::domain::rollout::{Change, ChangeError, Phase, Service, Stamp};
 use crate::domain::routing::RoutingState;
+use crate::domain::run::WindowVerdict;
 use crate::domain::time::Wall;
 
 use super::codec;
 use super::record::{
-    Accepted, Chosen, ConfigChange, Hash, Initiator, Intent, Member, Members, Operation, Record, Slot, TransactionKey,
+    Accepted, Chosen, ConfigChange, Hash, Initiator, Intent, Member, Members, Operation, Record, ServiceVerdict, Slot,
+    TransactionKey, VERDICTS_MAX,
 };
 
 /// Transactions whose outcome is remembered: those of this many last slots. A key that comes back later than that is
@@ -94,13 +96,29 @@ pub enum RecordError {
     /// The change can't be made.
     #[error(transparent)]
     Change(#[from] ChangeError),
+    /// Verdicts that aren't ordered by service, or too few or too many of them.
+    #[error("a record of {found} verdicts, expected 1 to {} of different services, ordered by service", VERDICTS_MAX.0)]
+    Verdicts {
+        /// How many there are.
+        found: usize,
+    },
+    /// The verdict's rollout isn't under way.
+    #[error("a verdict of {service} on rollout generation {found}, expected the one under way")]
+    NoRollout {
+        /// The service.
+        service: ServiceId,
+        /// The routing version that the verdict's rollout began with.
+        found: u64,
+    },
     /// Not the window that is next to be decided.
-    #[error("window {} to {} ms of rollout generation {}, expected one from {expected} ms on", found.0, found.1, found.2)]
+    #[error("window {} to {} ms of {service}, expected one from {expected} ms on that ends with a window", found.0, found.1)]
     Window {
-        /// Where the next one begins; none without a rollout under way.
-        expected: String,
-        /// The record's beginning and end, and the routing version that its rollout began with.
-        found: (u64, u64, u64),
+        /// The service.
+        service: ServiceId,
+        /// Where the next one begins, in milliseconds since the rollout's start.
+        expected: u64,
+        /// The verdict's beginning and end.
+        found: (u64, u64),
     },
     /// There is nothing to revert.
     #[error("slot {0} is not the last increase of its service, expected one that can be reverted")]
@@ -162,7 +180,7 @@ pub struct Ledger {
 
 /// Returns the bytes that a rollout may need in the ledger: its service holds it twice while its last increase can be
 /// undone.
-fn bytes_of(spec: &RolloutSpec) -> usize {
+fn bytes_of(spec: &Manifest) -> usize {
     2 * codec::encode(spec).len()
 }
 
@@ -171,10 +189,21 @@ enum Effect {
     Nothing,
     Service(Box<Service>),
     /// The service stays as it is; the transaction's own status is ABORTED.
-    Refused(Box<RoutingState>),
+    Refused(Box<RoutingState>, Phase),
     Members(Members),
-    /// Windows decided up to here.
-    Judged(u64),
+    /// The windows of these services are decided up to here.
+    Judged(Vec<(ServiceId, u64)>),
+}
+
+impl Effect {
+    /// Returns the routing and the phase that a record of it holds.
+    fn state(&self) -> (Option<&RoutingState>, Option<Phase>) {
+        match self {
+            Self::Service(service) => (Some(&service.routing), Some(service.rollout.phase)),
+            Self::Refused(routing, phase) => (Some(routing), Some(*phase)),
+            Self::Nothing | Self::Members(_) | Self::Judged(_) => (None, None),
+        }
+    }
 }
 
 impl Ledger {
@@ -245,20 +274,19 @@ impl Ledger {
         intent: Intent,
         certificate: Option<super::record::Certificate>,
     ) -> Result<Record, RecordError> {
-        let state = match self.effect(&intent)? {
-            Effect::Service(service) => Some(service.routing),
-            Effect::Refused(routing) => Some(*routing),
-            Effect::Judged(_) => {
-                intent.operation.service().and_then(|id| self.service(id)).map(|now| now.routing.clone())
-            }
-            Effect::Nothing | Effect::Members(_) => None,
-        };
-        Ok(Record { slot: self.head.next(), prev_hash: self.head_hash, intent, state, certificate })
+        let effect = self.effect(&intent)?;
+        let (state, phase) = effect.state();
+        let (slot, prev_hash, state) = (self.head.next(), self.head_hash, state.cloned());
+        Ok(Record { slot, prev_hash, intent, state, phase, certificate })
     }
 
     /// Checks that `record` may be the next one: position, history, one outcome per transaction, the state that its
     /// change leads to, and every gate voter's Yes where exposure rises.
     pub fn check(&self, record: &Record) -> Result<(), RecordError> {
+        self.checked(record).map(drop)
+    }
+
+    fn checked(&self, record: &Record) -> Result<Effect, RecordError> {
         let expected = self.head.next();
         if record.slot != expected {
             return Err(RecordError::Slot { expected, found: record.slot });
@@ -281,20 +309,20 @@ impl Ledger {
                 return Err(RecordError::Certificate(missing.join(", ")));
             }
         }
-        let follows = self.record_of(record.intent.clone(), None)?;
-        if follows.state != record.state {
-            return Err(RecordError::State);
+        let effect = self.effect(&record.intent)?;
+        match effect.state() == (record.state.as_ref(), record.phase) {
+            true => Ok(effect),
+            false => Err(RecordError::State),
         }
-        Ok(())
     }
 
     /// Adds a chosen record, if it continues the log.
     pub fn apply(&mut self, chosen: &Chosen) -> Result<(), RecordError> {
         let record = &chosen.record;
-        self.check(record)?;
+        let effect = self.checked(record)?;
         let hash = record.hash();
         let operation = &record.intent.operation;
-        match (self.effect(&record.intent)?, operation.service()) {
+        match (effect, operation.service()) {
             (Effect::Service(service), Some(id)) => {
                 let increase = self.increase_after(chosen, &service);
                 let since = service.rollout.rollout_generation;
@@ -306,8 +334,10 @@ impl Ledger {
                 let service_state = ServiceState { service: *service, slot: record.slot, hash, increase, decided_ms };
                 self.put(id, service_state);
             }
-            (Effect::Judged(until), Some(id)) => {
-                self.services.get_mut(id).expect("a service whose window was just checked").decided_ms = until;
+            (Effect::Judged(services), _) => {
+                for (id, until) in services {
+                    self.services.get_mut(&id).expect("a service whose window was just checked").decided_ms = until;
+                }
             }
             (Effect::Members(members), _) => {
                 for (node, member) in std::mem::replace(&mut self.members, members).0 {
@@ -316,11 +346,11 @@ impl Ledger {
                     }
                 }
             }
-            (Effect::Refused(_), Some(id)) => {
+            (Effect::Refused(..), Some(id)) => {
                 let service_state = self.services.get_mut(id).expect("a service that was just looked up");
                 (service_state.slot, service_state.hash) = (record.slot, hash);
             }
-            (Effect::Nothing, _) | (Effect::Service(_) | Effect::Refused(_) | Effect::Judged(_), None) => {}
+            (Effect::Nothing, _) | (Effect::Service(_) | Effect::Refused(..), None) => {}
         }
         let refused = match operation {
             Operation::Refused { reasons, .. } => Some(reasons.clone()),
@@ -381,12 +411,13 @@ impl Ledger {
             let intent = Intent {
                 initiator: Initiator::Node,
                 tx,
+                actor: "force-new".into(),
                 digest: 0,
                 at,
                 operation: Operation::Change(id, Change::Rollback { reason: reason.to_string() }),
             };
             let record = self.next_record(intent, None)?;
-            self.apply(&Chosen { ballot: None, record })?;
+            self.apply(&Chosen { ballot: None, decided_at: at, record })?;
         }
         self.cluster = cluster;
         self.members = members;
@@ -438,31 +469,42 @@ impl Ledger {
                 }
             }
             Operation::Refused { service: id, .. } => match id.as_ref().and_then(|id| self.service(id)) {
-                Some(current) => Ok(Effect::Refused(Box::new(current.refused(&stamp)))),
+                Some(current) => Ok(Effect::Refused(Box::new(current.refused(&stamp)), current.rollout.phase)),
                 None => Ok(Effect::Nothing),
             },
             Operation::Config(change) => Ok(Effect::Members(self.members_after(change)?)),
-            Operation::Verdict { service: id, rollout_generation, window_verdict } => {
-                let service_state =
-                    self.services.get(id).filter(|service_state| service_state.service.rollout.phase.is_active());
-                let length =
-                    service_state.map_or(1, |service_state| service_state.service.rollout.spec.analysis.window_ms);
-                let follows = |service_state: &ServiceState| {
-                    service_state.service.rollout.rollout_generation == *rollout_generation
-                        && service_state.decided_ms == window_verdict.from_ms
-                        && window_verdict.to_ms > window_verdict.from_ms
-                        && window_verdict.to_ms % length == 0
-                };
-                if service_state.is_some_and(follows) {
-                    return Ok(Effect::Judged(window_verdict.to_ms));
+            Operation::Verdicts(verdicts) => {
+                let is_in_order = verdicts.windows(2).all(|pair| pair[0].routing.service < pair[1].routing.service);
+                if verdicts.is_empty() || verdicts.len() > VERDICTS_MAX.0 || !is_in_order {
+                    return Err(RecordError::Verdicts { found: verdicts.len() });
                 }
-                let expected =
-                    service_state.map_or("none".into(), |service_state| service_state.decided_ms.to_string());
-                Err(RecordError::Window {
-                    expected,
-                    found: (window_verdict.from_ms, window_verdict.to_ms, *rollout_generation),
-                })
+                verdicts.iter().map(|verdict| self.judged(verdict)).collect::<Result<_, _>>().map(Effect::Judged)
             }
+        }
+    }
+
+    /// Returns how far the windows of a service are decided by this verdict, or why it can't be the next one.
+    fn judged(&self, verdict: &ServiceVerdict) -> Result<(ServiceId, u64), RecordError> {
+        let ServiceVerdict { routing, rollout_generation, window_verdict } = verdict;
+        let WindowVerdict { from_ms, to_ms, .. } = window_verdict;
+        let known = self.services.get(&routing.service);
+        let active = known.filter(|service_state| service_state.service.rollout.phase.is_active());
+        let Some(ServiceState { service, decided_ms, .. }) =
+            active.filter(|known| known.service.rollout.rollout_generation == *rollout_generation)
+        else {
+            return Err(RecordError::NoRollout { service: routing.service.clone(), found: *rollout_generation });
+        };
+        if service.routing != *routing {
+            return Err(RecordError::State);
+        }
+        let length = service.rollout.spec.analysis.window_ms;
+        match from_ms == decided_ms && to_ms > from_ms && to_ms % length == 0 {
+            true => Ok((routing.service.clone(), *to_ms)),
+            false => Err(RecordError::Window {
+                service: routing.service.clone(),
+                expected: *decided_ms,
+                found: (*from_ms, *to_ms),
+            }),
         }
     }
 

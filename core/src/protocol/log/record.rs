@@ -8,7 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
-use crate::domain::rollout::Change;
+use crate::domain::rollout::{Change, Phase};
 use crate::domain::routing::RoutingState;
 use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::time::Wall;
@@ -34,7 +34,7 @@ impl TryFrom<u64> for Slot {
 impl Slot {
     /// The last position that is told: far above what any cluster reaches, and far enough below the largest number that
     /// counting on from it can't overflow.
-    pub const MAX: Self = Self(1 << 62);
+    pub const MAX: Self = Self(1 << 51);
 
     /// Returns the position after this one.
     pub const fn next(self) -> Self {
@@ -43,6 +43,43 @@ impl Slot {
 }
 
 impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Position of one decision among all of them: of a record, which may hold the verdicts of many services, and of its place in
+/// that record. Strictly increasing, with gaps: `slot × 4096 + index`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+pub struct Sequence(pub u64);
+
+impl Sequence {
+    const IN_A_SLOT: u64 = 4096;
+
+    /// Returns the position of the decision with this index in a slot; the index is below 4096.
+    pub fn of(slot: Slot, index: usize) -> Self {
+        let index = index as u64;
+        assert!(index < Self::IN_A_SLOT, "a record holds less than 4096 decisions");
+        Self(slot.0 * Self::IN_A_SLOT + index)
+    }
+
+    /// Returns the last position in a slot: a reader that goes on after it misses nothing and repeats nothing of it.
+    pub fn last_of(slot: Slot) -> Self {
+        Self::of(slot, Self::IN_A_SLOT as usize - 1)
+    }
+
+    /// Returns the slot.
+    pub fn slot(self) -> Slot {
+        Slot(self.0 / Self::IN_A_SLOT)
+    }
+
+    /// Returns the slot in which the decisions after this one begin: the same one, where it may hold more of them.
+    pub fn next_slot(self) -> Slot {
+        Self(self.0 + 1).slot()
+    }
+}
+
+impl fmt::Display for Sequence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
@@ -147,17 +184,6 @@ impl ConfigChange {
         | Self::Remove(node)) = self;
         node
     }
-
-    /// Returns the change's name.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Cordon(_) => "Cordon",
-            Self::Uncordon(_) => "Uncordon",
-            Self::Readmit(..) => "Readmit",
-            Self::Add(..) => "Add",
-            Self::Remove(_) => "Remove",
-        }
-    }
 }
 
 /// What one transaction is about.
@@ -192,42 +218,118 @@ pub enum Operation {
     },
     /// A change of the members, or of who votes on promotions.
     Config(ConfigChange),
-    /// What a closed window of a rollout says. The windows of a rollout follow each other without a gap, each decided once.
-    Verdict {
-        /// The service.
-        service: ServiceId,
-        /// The routing version that the rollout began with.
-        rollout_generation: u64,
-        /// The verdict, and what it rests on.
-        window_verdict: Box<WindowVerdict>,
-    },
+    /// What closed windows say, one of each service at most, ordered by service. The windows of a rollout follow each other
+    /// without a gap, each decided once.
+    Verdicts(Vec<ServiceVerdict>),
+}
+
+/// What a closed window of a rollout says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceVerdict {
+    /// The routing in force, which the verdict doesn't change.
+    pub routing: RoutingState,
+    /// The routing version that the rollout began with.
+    pub rollout_generation: u64,
+    /// The verdict, and what it rests on.
+    pub window_verdict: WindowVerdict,
+}
+
+/// Most verdicts in one record, and most bytes of them all: what fits into a frame with room to spare.
+pub const VERDICTS_MAX: (usize, usize) = (256, 32 * 1024);
+
+/// What a record is about, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RecordKind {
+    /// The first record of every log.
+    Genesis,
+    /// A rollout began.
+    Start,
+    /// The canary's weight was raised, or the canary became stable.
+    Promote,
+    /// All traffic went back to stable.
+    Rollback,
+    /// The weight is held.
+    Pause,
+    /// A paused rollout goes on.
+    Resume,
+    /// An increase that was decided in doubt was undone.
+    Revert,
+    /// A transaction was refused.
+    Refused,
+    /// A node was cordoned.
+    Cordon,
+    /// A node's Yes is needed again.
+    Uncordon,
+    /// A node's vote counts again.
+    Readmit,
+    /// A node became a voter.
+    Add,
+    /// A node was removed.
+    Remove,
+    /// Windows were closed and got their verdicts.
+    Verdict,
+}
+
+impl RecordKind {
+    /// Returns its name, as logs, events and metrics show it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Genesis => "Genesis",
+            Self::Start => "Start",
+            Self::Promote => "Promote",
+            Self::Rollback => "Rollback",
+            Self::Pause => "Pause",
+            Self::Resume => "Resume",
+            Self::Revert => "Revert",
+            Self::Refused => "Refused",
+            Self::Cordon => "Cordon",
+            Self::Uncordon => "Uncordon",
+            Self::Readmit => "Readmit",
+            Self::Add => "Add",
+            Self::Remove => "Remove",
+            Self::Verdict => "Verdict",
+        }
+    }
 }
 
 impl Operation {
-    /// Returns the record kind's name.
-    pub fn name(&self) -> &'static str {
+    /// Returns what it is about.
+    pub fn kind(&self) -> RecordKind {
         match self {
-            Self::Genesis { .. } => "Genesis",
-            Self::Change(_, change) => change.name(),
-            Self::Revert { .. } => "Revert",
-            Self::Refused { .. } => "Refused",
-            Self::Config(change) => change.name(),
-            Self::Verdict { .. } => "Verdict",
+            Self::Genesis { .. } => RecordKind::Genesis,
+            Self::Change(_, Change::Start(_)) => RecordKind::Start,
+            Self::Change(_, Change::Promote { .. }) => RecordKind::Promote,
+            Self::Change(_, Change::Rollback { .. }) => RecordKind::Rollback,
+            Self::Change(_, Change::Pause { .. }) => RecordKind::Pause,
+            Self::Change(_, Change::Resume) => RecordKind::Resume,
+            Self::Revert { .. } => RecordKind::Revert,
+            Self::Refused { .. } => RecordKind::Refused,
+            Self::Config(ConfigChange::Cordon(_)) => RecordKind::Cordon,
+            Self::Config(ConfigChange::Uncordon(_)) => RecordKind::Uncordon,
+            Self::Config(ConfigChange::Readmit(..)) => RecordKind::Readmit,
+            Self::Config(ConfigChange::Add(..)) => RecordKind::Add,
+            Self::Config(ConfigChange::Remove(_)) => RecordKind::Remove,
+            Self::Verdicts(_) => RecordKind::Verdict,
         }
     }
 
-    /// Returns the service it concerns.
+    /// Returns the record kind's name.
+    pub fn name(&self) -> &'static str {
+        self.kind().name()
+    }
+
+    /// Returns the service that it changes, or was to change.
     pub fn service(&self) -> Option<&ServiceId> {
         match self {
-            Self::Change(service, _) | Self::Revert { service, .. } | Self::Verdict { service, .. } => Some(service),
+            Self::Change(service, _) | Self::Revert { service, .. } => Some(service),
             Self::Refused { service, .. } => service.as_ref(),
-            Self::Genesis { .. } | Self::Config(_) => None,
+            Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) => None,
         }
     }
 
     /// Returns true when it changes neither routing nor membership: nothing is served by it.
     pub fn is_verdict(&self) -> bool {
-        matches!(self, Self::Verdict { .. })
+        matches!(self, Self::Verdicts(_))
     }
 
     /// Returns why it is asked for, as far as it says.
@@ -237,8 +339,7 @@ impl Operation {
             Self::Revert { reason, .. } | Self::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => {
                 vec![reason.clone()]
             }
-            Self::Verdict { window_verdict, .. } => vec![window_verdict.verdict.reason().to_string()],
-            Self::Change(..) | Self::Genesis { .. } | Self::Config(_) => Vec::new(),
+            Self::Change(..) | Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) => Vec::new(),
         };
         reasons.into_iter().filter(|reason| !reason.is_empty()).collect()
     }
@@ -253,7 +354,7 @@ impl Operation {
         match self {
             Self::Change(_, change) => change.decreases_exposure(),
             Self::Revert { .. } | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
-            Self::Genesis { .. } | Self::Refused { .. } | Self::Config(_) | Self::Verdict { .. } => false,
+            Self::Genesis { .. } | Self::Refused { .. } | Self::Config(_) | Self::Verdicts(_) => false,
         }
     }
 }
@@ -278,6 +379,8 @@ pub struct Intent {
     pub initiator: Initiator,
     /// Id of the transaction, by which clients repeat it.
     pub tx: TxId,
+    /// Who asked for it: the name of a client's token, or the node that wants it by itself. At most 500 characters.
+    pub actor: String,
     /// Fingerprint of the request: one id may not stand for two requests.
     pub digest: u64,
     /// When its coordinator proposed it.
@@ -311,8 +414,10 @@ pub struct Record {
     pub prev_hash: Hash,
     /// Transaction, operation and proposer that the record states.
     pub intent: Intent,
-    /// The routing it leads to or leaves in force; none for membership.
+    /// The routing it leads to or leaves in force; none for membership and verdicts.
     pub state: Option<RoutingState>,
+    /// The phase that the rollout is in after it; none where `state` is none.
+    pub phase: Option<Phase>,
     /// The votes behind a rise in exposure; none for what needs no votes.
     pub certificate: Option<Certificate>,
 }
@@ -330,6 +435,9 @@ impl Record {
 pub struct Chosen {
     /// The ballot; none for genesis, which nobody voted on.
     pub ballot: Option<Ballot>,
+    /// When its coordinator saw that a majority had accepted it, on that node's clock. Not part of the record's hash: of two
+    /// coordinators that complete one slot, each has its own time.
+    pub decided_at: Wall,
     /// The record.
     pub record: Record,
 }

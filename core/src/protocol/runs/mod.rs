@@ -5,22 +5,22 @@ use std::collections::BTreeMap;
 
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::run::{SequentialEvidence, WindowVerdict};
+use crate::domain::time::Mono;
 use crate::domain::verdict::Verdict;
 
 use super::Observation;
 use super::Output;
 use super::context::{Context, one_round};
 use super::event::Event;
+use super::log::codec;
 use super::log::ledger::ServiceState;
-use super::log::record::{Operation, RunTransfer, SavedRun};
+use super::log::record::{Operation, RunTransfer, SavedRun, ServiceVerdict, VERDICTS_MAX};
 use super::message::{HealthSnapshot, Membership};
 use super::proposal::Proposal;
 use tracker::RunTracker;
 
 mod tracker;
 
-/// Windows that wait for their slots at a time.
-const JUDGED_AT_ONCE: usize = 16;
 /// Runs that are asked for at a time; to go on with its own, a node needs to ask nobody.
 const ASKED_AT_ONCE: usize = 128;
 
@@ -32,30 +32,25 @@ pub(super) struct Runs {
     saved: BTreeMap<ServiceId, SavedRun>,
     /// The service whose run was saved last.
     saved_last: Option<ServiceId>,
-    /// More windows were due than were asked for to be decided: the next ones needn't wait for a tick.
+    /// When the next verdicts may be proposed.
+    verdicts_at: Mono,
+    /// More windows were due than a record had room for: the next ones needn't wait for a tick.
     more_windows: bool,
 }
 
-/// A closed window that is to be decided.
-pub(super) struct DueWindow {
+/// Between two records of verdicts, as long as one has room for all that are due: many rollouts cost a few slots a second.
+const VERDICTS_EVERY_MS: u64 = 250;
+
+/// A closed window, or a change of mind of the comparison with stable.
+pub(super) struct JudgedWindow {
     pub service: ServiceId,
     pub rollout_generation: u64,
     pub window_verdict: WindowVerdict,
 }
 
-impl DueWindow {
-    /// Returns what asks for it to be decided; `measured` is what other systems say of the canary.
-    pub fn proposal(self, measured: Verdict) -> Proposal {
-        let Self { service, rollout_generation, window_verdict } = self;
-        let verdict = window_verdict.verdict.or_worse(measured);
-        let window_verdict = Box::new(WindowVerdict { verdict, ..window_verdict });
-        Proposal::Operation(Operation::Verdict { service, rollout_generation, window_verdict })
-    }
-}
-
 impl Runs {
     pub fn new(saved: BTreeMap<ServiceId, SavedRun>) -> Self {
-        Self { of: BTreeMap::new(), saved, saved_last: None, more_windows: false }
+        Self { of: BTreeMap::new(), saved, saved_last: None, verdicts_at: Mono::default(), more_windows: false }
     }
 
     /// Begins the run of a rollout that this node learned of, ends those that are over; `restarts` when it may have known the
@@ -115,7 +110,7 @@ impl Runs {
 
     /// Lets the runs of these services go on; returns those where the comparison with stable changed its mind, which is
     /// announced.
-    pub fn tick(&mut self, ctx: &Context, services: &[ServiceId]) -> Vec<DueWindow> {
+    pub fn tick(&mut self, ctx: &Context, services: &[ServiceId]) -> Vec<JudgedWindow> {
         let expected: Vec<_> =
             ctx.ledger.members.gate_voters().filter(|node| ctx.is_live_voter(node)).cloned().collect();
         // Without a vote or a majority nothing goes on anyway: a peer that has the run, or saved most of it, may still come.
@@ -128,17 +123,17 @@ impl Runs {
             let Some(tracker) = self.of.get_mut(service) else { continue };
             let rollout_generation = tracker.rollout_generation();
             let changes = tracker.tick(&ctx.settings.node, &expected, can_ask, &mut free, ctx.now.mono);
-            let due = |window_verdict| DueWindow { service: service.clone(), rollout_generation, window_verdict };
+            let due = |window_verdict| JudgedWindow { service: service.clone(), rollout_generation, window_verdict };
             changed.extend(changes.into_iter().map(due));
         }
         changed
     }
 
     /// Tells people that the comparison with stable changed its mind.
-    pub fn announce(ctx: &mut Context, change: DueWindow) {
-        let DueWindow { service, rollout_generation, window_verdict } = change;
+    pub fn announce(ctx: &mut Context, change: JudgedWindow) {
+        let JudgedWindow { service, rollout_generation, window_verdict } = change;
         ctx.outdated.services.insert(service.clone());
-        ctx.announce(Event::Analyzed { slot: None, service, rollout_generation, window_verdict });
+        ctx.announce(Event::Analyzed { sequence: None, service, rollout_generation, window_verdict, decided: None });
     }
 
     /// Saves the run whose turn it is.
@@ -154,25 +149,48 @@ impl Runs {
         }
     }
 
-    /// Returns true when more windows were due than [`Runs::due`] returned.
+    /// Returns true when more windows were due than the last record had room for.
     pub fn has_more_windows(&self) -> bool {
         self.more_windows
     }
 
-    /// Returns the next closed window of each rollout, those first that are due longest. A few wait for their slots at a
-    /// time, so that whoever else asks isn't kept waiting.
-    pub fn due(&mut self, ctx: &Context) -> Vec<DueWindow> {
+    /// Returns the next closed window of each rollout as one proposal, with what other systems measured, when it is time for it: as
+    /// many as a record has room for, those first that are due longest.
+    pub fn due(&mut self, ctx: &Context, measured: impl Fn(&ServiceId) -> Verdict) -> Option<Proposal> {
         let now = ctx.now.mono;
+        if now < self.verdicts_at {
+            return None;
+        }
         let mut due = Vec::new();
         for (id, tracker) in &mut self.of {
-            let Some(window_verdict) = tracker.next_window(&ctx.ledger.services[id], now) else { continue };
-            let (service, rollout_generation) = (id.clone(), tracker.rollout_generation());
+            let service_state = &ctx.ledger.services[id];
+            let Some(window_verdict) = tracker.next_window(service_state, now) else { continue };
             let overdue_ms = tracker.ms_since(window_verdict.to_ms, now);
-            due.push((overdue_ms, DueWindow { service, rollout_generation, window_verdict }));
+            let routing = service_state.service.routing.clone();
+            let rollout_generation = tracker.rollout_generation();
+            due.push((overdue_ms, ServiceVerdict { routing, rollout_generation, window_verdict }));
         }
-        self.more_windows = due.len() > JUDGED_AT_ONCE;
         due.sort_by_key(|(overdue_ms, _)| Reverse(*overdue_ms));
-        due.into_iter().take(JUDGED_AT_ONCE).map(|(_, due)| due).collect()
+        let all = due.len();
+        let (most, mut room) = VERDICTS_MAX;
+        let mut verdicts = Vec::new();
+        for (_, mut verdict) in due.into_iter().take(most) {
+            // What other systems measured isn't counted by windows; it is asked when one is decided.
+            let judged = &mut verdict.window_verdict.verdict;
+            *judged = judged.clone().or_worse(measured(&verdict.routing.service));
+            let Some(left) = room.checked_sub(codec::encode(&verdict).len()) else { break };
+            room = left;
+            verdicts.push(verdict);
+        }
+        self.more_windows = verdicts.len() < all;
+        if verdicts.is_empty() {
+            return None;
+        }
+        if !self.more_windows {
+            self.verdicts_at = now.after_ms(VERDICTS_EVERY_MS);
+        }
+        verdicts.sort_by(|one, other| one.routing.service.cmp(&other.routing.service));
+        Some(Proposal::Operation(Operation::Verdicts(verdicts)))
     }
 
     /// Returns what the comparison with stable says of a rollout; Promote where there is none to make.

@@ -15,7 +15,10 @@ fn a_clients_id_that_looks_like_a_nodes_own_does_not_delay_an_automatic_rollback
             _ => OperatorRequest::Resume { service: service() },
         };
         let tx = TxId::new(format!("auto-a-{incarnation:04x}-1-{number}")).unwrap();
-        rig.handle(&node("a"), Input::Operator(Command { request: RequestId(number + 100), tx, asked }));
+        rig.handle(
+            &node("a"),
+            Input::Operator(Command { request: RequestId(number + 100), tx, actor: "alice".into(), asked }),
+        );
         rig.settle();
     }
     let committed = |outcome: &&Outcome| matches!(outcome, Outcome::Committed { .. });

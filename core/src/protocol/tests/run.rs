@@ -5,8 +5,8 @@ use crate::domain::run::SequentialEvidence;
 use crate::protocol::Measurement;
 
 /// Compares with stable, in windows of 3 s.
-fn compared() -> Arc<RolloutSpec> {
-    Arc::new(fixtures::rollout(&[fixtures::manual(2_000), fixtures::held(10_000, 0)], fixtures::errors_vs_stable()))
+fn compared() -> Arc<Manifest> {
+    fixtures::manifest(&[fixtures::manual(2_000), fixtures::held(10_000, 0)], fixtures::errors_vs_stable())
 }
 
 /// Returns three nodes 8.6 s after the beginning of a rollout that is compared with stable; there was no traffic in the first 1.6 s.
@@ -63,7 +63,7 @@ impl Rig {
 
     /// Returns the windows that were decided, as node `name` learned of them.
     fn windows(&self, name: &str) -> Vec<(u64, u64, u64)> {
-        let decided = self.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_some());
+        let decided = self.judged.iter().filter(|(at, sequence, _)| *at == node(name) && sequence.is_some());
         decided
             .map(|(.., window_verdict)| (window_verdict.from_ms, window_verdict.to_ms, window_verdict.stable.count))
             .collect()
@@ -99,7 +99,7 @@ fn a_node_that_restarts_goes_on_with_its_peers_run() {
     });
     // What c judged by itself, it judged with the counts of the whole rollout.
     let minds = |name: &str| {
-        let by = rig.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_none());
+        let by = rig.judged.iter().filter(|(at, sequence, _)| *at == node(name) && sequence.is_none());
         by.map(|(.., window_verdict)| window_verdict.clone()).collect::<Vec<_>>()
     };
     assert_eq!(minds("c"), minds("a")[..minds("c").len()]);
@@ -182,7 +182,7 @@ fn all_restart(rig: &mut Rig, ms: u64, lost: &[&str]) {
 impl Rig {
     /// Returns where the windows begin that nobody saw the whole of, and how many answers of stable were counted in them.
     fn unseen(&self, name: &str) -> Vec<(u64, u64)> {
-        let decided = self.judged.iter().filter(|(at, slot, _)| *at == node(name) && slot.is_some());
+        let decided = self.judged.iter().filter(|(at, sequence, _)| *at == node(name) && sequence.is_some());
         let unseen =
             decided.filter(|(.., window_verdict)| window_verdict.verdict.reason() == "nobody saw the whole of it");
         unseen.map(|(.., window_verdict)| (window_verdict.from_ms, window_verdict.stable.count)).collect()
@@ -288,7 +288,7 @@ fn a_peer_that_never_hands_over_is_not_waited_for_for_ever() {
 fn evidence_of_a_step_is_none_for_the_next_one() {
     let mut rig = Rig::new();
     let stages = [(2_000, 1_000), (5_000, 0), (10_000, 0)].map(|(bp, hold_ms)| fixtures::held(bp, hold_ms));
-    rig.asked("a", 1, OperatorRequest::Apply(Arc::new(fixtures::rollout(&stages, fixtures::errors_vs_stable()))));
+    rig.asked("a", 1, OperatorRequest::Apply(fixtures::manifest(&stages, fixtures::errors_vs_stable())));
     let mut since = None;
     for _ in 0..2_000 {
         for name in ["a", "b", "c"].map(node) {
@@ -351,7 +351,7 @@ fn when_nothing_was_saved_the_run_begins_anew_and_says_so() {
 fn a_window_is_no_promotion_while_another_system_that_counts_says_nothing_or_no() {
     let mut rig = Rig::new();
     let stages = [fixtures::manual(2_000), fixtures::held(10_000, 0)];
-    rig.asked("a", 1, OperatorRequest::Apply(Arc::new(fixtures::rollout(&stages, fixtures::by_query()))));
+    rig.asked("a", 1, OperatorRequest::Apply(fixtures::manifest(&stages, fixtures::by_query())));
     rig.serve(3_000);
     for _ in 0..80 {
         for name in ["a", "b", "c"].map(node) {
@@ -361,7 +361,29 @@ fn a_window_is_no_promotion_while_another_system_that_counts_says_nothing_or_no(
         }
         rig.serve(100);
     }
-    let decided = rig.judged.iter().filter(|(at, slot, _)| *at == node("b") && slot.is_some());
+    let decided = rig.judged.iter().filter(|(at, sequence, _)| *at == node("b") && sequence.is_some());
     let words: Vec<_> = decided.map(|(.., window_verdict)| window_verdict.verdict.word()).collect();
     assert_eq!(words, ["HOLD", "PROMOTE", "PROMOTE", "PROMOTE"]);
+}
+
+#[test]
+fn verdicts_of_many_rollouts_share_a_slot_and_each_has_its_place() {
+    const SERVICES: u64 = 40;
+    let mut rig = Rig::new();
+    let stages = [fixtures::manual(2_000), fixtures::held(10_000, 0)];
+    for number in 0..SERVICES {
+        let mut spec = fixtures::rollout(&stages, fixtures::errors_vs_stable());
+        spec.service = ServiceId::new(format!("s{number:02}")).unwrap();
+        rig.asked("a", number, OperatorRequest::Apply(Arc::new(spec.checked().unwrap())));
+    }
+    let head = |rig: &Rig| rig.decided.keys().next_back().unwrap().0;
+    let (before, began) = (head(&rig), rig.now);
+    rig.run_for(9_100);
+    let seconds = (rig.now - began) / 1_000_000;
+    let slots = head(&rig) - before;
+    assert!(slots <= 4 * seconds + 1, "{slots} slots in {seconds} s for {SERVICES} windows each 3 s");
+    let told: Vec<_> =
+        rig.judged.iter().filter_map(|(at, sequence, _)| sequence.filter(|_| *at == node("b"))).collect();
+    assert!(told.len() as u64 >= 3 * SERVICES, "{} verdicts", told.len());
+    assert!(told.windows(2).all(|pair| pair[0] < pair[1]), "strictly increasing: {told:?}");
 }

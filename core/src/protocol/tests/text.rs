@@ -19,7 +19,7 @@ fn longest() -> usize {
 fn asking() -> Rig {
     let mut rig = Rig::new();
     let stages = [fixtures::manual(500), fixtures::held(10_000, 0)];
-    rig.asked("a", 1, OperatorRequest::Apply(Arc::new(fixtures::rollout(&stages, fixtures::by_query()))));
+    rig.asked("a", 1, OperatorRequest::Apply(fixtures::manifest(&stages, fixtures::by_query())));
     rig
 }
 

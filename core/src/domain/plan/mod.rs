@@ -1,6 +1,8 @@
 //! A rollout as its author wrote it: the two versions, the stages, how traffic is assigned and judged.
 //!
-//! Made from a file by the room that reads files; everything here is already checked.
+//! `file` is its shape as people write it, [`Manifest`] is how the log keeps it.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +10,12 @@ use super::analysis::Analysis;
 use super::ids::{ServiceId, VersionId};
 use super::limits::{self, OutOfRange};
 use super::weights::Weight;
+
+pub mod file;
+mod known;
+mod manifest;
+
+pub use manifest::{Manifest, ManifestError, UnknownKey};
 
 /// One version of a service and where it is served.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,11 +82,15 @@ pub enum OnPartition {
     Hold,
 }
 
-/// A rollout as its file describes it, checked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A rollout as its file describes it. [`RolloutSpec::checked`] makes it a [`Manifest`].
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RolloutSpec {
     /// Service that the rollout changes.
     pub service: ServiceId,
+    /// Labels that users select services by; kept, and never interpreted.
+    pub labels: BTreeMap<String, String>,
+    /// Notes of other tools; kept, and never interpreted.
+    pub annotations: BTreeMap<String, String>,
     /// Version that serves before the rollout.
     pub stable: Backend,
     /// Version that the rollout introduces.
@@ -136,16 +148,44 @@ pub enum SpecError {
         /// Number of entries that a record holds at most.
         max: usize,
     },
+    /// The file of the rollout can't be read back.
+    #[error("{0}")]
+    Unwritable(String),
     /// A number of the analysis or a duration beyond its limits.
     #[error(transparent)]
     Number(#[from] OutOfRange),
 }
 
 impl RolloutSpec {
-    /// Returns this rollout, or what is wrong with it. Peers check what they receive by the same rules.
-    pub fn checked(self) -> Result<Self, SpecError> {
+    /// Returns a rollout whose file names its versions and steps alone: all else as by default.
+    pub fn new(service: ServiceId, stable: Backend, canary: Backend, stages: Vec<Stage>) -> Self {
+        Self {
+            service,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            stable,
+            canary,
+            stages,
+            bake_ms: 60_000,
+            hash_on: None,
+            matches: Vec::new(),
+            mirror: Weight::ZERO,
+            analysis: Analysis::default(),
+            lease_ms: 2_000,
+            on_partition: OnPartition::Stable,
+            progress_deadline_ms: 30 * 60 * 1000,
+        }
+    }
+
+    /// Returns this rollout as the log keeps it, or what is wrong with it.
+    pub fn checked(&self) -> Result<Manifest, SpecError> {
+        Manifest::of(self)
+    }
+
+    /// Checks the values together. Peers check what they receive by the same rules.
+    fn check(&self) -> Result<(), SpecError> {
         if self.stable.version == self.canary.version {
-            return Err(SpecError::SameVersion(self.canary.version));
+            return Err(SpecError::SameVersion(self.canary.version.clone()));
         }
         let at_most = |what, found, max| match found <= max {
             true => Ok(()),
@@ -166,8 +206,8 @@ impl RolloutSpec {
             return Err(SpecError::Missing("analysis has no metrics, expected at least one: nothing would be judged"));
         }
         self.analysis.check_numbers()?;
-        let size = serde_json::to_vec(&self).map_or(usize::MAX, |json| json.len());
-        at_most("bytes of the rollout", size, limits::SPEC_BYTES_MAX)?;
+        at_most("labels", self.labels.len(), limits::LABELS_MAX)?;
+        at_most("annotations", self.annotations.len(), limits::LABELS_MAX)?;
         for pair in self.stages.windows(2) {
             if pair[1].weight < pair[0].weight {
                 return Err(SpecError::Falling { before: pair[0].weight, found: pair[1].weight });
@@ -196,7 +236,7 @@ impl RolloutSpec {
         for stage in &self.stages {
             limits::PAUSE.check_whole(stage.hold_ms)?;
         }
-        Ok(self)
+        Ok(())
     }
 
     /// Returns how long it takes by plan, in milliseconds; pauses that wait for an operator count as nothing.
@@ -205,8 +245,8 @@ impl RolloutSpec {
     }
 
     /// Returns the rollout the other way round: what `undo` starts.
-    pub fn reversed(&self) -> Self {
-        Self { stable: self.canary.clone(), canary: self.stable.clone(), ..self.clone() }
+    pub fn reversed(&self) -> Result<Manifest, SpecError> {
+        Self { stable: self.canary.clone(), canary: self.stable.clone(), ..self.clone() }.checked()
     }
 
     /// Returns the index of the last stage, the one at 100 %.
