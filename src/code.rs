@@ -4,7 +4,7 @@ use http::StatusCode;
 use serde::{Deserialize, Serialize};
 
 /// Why a request was not done: the field `code` of every error, in capitals. New ones may come; none changes its meaning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Code {
     /// The request itself is wrong.
@@ -35,6 +35,9 @@ pub enum Code {
     Unavailable,
     /// Something is wrong with this node.
     Internal,
+    /// A code that this build doesn't know: only ever received.
+    #[serde(other)]
+    Unknown,
 }
 
 impl Code {
@@ -52,5 +55,49 @@ impl Code {
             status if status.is_client_error() => Self::InvalidArgument,
             _ => Self::Internal,
         }
+    }
+
+    /// Returns the HTTP status of an error with this code, where nothing else gives it another one.
+    pub fn status(self) -> StatusCode {
+        match self {
+            Self::InvalidArgument => StatusCode::BAD_REQUEST,
+            Self::Unauthenticated => StatusCode::UNAUTHORIZED,
+            Self::PermissionDenied => StatusCode::FORBIDDEN,
+            Self::NotFound => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Refused | Self::Aborted => StatusCode::CONFLICT,
+            Self::Busy => StatusCode::TOO_MANY_REQUESTS,
+            Self::NoQuorum | Self::OutcomeUnknown | Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal | Self::Unknown => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// Returns the code in a few words: the title of its problem type, and with dashes the end of the type's URN.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::InvalidArgument => "invalid argument",
+            Self::Unauthenticated => "unauthenticated",
+            Self::PermissionDenied => "permission denied",
+            Self::NotFound => "not found",
+            Self::MethodNotAllowed => "method not allowed",
+            Self::TooLarge => "too large",
+            Self::KeyReused => "key reused",
+            Self::Refused => "refused",
+            Self::Aborted => "aborted",
+            Self::Busy => "busy",
+            Self::NoQuorum => "no quorum",
+            Self::OutcomeUnknown => "outcome unknown",
+            Self::Unavailable => "unavailable",
+            Self::Internal => "internal",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// Returns true when the same write should be sent again under the same key: the node is busy, can't answer at the moment, or
+    /// doesn't know the outcome. That there is no quorum is an answer, and isn't repeated.
+    pub fn may_be_repeated(self) -> bool {
+        matches!(self, Self::Busy | Self::OutcomeUnknown | Self::Unavailable)
     }
 }

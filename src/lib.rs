@@ -18,7 +18,7 @@
 //! 10. [`decisions`]: what the cluster decided, read from the log and published to streams, Kafka and Redis.
 //! 11. [`router`]: splits a Kafka topic's records between the stable and the canary service.
 //! 12. [`schema`]: the code that is generated from `proto/`.
-//! 13. [`api`]: the operators' HTTP and gRPC API.
+//! 13. [`model`], [`api`]: the shapes of the API's JSON; the operators' HTTP and gRPC API.
 //! 14. [`code`], [`client`]: the names of the API's errors, and a client of the API that goes by them. [`http_client`] sends its requests,
 //!     and all others that are not relayed traffic.
 //! 15. [`config`]: the files that people write, checked once, at the edge.
@@ -41,6 +41,7 @@ pub mod decisions;
 pub mod entropy;
 pub mod http_client;
 pub mod listener;
+pub mod model;
 pub mod node;
 pub mod ports;
 pub mod proxy;

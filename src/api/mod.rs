@@ -1,7 +1,8 @@
 //! The operators' API: rollouts, the cluster, events and metrics over HTTP.
 //!
-//! `write` takes changes (forwarding them to the coordinator), `show` tells what is, `events` streams what happens,
-//! `backup` streams a backup, `auth` knows tokens and roles, `admission` lets requests through by them; `state` is what all of them share.
+//! `service` carries out changes (forwarding them to the coordinator), `write` takes them over HTTP, `show` tells what is, `events`
+//! streams what happens, `backup` streams a backup, `auth` knows tokens and roles, `admission` lets requests through by them; `state`
+//! is what all of them share.
 
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ mod backup;
 mod events;
 pub mod grpc;
 pub mod metrics;
+mod service;
 mod show;
 mod state;
 mod telemetry;
@@ -71,7 +73,7 @@ fn router(state: ApiState) -> Router {
     grpc::routes(router, &state)
         .layer(middleware::from_fn_with_state(state.clone(), admission::check))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .layer(middleware::map_response(as_json))
+        .layer(middleware::map_response(as_problem))
 }
 
 async fn fallback(State(state): State<ApiState>, request: Request) -> Response {
@@ -82,7 +84,7 @@ async fn fallback(State(state): State<ApiState>, request: Request) -> Response {
 }
 
 /// Returns the answer, with an error that the framework put in plain text as all of the API's look.
-async fn as_json(answer: Response) -> Response {
+async fn as_problem(answer: Response) -> Response {
     let status = answer.status();
     let kind = answer.headers().get(http::header::CONTENT_TYPE);
     let plain = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/plain"));

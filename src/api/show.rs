@@ -1,59 +1,90 @@
 //! What is: rollouts, their history, the cluster.
 
+use std::ops::Bound;
+
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
-use serde_json::{Value, json};
+use serde::Deserialize;
 
+use crate::code::Code;
 use crate::domain::ids::ServiceId;
-use crate::domain::plan::{Backend, Stage};
+use crate::model::{
+    ClusterMember, ClusterView, History, HistoryEntry, Problem, RolloutList, RolloutMetadata, RolloutView, Selector,
+};
 use crate::protocol::record::{Chosen, Operation, Slot};
 use crate::status;
 
 use super::state::{ApiState, error};
 
-/// Answers `GET /v1/rollouts`: the last rollout of each service.
-pub async fn list(State(state): State<ApiState>) -> Response {
+/// Most rollouts of one page, and as many as there are where the request gives no limit.
+const PAGE_MAX: usize = 1000;
+
+/// What `GET /v1/rollouts` may be asked for.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ListQuery {
+    /// Labels that the rollouts must have.
+    selector: String,
+    /// Most rollouts of this page, 1 to [`PAGE_MAX`].
+    limit: Option<usize>,
+    /// Name after which the page begins.
+    after: Option<ServiceId>,
+}
+
+/// Answers `GET /v1/rollouts`: the last rollout of each service, by their names, a page at a time.
+pub async fn list(State(state): State<ApiState>, Query(query): Query<ListQuery>) -> Result<Json<RolloutList>, Problem> {
+    let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
+    let selector: Selector = query.selector.parse().map_err(|why| wrong(format!("{why}")))?;
+    let limit = query.limit.unwrap_or(PAGE_MAX);
+    if !(1..=PAGE_MAX).contains(&limit) {
+        return Err(wrong(format!("limit is {limit}, expected 1 to {PAGE_MAX}")));
+    }
     let view = state.node.published.view();
-    let rollouts: Vec<_> = view.services.keys().filter_map(|id| one(&state, id)).collect();
-    Json(json!({ "rollouts": rollouts })).into_response()
+    let after = query.after.map_or(Bound::Unbounded, Bound::Excluded);
+    let mut selected = view
+        .services
+        .range((after, Bound::Unbounded))
+        .filter(|(_, found)| selector.selects(&found.service.rollout.spec.labels))
+        .map(|(id, _)| id);
+    let page: Vec<_> = selected.by_ref().take(limit).collect();
+    let next = selected.next().and(page.last().copied()).cloned();
+    let rollouts = page.into_iter().filter_map(|id| one(&state, id)).collect();
+    Ok(Json(RolloutList { rollouts, next }))
 }
 
 /// Answers `GET /v1/rollouts/{name}`: one rollout; 404 for an unknown service.
-pub async fn rollout(State(state): State<ApiState>, Path(name): Path<String>) -> Response {
-    match ServiceId::new(&name).ok().and_then(|id| one(&state, &id)) {
-        Some(json) => Json(json).into_response(),
-        None => unknown(&state, &name),
-    }
+pub async fn rollout(State(state): State<ApiState>, Path(name): Path<String>) -> Result<Json<RolloutView>, Problem> {
+    let found = ServiceId::new(&name).ok().and_then(|id| one(&state, &id));
+    found.map(Json).ok_or_else(|| unknown(&state, &name))
 }
 
-fn unknown(state: &ApiState, name: &str) -> Response {
+/// Names of known services that an error lists.
+const KNOWN_MAX: usize = 20;
+
+fn unknown(state: &ApiState, name: &str) -> Problem {
     let view = state.node.published.view();
     let known: Vec<_> = view.services.keys().map(ServiceId::as_str).collect();
-    let known = if known.is_empty() { "none yet".to_string() } else { known.join(", ") };
-    error(StatusCode::NOT_FOUND, format!("rollout {name:?} is unknown, known: {known}"))
+    let known = match known.len() {
+        0 => "none yet".to_string(),
+        count if count > KNOWN_MAX => format!("{count} others, such as {}", known[..KNOWN_MAX].join(", ")),
+        _ => known.join(", "),
+    };
+    Problem::new(Code::NotFound, format!("rollout {name:?} is unknown, known: {known}"))
 }
 
-fn one(state: &ApiState, id: &ServiceId) -> Option<Value> {
+fn one(state: &ApiState, id: &ServiceId) -> Option<RolloutView> {
     let view = state.node.published.view();
     let spec = &view.services.get(id)?.service.rollout.spec;
-    let mut json = status::routing_state(&state.node, id)?;
-    json["name"] = json!(id);
-    json["health"] = status::health_snapshot(&state.node, id)?;
-    let step =
-        |stage: &Stage| json!({"weight": stage.weight.fraction(), "pause_ms": stage.hold_ms, "manual": stage.manual});
-    json["spec"] = json!({
-        "stable": backend(&spec.stable), "canary": backend(&spec.canary),
-        "steps": spec.stages.iter().map(step).collect::<Vec<_>>(),
-        "bake_ms": spec.bake_ms,
-        "lease_ms": spec.lease_ms,
-    });
-    Some(json)
-}
-
-fn backend(backend: &Backend) -> Value {
-    json!({"version": backend.version, "urls": backend.urls})
+    Some(RolloutView {
+        name: id.clone(),
+        metadata: RolloutMetadata { labels: spec.labels.clone(), annotations: spec.annotations.clone() },
+        routing: status::routing_view(&state.node, id)?,
+        health: status::health_view(&state.node, id)?,
+        spec: (&***spec).into(),
+        manifest: spec.value(),
+    })
 }
 
 /// Records read from the log at a time.
@@ -64,7 +95,7 @@ const HISTORY_MAX: usize = 1000;
 /// `GET /v1/rollouts/{name}/history`: every record that changed the service or was to, oldest first.
 pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) -> Response {
     let known = ServiceId::new(&name).ok().filter(|id| state.node.published.view().services.contains_key(id));
-    let Some(id) = known else { return unknown(&state, &name) };
+    let Some(id) = known else { return unknown(&state, &name).into_response() };
     let log = state.node.log.clone();
     let head = state.node.published.view().head;
     let read = tokio::task::spawn_blocking(move || {
@@ -76,7 +107,7 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
             from = last.record.slot.next();
             let concerns = |operation: &Operation| operation.service() == Some(&id) && !operation.is_verdict();
             for chosen in records.iter().filter(|chosen| concerns(&chosen.record.intent.operation)) {
-                found.push_back(record_json(chosen));
+                found.push_back(entry(chosen));
                 if found.len() > HISTORY_MAX {
                     found.pop_front();
                 }
@@ -85,57 +116,56 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
         Ok::<_, crate::ports::StoreError>(found)
     });
     match read.await {
-        Ok(Ok(history)) => Json(json!({ "history": history })).into_response(),
+        Ok(Ok(history)) => Json(History { history: history.into() }).into_response(),
         Ok(Err(why)) => error(StatusCode::INTERNAL_SERVER_ERROR, why.to_string()),
         Err(why) => error(StatusCode::INTERNAL_SERVER_ERROR, why.to_string()),
     }
 }
 
-fn record_json(chosen: &Chosen) -> Value {
+fn entry(chosen: &Chosen) -> HistoryEntry {
     let record = &chosen.record;
     let state = record.state.as_ref();
-    json!({
-        "slot": record.slot,
-        "kind": record.intent.operation.name(),
-        "txid": record.intent.tx,
-        "proposed_at": record.intent.at,
-        "decided_at": chosen.decided_at,
-        "ballot": chosen.ballot.as_ref().map(ToString::to_string),
-        "version": state.map(|state| state.version),
-        "weights": state.map(|state| &state.weights),
-        "phase": record.phase,
-        "actor": record.intent.actor,
-        "status": state.map(|state| state.status),
-        "reasons": record.intent.operation.reasons(),
-        "yes": record.certificate.as_ref().map(|certificate| &certificate.yes),
-        "in_doubt": chosen.is_in_doubt(),
-        "hash": record.hash().to_string(),
-    })
+    HistoryEntry {
+        slot: record.slot,
+        kind: record.intent.operation.name().into(),
+        txid: record.intent.tx.clone(),
+        proposed_at: record.intent.at,
+        decided_at: chosen.decided_at,
+        ballot: chosen.ballot.as_ref().map(ToString::to_string),
+        version: state.map(|state| state.version),
+        weights: state.map(|state| state.weights.clone()),
+        phase: record.phase,
+        actor: record.intent.actor.clone(),
+        status: state.map(|state| state.status),
+        reasons: record.intent.operation.reasons(),
+        yes: record.certificate.as_ref().map(|certificate| certificate.yes.clone()),
+        in_doubt: chosen.is_in_doubt(),
+        hash: record.hash().to_string(),
+    }
 }
 
 /// Answers `GET /v1/cluster`: members, coordinator and log positions.
-pub async fn cluster(State(state): State<ApiState>) -> Response {
+pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
     let view = state.node.published.view();
     let members = view.members.iter().map(|(node, member)| {
-        let json = json!({
-            "alive": member.alive,
-            "cordoned": member.cordoned,
-            "head": member.head,
-            "incarnation": member.incarnation.to_string(),
-            "counts_not": member.counts_not,
-        });
-        (node.to_string(), json)
+        let shown = ClusterMember {
+            alive: member.alive,
+            cordoned: member.cordoned,
+            head: member.head,
+            incarnation: member.incarnation.to_string(),
+            counts_not: member.counts_not.clone(),
+        };
+        (node.clone(), shown)
     });
-    Json(json!({
-        "cluster": view.cluster.to_string(),
-        "node": view.node,
-        "incarnation": view.incarnation.to_string(),
-        "membership": format!("{:?}", view.membership),
-        "mode": state.node.published.mode(),
-        "coordinator": view.coordinator,
-        "head": view.head,
-        "hash": view.head_hash.to_string(),
-        "members": members.collect::<serde_json::Map<_, _>>(),
-    }))
-    .into_response()
+    Json(ClusterView {
+        cluster: view.cluster.to_string(),
+        node: view.node.clone(),
+        incarnation: view.incarnation.to_string(),
+        membership: format!("{:?}", view.membership),
+        mode: state.node.published.mode(),
+        coordinator: view.coordinator.clone(),
+        head: view.head,
+        hash: view.head_hash.to_string(),
+        members: members.collect(),
+    })
 }

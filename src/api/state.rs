@@ -5,17 +5,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
+use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use metrics_exporter_prometheus::PrometheusHandle;
-use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::code::Code;
 use crate::domain::ids::NodeId;
 use crate::http_client::{HttpClient, HttpSettings};
+use crate::model::Problem;
 use crate::node::handle::NodeHandle;
 use crate::telemetry::Intake;
 
@@ -90,5 +89,11 @@ impl ApiState {
 
 /// Returns an error as all of the API's look.
 pub(super) fn error(status: StatusCode, why: impl Into<String>) -> Response {
-    (status, Json(json!({"code": Code::of(status), "error": why.into()}))).into_response()
+    Problem::of_status(status, why).into_response()
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        self.response().map(Body::new)
+    }
 }

@@ -6,10 +6,10 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
-use serde_json::json;
 use serde_json::value::RawValue;
 
 use super::state::{ApiState, error};
+use crate::model::{BatchReceipt, Problem, RejectedEvent};
 use crate::telemetry::Receipt;
 use crate::telemetry::event::Json as Reported;
 
@@ -58,11 +58,21 @@ pub async fn report(State(state): State<ApiState>, headers: HeaderMap, body: Byt
             }
         }
     };
-    let Receipt { accepted, rejected, first } = &receipt;
-    let first: Vec<_> = first.iter().map(|(place, why)| json!({"event": place, "error": why})).collect();
-    let status = match (*accepted, rejected.is_empty()) {
-        (0, false) => StatusCode::UNPROCESSABLE_ENTITY,
-        _ => StatusCode::OK,
-    };
-    (status, Json(json!({"accepted": accepted, "rejected": rejected, "first_rejected": first}))).into_response()
+    let receipt = shown(receipt);
+    match (receipt.accepted, receipt.first_rejected.first()) {
+        (0, Some(first)) => {
+            let detail = format!("no event was accepted: {}", first.error);
+            let mut problem = Problem::of_status(StatusCode::UNPROCESSABLE_ENTITY, detail);
+            problem.facts.receipt = Some(receipt);
+            problem.into_response()
+        }
+        _ => Json(receipt).into_response(),
+    }
+}
+
+fn shown(receipt: Receipt) -> BatchReceipt {
+    let Receipt { accepted, rejected, first } = receipt;
+    let rejected = rejected.into_iter().map(|(kind, count)| (kind.to_string(), count)).collect();
+    let first_rejected = first.into_iter().map(|(event, error)| RejectedEvent { event, error }).collect();
+    BatchReceipt { accepted, rejected, first_rejected }
 }

@@ -9,9 +9,8 @@ use serde_json::Value;
 use super::show;
 use crate::domain::ids::ServiceId;
 use crate::domain::routing::RoutingState;
-use crate::domain::run::{AnswerSummary, SequentialEvidence, WindowVerdict};
+use crate::domain::run::{AnswerSummary, WindowVerdict};
 use crate::domain::verdict::Verdict;
-use crate::domain::weights::Weights;
 use crate::protocol::{Announcement, Event};
 
 /// An event from the API's stream.
@@ -38,19 +37,23 @@ impl Announced {
 
     /// Returns the time of day (UTC) at which it happened.
     pub fn time(&self) -> String {
-        show::clock(show::seek(&self.json, "at"))
+        match (&self.known, &self.json["at"]) {
+            (Some(announcement), _) => show::clock(announcement.at),
+            (None, Value::String(time)) => time.get(11..19).unwrap_or(time).to_owned(),
+            (None, other) => other.as_u64().map(show::clock_of).unwrap_or_default(),
+        }
     }
 
     /// Returns the node that reports it.
     pub fn reporter(&self) -> String {
-        show::text(&self.json, "reported_by")
+        show::word(&self.json["reported_by"])
     }
 
     /// Returns the service that it is about; empty where it is about nodes.
     pub fn service(&self) -> String {
         match self.event() {
             Some(event) => event.service().map(ServiceId::to_string).unwrap_or_default(),
-            None => show::text(&self.json, "service"),
+            None => show::word(&self.json["service"]),
         }
     }
 
@@ -59,7 +62,7 @@ impl Announced {
         match self.event() {
             Some(Event::Routing { phase, .. }) => phase.map(|phase| phase.to_string()).unwrap_or_default(),
             Some(_) => String::new(),
-            None => show::text(&self.json, "phase"),
+            None => show::word(&self.json["phase"]),
         }
     }
 
@@ -76,7 +79,7 @@ impl Announced {
                         None => kind.name().into(),
                     },
                     service.to_string(),
-                    percentages(weights),
+                    show::weights(weights),
                     format!("version {version}"),
                     phase.map(|phase| phase.to_string()).unwrap_or_default(),
                     format!("by {actor}"),
@@ -105,15 +108,8 @@ impl Announced {
             )
             | None => fields(&self.json),
         };
-        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
+        show::line(parts)
     }
-}
-
-fn percentages(weights: &Weights) -> String {
-    let part = |(version, weight): &(_, crate::domain::weights::Weight)| {
-        format!("{version}={}%", (weight.fraction() * 10_000.0).round() / 100.0)
-    };
-    weights.iter().map(part).collect::<Vec<_>>().join(" ")
 }
 
 fn words(verdict: &Verdict) -> String {
@@ -136,19 +132,14 @@ fn analyzed(service: &ServiceId, window_verdict: &WindowVerdict) -> Vec<String> 
         format!("{}-{} s", seconds(*from_ms), seconds(*to_ms)),
         format!("canary {}", failed(canary)),
         format!("stable {}", failed(stable)),
-        sequential.as_ref().map(evidence).unwrap_or_default(),
+        sequential.as_ref().map(show::evidence).unwrap_or_default(),
     ]
-}
-
-fn evidence(sequential: &SequentialEvidence) -> String {
-    let SequentialEvidence { e_value, bound, alpha_spent, .. } = sequential;
-    format!("e {e_value:.2} of {bound:.0}, α spent {alpha_spent:.4}")
 }
 
 /// Returns the event's name and slot, and then every other field.
 fn fields(json: &Value) -> Vec<String> {
-    let slot = show::number(json, "slot").map(|slot| format!("slot {slot}")).unwrap_or_default();
-    let mut parts = vec![show::text(json, "event"), slot];
+    let slot = json["slot"].as_u64().map(|slot| format!("slot {slot}")).unwrap_or_default();
+    let mut parts = vec![show::word(&json["event"]), slot];
     let rest = json.as_object().into_iter().flatten();
     let rest = rest.filter(|(key, v)| !["event", "at", "slot"].contains(&key.as_str()) && !v.is_null());
     parts.extend(rest.map(|(key, v)| format!("{key}={}", show::word(v))));
@@ -161,8 +152,9 @@ pub mod tests {
     use crate::domain::ids::{NodeId, TxId, VersionId};
     use crate::domain::rollout::Phase;
     use crate::domain::routing::Status;
+    use crate::domain::run::SequentialEvidence;
     use crate::domain::time::Wall;
-    use crate::domain::weights::Weight;
+    use crate::domain::weights::{Weight, Weights};
     use crate::protocol::record::{Initiator, RecordKind, Slot};
 
     /// Returns an event as a node sends it: node b announces it at 01:02:03.

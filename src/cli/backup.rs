@@ -176,7 +176,7 @@ fn summary(json: &Value) -> String {
         "bytes",
         "blake3",
     ];
-    facts(&names.map(|name| (name, show::text(json, name))))
+    facts(&names.map(|name| (name, show::word(&json[name]))))
 }
 
 /// A file under a name of its own until it is whole; removed if it never is.

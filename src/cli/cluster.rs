@@ -19,10 +19,11 @@ use serde_json::{Value, json};
 
 use super::backup::{self, BackupArgs, RestoreArgs, VerifyBackupArgs};
 use super::node::identity_files;
-use super::output::{Format, facts, table};
+use super::output::{self, Format, facts, table};
 use super::write::{self, WriteArgs};
-use super::{Exit, read, show};
+use super::{Exit, read};
 use crate::client::Api;
+use crate::model::ClusterView;
 
 #[derive(Debug, Subcommand)]
 pub enum ClusterVerb {
@@ -349,52 +350,30 @@ async fn change(api: &Api, verb: &str, body: Value, args: WriteArgs, format: For
 }
 
 /// Formats the cluster's state for a terminal.
-pub fn status(json: &Value) -> String {
+pub fn status(view: &ClusterView) -> String {
     let head = facts(&[
-        ("cluster", ["cluster_id", "cluster"].map(|key| show::text(json, key)).concat()),
-        ("asked node", json["node"].as_str().unwrap_or_default().into()),
-        ("coordinator", show::text(json, "coordinator")),
-        ("mode", show::text(json, "mode")),
+        ("cluster", view.cluster.clone()),
+        ("asked node", view.node.to_string()),
+        ("coordinator", view.coordinator.to_string()),
+        ("mode", output::name(&view.mode)),
     ]);
     let mut members = table(["NODE", "ALIVE", "HEAD", "CORDONED", "INCARNATION", "VOTES"]);
-    for (node, member) in members_of(json) {
+    for (node, member) in &view.members {
         members.add_row([
-            node,
-            show::text(member, "alive"),
-            show::text(member, "head"),
-            show::text(member, "cordoned"),
-            show::text(member, "incarnation"),
-            show::seek(member, "counts_not").map_or("count".into(), |why| format!("don't count: {}", show::word(why))),
+            node.to_string(),
+            member.alive.to_string(),
+            member.head.map(|slot| slot.to_string()).unwrap_or_default(),
+            member.cordoned.to_string(),
+            member.incarnation.clone(),
+            member.counts_not.as_ref().map_or("count".into(), |why| format!("don't count: {why}")),
         ]);
     }
     format!("{head}\n\n{}", members.trim_fmt())
 }
 
-/// Returns the members with their names, be they an object by name or a list.
-fn members_of(json: &Value) -> Vec<(String, &Value)> {
-    match show::seek(json, "members") {
-        Some(Value::Object(members)) => members.iter().map(|(node, member)| (node.clone(), member)).collect(),
-        Some(Value::Array(members)) => {
-            let name = |member: &Value| ["node", "id"].map(|key| show::text(member, key)).concat();
-            members.iter().map(|member| (name(member), member)).collect()
-        }
-        _ => Vec::new(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn members_are_read_from_both_shapes() {
-        let by_name = json!({"members": {"a": {"alive": true}, "b": {"alive": false}}});
-        let listed = json!({"members": [{"node": "a", "alive": true}, {"id": "b", "alive": false}]});
-        for json in [by_name, listed] {
-            let names: Vec<_> = members_of(&json).into_iter().map(|(name, _)| name).collect();
-            assert_eq!(names, ["a", "b"]);
-        }
-    }
 
     #[test]
     fn an_incarnation_is_hexadecimal() {

@@ -110,7 +110,7 @@ struct Global {
     /// File with the bearer token; default: the variable AVIARY_TOKEN. Arguments are visible to all users, so none takes a token.
     #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Format of the output; `json` prints the node's answer unchanged.
+    /// Format of the output; `json` prints the node's answer unchanged. `get -o yaml` prints the rollout file.
     #[arg(short = 'o', long = "output", global = true, default_value = "table", value_name = "FORMAT")]
     output: Format,
 }
@@ -125,7 +125,7 @@ enum Verb {
     /// Start a rollout from a file.
     Apply(write::ApplyArgs),
     /// List the rollouts of all services.
-    List,
+    List(read::ListArgs),
     /// Show the rollout of one service.
     Get(read::GetArgs),
     /// Wait until a rollout ends. Exit code: 0 completed, 1 rolled back or paused, 2 timeout.
@@ -233,7 +233,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
     match verb {
         Verb::Cluster(verb) => cluster::run(&api()?, verb, format).await,
         Verb::Apply(args) => write::apply(&api()?, args, format).await,
-        Verb::List => read::list(&api()?, format).await,
+        Verb::List(args) => read::list(&api()?, &args, format).await,
         Verb::Get(args) => read::get(&api()?, &args, format).await,
         Verb::Status(args) => status::run(&api()?, &args, format).await,
         Verb::Promote(args) => write::promote(&api()?, args, format).await,

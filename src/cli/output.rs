@@ -3,7 +3,11 @@
 use std::io::{IsTerminal, Write};
 
 use comfy_table::{Table, presets};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+
+use crate::client::{AnswerError, ApiResponse};
 
 /// Format of what a verb prints on standard output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -35,6 +39,30 @@ pub fn print(format: Format, body: &str, table: impl FnOnce(&Value) -> String) -
         (Format::Yaml, Ok(value)) => put(&serde_saphyr::to_string(&value)?),
         (Format::Table, Ok(value)) => line(table(&value).trim_end()),
     }
+}
+
+/// Prints a node's answer: as it is, or (`table`) what the closure makes of it. A problem is told as an error there.
+pub fn answer<T: DeserializeOwned>(
+    format: Format,
+    answer: &ApiResponse,
+    table: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
+    match format {
+        Format::Json | Format::Yaml => print(format, &answer.body, |_| String::new()),
+        Format::Table => match answer.read() {
+            Ok(value) => line(table(&value).trim_end()),
+            Err(AnswerError::Problem(problem)) => {
+                eprintln!("error: {}", problem.detail);
+                Ok(())
+            }
+            Err(AnswerError::Shape(why)) => Err(AnswerError::Shape(why).into()),
+        },
+    }
+}
+
+/// Returns a value's name in JSON, such as `fail_safe`.
+pub fn name(value: &impl Serialize) -> String {
+    serde_json::to_value(value).map(|value| super::show::word(&value)).unwrap_or_default()
 }
 
 /// Returns a table with a header, without borders.

@@ -17,6 +17,7 @@ use crate::domain::time::Mono;
 use crate::domain::verdict::Verdict;
 use crate::domain::weights::Weight;
 use crate::domain::window::Window;
+use crate::model::RolloutView;
 use crate::synthetic::{Profile, Regression, Traffic};
 
 #[derive(Debug, Args)]
@@ -117,16 +118,13 @@ async fn observed(api: &Api, spec: &RolloutSpec) -> anyhow::Result<Profile> {
     if !answer.status.is_success() {
         bail!(unseen());
     }
-    let json = answer.json();
-    let health = &json["health"];
-    let versions = health["cluster"].as_object().into_iter().flatten();
-    let counts = versions.clone().map(|(_, stats)| stats["count"].as_f64().unwrap_or(0.0)).sum::<f64>();
-    let stable = &health["cluster"][json["stable_model_id"].as_str().unwrap_or_default()];
-    let number = |key: &str| stable[key].as_f64();
-    let seconds = health["window_ms"].as_f64().unwrap_or(30_000.0) / 1000.0;
-    match (number("error_rate"), number("p50_ms"), number("p95_ms")) {
-        (Some(error_rate), Some(p50_ms), Some(p95_ms)) => {
-            Ok(Profile { requests_per_second: counts / seconds, error_rate, p50_ms, p95_ms })
+    let view: RolloutView = answer.read()?;
+    let requests: u64 = view.health.cluster.values().map(|counts| counts.count).sum();
+    let seconds = view.health.window_ms as f64 / 1000.0;
+    let stable = view.health.cluster.get(&view.routing.routing.stable_model_id);
+    match stable.map(|counts| (counts.error_rate, counts.p50_ms, counts.p95_ms)) {
+        Some((Some(error_rate), Some(p50_ms), Some(p95_ms))) => {
+            Ok(Profile { requests_per_second: requests as f64 / seconds, error_rate, p50_ms, p95_ms })
         }
         _ => bail!(unseen()),
     }

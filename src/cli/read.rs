@@ -1,21 +1,23 @@
 //! Verbs that only read: `list`, `get`, `history`.
 
-use anyhow::anyhow;
 use clap::Args;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::output::{self, Format, Tone, colours, facts, paint, table};
-use super::write::exit_of_status;
+use super::write::exit_of;
 use super::{Exit, show};
 use crate::client::{Api, ApiResponse, segment};
+use crate::model::{History, RolloutList, RolloutView, RoutingView, Selector};
 
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  aviary get fraud-model\n  aviary get fraud-model --field state.weights.v2\n  \
+#[command(after_help = "Examples:\n  aviary get fraud-model\n  aviary get fraud-model --field weights.v2\n  \
+    aviary get fraud-model -o yaml > rollout.yaml   the rollout file that is in force\n  \
     aviary get fraud-model --all-nodes      exit code 0: all nodes agree; 1: they differ")]
 pub struct GetArgs {
     /// Service whose rollout is shown.
     name: String,
-    /// Print only this field of the answer: a name at any depth, or a path such as state.weights.v2.
+    /// Print only this field of the answer, by its path in the JSON, such as phase or weights.v2.
     #[arg(long, value_name = "PATH")]
     field: Option<String>,
     /// Read /routing/state of every node and compare.
@@ -24,90 +26,136 @@ pub struct GetArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  aviary list --selector team=fraud,tier!=test")]
+pub struct ListArgs {
+    /// Only rollouts with these labels: key=value, key!=value or key, with commas between them.
+    #[arg(short = 'l', long, value_name = "LABELS", default_value_t, hide_default_value = true)]
+    selector: Selector,
+}
+
+#[derive(Debug, Args)]
 pub struct HistoryArgs {
     /// Service whose history is shown.
     name: String,
 }
 
+/// Rollouts that are asked for at a time.
+const PAGE: usize = 500;
+
 /// Lists the rollouts, one row per service.
-pub async fn list(api: &Api, format: Format) -> anyhow::Result<Exit> {
-    let answer = api.get("/v1/rollouts").await?;
-    print(&answer, format, |json| {
-        let mut table = table(["SERVICE", "PHASE", "WEIGHTS", "VERSION", "SLOT", "WAITS FOR"]);
-        for row in show::rows(json) {
-            let name = ["service", "name"].map(|key| show::text(row, key)).into_iter().find(|n| !n.is_empty());
-            table.add_row([
-                name.unwrap_or_default(),
-                show::text(row, "phase"),
-                show::weights_of(row, "weights"),
-                show::text(row, "version"),
-                show::text(row, "slot"),
-                show::text(row, "waiting_for"),
-            ]);
+pub async fn list(api: &Api, args: &ListArgs, format: Format) -> anyhow::Result<Exit> {
+    let query = |after: Option<&str>| {
+        let mut query = form_urlencoded::Serializer::new("/v1/rollouts?".to_string());
+        query.append_pair("limit", &PAGE.to_string());
+        query.append_pair("selector", &args.selector.to_string());
+        after.map(|after| query.append_pair("after", after));
+        query.finish()
+    };
+    let mut all = Vec::new();
+    let mut path = query(None);
+    loop {
+        let answer = api.get(&path).await?;
+        if answer.problem().is_some() {
+            return print(&answer, format, |_: &RolloutList| String::new());
         }
-        match table.is_empty() {
-            true => "no rollouts yet: start one with `aviary apply -f FILE`".into(),
-            false => table.trim_fmt(),
+        let page: Page = answer.read()?;
+        all.extend(page.rollouts);
+        match page.next {
+            Some(next) => path = query(Some(&next)),
+            None => break,
         }
-    })
+    }
+    match format {
+        Format::Table => output::line(rows(&serde_json::from_value(Value::Array(all))?).trim_end())?,
+        Format::Json | Format::Yaml => {
+            output::print(format, &json!({ "rollouts": all }).to_string(), |_| String::new())?
+        }
+    }
+    Ok(Exit::Done)
 }
 
-/// Shows one rollout, one field of it, or what each node makes of it.
+/// A page of rollouts, each as its node sent it.
+#[derive(serde::Deserialize)]
+struct Page {
+    rollouts: Vec<Value>,
+    #[serde(default)]
+    next: Option<String>,
+}
+
+fn rows(rollouts: &Vec<RolloutView>) -> String {
+    let mut table = table(["SERVICE", "PHASE", "WEIGHTS", "VERSION", "SLOT", "WAITS FOR"]);
+    for RolloutView { name, routing: view, .. } in rollouts {
+        table.add_row([
+            name.to_string(),
+            view.phase.to_string(),
+            show::weights(&view.routing.weights),
+            view.routing.version.to_string(),
+            view.slot.to_string(),
+            view.waiting_for.clone(),
+        ]);
+    }
+    match table.is_empty() {
+        true => "no rollouts yet: start one with `aviary apply -f FILE`".into(),
+        false => table.trim_fmt(),
+    }
+}
+
+/// Shows one rollout, its file, one field of it, or what each node makes of it.
 pub async fn get(api: &Api, args: &GetArgs, format: Format) -> anyhow::Result<Exit> {
     if args.all_nodes {
         return all_nodes(api, &args.name, format).await;
     }
     let answer = api.get(&format!("/v1/rollouts/{}", segment(&args.name))).await?;
     match &args.field {
-        Some(path) if answer.status.is_success() => match show::field(&answer.json(), path) {
+        _ if answer.problem().is_some() => print(&answer, format, rollout),
+        Some(path) => match show::at(&answer.read()?, path) {
             Some(value) => output::line(&show::word(value)).map(|()| Exit::Done),
             None => anyhow::bail!("{}: found no field {path:?}", args.name),
         },
-        _ => print(&answer, format, rollout),
+        None if format == Format::Yaml => {
+            let view: RolloutView = answer.read()?;
+            output::put(&serde_saphyr::to_string(&view.manifest)?).map(|()| Exit::Done)
+        }
+        None => print(&answer, format, rollout),
     }
 }
 
 /// Returns a rollout for people.
-pub fn rollout(json: &Value) -> String {
-    let text = |name: &str| show::text(json, name);
-    let stage = show::number(json, "stage").map(|stage| (stage + 1).to_string()).unwrap_or_default();
+pub fn rollout(rollout: &RolloutView) -> String {
+    let RolloutView { name, metadata, routing: view, health, .. } = rollout;
+    let labels: Vec<_> = metadata.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     facts(&[
-        ("service", [text("service"), text("name")].into_iter().find(|n| !n.is_empty()).unwrap_or_default()),
-        ("phase", text("phase")),
-        ("step", stage),
-        ("weights", show::weights_of(json, "weights")),
-        ("effective", show::weights_of(json, "effective_weights")),
-        ("verdict", show::verdict(json)),
-        ("compared", show::evidence(json)),
-        ("waits for", text("waiting_for")),
-        ("held back", text("held_back")),
-        ("reason", text("reason")),
-        ("status", text("status")),
-        ("version", text("version")),
-        ("slot", text("slot")),
-        ("hash", text("hash")),
-        ("txid", text("txid")),
-        ("time", show::clock(show::seek(json, "timestamp"))),
+        ("service", name.to_string()),
+        ("labels", labels.join(",")),
+        ("phase", view.phase.to_string()),
+        ("step", (view.stage + 1).to_string()),
+        ("weights", show::weights(&view.routing.weights)),
+        ("effective", show::shares(&view.effective_weights)),
+        ("verdict", health.verdict.clone().unwrap_or_default()),
+        ("compared", health.sequential.as_ref().map(show::evidence).unwrap_or_default()),
+        ("waits for", view.waiting_for.clone()),
+        ("held back", view.held_back.clone().unwrap_or_default()),
+        ("reason", view.reason.clone()),
+        ("status", view.routing.status.to_string()),
+        ("version", view.routing.version.to_string()),
+        ("slot", view.slot.to_string()),
+        ("hash", view.hash.clone()),
+        ("txid", view.routing.txid.to_string()),
+        ("time", show::clock(view.routing.timestamp)),
     ])
 }
-
-/// The fields in which nodes that know the same agree.
-const AGREED: [&str; 5] = ["version", "weights", "status", "slot", "hash"];
 
 async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit> {
     let path = format!("/routing/state?service={}", segment(name));
     let mut answers = Vec::new();
     for address in api.addresses() {
-        answers.push(match api.get_from(address, &path).await {
-            Ok(answer) if answer.status.is_success() => Ok(answer.json()),
-            Ok(answer) => Err(anyhow!(answer.error())),
-            Err(why) => Err(anyhow!(why)),
-        });
+        let answer = api.get_from(address, &path).await;
+        answers.push(answer.map_err(anyhow::Error::from).and_then(|answer| Ok(answer.read::<RoutingView>()?)));
     }
     let agree = agree(&answers);
     let rows = api.addresses().iter().zip(&answers);
     if format != Format::Table {
-        let node = |(address, answer): (_, &anyhow::Result<Value>)| match answer {
+        let node = |(address, answer): (_, &anyhow::Result<RoutingView>)| match answer {
             Ok(state) => json!({ "api": format!("{address}"), "state": state }),
             Err(why) => json!({ "api": format!("{address}"), "error": why.to_string() }),
         };
@@ -117,11 +165,14 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
         let mut table = table(["NODE", "VERSION", "WEIGHTS", "STATUS", "SLOT", "HASH", "MODE"]);
         for (address, answer) in rows {
             let cells = match answer {
-                Ok(state) => {
-                    let text = |name: &str| show::text(state, name);
-                    let weights = show::weights_of(state, "weights");
-                    [text("version"), weights, text("status"), text("slot"), text("hash"), text("mode")]
-                }
+                Ok(view) => [
+                    view.routing.version.to_string(),
+                    show::weights(&view.routing.weights),
+                    view.routing.status.to_string(),
+                    view.slot.to_string(),
+                    view.hash.clone(),
+                    output::name(&view.mode),
+                ],
                 Err(why) => [why.to_string(), "".into(), "".into(), "".into(), "".into(), "".into()],
             };
             table.add_row(std::iter::once(address.to_string()).chain(cells));
@@ -133,64 +184,66 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
 }
 
 /// Returns true when every node answered, and all of them the same.
-fn agree(answers: &[anyhow::Result<Value>]) -> bool {
-    let key = |answer: &anyhow::Result<Value>| {
-        let state = answer.as_ref().ok()?;
-        AGREED.iter().map(|name| show::seek(state, name).cloned()).collect::<Option<Vec<_>>>()
+fn agree(answers: &[anyhow::Result<RoutingView>]) -> bool {
+    let agreed = |answer: &anyhow::Result<RoutingView>| {
+        let RoutingView { routing, slot, hash, .. } = answer.as_ref().ok()?;
+        Some((routing.version, routing.weights.clone(), routing.status, *slot, hash.clone()))
     };
-    let first = answers.first().and_then(key);
-    first.is_some() && answers.iter().all(|answer| key(answer) == first)
+    let first = answers.first().and_then(agreed);
+    first.is_some() && answers.iter().all(|answer| agreed(answer) == first)
 }
 
 /// Shows what was decided about a service.
 pub async fn history(api: &Api, args: &HistoryArgs, format: Format) -> anyhow::Result<Exit> {
     let answer = api.get(&format!("/v1/rollouts/{}/history", segment(&args.name))).await?;
-    print(&answer, format, |json| {
+    print(&answer, format, |History { history }| {
         let mut table = table(["SLOT", "TIME", "WHAT", "STATUS", "WEIGHTS", "VERSION", "WHY"]);
-        for row in show::rows(json) {
-            let kind = ["kind", "act", "change"].map(|key| show::text(row, key)).into_iter().find(|k| !k.is_empty());
-            let time = ["decided_at", "timestamp"].into_iter().find_map(|key| show::seek(row, key));
+        for entry in history {
             table.add_row([
-                show::text(row, "slot"),
-                show::clock(time),
-                kind.unwrap_or_default(),
-                show::text(row, "status"),
-                show::weights_of(row, "weights"),
-                show::text(row, "version"),
-                show::reasons(row),
+                entry.slot.to_string(),
+                show::clock(entry.decided_at),
+                entry.kind.clone(),
+                entry.status.map(|status| status.to_string()).unwrap_or_default(),
+                entry.weights.as_ref().map(show::weights).unwrap_or_default(),
+                entry.version.map(|version| version.to_string()).unwrap_or_default(),
+                entry.reasons.join("; "),
             ]);
         }
         table.trim_fmt()
     })
 }
 
-/// Prints a read's answer; an answer that isn't a success is told as an error.
-pub fn print(answer: &ApiResponse, format: Format, table: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
-    let exit = exit_of_status(answer.status);
-    if exit == Exit::Done || format != Format::Table {
-        output::print(format, &answer.body, table)?;
-    } else {
-        eprintln!("error: {}", answer.error());
-    }
-    Ok(exit)
+/// Prints a read's answer; one that isn't a success is told as an error.
+pub fn print<T: DeserializeOwned>(
+    answer: &ApiResponse,
+    format: Format,
+    table: impl FnOnce(&T) -> String,
+) -> anyhow::Result<Exit> {
+    output::answer(format, answer, table)?;
+    Ok(exit_of(answer))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn state(hash: &str) -> anyhow::Result<Value> {
-        Ok(
-            json!({"version": 2, "weights": {"v1": 1.0}, "status": "COMMITTED", "slot": 7, "hash": hash, "lease_ms_left": 3}),
-        )
+    /// Returns the answer of `node`, whose last record has this hash.
+    fn state(node: &str, hash: &str) -> anyhow::Result<RoutingView> {
+        let view = json!({
+            "service": "m", "version": 2, "stable_model_id": "v1", "canary_model_id": "v2", "weights": {"v1": 1.0},
+            "status": "COMMITTED", "txid": "t", "timestamp": "2026-11-20T22:58:56.120Z", "node": node, "slot": 7,
+            "hash": hash, "mode": "normal", "phase": "Progressing", "stage": 0, "stages": 2, "reason": "",
+            "waiting_for": "", "held_back": null, "effective_weights": {"v1": 1.0}, "lease_ms_left": 3, "enforced": true,
+            "a_member_of_a_later_build": [],
+        });
+        Ok(serde_json::from_value(view)?)
     }
 
     #[test]
     fn nodes_agree_only_when_all_answer_the_same() {
-        assert!(agree(&[state("a"), state("a"), state("a")]));
-        assert!(!agree(&[state("a"), state("b"), state("a")]));
-        assert!(!agree(&[state("a"), state("a"), Err(anyhow!("connection refused"))]));
-        assert!(!agree(&[Ok(json!({})), Ok(json!({}))]), "answers without the fields prove nothing");
+        assert!(agree(&[state("a", "x"), state("b", "x"), state("c", "x")]));
+        assert!(!agree(&[state("a", "x"), state("b", "y"), state("c", "x")]));
+        assert!(!agree(&[state("a", "x"), state("b", "x"), Err(anyhow::anyhow!("connection refused"))]));
         assert!(!agree(&[]));
     }
 }

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
 use super::announced::Announced;
 use super::output::{self, Format};
 use super::{Exit, show};
-use crate::client::{Api, StreamEvent, Unreachable, segment};
+use crate::client::{AnswerError, Api, StreamEvent, Unreachable, segment};
 use crate::domain::routing::Status;
+use crate::model::{RolloutView, RoutingView};
 use crate::protocol::Event;
 
 #[derive(Debug, Args)]
@@ -60,12 +60,14 @@ pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result
                     Ok(Ok(answer)) => answer,
                     Ok(Err(_)) | Err(_) => continue,
                 };
-                if answer.status.is_client_error() {
-                    anyhow::bail!("{}: {}", args.name, answer.error());
-                }
-                let json = answer.json();
-                let (phase, line) = (show::text(&json, "phase"), told.snapshot(&json));
-                (json, phase, line)
+                let view = match answer.read::<RolloutView>() {
+                    Ok(view) => view.routing,
+                    // Another node may be able to tell.
+                    Err(AnswerError::Problem(problem)) if problem.status >= 500 => continue,
+                    Err(why) => anyhow::bail!("{}: {why}", args.name),
+                };
+                let line = told.snapshot(&view);
+                (serde_json::from_str(&answer.body)?, view.phase.to_string(), line)
             }
             StreamEvent::Event(event) => {
                 let announced = Announced::read(&event.data);
@@ -109,24 +111,23 @@ struct LastTold {
 
 impl LastTold {
     /// Returns the line about where the rollout stands; none when that was told.
-    fn snapshot(&mut self, json: &Value) -> Option<String> {
-        let slot = show::number(json, "slot");
-        if slot.is_some() && self.slot >= slot {
+    fn snapshot(&mut self, view: &RoutingView) -> Option<String> {
+        let slot = Some(view.slot.0);
+        if self.slot >= slot {
             return None;
         }
         self.slot = slot;
-        let parts = [
-            show::clock(show::seek(json, "timestamp")),
-            slot.map(|slot| format!("slot {slot}")).unwrap_or_default(),
-            show::text(json, "status"),
+        Some(show::line([
+            show::clock(view.routing.timestamp),
+            format!("slot {}", view.slot),
+            view.routing.status.to_string(),
             self.service.clone(),
-            show::weights_of(json, "weights"),
-            show::number(json, "version").map(|version| format!("version {version}")).unwrap_or_default(),
-            show::text(json, "phase"),
-            show::text(json, "waiting_for"),
-            show::text(json, "reason"),
-        ];
-        Some(parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  "))
+            show::weights(&view.routing.weights),
+            format!("version {}", view.routing.version),
+            view.phase.to_string(),
+            view.waiting_for.clone(),
+            view.reason.clone(),
+        ]))
     }
 
     /// Returns the line about an event; none when it concerns something else, changes nothing, or was told.
@@ -156,13 +157,40 @@ fn ended(phase: &str) -> Option<Exit> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::cli::announced::tests::{promotion, sent};
+    use crate::domain::ids::NodeId;
     use crate::domain::rollout::Phase;
-    use serde_json::json;
+    use crate::protocol::Mode;
+    use crate::protocol::record::Slot;
 
     fn routing(slot: u64, status: Status, phase: Phase) -> Announced {
         sent(promotion(slot, status, phase))
+    }
+
+    /// Returns the routing that the record in this slot led to.
+    fn at(slot: u64) -> RoutingView {
+        let Event::Routing { state, .. } = promotion(slot, Status::Committed, Phase::Progressing) else {
+            unreachable!()
+        };
+        RoutingView {
+            routing: state,
+            node: NodeId::new("a").unwrap(),
+            slot: Slot(slot),
+            hash: String::new(),
+            mode: Mode::Normal,
+            phase: Phase::Progressing,
+            stage: 0,
+            stages: 2,
+            reason: String::new(),
+            waiting_for: String::new(),
+            held_back: None,
+            effective_weights: BTreeMap::new(),
+            lease_ms_left: None,
+            enforced: true,
+        }
     }
 
     #[test]
@@ -171,14 +199,14 @@ mod tests {
         assert_eq!(told.event(&routing(3, Status::Prepared, Phase::Progressing)), None);
         assert!(told.event(&routing(3, Status::Committed, Phase::Progressing)).is_some());
         assert_eq!(told.event(&routing(3, Status::Committed, Phase::Progressing)), None);
-        assert_eq!(told.snapshot(&json!({"slot": 3, "phase": "Progressing"})), None);
-        assert!(told.snapshot(&json!({"slot": 4, "phase": "Progressing"})).is_some());
+        assert_eq!(told.snapshot(&at(3)), None);
+        assert!(told.snapshot(&at(4)).is_some());
     }
 
     #[test]
     fn a_node_that_lags_behind_what_was_answered_is_not_believed() {
         let mut told = LastTold { service: "m".into(), slot: Some(9) };
-        assert_eq!(told.snapshot(&json!({"slot": 8, "phase": "Completed"})), None);
+        assert_eq!(told.snapshot(&at(8)), None);
         assert_eq!(told.event(&routing(8, Status::Committed, Phase::Completed)), None);
     }
 

@@ -16,12 +16,13 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::Exit;
 #[cfg(feature = "kafka")]
 use crate::adapters::kafka::KafkaEvents;
-use crate::client::Api;
+use crate::client::{AnswerError, Api};
 #[cfg(feature = "kafka")]
 use crate::config::node::Kafka;
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::side::Side;
 use crate::domain::weights::Weight;
+use crate::model::{BatchReceipt, Problem};
 #[cfg(feature = "kafka")]
 use crate::schema::v1::TelemetryEvent;
 
@@ -169,17 +170,17 @@ impl<'a> Out<'a> {
                 let lines: String = batch.iter().map(|made| made.json(args)).collect();
                 let answer = api.report(address, lines).await;
                 *sent += batch.len() as u64;
-                match answer {
-                    Ok(answer) if answer.json()["accepted"].is_u64() => {
-                        let json = answer.json();
-                        *accepted += json["accepted"].as_u64().unwrap_or(0);
-                        let kinds = json["rejected"].as_object().into_iter().flatten();
-                        *rejected += kinds.filter_map(|(_, count)| count.as_u64()).sum::<u64>();
-                        if let (Some(first), true) = (json["first_rejected"].get(0), *accepted == 0) {
-                            bail!("{address}: no event was accepted: {}", first["error"].as_str().unwrap_or_default());
-                        }
+                match answer.map(|answer| answer.read::<BatchReceipt>()) {
+                    Ok(Ok(receipt)) => {
+                        *accepted += receipt.accepted;
+                        *rejected += receipt.rejected.values().sum::<u64>();
                     }
-                    Ok(answer) => bail!("{address}: {} {}", answer.status, answer.error()),
+                    Ok(Err(AnswerError::Problem(Problem { facts, .. })))
+                        if *accepted > 0 && facts.receipt.is_some() =>
+                    {
+                        *rejected += facts.receipt.iter().flat_map(|receipt| receipt.rejected.values()).sum::<u64>();
+                    }
+                    Ok(Err(why)) => bail!("{address}: {why}"),
                     Err(why) if *accepted == 0 => return Err(why).context(address.to_string()),
                     Err(why) => eprintln!("{address}: {why}; {} events were not reported", batch.len()),
                 }

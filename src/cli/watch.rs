@@ -55,13 +55,15 @@ fn drain(feed: &mut mpsc::Receiver<StreamEvent>, screen: &mut Screen) -> anyhow:
 async fn picture(api: &Api, name: &str, screen: &Screen) -> String {
     let head = format!("{name}   {} UTC   Ctrl-C ends the view, not the rollout", show::clock_of(wall_ms()));
     let body = match api.get(&format!("/v1/rollouts/{}", segment(name))).await {
-        Ok(answer) if answer.status.is_success() => read::rollout(&answer.json()),
-        Ok(answer) => paint(colours(), Tone::Odd, &answer.error()),
+        Ok(answer) => match answer.read() {
+            Ok(view) => read::rollout(&view),
+            Err(why) => paint(colours(), Tone::Odd, &why.to_string()),
+        },
         Err(error) => paint(colours(), Tone::Bad, &error.to_string()),
     };
     let members = match api.get("/v1/cluster").await {
-        Ok(answer) if answer.status.is_success() => cluster::status(&answer.json()),
-        Ok(_) | Err(_) => String::new(),
+        Ok(answer) => answer.read().map(|view| cluster::status(&view)).unwrap_or_default(),
+        Err(_) => String::new(),
     };
     let events = screen.events.iter().fold(String::new(), |text, line| format!("{text}{line}\n"));
     format!("{}\n\n{body}\n\n{members}\n\n{events}", paint(colours(), Tone::Faint, &head))

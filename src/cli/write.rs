@@ -2,18 +2,20 @@
 //!
 //! Each is sent under an idempotency key, and only ever repeated under that key: the cluster carries it out once.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, show, status};
-use crate::client::{Api, ApiResponse, Write, segment};
+use crate::client::{AnswerError, Api, ApiResponse, Write, segment};
+use crate::code::Code;
+use crate::model::{Changed, Problem};
+use crate::protocol::record::Slot;
 
 /// Options of every verb that changes something: its key and its time-out.
 #[derive(Debug, Clone, Args)]
@@ -29,7 +31,7 @@ pub struct WriteArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary apply -f config/rollout.yaml --wait")]
 pub struct ApplyArgs {
-    /// File of the rollout (YAML).
+    /// File of the rollout (YAML); `-` reads it from standard input.
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
     /// Wait until the rollout ends, like `aviary status`.
@@ -85,14 +87,23 @@ struct FileMetadata {
 /// Starts a rollout; with `--wait`, follows it to its end.
 pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result<Exit> {
     let file = args.file.display();
-    let body = std::fs::read_to_string(&args.file).with_context(|| file.to_string())?;
+    let body = if is_stdin(&args.file) {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(&args.file)
+    };
+    let body = body.with_context(|| file.to_string())?;
     let named: Named = serde_saphyr::from_str(&body).map_err(|e| anyhow::anyhow!("{file}: {e}"))?;
     let (exit, answer) = send(api, "/v1/rollouts".into(), "application/yaml", body, args.write, format).await?;
     if !args.wait || exit != Exit::Done {
         return Ok(exit);
     }
-    let told = answer["slot"].as_u64();
+    let told = answer.and_then(|changed| changed.slot).map(|slot| slot.0);
     status::run(api, &status::StatusArgs::after(named.metadata.name, told), format).await
+}
+
+fn is_stdin(file: &Path) -> bool {
+    file == Path::new("-")
 }
 
 /// Promotes the canary to the next step, or to the end with `--full`.
@@ -131,91 +142,108 @@ pub async fn send(
     body: String,
     args: WriteArgs,
     format: Format,
-) -> anyhow::Result<(Exit, Value)> {
+) -> anyhow::Result<(Exit, Option<Changed>)> {
     let key = args.idempotency_key.unwrap_or_else(|| format!("{:032x}", rand::random::<u128>()));
     eprintln!("idempotency-key: {key}");
     let answer = api.write(&Write { path, key, content_type, body, patience: args.timeout }).await?;
     let exit = exit_of(&answer);
-    output::print(format, &answer.body, |json| outcome(&answer, json, exit))?;
-    Ok((exit, answer.json()))
+    let changed = match answer.read::<Changed>() {
+        Ok(changed) => Ok(changed),
+        Err(AnswerError::Problem(problem)) => Err(problem),
+        Err(AnswerError::Shape(why)) => return Err(AnswerError::Shape(why).into()),
+    };
+    output::print(format, &answer.body, |_| outcome(&changed, exit))?;
+    Ok((exit, changed.ok()))
 }
 
-/// Returns how the program ends after this answer to a write.
-fn exit_of(answer: &ApiResponse) -> Exit {
-    match answer.json()["status"].as_str().map(str::to_uppercase).as_deref() {
-        Some("COMMITTED" | "UNCHANGED") => Exit::Done,
-        Some("ABORTED" | "REFUSED") => Exit::Refused,
-        _ => exit_of_status(answer.status),
-    }
-}
-
-/// Returns how the program ends after an answer that says no more than its HTTP status.
-pub fn exit_of_status(status: StatusCode) -> Exit {
-    match status {
-        _ if status.is_success() => Exit::Done,
-        StatusCode::TOO_MANY_REQUESTS => Exit::Unavailable,
-        _ if status.is_server_error() => Exit::Unavailable,
-        _ => Exit::Refused,
+/// Returns how the program ends after an answer.
+pub fn exit_of(answer: &ApiResponse) -> Exit {
+    match answer.problem() {
+        None => Exit::Done,
+        Some(problem) if problem.code == Code::Busy || problem.status >= 500 => Exit::Unavailable,
+        Some(_) => Exit::Refused,
     }
 }
 
 /// Returns an outcome for people: one line, then the reasons.
-fn outcome(answer: &ApiResponse, json: &Value, exit: Exit) -> String {
+fn outcome(changed: &Result<Changed, Problem>, exit: Exit) -> String {
     let tone = match exit {
         Exit::Done => Tone::Good,
         Exit::Unavailable => Tone::Odd,
         Exit::Refused | Exit::Usage => Tone::Bad,
     };
-    let Some(status) = json["status"].as_str() else {
-        let text = if exit == Exit::Done { "done".into() } else { answer.error() };
-        return paint(colours(), tone, &text);
-    };
-    let parts = [
-        paint(colours(), tone, status),
-        show::number(json, "slot").map(|slot| format!("slot {slot}")).unwrap_or_default(),
-        show::weights_of(json, "weights"),
-        show::number(json, "version").map(|version| format!("version {version}")).unwrap_or_default(),
-        if json["repeated"] == true { "(answered before)".into() } else { String::new() },
-    ];
-    let head = parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ");
-    let reasons = json["reasons"].as_array().into_iter().flatten().map(show::word);
-    let reasons: Vec<_> = reasons.chain(json["error"].as_str().map(Into::into)).collect();
-    reasons.iter().fold(head, |text, reason| format!("{text}\n  {reason}"))
+    let slot = |slot: Option<Slot>| slot.map(|slot| format!("slot {slot}")).unwrap_or_default();
+    let before = |repeated: bool| if repeated { "(answered before)".to_string() } else { String::new() };
+    match changed {
+        Ok(Changed { status, slot: at, repeated, state, .. }) => show::line([
+            paint(colours(), tone, &output::name(status)),
+            slot(*at),
+            state.as_ref().map(|state| show::weights(&state.weights)).unwrap_or_default(),
+            state.as_ref().map(|state| format!("version {}", state.version)).unwrap_or_default(),
+            before(*repeated),
+        ]),
+        Err(Problem { code: code @ (Code::Aborted | Code::Refused), detail, facts, .. }) => {
+            let repeated = before(facts.repeated.unwrap_or_default());
+            let head = show::line([paint(colours(), tone, &output::name(code)), slot(facts.slot), repeated]);
+            let reasons = if facts.reasons.is_empty() { std::slice::from_ref(detail) } else { &facts.reasons };
+            reasons.iter().fold(head, |text, reason| format!("{text}\n  {reason}"))
+        }
+        Err(problem) => paint(colours(), tone, &problem.detail),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn answer(status: u16, body: &str) -> ApiResponse {
-        ApiResponse { status: StatusCode::from_u16(status).unwrap(), body: body.into() }
+    use crate::domain::ids::TxId;
+    use http::StatusCode;
+
+    fn problem(code: Code, detail: &str) -> Problem {
+        Problem::new(code, detail)
     }
 
     #[test]
     fn outcomes_end_the_program_as_documented() {
-        let exit = |status, body: &str| exit_of(&answer(status, body));
-        assert_eq!(exit(200, r#"{"status":"COMMITTED"}"#), Exit::Done);
-        assert_eq!(exit(200, r#"{"status":"UNCHANGED"}"#), Exit::Done);
-        assert_eq!(exit(409, r#"{"status":"ABORTED"}"#), Exit::Refused);
-        assert_eq!(exit(200, r#"{"status":"REFUSED"}"#), Exit::Refused);
-        assert_eq!(exit(422, r#"{"error":"weights sum to 9000 bp"}"#), Exit::Refused);
-        assert_eq!(exit(503, r#"{"error":"no quorum"}"#), Exit::Unavailable);
+        let exit = |problem: Problem| {
+            let body = serde_json::to_string(&problem).unwrap();
+            exit_of(&ApiResponse { status: StatusCode::from_u16(problem.status).unwrap(), body })
+        };
+        assert_eq!(exit_of(&ApiResponse { status: StatusCode::OK, body: String::new() }), Exit::Done);
+        for code in [Code::Aborted, Code::Refused, Code::InvalidArgument, Code::KeyReused, Code::PermissionDenied] {
+            assert_eq!(exit(problem(code, "")), Exit::Refused, "{code:?}");
+        }
+        for code in [Code::NoQuorum, Code::OutcomeUnknown, Code::Busy, Code::Unavailable, Code::Internal] {
+            assert_eq!(exit(problem(code, "")), Exit::Unavailable, "{code:?}");
+        }
     }
 
     #[test]
     fn an_aborted_outcome_names_who_refused() {
-        let body = r#"{"status":"ABORTED","slot":4,"reasons":["node b: errors: 9 % of 200 answers, limit 5 %"]}"#;
-        let found = answer(409, body);
-        let text = outcome(&found, &found.json(), Exit::Refused);
-        assert_eq!(text, "ABORTED  slot 4\n  node b: errors: 9 % of 200 answers, limit 5 %");
+        let mut aborted = problem(Code::Aborted, "node b: errors: 9 % of 200 answers, limit 5 %");
+        aborted.facts.slot = Some(Slot(4));
+        aborted.facts.reasons = vec![aborted.detail.clone()];
+        let expected = "ABORTED  slot 4\n  node b: errors: 9 % of 200 answers, limit 5 %";
+        assert_eq!(outcome(&Err(aborted), Exit::Refused), expected);
+        let refused = outcome(&Err(problem(Code::Refused, "no rollout is paused")), Exit::Refused);
+        assert_eq!(refused, "REFUSED\n  no rollout is paused");
+        assert_eq!(outcome(&Err(problem(Code::Busy, "try again")), Exit::Unavailable), "try again");
     }
 
     #[test]
     fn a_committed_outcome_shows_the_weights() {
-        let body =
-            r#"{"status":"COMMITTED","slot":4,"repeated":true,"state":{"version":2,"weights":{"v1":0.95,"v2":0.05}}}"#;
-        let found = answer(200, body);
-        let text = outcome(&found, &found.json(), Exit::Done);
+        let state = json!({
+            "service": "m", "version": 2, "stable_model_id": "v1", "canary_model_id": "v2",
+            "weights": {"v1": 0.95, "v2": 0.05}, "status": "COMMITTED", "txid": "k", "timestamp": "2026-11-20T22:58:56.120Z",
+        });
+        let state = serde_json::from_value(state).unwrap();
+        let changed = Changed::committed(TxId::new("k").unwrap(), Slot(4), Some(state), true);
+        let text = outcome(&Ok(changed), Exit::Done);
         assert_eq!(text, "COMMITTED  slot 4  v1=95% v2=5%  version 2  (answered before)");
+    }
+
+    #[test]
+    fn the_file_of_apply_may_come_from_standard_input() {
+        assert!(is_stdin(std::path::Path::new("-")) && !is_stdin(std::path::Path::new("./-")));
     }
 }

@@ -13,12 +13,12 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::Full;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use serde_json::Value;
+use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::code::Code;
 use crate::http_client::{HttpClient, HttpError, HttpSettings, OpenAnswer};
+use crate::model::Problem;
 
 mod download;
 mod failure;
@@ -66,35 +66,39 @@ pub struct ApiResponse {
     pub body: String,
 }
 
-impl ApiResponse {
-    /// Returns the body as JSON; `Null` when it is none.
-    pub fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or(Value::Null)
-    }
+/// Why an answer doesn't say what was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum AnswerError {
+    /// The node gives a reason for not doing it.
+    #[error("{}", .0.detail)]
+    Problem(Problem),
+    /// The answer is a success, and has another shape than this build knows.
+    #[error("the answer has another shape than expected: {0}")]
+    Shape(#[from] serde_json::Error),
+}
 
-    /// Returns what the server gives as the reason of a refusal, in words.
-    pub fn error(&self) -> String {
-        let json = self.json();
-        let said = ["error", "message", "reason"].iter().find_map(|key| json[*key].as_str());
-        let reasons: Vec<_> = json["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        match said {
-            Some(text) => text.into(),
-            None if !reasons.is_empty() => reasons.join("; "),
-            None if self.body.trim().is_empty() => self.status.to_string(),
-            None => format!("{}: {}", self.status, self.body.trim()),
+impl ApiResponse {
+    /// Returns what the answer says, or the problem that it is.
+    pub fn read<T: DeserializeOwned>(&self) -> Result<T, AnswerError> {
+        match self.problem() {
+            Some(problem) => Err(AnswerError::Problem(problem)),
+            None => Ok(serde_json::from_str(&self.body)?),
         }
     }
 
-    /// Returns true when the same write should be sent again under the same key: the server is busy, or doesn't know
-    /// the outcome. That there is no quorum is an answer, and isn't repeated.
-    fn is_open(&self) -> bool {
-        let unsettled = matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::GATEWAY_TIMEOUT);
-        unsettled || (self.status == StatusCode::SERVICE_UNAVAILABLE && self.code() != Some(Code::NoQuorum))
+    /// Returns the problem that the answer is; none for a success.
+    pub fn problem(&self) -> Option<Problem> {
+        (!self.status.is_success()).then(|| Problem::read(self.status, self.body.as_bytes()))
     }
 
-    /// Returns the error's code; none where a node gives one that isn't known here, or none.
-    pub fn code(&self) -> Option<Code> {
-        serde_json::from_value(self.json()["code"].take()).ok()
+    /// Returns why the node didn't do it, in words; those of the status where there is no problem.
+    pub fn error(&self) -> String {
+        self.problem().map_or_else(|| self.status.to_string(), |problem| problem.detail)
+    }
+
+    /// Returns true when the same write should be sent again under the same key.
+    fn is_open(&self) -> bool {
+        self.problem().is_some_and(|problem| problem.code.may_be_repeated())
     }
 }
 
@@ -359,7 +363,9 @@ pub fn segment(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::code::Code;
     use axum::Router;
+    use axum::body::Body;
     use axum::http::HeaderMap;
     use axum::response::{IntoResponse, Response};
     use axum::routing::{get, post};
@@ -414,14 +420,15 @@ mod tests {
             let mut seen = seen.lock().unwrap();
             seen.push(headers["idempotency-key"].to_str().unwrap().to_owned());
             match seen.len() {
-                1 => (StatusCode::SERVICE_UNAVAILABLE, r#"{"error":"in doubt"}"#).into_response(),
+                1 => (StatusCode::SERVICE_UNAVAILABLE, "upstream connect error").into_response(),
+                2 => Problem::new(Code::OutcomeUnknown, "in doubt").response().map(Body::new),
                 _ => r#"{"status":"COMMITTED"}"#.into_response(),
             }
         };
         let api = Api::new(vec![serve(Router::new().route("/w", post(answer))).await], None).unwrap();
         let found = api.write(&write_to("/w", 5_000)).await.unwrap();
-        assert_eq!(found.json()["status"], "COMMITTED");
-        assert_eq!(*keys.lock().unwrap(), ["k1", "k1"]);
+        assert_eq!(found.body, r#"{"status":"COMMITTED"}"#);
+        assert_eq!(*keys.lock().unwrap(), ["k1", "k1", "k1"]);
     }
 
     #[tokio::test]
@@ -430,7 +437,7 @@ mod tests {
         let count = asked.clone();
         let answer = async move || {
             count.fetch_add(1, Ordering::Relaxed);
-            (StatusCode::SERVICE_UNAVAILABLE, r#"{"code":"NO_QUORUM","error":"1 of 2"}"#)
+            Problem::new(Code::NoQuorum, "1 of 2").response().map(Body::new)
         };
         let api = Api::new(vec![serve(Router::new().route("/w", post(answer))).await], None).unwrap();
         assert_eq!(api.write(&write_to("/w", 5_000)).await.unwrap().error(), "1 of 2");
@@ -444,14 +451,14 @@ mod tests {
         let answer = async move || -> Response {
             match count.fetch_add(1, Ordering::Relaxed) {
                 0 => {
-                    let body = r#"{"code":"OUTCOME_UNKNOWN","error":"service no_quorum: no quorum yet"}"#;
-                    (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+                    let problem = Problem::new(Code::OutcomeUnknown, "service no_quorum: no quorum yet");
+                    problem.response().map(Body::new)
                 }
                 _ => r#"{"status":"COMMITTED"}"#.into_response(),
             }
         };
         let api = Api::new(vec![serve(Router::new().route("/w", post(answer))).await], None).unwrap();
-        assert_eq!(api.write(&write_to("/w", 5_000)).await.unwrap().json()["status"], "COMMITTED");
+        assert_eq!(api.write(&write_to("/w", 5_000)).await.unwrap().status, StatusCode::OK);
         assert_eq!(asked.load(Ordering::Relaxed), 2);
     }
 

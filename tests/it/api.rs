@@ -12,6 +12,7 @@ use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::domain::time::Wall;
 use aviary::domain::window::Evidence;
+use aviary::model::{ClusterView, HealthView, History, RolloutList, RolloutView, RoutingView};
 use aviary::node::handle::{NodeHandle, NodeRequest, Published};
 use aviary::ports::Store;
 use aviary::protocol::message::Membership;
@@ -139,9 +140,15 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {
             if let NodeRequest::Submit { tx, asked, reply, .. } = request {
+                let outcome = match tx.as_str() {
+                    "refused" => {
+                        Outcome::Aborted { slot: Slot(3), reasons: vec!["b: errors: 9 %".into()], repeated: false }
+                    }
+                    "alone" => Outcome::NoQuorum { reached: vec![NodeId::new("a").unwrap()], needed: 2 },
+                    _ => Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false },
+                };
                 told.lock().unwrap().push((tx, asked));
-                let _ =
-                    reply.send(Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false });
+                let _ = reply.send(outcome);
             }
         }
     });
@@ -153,7 +160,8 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
     Node { port, events, handle, asked, shutdown }
 }
 
-async fn http(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, Value) {
+/// Sends a request; returns the head and the body of its answer.
+async fn exchange(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (String, String) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let length = body.len();
     let head = format!(
@@ -163,8 +171,13 @@ async fn http(port: u16, method: &str, path: &str, headers: &str, body: &str) ->
     let _ = stream.write_all(body.as_bytes()).await;
     let mut text = String::new();
     let _ = stream.read_to_string(&mut text).await;
-    let status = text.split(' ').nth(1).map_or(0, |s| s.parse().unwrap());
-    let body = text.split_once("\r\n\r\n").map_or("", |(_, b)| b).to_string();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    (head.to_string(), body.to_string())
+}
+
+async fn http(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, Value) {
+    let (head, body) = exchange(port, method, path, headers, body).await;
+    let status = head.split(' ').nth(1).map_or(0, |s| s.parse().unwrap());
     let json = serde_json::from_str(&body).unwrap_or(Value::Null);
     (status, body, json)
 }
@@ -269,7 +282,7 @@ async fn a_rolled_back_canary_has_no_weight_in_the_metrics() {
 }
 
 #[tokio::test]
-async fn every_error_is_json_with_a_code() {
+async fn every_error_is_a_problem_with_a_code() {
     let a = node("a", "a", &[], None).await;
     let large = "x".repeat(300 * 1024);
     let cases = [
@@ -277,6 +290,13 @@ async fn every_error_is_json_with_a_code() {
         ("POST", "/v1/rollouts", "kind: nonsense", 400, "INVALID_ARGUMENT"),
         ("GET", "/v1/rollouts/%ff", "", 400, "INVALID_ARGUMENT"),
         ("GET", "/v1/rollouts/none", "", 404, "NOT_FOUND"),
+        ("GET", "/v1/rollouts/none/history", "", 404, "NOT_FOUND"),
+        ("GET", "/v1/rollouts?limit=0", "", 400, "INVALID_ARGUMENT"),
+        ("GET", "/v1/rollouts?limit=x", "", 400, "INVALID_ARGUMENT"),
+        ("GET", "/v1/rollouts?page=2", "", 400, "INVALID_ARGUMENT"),
+        ("GET", "/v1/rollouts?selector=a=b=c", "", 400, "INVALID_ARGUMENT"),
+        ("POST", "/v1/telemetry", "nonsense", 400, "INVALID_ARGUMENT"),
+        ("POST", "/v1/telemetry", "[{}]", 422, "INVALID_ARGUMENT"),
         ("GET", "/nowhere", "", 404, "NOT_FOUND"),
         ("GET", "/routing/state?service=none", "", 404, "NOT_FOUND"),
         ("PUT", "/routing/state", "", 405, "METHOD_NOT_ALLOWED"),
@@ -288,8 +308,14 @@ async fn every_error_is_json_with_a_code() {
     let mut wrong = Vec::new();
     for (method, path, body, expected, code) in cases {
         let (status, text, json) = http(a.port, method, path, "", body).await;
-        if status != expected || json["code"] != code || !json["error"].is_string() {
+        let kind = format!("urn:aviary:problem:{}", code.to_lowercase().replace('_', "-"));
+        let whole = json["type"] == kind && json["status"] == expected && json["title"].is_string();
+        if status != expected || json["code"] != code || !json["detail"].is_string() || !whole {
             wrong.push(format!("{method} {path}: {status}, expected {expected} {code}: {text}"));
+        }
+        let (head, _) = exchange(a.port, method, path, "", body).await;
+        if !head.to_lowercase().contains("content-type: application/problem+json") {
+            wrong.push(format!("{method} {path}: {head}"));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
@@ -315,6 +341,101 @@ async fn a_write_goes_to_the_coordinator_once_under_its_key() {
     let c = node("c", "b", &[("b", b.port)], None).await;
     http(c.port, "POST", "/v1/rollouts/svc/abort", "", "{}").await;
     assert_eq!((a.asked.lock().unwrap().len(), b.asked.lock().unwrap().len()), (1, 1), "forwarded twice");
+}
+
+#[tokio::test]
+async fn what_the_coordinator_refuses_is_told_by_the_node_that_was_asked() {
+    let a = node("a", "a", &[], None).await;
+    let b = node("b", "a", &[("a", a.port)], None).await;
+    for (key, expected) in [
+        (
+            "refused",
+            json!({
+                "type": "urn:aviary:problem:aborted", "title": "aborted", "status": 409, "code": "ABORTED",
+                "detail": "b: errors: 9 %", "reasons": ["b: errors: 9 %"], "slot": 3, "repeated": false, "txid": "refused",
+            }),
+        ),
+        (
+            "alone",
+            json!({
+                "type": "urn:aviary:problem:no-quorum", "title": "no quorum", "status": 503, "code": "NO_QUORUM",
+                "detail": "no quorum: reached a, expected 2 nodes", "reached": ["a"], "needed": 2, "txid": "alone",
+            }),
+        ),
+    ] {
+        let header = format!("idempotency-key: {key}\r\n");
+        let (status, _, found) = http(b.port, "POST", "/v1/rollouts/svc/promote", &header, "{}").await;
+        assert_eq!((u64::from(status), &found), (expected["status"].as_u64().unwrap(), &expected));
+    }
+    assert!(b.asked.lock().unwrap().is_empty());
+}
+
+/// A view of five services, svc-0 to svc-4; the even ones are of team fraud.
+fn five_services() -> Arc<View> {
+    let services = (0..5).map(|n| {
+        let team = if n % 2 == 0 { "fraud" } else { "ads" };
+        let file = ROLLOUT.replace("name: svc", &format!("name: svc-{n}, labels: {{ team: {team} }}"));
+        let spec = aviary::config::rollout::parse(&file, "rollout").unwrap_or_else(|e| panic!("{e}"));
+        let id = ServiceId::new(format!("svc-{n}")).unwrap();
+        let service = Service::after(None, &id, &Change::Start(Arc::new(spec)), &stamp(1)).unwrap();
+        (id.clone(), view("a", "a", 2, service).services[&self::id()].clone())
+    });
+    let services = services.collect();
+    Arc::new(View { services, ..(*view("a", "a", 2, started().1)).clone() })
+}
+
+#[tokio::test]
+async fn a_list_comes_page_by_page_and_by_its_selector() {
+    let a = node("a", "a", &[], None).await;
+    a.handle.published.publish(five_services());
+    for (query, names, next) in [
+        ("", &["svc-0", "svc-1", "svc-2", "svc-3", "svc-4"][..], None),
+        ("?limit=2", &["svc-0", "svc-1"], Some("svc-1")),
+        ("?limit=2&after=svc-1", &["svc-2", "svc-3"], Some("svc-3")),
+        ("?limit=2&after=svc-3", &["svc-4"], None),
+        ("?limit=5", &["svc-0", "svc-1", "svc-2", "svc-3", "svc-4"], None),
+        ("?selector=team%3Dfraud", &["svc-0", "svc-2", "svc-4"], None),
+        ("?selector=team%3Dfraud&limit=1&after=svc-1", &["svc-2"], Some("svc-2")),
+        ("?selector=team%3Dfraud&limit=1&after=svc-3", &["svc-4"], None),
+        ("?selector=team%21%3Dfraud,team", &["svc-1", "svc-3"], None),
+        ("?selector=owner", &[], None),
+        ("?after=zzz", &[], None),
+    ] {
+        let (status, text, _) = http(a.port, "GET", &format!("/v1/rollouts{query}"), "", "").await;
+        assert_eq!(status, 200, "{query}: {text}");
+        let list: RolloutList = serde_json::from_str(&text).unwrap_or_else(|why| panic!("{why}: {text}"));
+        let found: Vec<_> = list.rollouts.iter().map(|rollout| rollout.name.as_str()).collect();
+        assert_eq!((&found[..], list.next.as_ref().map(ServiceId::as_str)), (names, next), "{query}");
+    }
+}
+
+#[tokio::test]
+async fn a_rollout_is_told_with_its_labels_and_the_file_that_is_in_force() {
+    let a = node("a", "a", &[], None).await;
+    a.handle.published.publish(five_services());
+    let (_, text, json) = http(a.port, "GET", "/v1/rollouts/svc-0", "", "").await;
+    let view: RolloutView = serde_json::from_str(&text).unwrap_or_else(|why| panic!("{why}: {text}"));
+    assert_eq!(serde_json::to_value(&view).unwrap(), json, "what a client reads is what was sent");
+    assert_eq!(json["metadata"], json!({"labels": {"team": "fraud"}, "annotations": {}}));
+    let file = aviary::config::rollout::parse(&json["manifest"].to_string(), "m").unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(file.value(), json["manifest"], "the file is the one that is in force");
+    assert_eq!(file.labels["team"], "fraud");
+}
+
+#[tokio::test]
+async fn clients_read_what_nodes_answer() {
+    let a = node("a", "a", &[], None).await;
+    async fn reads<T: serde::de::DeserializeOwned + serde::Serialize>(port: u16, path: &str) {
+        let (status, text, json) = http(port, "GET", path, "", "").await;
+        assert_eq!(status, 200, "{path}: {text}");
+        let read: T = serde_json::from_str(&text).unwrap_or_else(|why| panic!("{path}: {why}: {text}"));
+        assert_eq!(serde_json::to_value(&read).unwrap(), json, "{path}");
+    }
+    reads::<RoutingView>(a.port, "/routing/state?service=svc").await;
+    reads::<HealthView>(a.port, "/health/snapshot?service=svc").await;
+    reads::<RolloutView>(a.port, "/v1/rollouts/svc").await;
+    reads::<History>(a.port, "/v1/rollouts/svc/history").await;
+    reads::<ClusterView>(a.port, "/v1/cluster").await;
 }
 
 #[tokio::test]

@@ -1,78 +1,88 @@
-//! `RolloutService`: the HTTP API's verbs. What they do is written there; here is how it is asked and answered.
+//! `RolloutService`: the verbs of `service`; here is how they are asked for and answered over gRPC.
 
-use axum::Extension;
-use axum::extract::{Path, State};
-use axum::response::Response as Answer;
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode, header};
-use http_body_util::BodyExt as _;
-use serde_json::{Value, json};
+use http::{HeaderMap, header};
 use tonic::{Request, Response, Status};
 
 use super::super::auth::Actor;
+use super::super::service::{self, Caller, Details};
 use super::super::state::ApiState;
-use super::super::write;
+use crate::code::Code;
 use crate::domain::ids::ServiceId;
 use crate::domain::rollout::Phase;
-use crate::protocol::record::{Sequence, Slot};
-use crate::protocol::{Outcome, ServiceView};
+use crate::model::{Changed, Problem};
+use crate::protocol::ServiceView;
 use crate::schema::v1::rollout_service_server::RolloutService;
 use crate::schema::v1::*;
+use crate::status;
 
 /// Changes rollouts, and shows them.
 pub struct Rollouts(pub ApiState);
 
-/// Parts of a request that the HTTP API needs: its owner and its headers.
-struct Caller {
-    actor: Option<Extension<Actor>>,
-    headers: HeaderMap,
+/// Returns who asks for a write, under which key.
+fn caller<T>(request: &Request<T>, idempotency_key: &str) -> Result<Caller, Status> {
+    let mut headers = HeaderMap::new();
+    if !idempotency_key.is_empty() {
+        let key = idempotency_key.parse().map_err(|_| Status::invalid_argument("idempotency_key is not text"))?;
+        headers.insert("idempotency-key", key);
+    }
+    // The coordinator asks for it again.
+    if let Some(token) = request.metadata().get(header::AUTHORIZATION.as_str()).and_then(|token| token.to_str().ok())
+        && let Ok(token) = token.parse()
+    {
+        headers.insert(header::AUTHORIZATION, token);
+    }
+    Ok(Caller { actor: request.extensions().get::<Actor>().cloned(), headers })
 }
 
-impl Caller {
-    fn new<T>(request: &Request<T>, idempotency_key: &str) -> Result<Self, Status> {
-        let mut headers = HeaderMap::new();
-        if !idempotency_key.is_empty() {
-            let key = idempotency_key.parse().map_err(|_| Status::invalid_argument("idempotency_key is not text"))?;
-            headers.insert("idempotency-key", key);
+impl From<Problem> for Status {
+    fn from(problem: Problem) -> Self {
+        let why = problem.detail;
+        match problem.code {
+            Code::Aborted => Self::aborted(why),
+            Code::Refused => Self::failed_precondition(why),
+            Code::InvalidArgument | Code::TooLarge => Self::invalid_argument(why),
+            Code::NotFound => Self::not_found(why),
+            Code::KeyReused => Self::already_exists(why),
+            Code::Busy => Self::resource_exhausted(why),
+            Code::NoQuorum | Code::OutcomeUnknown | Code::Unavailable => Self::unavailable(why),
+            Code::Unauthenticated => Self::unauthenticated(why),
+            Code::PermissionDenied => Self::permission_denied(why),
+            Code::MethodNotAllowed => Self::unimplemented(why),
+            Code::Internal | Code::Unknown => Self::internal(why),
         }
-        // The coordinator asks for it again.
-        if let Some(token) =
-            request.metadata().get(header::AUTHORIZATION.as_str()).and_then(|token| token.to_str().ok())
-            && let Ok(token) = token.parse()
-        {
-            headers.insert(header::AUTHORIZATION, token);
+    }
+}
+
+impl From<Changed> for ChangeResult {
+    fn from(changed: Changed) -> Self {
+        Self {
+            transaction_id: changed.txid.to_string(),
+            sequence: changed.sequence.map(|sequence| sequence.0),
+            repeated: changed.repeated,
+            routing_version: changed.state.map(|state| state.version).unwrap_or_default(),
         }
-        Ok(Self { actor: request.extensions().get::<Actor>().cloned().map(Extension), headers })
     }
 }
 
 impl Rollouts {
     async fn change(
         &self,
-        caller: Caller,
-        service: String,
+        mut caller: Caller,
+        service: &str,
         verb: &str,
-        details: Value,
+        details: Details,
     ) -> Result<ChangeResult, Status> {
-        let (Caller { actor, mut headers }, body) = (caller, Bytes::from(details.to_string()));
-        headers.insert(header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
-        let path = Path((service, verb.to_string()));
-        result(write::change(State(self.0.clone()), path, actor, headers, body).await).await
+        caller.headers.insert(header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+        let body = Bytes::from(serde_json::to_vec(&details).map_err(|why| Status::internal(why.to_string()))?);
+        Ok(service::change(&self.0, &caller, service, verb, &body).await?.into())
     }
 
     /// Waits, where that is asked for, until this node knows every change answered so far.
     async fn caught_up(&self, current: bool) -> Result<(), Status> {
-        if !current {
-            return Ok(());
-        }
-        match self.0.node.read().await {
-            Outcome::Current(_) => Ok(()),
-            Outcome::NoQuorum { reached, needed } => {
-                let reached = reached.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                Err(Status::unavailable(format!("no quorum: reached {reached}, expected {needed} nodes")))
-            }
-            Outcome::Refused(why) => Err(Status::unavailable(why)),
-            _ => Err(Status::unavailable("the read could not be confirmed; try again")),
+        match current {
+            true => status::caught_up(&self.0.node).await.map_err(|problem| Status::unavailable(problem.detail)),
+            false => Ok(()),
         }
     }
 
@@ -103,45 +113,15 @@ impl Rollouts {
     }
 }
 
-/// Returns what an answer of the HTTP API means here.
-async fn result(answer: Answer) -> Result<ChangeResult, Status> {
-    let (head, body) = answer.into_parts();
-    let body = body.collect().await.map_err(|why| Status::internal(why.to_string()))?.to_bytes();
-    let json: Value = serde_json::from_slice(&body).unwrap_or_default();
-    if head.status.is_success() {
-        return Ok(ChangeResult {
-            transaction_id: json["txid"].as_str().unwrap_or_default().into(),
-            sequence: json["slot"].as_u64().map(|slot| Sequence::of(Slot(slot), 0).0),
-            repeated: json["repeated"].as_bool().unwrap_or_default(),
-            routing_version: json["state"]["version"].as_u64().unwrap_or_default(),
-        });
-    }
-    let reasons =
-        json["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join("; ");
-    let why = json["error"].as_str().map_or(reasons, str::to_string);
-    Err(match head.status {
-        StatusCode::CONFLICT if json["status"] == "ABORTED" => Status::aborted(why),
-        StatusCode::CONFLICT => Status::failed_precondition(why),
-        StatusCode::BAD_REQUEST => Status::invalid_argument(why),
-        StatusCode::NOT_FOUND => Status::not_found(why),
-        StatusCode::UNPROCESSABLE_ENTITY => Status::already_exists(why),
-        StatusCode::TOO_MANY_REQUESTS => Status::resource_exhausted(why),
-        StatusCode::SERVICE_UNAVAILABLE => Status::unavailable(why),
-        StatusCode::UNAUTHORIZED => Status::unauthenticated(why),
-        StatusCode::FORBIDDEN => Status::permission_denied(why),
-        _ => Status::internal(why),
-    })
-}
-
 #[tonic::async_trait]
 impl RolloutService for Rollouts {
     async fn apply_rollout(
         &self,
         request: Request<ApplyRolloutRequest>,
     ) -> Result<Response<ApplyRolloutResponse>, Status> {
-        let Caller { actor, headers } = Caller::new(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let body = Bytes::from(request.into_inner().rollout);
-        let result = result(write::apply(State(self.0.clone()), actor, headers, body).await).await?;
+        let result = service::apply(&self.0, &caller, &body).await?.into();
         Ok(Response::new(ApplyRolloutResponse { result: Some(result) }))
     }
 
@@ -149,9 +129,9 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<PromoteRolloutRequest>,
     ) -> Result<Response<PromoteRolloutResponse>, Status> {
-        let caller = Caller::new(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let PromoteRolloutRequest { service, full, .. } = request.into_inner();
-        let result = self.change(caller, service, "promote", json!({"full": full})).await?;
+        let result = self.change(caller, &service, "promote", Details { full, reason: None }).await?;
         Ok(Response::new(PromoteRolloutResponse { result: Some(result) }))
     }
 
@@ -159,9 +139,9 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<PauseRolloutRequest>,
     ) -> Result<Response<PauseRolloutResponse>, Status> {
-        let caller = Caller::new(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let PauseRolloutRequest { service, reason, .. } = request.into_inner();
-        let result = self.change(caller, service, "pause", json!({"reason": reason})).await?;
+        let result = self.change(caller, &service, "pause", Details { full: false, reason: Some(reason) }).await?;
         Ok(Response::new(PauseRolloutResponse { result: Some(result) }))
     }
 
@@ -169,8 +149,8 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<ResumeRolloutRequest>,
     ) -> Result<Response<ResumeRolloutResponse>, Status> {
-        let caller = Caller::new(&request, &request.get_ref().idempotency_key)?;
-        let result = self.change(caller, request.into_inner().service, "resume", json!({})).await?;
+        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let result = self.change(caller, &request.into_inner().service, "resume", Details::default()).await?;
         Ok(Response::new(ResumeRolloutResponse { result: Some(result) }))
     }
 
@@ -178,9 +158,9 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<AbortRolloutRequest>,
     ) -> Result<Response<AbortRolloutResponse>, Status> {
-        let caller = Caller::new(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let AbortRolloutRequest { service, reason, .. } = request.into_inner();
-        let result = self.change(caller, service, "abort", json!({"reason": reason})).await?;
+        let result = self.change(caller, &service, "abort", Details { full: false, reason: Some(reason) }).await?;
         Ok(Response::new(AbortRolloutResponse { result: Some(result) }))
     }
 
@@ -188,8 +168,8 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<RetryRolloutRequest>,
     ) -> Result<Response<RetryRolloutResponse>, Status> {
-        let caller = Caller::new(&request, &request.get_ref().idempotency_key)?;
-        let result = self.change(caller, request.into_inner().service, "retry", json!({})).await?;
+        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let result = self.change(caller, &request.into_inner().service, "retry", Details::default()).await?;
         Ok(Response::new(RetryRolloutResponse { result: Some(result) }))
     }
 
@@ -197,8 +177,8 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<UndoRolloutRequest>,
     ) -> Result<Response<UndoRolloutResponse>, Status> {
-        let caller = Caller::new(&request, &request.get_ref().idempotency_key)?;
-        let result = self.change(caller, request.into_inner().service, "undo", json!({})).await?;
+        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let result = self.change(caller, &request.into_inner().service, "undo", Details::default()).await?;
         Ok(Response::new(UndoRolloutResponse { result: Some(result) }))
     }
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tracing::warn;
@@ -12,11 +11,14 @@ use super::POLL;
 use crate::client::{Api, segment};
 use crate::config::router::RouterConfig;
 use crate::domain::ids::VersionId;
+use crate::domain::rollout::Phase;
 use crate::domain::router_state::RouterEnd;
 use crate::domain::side::Side;
 use crate::domain::time::Mono;
-use crate::domain::weights::{Weight, WeightError};
+use crate::domain::weights::{Weight, Weights};
+use crate::model::RoutingView;
 use crate::ports::RouterWorld;
+use crate::protocol::Mode;
 use crate::router::engine::{CommittedWeight, Steering};
 
 /// What is known of the cluster, and until when it may be acted by; none: it was never asked successfully.
@@ -45,10 +47,10 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
             let found = match answer {
                 Err(_) => Err("no answer within 1 s".to_string()),
                 Ok(Err(why)) => Err(why.to_string()),
-                Ok(Ok(answer)) if answer.status.is_success() => {
-                    read_state(&answer.json(), &config).map_err(|why| why.to_string())
-                }
-                Ok(Ok(answer)) => Err(answer.error()),
+                Ok(Ok(answer)) => answer
+                    .read::<RoutingView>()
+                    .map_err(|why| why.to_string())
+                    .and_then(|view| committed(&view, &config).map_err(|why| why.to_string())),
             };
             match found {
                 // A node that lags may know only an older weight: the router doesn't go back to it.
@@ -77,16 +79,13 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
 #[derive(Debug, thiserror::Error)]
 enum StateError {
     /// The node is a learner, or has lost the majority.
-    #[error("its mode is {0:?}, expected \"normal\"")]
-    Mode(String),
-    /// The canary's share is no weight.
-    #[error(transparent)]
-    Weight(#[from] WeightError),
+    #[error("its mode is {0:?}, expected Normal")]
+    Mode(Mode),
     /// The state has other versions than the router's file.
     #[error("its weights are {found}, expected those of {stable} and {canary}")]
     Versions {
         /// Weights of the state.
-        found: Value,
+        found: Weights,
         /// The file's stable version.
         stable: VersionId,
         /// The file's canary version.
@@ -98,26 +97,25 @@ enum StateError {
 }
 
 /// Returns what a node's routing state says of a router's rollout, and for how long it may be acted by.
-fn read_state(state: &Value, config: &RouterConfig) -> Result<(CommittedWeight, Duration), StateError> {
+fn committed(view: &RoutingView, config: &RouterConfig) -> Result<(CommittedWeight, Duration), StateError> {
     let [stable, canary] = Side::BOTH.map(|side| &config.service(side).version);
-    let text = |key: &str| state[key].as_str().unwrap_or_default();
-    if text("mode") != "normal" {
-        return Err(StateError::Mode(text("mode").into()));
+    if view.mode != Mode::Normal {
+        return Err(StateError::Mode(view.mode));
     }
-    let share = |version: &VersionId| state["weights"][version.as_str()].as_f64();
-    let weight = Weight::from_percent(share(canary).unwrap_or(0.0) * 100.0)?;
-    let end = match text("phase") {
-        "Completed" if share(canary) == Some(1.0) => Some(RouterEnd::Promote),
-        "RolledBack" if share(stable) == Some(1.0) => Some(RouterEnd::Abort(text("reason").into())),
+    let weights = &view.routing.weights;
+    let share = |version: &VersionId| weights.iter().find(|(of, _)| of == version).map(|(_, weight)| *weight);
+    let end = match view.phase {
+        Phase::Completed if share(canary) == Some(Weight::FULL) => Some(RouterEnd::Promote),
+        Phase::RolledBack if share(stable) == Some(Weight::FULL) => Some(RouterEnd::Abort(view.reason.clone())),
         _ if share(canary).is_none() || share(stable).is_none() => {
             let (stable, canary) = (stable.clone(), canary.clone());
-            return Err(StateError::Versions { found: state["weights"].clone(), stable, canary });
+            return Err(StateError::Versions { found: weights.clone(), stable, canary });
         }
         _ => None,
     };
     // What is over needs no lease.
-    let lease_ms = if end.is_some() { 10_000 } else { state["lease_ms_left"].as_u64().unwrap_or(0) };
-    let weight_version = state["version"].as_u64().unwrap_or(0);
+    let lease_ms = if end.is_some() { 10_000 } else { view.lease_ms_left.unwrap_or(0) };
+    let (weight, weight_version) = (share(canary).unwrap_or(Weight::ZERO), view.routing.version);
     match lease_ms {
         0 => Err(StateError::NoLease),
         ms => Ok((CommittedWeight { weight, weight_version, end }, Duration::from_millis(ms))),

@@ -129,7 +129,8 @@ impl ApiPorts {
     fn change(&self, i: usize, verb: &str, key: &str) -> Option<(String, u64)> {
         let answer = self.send(i, "POST", &format!("/v1/rollouts/svc/{verb}"), key, "{}").ok()?;
         let json: Value = serde_json::from_slice(&answer.body).ok()?;
-        Some((json["status"].as_str()?.to_string(), json["slot"].as_u64()?))
+        let word = json["code"].as_str().or(json["status"].as_str())?;
+        Some((word.to_string(), json["slot"].as_u64()?))
     }
 
     /// What was told is so, on every node, and all have one history.

@@ -146,7 +146,7 @@ fn a_dead_participant_stops_promotions_by_name_and_no_rollback() {
     let answer = cluster.promote(0, None);
     let took = began.elapsed();
     let json = answer.json();
-    assert_eq!((answer.status, &json["status"]), (409, &"ABORTED".into()), "{json}");
+    assert_eq!((answer.status, &json["code"]), (409, &"ABORTED".into()), "{json}");
     assert!(json["reasons"].to_string().contains("c:"), "the missing node is named: {json}");
     assert!(took <= Duration::from_secs(2), "{took:?}");
 

@@ -73,7 +73,7 @@ fn a_wrong_rollout_file_is_refused_with_what_was_expected() {
     for (text, expected) in cases {
         let headers = [("content-type", "application/yaml")];
         let answer = http(cluster.nodes[0].api, "POST", "/v1/rollouts", &headers, &text).unwrap();
-        let error = answer.json()["error"].as_str().unwrap().to_string();
+        let error = answer.json()["detail"].as_str().unwrap().to_string();
         assert_eq!(answer.status, 400, "{error}");
         assert!(error.contains(expected), "{error:?} holds no {expected:?}");
     }

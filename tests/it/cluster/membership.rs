@@ -118,7 +118,7 @@ fn three_nodes_become_five_and_two_of_them_three_again() {
         assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
     }
     processes[0].kill();
-    assert_eq!(decide(&cluster, "retry", "by-two-of-three")["status"], "ABORTED", "an increase needs d, which is dead");
+    assert_eq!(decide(&cluster, "retry", "by-two-of-three")["code"], "ABORTED", "an increase needs d, which is dead");
     assert_eq!(cluster.post(0, "/v1/cluster/cordon", None, r#"{"node": "d"}"#).status, 200);
     assert_eq!(decide(&cluster, "retry", "without-d")["status"], "COMMITTED");
     // A removed node that comes back has no say.

@@ -3,6 +3,7 @@
 
 mod backup;
 mod chaos;
+mod command_line;
 mod disk;
 mod failure;
 mod flood;

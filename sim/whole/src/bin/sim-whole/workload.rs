@@ -96,8 +96,8 @@ async fn change(trace: &SharedTrace, node: &str, verb: &'static str, key: &str) 
     let answer = call(trace, node, API, &path, Some(key), body).await;
     let json: Value = answer.as_ref().and_then(|(_, _, body)| serde_json::from_slice(body).ok()).unwrap_or_default();
     let status = answer.map_or(0, |(status, ..)| status);
-    let word = json["status"].as_str().map_or_else(|| status.to_string(), Into::into);
-    let why = json["error"].as_str().unwrap_or_default().to_string();
+    let word = json["code"].as_str().or(json["status"].as_str()).map_or_else(|| status.to_string(), Into::into);
+    let why = json["detail"].as_str().unwrap_or_default().to_string();
     ProbeAnswer { key: key.into(), verb, word, slot: json["slot"].as_u64().unwrap_or(0), why, asked, told: now() }
 }
 

@@ -1,0 +1,51 @@
+//! What a node answers to a write that was carried out.
+
+use serde::{Deserialize, Serialize};
+
+use crate::domain::ids::TxId;
+use crate::domain::routing::RoutingState;
+use crate::protocol::record::{Sequence, Slot};
+
+/// Whether a write changed anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum ChangeStatus {
+    /// It was decided, and is in force.
+    Committed,
+    /// There was nothing to do.
+    Unchanged,
+}
+
+/// Answer to a write that was carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    /// Whether it changed anything.
+    pub status: ChangeStatus,
+    /// Slot of the record that decided it; none for what changed nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+    /// Position of the decision among all of them, as event streams give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<Sequence>,
+    /// True when an earlier request with this key did it.
+    #[serde(default)]
+    pub repeated: bool,
+    /// Routing that it led to; none for membership.
+    pub state: Option<RoutingState>,
+    /// Id of the transaction, which is the write's idempotency key.
+    pub txid: TxId,
+}
+
+impl Changed {
+    /// Returns that a write was decided in `slot`.
+    pub fn committed(txid: TxId, slot: Slot, state: Option<RoutingState>, repeated: bool) -> Self {
+        let sequence = Some(Sequence::of(slot, 0));
+        Self { status: ChangeStatus::Committed, slot: Some(slot), sequence, repeated, state, txid }
+    }
+
+    /// Returns that the routing was already as asked for.
+    pub fn unchanged(txid: TxId, state: RoutingState) -> Self {
+        let status = ChangeStatus::Unchanged;
+        Self { status, slot: None, sequence: None, repeated: false, state: Some(state), txid }
+    }
+}

@@ -1,0 +1,47 @@
+//! The cluster as one of its nodes sees it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::domain::ids::NodeId;
+use crate::protocol::Mode;
+use crate::protocol::record::Slot;
+
+/// Answer of `GET /v1/cluster`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterView {
+    /// Id of the cluster, 32 hexadecimal digits.
+    pub cluster: String,
+    /// Node that answers.
+    pub node: NodeId,
+    /// Incarnation of its data, 16 hexadecimal digits.
+    pub incarnation: String,
+    /// `Voter` or `Learner`.
+    pub membership: String,
+    /// What the node is able to do at the moment.
+    pub mode: Mode,
+    /// Whom it takes for the coordinator.
+    pub coordinator: NodeId,
+    /// Last slot that it has decided.
+    pub head: Slot,
+    /// Hash of the record at that slot, in hexadecimal.
+    pub hash: String,
+    /// Members of the cluster, by name.
+    pub members: BTreeMap<NodeId, ClusterMember>,
+}
+
+/// One member as the node that answers sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterMember {
+    /// True if the node heard from it lately.
+    pub alive: bool,
+    /// True if its Yes isn't needed, and it serves stable only.
+    pub cordoned: bool,
+    /// Its last decided slot, by its last word.
+    pub head: Option<Slot>,
+    /// Incarnation whose votes count, 16 hexadecimal digits.
+    pub incarnation: String,
+    /// Why its votes don't count; none when they do.
+    pub counts_not: Option<String>,
+}

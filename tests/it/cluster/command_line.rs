@@ -1,0 +1,60 @@
+//! The command line against running nodes.
+
+use std::io::Write as _;
+use std::process::{Output, Stdio};
+
+use super::harness::{Cluster, MANUAL, aviary, rollout};
+
+/// Runs a verb against all nodes, with this text on its standard input.
+fn run(cluster: &Cluster, arguments: &[&str], input: &str) -> Output {
+    let api: Vec<_> = cluster.nodes.iter().map(|node| format!("http://127.0.0.1:{}", node.api)).collect();
+    let mut command = aviary();
+    command.args(arguments).args(["--api", &api.join(",")]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+/// Returns what a verb prints, which has to succeed.
+fn prints(cluster: &Cluster, arguments: &[&str], input: &str) -> String {
+    let output = run(cluster, arguments, input);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_file_that_is_in_force_can_be_applied_again_and_changes_nothing() {
+    let cluster = Cluster::start();
+    let labels = "name: svc, labels: { team: fraud, tier: \"1e3\" }, annotations: { note: \"yes: 'a'\\n# b\", date: \"2026-11-29\" }";
+    let file = rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL).replace("name: svc", labels);
+    let first = prints(&cluster, &["apply", "-f", "-"], &file);
+    assert!(first.starts_with("COMMITTED  slot "), "{first}");
+    let in_force = prints(&cluster, &["get", "svc", "-o", "yaml"], "");
+    assert!(in_force.starts_with("apiVersion: aviary/v1\n"), "{in_force}");
+    let again = prints(&cluster, &["apply", "-f", "-"], &in_force);
+    assert!(again.starts_with("UNCHANGED  "), "{again}\n{in_force}");
+    let changed = in_force.replace("http://127.0.0.1:2", "http://127.0.0.1:3");
+    let refused = run(&cluster, &["apply", "-f", "-"], &changed);
+    assert!(!String::from_utf8_lossy(&refused.stdout).starts_with("UNCHANGED"), "{refused:?}");
+
+    let list = |selector| prints(&cluster, &["list", "--selector", selector], "");
+    assert!(list("team=fraud,tier!=x").contains("svc"));
+    assert!(list("team!=fraud").starts_with("no rollouts"));
+    let wrong = run(&cluster, &["list", "--selector", "=x"], "");
+    assert_eq!(wrong.status.code(), Some(64), "{wrong:?}");
+
+    assert_eq!(prints(&cluster, &["get", "svc", "--field", "metadata.labels.team"], ""), "fraud\n");
+    assert_eq!(prints(&cluster, &["get", "svc", "--field", "stable_model_id"], ""), "v1\n");
+    assert!(!run(&cluster, &["get", "svc", "--field", "team"], "").status.success(), "a field is not searched for");
+    assert!(prints(&cluster, &["get", "svc"], "").contains("team=fraud,tier=1e3"));
+    assert!(prints(&cluster, &["history", "svc"], "").contains("Start"));
+    assert!(prints(&cluster, &["cluster", "status"], "").contains("coordinator"));
+    assert!(prints(&cluster, &["get", "svc", "--all-nodes"], "").contains("all nodes agree"));
+    let unknown = run(&cluster, &["get", "none"], "");
+    let said = String::from_utf8_lossy(&unknown.stderr).to_string();
+    assert!(unknown.status.code() == Some(1) && said.contains("rollout \"none\" is unknown, known: svc"), "{said}");
+    let too_early = run(&cluster, &["resume", "svc"], "");
+    assert_eq!(too_early.status.code(), Some(1), "{too_early:?}");
+    assert!(String::from_utf8_lossy(&too_early.stdout).starts_with("REFUSED"), "{too_early:?}");
+}
