@@ -14,7 +14,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::trouble;
+use super::format::UnknownFormat;
+use super::{OpenError, trouble};
 use crate::ports::StoreError;
 use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::record::AcceptorState;
@@ -25,8 +26,9 @@ pub(super) const SLOT_BYTES: usize = 128 * 1024;
 pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
 /// First bytes of every sector; the version of the format follows them.
 const MAGIC: [u8; 7] = *b"aviaryR";
-/// Version of the file format; another version is refused.
-const VERSION: u8 = 7;
+/// Version of the file format; another version is refused. A sector's header stays as it is in all versions, so that
+/// each version tells a sector of another one from a damaged one.
+pub(super) const VERSION: u8 = 7;
 const SECTOR_BYTES: usize = 512;
 /// Bytes of magic and version, generation, and CRC-32C, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 4;
@@ -82,8 +84,8 @@ enum FileSlot {
 /// Why a slot holds what nobody wrote.
 #[derive(Debug, thiserror::Error)]
 enum SlotDamage {
-    /// This sector is not one of this file, or of another version of it.
-    #[error("sector {0} does not begin with the acceptor file's magic and version")]
+    /// This sector is not one of this file.
+    #[error("sector {0} does not begin with the acceptor file's magic")]
     Magic(usize),
     /// A sector's content is not what its checksum was made of.
     #[error("the checksum of sector {sector} is {found:08x}, expected {expected:08x}")]
@@ -104,12 +106,14 @@ enum SlotDamage {
 
 impl AcceptorFile {
     /// Opens the file, or makes an empty one, and reads both slots.
-    pub fn open(path: &Path) -> Result<FoundAcceptor, StoreError> {
+    pub fn open(path: &Path) -> Result<FoundAcceptor, OpenError> {
         let existed = path.exists();
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(|e| trouble(path, "open the acceptor file", e))?;
         let (bytes, length) = read_all(&file).map_err(|e| trouble(path, "read the acceptor file", e))?;
-        check_version(&bytes).map_err(|e| trouble(path, "read the acceptor file", e))?;
+        if let Some(found) = other_version(&bytes) {
+            return Err(UnknownFormat { path: path.into(), what: "acceptor file", found, expected: VERSION }.into());
+        }
         let mut notes = Vec::new();
         let shown = path.display();
         if !existed {
@@ -230,16 +234,18 @@ fn read_all(file: &File) -> io::Result<(Vec<u8>, u64)> {
     Ok((bytes, length))
 }
 
-/// Refuses an acceptor file that another version of the program wrote: its promises are there, and can't be read here.
-fn check_version(bytes: &[u8]) -> io::Result<()> {
-    let versions: Vec<_> =
-        bytes.chunks(SLOT_BYTES).filter(|slot| slot.starts_with(&MAGIC)).map(|slot| slot[7]).collect();
-    match versions.iter().find(|found| **found != VERSION) {
-        Some(found) if versions.iter().all(|other| other == found) => Err(io::Error::other(format!(
-            "it has format {found}, expected {VERSION}: start the version of the program that wrote it"
-        ))),
-        _ => Ok(()),
-    }
+/// Returns the version of an acceptor file that another version of the program wrote, if only in one slot: its promises
+/// are there, and can't be read here. A damaged version byte is not one, because checksums cover it from format 7 on.
+fn other_version(bytes: &[u8]) -> Option<u8> {
+    let begins = |(_, sector): &(usize, &[u8])| sector.starts_with(&MAGIC);
+    let first = bytes.chunks(SLOT_BYTES).map(|slot| &slot[..SECTOR_BYTES]).enumerate().filter(begins);
+    let first: Vec<_> = first.map(|(slot, sector)| (sector[7], read_sector(sector, slot, 0).is_ok())).collect();
+    let whole = first.iter().find(|(version, whole)| *version != VERSION && *whole).map(|(version, _)| *version);
+    let older = || {
+        let (found, _) = first.first().filter(|(version, _)| *version < 7)?;
+        first.iter().all(|(other, _)| other == found).then_some(*found)
+    };
+    whole.or_else(older)
 }
 
 /// Fills the file with sectors that hold nothing, so that no later write needs space that may not be there.
@@ -250,7 +256,12 @@ fn format(file: &File) -> io::Result<()> {
 }
 
 /// Returns what is written into a slot: the payload's length and the payload, spread over sectors.
-fn slot_bytes<'a>(generation: u64, slot: usize, acceptor: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
+pub(super) fn slot_bytes<'a>(
+    generation: u64,
+    slot: usize,
+    acceptor: &[u8],
+    tail: impl Iterator<Item = &'a [u8]>,
+) -> Vec<u8> {
     let mut payload = vec![0; 4];
     put(&mut payload, acceptor);
     tail.for_each(|entry| put(&mut payload, entry));
@@ -266,7 +277,7 @@ fn sectors_of(generation: u64, slot: usize, payload: &[u8]) -> Vec<u8> {
         bytes.extend(MAGIC);
         bytes.push(VERSION);
         bytes.extend(generation.to_le_bytes());
-        bytes.extend(checksum(generation, slot, index, part).to_le_bytes());
+        bytes.extend(checksum(VERSION, generation, slot, index, part).to_le_bytes());
         bytes.extend(part);
     }
     bytes
@@ -277,20 +288,20 @@ fn put(payload: &mut Vec<u8>, part: &[u8]) {
     payload.extend(part);
 }
 
-/// Covers a sector's place too: one written to the wrong place is no sector.
-fn checksum(generation: u64, slot: usize, index: usize, part: &[u8]) -> u32 {
+/// Covers a sector's version and place too: one written to the wrong place is no sector.
+fn checksum(version: u8, generation: u64, slot: usize, index: usize, part: &[u8]) -> u32 {
     let place = ((slot as u64) << 32) | index as u64;
-    let head = [generation.to_le_bytes(), place.to_le_bytes()].concat();
+    let head = [&[version][..], &generation.to_le_bytes(), &place.to_le_bytes()].concat();
     crc32c::crc32c_append(crc32c::crc32c(&head), part)
 }
 
-/// Returns the generation that wrote a sector; 0 when it was never written.
+/// Returns the generation that wrote a sector, whatever its version; 0 when it was never written.
 fn read_sector(sector: &[u8], slot: usize, index: usize) -> Result<u64, SlotDamage> {
-    if sector[..7] != MAGIC || sector[7] != VERSION {
+    if sector[..7] != MAGIC {
         return Err(SlotDamage::Magic(index));
     }
     let generation = u64::from_le_bytes(sector[8..16].try_into().expect("8 bytes"));
-    let (expected, found) = (u32_at(sector, 16), checksum(generation, slot, index, &sector[HEADER_BYTES..]));
+    let (expected, found) = (u32_at(sector, 16), checksum(sector[7], generation, slot, index, &sector[HEADER_BYTES..]));
     match expected == found {
         true => Ok(generation),
         false => Err(SlotDamage::Checksum { sector: index, found, expected }),
@@ -319,6 +330,14 @@ fn read_slot(bytes: &[u8], slot: usize) -> FileSlot {
     match sectors.into_iter().find_map(Result::err) {
         None => FileSlot::Torn { newest },
         Some(why) => FileSlot::Rotten { why, newest: last.map(|last| last.max(newest)) },
+    }
+}
+
+/// Returns the acceptor state and the records of a slot's bytes; none where they are damaged.
+pub(super) fn read_whole_slot(bytes: &[u8], slot: usize) -> Option<(AcceptorState, Vec<Vec<u8>>)> {
+    match read_slot(bytes, slot) {
+        FileSlot::Good(saved) => Some((saved.acceptor, saved.tail)),
+        FileSlot::Torn { .. } | FileSlot::Rotten { .. } => None,
     }
 }
 
@@ -357,8 +376,8 @@ mod tests {
     fn the_sectors_of_format_7_stay() {
         let bytes = slot_bytes(3, 1, b"abc", [&b"de"[..]].into_iter());
         assert_eq!(bytes.len(), SECTORS_MIN * SECTOR_BYTES);
-        let crc = checksum(3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
-        assert_eq!(crc, 1_078_649_338, "the checksum covers generation, place and payload");
+        let crc = checksum(VERSION, 3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
+        assert_eq!(crc, 1_434_074_637, "the checksum covers version, generation, place and payload");
         let head = [&b"aviaryR\x07\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
         assert_eq!(bytes[..HEADER_BYTES], head);
         assert_eq!(bytes[HEADER_BYTES..][..17], *b"\x0d\0\0\0\x03\0\0\0abc\x02\0\0\0de");

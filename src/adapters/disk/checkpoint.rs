@@ -1,4 +1,6 @@
-//! The checkpoint file: magic and version, slot, BLAKE3, and the ledger's bytes. Replaced whole, never changed.
+//! The checkpoint file: magic and version, slot, BLAKE3 of both and of the content, and the content: the ledger's
+//! bytes. Replaced whole, never changed. The header stays as it is in all versions, so that each version tells a file of
+//! another one from a damaged one.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
@@ -8,8 +10,10 @@ use crate::protocol::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, CheckpointEr
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::Slot;
 
-/// Format and version; another version gets another magic.
-const MAGIC: [u8; 8] = *b"aviaryC\x03";
+/// First bytes of the file; the version of the format follows them.
+const MAGIC: [u8; 7] = *b"aviaryC";
+/// Version of the file format; another version is refused.
+pub(super) const VERSION: u8 = 3;
 /// Bytes of magic, slot and hash, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 32;
 /// Most bytes of the file.
@@ -19,6 +23,8 @@ const BYTES_MAX: usize = HEADER_BYTES + CHECKPOINT_BYTES_MAX;
 pub(super) enum FoundCheckpoint {
     Nothing,
     Good(Checkpoint, Box<Ledger>),
+    /// Another version of the program wrote the file, which is whole.
+    OtherVersion(u8),
     Damaged(CheckpointDamage),
 }
 
@@ -34,9 +40,6 @@ pub(super) enum CheckpointDamage {
     /// Another kind of file.
     #[error("it does not begin with a checkpoint's magic")]
     Magic,
-    /// Another version of the program wrote it.
-    #[error("it has version {0}, expected {expected}", expected = MAGIC[7])]
-    Version(u8),
     /// The content is not what the hash was made of.
     #[error("its content does not match its hash")]
     Hash,
@@ -49,43 +52,50 @@ pub(super) enum CheckpointDamage {
 pub(super) fn write(path: &Path, checkpoint: &Checkpoint) -> io::Result<()> {
     let draft = path.with_extension("new");
     let mut file = File::create(&draft)?;
-    file.write_all(&MAGIC)?;
-    file.write_all(&checkpoint.slot.0.to_le_bytes())?;
-    file.write_all(&checkpoint.hash().0)?;
+    file.write_all(&header(checkpoint))?;
     file.write_all(&checkpoint.bytes)?;
     file.sync_all()?;
     fs::rename(&draft, path)
 }
 
-/// Reads and verifies the file.
-pub(super) fn read(path: &Path) -> io::Result<FoundCheckpoint> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(FoundCheckpoint::Nothing),
-        Err(error) => return Err(error),
-    };
-    Ok(match parse(&bytes) {
-        Ok((checkpoint, ledger)) => FoundCheckpoint::Good(checkpoint, Box::new(ledger)),
-        Err(why) => FoundCheckpoint::Damaged(why),
-    })
+/// Returns what stands before the ledger's bytes.
+pub(super) fn header(checkpoint: &Checkpoint) -> Vec<u8> {
+    let mut header = [&MAGIC[..], &[VERSION], &checkpoint.slot.0.to_le_bytes()].concat();
+    let hash = hash(&header, &checkpoint.bytes);
+    header.extend(hash);
+    header
 }
 
-fn parse(bytes: &[u8]) -> Result<(Checkpoint, Ledger), CheckpointDamage> {
+fn hash(start: &[u8], body: &[u8]) -> [u8; 32] {
+    *blake3::Hasher::new().update(start).update(body).finalize().as_bytes()
+}
+
+/// Reads and verifies the file.
+pub(super) fn read(path: &Path) -> io::Result<FoundCheckpoint> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(parse(&bytes).unwrap_or_else(FoundCheckpoint::Damaged)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(FoundCheckpoint::Nothing),
+        Err(error) => Err(error),
+    }
+}
+
+/// Verifies a file's bytes.
+pub(super) fn parse(bytes: &[u8]) -> Result<FoundCheckpoint, CheckpointDamage> {
+    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(CheckpointDamage::Short)?;
+    if header[..7] != MAGIC {
+        return Err(CheckpointDamage::Magic);
+    }
+    if hash(&header[..16], body) != header[16..] {
+        return Err(CheckpointDamage::Hash);
+    }
+    if header[7] != VERSION {
+        return Ok(FoundCheckpoint::OtherVersion(header[7]));
+    }
     if bytes.len() > BYTES_MAX {
         return Err(CheckpointDamage::Long(bytes.len()));
     }
-    let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(CheckpointDamage::Short)?;
-    if header[..7] != MAGIC[..7] {
-        return Err(CheckpointDamage::Magic);
-    }
-    if header[7] != MAGIC[7] {
-        return Err(CheckpointDamage::Version(header[7]));
-    }
     let slot = Slot(u64::from_le_bytes(header[8..16].try_into().expect("8 bytes")));
     let checkpoint = Checkpoint { slot, bytes: body.to_vec().into() };
-    if checkpoint.hash().0 != header[16..] {
-        return Err(CheckpointDamage::Hash);
-    }
     let ledger = checkpoint.ledger()?;
-    Ok((checkpoint, ledger))
+    Ok(FoundCheckpoint::Good(checkpoint, Box::new(ledger)))
 }

@@ -18,8 +18,9 @@ use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Hash, Slot};
 
-/// First byte of each stored record.
-const ENTRY_VERSION: u8 = 3;
+/// First byte of each stored record, and of the genesis file. Its CRC-32C follows in all versions, over the version and
+/// all that comes after, so that each version tells a record of another one from a damaged one.
+pub(super) const ENTRY_VERSION: u8 = 3;
 const TREE: &str = "log";
 const CACHE_BYTES: u64 = 16 * 1024 * 1024;
 /// How long records may wait for company before they are synced; promises don't wait for it.
@@ -47,6 +48,8 @@ pub(super) enum OpenFailure {
     Refused(io::Error),
     /// The file can't be used; the reason, in words.
     Broken(String),
+    /// Another version of the program wrote records of it: nothing is damaged, so it stays where it is.
+    OtherVersion(u8),
 }
 
 /// Why bytes are no stored record.
@@ -55,9 +58,9 @@ pub(super) enum EntryDamage {
     /// Fewer bytes than version and checksum need.
     #[error("its entry has {0} bytes")]
     Short(usize),
-    /// Another version of the program wrote it.
-    #[error("its entry has version {0}, expected {ENTRY_VERSION}")]
-    Version(u8),
+    /// Another version of the program wrote it, and it is whole.
+    #[error("its entry has format {0}, expected {ENTRY_VERSION}")]
+    OtherVersion(u8),
     /// The content is not what the checksum was made of.
     #[error("its checksum is {found:08x}, expected {expected:08x}")]
     Checksum { found: u32, expected: u32 },
@@ -94,7 +97,11 @@ pub(super) enum ChainError {
 
 impl From<ChainError> for OpenFailure {
     fn from(error: ChainError) -> Self {
-        Self::Broken(error.to_string())
+        match error {
+            ChainError::Entry { damage: EntryDamage::OtherVersion(found), .. }
+            | ChainError::Unplaced(EntryDamage::OtherVersion(found)) => Self::OtherVersion(found),
+            error => Self::Broken(error.to_string()),
+        }
     }
 }
 
@@ -213,25 +220,25 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 /// Returns a record as it is stored: version, CRC-32C, value.
 pub(super) fn encode_entry(chosen: &Chosen) -> Vec<u8> {
     let body = codec::encode(chosen);
-    let mut entry = Vec::with_capacity(5 + body.len());
-    entry.push(ENTRY_VERSION);
-    entry.extend(crc32c::crc32c(&body).to_le_bytes());
-    entry.extend(body);
-    entry
+    [&[ENTRY_VERSION][..], &checksum(ENTRY_VERSION, &body).to_le_bytes(), &body].concat()
+}
+
+fn checksum(version: u8, body: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&[version]), body)
 }
 
 /// Returns the record that the bytes store, or what is wrong with them.
 pub(super) fn decode_entry(entry: &[u8]) -> Result<Chosen, EntryDamage> {
     let (head, body) = entry.split_at_checked(5).ok_or(EntryDamage::Short(entry.len()))?;
-    if head[0] != ENTRY_VERSION {
-        return Err(EntryDamage::Version(head[0]));
-    }
     let expected = u32::from_le_bytes(head[1..].try_into().expect("4 bytes"));
-    let found = crc32c::crc32c(body);
+    let found = checksum(head[0], body);
     if found != expected {
         return Err(EntryDamage::Checksum { found, expected });
     }
-    Ok(codec::decode(body)?)
+    match head[0] {
+        ENTRY_VERSION => Ok(codec::decode(body)?),
+        other => Err(EntryDamage::OtherVersion(other)),
+    }
 }
 
 fn slot_of(key: &[u8]) -> Result<u64, ChainError> {

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 mod acceptor;
 mod checkpoint;
+pub mod format;
 mod journal;
 mod runs;
 
@@ -28,8 +29,10 @@ use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{AcceptorState, Chosen, Operation, Slot};
 use acceptor::{AcceptorFile, SLOT_BYTES, Saved, bytes_needed};
+use format::UnknownFormat;
 use journal::{
-    Chain, ChainError, Journal, OpenFailure, SyncFailure, Syncer, decode_entry, encode_entry, speaks_of_content,
+    Chain, ChainError, ENTRY_VERSION, EntryDamage, Journal, OpenFailure, SyncFailure, Syncer, decode_entry,
+    encode_entry, speaks_of_content,
 };
 pub use runs::DiskRuns;
 
@@ -66,6 +69,9 @@ pub enum OpenError {
         /// Name of a file that the directory contains.
         found: &'static str,
     },
+    /// Another version of the program wrote a file, so that this one must leave all of them as they are.
+    #[error(transparent)]
+    Format(#[from] UnknownFormat),
     /// The system refused to read or write.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -103,6 +109,7 @@ impl DiskStore {
         }
         let acceptor = encoded("acceptor", &paths.acceptor, acceptor)?;
         encoded("genesis", &paths.genesis, genesis)?;
+        mark_journal(&paths.marker)?;
         write_whole(&paths.genesis, &encode_entry(genesis)).map_err(|e| trouble(&paths.genesis, "write genesis", e))?;
         // The acceptor file is what makes a node: it comes last, complete, under its own name.
         let draft = dir.join("acceptor.new");
@@ -139,11 +146,16 @@ impl DiskStore {
             let why = "it is of format 5 or older, expected a file named acceptor: start the version that wrote it";
             return Err(trouble(&older, "read the acceptor file", io::Error::new(ErrorKind::InvalidData, why)).into());
         }
+        let marked = marked_journal(&paths)?;
         let acceptor::FoundAcceptor { file, saved, mut notes } = AcceptorFile::open(&paths.acceptor)?;
         sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
         let (acceptor, tail) = saved.map_or((None, Vec::new()), |Saved { acceptor, tail, .. }| (Some(acceptor), tail));
         let opening = DiskOpening { paths: &paths, lock: &lock, patience };
         let (journal, ledger, chain) = opening.recover(&tail, &mut notes)?;
+        if marked.is_none() {
+            mark_journal(&paths.marker)?;
+            sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
+        }
         let (journal, next) = (Arc::new(journal), chain.next());
         let syncer = Syncer::start(journal.clone(), next);
         let syncer = syncer.map_err(|e| trouble(&paths.journal, "start the journal's thread", e))?;
@@ -266,6 +278,10 @@ impl LogReader for Reader {
         match found? {
             checkpoint::FoundCheckpoint::Nothing => Ok(None),
             checkpoint::FoundCheckpoint::Good(checkpoint, _) => Ok(Some(checkpoint)),
+            checkpoint::FoundCheckpoint::OtherVersion(found) => {
+                let why = format!("it has format {found}, expected {}", checkpoint::VERSION);
+                Err(trouble(&self.checkpoint, "read the checkpoint", io::Error::new(ErrorKind::InvalidData, why)))
+            }
             checkpoint::FoundCheckpoint::Damaged(why) => {
                 Err(trouble(&self.checkpoint, "read the checkpoint", io::Error::new(ErrorKind::InvalidData, why)))
             }
@@ -281,6 +297,7 @@ struct Paths {
     genesis: PathBuf,
     checkpoint: PathBuf,
     journal: PathBuf,
+    marker: PathBuf,
 }
 
 impl Paths {
@@ -293,6 +310,7 @@ impl Paths {
             genesis: at("genesis"),
             checkpoint: at("checkpoint"),
             journal: at("journal"),
+            marker: at(format::MARKER),
         }
     }
 }
@@ -309,11 +327,19 @@ impl DiskOpening<'_> {
     /// there is no checkpoint, that is genesis alone, and the chain begins with it.
     fn recover(&self, tail: &[Vec<u8>], notes: &mut Vec<String>) -> Result<(Journal, Ledger, Chain), OpenError> {
         let genesis = self.genesis(notes)?;
+        let of_another = |entry: &Vec<u8>| match decode_entry(entry) {
+            Err(EntryDamage::OtherVersion(found)) => Some(found),
+            _ => None,
+        };
+        if let Some(found) = tail.iter().find_map(of_another) {
+            return Err(record_of_another(&self.paths.acceptor, found));
+        }
         let checkpoint = self.checkpoint(genesis.as_ref(), notes)?;
         let mut chain = checkpoint.as_ref().map_or_else(Chain::default, Chain::after);
         let mut journal = match self.existing(genesis.as_ref(), checkpoint.as_ref(), &mut chain) {
             Ok(journal) => Some(journal),
             Err(OpenFailure::Refused(error)) => return Err(self.unusable(error).into()),
+            Err(OpenFailure::OtherVersion(found)) => return Err(record_of_another(&self.paths.journal, found)),
             Err(OpenFailure::Broken(why)) => {
                 self.quarantine(&self.paths.journal, &why, notes)?;
                 None
@@ -359,6 +385,10 @@ impl DiskOpening<'_> {
                     None => return Ok(Some(*ledger)),
                     Some(expected) => format!("it is of cluster {}, expected {expected}", ledger.cluster),
                 }
+            }
+            checkpoint::FoundCheckpoint::OtherVersion(found) => {
+                let (path, expected) = (path.clone(), checkpoint::VERSION);
+                return Err(UnknownFormat { path, what: "checkpoint", found, expected }.into());
             }
             checkpoint::FoundCheckpoint::Damaged(why) => why.to_string(),
         };
@@ -435,6 +465,7 @@ impl DiskOpening<'_> {
         let (journal, _) = opened.map_err(|failure| match failure {
             OpenFailure::Refused(error) => self.unusable(error),
             OpenFailure::Broken(why) => self.unusable(io::Error::other(why)),
+            OpenFailure::OtherVersion(_) => unreachable!("opening a journal reads no record"),
         })?;
         fill(&journal, chain, Slot(0))?;
         sync_directory(&self.paths.dir).map_err(|e| trouble(&self.paths.dir, "sync the data directory", e))?;
@@ -459,13 +490,16 @@ impl DiskOpening<'_> {
     }
 
     /// Reads the genesis file; unreadable is a note, for the journal may hold slot 0.
-    fn genesis(&self, notes: &mut Vec<String>) -> Result<Option<Chosen>, StoreError> {
+    fn genesis(&self, notes: &mut Vec<String>) -> Result<Option<Chosen>, OpenError> {
         let bytes = match fs::read(&self.paths.genesis) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(trouble(&self.paths.genesis, "read genesis", error)),
+            Err(error) => return Err(trouble(&self.paths.genesis, "read genesis", error).into()),
         };
         let genesis = decode_entry(&bytes);
+        if let Err(EntryDamage::OtherVersion(found)) = genesis {
+            return Err(record_of_another(&self.paths.genesis, found));
+        }
         if let Err(why) = &genesis {
             notes.push(format!("{}: the genesis file is damaged: {why}", self.paths.genesis.display()));
         }
@@ -481,6 +515,28 @@ impl DiskOpening<'_> {
     fn unusable(&self, error: io::Error) -> StoreError {
         trouble(&self.paths.journal, "open the journal", error)
     }
+}
+
+/// Returns the format that the journal is marked with; none if the mark is missing or damaged, an error if it is not ours.
+fn marked_journal(paths: &Paths) -> Result<Option<u8>, OpenError> {
+    let marked = match fs::read(&paths.marker) {
+        Ok(content) => format::marked(&content),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => return Err(trouble(&paths.marker, "read the journal's format", error).into()),
+    };
+    match marked.filter(|found| *found != ENTRY_VERSION) {
+        Some(found) => Err(record_of_another(&paths.journal, found)),
+        None => Ok(marked),
+    }
+}
+
+fn mark_journal(path: &Path) -> Result<(), StoreError> {
+    let written = write_whole(path, format::marker(ENTRY_VERSION).as_bytes());
+    written.map_err(|e| trouble(path, "write the journal's format", e))
+}
+
+fn record_of_another(path: &Path, found: u8) -> OpenError {
+    UnknownFormat { path: path.into(), what: "log's record", found, expected: ENTRY_VERSION }.into()
 }
 
 fn is_covered(key: &[u8], head: Slot) -> bool {

@@ -2,9 +2,8 @@
 //! the process, and
 //! mostly the machine.
 //!
-//! Magic and version, CRC-32C of the rest, and the analysis run's bytes. A file that can't be read is removed; nothing
-//! here keeps a node
-//! from starting.
+//! Magic and version, CRC-32C of the rest, and the analysis run's bytes. A file that can't be read is removed,
+//! unless another version of the program wrote it; nothing here keeps a node from starting.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,8 +20,10 @@ use crate::ports::{RunStore, StoreError};
 use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::record::SavedRun;
 
-/// Format and version; another version gets another magic.
-const MAGIC: [u8; 8] = *b"aviaryT\x02";
+/// First bytes of a file; the version of the format follows them.
+const MAGIC: [u8; 7] = *b"aviaryT";
+/// Version of the file format. A file of another version stays as it is, and its analysis run begins anew.
+pub(super) const VERSION: u8 = 2;
 /// Bytes of magic and checksum, before the content.
 const HEADER_BYTES: usize = 8 + 4;
 /// Most bytes of an encoded analysis run; what is longer is none of ours.
@@ -75,6 +76,12 @@ impl DiskRuns {
             match found {
                 Ok(Some((service, run))) => drop(saved.insert(service, run)),
                 Ok(None) => drop(remove_if_there(&path)),
+                Err(why @ RunDamage::OtherVersion(_)) => {
+                    notes.push(format!(
+                        "{}: {why}; it is left as it is until this analysis run is saved again",
+                        path.display()
+                    ));
+                }
                 Err(why) => {
                     let removed = remove_if_there(&path).map_or_else(|error| error.to_string(), |()| "removed".into());
                     notes.push(format!("{}: no analysis run can be read: {why}; {removed}", path.display()));
@@ -110,14 +117,15 @@ impl Drop for DiskRuns {
     }
 }
 
-fn encode(run: &SavedRun) -> Vec<u8> {
+/// Returns a file's bytes.
+pub(super) fn encode(run: &SavedRun) -> Vec<u8> {
     let body = codec::encode(run);
-    [&MAGIC[..], &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
+    [&MAGIC[..], &[VERSION], &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
 }
 
 /// Why a file holds no analysis run.
 #[derive(Debug, thiserror::Error)]
-enum RunDamage {
+pub(super) enum RunDamage {
     /// The file's name is no service's.
     #[error(transparent)]
     Name(#[from] IdError),
@@ -130,9 +138,12 @@ enum RunDamage {
     /// Fewer bytes than the header has.
     #[error("it is shorter than its header")]
     Short,
-    /// Another kind of file, or another version of it: its first bytes.
+    /// Another kind of file: its first bytes.
     #[error("it begins with {}, expected {}", .0.escape_ascii(), MAGIC.escape_ascii())]
     Magic(Vec<u8>),
+    /// Another version of the program wrote it.
+    #[error("the saved analysis run has format {0}, expected {VERSION}: another version of aviary wrote it")]
+    OtherVersion(u8),
     /// The content is not what the checksum was made of.
     #[error("its content does not match its checksum")]
     Checksum,
@@ -152,17 +163,24 @@ fn read(path: &Path) -> Result<Option<(ServiceId, SavedRun)>, RunDamage> {
     if length > FILE_BYTES_MAX {
         return Err(RunDamage::Long(length));
     }
-    let bytes = fs::read(path)?;
+    Ok(Some((service, decode(&fs::read(path)?)?)))
+}
+
+/// Returns the analysis run of a file's bytes.
+pub(super) fn decode(bytes: &[u8]) -> Result<SavedRun, RunDamage> {
     let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(RunDamage::Short)?;
-    if header[..8] != MAGIC {
-        return Err(RunDamage::Magic(header[..8].into()));
+    if header[..7] != MAGIC {
+        return Err(RunDamage::Magic(header[..7].into()));
+    }
+    if header[7] != VERSION {
+        return Err(RunDamage::OtherVersion(header[7]));
     }
     if crc32c::crc32c(body).to_le_bytes() != header[8..] {
         return Err(RunDamage::Checksum);
     }
     let saved = codec::decode_within::<SavedRun, RUN_BYTES_MAX>(body)?;
     match saved.run.is_sound() {
-        true => Ok(Some((service, saved))),
+        true => Ok(saved),
         false => Err(RunDamage::Unsound),
     }
 }
@@ -228,10 +246,28 @@ mod tests {
     }
 
     #[test]
+    fn a_run_of_another_version_is_told_and_left_as_it_is() {
+        let dir = TempDir::new().unwrap();
+        let mut store = DiskRuns::open(dir.path()).unwrap().store;
+        store.save(&id("s"), Some(Box::new(saved(1))));
+        drop(store);
+        let path = dir.path().join("runs/s.run");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[7] = VERSION + 1;
+        fs::write(&path, &bytes).unwrap();
+        for _ in 0..2 {
+            let FoundRuns { saved: found, notes, .. } = DiskRuns::open(dir.path()).unwrap();
+            assert_eq!((found.len(), notes.len()), (0, 1));
+            assert!(notes[0].contains("runs/s.run: the saved analysis run has format 3, expected 2"), "{notes:?}");
+            assert_eq!(fs::read(&path).unwrap(), bytes, "{notes:?}");
+        }
+    }
+
+    #[test]
     fn what_cant_be_read_is_told_and_removed() {
         let dir = TempDir::new().unwrap();
         let mut store = DiskRuns::open(dir.path()).unwrap().store;
-        for name in ["short", "altered", "newer", "good"] {
+        for name in ["short", "altered", "strange", "good"] {
             store.save(&id(name), Some(Box::new(saved(1))));
         }
         drop(store);
@@ -239,7 +275,7 @@ mod tests {
         fs::write(at("short.run"), b"avia").unwrap();
         fs::write(at("s.new"), b"half").unwrap();
         fs::create_dir(at("stranger")).unwrap();
-        for (name, place) in [("altered.run", 40), ("newer.run", 7)] {
+        for (name, place) in [("altered.run", 40), ("strange.run", 6)] {
             let mut bytes = fs::read(at(name)).unwrap();
             bytes[place] ^= 1;
             fs::write(at(name), bytes).unwrap();
@@ -247,7 +283,7 @@ mod tests {
         let FoundRuns { saved: found, mut notes, .. } = DiskRuns::open(dir.path()).unwrap();
         assert_eq!(found, [(id("good"), saved(1))].into());
         notes.sort();
-        let expected = ["does not match its checksum", "expected aviaryT", "shorter than its header"];
+        let expected = ["does not match its checksum", "shorter than its header", "expected aviaryT"];
         assert_eq!(notes.len(), 3);
         notes.iter().zip(expected).for_each(|(note, part)| assert!(note.contains(part), "{note}"));
         assert!(DiskRuns::open(dir.path()).unwrap().notes.is_empty());

@@ -338,15 +338,100 @@ fn a_write_cut_off_between_any_sectors_leaves_the_promise_before_it() {
     }
 }
 
+/// What is on disk, but for the lock.
+fn contents(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    files(dir).into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+}
+
+/// Returns a record as the next version might write it: another content, in the header that all versions share.
+fn later_entry() -> Vec<u8> {
+    let body = b"a later content";
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&[ENTRY_VERSION + 1]), body);
+    [&[ENTRY_VERSION + 1][..], &crc.to_le_bytes(), body].concat()
+}
+
+fn put_later_record(journal: &Path) {
+    let db = sled::open(journal).unwrap();
+    db.open_tree("log").unwrap().insert((RECORDS + 1).to_be_bytes(), later_entry()).unwrap();
+    db.flush().unwrap();
+}
+
 #[test]
-fn an_acceptor_file_of_another_format_is_refused_with_both_numbers() {
+fn records_of_a_later_format_stay_even_in_a_journal_that_is_not_marked() {
+    let (disk, log) = summed();
+    let journal = disk.0.path().join("journal");
+    let read = |slot: u64| {
+        let db = sled::open(&journal).unwrap();
+        db.open_tree("log").unwrap().get(slot.to_be_bytes()).unwrap().unwrap().to_vec()
+    };
+    put_later_record(&journal);
+    fs::remove_file(disk.0.path().join("journal.format")).unwrap();
+    let Err(error) = DiskStore::open(disk.0.path()) else { panic!("opened") };
+    assert!(error.to_string().contains("journal: the log's record has format 4, expected 3"), "{error}");
+    assert_eq!((read(RECORDS + 1), read(RECORDS)), (later_entry(), encode_entry(&log[RECORDS as usize])));
+    let names = || fs::read_dir(disk.0.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(!names().any(|name| name.starts_with("quarantine") || name == "journal.format"));
+}
+
+#[test]
+fn a_file_of_a_later_format_stops_the_node_with_both_numbers_and_stays_as_it_is() {
+    let later: [(&str, &str, fn(&Path)); 5] = [
+        ("acceptor: the acceptor file has format 8, expected 7", "acceptor", |path| {
+            // A node of the next version wrote once: the slot of the older promise.
+            let mut bytes = fs::read(path).unwrap();
+            let sector = &mut bytes[SLOT_BYTES..][..512];
+            sector[7] = 8;
+            let place = (1u64 << 32).to_le_bytes();
+            let head = [&[8], &sector[8..16], &place[..]].concat();
+            let crc = crc32c::crc32c_append(crc32c::crc32c(&head), &sector[20..]);
+            sector[16..20].copy_from_slice(&crc.to_le_bytes());
+            fs::write(path, bytes).unwrap();
+        }),
+        ("acceptor: the log's record has format 4, expected 3", "acceptor", |path| {
+            let mut file = AcceptorFile::open(path).unwrap().file;
+            let entry = later_entry();
+            file.write(&codec::encode(&acceptor(RECORDS + 4, RECORDS + 3)), [&entry[..]].into_iter()).unwrap();
+        }),
+        ("genesis: the log's record has format 4, expected 3", "genesis", |path| {
+            fs::write(path, later_entry()).unwrap()
+        }),
+        ("checkpoint: the checkpoint has format 4, expected 3", "checkpoint", |path| {
+            let mut bytes = fs::read(path).unwrap();
+            bytes[7] = 4;
+            let hash = blake3::Hasher::new().update(&bytes[..16]).update(&bytes[48..]).finalize();
+            bytes[16..48].copy_from_slice(hash.as_bytes());
+            fs::write(path, bytes).unwrap();
+        }),
+        ("journal: the log's record has format 4, expected 3", "journal", |path| {
+            put_later_record(path);
+            fs::write(path.with_extension("format"), format::marker(4)).unwrap();
+        }),
+    ];
+    let (disk, _) = summed();
+    for (expected, name, make_later) in later {
+        let dir = in_memory();
+        copy(disk.0.path(), dir.path());
+        make_later(&dir.path().join(name));
+        let before = contents(dir.path());
+        for _ in 0..2 {
+            let Err(error) = DiskStore::open(dir.path()) else { panic!("{expected}: opened") };
+            assert!(matches!(&error, OpenError::Format(_)), "{error}");
+            let text = error.to_string();
+            assert!(text.contains(expected) && text.contains("start the version of aviary that wrote it"), "{text}");
+            assert!(contents(dir.path()) == before, "{expected}: the files changed");
+        }
+    }
+}
+
+#[test]
+fn an_acceptor_file_of_an_older_format_is_refused_with_both_numbers() {
     let (disk, _) = written();
     let path = disk.0.path().join("acceptor");
     let mut bytes = fs::read(&path).unwrap();
-    (bytes[7], bytes[SLOT_BYTES + 7]) = (1, 1);
+    (bytes[7], bytes[SLOT_BYTES + 7]) = (6, 6);
     fs::write(&path, bytes).unwrap();
     let Err(error) = open(disk.0.path()) else { panic!("opened") };
-    assert!(error.to_string().contains("it has format 1, expected 7"), "{error}");
+    assert!(error.to_string().contains("the acceptor file has format 6, expected 7"), "{error}");
 }
 
 #[test]
