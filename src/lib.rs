@@ -25,10 +25,12 @@
 //!     [`backup`]: the format of a cluster's backup.
 //! 16. [`synthetic`]: made-up traffic from a seed, for `aviary plan` and the benchmarks.
 //! 17. [`backoff`]: waits between tries.
-//! 18. [`cli`]: the command line, a file for each verb or small group of verbs.
+//! 18. [`about`]: what this program is: version, commit, compiler and formats.
+//! 19. [`cli`]: the command line, a file for each verb or small group of verbs.
 
 pub use aviary_core::{domain, protocol};
 
+pub mod about;
 pub mod adapters;
 pub mod api;
 pub mod backoff;

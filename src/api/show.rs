@@ -14,6 +14,7 @@ use crate::model::{
     ClusterMember, ClusterView, History, HistoryEntry, Problem, RolloutList, RolloutMetadata, RolloutView, Selector,
 };
 use crate::protocol::record::{Chosen, Operation, Slot};
+use crate::protocol::{Hold, ServiceView};
 use crate::status;
 
 use super::state::{ApiState, error};
@@ -147,13 +148,20 @@ fn entry(chosen: &Chosen) -> HistoryEntry {
 /// Answers `GET /v1/cluster`: members, coordinator and log positions.
 pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
     let view = state.node.published.view();
+    let unsettled =
+        |service: &ServiceView| matches!(service.serving.held_back, Some(Hold::InDoubt(_) | Hold::Decreasing));
+    let in_doubt: Vec<_> = view.services.iter().filter(|(_, service)| unsettled(service)).map(|(id, _)| id.clone()).collect();
     let members = view.members.iter().map(|(node, member)| {
+        let greeting = state.node.greetings.of(node);
         let shown = ClusterMember {
             alive: member.alive,
             cordoned: member.cordoned,
             head: member.head,
             incarnation: member.incarnation.to_string(),
             counts_not: member.counts_not.clone(),
+            build: greeting.as_ref().and_then(|greeting| greeting.facts.get("build").cloned()),
+            protocol: greeting.as_ref().map(|greeting| greeting.versions),
+            formats: greeting.as_ref().map(|greeting| greeting.formats()),
         };
         (node.clone(), shown)
     });
@@ -166,6 +174,7 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
         coordinator: view.coordinator.clone(),
         head: view.head,
         hash: view.head_hash.to_string(),
+        in_doubt,
         members: members.collect(),
     })
 }

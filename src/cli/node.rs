@@ -16,6 +16,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
+use crate::about;
 use crate::adapters::clock::BootClock;
 use crate::adapters::disk::{DiskRuns, DiskStore};
 #[cfg(feature = "kafka")]
@@ -213,6 +214,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
             listen: config.listen.control.clone(),
             peers: config.peers.iter().map(|(node, peer)| (node.clone(), peer.control.clone())).collect(),
             versions: VERSIONS,
+            facts: about::facts(),
             clock: Arc::new(BootClock),
             failpoint: Failpoint::from_environment()?,
         },

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::ids::NodeId;
+use crate::domain::ids::{NodeId, ServiceId};
+use crate::node::frame::Versions;
 use crate::protocol::Mode;
 use crate::protocol::record::Slot;
 
@@ -27,6 +28,9 @@ pub struct ClusterView {
     pub head: Slot,
     /// Hash of the record at that slot, in hexadecimal.
     pub hash: String,
+    /// Services with an increase that was decided in doubt, or with a decrease that this node doesn't know to be decided.
+    #[serde(default)]
+    pub in_doubt: Vec<ServiceId>,
     /// Members of the cluster, by name.
     pub members: BTreeMap<NodeId, ClusterMember>,
 }
@@ -44,4 +48,13 @@ pub struct ClusterMember {
     pub incarnation: String,
     /// Why its votes don't count; none when they do.
     pub counts_not: Option<String>,
+    /// Its build, by its own word; none until it said so.
+    #[serde(default)]
+    pub build: Option<String>,
+    /// Versions of the control protocol that it speaks.
+    #[serde(default)]
+    pub protocol: Option<Versions>,
+    /// Versions of its formats on disk, by name.
+    #[serde(default)]
+    pub formats: Option<BTreeMap<String, String>>,
 }

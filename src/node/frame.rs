@@ -10,6 +10,7 @@
 //! What leaves [`FrameCodec`] keeps the rules that the core builds on (see `checked`): a peer's bytes can be refused
 //! here, but they can't make anything behind it overflow or panic. Who may say what is [`super::link`]'s to know.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use bytes::{BufMut, BytesMut};
@@ -30,12 +31,17 @@ use crate::protocol::record::{Accepted, Ballot, Chosen, Intent, Operation, Recor
 pub const MAGIC: [u8; 4] = *b"AVRY";
 /// Size of a frame's header, in bytes.
 pub const HEADER_BYTES: usize = 15;
-/// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in.
-pub const HELLO_VERSION: u16 = 1;
+/// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in. What
+/// a later version tells beyond it is one more of its facts.
+pub const HELLO_VERSION: u16 = 2;
 /// The protocol versions that this program speaks.
 pub const VERSIONS: Versions = Versions { min: 8, max: 8 };
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
+/// Most facts in a HELLO.
+pub const FACTS_MAX: usize = 32;
+/// Most bytes of a fact's name, and of its value.
+pub const FACT_BYTES_MAX: usize = 256;
 /// Most bytes of a body after HELLO.
 pub const BODY_BYTES_MAX: usize = codec::VALUE_BYTES_MAX;
 
@@ -89,6 +95,9 @@ pub struct Hello {
     pub versions: Versions,
     /// Name of the node that the sender wants to reach, so that two swapped addresses are noticed at once.
     pub to: NodeId,
+    /// What the sender says about itself, by name, such as its build. Nothing is decided by it, and names that the receiver
+    /// doesn't know are no error.
+    pub facts: BTreeMap<String, String>,
 }
 
 /// A range of protocol versions, both ends included.
@@ -367,6 +376,7 @@ fn open(frame: &[u8]) -> Result<Envelope<Payload>, FrameError> {
         if min > max {
             return Err(malformed(format_args!("versions {min} to {max}, expected the oldest first")));
         }
+        check_facts(&envelope.payload.facts)?;
         return Ok(envelope.map(Payload::Hello));
     }
     let envelope: Envelope<Message> = codec::decode(body).map_err(malformed)?;
@@ -376,6 +386,12 @@ fn open(frame: &[u8]) -> Result<Envelope<Payload>, FrameError> {
     }
     check(&envelope.payload)?;
     Ok(envelope.map(|message| Payload::Message(Box::new(message))))
+}
+
+fn check_facts(facts: &BTreeMap<String, String>) -> Result<(), FrameError> {
+    at_most("number of facts", facts.len() as u64, FACTS_MAX as u64)?;
+    let lengths = facts.iter().flat_map(|(name, value)| [name.len(), value.len()]);
+    at_most("length of a fact", lengths.max().unwrap_or(0) as u64, FACT_BYTES_MAX as u64)
 }
 
 /// Checks what the types can't say: a peer's values keep the rules that ours keep by construction.
@@ -523,13 +539,13 @@ mod tests {
 
     fn framed(message: &Message) -> BytesMut {
         let mut bytes = BytesMut::new();
-        encode_message(&me(), 1, message, &mut bytes).unwrap();
+        encode_message(&me(), HELLO_VERSION, message, &mut bytes).unwrap();
         bytes
     }
 
     fn greeted() -> FrameCodec {
         let mut codec = FrameCodec::default();
-        codec.greeted(1);
+        codec.greeted(HELLO_VERSION);
         codec
     }
 
@@ -585,7 +601,8 @@ mod tests {
 
     #[test]
     fn hello_comes_first_and_once() {
-        let hello = Hello { versions: VERSIONS, to: node("b") };
+        let facts = [("build".to_string(), "0.2.0".to_string()), ("of a later version".into(), "kept".into())].into();
+        let hello = Hello { versions: VERSIONS, to: node("b"), facts };
         let mut bytes = BytesMut::new();
         encode_hello(&me(), &hello, &mut bytes);
         let found = FrameCodec::default().decode(&mut bytes.clone()).unwrap().unwrap();
@@ -594,6 +611,21 @@ mod tests {
         assert!(matches!(error, FrameError::Kind { found: 0, .. }), "{error}");
         let error = FrameCodec::default().decode(&mut framed(&heartbeat(1))).unwrap_err();
         assert_eq!(error.to_string(), "frame kind 4, expected 0 (HELLO)");
+    }
+
+    #[test]
+    fn facts_are_few_and_short() {
+        let hello = |count: usize, length: usize| {
+            let facts = (0..count).map(|n| (n.to_string(), "x".repeat(length))).collect();
+            let mut bytes = BytesMut::new();
+            encode_hello(&me(), &Hello { versions: VERSIONS, to: node("b"), facts }, &mut bytes);
+            FrameCodec::default().decode(&mut bytes)
+        };
+        assert!(hello(FACTS_MAX, 60).is_ok() && hello(1, FACT_BYTES_MAX).is_ok());
+        let many = hello(FACTS_MAX + 1, 1).unwrap_err().to_string();
+        assert_eq!(many, "malformed body: number of facts is 33, expected at most 32");
+        let long = hello(1, FACT_BYTES_MAX + 1).unwrap_err().to_string();
+        assert_eq!(long, "malformed body: length of a fact is 257, expected at most 256");
     }
 
     #[test]

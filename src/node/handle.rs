@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use super::greeting::Greetings;
 use crate::domain::ids::TxId;
 use crate::domain::time::Mono;
 use crate::ports::{Clock, LogReader};
@@ -144,6 +145,8 @@ pub struct NodeHandle {
     pub published: Published,
     /// The log, for `history` and for resuming streams.
     pub log: Arc<dyn LogReader>,
+    /// What the peers said about themselves.
+    pub greetings: Greetings,
     requests: mpsc::Sender<NodeRequest>,
     events: broadcast::Sender<Arc<Announcement>>,
 }
@@ -159,7 +162,8 @@ impl NodeHandle {
     ) -> (Self, mpsc::Receiver<NodeRequest>, broadcast::Sender<Arc<Announcement>>) {
         let (requests, receiver) = mpsc::channel(REQUESTS_MAX);
         let (events, _) = broadcast::channel(EVENTS_MAX);
-        (Self { published, log, requests, events: events.clone() }, receiver, events)
+        let greetings = Greetings::default();
+        (Self { published, log, greetings, requests, events: events.clone() }, receiver, events)
     }
 
     /// Asks for a change and waits for its outcome.

@@ -2,6 +2,7 @@
 
 pub mod failpoint;
 pub mod frame;
+pub mod greeting;
 pub mod handle;
 pub mod link;
 pub mod log;

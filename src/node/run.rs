@@ -24,8 +24,9 @@ use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, Reque
 
 use super::failpoint::Failpoint;
 use super::frame::Versions;
+use super::greeting::Greeting;
 use super::handle::{NodeHandle, NodeRequest, Published};
-use super::link::{Identity, LinkLimits, Links};
+use super::link::{Identity, Inbox, LinkLimits, Links};
 
 /// Parts that a node is built from.
 pub struct Parts {
@@ -51,6 +52,8 @@ pub struct Parts {
     pub peers: BTreeMap<NodeId, String>,
     /// The protocol versions that it speaks.
     pub versions: Versions,
+    /// What it says about itself to its peers, by name.
+    pub facts: BTreeMap<String, String>,
     /// Monotonic clock and time of day.
     pub clock: Arc<dyn Clock>,
     /// Where a test wants it to die.
@@ -91,6 +94,7 @@ pub fn prepare(
         listen,
         peers,
         versions,
+        facts,
         clock,
         failpoint,
     } = parts;
@@ -102,8 +106,11 @@ pub fn prepare(
     let published = Published::new(core.view().clone(), clock.clone());
     let reader = store.reader();
     let (handle, requests, events) = NodeHandle::new(published.clone(), reader.clone());
+    let greetings = handle.greetings.clone();
+    greetings.put(core.view().node.clone(), Greeting { versions, facts });
     let body = async move {
         let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
+        let inbox = Inbox { inputs, greetings };
         let view = core.view().clone();
         let limits = LinkLimits { versions, ..LinkLimits::default() };
         let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
@@ -112,7 +119,7 @@ pub fn prepare(
         // Nothing is sent before the start itself is durable: `boot` makes this process's ballots its own.
         let early = outputs.into_iter().partition::<Vec<_>, _>(|output| matches!(output, Output::Persist(_)));
         shell.carry_out_local(early.0)?;
-        match Links::start(limits, network, identity, &listen, peers, inputs, shutdown.clone()).await {
+        match Links::start(limits, network, identity, &listen, peers, inbox, shutdown.clone()).await {
             Ok(links) => {
                 bound(Ok(links.address().to_string()));
                 shell.run(links, early.1, requests, receiver, shutdown).await

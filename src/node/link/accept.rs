@@ -172,6 +172,6 @@ async fn pass_on(
     }
     let input = Input::Received { from: envelope.from, incarnation: envelope.incarnation, message };
     // The inbox closes only when the node stops, and then so do the links.
-    let _ = shared.inputs.send(input).await;
+    let _ = shared.inbox.inputs.send(input).await;
     Ok(())
 }

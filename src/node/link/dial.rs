@@ -54,7 +54,7 @@ pub(super) async fn run(shared: Arc<LinkShared>, peer: Arc<PeerLink>) {
                     matches!(&end, ConnectionEnd::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused);
                 if outage && refused {
                     outage = false;
-                    let _ = shared.inputs.send(Input::Unreachable(peer.node.clone())).await;
+                    let _ = shared.inbox.inputs.send(Input::Unreachable(peer.node.clone())).await;
                 }
                 tracing::debug!(peer = %peer.node, address = peer.address, "peer not reached: {end}");
                 end

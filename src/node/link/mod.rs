@@ -27,6 +27,7 @@ use crate::protocol::message::Message;
 
 pub use super::frame::Identity;
 use super::frame::{Envelope, FrameError, Hello, VERSIONS, Versions};
+use super::greeting::{Greeting, Greetings};
 use outbox::Outbox;
 pub use rejections::{Class, Rejections};
 
@@ -92,6 +93,15 @@ struct PeerLink {
     connected: AtomicBool,
 }
 
+/// Where what peers say goes.
+#[derive(Debug, Clone)]
+pub struct Inbox {
+    /// Takes their messages.
+    pub inputs: mpsc::Sender<Input>,
+    /// Keeps what they say about themselves; what is there of this node is what it says to them.
+    pub greetings: Greetings,
+}
+
 /// State that all tasks of the links share.
 struct LinkShared {
     network: Arc<dyn Network>,
@@ -99,7 +109,9 @@ struct LinkShared {
     me: ArcSwap<Identity>,
     limits: LinkLimits,
     peers: BTreeMap<NodeId, Arc<PeerLink>>,
-    inputs: mpsc::Sender<Input>,
+    inbox: Inbox,
+    /// What this node says about itself.
+    facts: BTreeMap<String, String>,
     rejections: Arc<Rejections>,
     shutdown: CancellationToken,
 }
@@ -113,7 +125,7 @@ pub struct Links {
 
 impl Links {
     /// Binds `listen`, starts dialling `peers` (this node's own entry is ignored), and from then on hands what arrives
-    /// to `inputs`: [`Input::Received`], and [`Input::Unreachable`] once per outage when a peer's port refuses.
+    /// to `inbox`: [`Input::Received`], and [`Input::Unreachable`] once per outage when a peer's port refuses.
     ///
     /// Fails only when the port can't be bound. Runs until `shutdown`.
     pub async fn start(
@@ -122,7 +134,7 @@ impl Links {
         identity: Identity,
         listen: &str,
         peers: BTreeMap<NodeId, String>,
-        inputs: mpsc::Sender<Input>,
+        inbox: Inbox,
         shutdown: CancellationToken,
     ) -> io::Result<Self> {
         let listener = network.listen(listen).await?;
@@ -132,13 +144,15 @@ impl Links {
             others.map(|(node, address)| (node.clone(), Arc::new(PeerLink::new(node, address, &limits)))).collect();
         let shutdown = shutdown.child_token();
         let rejections = Arc::new(Rejections::default());
+        let facts = inbox.greetings.of(&identity.node).map(|greeting| greeting.facts).unwrap_or_default();
         let stop = shutdown.clone().drop_guard();
         let shared = Arc::new(LinkShared {
             network,
             me: ArcSwap::from_pointee(identity),
             limits,
             peers,
-            inputs,
+            inbox,
+            facts,
             rejections,
             shutdown,
         });
@@ -201,7 +215,7 @@ impl LinkShared {
     }
 
     fn hello_to(&self, to: &NodeId) -> Hello {
-        Hello { versions: self.limits.versions, to: to.clone() }
+        Hello { versions: self.limits.versions, to: to.clone(), facts: self.facts.clone() }
     }
 
     /// Checks the parts of a HELLO that both sides check in the same way, and returns the version to go on with.
@@ -211,7 +225,12 @@ impl LinkShared {
             expect("sender", peer, &hello.from)?;
         }
         expect("hello to", &self.me.load().node, &hello.payload.to)?;
-        self.limits.versions.common(hello.payload.versions)
+        let Hello { versions, facts, .. } = &hello.payload;
+        if self.peers.contains_key(&hello.from) {
+            // Also where no version is common: operators see why.
+            self.inbox.greetings.put(hello.from.clone(), Greeting { versions: *versions, facts: facts.clone() });
+        }
+        self.limits.versions.common(*versions)
     }
 
     fn check_cluster<T>(&self, envelope: &Envelope<T>) -> Result<(), FrameError> {

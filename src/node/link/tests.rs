@@ -38,9 +38,14 @@ fn quick() -> LinkLimits {
     LinkLimits { hello: Duration::from_millis(300), body: Duration::from_millis(600), ..LinkLimits::default() }
 }
 
+fn greeting(node: &str) -> Greeting {
+    Greeting { versions: VERSIONS, facts: [("build".to_string(), format!("0.2.0 ({node})"))].into() }
+}
+
 struct Node {
     links: Links,
     inputs: mpsc::Receiver<Input>,
+    greetings: Greetings,
 }
 
 async fn node(me: &str, listen: &str, peer: &str, address: &str) -> Node {
@@ -52,8 +57,11 @@ async fn node_within(limits: LinkLimits, me: &str, listen: &str, peer: &str, add
     let peers = [(id(peer), address.to_string())].into();
     let shutdown = CancellationToken::new();
     let network = Arc::new(PlainNetwork);
-    let links = Links::start(limits, network, identity(me), listen, peers, sender, shutdown).await.unwrap();
-    Node { links, inputs }
+    let greetings = Greetings::default();
+    greetings.put(id(me), greeting(me));
+    let inbox = Inbox { inputs: sender, greetings: greetings.clone() };
+    let links = Links::start(limits, network, identity(me), listen, peers, inbox, shutdown).await.unwrap();
+    Node { links, inputs, greetings }
 }
 
 /// An address that nothing listens at.
@@ -95,7 +103,8 @@ impl Node {
 
 fn hello(from: &Identity, to: &str, versions: Versions) -> BytesMut {
     let mut bytes = BytesMut::new();
-    frame::encode_hello(from, &Hello { versions, to: id(to) }, &mut bytes);
+    let facts = [("build".to_string(), "0.0.1 (older)".to_string()), ("later".into(), "unknown".into())].into();
+    frame::encode_hello(from, &Hello { versions, to: id(to), facts }, &mut bytes);
     bytes
 }
 
@@ -118,6 +127,24 @@ async fn messages_go_both_ways_with_their_senders_name() {
         let message = Box::new(heartbeat(head));
         assert_eq!(node.next().await, Input::Received { from: id(from), incarnation, message });
     }
+}
+
+#[tokio::test]
+async fn what_a_peer_says_about_itself_is_known_even_where_no_version_is_common() {
+    let (mut a, mut b) = pair().await;
+    a.reaches(&mut b, "b", 1).await;
+    b.reaches(&mut a, "a", 1).await;
+    assert_eq!(a.greetings.of(&id("b")), Some(greeting("b")));
+    assert_eq!(b.greetings.of(&id("a")), Some(greeting("a")));
+    assert_eq!(a.greetings.of(&id("c")), None);
+    let address = free_address().await;
+    let c = node("c", "127.0.0.1:0", "d", &address).await;
+    let other = Versions::only(VERSIONS.max + 1);
+    refused(&c, &hello(&identity("d"), "c", other)).await;
+    refused(&c, &hello(&identity("x"), "c", other)).await;
+    let found = c.greetings.of(&id("d")).unwrap();
+    assert_eq!((found.versions, found.facts["build"].as_str()), (other, "0.0.1 (older)"));
+    assert_eq!(c.greetings.of(&id("x")), None, "only of configured peers, so that they stay few");
 }
 
 #[tokio::test]

@@ -80,6 +80,7 @@ pub async fn live(i: usize, cluster: Cluster) -> turmoil::Result {
         listen: format!("0.0.0.0:{CONTROL}"),
         peers,
         versions: cluster.versions[i],
+        facts: BTreeMap::new(),
         clock: Arc::new(SimulatedClock),
         failpoint: None,
     };
