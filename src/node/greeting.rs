@@ -18,9 +18,9 @@ pub struct Greeting {
 
 impl Greeting {
     /// Returns the format versions among the facts, by name.
-    pub fn formats(&self) -> BTreeMap<&str, &str> {
+    pub fn formats(&self) -> BTreeMap<String, String> {
         let facts = self.facts.iter();
-        facts.filter_map(|(name, version)| Some((name.strip_prefix("format.")?, version.as_str()))).collect()
+        facts.filter_map(|(name, version)| Some((name.strip_prefix("format.")?.into(), version.clone()))).collect()
     }
 }
 

@@ -1,20 +1,25 @@
-//! What is on disks and wires stays readable: each format's bytes, as they were.
+//! What is on disks and wires stays readable: each format's bytes, as each version of it wrote them.
 //!
-//! A change that breaks these needs a new format version (`FRAME` versions, the magic of acceptor file and checkpoint, the
-//! journal's entry version) and a way to read the old one. `AVIARY_GOLDEN=write` writes the file anew.
+//! `golden/FORMAT-VERSION.txt` holds bytes of one version, a line for each value. The rule: a file that is there is never
+//! rewritten. Changed bytes need a new version (`VERSIONS` in `src/node/frame.rs`, the constants named in
+//! `src/adapters/disk/format.rs`) and so a new file, which `AVIARY_GOLDEN=write` makes; the files of earlier versions stay,
+//! and must still be read as the values that they were written from. A version that is no longer read loses its file in
+//! the commit that drops its reader.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Debug, Display, Write as _};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use aviary::adapters::disk::format;
 use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use aviary::domain::rollout::Change;
 use aviary::domain::run::{AnalysisRun, WindowVerdict};
 use aviary::domain::sequential::Policy;
 use aviary::domain::time::Wall;
+use aviary::node::frame::{self, FrameCodec, HELLO_VERSION, Hello, Identity, Payload, VERSIONS, Versions};
 use aviary::protocol::checkpoint::{Checkpoint, Part};
 use aviary::protocol::codec;
 use aviary::protocol::ledger::Ledger;
@@ -26,8 +31,9 @@ use aviary::protocol::record::{
     Accepted, AcceptorState, Ballot, Certificate, Chosen, ConfigChange, Initiator, Intent, Member, Members, Operation,
     Record, RunTransfer, SavedRun, SeenDisk, Slot,
 };
+use bytes::BytesMut;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use tempfile::TempDir;
 
 fn node(name: &str) -> NodeId {
     NodeId::new(name).unwrap()
@@ -95,68 +101,247 @@ fn log() -> Vec<Chosen> {
     log
 }
 
-/// The named encodings so far.
-#[derive(Default)]
-struct Golden(BTreeMap<String, String>, String);
+/// A format in its newest version, with values that pin it.
+struct Format {
+    name: &'static str,
+    version: u16,
+    samples: Vec<Sample>,
+}
 
-impl Golden {
-    /// Encodes a value; the bytes of the file must read as the same value.
-    fn add<T: Serialize + DeserializeOwned + PartialEq + Debug>(&mut self, name: &str, value: &T) {
-        self.add_read(name, value, codec::decode);
+/// Reads the bytes of a version; an error if they don't mean the sample's value.
+type Reads = Box<dyn Fn(u16, &[u8]) -> Result<(), String>>;
+
+/// A value and its bytes.
+struct Sample {
+    name: String,
+    bytes: Vec<u8>,
+    /// The value alone, in the one encoding, without what the format puts around it.
+    body: Vec<u8>,
+    reads: Reads,
+}
+
+impl Sample {
+    fn new<T: Serialize + PartialEq + Debug + 'static, E: Display>(
+        name: impl Into<String>,
+        value: T,
+        bytes: Vec<u8>,
+        decode: impl Fn(u16, &[u8]) -> Result<T, E> + 'static,
+    ) -> Self {
+        let body = codec::encode(&value);
+        let reads = Box::new(move |version, bytes: &[u8]| match decode(version, bytes) {
+            Ok(found) if found == value => Ok(()),
+            Ok(found) => Err(format!("reads as another value: found {found:?}, expected {value:?}")),
+            Err(error) => Err(format!("can't be read any more: {error}")),
+        });
+        Self { name: name.into(), bytes, body, reads }
     }
 
-    /// Encodes a value that is more than its bytes; `read` makes it of them.
-    fn add_read<T: Serialize + PartialEq + Debug, E: Display>(
-        &mut self,
-        name: &str,
-        value: &T,
-        read: impl Fn(&[u8]) -> Result<T, E>,
-    ) {
-        let hex = codec::encode(value).iter().fold(String::new(), |mut hex, byte| {
-            write!(hex, "{byte:02x}").unwrap();
-            hex
-        });
-        writeln!(self.1, "{name} {hex}").unwrap();
-        if let Some(old) = self.0.get(name) {
-            let bytes: Vec<u8> =
-                (0..old.len() / 2).map(|i| u8::from_str_radix(&old[2 * i..2 * i + 2], 16).unwrap()).collect();
-            let read = read(&bytes).unwrap_or_else(|error| panic!("{name} can't be read any more: {error}"));
-            assert_eq!(read, *value, "{name} reads as another value");
+    /// Pins bytes that are too many for a file by their hash.
+    fn hash(name: &str, bytes: &[u8]) -> Self {
+        let hash = blake3::hash(bytes).as_bytes().to_vec();
+        Self { name: name.into(), body: hash.clone(), bytes: hash, reads: Box::new(|_, _| Ok(())) }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut hex, byte| {
+        write!(hex, "{byte:02x}").unwrap();
+        hex
+    })
+}
+
+fn unhex(hex: &str) -> Vec<u8> {
+    (0..hex.len() / 2).map(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap()).collect()
+}
+
+/// Compares the formats with the files of `dir`, and returns what breaks the rule; `write` makes files that are missing.
+fn problems(dir: &Path, formats: &[Format], write: bool) -> Vec<String> {
+    let mut problems = Vec::new();
+    for Format { name, version, samples } in formats {
+        let path = dir.join(format!("{name}-{version}.txt"));
+        let lines: Vec<_> = samples.iter().map(|sample| format!("{} {}", sample.name, hex(&sample.bytes))).collect();
+        if write && !path.exists() {
+            fs::write(&path, lines.join("\n") + "\n").unwrap();
+        }
+        let Ok(text) = fs::read_to_string(&path) else {
+            problems
+                .push(format!("{name}-{version}.txt is missing, expected it beside the others: AVIARY_GOLDEN=write"));
+            continue;
+        };
+        let (found, expected): (BTreeSet<_>, BTreeSet<_>) =
+            (lines.iter().map(String::as_str).collect(), text.lines().collect());
+        for line in found.symmetric_difference(&expected) {
+            let sample = line.split(' ').next().unwrap_or_default();
+            problems.push(format!(
+                "{sample} is not in {name}-{version}.txt as it is written: changed bytes need a new version"
+            ));
         }
     }
+    let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    for path in files {
+        let file = path.file_stem().unwrap().to_string_lossy().into_owned();
+        let version_of = |format: &&Format| file.strip_prefix(format.name)?.strip_prefix('-')?.parse::<u16>().ok();
+        let Some((format, version)) = formats.iter().find_map(|format| Some((format, version_of(&format)?))) else {
+            problems.push(format!("{file}: no format has this name"));
+            continue;
+        };
+        if version > format.version {
+            problems.push(format!("{file}: the newest version is {}", format.version));
+            continue;
+        }
+        let samples: BTreeMap<_, _> = format.samples.iter().map(|sample| (sample.name.as_str(), sample)).collect();
+        for line in fs::read_to_string(&path).unwrap().lines() {
+            let (name, bytes) = line.split_once(' ').unwrap();
+            let read = samples.get(name).ok_or_else(|| "has no value that it means".to_string());
+            if let Err(why) = read.and_then(|sample| (sample.reads)(version, &unhex(bytes))) {
+                problems.push(format!("{file}: {name} {why}"));
+            }
+        }
+    }
+    problems
 }
 
 #[test]
 fn bytes_of_disk_and_wire_stay_as_they_were() {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden.txt");
-    let text = fs::read_to_string(&path).unwrap_or_default();
-    let known = text.lines().filter_map(|line| line.split_once(' ')).map(|(n, hex)| (n.to_string(), hex.to_string()));
-    let mut golden = Golden(known.collect(), String::new());
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden");
+    let write = std::env::var_os("AVIARY_GOLDEN").is_some_and(|value| value == "write");
+    assert_eq!(problems(&dir, &formats(), write), Vec::<String>::new());
+}
+
+#[test]
+fn changed_bytes_need_a_new_file_and_earlier_ones_must_still_be_read() {
+    let dir = TempDir::new().unwrap();
+    // Version 1 writes the text, version 2 its length before it; a reader knows the versions from `oldest` on.
+    let text = |version: u16, oldest: u16, text: &'static str| {
+        let bytes = if version == 1 { text.into() } else { [&[text.len() as u8], text.as_bytes()].concat() };
+        let decode = move |version: u16, bytes: &[u8]| match version {
+            _ if version < oldest => Err("no reader"),
+            1 => Ok(String::from_utf8(bytes.to_vec()).unwrap()),
+            _ => Ok(String::from_utf8(bytes[1..].to_vec()).unwrap()),
+        };
+        [Format { name: "text", version, samples: vec![Sample::new("hello", text.to_string(), bytes, decode)] }]
+    };
+    let found = |formats: [Format; 1], write| problems(dir.path(), &formats, write).join("; ");
+    assert!(found(text(1, 1, "hello"), false).contains("text-1.txt is missing"));
+    assert_eq!(found(text(1, 1, "hello"), true), "");
+    let before = fs::read(dir.path().join("text-1.txt")).unwrap();
+    assert!(found(text(1, 1, "other"), true).contains("changed bytes need a new version"));
+    assert_eq!(fs::read(dir.path().join("text-1.txt")).unwrap(), before, "a file that is there is never rewritten");
+    assert_eq!(found(text(2, 1, "hello"), true), "", "a new version, which reads the one before");
+    assert!(found(text(2, 2, "hello"), false).contains("text-1: hello can't be read any more: no reader"));
+    assert!(found(text(1, 1, "hello"), false).contains("text-2: the newest version is 1"));
+    fs::write(dir.path().join("text-1.txt"), "hello 68656c70\n").unwrap();
+    assert!(found(text(2, 1, "hello"), false).contains("text-1: hello reads as another value: found \"help\""));
+}
+
+/// Returns the encoded values of all formats, by name, without what the formats put around them.
+pub fn bodies() -> Vec<(String, Vec<u8>)> {
+    formats().into_iter().flat_map(|format| format.samples).map(|sample| (sample.name, sample.body)).collect()
+}
+
+fn formats() -> [Format; 6] {
     let log = log();
-    for chosen in &log {
-        golden.add(&format!("record-{}", chosen.record.intent.operation.name()), chosen);
-    }
-    let mut ledger = Ledger::new(&log[0]).unwrap();
-    log[1..].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
-    golden.add_read("ledger", &ledger, |bytes| {
-        let checkpoint = Checkpoint { slot: Slot(7), bytes: bytes.to_vec().into() };
-        checkpoint.ledger()
-    });
-    let accepted = Accepted { ballot: ballot(4), record: log[7].record.clone() };
-    let acceptor = AcceptorState {
+    [
+        Format { name: "acceptor", version: format::ACCEPTOR.into(), samples: vec![acceptor(&log)] },
+        Format { name: "journal", version: format::JOURNAL.into(), samples: log.iter().map(record).collect() },
+        Format { name: "checkpoint", version: format::CHECKPOINT.into(), samples: vec![checkpoint(&log)] },
+        Format { name: "run", version: format::RUN.into(), samples: runs() },
+        Format { name: "hello", version: HELLO_VERSION, samples: vec![hello()] },
+        Format { name: "frame", version: VERSIONS.max, samples: messages(&log).into_iter().map(message).collect() },
+    ]
+}
+
+fn record(chosen: &Chosen) -> Sample {
+    let name = format!("record-{}", chosen.record.intent.operation.name());
+    Sample::new(name, chosen.clone(), format::encode_record(chosen), |_, bytes| format::decode_record(bytes))
+}
+
+fn acceptor(log: &[Chosen]) -> Sample {
+    let state = AcceptorState {
         cluster: ClusterId([7; 16]),
         node: node("a"),
         incarnation: Incarnation(0xaaaa),
         boot: 3,
         promised: Some(ballot(5)),
-        accepted: Some(accepted.clone()),
+        accepted: Some(Accepted { ballot: ballot(4), record: log[7].record.clone() }),
         head: Slot(6),
         head_hash: log[6].record.hash(),
         writes: 70_000,
         seen: [(node("b"), SeenDisk { incarnation: Incarnation(0xbbbb), writes: 300 })].into(),
     };
-    golden.add("acceptor", &acceptor);
+    let tail = log[5..6].to_vec();
+    let bytes = format::encode_acceptor(&state, &tail);
+    let expected = tail;
+    Sample::new("acceptor", state, bytes, move |_, bytes| {
+        let (state, tail) = format::decode_acceptor(bytes).map_err(|error| error.to_string())?;
+        if tail == expected { Ok(state) } else { Err(format!("its records are {tail:?}")) }
+    })
+}
 
+fn checkpoint(log: &[Chosen]) -> Sample {
+    let mut ledger = Ledger::new(&log[0]).unwrap();
+    log[1..].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
+    let bytes = format::encode_checkpoint(&Checkpoint::of(&ledger).unwrap());
+    Sample::new("ledger", ledger, bytes, |_, bytes| {
+        let checkpoint = format::decode_checkpoint(bytes).map_err(|error| error.to_string())?;
+        checkpoint.ledger().map_err(|error| error.to_string())
+    })
+}
+
+fn transfer(policy: Option<Policy>) -> RunTransfer {
+    let mut run = AnalysisRun::new(Analysis::default(), policy, 250, 4_000);
+    run.put(&node("a"), 17, &Default::default());
+    RunTransfer { at_ms: 4_500, run, closed: vec![WindowVerdict::unseen(0, 30_000)] }
+}
+
+fn runs() -> Vec<Sample> {
+    let saved = |policy| SavedRun { rollout_generation: 1, at: Wall(1_790_000_000_000), run: transfer(policy) };
+    let run = saved(None);
+    let bytes = format::encode_run(&run);
+    // Of a comparison with stable these are thousands of bytes, most of them 0.
+    let compared = format::encode_run(&saved(Some(Policy::default())));
+    vec![
+        Sample::new("saved-run", run, bytes, |_, bytes| format::decode_run(bytes)),
+        Sample::hash("saved-run-compared-hash", &compared),
+    ]
+}
+
+fn sender() -> Identity {
+    Identity { cluster: ClusterId([7; 16]), node: node("a"), incarnation: Incarnation(0xaaaa) }
+}
+
+fn hello() -> Sample {
+    let facts = [("build".to_string(), "0.2.0 (unknown)".to_string())].into();
+    let hello = Hello { versions: Versions { min: 8, max: 9 }, to: node("b"), facts };
+    let mut bytes = BytesMut::new();
+    frame::encode_hello(&sender(), &hello, &mut bytes);
+    Sample::new("hello", hello, bytes.to_vec(), |_, bytes| {
+        let envelope = FrameCodec::default().decode(&mut BytesMut::from(bytes)).map_err(|error| error.to_string())?;
+        match envelope.filter(|envelope| envelope.sender() == sender()).map(|envelope| envelope.payload) {
+            Some(Payload::Hello(hello)) => Ok(hello),
+            other => Err(format!("found {other:?}")),
+        }
+    })
+}
+
+fn message((name, message): (&'static str, Message)) -> Sample {
+    let mut bytes = BytesMut::new();
+    frame::encode_message(&sender(), VERSIONS.max, &message, &mut bytes).unwrap();
+    Sample::new(name, message, bytes.to_vec(), move |version, bytes| {
+        let mut codec = FrameCodec::default();
+        codec.greeted(version);
+        let envelope = codec.decode(&mut BytesMut::from(bytes)).map_err(|error| error.to_string())?;
+        match envelope.filter(|envelope| envelope.sender() == sender()).map(|envelope| envelope.payload) {
+            Some(Payload::Message(message)) => Ok(*message),
+            other => Err(format!("found {other:?}")),
+        }
+    })
+}
+
+/// A message of each kind.
+fn messages(log: &[Chosen]) -> Vec<(&'static str, Message)> {
+    let accepted = Accepted { ballot: ballot(4), record: log[7].record.clone() };
     let vote = |answer| Message::Vote(Vote { ballot: ballot(4), slot: Slot(7), head: Slot(6), writes: 70_000, answer });
     let heartbeat = Heartbeat {
         nonce: Some(1),
@@ -169,15 +354,6 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         writes: 70_000,
         seen: Some(SeenDisk { incarnation: Incarnation(0xbbbb), writes: 300 }),
     };
-    let transfer = |policy| {
-        let mut run = AnalysisRun::new(Analysis::default(), policy, 250, 4_000);
-        run.put(&node("a"), 17, &Default::default());
-        RunTransfer { at_ms: 4_500, run, closed: vec![WindowVerdict::unseen(0, 30_000)] }
-    };
-    // Of a comparison with stable these are thousands of bytes, most of them 0.
-    let compared = codec::encode(&transfer(Some(Policy::default())));
-    golden.add("transfer-hash", &blake3::hash(&compared).to_hex().to_string());
-    golden.add("saved-run", &SavedRun { rollout_generation: 1, at: Wall(1_790_000_000_000), run: transfer(None) });
     let snapshot = HealthSnapshot {
         service: ServiceId::new("s").unwrap(),
         routing_version: 2,
@@ -199,7 +375,7 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         recovery: false,
         evidence_age_ms_max: 2_000,
     };
-    let messages = [
+    vec![
         ("prepare", Message::Prepare(prepare)),
         ("vote-gate", vote(Answer::Gate { accepted: Some(Box::new(accepted)), gate: GateVote::No("errors".into()) })),
         ("vote-accept", vote(Answer::Accept)),
@@ -210,15 +386,5 @@ fn bytes_of_disk_and_wire_stay_as_they_were() {
         ("decision-checkpoint", Message::Decision(Decision::Checkpoint(part))),
         ("heartbeat", Message::Heartbeat(heartbeat)),
         ("health-snapshot", Message::HealthSnapshot(snapshot)),
-    ];
-    for (name, message) in &messages {
-        golden.add(name, message);
-    }
-    if std::env::var_os("AVIARY_GOLDEN").is_some_and(|value| value == "write") {
-        fs::write(&path, &golden.1).unwrap();
-    }
-    let expected = fs::read_to_string(&path).unwrap_or_default();
-    let differs = golden.1.lines().zip(expected.lines()).find(|(found, expected)| found != expected);
-    assert_eq!(differs, None, "a format changed without a new version");
-    assert_eq!(golden.1.lines().count(), expected.lines().count());
+    ]
 }

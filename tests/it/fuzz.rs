@@ -1,6 +1,6 @@
 //! Bytes that nobody meant: what is read from disks, wires, files and sockets never panics, and what is taken is whole.
 //!
-//! The corpus is small and kept here: the golden bytes of each format, the example rollout, one request of each kind.
+//! The corpus is small and kept here: values of each format, the example rollout, one request of each kind.
 //! `AVIARY_CASES=100000` for longer runs. Frames have their own, beside the frame codec.
 
 use std::cell::Cell;
@@ -22,6 +22,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::cluster::harness::{Cluster, MANUAL, http, rollout as example};
+use crate::formats::bodies;
 
 fn rounds(default: u32) -> u32 {
     std::env::var("AVIARY_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -33,14 +34,6 @@ fn runner(default: u32) -> TestRunner {
 
 fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(name)
-}
-
-/// The golden bytes of every format, by name.
-fn golden() -> Vec<(String, Vec<u8>)> {
-    let text = fs::read_to_string(path("tests/it/golden.txt")).unwrap();
-    let bytes =
-        |hex: &str| (0..hex.len() / 2).map(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap()).collect();
-    text.lines().filter_map(|line| line.split_once(' ')).map(|(name, hex)| (name.into(), bytes(hex))).collect()
 }
 
 /// One change to some bytes.
@@ -105,7 +98,7 @@ fn takes<T: Serialize + DeserializeOwned + Debug>(bytes: &[u8]) -> bool {
 
 #[test]
 fn altered_records_acceptor_states_and_messages_are_refused_or_whole() {
-    let corpus = golden();
+    let corpus = bodies();
     assert!(corpus.len() > 15);
     let taken = Cell::new(0);
     let cases = (0..corpus.len(), edits(5));
