@@ -4,7 +4,7 @@ use crate::adapters::clock::BootClock;
 use crate::adapters::disk::DiskStore;
 use crate::adapters::tls::authority::Authority;
 use crate::config::genesis;
-use crate::domain::ids::Incarnation;
+use crate::domain::ids::{Incarnation, NodeId};
 use crate::ports::{Clock as _, Recovered, Store as _};
 use crate::protocol::checkpoint::Checkpoint;
 use crate::protocol::ledger::Ledger;
@@ -20,10 +20,11 @@ use serde_json::{Value, json};
 use super::backup::{self, BackupArgs, RestoreArgs, VerifyBackupArgs};
 use super::node::identity_files;
 use super::output::{self, Format, facts, table};
+use super::upgrade::{self, UpgradeArgs, builds_differ};
 use super::write::{self, WriteArgs};
 use super::{Exit, read};
 use crate::client::Api;
-use crate::model::ClusterView;
+use crate::model::{ClusterMember, ClusterView};
 
 #[derive(Debug, Subcommand)]
 pub enum ClusterVerb {
@@ -45,8 +46,10 @@ pub enum ClusterVerb {
     Add(ReadmitArgs),
     /// Remove a node from the cluster permanently.
     Remove(MemberArgs),
-    /// Show the members, the coordinator, and each member's last log slot.
+    /// Show the members, the coordinator, and each member's last log slot and build.
     Status,
+    /// Say whether the nodes may be replaced one by one by those of the next version.
+    Upgrade(UpgradeArgs),
     /// Exclude a node from promotion votes, for example during a repair. It serves stable only.
     #[command(alias = "bench")]
     Cordon(MemberArgs),
@@ -329,6 +332,7 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
         }
         ClusterVerb::VerifyBackup(_) | ClusterVerb::Restore(_) => unreachable!("handled before the runtime starts"),
         ClusterVerb::Backup(args) => backup::run(api, &args, format).await,
+        ClusterVerb::Upgrade(args) => upgrade::run(api, &args, format).await,
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
         ClusterVerb::Cordon(args) => change(api, "cordon", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Uncordon(args) => change(api, "uncordon", json!({ "node": args.node }), args.write, format).await,
@@ -357,7 +361,7 @@ pub fn status(view: &ClusterView) -> String {
         ("coordinator", view.coordinator.to_string()),
         ("mode", output::name(&view.mode)),
     ]);
-    let mut members = table(["NODE", "ALIVE", "HEAD", "CORDONED", "INCARNATION", "VOTES"]);
+    let mut members = table(["NODE", "ALIVE", "HEAD", "CORDONED", "INCARNATION", "VOTES", "BUILD"]);
     for (node, member) in &view.members {
         members.add_row([
             node.to_string(),
@@ -366,9 +370,13 @@ pub fn status(view: &ClusterView) -> String {
             member.cordoned.to_string(),
             member.incarnation.clone(),
             member.counts_not.as_ref().map_or("count".into(), |why| format!("don't count: {why}")),
+            member.build.clone().unwrap_or_default(),
         ]);
     }
-    format!("{head}\n\n{}", members.trim_fmt())
+    let build = |(node, member): (&NodeId, &ClusterMember)| (node.to_string(), member.build.clone().unwrap_or_default());
+    let builds: Vec<_> = view.members.iter().map(build).collect();
+    let differ = builds_differ(&builds).map(|line| format!("\n\n{line}")).unwrap_or_default();
+    format!("{head}\n\n{}{differ}", members.trim_fmt())
 }
 
 #[cfg(test)]

@@ -28,7 +28,9 @@ mod show;
 mod status;
 mod telemetry;
 mod token;
+mod upgrade;
 mod upstream;
+mod version;
 mod watch;
 mod write;
 
@@ -172,6 +174,8 @@ enum Verb {
     Load(load::LoadArgs),
     /// Create a bearer token for the API, and its line for `[api] tokens_file`.
     Token(token::TokenArgs),
+    /// Print the version, the commit, the compiler, and the formats of disk and wire.
+    Version,
     /// Print a shell's completion script.
     Completions {
         /// Shell that the script is for.
@@ -211,6 +215,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Cluster(cluster::ClusterVerb::Issue(args)) => cluster::issue(&args).map(|()| Exit::Done),
         Verb::Config(verb) => check::run(&verb),
         Verb::Token(args) => Ok(token::run(&args)),
+        Verb::Version => version::run(cli.global.output),
         Verb::Proxy(args) => proxy::run(&args),
         Verb::Judge(args) => judge::run(&args),
         Verb::Replay(args) => replay::run(&args),
@@ -252,6 +257,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         Verb::Node(_)
         | Verb::Config(_)
         | Verb::Token(_)
+        | Verb::Version
         | Verb::Proxy(_)
         | Verb::Judge(_)
         | Verb::Replay(_)

@@ -16,3 +16,4 @@ mod old_disk;
 mod rollout;
 mod sequential;
 mod telemetry;
+mod upgrade;

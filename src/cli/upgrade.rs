@@ -1,0 +1,240 @@
+//! `aviary cluster upgrade --check`: may the nodes be replaced one by one, and what stands in the way.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::output::{self, Format};
+use super::{Exit, read};
+use crate::client::Api;
+use crate::node::frame::Versions;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  aviary cluster upgrade --check && systemctl restart aviary\n\n\
+    Exit code: 0 if it may begin, 1 if something stands in the way. Check again before each node.")]
+pub struct UpgradeArgs {
+    /// Say whether a rolling upgrade may begin; nothing is changed.
+    #[arg(long, required = true)]
+    check: bool,
+}
+
+/// Slots that a member's last word may lag behind while the cluster decides: it tells them four times a second.
+const LAG_SLOTS_MAX: u64 = 64;
+/// With fewer voters, the one that restarts takes the majority with it.
+const VOTERS_MIN: usize = 3;
+
+/// The parts of `GET /v1/cluster` that an upgrade depends on.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ClusterState {
+    node: String,
+    membership: String,
+    mode: String,
+    head: u64,
+    in_doubt: Vec<String>,
+    members: BTreeMap<String, MemberState>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct MemberState {
+    alive: bool,
+    head: Option<u64>,
+    incarnation: String,
+    counts_not: Option<String>,
+    build: Option<String>,
+    protocol: Option<Versions>,
+}
+
+/// One thing that stands in the way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Obstacle {
+    what: String,
+    /// What to type or to do.
+    cure: String,
+}
+
+/// The answer of the check.
+#[derive(Debug, Serialize)]
+struct Readiness {
+    may_begin: bool,
+    obstacles: Vec<Obstacle>,
+}
+
+/// Asks a node for its cluster, and prints whether an upgrade may begin.
+pub async fn run(api: &Api, _: &UpgradeArgs, format: Format) -> anyhow::Result<Exit> {
+    let answer = api.get("/v1/cluster").await?;
+    if !answer.status.is_success() {
+        return read::print(&answer, format, ToString::to_string);
+    }
+    let cluster: ClusterState = serde_json::from_str(&answer.body)?;
+    let obstacles = obstacles(&cluster);
+    let exit = if obstacles.is_empty() { Exit::Done } else { Exit::Refused };
+    let answer = Readiness { may_begin: obstacles.is_empty(), obstacles };
+    output::print(format, &serde_json::to_string(&answer)?, |_| text(&cluster, &answer))?;
+    Ok(exit)
+}
+
+fn text(cluster: &ClusterState, answer: &Readiness) -> String {
+    if answer.may_begin {
+        let count = cluster.members.len();
+        return format!(
+            "a rolling upgrade may begin: all {count} voters are alive and caught up, and nothing is in doubt"
+        );
+    }
+    let lines = answer.obstacles.iter().map(|Obstacle { what, cure }| format!("  {what}\n    {cure}"));
+    format!("a rolling upgrade may not begin:\n{}", lines.collect::<Vec<_>>().join("\n"))
+}
+
+fn obstacles(cluster: &ClusterState) -> Vec<Obstacle> {
+    let mut found = Vec::new();
+    let mut add = |what: String, cure: String| found.push(Obstacle { what, cure });
+    let voters = cluster.members.len();
+    if voters < VOTERS_MIN {
+        let cure = "aviary cluster join, then aviary cluster add NODE --incarnation HEX".into();
+        add(
+            format!("found {voters} voters, expected at least {VOTERS_MIN}: one that restarts takes the majority away"),
+            cure,
+        );
+    }
+    if cluster.membership != "Voter" || cluster.mode == "learner" {
+        let cure = format!("aviary cluster status, then aviary cluster readmit {} --incarnation HEX", cluster.node);
+        add(format!("node {} is a learner: it has no vote", cluster.node), cure);
+    } else if cluster.mode != "normal" {
+        add(format!("node {} hears from no majority", cluster.node), "aviary cluster status".into());
+    }
+    let newest = cluster.members.values().filter_map(|member| member.head).chain([cluster.head]).max().unwrap_or(0);
+    for (node, member) in &cluster.members {
+        if !member.alive {
+            add(format!("node {node} is not alive"), format!("start node {node}, or: aviary cluster remove {node}"));
+            continue;
+        }
+        if let Some(why) = &member.counts_not {
+            let cure = format!("aviary cluster readmit {node} --incarnation {}", member.incarnation);
+            add(format!("the votes of node {node} don't count: {why}"), cure);
+        }
+        let lag = newest - member.head.unwrap_or(0);
+        if lag > LAG_SLOTS_MAX {
+            add(
+                format!("node {node} is {lag} slots behind"),
+                "wait, then repeat: aviary cluster upgrade --check".into(),
+            );
+        }
+        if member.protocol.is_none() {
+            add(format!("node {node} has not told its build and protocol versions"), "aviary cluster status".into());
+        }
+    }
+    if let Some((what, cure)) = mixed(cluster) {
+        add(what, cure);
+    }
+    for service in &cluster.in_doubt {
+        add(format!("service {service}: a decision is not settled"), format!("aviary status {service}"));
+    }
+    found
+}
+
+/// Returns what is wrong if members speak different protocol versions: an upgrade is under way, and the next version
+/// would meet the one before the last.
+fn mixed(cluster: &ClusterState) -> Option<(String, String)> {
+    let spoken = || cluster.members.iter().filter_map(|(node, member)| Some((node, member, member.protocol?)));
+    let newest = spoken().map(|(.., versions)| versions.max).max()?;
+    let behind: Vec<_> = spoken().filter(|(.., versions)| versions.max < newest).collect();
+    let (node, member, versions) = behind.first()?;
+    let build = member.build.as_deref().unwrap_or("an unknown build");
+    let what =
+        format!("node {node} ({build}) speaks protocol {versions}, others speak {newest}: an upgrade is under way");
+    let names: Vec<_> = behind.iter().map(|(node, ..)| node.as_str()).collect();
+    Some((what, format!("upgrade node {} to the others' build first", names.join(", "))))
+}
+
+/// Returns a line that tells which nodes run which build, the oldest first; none where all run the same.
+pub fn builds_differ(members: &[(String, String)]) -> Option<String> {
+    let builds: BTreeSet<_> = members.iter().map(|(_, build)| build).filter(|build| !build.is_empty()).collect();
+    if builds.len() < 2 {
+        return None;
+    }
+    let mut builds: Vec<_> = builds.into_iter().collect();
+    builds.sort_by_key(|build| age(build));
+    let of = |wanted: &String| {
+        let nodes: Vec<_> =
+            members.iter().filter(|(_, build)| build == wanted).map(|(node, _)| node.as_str()).collect();
+        format!("{wanted} on {}", nodes.join(", "))
+    };
+    let (first, last) = (builds[0], builds[builds.len() - 1]);
+    let all: Vec<_> = builds.iter().map(|build| of(build)).collect();
+    Some(match age(first) < age(last) {
+        true => format!("builds differ, the oldest first: {}", all.join("; ")),
+        false => format!("builds of the same version differ: {}", all.join("; ")),
+    })
+}
+
+/// Returns the numbers of a build's version and of the commits since its tag: `0.2.0 (v0.2.0-3-gabc)` is [0, 2, 0, 3].
+fn age(build: &str) -> Vec<u64> {
+    let (version, commit) = build.split_once(" (").unwrap_or((build, ""));
+    let since_tag = commit.rsplit('-').nth(1).and_then(|count| count.parse().ok()).unwrap_or(0);
+    version.split('.').map(|part| part.parse().unwrap_or(0)).chain([since_tag]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn cluster(change: impl FnOnce(&mut Value)) -> Vec<String> {
+        let member = json!({
+            "alive": true, "head": 900, "incarnation": "00aa", "cordoned": false, "counts_not": null,
+            "build": "0.2.0 (v0.2.0)", "protocol": {"min": 8, "max": 9}, "formats": {},
+        });
+        let mut json = json!({
+            "node": "a", "membership": "Voter", "mode": "normal", "head": 910, "in_doubt": [],
+            "members": {"a": member, "b": member, "c": member},
+        });
+        change(&mut json);
+        let found = obstacles(&serde_json::from_value(json).unwrap());
+        found.into_iter().map(|Obstacle { what, cure }| format!("{what} => {cure}")).collect()
+    }
+
+    #[test]
+    fn a_whole_cluster_may_be_upgraded() {
+        assert_eq!(cluster(|_| {}), Vec::<String>::new());
+    }
+
+    #[test]
+    fn each_obstacle_is_named_with_what_to_do() {
+        let one = |change: fn(&mut Value)| cluster(change).join("; ");
+        let dead = one(|json| json["members"]["c"]["alive"] = false.into());
+        assert_eq!(dead, "node c is not alive => start node c, or: aviary cluster remove c");
+        let lost = one(|json| json["members"]["b"]["counts_not"] = "its disk was replaced".into());
+        assert!(lost.contains("its disk was replaced => aviary cluster readmit b --incarnation 00aa"), "{lost}");
+        let behind = one(|json| json["head"] = 2_000.into());
+        assert_eq!(behind.matches("is 1100 slots behind").count(), 3, "{behind}");
+        let learner = one(|json| json["membership"] = "Learner".into());
+        assert!(learner.contains("node a is a learner"), "{learner}");
+        let alone = one(|json| json["mode"] = "fail_safe".into());
+        assert!(alone.contains("hears from no majority"), "{alone}");
+        let silent = one(|json| json["members"]["b"]["protocol"] = Value::Null);
+        assert!(silent.contains("node b has not told its build"), "{silent}");
+        let mixed = one(|json| json["members"]["b"]["protocol"] = json!({"min": 8, "max": 8}));
+        assert!(mixed.contains("node b (0.2.0 (v0.2.0)) speaks protocol 8, others speak 9"), "{mixed}");
+        let doubt = one(|json| json["in_doubt"] = json!(["s"]));
+        assert_eq!(doubt, "service s: a decision is not settled => aviary status s");
+        let two = one(|json| drop(json["members"].as_object_mut().unwrap().remove("c")));
+        assert!(two.contains("found 2 voters, expected at least 3"), "{two}");
+    }
+
+    #[test]
+    fn the_older_build_is_named_first() {
+        let line = |builds: [&str; 3]| {
+            let members: Vec<_> = ["a", "b", "c"].into_iter().map(String::from).zip(builds.map(String::from)).collect();
+            builds_differ(&members)
+        };
+        assert_eq!(line(["0.2.0 (x)", "0.2.0 (x)", ""]), None);
+        assert_eq!(
+            line(["0.10.0 (x)", "0.9.0 (y)", "0.10.0 (x)"]).unwrap(),
+            "builds differ, the oldest first: 0.9.0 (y) on b; 0.10.0 (x) on a, c"
+        );
+        let ahead = line(["0.2.0 (v0.2.0-12-gabc)", "0.2.0 (v0.2.0-3-gdef)", ""]).unwrap();
+        assert!(ahead.contains("first: 0.2.0 (v0.2.0-3-gdef) on b;"), "{ahead}");
+        assert!(line(["0.2.0 (abc)", "0.2.0 (def)", ""]).unwrap().starts_with("builds of the same version differ"));
+    }
+}
