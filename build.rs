@@ -19,9 +19,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// Sets the variables that `src/about.rs` reads. Packagers, whose sources have no git, set AVIARY_COMMIT themselves.
 fn name_commit_and_compiler() {
     println!("cargo::rerun-if-env-changed=AVIARY_COMMIT");
-    // Files that change with each commit and checkout. A path that is missing would run this script at each build.
+    // Files that change with each commit and checkout; a path that is missing would run this script at each build. A debug
+    // build names the commit of its last full build instead: it would compile everything again after each commit.
+    let release = std::env::var("PROFILE").is_ok_and(|profile| profile == "release");
     let git_paths = ["HEAD", "logs/HEAD"].map(|name| output("git", &["rev-parse", "--git-path", name]));
-    for path in git_paths.into_iter().flatten().filter(|path| PathBuf::from(path).exists()) {
+    for path in git_paths.into_iter().flatten().filter(|path| release && PathBuf::from(path).exists()) {
         println!("cargo::rerun-if-changed={path}");
     }
     let given = std::env::var("AVIARY_COMMIT").ok().filter(|commit| !commit.is_empty());

@@ -150,7 +150,8 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
     let view = state.node.published.view();
     let unsettled =
         |service: &ServiceView| matches!(service.serving.held_back, Some(Hold::InDoubt(_) | Hold::Decreasing));
-    let in_doubt: Vec<_> = view.services.iter().filter(|(_, service)| unsettled(service)).map(|(id, _)| id.clone()).collect();
+    let in_doubt: Vec<_> =
+        view.services.iter().filter(|(_, service)| unsettled(service)).map(|(id, _)| id.clone()).collect();
     let members = view.members.iter().map(|(node, member)| {
         let greeting = state.node.greetings.of(node);
         let shown = ClusterMember {

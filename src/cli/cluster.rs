@@ -373,7 +373,8 @@ pub fn status(view: &ClusterView) -> String {
             member.build.clone().unwrap_or_default(),
         ]);
     }
-    let build = |(node, member): (&NodeId, &ClusterMember)| (node.to_string(), member.build.clone().unwrap_or_default());
+    let build =
+        |(node, member): (&NodeId, &ClusterMember)| (node.to_string(), member.build.clone().unwrap_or_default());
     let builds: Vec<_> = view.members.iter().map(build).collect();
     let differ = builds_differ(&builds).map(|line| format!("\n\n{line}")).unwrap_or_default();
     format!("{head}\n\n{}{differ}", members.trim_fmt())

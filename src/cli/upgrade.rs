@@ -64,7 +64,7 @@ struct Readiness {
 pub async fn run(api: &Api, _: &UpgradeArgs, format: Format) -> anyhow::Result<Exit> {
     let answer = api.get("/v1/cluster").await?;
     if !answer.status.is_success() {
-        return read::print(&answer, format, ToString::to_string);
+        return read::print(&answer, format, serde_json::Value::to_string);
     }
     let cluster: ClusterState = serde_json::from_str(&answer.body)?;
     let obstacles = obstacles(&cluster);

@@ -375,7 +375,8 @@ fn records_of_a_later_format_stay_even_in_a_journal_that_is_not_marked() {
 
 #[test]
 fn a_file_of_a_later_format_stops_the_node_with_both_numbers_and_stays_as_it_is() {
-    let later: [(&str, &str, fn(&Path)); 5] = [
+    type MakeLater = fn(&Path);
+    let later: [(&str, &str, MakeLater); 5] = [
         ("acceptor: the acceptor file has format 8, expected 7", "acceptor", |path| {
             // A node of the next version wrote once: the slot of the older promise.
             let mut bytes = fs::read(path).unwrap();
