@@ -186,6 +186,7 @@ pub enum Input {
 }
 
 /// What the shell is to do.
+#[expect(clippy::large_enum_variant, reason = "outputs are few at a time, and taken apart at once")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
     /// Write the acceptor state durably, and with it everything appended before.

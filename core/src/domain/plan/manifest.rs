@@ -131,7 +131,8 @@ impl TryFrom<Stored> for Manifest {
         }
         let shape = |error: serde_json::Error| ManifestError::Shape(error.to_string());
         let value: Value = serde_json::from_str(&stored.json).map_err(shape)?;
-        if value.to_string() != stored.json {
+        let canonical = value.to_string();
+        if canonical != stored.json {
             return Err(ManifestError::NotCanonical);
         }
         let (file, unknown) = known::read::<RolloutFile>(&value).map_err(shape)?;
