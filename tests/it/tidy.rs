@@ -29,7 +29,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("entropy", &[]),
     ("http_client", &["http_client"]),
     ("listener", &["listener"]),
-    ("model", &["code", "domain", "protocol", "model"]),
+    ("model", &["code", "domain", "protocol", "model", "node::frame"]),
     ("status", &["code", "domain", "model", "protocol", "node::handle", "node::log"]),
     (
         "proxy",

@@ -33,7 +33,7 @@ fn half_open_and_slow_connections_cost_little_and_keep_nobody_out() {
     for (name, port, slow) in [
         ("data", node.data, &b"POST /predict HTTP/1.1\r\nhost: x\r\nx-slow: "[..]),
         ("api", node.api, b"GET /v1/cluster HTTP/1.1\r\nx-slow: "),
-        ("control", node.control, b"AVRY\x00\x01\x00\x00\x00\x00\x31"),
+        ("control", node.control, b"AVRY\x00\x02\x00\x00\x00\x00\x31"),
     ] {
         for (kind, bytes) in [("half-open", &[][..]), ("slow", slow)] {
             let mut held = Vec::new();

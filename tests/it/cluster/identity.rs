@@ -176,7 +176,9 @@ fn tokens_say_who_did_what_and_no_secret_is_told() {
     let asked: Vec<_> = log.lines().filter(|line| line.contains("write asked for")).collect();
     assert_eq!(asked.len(), 2, "{log}");
     assert!(asked.iter().all(|line| line.contains("\"actor\":\"alice\"")), "{asked:?}");
-    assert!(log.contains("looks wrong (by alice)"), "{log}");
+    let decided = |line: &&str| line.contains("routing committed") && line.contains("looks wrong");
+    let decided = log.lines().find(decided).unwrap_or_else(|| panic!("{log}"));
+    assert!(decided.contains("\"actor\":\"alice\""), "{decided}");
 
     // Nothing that people look at tells a secret.
     let secret = token.strip_prefix("avy_").unwrap();

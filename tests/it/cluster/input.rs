@@ -36,8 +36,8 @@ fn shrugs_garbage_off(cluster: Cluster, classes: &[&str]) {
         match round / 3 % 5 {
             0 => bytes = vec![0xff; 64],
             1 => bytes.splice(..11, *b"AVRY\xff\xff\x00\x00\x00\x00\x31").for_each(drop),
-            2 => bytes.splice(..11, *b"AVRY\x00\x01\x00\xff\xff\xff\xff").for_each(drop),
-            3 => bytes.splice(..11, *b"AVRY\x00\x01\x00\x00\x00\x00\x31").for_each(drop),
+            2 => bytes.splice(..11, *b"AVRY\x00\x02\x00\xff\xff\xff\xff").for_each(drop),
+            3 => bytes.splice(..11, *b"AVRY\x00\x02\x00\x00\x00\x00\x31").for_each(drop),
             _ => {}
         }
         let mut stream = TcpStream::connect(("127.0.0.1", cluster.nodes[round % 3].control)).unwrap();

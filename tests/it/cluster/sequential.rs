@@ -134,12 +134,12 @@ fn when_all_nodes_are_killed_together_they_go_on_with_the_run_that_they_saved() 
     (0..3).for_each(|i| cluster.wait_ready(i));
     cluster.until(2, "completion", Duration::from_secs(90), |s| s["phase"] == "Completed");
     // All count from the beginning on, and come to the same numbers.
-    let last = [0, 1, 2].map(|i| lines(&cluster, i).into_iter().rfind(|line| line["slot"].is_null()));
+    let last = [0, 1, 2].map(|i| lines(&cluster, i).into_iter().rfind(|line| line["sequence"].is_null()));
     let same = ["from_ms", "to_ms", "verdict", "e_value", "canary", "stable"];
     let last = last.map(|line| same.map(|key| line.as_ref().map(|line| line[key].clone())));
     assert!(last.iter().all(|one| *one == last[0]), "{last:#?}");
     assert_eq!(last[0][0], Some(0.into()), "{last:#?}");
-    let decided: Vec<_> = lines(&cluster, 1).into_iter().filter(|line| line["slot"].is_u64()).collect();
+    let decided: Vec<_> = lines(&cluster, 1).into_iter().filter(|line| line["sequence"].is_u64()).collect();
     let unseen = decided.iter().filter(|window| window["reason"] == "nobody saw the whole of it").count();
     assert!(decided.len() >= 4 && (1..=3).contains(&unseen), "{decided:#?}");
     drop(traffic);

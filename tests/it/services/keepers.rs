@@ -21,7 +21,7 @@ fn kill_and_roll_back(cluster: &mut Cluster) -> u64 {
     }
     wait("the rollback", Duration::from_secs(10), || {
         let answer = cluster.post(2, "/v1/rollouts/svc/abort", None, "{}");
-        (answer.status == 200).then(|| answer.json()["slot"].as_u64().unwrap())
+        (answer.status == 200).then(|| answer.json()["sequence"].as_u64().unwrap())
     })
 }
 
