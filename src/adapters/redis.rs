@@ -18,7 +18,7 @@ use redis::{Client, Connection, RedisError, Script};
 
 use crate::domain::ids::ClusterId;
 use crate::ports::{DecisionSink, GuardProbe, OutsideError};
-use crate::protocol::record::Slot;
+use crate::protocol::record::{Sequence, Slot};
 use crate::schema::v1::Decision;
 
 /// Longest wait for a connection, and for an answer.
@@ -141,7 +141,8 @@ impl DecisionSink for RedisDecisions {
         let taken = Script::new(TAKE_OVER).key(self.published()).arg(&publisher).invoke(&mut connection);
         let through: Option<u64> = taken.map_err(|error| outside(&error))?;
         self.open = Some((connection, publisher));
-        Ok(through.map(Slot))
+        // The rest of a slot that was published in part is read again; the script passes over what was written.
+        Ok(through.map(|through| Slot(Sequence(through).next_slot().0.saturating_sub(1))))
     }
 
     fn publish(&mut self, decisions: &[Decision], through: Slot) -> Result<(), OutsideError> {
@@ -159,7 +160,11 @@ impl DecisionSink for RedisDecisions {
             }
         }
         let script = Script::new(MOVE_ON);
-        let moved = script.key(self.published()).arg(&publisher).arg(through.0).invoke::<i64>(&mut connection);
+        let moved = script
+            .key(self.published())
+            .arg(&publisher)
+            .arg(Sequence::last_of(through).0)
+            .invoke::<i64>(&mut connection);
         if moved.map_err(|error| outside(&error))? < 0 {
             return Err(OutsideError::new("redis", "another node publishes by now"));
         }

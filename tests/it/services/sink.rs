@@ -8,7 +8,7 @@ use aviary::adapters::redis::{RedisDecisions, client};
 use aviary::config::node::Kafka;
 use aviary::domain::ids::ClusterId;
 use aviary::ports::DecisionSink;
-use aviary::protocol::record::Slot;
+use aviary::protocol::record::{Sequence, Slot};
 use aviary::schema::v1::{Decision, DecisionKind, WindowVerdict};
 use prost::Message as _;
 use rdkafka::consumer::Consumer as _;
@@ -17,19 +17,19 @@ use rdkafka::message::Message as _;
 use super::kafka::Topics;
 use super::{unique, variable};
 
-/// The verdict of a window that ends at this second.
-fn decision(sequence: u64) -> Decision {
+/// The verdict of a window that ends at this second, decided in the slot of this number.
+fn decision(slot: u64) -> Decision {
     Decision {
-        sequence,
+        sequence: Sequence::of(Slot(slot), 0).0,
         service: "svc".into(),
         kind: DecisionKind::Verdict.into(),
         rollout_generation: 1,
-        window: Some(WindowVerdict { to_ms: sequence * 1000, verdict: 1, ..WindowVerdict::default() }),
+        window: Some(WindowVerdict { to_ms: slot * 1000, verdict: 1, ..WindowVerdict::default() }),
         ..Decision::default()
     }
 }
 
-/// `sink` makes publishers of one cluster; `seen` returns the sequences that a reader sees, in order.
+/// `sink` makes publishers of one cluster; `seen` returns the slots that a reader sees, in order.
 fn keeps_its_word(sink: &dyn Fn() -> Box<dyn DecisionSink>, seen: &dyn Fn() -> Vec<u64>) {
     let mut first = sink();
     assert!(first.publish(&[decision(1)], Slot(1)).is_err(), "it isn't open");
@@ -70,7 +70,8 @@ fn kafka_keeps_a_sinks_word() {
         // A reader joins its group for some seconds.
         while heard.elapsed() < Duration::from_secs(if found.is_empty() { 20 } else { 2 }) {
             if let Some(message) = reader.poll(Duration::from_millis(100)) {
-                found.push(Decision::decode(message.unwrap().payload().unwrap()).unwrap().sequence);
+                let decision = Decision::decode(message.unwrap().payload().unwrap()).unwrap();
+                found.push(Sequence(decision.sequence).slot().0);
                 heard = Instant::now();
             }
         }
@@ -81,10 +82,10 @@ fn kafka_keeps_a_sinks_word() {
 }
 
 /// A step of the rollout, to this weight.
-fn step(sequence: u64) -> Decision {
-    let canary_weight_bp = sequence as u32 * 100;
+fn step(slot: u64) -> Decision {
+    let canary_weight_bp = slot as u32 * 100;
     Decision {
-        sequence,
+        sequence: Sequence::of(Slot(slot), 0).0,
         service: "svc".into(),
         kind: DecisionKind::Promote.into(),
         canary_weight_bp,
@@ -99,7 +100,9 @@ fn redis_never_shows_an_older_state_though_its_place_is_gone() {
     let mut connection = redis::Client::open(url.as_str()).unwrap().get_connection().unwrap();
     let mut shown = || -> (u64, u32) {
         let key = format!("aviary:{{{cluster}}}:rollout:svc");
-        redis::cmd("HMGET").arg(key).arg(&["sequence", "canary_weight_bp"]).query(&mut connection).unwrap()
+        let shown: (u64, u32) =
+            redis::cmd("HMGET").arg(key).arg(&["sequence", "canary_weight_bp"]).query(&mut connection).unwrap();
+        (Sequence(shown.0).slot().0, shown.1)
     };
     let mut sink = RedisDecisions::new(client(&url).unwrap(), cluster);
     sink.open().unwrap();
@@ -131,7 +134,7 @@ fn redis_keeps_a_sinks_word() {
         let verdict = |key: &String| redis::cmd("GET").arg(key).query::<String>(&mut connection).unwrap();
         let verdicts: Vec<String> = keys.iter().map(verdict).collect();
         let mut found: Vec<u64> =
-            verdicts.iter().map(|text| text.split(' ').next().unwrap().parse().unwrap()).collect();
+            verdicts.iter().map(|text| Sequence(text.split(' ').next().unwrap().parse().unwrap()).slot().0).collect();
         found.sort_unstable();
         found
     };
