@@ -6,7 +6,7 @@
 //! section: kind u8 | length u32 | BLAKE3 of the body, 32 bytes | body
 //! ```
 //! Numbers are big-endian. The sections come in the order of [`Kind`]; there may be several of the log. The end section holds the
-//! BLAKE3 of every byte before it. A [`Writer`] makes the pieces of a file one after the other; [`read`] verifies a file and sums it
+//! BLAKE3 of every byte before it. A [`Writer`] makes the pieces of a file one after the other; [`read()`] verifies a file and sums it
 //! up. Neither holds more than one section at a time.
 
 mod read;
