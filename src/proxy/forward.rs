@@ -19,9 +19,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::legacy::{Builder, Client};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
@@ -34,39 +32,23 @@ use crate::status;
 
 use super::answer::{Body, BodyError, own, problem};
 use super::hop::{self, is_hop_by_hop};
-use super::settings::ProxySettings;
+use super::send::{SendFailure, UpstreamSender};
 use super::table::{NoRoute, RequestPermit, Route, RoutingTable};
 use super::upstream::{InFlightGuard, Pool, Server};
-use super::wire::HEAD_BYTES_MAX;
-
-/// Bytes of an answer that an `h2c://` server may send before the client takes any. The connection lets in as many for each
-/// request that the proxy takes at once, so that clients that read nothing leave the others' share untouched.
-const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
-/// The largest window that HTTP/2 has (RFC 9113, 6.9.1).
-const WINDOW_BYTES_MAX: usize = (1 << 31) - 1;
 
 /// State of a worker's slow path.
 #[derive(Clone)]
 pub struct SlowPath {
     router: Arc<RoutingTable>,
     shard: usize,
-    http1: Client<HttpConnector, Lent>,
-    http2: Client<HttpConnector, Lent>,
+    sender: Arc<UpstreamSender<Lent>>,
 }
 
 impl SlowPath {
     /// Returns the slow path of the worker that counts in this shard.
     pub fn new(router: Arc<RoutingTable>, shard: usize) -> Self {
-        let settings = &router.settings;
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(settings.connect_timeout()));
-        let idle = Duration::from_millis(settings.upstream_keep_alive_ms);
-        let mut builder = Client::builder(TokioExecutor::new());
-        builder.pool_timer(TokioTimer::new()).pool_idle_timeout(idle);
-        let http1 = builder.build(connector.clone());
-        let http2 = with_http2(&mut builder, settings).build(connector);
-        Self { http1, http2, shard, router }
+        let sender = Arc::new(UpstreamSender::new(&router.settings));
+        Self { sender, shard, router }
     }
 
     /// Serves a connection of which this much was read, until it ends; `shutdown` lets its open requests end.
@@ -104,22 +86,6 @@ impl SlowPath {
     fn count(&self, route: &Route, pick: Side, status: u16, began: Mono, error: bool) {
         self.router.count(self.shard, route, pick, status, began, error);
     }
-}
-
-/// Makes a builder one for `h2c://` servers, whose requests share a connection: none of them may hold up the others, and
-/// a connection that fell silent ends.
-fn with_http2<'b>(builder: &'b mut Builder, settings: &ProxySettings) -> &'b mut Builder {
-    let connection_bytes = (STREAM_WINDOW_BYTES as usize).saturating_mul(settings.requests_max);
-    let ping_ms = settings.upstream_ping_interval_ms;
-    builder
-        .http2_only(true)
-        .timer(TokioTimer::new())
-        .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .http2_initial_connection_window_size(connection_bytes.clamp(65_535, WINDOW_BYTES_MAX) as u32)
-        .http2_max_header_list_size(2 * HEAD_BYTES_MAX as u32)
-        .http2_keep_alive_interval((ping_ms > 0).then(|| Duration::from_millis(ping_ms)))
-        .http2_keep_alive_timeout(Duration::from_millis(settings.upstream_ping_timeout_ms))
-        .http2_keep_alive_while_idle(true)
 }
 
 /// A connection of which something was read already.
@@ -401,30 +367,20 @@ async fn attempt(
         let body = Lent { body, upload: upload.clone(), read: false };
         let request = outgoing(head, &server, body);
         let limit = Duration::from_millis(general.router.settings.first_byte_timeout_ms);
-        let client = if server.http2 { &general.http2 } else { &general.http1 };
-        let answered = in_time(limit, upload, client.request(request)).await;
+        let answered = in_time(limit, upload, general.sender.send(&server, request)).await;
         if !matches!(answered, Some(Ok(_))) && !upload.is(CUT) {
             in_flight.ended(true, general.router.now());
         }
         match answered {
-            Some(Ok(answer)) if head_bytes(answer.headers()) > HEAD_BYTES_MAX => {
-                in_flight.ended(true, general.router.now());
-                return Err(ForwardFailure::Broken("its answer's head is larger than 32 KiB".into()));
-            }
             Some(Ok(answer)) => return Ok((answer, in_flight)),
-            Some(Err(error)) if error.is_connect() => unreachable = format!("{}: {}", server.authority, root(&error)),
+            Some(Err(SendFailure::Unreachable(why))) => unreachable = format!("{}: {why}", server.authority),
             Some(Err(_)) if upload.is(CUT) => return Err(ForwardFailure::Client("the request's body broke off")),
-            Some(Err(error)) => return Err(ForwardFailure::Broken(root(&error))),
+            Some(Err(SendFailure::Broken(why))) => return Err(ForwardFailure::Broken(why)),
             None if upload.is(AWAITED) => return Err(ForwardFailure::Client("the request's body stopped coming")),
             None => return Err(ForwardFailure::Late),
         }
     }
     Err(ForwardFailure::Unreachable(unreachable))
-}
-
-/// Returns the bytes that fields take in an HTTP/1.1 head.
-fn head_bytes(headers: &HeaderMap) -> usize {
-    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + ": \r\n".len()).sum()
 }
 
 /// Waits for an answer until `limit` after the later of this call and the last that came from the client; none when
@@ -442,14 +398,6 @@ async fn in_time<T>(limit: Duration, upload: &Upload, answer: impl Future<Output
         }
         until = later;
     }
-}
-
-fn root(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    cause.to_string()
 }
 
 fn outgoing(head: &http::request::Parts, server: &Server, body: Lent) -> Request<Lent> {

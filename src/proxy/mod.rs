@@ -1,7 +1,7 @@
 //! The data plane: `/predict` and everything else that clients send, split between stable and canary.
 //!
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
-//! `worker` is one thread's share of it, `serve` its connections; `relay` carries plain requests, `forward` all others; `wire` is HTTP/1.1 as
+//! `worker` is one thread's share of it, `serve` its connections; `relay` carries plain requests, `forward` all others, by `send`; `wire` is HTTP/1.1 as
 //! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `probe`
 //! asks them, `outcome` counts and trips the circuit breaker.
 
@@ -21,6 +21,7 @@ pub mod hop;
 pub mod outcome;
 mod probe;
 mod relay;
+mod send;
 mod serve;
 pub mod settings;
 mod table;
