@@ -16,6 +16,7 @@ use crate::listener::{self, Accept, ConnectionLimiter};
 use crate::node::handle::NodeHandle;
 
 mod answer;
+pub mod failure;
 mod forward;
 pub mod hop;
 pub mod outcome;
