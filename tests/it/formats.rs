@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aviary::adapters::disk::format;
+use aviary::backup::{self, Header};
 use aviary::domain::analysis::Analysis;
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use aviary::domain::rollout::Change;
@@ -240,13 +241,14 @@ pub fn bodies() -> Vec<(String, Vec<u8>)> {
     formats().into_iter().flat_map(|format| format.samples).map(|sample| (sample.name, sample.body)).collect()
 }
 
-fn formats() -> [Format; 6] {
+fn formats() -> [Format; 7] {
     let log = log();
     [
         Format { name: "acceptor", version: format::ACCEPTOR.into(), samples: vec![acceptor(&log)] },
         Format { name: "journal", version: format::JOURNAL.into(), samples: log.iter().map(record).collect() },
         Format { name: "checkpoint", version: format::CHECKPOINT.into(), samples: vec![checkpoint(&log)] },
         Format { name: "run", version: format::RUN.into(), samples: runs() },
+        Format { name: "backup", version: backup::VERSION, samples: backups(&log) },
         Format { name: "hello", version: HELLO_VERSION, samples: vec![hello()] },
         Format { name: "frame", version: VERSIONS.max, samples: messages(&log).into_iter().map(message).collect() },
     ]
@@ -305,6 +307,41 @@ fn runs() -> Vec<Sample> {
         Sample::new("saved-run", run, bytes, |_, bytes| format::decode_run(bytes)),
         Sample::hash("saved-run-compared-hash", &compared),
     ]
+}
+
+/// A backup that begins with genesis, and one that begins with a checkpoint.
+fn backups(log: &[Chosen]) -> Vec<Sample> {
+    let checkpoint = |records: usize| {
+        let mut ledger = Ledger::new(&log[0]).unwrap();
+        log[1..records].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
+        ledger
+    };
+    let head = checkpoint(log.len());
+    let header = Header {
+        cluster: ClusterId([7; 16]),
+        node: node("a"),
+        build: "0.2.0".into(),
+        at_ms: Wall(1_790_000_000_100),
+        slot: head.head,
+        hash: Header::hash_of(&head.head_hash),
+    };
+    let config = "[node]\nid = \"a\"\n";
+    let sample = |name: &str, authority: Option<&str>, sum: Option<Ledger>| {
+        let mut writer = backup::Writer::default();
+        let mut bytes = writer.begin(&header);
+        bytes.extend(writer.config(config));
+        authority.iter().for_each(|pem| bytes.extend(writer.authority(pem)));
+        let from = sum.as_ref().map_or(0, |ledger| ledger.head.0 as usize + 1);
+        sum.iter().for_each(|ledger| bytes.extend(writer.checkpoint(&Checkpoint::of(ledger).unwrap())));
+        bytes.extend(writer.log(&log[from..]));
+        bytes.extend(writer.end());
+        let records = (log.len() - from) as u64;
+        let value = (header.clone(), config.to_string(), authority.map(str::to_string), head.clone(), records);
+        Sample::new(name, value, bytes, |_, bytes| {
+            backup::read(bytes).map(|found| (found.header, found.config, found.authority, found.ledger, found.records))
+        })
+    };
+    vec![sample("whole-log", Some("a certificate"), None), sample("after-checkpoint", None, Some(checkpoint(6)))]
 }
 
 fn sender() -> Identity {
