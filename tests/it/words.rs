@@ -162,8 +162,6 @@ fn help_and_errors_and_names_and_docs_use_the_fields_words() {
 
 /// Files that name old words on purpose.
 const ABOUT_WORDS: [&str; 1] = ["tests/it/words.rs"];
-/// Where the code still has some of the old words.
-const NOT_YET: &str = "core/src/protocol";
 
 #[test]
 fn names_and_comments_use_the_fields_words() {
@@ -171,8 +169,7 @@ fn names_and_comments_use_the_fields_words() {
     let scripts = [files("tests", ".py"), files("benches", ".py"), files("scripts", ".sh")].concat();
     let scenes = files("sim/scripts", ".txt");
     let whole = whole([code, scripts, scenes].concat()).into_iter();
-    let texts: Vec<_> =
-        whole.filter(|(place, _)| !ABOUT_WORDS.contains(&&**place) && !place.starts_with(NOT_YET)).collect();
+    let texts: Vec<_> = whole.filter(|(place, _)| !ABOUT_WORDS.contains(&&**place)).collect();
     assert!(texts.len() > 200, "{} files found", texts.len());
     let found = complaints(&texts, &list());
     assert!(found.is_empty(), "tests/words.txt says what to write instead\n{}", found.join("\n"));

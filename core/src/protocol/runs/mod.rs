@@ -42,7 +42,7 @@ pub(super) struct Runs {
 const VERDICTS_EVERY_MS: u64 = 250;
 
 /// A closed window, or a change of mind of the comparison with stable.
-pub(super) struct JudgedWindow {
+pub(super) struct DecidedWindow {
     pub service: ServiceId,
     pub rollout_generation: u64,
     pub window_verdict: WindowVerdict,
@@ -110,7 +110,7 @@ impl Runs {
 
     /// Lets the runs of these services go on; returns those where the comparison with stable changed its mind, which is
     /// announced.
-    pub fn tick(&mut self, ctx: &Context, services: &[ServiceId]) -> Vec<JudgedWindow> {
+    pub fn tick(&mut self, ctx: &Context, services: &[ServiceId]) -> Vec<DecidedWindow> {
         let expected: Vec<_> =
             ctx.ledger.members.gate_voters().filter(|node| ctx.is_live_voter(node)).cloned().collect();
         // Without a vote or a majority nothing goes on anyway: a peer that has the run, or saved most of it, may still come.
@@ -123,15 +123,15 @@ impl Runs {
             let Some(tracker) = self.of.get_mut(service) else { continue };
             let rollout_generation = tracker.rollout_generation();
             let changes = tracker.tick(&ctx.settings.node, &expected, can_ask, &mut free, ctx.now.mono);
-            let due = |window_verdict| JudgedWindow { service: service.clone(), rollout_generation, window_verdict };
+            let due = |window_verdict| DecidedWindow { service: service.clone(), rollout_generation, window_verdict };
             changed.extend(changes.into_iter().map(due));
         }
         changed
     }
 
     /// Tells people that the comparison with stable changed its mind.
-    pub fn announce(ctx: &mut Context, change: JudgedWindow) {
-        let JudgedWindow { service, rollout_generation, window_verdict } = change;
+    pub fn announce(ctx: &mut Context, change: DecidedWindow) {
+        let DecidedWindow { service, rollout_generation, window_verdict } = change;
         ctx.outdated.services.insert(service.clone());
         ctx.announce(Event::Analyzed { sequence: None, service, rollout_generation, window_verdict, decided: None });
     }
