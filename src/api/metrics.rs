@@ -96,7 +96,8 @@ pub async fn count(node: NodeHandle) {
             Err(RecvError::Closed) => return,
         };
         match &announcement.event {
-            Event::Routing { kind, initiator, state, took_ms, coordinator, .. } if state.status != Status::Prepared => {
+            Event::Routing { state, .. } if state.status == Status::Prepared => {}
+            Event::Routing { kind, initiator, state, took_ms, coordinator, .. } => {
                 count_transaction(*kind, *initiator, state);
                 // Once in a cluster.
                 if let Some(ms) = took_ms.filter(|_| coordinator.as_ref() == Some(&announcement.node)) {
@@ -115,7 +116,13 @@ pub async fn count(node: NodeHandle) {
             Event::Enforced { took_ms, .. } => {
                 histogram!("aviary_rollback_propagation_seconds").record(*took_ms as f64 / 1000.0);
             }
-            _ => {}
+            Event::Verdict { .. }
+            | Event::LocalHold { .. }
+            | Event::Membership { .. }
+            | Event::Lease { .. }
+            | Event::Coordinator { .. }
+            | Event::Peer { .. }
+            | Event::Rejected { .. } => {}
         }
     }
 }

@@ -237,10 +237,17 @@ impl Event {
     /// Returns the place among all decisions of the one that it tells of; none where it isn't about a decision.
     pub fn sequence(&self) -> Option<Sequence> {
         match self {
-            Self::Routing { slot, state, .. } if state.status != Status::Prepared => Some(Sequence::of(*slot, 0)),
+            Self::Routing { slot, state, .. } => (state.status != Status::Prepared).then(|| Sequence::of(*slot, 0)),
             Self::Membership { slot, .. } => Some(Sequence::of(*slot, 0)),
             Self::Analyzed { sequence, .. } => *sequence,
-            _ => None,
+            Self::Verdict { .. }
+            | Self::Voted { .. }
+            | Self::LocalHold { .. }
+            | Self::Enforced { .. }
+            | Self::Lease { .. }
+            | Self::Coordinator { .. }
+            | Self::Peer { .. }
+            | Self::Rejected { .. } => None,
         }
     }
 
@@ -250,7 +257,14 @@ impl Event {
             Self::Routing { decided_at, .. } => *decided_at,
             Self::Analyzed { decided, .. } => decided.as_ref().map(|decided| decided.decided_at),
             Self::Membership { decided_at, .. } => Some(*decided_at),
-            _ => None,
+            Self::Verdict { .. }
+            | Self::Voted { .. }
+            | Self::LocalHold { .. }
+            | Self::Enforced { .. }
+            | Self::Lease { .. }
+            | Self::Coordinator { .. }
+            | Self::Peer { .. }
+            | Self::Rejected { .. } => None,
         }
     }
 }

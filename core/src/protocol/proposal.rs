@@ -35,12 +35,19 @@ impl Proposal {
     /// Returns true when some node must serve less canary by it.
     pub fn decreases(&self) -> bool {
         match self {
-            Self::OperatorRequest(asked) => matches!(
-                asked,
+            Self::OperatorRequest(asked) => match asked {
                 OperatorRequest::Abort { .. }
-                    | OperatorRequest::Undo { .. }
-                    | OperatorRequest::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_))
-            ),
+                | OperatorRequest::Undo { .. }
+                | OperatorRequest::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
+                OperatorRequest::Config(
+                    ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_),
+                )
+                | OperatorRequest::Apply(_)
+                | OperatorRequest::Promote { .. }
+                | OperatorRequest::Pause { .. }
+                | OperatorRequest::Resume { .. }
+                | OperatorRequest::Retry { .. } => false,
+            },
             Self::Operation(operation) => operation.decreases_exposure(),
             Self::Settle(_) => false,
         }

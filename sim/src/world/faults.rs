@@ -249,8 +249,9 @@ impl<S: Subject> World<S> {
                 self.nodes[i].crash_at = Some(self.more.below(MOMENTS));
                 Ok(())
             }
+            5 => self.move_members(i),
             7 => self.flip_bit(i),
-            _ => self.move_members(i),
+            other => unreachable!("fault {other} has an arm of its own"),
         }
     }
 

@@ -534,7 +534,12 @@ impl Ledger {
             Operation::Refused { .. } | Operation::Change(_, Change::Pause { .. } | Change::Resume) => {
                 current?.increase.clone()
             }
-            _ => None,
+            // A change of the weights by itself; the others concern no service's weights.
+            Operation::Change(..)
+            | Operation::Revert { .. }
+            | Operation::Genesis { .. }
+            | Operation::Config(_)
+            | Operation::Verdicts(_) => None,
         }
     }
 

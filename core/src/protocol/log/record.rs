@@ -329,7 +329,12 @@ impl Operation {
 
     /// Returns true when it changes neither routing nor membership: nothing is served by it.
     pub fn is_verdict(&self) -> bool {
-        matches!(self, Self::Verdicts(_))
+        match self {
+            Self::Verdicts(_) => true,
+            Self::Genesis { .. } | Self::Change(..) | Self::Refused { .. } | Self::Revert { .. } | Self::Config(_) => {
+                false
+            }
+        }
     }
 
     /// Returns why it is asked for, as far as it says.
@@ -346,7 +351,12 @@ impl Operation {
 
     /// Returns true when it needs every gate voter's Yes.
     pub fn increases_exposure(&self) -> bool {
-        matches!(self, Self::Change(_, change) if change.increases_exposure())
+        match self {
+            Self::Change(_, change) => change.increases_exposure(),
+            Self::Genesis { .. } | Self::Refused { .. } | Self::Revert { .. } | Self::Config(_) | Self::Verdicts(_) => {
+                false
+            }
+        }
     }
 
     /// Returns true when some node must serve less canary by it.
@@ -354,7 +364,10 @@ impl Operation {
         match self {
             Self::Change(_, change) => change.decreases_exposure(),
             Self::Revert { .. } | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
-            Self::Genesis { .. } | Self::Refused { .. } | Self::Config(_) | Self::Verdicts(_) => false,
+            Self::Config(ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_))
+            | Self::Genesis { .. }
+            | Self::Refused { .. }
+            | Self::Verdicts(_) => false,
         }
     }
 }
