@@ -75,6 +75,9 @@ pub enum StreamFailure {
     /// The server surely did not process the request (RFC 9113, 8.7): any method may be sent again.
     #[error("{0}")]
     NotProcessed(String),
+    /// A connection that had served before ended before anything of the answer came: what is idempotent may be sent again.
+    #[error("{0}")]
+    Stale(String),
     /// The connection or the stream ended before the answer did; the server may have processed the request.
     #[error("{0}")]
     Broken(String),

@@ -32,7 +32,7 @@ use crate::status;
 
 use super::answer::{Body, BodyError, own, problem};
 use super::hop::{self, is_hop_by_hop};
-use super::send::{SendFailure, UpstreamSender};
+use super::send::{SendFailure, UpstreamBody, UpstreamSender};
 use super::table::{NoRoute, RequestPermit, Route, RoutingTable};
 use super::upstream::{InFlightGuard, Pool, Server};
 
@@ -358,7 +358,7 @@ async fn attempt(
     head: &http::request::Parts,
     upload: &Arc<Upload>,
     began: Mono,
-) -> Result<(Response<Incoming>, InFlightGuard), ForwardFailure> {
+) -> Result<(Response<UpstreamBody>, InFlightGuard), ForwardFailure> {
     let (mut unreachable, mut tried) = (String::new(), Vec::new());
     while let Some(in_flight) = pool.choose(began, &tried) {
         let server = in_flight.server.clone();
@@ -373,9 +373,13 @@ async fn attempt(
         }
         match answered {
             Some(Ok(answer)) => return Ok((answer, in_flight)),
-            Some(Err(SendFailure::Unreachable(why))) => unreachable = format!("{}: {why}", server.authority),
+            Some(Err(SendFailure::Local(why) | SendFailure::Unreachable(why))) => {
+                unreachable = format!("{}: {why}", server.authority)
+            }
             Some(Err(_)) if upload.is(CUT) => return Err(ForwardFailure::Client("the request's body broke off")),
-            Some(Err(SendFailure::Broken(why))) => return Err(ForwardFailure::Broken(why)),
+            Some(Err(SendFailure::NotProcessed(why) | SendFailure::Stale(why) | SendFailure::Broken(why))) => {
+                return Err(ForwardFailure::Broken(why));
+            }
             None if upload.is(AWAITED) => return Err(ForwardFailure::Client("the request's body stopped coming")),
             None => return Err(ForwardFailure::Late),
         }
@@ -488,7 +492,7 @@ fn answered_here(general: &SlowPath, route: &Route, pool: &Pool, pick: Side, beg
 }
 
 /// An upstream's answer, on its way to the client.
-fn passed_on(pool: &Pool, answer: Response<Incoming>, mut outcome: OutcomeGuard) -> Response<Body> {
+fn passed_on(pool: &Pool, answer: Response<UpstreamBody>, mut outcome: OutcomeGuard) -> Response<Body> {
     let (mut head, body) = answer.into_parts();
     strip(&mut head.headers, &[]);
     mark(&mut head.headers, &outcome.route, pool);
@@ -541,7 +545,7 @@ impl Drop for OutcomeGuard {
 
 /// An answer's body with a limit on its silence.
 struct Passing {
-    body: Incoming,
+    body: UpstreamBody,
     idle: Duration,
     silence: Pin<Box<Sleep>>,
     outcome: OutcomeGuard,
@@ -570,7 +574,7 @@ impl hyper::body::Body for Passing {
                 // An upload that the client cuts takes the upstream's connection with it.
                 let upstreams = !self.outcome.upload.is(CUT);
                 self.outcome.count(upstreams);
-                Poll::Ready(Some(Err(error.into())))
+                Poll::Ready(Some(Err(error)))
             }
             Poll::Ready(None) => {
                 self.outcome.count(false);

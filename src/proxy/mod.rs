@@ -2,8 +2,8 @@
 //!
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
 //! `worker` is one thread's share of it, `serve` its connections; `relay` carries plain requests, `forward` all others, by `send`; `wire` is HTTP/1.1 as
-//! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `probe`
-//! asks them, `outcome` counts and trips the circuit breaker.
+//! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `names` and
+//! `dial` find them, `pool` has the connections to those of HTTP/2, `probe` asks them, `outcome` counts and trips the circuit breaker.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +11,19 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::runtime::LocalRuntime;
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use crate::listener::{self, Accept, ConnectionLimiter};
 use crate::node::handle::NodeHandle;
 
 mod answer;
+mod dial;
 pub mod failure;
 mod forward;
 pub mod hop;
+mod names;
 pub mod outcome;
+mod pool;
 mod probe;
 mod relay;
 mod send;
@@ -91,7 +95,20 @@ fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<Rou
     (Arc::new(RoutingTable::new(node, settings, shards)), limiter)
 }
 
-/// Hands over what was counted, and asks servers whether they are well, until `shutdown`.
+/// Looks up the names of servers that were last looked up too long ago.
+fn look_up(router: &RoutingTable) {
+    let every = Duration::from_millis(router.settings.resolve_ms);
+    for server in router.table().servers().filter(|server| server.addresses.is_due(every)) {
+        let server = server.clone();
+        tokio::spawn(async move {
+            if let Err(error) = server.addresses.refresh().await {
+                warn!(server = %server.authority, %error, "its name can't be looked up: its last addresses stay");
+            }
+        });
+    }
+}
+
+/// Hands over what was counted, looks up names, and asks servers whether they are well, until `shutdown`.
 async fn drain(router: &RoutingTable, shutdown: &CancellationToken) {
     let prober = Prober::new(router.settings.connect_timeout());
     let mut tick = tokio::time::interval(DRAIN);
@@ -101,6 +118,7 @@ async fn drain(router: &RoutingTable, shutdown: &CancellationToken) {
             _ = tick.tick() => {}
         }
         prober.ask(router);
+        look_up(router);
         let observations = router.drain();
         if !observations.is_empty() {
             router.node.observed(observations);

@@ -357,7 +357,7 @@ where
         Some(upstream) => (upstream, true),
         None => match server.connect(worker.settings().connect_timeout()).await {
             Ok(upstream) => (upstream, false),
-            Err(error) => return Err(RelayFailure::Unreachable(error)),
+            Err(failure) => return Err(RelayFailure::Unreachable(io::Error::other(failure))),
         },
     };
     let mut exchange = Exchange {

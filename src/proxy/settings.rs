@@ -27,6 +27,11 @@ pub struct ProxySettings {
     /// How long an upstream's connection is kept for another request; default 4000, less than the 5 s after which common
     /// model servers close it.
     pub upstream_keep_alive_ms: u64,
+    /// Age at which an upstream's connection takes no more requests; default 60000. Its server may have moved, or have been
+    /// joined by others behind one address.
+    pub upstream_life_ms: u64,
+    /// How often the addresses of an upstream's name are looked up; default 30000.
+    pub resolve_ms: u64,
     /// How long an `h2c://` server's connection may be silent before it gets an HTTP/2 PING; default 20000, 0 sends none. A
     /// gRPC server may end a connection at the fourth PING in a row without data (`too_many_pings`): within four times this,
     /// `idle_timeout_ms` should end a silent answer.
@@ -55,6 +60,8 @@ impl Default for ProxySettings {
             header_timeout_ms: 5_000,
             keep_alive_timeout_ms: 75_000,
             upstream_keep_alive_ms: 4_000,
+            upstream_life_ms: 60_000,
+            resolve_ms: 30_000,
             upstream_ping_interval_ms: 20_000,
             upstream_ping_timeout_ms: 5_000,
             busy_poll_us: 0,

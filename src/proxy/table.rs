@@ -295,6 +295,12 @@ impl RoutingTable {
 }
 
 impl Table {
+    /// Returns the servers of all versions.
+    pub fn servers(&self) -> impl Iterator<Item = &Arc<Server>> {
+        let pools = self.routes.values().flat_map(|route| std::iter::once(&route.stable).chain(&route.canary));
+        pools.flat_map(|pool| &pool.servers)
+    }
+
     /// Returns the servers that are to be asked now whether they are well.
     pub fn due(&self, now: Mono) -> Vec<(Arc<Server>, HealthCheck)> {
         let pools = self.routes.values().flat_map(|route| std::iter::once(&route.stable).chain(&route.canary));

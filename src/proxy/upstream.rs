@@ -1,18 +1,21 @@
 //! A version's servers: which one takes the next request, and which ones are ejected for a while.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http::uri::Authority;
 use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
 
 use crate::domain::ids::VersionId;
 use crate::domain::plan::{Backend, HealthCheck};
 use crate::domain::time::Mono;
+
+use super::dial::dial;
+use super::failure::ConnectFailure;
+use super::names::{self, Addresses};
 
 /// Failures in a row after which a server is ejected.
 const FAILURES_MAX: u32 = 5;
@@ -31,7 +34,8 @@ pub struct Server {
     pub authority: Authority,
     /// True if the server speaks HTTP/2 without TLS (`h2c://`).
     pub http2: bool,
-    address: Option<SocketAddr>,
+    /// Where it is.
+    pub addresses: Addresses,
     /// Requests at it now; counted only where there is a choice.
     open: AtomicU32,
     failures: AtomicU32,
@@ -46,18 +50,18 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens a TCP connection to the server within `limit`.
-    pub async fn connect(&self, limit: Duration) -> io::Result<TcpStream> {
-        let connecting = async {
-            match self.address {
-                Some(address) => TcpStream::connect(address).await,
-                None => TcpStream::connect(self.authority.as_str()).await,
-            }
-        };
-        let late =
-            |_| io::Error::new(io::ErrorKind::TimedOut, format!("no connection within {} ms", limit.as_millis()));
-        let stream = tokio::time::timeout(limit, connecting).await.map_err(late)??;
-        stream.set_nodelay(true)?;
+    /// Opens a TCP connection to the server within `limit`, to whichever of its addresses takes one.
+    pub async fn connect(&self, limit: Duration) -> Result<TcpStream, ConnectFailure> {
+        let until = Instant::now() + limit;
+        let late = |_| ConnectFailure::Late(limit.as_millis() as u64);
+        let found = timeout_at(until, self.addresses.in_turn()).await.map_err(late)?;
+        let addresses = found.map_err(|error| match ConnectFailure::of(&error) {
+            local @ ConnectFailure::Local(_) => local,
+            _ => ConnectFailure::Unknown(error.to_string()),
+        })?;
+        let left = until.saturating_duration_since(Instant::now());
+        let stream = dial(addresses, left, |address| self.addresses.failed(address)).await?;
+        stream.set_nodelay(true).map_err(|error| ConnectFailure::of(&error))?;
         Ok(stream)
     }
 
@@ -81,7 +85,8 @@ impl Server {
 pub struct Servers(Mutex<BTreeMap<String, Arc<Server>>>);
 
 impl Servers {
-    fn named(&self, url: &str) -> Option<Arc<Server>> {
+    /// Returns the server of a URL, the same one each time; none where the URL names no host.
+    pub fn named(&self, url: &str) -> Option<Arc<Server>> {
         let mut known = self.0.lock().expect("nothing panics while it holds the servers");
         if let Some(server) = known.get(url) {
             return Some(server.clone());
@@ -90,7 +95,7 @@ impl Servers {
         let authority: Authority = rest.parse().ok()?;
         let server = Arc::new(Server {
             id: known.len(),
-            address: authority.as_str().parse().ok(),
+            addresses: Addresses::new(&with_port(&authority), names::system()),
             authority,
             http2: scheme == "h2c",
             open: AtomicU32::new(0),
@@ -103,6 +108,14 @@ impl Servers {
         });
         known.insert(url.into(), server.clone());
         Some(server)
+    }
+}
+
+/// Returns `host:port`, with the port of `http` where none is named.
+fn with_port(authority: &Authority) -> String {
+    match authority.port() {
+        Some(_) => authority.to_string(),
+        None => format!("{authority}:80"),
     }
 }
 
