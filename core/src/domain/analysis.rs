@@ -149,7 +149,20 @@ impl Analysis {
 
     /// Returns the verdict on everything the cluster has seen.
     pub fn judge(&self, cluster: &Evidence) -> Verdict {
-        self.judge_with(&cluster.canary, self.min_samples)
+        self.judge_canary(&cluster.canary)
+    }
+
+    /// Returns the verdict on the canary's answers that the cluster has seen. Quantiles need their latencies' distribution
+    /// (see [`Analysis::reads_quantiles`]).
+    pub(crate) fn judge_canary(&self, canary: &Stats) -> Verdict {
+        self.judge_with(canary, self.min_samples)
+    }
+
+    /// Returns true when some metric has a limit for a quantile of the latencies.
+    pub(crate) fn reads_quantiles(&self) -> bool {
+        let is_quantile =
+            |metric: &Metric| matches!(metric.limit, Limit::Latency { statistic: Statistic::Quantile(_), .. });
+        self.metrics.iter().any(is_quantile)
     }
 
     /// Returns the verdict on what one node has seen by itself. It needs fewer samples than the cluster's, so that one

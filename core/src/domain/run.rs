@@ -114,7 +114,8 @@ pub struct AnalysisRun<S> {
     window: Evidence,
     /// Verdict of the last closed window.
     closed: Option<Verdict>,
-    sequential: Option<Sequential>,
+    /// Several kilobytes, where there is one.
+    sequential: Option<Box<Sequential>>,
     result: Option<SequentialResult>,
 }
 
@@ -135,7 +136,7 @@ impl<S: Ord + Clone> AnalysisRun<S> {
             total: Evidence::default(),
             window: Evidence::default(),
             closed: None,
-            sequential: policy.map(Sequential::new),
+            sequential: policy.map(Sequential::new).map(Box::new),
             result: None,
             analysis,
         }
@@ -151,7 +152,7 @@ impl<S: Ord + Clone> AnalysisRun<S> {
             && self.tick_ms > 0
             && self.began_ms <= self.whole_from_ms
             && (self.ticks.next() + 1).checked_mul(self.tick_ms).is_some_and(|next_ms| self.whole_from_ms <= next_ms)
-            && self.sequential.as_ref().is_none_or(Sequential::is_sound)
+            && self.sequential.as_ref().is_none_or(|sequential| sequential.is_sound())
             && self.result.as_ref().is_none_or(finite)
     }
 

@@ -222,25 +222,56 @@ impl Stats {
 
 impl AddAssign<&Stats> for Stats {
     fn add_assign(&mut self, other: &Stats) {
+        self.add_totals(other);
+        let missing = self.add_known_bins(other);
+        if missing > 0 {
+            self.insert_missing_bins(other, missing);
+        }
+    }
+}
+
+impl Stats {
+    /// Returns the same counts without the latencies' distribution: they have a mean, and no quantiles.
+    pub(crate) fn totals(&self) -> Self {
+        let Self { count, errors, latency_sum_us, .. } = *self;
+        Self { count, errors, latency_sum_us, histogram: Vec::new() }
+    }
+
+    /// Adds another's counts without its latencies' distribution.
+    pub(crate) fn add_totals(&mut self, other: &Stats) {
         self.count += other.count;
         self.errors += other.errors;
         self.latency_sum_us += other.latency_sum_us;
-        let mut merged = Vec::with_capacity(self.histogram.len() + other.histogram.len());
-        let (mut left, mut right) = (self.histogram.iter().peekable(), other.histogram.iter().peekable());
-        while let Some(next) = match (left.peek(), right.peek()) {
-            (Some(l), Some(r)) if l.0 == r.0 => {
-                let sum = (l.0, l.1.saturating_add(r.1));
-                left.next();
-                right.next();
-                Some(sum)
+    }
+
+    /// Adds the other's bins that are here as well; returns how many aren't.
+    fn add_known_bins(&mut self, other: &Stats) -> usize {
+        let (mut at, mut missing) = (0, 0);
+        for (bin, answers) in &other.histogram {
+            at += self.histogram[at..].iter().take_while(|(known, _)| known < bin).count();
+            match self.histogram.get_mut(at).filter(|(known, _)| known == bin) {
+                Some((_, sum)) => *sum = sum.saturating_add(*answers),
+                None => missing += 1,
             }
-            (Some(l), Some(r)) if l.0 > r.0 => right.next().copied(),
-            (Some(_), _) => left.next().copied(),
-            (None, _) => right.next().copied(),
-        } {
-            merged.push(next);
         }
-        self.histogram = merged;
+        missing
+    }
+
+    /// Puts the other's bins that aren't here in their places, from the last one on, so that each bin moves once.
+    fn insert_missing_bins(&mut self, other: &Stats, missing: usize) {
+        let mut kept = self.histogram.len();
+        let mut free = kept + missing;
+        self.histogram.resize(free, (0, 0));
+        for new in other.histogram.iter().rev() {
+            while kept > 0 && self.histogram[kept - 1].0 > new.0 {
+                (free, kept) = (free - 1, kept - 1);
+                self.histogram[free] = self.histogram[kept];
+            }
+            if kept == 0 || self.histogram[kept - 1].0 != new.0 {
+                free -= 1;
+                self.histogram[free] = *new;
+            }
+        }
     }
 }
 
@@ -262,17 +293,12 @@ impl SubAssign<&Stats> for Stats {
 }
 
 /// A counter for many answers at once; [`StatsCounter::take`] makes statistics of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StatsCounter {
     errors: u64,
     latency_sum_us: u64,
-    histogram: Box<[u32; BINS]>,
-}
-
-impl Default for StatsCounter {
-    fn default() -> Self {
-        Self { errors: 0, latency_sum_us: 0, histogram: Box::new([0; BINS]) }
-    }
+    /// None before the first answer that was no error: of many counters, most never count.
+    histogram: Option<Box<[u32; BINS]>>,
 }
 
 impl StatsCounter {
@@ -282,15 +308,18 @@ impl StatsCounter {
         if error {
             self.errors += 1;
         } else {
-            self.histogram[bin_of(latency_us)] += 1;
+            self.histogram.get_or_insert_with(|| Box::new([0; BINS]))[bin_of(latency_us)] += 1;
         }
     }
 
     /// Returns what was counted since the last call.
     pub fn take(&mut self) -> Stats {
-        let stats = Stats::from_counts(self.errors, self.latency_sum_us, self.histogram.iter().copied());
+        let counts = self.histogram.iter().flat_map(|histogram| histogram.iter().copied());
+        let stats = Stats::from_counts(self.errors, self.latency_sum_us, counts);
         (self.errors, self.latency_sum_us) = (0, 0);
-        self.histogram.fill(0);
+        if let Some(histogram) = self.histogram.as_mut().filter(|_| stats.count > stats.errors) {
+            histogram.fill(0);
+        }
         stats
     }
 }
