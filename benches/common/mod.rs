@@ -20,8 +20,9 @@ pub fn intake(services: u64) -> Intake {
     let stamp = Stamp { tx: TxId::new("bench").expect("a name"), at: BootClock.now().wall };
     let service = Service::after(None, &spec.service.clone(), &Change::Start(spec), &stamp).expect("a start");
     let mut view = View::fixed(NodeId::new("a").expect("a name"), service);
-    let (_, one) = view.services.pop_first().expect("the one it was made of");
-    view.services = (0..services).map(|number| (name(number).parse().expect("a name"), one.clone())).collect();
+    let one = view.services.values().next().expect("the one it was made of");
+    let named = (0..services).map(|number| (name(number).parse().expect("a name"), one.clone()));
+    view.services = Arc::new(named.collect());
     let published = Published::new(Arc::new(view), Arc::new(BootClock));
     let (handle, _, _) = NodeHandle::new(published, MemoryStore::default().reader());
     Intake::new(handle, "bench")

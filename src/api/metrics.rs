@@ -39,7 +39,7 @@ static WEIGHED: Mutex<BTreeSet<(ServiceId, VersionId)>> = Mutex::new(BTreeSet::n
 
 fn tell_weights(view: &View) {
     let mut weighed = WEIGHED.lock().unwrap_or_else(PoisonError::into_inner);
-    for (id, found) in &view.services {
+    for (id, found) in view.services.iter() {
         weighed.extend(found.service.routing.weights.iter().map(|(version, _)| (id.clone(), version.clone())));
     }
     for (id, version) in weighed.iter() {
@@ -53,7 +53,7 @@ fn tell_weights(view: &View) {
 pub async fn scrape(State(state): State<ApiState>) -> Response {
     let view = state.node.published.view();
     tell_weights(&view);
-    for (id, found) in &view.services {
+    for (id, found) in view.services.iter() {
         let service = id.to_string();
         let routing = &found.service.routing;
         let effective = f64::from(state.node.published.effective_bp(&found.serving)) / 10_000.0;

@@ -119,7 +119,7 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
         head_hash: Hash([0; 32]),
         coordinator: NodeId::new(coordinator).unwrap(),
         members: BTreeMap::new(),
-        services: BTreeMap::from([(id(), Arc::new(shown))]),
+        services: Arc::new(BTreeMap::from([(id(), Arc::new(shown))])),
     })
 }
 
@@ -380,7 +380,7 @@ fn five_services() -> Arc<View> {
         let service = Service::after(None, &id, &Change::Start(Arc::new(spec)), &stamp(1)).unwrap();
         (id.clone(), view("a", "a", 2, service).services[&self::id()].clone())
     });
-    let services = services.collect();
+    let services = Arc::new(services.collect());
     Arc::new(View { services, ..(*view("a", "a", 2, started().1)).clone() })
 }
 

@@ -102,7 +102,7 @@ pub(crate) fn view_of(
         head_hash: Hash::default(),
         coordinator: node,
         members: BTreeMap::new(),
-        services: BTreeMap::from([(id, Arc::new(service))]),
+        services: Arc::new(BTreeMap::from([(id, Arc::new(service))])),
     }
 }
 
@@ -915,7 +915,9 @@ async fn a_new_weight_is_in_force_at_once_on_every_worker_and_costs_no_request()
     let (v1, v2) = (answering(OK).await, answering(OK).await);
     let numbered = move |number: u64, bp| {
         let mut view = view(Some(v1), Some(v2), bp);
-        view.services.values_mut().for_each(|service| Arc::make_mut(service).serving.routing_version = number);
+        Arc::make_mut(&mut view.services)
+            .values_mut()
+            .for_each(|service| Arc::make_mut(service).serving.routing_version = number);
         Arc::new(view)
     };
     let published = Published::new(numbered(1, 5_000), Arc::new(BootClock));

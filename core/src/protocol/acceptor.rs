@@ -47,7 +47,7 @@ pub(super) enum AfterAccept {
     Nothing,
     /// The acceptor state must be durable before the answer leaves.
     Persist,
-    /// A decrease is obeyed from here on: publish, then make it durable.
+    /// A decrease is obeyed from here on, or one isn't any more: publish, then make it durable.
     PublishAndPersist,
 }
 
@@ -161,14 +161,16 @@ impl Acceptor {
         if accepted.is_some_and(|a| a.ballot == ballot && a.record.slot == record.slot) {
             return AfterAccept::Nothing;
         }
-        let is_verdict = record.intent.operation.is_verdict();
-        if !is_verdict {
-            ctx.outdate(&record.intent.operation);
-        }
+        // What is served changes with a decrease alone: with this one, or with one that this record takes the place of.
+        let replaced = ctx.acceptor.accepted.take().map(|accepted| accepted.record.intent.operation);
+        let operations = replaced.iter().chain([&record.intent.operation]);
+        let decreases: Vec<_> = operations.filter(|operation| operation.decreases_exposure()).collect();
+        let after = if decreases.is_empty() { AfterAccept::Persist } else { AfterAccept::PublishAndPersist };
+        decreases.into_iter().for_each(|operation| ctx.outdate(operation));
         ctx.acceptor.promised = Some(ballot.clone());
         ctx.acceptor.accepted = Some(Accepted { ballot, record });
         self.accepted_at = ctx.now.mono;
-        if is_verdict { AfterAccept::Persist } else { AfterAccept::PublishAndPersist }
+        after
     }
 
     /// Forgets what was voted on in slots that are decided.

@@ -58,6 +58,8 @@ pub(super) struct Outdated {
     pub all: bool,
     /// Services whose views must be made anew.
     pub services: BTreeSet<ServiceId>,
+    /// Services of which only the evidence changed, by which nobody is served: they wait for the next refresh.
+    pub evidence: BTreeSet<ServiceId>,
 }
 
 /// The shared facts and the outbox.
@@ -126,8 +128,12 @@ impl Context {
         self.put(Output::Send { to: to.clone(), message: Box::new(message) });
     }
 
-    pub fn broadcast(&mut self, message: &Message) {
-        self.broadcast_but(message, &BTreeSet::new());
+    pub fn broadcast(&mut self, message: Message) {
+        let mut peers = self.peers.keys();
+        let Some(last) = peers.next_back() else { return };
+        let send = |to: &NodeId, message| Output::Send { to: to.clone(), message: Box::new(message) };
+        self.out.extend(peers.map(|to| send(to, message.clone())));
+        self.out.push(send(last, message));
     }
 
     /// Sends to every peer that isn't among `done`.
@@ -333,11 +339,12 @@ impl Context {
         }
     }
 
-    /// Notes that what an operation concerns must be shown anew.
+    /// Notes that what an operation concerns must be shown anew. A service that isn't in the ledger isn't shown.
     pub fn outdate(&mut self, operation: &Operation) {
         match operation.service() {
             Some(id) if self.ledger.services.contains_key(id) => drop(self.outdated.services.insert(id.clone())),
-            _ => self.outdated.all = true,
+            Some(_) => self.outdated.cluster = true,
+            None => self.outdated.all = true,
         }
     }
 }

@@ -204,7 +204,7 @@ impl Coordinator {
         let prepare = prepare_of(ctx, &attempt);
         self.attempt = Some(attempt);
         // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
-        ctx.broadcast(&Message::Prepare(prepare.clone()));
+        ctx.broadcast(Message::Prepare(prepare.clone()));
         Some(prepare)
     }
 
@@ -380,7 +380,7 @@ impl Coordinator {
         attempt.resend = ctx.now.mono.after_ms(ctx.settings.timings.resend_ms);
         let accepts = BTreeSet::from([ctx.settings.node.clone()]);
         attempt.stage = BallotStage::Proposing { record: Box::new(record.clone()), accepts };
-        ctx.broadcast(&Message::Decision(Decision::Propose(ballot.clone(), Box::new(record.clone()))));
+        ctx.broadcast(Message::Decision(Decision::Propose(ballot.clone(), Box::new(record.clone()))));
         Some(Next::Accept(ballot, Box::new(record)))
     }
 
@@ -396,7 +396,7 @@ impl Coordinator {
             decided_at: ctx.now.wall,
             record: (**record).clone(),
         });
-        ctx.broadcast(&Message::Decision(Decision::Chosen(chosen.clone())));
+        ctx.broadcast(Message::Decision(Decision::Chosen(chosen.clone())));
         Some(Next::Learn(chosen))
     }
 

@@ -491,10 +491,9 @@ impl Core {
 
     fn tick_gates(&mut self, services: &[ServiceId]) {
         for id in services {
-            if self.gates.tick(&self.context, id) {
+            if self.gates.tick(&mut self.context, id) {
                 self.judge(id);
                 self.send_snapshot(id);
-                self.show(id);
             }
         }
     }
@@ -521,7 +520,7 @@ impl Core {
     fn send_snapshot(&mut self, id: &ServiceId) {
         if self.gates.has_news(id) || self.context.ledger.services[id].service.rollout.phase.is_active() {
             let snapshot = self.snapshot(id);
-            self.context.broadcast(&Message::HealthSnapshot(snapshot));
+            self.context.broadcast(Message::HealthSnapshot(snapshot));
         }
     }
 

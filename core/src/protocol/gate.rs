@@ -9,6 +9,7 @@ use crate::domain::analysis::Analysis;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::query::NoValue;
 use crate::domain::rollout::Change;
+use crate::domain::stats::Stats;
 use crate::domain::text::bounded;
 use crate::domain::time::Mono;
 use crate::domain::verdict::Verdict;
@@ -40,6 +41,8 @@ struct Gate {
     verdict: Option<Verdict>,
     /// When peers are told of it next.
     next_snapshot: Mono,
+    /// When its evidence is shown anew.
+    next_shown: Mono,
     /// When the present stage began, as far as this node knows.
     stage_since: Mono,
 }
@@ -55,6 +58,7 @@ impl Gate {
             held_at: since,
             verdict: None,
             next_snapshot: Mono::default(),
+            next_shown: Mono::default(),
             stage_since: since,
         }
     }
@@ -80,20 +84,39 @@ impl Gate {
         fresh.filter_map(|(node, (_, snapshot))| Some((node, snapshot.local_hold.as_deref()?))).next()
     }
 
+    /// Returns what peers saw at the same routing version, as far as they spoke within `age_ms`.
+    fn heard(&self, now: Mono, age_ms: u64) -> impl Iterator<Item = &Evidence> {
+        let fresh = self.snapshots.values().filter(move |(at, snapshot)| {
+            now.millis_since(*at) <= age_ms && snapshot.routing_version == self.routing_version
+        });
+        fresh.map(|(_, snapshot)| &snapshot.evidence)
+    }
+
     /// Returns the evidence that is no older than `age_ms`: this node's own, and its peers' at the same routing version.
     fn evidence(&self, now: Mono, age_ms: u64) -> Evidence {
         let mut evidence = self.local().clone();
-        for (at, snapshot) in self.snapshots.values() {
-            if now.millis_since(*at) <= age_ms && snapshot.routing_version == self.routing_version {
-                evidence.merge(&snapshot.evidence);
-            }
-        }
+        self.heard(now, age_ms).for_each(|heard| evidence.merge(heard));
         evidence
+    }
+
+    /// Returns what that evidence says of the canary, as far as `analysis` reads it: it is asked with each message and each
+    /// batch of counts, and adding up distributions is most of its cost.
+    fn canary(&self, analysis: &Analysis, now: Mono, age_ms: u64) -> Stats {
+        let own = &self.local().canary;
+        let mut canary = own.totals();
+        match analysis.reads_quantiles() {
+            true => {
+                canary = own.clone();
+                self.heard(now, age_ms).for_each(|heard| canary += &heard.canary);
+            }
+            false => self.heard(now, age_ms).for_each(|heard| canary.add_totals(&heard.canary)),
+        }
+        canary
     }
 
     /// The worst of: the limits on what the cluster saw, the limits on what this node saw where that is a veto, the
     /// comparison with stable, and what other systems measured.
-    fn judge(&self, now: Mono, service_state: &ServiceState, cluster: &Evidence, compared: Verdict) -> Verdict {
+    fn judge(&self, now: Mono, service_state: &ServiceState, canary: &Stats, compared: Verdict) -> Verdict {
         let analysis = &service_state.service.rollout.spec.analysis;
         let alone = match analysis.judge_alone(self.local()) {
             veto @ (Verdict::Rollback(_) | Verdict::Pause(_)) => veto,
@@ -104,7 +127,7 @@ impl Gate {
             Verdict::Hold(_) if service_state.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
             verdict => verdict,
         };
-        let seen = analysis.judge(cluster).or_worse(alone).or_worse(compared);
+        let seen = analysis.judge_canary(canary).or_worse(alone).or_worse(compared);
         seen.or_worse(self.measured(analysis, now))
     }
 }
@@ -134,6 +157,12 @@ pub(super) struct Health<'g> {
 
 /// How long it takes until all services had their turn.
 const ROUND_MS: u64 = 100;
+/// Services that have their turn together at most: what is told of them fits into the queue of messages to a peer, which drops
+/// what doesn't, with room for what else is said.
+const TURN_MAX: u64 = 200;
+/// Services a second whose evidence is shown anew, when nothing else about them changes: of a few each with every snapshot, of
+/// a thousand each once a second.
+const SHOWN_PER_SECOND: u64 = 1_000;
 
 impl Gates {
     pub fn new(now: Mono) -> Self {
@@ -146,11 +175,11 @@ impl Gates {
     }
 
     /// Returns the services whose turn it is, so that each has one at least each [`ROUND_MS`]: of many a few at a time, so that
-    /// a request in between isn't kept waiting.
+    /// a request in between isn't kept waiting; at most [`TURN_MAX`], also after the node stood still.
     pub fn next_turn(&mut self, now: Mono) -> Vec<ServiceId> {
         let (last, before) = &self.turned;
         let most = self.of.len() as u64 * now.millis_since(*before) / ROUND_MS + 1;
-        let turn: Vec<_> = one_round(&self.of, last.as_ref()).take(most as usize).cloned().collect();
+        let turn: Vec<_> = one_round(&self.of, last.as_ref()).take(most.min(TURN_MAX) as usize).cloned().collect();
         self.turned = (turn.last().cloned(), now);
         turn
     }
@@ -164,16 +193,13 @@ impl Gates {
     pub fn health(&self, ctx: &Context, id: &ServiceId) -> Health<'_> {
         let gate = &self.of[id];
         let (now, age_ms) = (ctx.now.mono, ctx.settings.timings.evidence_age_ms_max);
-        let fresh = gate.snapshots.values().filter(|(at, snapshot)| {
-            now.millis_since(*at) <= age_ms && snapshot.routing_version == gate.routing_version
-        });
+        let heard = gate.heard(now, age_ms).map(|evidence| evidence.canary.count);
         Health {
             local_hold: gate.local_hold.as_deref().map(|why| (why, gate.held_at)),
             peer_hold: gate.peer_hold(now, age_ms),
             verdict: gate.verdict.as_ref(),
             stage_since: gate.stage_since,
-            canary_answers: gate.local().canary.count
-                + fresh.map(|(_, snapshot)| snapshot.evidence.canary.count).sum::<u64>(),
+            canary_answers: gate.local().canary.count + heard.sum::<u64>(),
         }
     }
 
@@ -217,17 +243,25 @@ impl Gates {
     pub fn hear(&mut self, now: Mono, from: &NodeId, snapshot: HealthSnapshot) {
         let local_hold = snapshot.local_hold.map(bounded);
         let Some(gate) = self.of.get_mut(&snapshot.service) else { return };
-        gate.snapshots.insert(from.clone(), (now, HealthSnapshot { transfer: None, local_hold, ..snapshot }));
+        gate.snapshots.insert(
+            from.clone(),
+            (now, HealthSnapshot { transfer: None, tick_samples: Vec::new(), local_hold, ..snapshot }),
+        );
     }
 
     /// Lets a gate's window go on. Returns true when it is time to judge it and to tell peers.
-    pub fn tick(&mut self, ctx: &Context, id: &ServiceId) -> bool {
+    pub fn tick(&mut self, ctx: &mut Context, id: &ServiceId) -> bool {
         let now = ctx.now.mono;
+        let shown_every_ms = self.of.len() as u64 * 1_000 / SHOWN_PER_SECOND;
         let gate = self.of.get_mut(id).expect("every service has a gate");
         gate.window.expire(now, ctx.ledger.services[id].service.rollout.spec.analysis.window_ms);
         let is_due = now >= gate.next_snapshot;
         if is_due {
             gate.next_snapshot = now.after_ms(ctx.settings.timings.snapshot_ms);
+        }
+        if is_due && now >= gate.next_shown {
+            gate.next_shown = now.after_ms(shown_every_ms);
+            ctx.outdated.evidence.insert(id.clone());
         }
         is_due
     }
@@ -261,13 +295,15 @@ impl Gates {
         if !service_state.service.rollout.phase.is_active() {
             return None;
         }
-        let evidence = self.cluster(ctx, id);
+        let analysis = &service_state.service.rollout.spec.analysis;
+        let (now, age_ms) = (ctx.now.mono, ctx.settings.timings.evidence_age_ms_max);
         let gate = self.of.get_mut(id).expect("every service has a gate");
-        let verdict = gate.judge(ctx.now.mono, service_state, &evidence, compared);
+        let canary = gate.canary(analysis, now, age_ms);
+        let verdict = gate.judge(now, service_state, &canary, compared);
         if gate.verdict.as_ref().map(Verdict::word) != Some(verdict.word()) {
-            let (service, verdict, samples) = (id.clone(), verdict.clone(), evidence.canary.count);
+            let (service, verdict, samples) = (id.clone(), verdict.clone(), canary.count);
             ctx.announce(Event::Verdict { service, routing_version: gate.routing_version, verdict, samples });
-            ctx.outdated.services.insert(id.clone());
+            ctx.outdated.evidence.insert(id.clone());
         }
         let harm = match &verdict {
             Verdict::Rollback(why) => Some(why.clone()),
@@ -319,9 +355,9 @@ impl Gates {
         if service_state.service.routing.canary_weight() == Weight::ZERO {
             return GateVote::Yes("no canary traffic yet".into());
         }
-        let evidence = gate.evidence(ctx.now.mono, age_ms);
-        let seen = describe(&evidence);
-        match gate.judge(ctx.now.mono, service_state, &evidence, compared) {
+        let canary = gate.canary(&service_state.service.rollout.spec.analysis, ctx.now.mono, age_ms);
+        let seen = describe(&canary);
+        match gate.judge(ctx.now.mono, service_state, &canary, compared) {
             Verdict::Promote => GateVote::Yes(seen),
             Verdict::Hold(why) if *full => GateVote::Yes(format!("{why}; the operator skipped the wait")),
             Verdict::Hold(why) => GateVote::Abstain(why),
@@ -375,8 +411,7 @@ impl Gates {
 const LATE_MS_MAX: u64 = 365 * 24 * 3600 * 1000;
 
 /// Returns evidence in words, for votes and logs.
-fn describe(evidence: &Evidence) -> String {
-    let canary = &evidence.canary;
+fn describe(canary: &Stats) -> String {
     let percent = canary.error_rate().unwrap_or(0.0) * 100.0;
     let mean = canary.mean_ms().unwrap_or(0.0);
     format!("{} canary answers, {percent:.2} % errors, mean {mean:.1} ms", canary.count)

@@ -50,6 +50,8 @@ pub(super) struct Lease {
     from: Option<Mono>,
     next_beat: Mono,
     held: bool,
+    /// The shortest lease in use, in milliseconds, as of this last decided slot.
+    shown_ms: Option<(Slot, u64)>,
     enforcing: BTreeMap<ServiceId, Enforcing>,
     reads: BTreeMap<RequestId, Read>,
 }
@@ -84,7 +86,8 @@ impl Lease {
         if ctx.now.mono >= self.next_beat {
             self.beat(ctx);
         }
-        let held = self.ms_left(ctx.now.mono, Self::lease_shown_ms(ctx)) > 0;
+        let shown_ms = self.lease_shown_ms(ctx);
+        let held = self.ms_left(ctx.now.mono, shown_ms) > 0;
         if held != self.held {
             self.held = held;
             ctx.announce(Event::Lease { held });
@@ -94,9 +97,15 @@ impl Lease {
     }
 
     /// The shortest lease in use; 2 s where no rollout names one.
-    fn lease_shown_ms(ctx: &Context) -> u64 {
-        let services = ctx.ledger.services.values().filter(|service_state| service_state.service.needs_lease());
-        services.map(|service_state| service_state.service.rollout.spec.lease_ms).min().unwrap_or(2_000)
+    fn lease_shown_ms(&mut self, ctx: &Context) -> u64 {
+        match self.shown_ms {
+            Some((head, ms)) if head == ctx.ledger.head => ms,
+            _ => {
+                let services = ctx.ledger.services.values().filter(|service_state| service_state.service.needs_lease());
+                let shortest = services.map(|service_state| service_state.service.rollout.spec.lease_ms).min();
+                self.shown_ms.insert((ctx.ledger.head, shortest.unwrap_or(2_000))).1
+            }
+        }
     }
 
     /// Sends every peer a heartbeat that asks for an answer.

@@ -17,8 +17,8 @@ const REFRESH_MS: u64 = 250;
 /// The last published view, and what the next one shows of each service.
 #[derive(Debug, Clone)]
 pub(super) struct Publisher {
-    shown: BTreeMap<ServiceId, Arc<ServiceView>>,
-    published_at: Mono,
+    shown: Arc<BTreeMap<ServiceId, Arc<ServiceView>>>,
+    refreshed_at: Mono,
     view: Arc<View>,
 }
 
@@ -34,9 +34,9 @@ impl Publisher {
             head_hash: ctx.ledger.head_hash,
             coordinator: ctx.coordinator.clone(),
             members: BTreeMap::new(),
-            services: BTreeMap::new(),
+            services: Arc::default(),
         };
-        Self { shown: BTreeMap::new(), published_at: ctx.now.mono, view: Arc::new(view) }
+        Self { shown: Arc::default(), refreshed_at: ctx.now.mono, view: Arc::new(view) }
     }
 
     /// Returns the latest published view.
@@ -46,33 +46,42 @@ impl Publisher {
 
     /// Returns true when something changed, or the evidence shown is old.
     pub fn is_due(&self, ctx: &Context) -> bool {
-        let Outdated { cluster, all, services } = &ctx.outdated;
-        let is_old = ctx.now.mono.millis_since(self.published_at) >= REFRESH_MS;
-        *cluster || *all || !services.is_empty() || is_old
+        let Outdated { cluster, all, services, .. } = &ctx.outdated;
+        *cluster || *all || !services.is_empty() || self.is_old(ctx)
+    }
+
+    fn is_old(&self, ctx: &Context) -> bool {
+        ctx.now.mono.millis_since(self.refreshed_at) >= REFRESH_MS
     }
 
     /// Returns the services that must be shown anew before the next publication.
     pub fn take_outdated(&mut self, ctx: &mut Context) -> Vec<ServiceId> {
-        let Outdated { all, services, .. } = std::mem::take(&mut ctx.outdated);
-        if !all {
+        let Outdated { all, services, mut evidence, .. } = std::mem::take(&mut ctx.outdated);
+        if !all && !self.is_old(ctx) {
+            ctx.outdated.evidence = evidence;
             return services.into_iter().collect();
         }
-        self.shown.retain(|id, _| ctx.ledger.services.contains_key(id));
+        self.refreshed_at = ctx.now.mono;
+        if !all {
+            evidence.extend(services);
+            return evidence.into_iter().collect();
+        }
+        if self.shown.keys().any(|id| !ctx.ledger.services.contains_key(id)) {
+            Arc::make_mut(&mut self.shown).retain(|id, _| ctx.ledger.services.contains_key(id));
+        }
         ctx.ledger.services.keys().cloned().collect()
     }
 
     /// Shows a service like this from the next publication on.
     pub fn show(&mut self, id: &ServiceId, view: ServiceView) {
-        match self.shown.get_mut(id) {
-            Some(shown) if **shown == view => {}
-            Some(shown) => *shown = Arc::new(view),
-            None => drop(self.shown.insert(id.clone(), Arc::new(view))),
+        // The map is copied once for all that change until the next publication.
+        if self.shown.get(id).is_none_or(|shown| **shown != view) {
+            Arc::make_mut(&mut self.shown).insert(id.clone(), Arc::new(view));
         }
     }
 
     /// Publishes what this node routes with, at this point of the outputs, if it isn't what was published last.
     pub fn publish(&mut self, ctx: &mut Context) {
-        self.published_at = ctx.now.mono;
         let view = Arc::new(self.build(ctx));
         if *view != *self.view {
             self.view = view.clone();

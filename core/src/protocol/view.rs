@@ -148,8 +148,8 @@ pub struct View {
     pub coordinator: NodeId,
     /// Voters of the cluster, by name.
     pub members: BTreeMap<NodeId, MemberView>,
-    /// Services that the log knows, by name.
-    pub services: BTreeMap<ServiceId, Arc<ServiceView>>,
+    /// Services that the log knows, by name; shared with the views before and after in which none of them changed.
+    pub services: Arc<BTreeMap<ServiceId, Arc<ServiceView>>>,
 }
 
 impl View {
@@ -187,7 +187,7 @@ impl View {
             head_hash: Hash::default(),
             coordinator: node,
             members: BTreeMap::new(),
-            services: BTreeMap::from([(id, Arc::new(shown))]),
+            services: Arc::new(BTreeMap::from([(id, Arc::new(shown))])),
         }
     }
 }

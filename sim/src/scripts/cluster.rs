@@ -300,7 +300,7 @@ impl<S: Subject> ScriptCluster<S> {
     fn look(&mut self) {
         for id in (0..3).map(name) {
             let view = self.nodes[&id].process.as_ref().and_then(|process| process.view.clone());
-            for (service, shown) in view.iter().flat_map(|view| &view.services) {
+            for (service, shown) in view.iter().flat_map(|view| view.services.iter()) {
                 let Some((canary, _)) = &shown.serving.canary else { continue };
                 let served = Served {
                     node: &id,

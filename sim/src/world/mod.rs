@@ -311,7 +311,7 @@ impl<S: Subject> World<S> {
     fn look(&mut self) -> Step {
         for node in &self.nodes {
             let Some(view) = node.process.as_ref().and_then(|process| process.view.as_ref()) else { continue };
-            for (service, shown) in &view.services {
+            for (service, shown) in view.services.iter() {
                 let Some((canary, _)) = &shown.serving.canary else { continue };
                 let bp = node.effective_bp(self.now, &shown.serving);
                 self.summary.exposed += u64::from(bp > 0);

@@ -20,7 +20,7 @@ impl<S: Subject> World<S> {
                 continue;
             };
             let mut observations = Vec::new();
-            for (service, shown) in &view.services {
+            for (service, shown) in view.services.iter() {
                 let index = self.services.iter().position(|s| s == service).unwrap_or(0);
                 let profile = self.profiles[index];
                 if profile == TrafficProfile::Silent {

@@ -1,7 +1,7 @@
 //! The analysis runs of all services: one for each rollout under way.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::run::{SequentialEvidence, WindowVerdict};
@@ -32,6 +32,8 @@ pub(super) struct Runs {
     saved: BTreeMap<ServiceId, SavedRun>,
     /// The service whose run was saved last.
     saved_last: Option<ServiceId>,
+    /// Services with a window that may be decided: found when they have their turn, forgotten when there is none any more.
+    due: BTreeSet<ServiceId>,
     /// When the next verdicts may be proposed.
     verdicts_at: Mono,
     /// More windows were due than a record had room for: the next ones needn't wait for a tick.
@@ -50,7 +52,8 @@ pub(super) struct DecidedWindow {
 
 impl Runs {
     pub fn new(saved: BTreeMap<ServiceId, SavedRun>) -> Self {
-        Self { of: BTreeMap::new(), saved, saved_last: None, verdicts_at: Mono::default(), more_windows: false }
+        let (of, due, verdicts_at) = (BTreeMap::new(), BTreeSet::new(), Mono::default());
+        Self { of, saved, saved_last: None, due, verdicts_at, more_windows: false }
     }
 
     /// Begins the run of a rollout that this node learned of, ends those that are over; `restarts` when it may have known the
@@ -116,8 +119,11 @@ impl Runs {
         // Without a vote or a majority nothing goes on anyway: a peer that has the run, or saved most of it, may still come.
         let voters = ctx.ledger.members.0.keys().filter(|node| ctx.is_live_voter(node)).count();
         let can_ask = ctx.membership() == Membership::Voter && voters >= ctx.ledger.members.quorum();
-        let asked = self.of.values().filter(|tracker| tracker.is_asking()).count();
-        let mut free = ASKED_AT_ONCE.saturating_sub(asked);
+        let wants = |id: &ServiceId| self.of.get(id).is_some_and(RunTracker::wants_run);
+        let mut free = match services.iter().any(wants) {
+            true => ASKED_AT_ONCE.saturating_sub(self.of.values().filter(|tracker| tracker.is_asking()).count()),
+            false => 0,
+        };
         let mut changed = Vec::new();
         for service in services {
             let Some(tracker) = self.of.get_mut(service) else { continue };
@@ -125,6 +131,9 @@ impl Runs {
             let changes = tracker.tick(&ctx.settings.node, &expected, can_ask, &mut free, ctx.now.mono);
             let due = |window_verdict| DecidedWindow { service: service.clone(), rollout_generation, window_verdict };
             changed.extend(changes.into_iter().map(due));
+            if tracker.next_window(&ctx.ledger.services[service], ctx.now.mono).is_some() {
+                self.due.insert(service.clone());
+            }
         }
         changed
     }
@@ -132,7 +141,7 @@ impl Runs {
     /// Tells people that the comparison with stable changed its mind.
     pub fn announce(ctx: &mut Context, change: DecidedWindow) {
         let DecidedWindow { service, rollout_generation, window_verdict } = change;
-        ctx.outdated.services.insert(service.clone());
+        ctx.outdated.evidence.insert(service.clone());
         ctx.announce(Event::Analyzed { sequence: None, service, rollout_generation, window_verdict, decided: None });
     }
 
@@ -162,14 +171,17 @@ impl Runs {
             return None;
         }
         let mut due = Vec::new();
-        for (id, tracker) in &mut self.of {
+        let of = &mut self.of;
+        self.due.retain(|id| {
+            let Some(tracker) = of.get_mut(id) else { return false };
             let service_state = &ctx.ledger.services[id];
-            let Some(window_verdict) = tracker.next_window(service_state, now) else { continue };
+            let Some(window_verdict) = tracker.next_window(service_state, now) else { return false };
             let overdue_ms = tracker.ms_since(window_verdict.to_ms, now);
             let routing = service_state.service.routing.clone();
             let rollout_generation = tracker.rollout_generation();
             due.push((overdue_ms, ServiceVerdict { routing, rollout_generation, window_verdict }));
-        }
+            true
+        });
         due.sort_by_key(|(overdue_ms, _)| Reverse(*overdue_ms));
         let all = due.len();
         let (most, mut room) = VERDICTS_MAX;

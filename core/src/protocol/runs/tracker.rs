@@ -211,6 +211,11 @@ impl RunTracker {
         now.millis_since(self.began).saturating_sub(at_ms)
     }
 
+    /// Returns true while this node waits for a peer's run, asked for or not.
+    pub fn wants_run(&self) -> bool {
+        self.asking.is_some()
+    }
+
     /// Returns true while this node asks for a peer's run.
     pub fn is_asking(&self) -> bool {
         self.asking.as_ref().is_some_and(Asking::has_begun)
