@@ -1,5 +1,6 @@
 //! What became of requests: counters for the gate and for Prometheus, and the circuit breaker.
 
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
@@ -27,8 +28,9 @@ pub struct OutcomeCounts {
 struct Shard {
     latency_sum_us: AtomicU64,
     by_class: [AtomicU32; 5],
-    /// Answers by latency: those that were no errors, and those that were.
-    histograms: [Box<[AtomicU32]>; 2],
+    /// Answers by latency: those that were no errors, and those that were; none before the first answer, because of many
+    /// services most have no traffic here.
+    histograms: OnceLock<[Box<[AtomicU32]>; 2]>,
 }
 
 impl OutcomeCounts {
@@ -40,11 +42,8 @@ impl OutcomeCounts {
         });
         let durations = metrics::histogram!(seconds, "service" => service.to_string(),
             "version" => version.to_string());
-        let shard = |_| Shard {
-            latency_sum_us: AtomicU64::new(0),
-            by_class: Default::default(),
-            histograms: [(); 2].map(|()| (0..BINS).map(|_| AtomicU32::new(0)).collect()),
-        };
+        let shard =
+            |_| Shard { latency_sum_us: AtomicU64::new(0), by_class: Default::default(), histograms: OnceLock::new() };
         Self { shards: (0..shards).map(shard).collect(), by_class, durations }
     }
 
@@ -52,7 +51,7 @@ impl OutcomeCounts {
     pub fn add(&self, shard: usize, status: u16, latency_us: u64, error: bool) {
         let shard = &self.shards[shard];
         shard.latency_sum_us.fetch_add(latency_us, Relaxed);
-        shard.histograms[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
+        shard.histograms.get_or_init(empty)[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
         // Last, and seen last: a reader that sees it finds the rest.
         shard.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Release);
     }
@@ -76,6 +75,11 @@ impl OutcomeCounts {
     }
 }
 
+/// Returns histograms without answers.
+fn empty() -> [Box<[AtomicU32]>; 2] {
+    [(); 2].map(|()| (0..BINS).map(|_| AtomicU32::new(0)).collect())
+}
+
 impl Shard {
     fn take(&self, durations: &Histogram) -> Stats {
         let sum = self.latency_sum_us.swap(0, Relaxed);
@@ -87,7 +91,7 @@ impl Shard {
             durations.record_many(middle_us(bin) as f64 / 1e6, new as usize);
             new
         };
-        let [fine, errors] = &self.histograms;
+        let [fine, errors] = self.histograms.get_or_init(empty);
         let errors = errors.iter().enumerate().map(take).map(u64::from).sum();
         let stats = Stats::from_counts(errors, sum, fine.iter().enumerate().map(take));
         if stats.count == 0 {
@@ -191,7 +195,7 @@ mod tests {
         counts.shards[0].by_class[1].fetch_add(1, Release);
         counts.shards[0].latency_sum_us.fetch_add(1_000, Relaxed);
         assert_eq!(counts.take(), Stats::default());
-        counts.shards[0].histograms[0][bin_of(1_000)].fetch_add(1, Relaxed);
+        counts.shards[0].histograms.get_or_init(empty)[0][bin_of(1_000)].fetch_add(1, Relaxed);
         counts.shards[0].by_class[1].fetch_add(1, Release);
         let stats = counts.take();
         assert_eq!((stats.count, stats.mean_ms(), stats.check()), (1, Some(1.0), Ok(())));

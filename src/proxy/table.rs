@@ -162,7 +162,7 @@ fn reads(spec: &RolloutSpec) -> Box<[String]> {
 /// All services, as of one view.
 pub struct Table {
     view: Arc<View>,
-    routes: BTreeMap<ServiceId, Arc<Route>>,
+    routes: Arc<BTreeMap<ServiceId, Arc<Route>>>,
 }
 
 /// Parts that routes are made from.
@@ -203,7 +203,7 @@ impl RoutingTable {
     pub fn new(node: NodeHandle, settings: ProxySettings, shards: usize) -> Self {
         let shared = RouteParts { servers: Servers::default(), shards };
         let view = node.published.view();
-        let routes = compile(&view, &BTreeMap::new(), &shared);
+        let routes = Arc::new(compile(&view, &BTreeMap::new(), &shared));
         let table = ArcSwap::from_pointee(Table { routes, view });
         Self { node, settings, open: AtomicUsize::new(0), table, compiling: Mutex::new(()), shared }
     }
@@ -228,7 +228,11 @@ impl RoutingTable {
         if Arc::ptr_eq(&before.view, &view) {
             return before;
         }
-        let table = Arc::new(Table { routes: compile(&view, &before.routes, &self.shared), view });
+        let routes = match Arc::ptr_eq(&before.view.services, &view.services) {
+            true => before.routes.clone(),
+            false => Arc::new(compile(&view, &before.routes, &self.shared)),
+        };
+        let table = Arc::new(Table { routes, view });
         self.table.store(table.clone());
         table
     }

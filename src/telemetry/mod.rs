@@ -16,7 +16,7 @@ use crate::domain::ids::ServiceId;
 use crate::domain::side::Side;
 use crate::domain::window::{Evidence, Tally};
 use crate::node::handle::NodeHandle;
-use crate::protocol::{Observation, View};
+use crate::protocol::{Observation, ServiceView, View};
 
 pub mod event;
 mod ids;
@@ -130,6 +130,8 @@ pub struct Intake {
 struct ServiceTable {
     /// Of the view that `services` was made of.
     number: Option<u64>,
+    /// The services of that view: the next one may have the same.
+    seen: Arc<BTreeMap<ServiceId, Arc<ServiceView>>>,
     services: HashTable<CountedService>,
     ids: Ids,
 }
@@ -171,6 +173,7 @@ impl Intake {
             node,
             counted: Arc::new(Mutex::new(ServiceTable {
                 number: None,
+                seen: Arc::default(),
                 services: HashTable::new(),
                 ids: Ids::default(),
             })),
@@ -226,6 +229,10 @@ impl ServiceTable {
         }
         self.number = Some(number);
         let view = node.published.view();
+        if Arc::ptr_eq(&self.seen, &view.services) {
+            return;
+        }
+        self.seen = view.services.clone();
         self.services.retain(|entry| view.services.contains_key(&entry.service));
         for id in view.services.keys() {
             let found = self.services.entry(
