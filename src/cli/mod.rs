@@ -36,6 +36,7 @@ mod write;
 
 use crate::client::{Address, Api, Unreachable};
 use crate::ports::OutsideError;
+use crate::router::snapshot::LookError;
 use output::Format;
 
 /// Exit code of the program.
@@ -197,11 +198,20 @@ pub fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => Exit::Done.into(),
         Err(error) => {
             eprintln!("error: {error:#}");
-            let outside = error.downcast_ref::<OutsideError>().is_some_and(|outside| !outside.replaced);
-            let unavailable = outside || error.downcast_ref::<Unreachable>().is_some();
-            if unavailable { Exit::Unavailable.into() } else { Exit::Refused.into() }
+            failed(&error).into()
         }
     }
+}
+
+/// Returns how the program ends with an error: whether another try may succeed.
+fn failed(error: &anyhow::Error) -> Exit {
+    let outside = match error.downcast_ref::<LookError>() {
+        Some(LookError::Outside(outside)) => Some(outside),
+        Some(LookError::Gone | LookError::Metadata { .. }) => None,
+        None => error.downcast_ref::<OutsideError>(),
+    };
+    let unavailable = outside.is_some_and(|outside| !outside.replaced) || error.is::<Unreachable>();
+    if unavailable { Exit::Unavailable } else { Exit::Refused }
 }
 
 fn run(cli: Cli) -> anyhow::Result<Exit> {
@@ -298,6 +308,23 @@ mod tests {
         let found: Vec<_> = cli.global.api.iter().map(ToString::to_string).collect();
         assert_eq!(found, ["http://127.0.0.1:1", "http://127.0.0.1:2"]);
         assert_eq!(cli.global.output, Format::Json);
+    }
+
+    #[test]
+    fn only_what_another_try_may_mend_ends_with_2() {
+        let outside = || OutsideError::new("kafka topic orders", "timed out");
+        let why = crate::domain::split::Split::from_metadata("nonsense").unwrap_err();
+        for (error, exit) in [
+            (outside().into(), Exit::Unavailable),
+            (LookError::Outside(outside()).into(), Exit::Unavailable),
+            (OutsideError::replaced("kafka", "fenced").into(), Exit::Refused),
+            (LookError::Metadata { partition: 1, why }.into(), Exit::Refused),
+            (LookError::Gone.into(), Exit::Refused),
+            (Unreachable { failed: Vec::new() }.into(), Exit::Unavailable),
+            (anyhow::anyhow!("nonsense"), Exit::Refused),
+        ] {
+            assert_eq!(failed(&error), exit, "{error:#}");
+        }
     }
 
     #[test]
