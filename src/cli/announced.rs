@@ -3,6 +3,8 @@
 //! A line is made from the same typed [`Event`] that nodes announce. A newer node may announce what this program doesn't know; that is
 //! shown with all its fields.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -20,6 +22,30 @@ pub struct Announced {
     pub json: Value,
     /// The same, typed; none where this program doesn't know it.
     known: Option<Announcement>,
+    /// What every event may have, of this build or of a later one.
+    common: CommonFields,
+}
+
+/// Fields that any event may have, and all others by name.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct CommonFields {
+    event: String,
+    at: Option<EventTime>,
+    slot: Option<u64>,
+    reported_by: Option<String>,
+    service: Option<String>,
+    phase: Option<String>,
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
+}
+
+/// A time as nodes send it, and as those before version 0.2 did.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum EventTime {
+    Text(String),
+    Millis(u64),
 }
 
 impl Announced {
@@ -27,7 +53,8 @@ impl Announced {
     pub fn read(data: &str) -> Self {
         let json = serde_json::from_str(data).unwrap_or(Value::Null);
         let known = Announcement::deserialize(&json).ok();
-        Self { json, known }
+        let common = CommonFields::deserialize(&json).unwrap_or_default();
+        Self { json, known, common }
     }
 
     /// Returns the event; none where this program doesn't know it.
@@ -37,23 +64,24 @@ impl Announced {
 
     /// Returns the time of day (UTC) at which it happened.
     pub fn time(&self) -> String {
-        match (&self.known, &self.json["at"]) {
+        match (&self.known, &self.common.at) {
             (Some(announcement), _) => show::clock(announcement.at),
-            (None, Value::String(time)) => time.get(11..19).unwrap_or(time).to_owned(),
-            (None, other) => other.as_u64().map(show::clock_of).unwrap_or_default(),
+            (None, Some(EventTime::Text(time))) => time.get(11..19).unwrap_or(time).to_owned(),
+            (None, Some(EventTime::Millis(ms))) => show::clock_of(*ms),
+            (None, None) => String::new(),
         }
     }
 
     /// Returns the node that reports it.
     pub fn reporter(&self) -> String {
-        show::word(&self.json["reported_by"])
+        self.common.reported_by.clone().unwrap_or_default()
     }
 
     /// Returns the service that it is about; empty where it is about nodes.
     pub fn service(&self) -> String {
         match self.event() {
             Some(event) => event.service().map(ServiceId::to_string).unwrap_or_default(),
-            None => show::word(&self.json["service"]),
+            None => self.common.service.clone().unwrap_or_default(),
         }
     }
 
@@ -62,7 +90,7 @@ impl Announced {
         match self.event() {
             Some(Event::Routing { phase, .. }) => phase.map(|phase| phase.to_string()).unwrap_or_default(),
             Some(_) => String::new(),
-            None => show::word(&self.json["phase"]),
+            None => self.common.phase.clone().unwrap_or_default(),
         }
     }
 
@@ -106,7 +134,7 @@ impl Announced {
                 | Event::Peer { .. }
                 | Event::Rejected { .. },
             )
-            | None => fields(&self.json),
+            | None => self.common.words(),
         };
         show::line(parts)
     }
@@ -136,14 +164,19 @@ fn analyzed(service: &ServiceId, window_verdict: &WindowVerdict) -> Vec<String> 
     ]
 }
 
-/// Returns the event's name and slot, and then every other field.
-fn fields(json: &Value) -> Vec<String> {
-    let slot = json["slot"].as_u64().map(|slot| format!("slot {slot}")).unwrap_or_default();
-    let mut parts = vec![show::word(&json["event"]), slot];
-    let rest = json.as_object().into_iter().flatten();
-    let rest = rest.filter(|(key, v)| !["event", "at", "slot"].contains(&key.as_str()) && !v.is_null());
-    parts.extend(rest.map(|(key, v)| format!("{key}={}", show::word(v))));
-    parts
+impl CommonFields {
+    /// Returns the event's name and slot, and then every other field.
+    fn words(&self) -> Vec<String> {
+        let Self { event, at: _, slot, reported_by, service, phase, others } = self;
+        let named = [("reported_by", reported_by), ("service", service), ("phase", phase)];
+        let named = named.into_iter().filter_map(|(key, value)| Some((key, value.clone()?)));
+        let others = others.iter().filter(|(_, value)| !value.is_null());
+        let rest: BTreeMap<&str, String> =
+            named.chain(others.map(|(key, value)| (key.as_str(), show::word(value)))).collect();
+        let mut parts = vec![event.clone(), slot.map(|slot| format!("slot {slot}")).unwrap_or_default()];
+        parts.extend(rest.into_iter().map(|(key, value)| format!("{key}={value}")));
+        parts
+    }
 }
 
 #[cfg(test)]
