@@ -6,13 +6,12 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
 use serde::Serialize;
-use serde_json::json;
 
 use crate::code::Code;
 use crate::domain::ids::ServiceId;
 use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
-use crate::model::{HealthView, Problem, RoutingView};
+use crate::model::{HealthView, ProbeStatus, ProbeView, Problem, ReadConsistency, RoutingView};
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Mode, Outcome, ServiceView};
 
@@ -33,7 +32,7 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
         return Some(response);
     }
     Some(match path {
-        "/livez" => json_response(StatusCode::OK, &json!({"status": "alive"})),
+        "/livez" => json_response(StatusCode::OK, &ProbeView { status: ProbeStatus::Alive, mode: None }),
         "/readyz" => ready(node),
         _ => look(node, uri).await.unwrap_or_else(|problem| problem.response()),
     })
@@ -41,10 +40,11 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
 
 /// Answers `/routing/state` and `/health/snapshot`.
 async fn look(node: &NodeHandle, uri: &Uri) -> Result<Response<Full<Bytes>>, Problem> {
-    if parameter(uri, "consistency").as_deref() == Some("linearizable") {
+    let StatusQuery { service, consistency } = query(uri)?;
+    if consistency == ReadConsistency::Linearizable {
         caught_up(node).await?;
     }
-    let service = service_of(node, uri)?;
+    let service = service_of(node, service)?;
     let answer = match uri.path() {
         "/routing/state" => routing_view(node, &service).map(|view| json_response(StatusCode::OK, &view)),
         _ => health_view(node, &service).map(|view| json_response(StatusCode::OK, &view)),
@@ -76,15 +76,35 @@ pub async fn caught_up(node: &NodeHandle) -> Result<(), Problem> {
     }
 }
 
-fn parameter(uri: &Uri, name: &str) -> Option<String> {
-    let mut pairs = form_urlencoded::parse(uri.query()?.as_bytes());
-    pairs.find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
+/// What `/routing/state` and `/health/snapshot` may be asked for.
+#[derive(Default)]
+struct StatusQuery {
+    /// Name of a service; none: the first one.
+    service: Option<String>,
+    consistency: ReadConsistency,
 }
 
-fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Problem> {
+fn query(uri: &Uri) -> Result<StatusQuery, Problem> {
+    let mut query = StatusQuery::default();
+    for (key, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
+        match (&*key, &*value) {
+            ("service", name) => query.service = Some(name.into()),
+            ("consistency", "node") => query.consistency = ReadConsistency::Node,
+            ("consistency", "linearizable") => query.consistency = ReadConsistency::Linearizable,
+            ("consistency", found) => {
+                let why = format!("consistency is {found:?}, expected node or linearizable");
+                return Err(Problem::new(Code::InvalidArgument, why));
+            }
+            // Other programs may add parameters of their own, such as one that defeats a cache.
+            _ => {}
+        }
+    }
+    Ok(query)
+}
+
+fn service_of(node: &NodeHandle, named: Option<String>) -> Result<ServiceId, Problem> {
     let view = node.published.view();
     let mut known = view.services.keys();
-    let named = parameter(uri, "service");
     let found = match &named {
         Some(name) => known.find(|id| id.as_str() == name),
         None => known.next(),
@@ -103,11 +123,15 @@ fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Problem> {
 fn ready(node: &NodeHandle) -> Response<Full<Bytes>> {
     let mode = node.published.mode();
     let reason = match mode {
-        Mode::Normal => return json_response(StatusCode::OK, &json!({"status": "ready", "mode": mode})),
+        Mode::Normal => {
+            return json_response(StatusCode::OK, &ProbeView { status: ProbeStatus::Ready, mode: Some(mode) });
+        }
         Mode::FailSafe => "no contact with a majority: this node may not know the newest routing",
         Mode::Learner => "this node has no vote and may not know the newest routing",
     };
-    json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"status": "not ready", "mode": mode, "reason": reason}))
+    let mut problem = Problem::new(Code::Unavailable, format!("not ready: {reason}"));
+    problem.facts.mode = Some(mode);
+    problem.response()
 }
 
 /// Returns one service's routing as this node serves it; none when it is unknown.

@@ -6,7 +6,6 @@ use std::time::Duration;
 use axum::body::Bytes;
 use http::{HeaderMap, Request, header};
 use http_body_util::Full;
-use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::error::RecvError;
 use tracing::{info, warn};
 
@@ -14,11 +13,12 @@ use crate::code::Code;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::text::bounded;
 use crate::entropy;
-use crate::model::{Changed, Problem};
+use crate::model::{ChangeDetails, Changed, MemberData, MemberName, Problem, WriteConsistency};
 use crate::protocol::record::{ConfigChange, Slot};
 use crate::protocol::{OperatorRequest, Outcome};
 
 use super::auth::Actor;
+use super::reach;
 use super::state::{ApiState, BODY_BYTES_MAX};
 
 /// Set on a request that was forwarded once, with the node that did.
@@ -34,6 +34,65 @@ pub struct Caller {
     pub actor: Option<Actor>,
     /// The idempotency key, the token, and the body's type.
     pub headers: HeaderMap,
+    /// When the write is answered.
+    pub consistency: WriteConsistency,
+}
+
+/// A change of a rollout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChangeVerb {
+    /// To the next step, or to 100 %.
+    Promote,
+    /// Holds the weight.
+    Pause,
+    /// Continues a paused rollout.
+    Resume,
+    /// All traffic back to stable.
+    Abort,
+    /// Starts a rolled-back rollout again.
+    Retry,
+    /// Starts a rollout back to the former version.
+    Undo,
+}
+
+impl ChangeVerb {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Promote => "promote",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Abort => "abort",
+            Self::Retry => "retry",
+            Self::Undo => "undo",
+        }
+    }
+}
+
+/// A change of the cluster's members.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemberVerb {
+    /// Out of the promotion votes.
+    Cordon,
+    /// Into them again.
+    Uncordon,
+    /// Its vote counts again.
+    Readmit,
+    /// A voter more.
+    Add,
+    /// A voter less.
+    Remove,
+}
+
+impl MemberVerb {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cordon => "cordon",
+            Self::Uncordon => "uncordon",
+            Self::Readmit => "readmit",
+            Self::Add => "add",
+            Self::Remove => "remove",
+        }
+    }
 }
 
 /// Begins the rollout of a file, YAML or JSON.
@@ -41,21 +100,10 @@ pub async fn apply(state: &ApiState, caller: &Caller, body: &Bytes) -> Result<Ch
     let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
     let text =
         std::str::from_utf8(body).map_err(|_| wrong("the rollout is not UTF-8, expected a rollout file".into()))?;
-    let file = caller.headers.get("x-aviary-file").and_then(|name| name.to_str().ok()).unwrap_or("rollout");
+    let file = caller.headers.get("x-aviary-file").and_then(|name| name.to_str().ok());
+    let file = file.filter(|name| !name.is_empty()).unwrap_or("rollout");
     let manifest = crate::config::rollout::parse(text, file).map_err(|why| wrong(why.to_string()))?;
     submit(state, caller, "/v1/rollouts", body, OperatorRequest::Apply(Arc::new(manifest))).await
-}
-
-/// What a verb may be told beside the service's name.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Details {
-    /// Promote to 100 %, without the stages between.
-    #[serde(default)]
-    pub full: bool,
-    /// Reason for the history.
-    #[serde(default)]
-    pub reason: Option<String>,
 }
 
 /// Changes a rollout by `verb`.
@@ -63,66 +111,78 @@ pub async fn change(
     state: &ApiState,
     caller: &Caller,
     name: &str,
-    verb: &str,
+    verb: ChangeVerb,
     body: &Bytes,
 ) -> Result<Changed, Problem> {
     let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
     let service = ServiceId::new(name).map_err(|why| wrong(why.to_string()))?;
-    let details = if body.is_empty() { Ok(Details::default()) } else { serde_json::from_slice(body) };
-    let Details { full, reason } =
+    let details = if body.is_empty() { Ok(ChangeDetails::default()) } else { serde_json::from_slice(body) };
+    let ChangeDetails { full, reason } =
         details.map_err(|why| wrong(format!("{why}; expected {{\"full\": …, \"reason\": …}}")))?;
     let reason = bounded(reason.unwrap_or_default());
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
     let asked = match verb {
-        "promote" => OperatorRequest::Promote { service, full },
-        "pause" => OperatorRequest::Pause { service, reason },
-        "resume" => OperatorRequest::Resume { service },
-        "abort" => OperatorRequest::Abort { service, reason },
-        "retry" => OperatorRequest::Retry { service },
-        "undo" => OperatorRequest::Undo { service },
-        _ => {
-            let expected = "promote, pause, resume, abort, retry or undo";
-            return Err(Problem::new(Code::NotFound, format!("{verb:?} is unknown, expected {expected}")));
-        }
+        ChangeVerb::Promote => OperatorRequest::Promote { service, full },
+        ChangeVerb::Pause => OperatorRequest::Pause { service, reason },
+        ChangeVerb::Resume => OperatorRequest::Resume { service },
+        ChangeVerb::Abort => OperatorRequest::Abort { service, reason },
+        ChangeVerb::Retry => OperatorRequest::Retry { service },
+        ChangeVerb::Undo => OperatorRequest::Undo { service },
     };
-    submit(state, caller, &format!("/v1/rollouts/{name}/{verb}"), body, asked).await
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct MemberBody {
-    node: NodeId,
-    #[serde(default)]
-    incarnation: Option<String>,
+    submit(state, caller, &format!("/v1/rollouts/{name}/{}", verb.name()), body, asked).await
 }
 
 /// Changes the members by `verb`.
-pub async fn configure(state: &ApiState, caller: &Caller, verb: &str, body: &Bytes) -> Result<Changed, Problem> {
-    let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
-    let MemberBody { node, incarnation } =
-        serde_json::from_slice(body).map_err(|why| wrong(format!("{why}; expected {{\"node\": …}}")))?;
-    let incarnation = incarnation.map(|text| u64::from_str_radix(&text, 16).map(Incarnation));
-    let change = match (verb, incarnation) {
-        ("cordon", None) => ConfigChange::Cordon(node),
-        ("uncordon", None) => ConfigChange::Uncordon(node),
-        ("remove", None) => ConfigChange::Remove(node),
-        ("readmit", Some(Ok(incarnation))) => ConfigChange::Readmit(node, incarnation),
-        ("add", Some(Ok(incarnation))) => ConfigChange::Add(node, incarnation),
-        ("readmit" | "add", _) => {
-            let where_found = "GET /v1/cluster shows a member's, `aviary cluster join` a new node's";
-            return Err(wrong(format!("expected the incarnation too, in hexadecimal: {where_found}")));
-        }
-        _ => {
-            let expected = "cordon, uncordon, readmit, add or remove";
-            return Err(Problem::new(Code::NotFound, format!("{verb:?} is unknown, expected {expected}")));
-        }
+pub async fn configure(state: &ApiState, caller: &Caller, verb: MemberVerb, body: &Bytes) -> Result<Changed, Problem> {
+    let change = match verb {
+        MemberVerb::Cordon => ConfigChange::Cordon(member(body)?),
+        MemberVerb::Uncordon => ConfigChange::Uncordon(member(body)?),
+        MemberVerb::Remove => ConfigChange::Remove(member(body)?),
+        MemberVerb::Readmit => member_data(body).map(|(node, data)| ConfigChange::Readmit(node, data))?,
+        MemberVerb::Add => member_data(body).map(|(node, data)| ConfigChange::Add(node, data))?,
     };
-    submit(state, caller, &format!("/v1/cluster/{verb}"), body, OperatorRequest::Config(change)).await
+    submit(state, caller, &format!("/v1/cluster/{}", verb.name()), body, OperatorRequest::Config(change)).await
+}
+
+fn member(body: &Bytes) -> Result<NodeId, Problem> {
+    let found: Result<MemberName, _> = serde_json::from_slice(body);
+    let wrong = |why| Problem::new(Code::InvalidArgument, format!("{why}; expected {{\"node\": …}}"));
+    found.map(|MemberName { node }| node).map_err(wrong)
+}
+
+fn member_data(body: &Bytes) -> Result<(NodeId, Incarnation), Problem> {
+    let wrong = |why: String| {
+        let expected = "expected {\"node\": …, \"incarnation\": …}, the latter in hexadecimal";
+        let where_found = "GET /v1/cluster shows a member's, `aviary cluster join` a new node's";
+        Problem::new(Code::InvalidArgument, format!("{why}; {expected}: {where_found}"))
+    };
+    let MemberData { node, incarnation } = serde_json::from_slice(body).map_err(|why| wrong(why.to_string()))?;
+    let digits = incarnation.bytes().all(|byte| byte.is_ascii_hexdigit());
+    match u64::from_str_radix(&incarnation, 16) {
+        Ok(number) if digits => Ok((node, Incarnation(number))),
+        _ => Err(wrong(format!("incarnation is {incarnation:?}"))),
+    }
 }
 
 /// Has a change decided, by the coordinator if it can be reached, else by this node: any node may run a ballot, and
 /// the key makes a repetition harmless.
 async fn submit(
+    state: &ApiState,
+    caller: &Caller,
+    path: &str,
+    body: &Bytes,
+    asked: OperatorRequest,
+) -> Result<Changed, Problem> {
+    let mut changed = decide(state, caller, path, body, asked).await?;
+    if caller.consistency == WriteConsistency::Everywhere {
+        // A write that changed nothing was in force already, by this node's word: where its others are is told all the same.
+        let slot = changed.slot.unwrap_or_else(|| state.node.published.view().head);
+        changed.reach = Some(reach::wait(state, caller.headers.get(header::AUTHORIZATION), slot).await);
+    }
+    Ok(changed)
+}
+
+async fn decide(
     state: &ApiState,
     caller: &Caller,
     path: &str,

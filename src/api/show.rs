@@ -3,9 +3,10 @@
 use std::ops::Bound;
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
+use http::{Method, StatusCode, Uri};
 use serde::Deserialize;
 
 use crate::code::Code;
@@ -20,22 +21,27 @@ use crate::status;
 use super::state::{ApiState, error};
 
 /// Most rollouts of one page, and as many as there are where the request gives no limit.
-const PAGE_MAX: usize = 1000;
+pub const PAGE_MAX: usize = 1000;
 
 /// What `GET /v1/rollouts` may be asked for.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ListQuery {
     /// Labels that the rollouts must have.
-    selector: String,
+    pub selector: String,
     /// Most rollouts of this page, 1 to [`PAGE_MAX`].
-    limit: Option<usize>,
+    pub limit: Option<usize>,
     /// Name after which the page begins.
-    after: Option<ServiceId>,
+    pub after: Option<ServiceId>,
 }
 
-/// Answers `GET /v1/rollouts`: the last rollout of each service, by their names, a page at a time.
+/// Answers `GET /v1/rollouts`.
 pub async fn list(State(state): State<ApiState>, Query(query): Query<ListQuery>) -> Result<Json<RolloutList>, Problem> {
+    page(&state, query).map(Json)
+}
+
+/// Returns the last rollout of each service, by their names, a page at a time.
+pub fn page(state: &ApiState, query: ListQuery) -> Result<RolloutList, Problem> {
     let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
     let selector: Selector = query.selector.parse().map_err(|why| wrong(format!("{why}")))?;
     let limit = query.limit.unwrap_or(PAGE_MAX);
@@ -51,14 +57,22 @@ pub async fn list(State(state): State<ApiState>, Query(query): Query<ListQuery>)
         .map(|(id, _)| id);
     let page: Vec<_> = selected.by_ref().take(limit).collect();
     let next = selected.next().and(page.last().copied()).cloned();
-    let rollouts = page.into_iter().filter_map(|id| one(&state, id)).collect();
-    Ok(Json(RolloutList { rollouts, next }))
+    let rollouts = page.into_iter().filter_map(|id| one(state, id)).collect();
+    Ok(RolloutList { rollouts, next })
 }
 
 /// Answers `GET /v1/rollouts/{name}`: one rollout; 404 for an unknown service.
 pub async fn rollout(State(state): State<ApiState>, Path(name): Path<String>) -> Result<Json<RolloutView>, Problem> {
-    let found = ServiceId::new(&name).ok().and_then(|id| one(&state, &id));
-    found.map(Json).ok_or_else(|| unknown(&state, &name))
+    known(&state, &name).map(Json)
+}
+
+/// Returns one rollout.
+///
+/// # Errors
+/// When no such service is known.
+pub fn known(state: &ApiState, name: &str) -> Result<RolloutView, Problem> {
+    let found = ServiceId::new(name).ok().and_then(|id| one(state, &id));
+    found.ok_or_else(|| unknown(state, name))
 }
 
 /// Names of known services that an error lists.
@@ -142,6 +156,14 @@ fn entry(chosen: &Chosen) -> HistoryEntry {
         yes: record.certificate.as_ref().map(|certificate| certificate.yes.clone()),
         in_doubt: chosen.is_in_doubt(),
         hash: record.hash().to_string(),
+    }
+}
+
+/// Answers `/routing/state`, `/health/snapshot`, `/livez` and `/readyz`.
+pub async fn status(State(state): State<ApiState>, method: Method, uri: Uri) -> Response {
+    match status::answer(&state.node, &method, &uri).await {
+        Some(answer) => answer.map(Body::new),
+        None => error(StatusCode::NOT_FOUND, format!("{} is no status", uri.path())),
     }
 }
 

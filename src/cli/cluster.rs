@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use super::backup::{self, BackupArgs, RestoreArgs, VerifyBackupArgs};
 use super::node::identity_files;
@@ -24,7 +24,7 @@ use super::upgrade::{self, UpgradeArgs, builds_differ};
 use super::write::{self, WriteArgs};
 use super::{Exit, read};
 use crate::client::Api;
-use crate::model::{ClusterMember, ClusterView};
+use crate::model::{ClusterMember, ClusterView, MemberData, MemberName};
 
 #[derive(Debug, Subcommand)]
 pub enum ClusterVerb {
@@ -248,7 +248,7 @@ pub fn issue(args: &IssueArgs) -> anyhow::Result<()> {
 #[derive(Debug, Args)]
 pub struct MemberArgs {
     /// The node's id, such as c.
-    node: String,
+    node: NodeId,
     #[command(flatten)]
     write: WriteArgs,
 }
@@ -257,7 +257,7 @@ pub struct MemberArgs {
 #[derive(Debug, Args)]
 pub struct ReadmitArgs {
     /// The node's id, such as c.
-    node: String,
+    node: NodeId,
     /// Incarnation whose votes are to count, 16 hexadecimal digits; the node logs it at start.
     #[arg(long, value_name = "HEX", value_parser = incarnation)]
     incarnation: String,
@@ -334,23 +334,25 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
         ClusterVerb::Backup(args) => backup::run(api, &args, format).await,
         ClusterVerb::Upgrade(args) => upgrade::run(api, &args, format).await,
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
-        ClusterVerb::Cordon(args) => change(api, "cordon", json!({ "node": args.node }), args.write, format).await,
-        ClusterVerb::Uncordon(args) => change(api, "uncordon", json!({ "node": args.node }), args.write, format).await,
-        ClusterVerb::Remove(args) => change(api, "remove", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Cordon(args) => change(api, "cordon", &MemberName { node: args.node }, args.write, format).await,
+        ClusterVerb::Uncordon(args) => {
+            change(api, "uncordon", &MemberName { node: args.node }, args.write, format).await
+        }
+        ClusterVerb::Remove(args) => change(api, "remove", &MemberName { node: args.node }, args.write, format).await,
         ClusterVerb::Add(args) => {
-            let body = json!({ "node": args.node, "incarnation": args.incarnation });
-            change(api, "add", body, args.write, format).await
+            let body = MemberData { node: args.node, incarnation: args.incarnation };
+            change(api, "add", &body, args.write, format).await
         }
         ClusterVerb::Readmit(args) => {
-            let body = json!({ "node": args.node, "incarnation": args.incarnation });
-            change(api, "readmit", body, args.write, format).await
+            let body = MemberData { node: args.node, incarnation: args.incarnation };
+            change(api, "readmit", &body, args.write, format).await
         }
     }
 }
 
-async fn change(api: &Api, verb: &str, body: Value, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
+async fn change(api: &Api, verb: &str, body: &impl Serialize, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
     let path = format!("/v1/cluster/{verb}");
-    Ok(write::send(api, path, "application/json", body.to_string(), args, format).await?.0)
+    Ok(write::send(api, path, "application/json", serde_json::to_string(body)?, args, format).await?.0)
 }
 
 /// Formats the cluster's state for a terminal.

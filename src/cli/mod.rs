@@ -24,6 +24,7 @@ mod recording;
 mod replay;
 #[cfg(feature = "kafka")]
 mod router;
+mod schema;
 mod show;
 mod status;
 mod telemetry;
@@ -175,6 +176,9 @@ enum Verb {
     Load(load::LoadArgs),
     /// Create a bearer token for the API, and its line for `[api] tokens_file`.
     Token(token::TokenArgs),
+    /// Print schemas, for generators of clients.
+    #[command(subcommand)]
+    Schema(schema::SchemaVerb),
     /// Print the version, the commit, the compiler, and the formats of disk and wire.
     Version,
     /// Print a shell's completion script.
@@ -226,6 +230,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Config(verb) => check::run(&verb),
         Verb::Token(args) => Ok(token::run(&args)),
         Verb::Version => version::run(cli.global.output),
+        Verb::Schema(verb) => schema::run(&verb),
         Verb::Proxy(args) => proxy::run(&args),
         Verb::Judge(args) => judge::run(&args),
         Verb::Replay(args) => replay::run(&args),
@@ -268,6 +273,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         | Verb::Config(_)
         | Verb::Token(_)
         | Verb::Version
+        | Verb::Schema(_)
         | Verb::Proxy(_)
         | Verb::Judge(_)
         | Verb::Replay(_)

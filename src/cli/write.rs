@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use serde::Deserialize;
-use serde_json::{Value, json};
 
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, show, status};
 use crate::client::{AnswerError, Api, ApiResponse, Write, segment};
 use crate::code::Code;
-use crate::model::{Changed, Problem};
+use crate::domain::ids::NodeId;
+use crate::model::{ChangeDetails, Changed, Problem, Reach};
 use crate::protocol::record::Slot;
 
 /// Options of every verb that changes something: its key and its time-out.
@@ -26,6 +26,9 @@ pub struct WriteArgs {
     /// How long to retry, with the same key, while the outcome is unknown.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     pub timeout: Duration,
+    /// Return once all live nodes route with the change, not only the one that was asked. Exit code 2: one of them was not seen to in time.
+    #[arg(long)]
+    pub everywhere: bool,
 }
 
 #[derive(Debug, Args)]
@@ -108,30 +111,30 @@ fn is_stdin(file: &Path) -> bool {
 
 /// Promotes the canary to the next step, or to the end with `--full`.
 pub async fn promote(api: &Api, args: PromoteArgs, format: Format) -> anyhow::Result<Exit> {
-    operation(api, "promote", &args.name, &json!({ "full": args.full }), args.write, format).await
+    operation(api, "promote", &args.name, &ChangeDetails { full: args.full, reason: None }, args.write, format).await
 }
 
 /// Sends a verb with a reason.
 pub async fn with_reason(api: &Api, verb: &str, args: ReasonArgs, format: Format) -> anyhow::Result<Exit> {
-    let body = if args.reason.is_empty() { json!({}) } else { json!({ "reason": args.reason }) };
-    operation(api, verb, &args.name, &body, args.write, format).await
+    let details = ChangeDetails { full: false, reason: Some(args.reason).filter(|reason| !reason.is_empty()) };
+    operation(api, verb, &args.name, &details, args.write, format).await
 }
 
 /// Sends a verb without anything else.
 pub async fn with_name(api: &Api, verb: &str, args: NameArgs, format: Format) -> anyhow::Result<Exit> {
-    operation(api, verb, &args.name, &json!({}), args.write, format).await
+    operation(api, verb, &args.name, &ChangeDetails::default(), args.write, format).await
 }
 
 async fn operation(
     api: &Api,
     verb: &str,
     name: &str,
-    body: &Value,
+    details: &ChangeDetails,
     args: WriteArgs,
     format: Format,
 ) -> anyhow::Result<Exit> {
     let path = format!("/v1/rollouts/{}/{verb}", segment(name));
-    Ok(send(api, path, "application/json", body.to_string(), args, format).await?.0)
+    Ok(send(api, path, "application/json", serde_json::to_string(details)?, args, format).await?.0)
 }
 
 /// Sends a write, prints its outcome, and returns how the program ends by it and what the node answered.
@@ -145,13 +148,18 @@ pub async fn send(
 ) -> anyhow::Result<(Exit, Option<Changed>)> {
     let key = args.idempotency_key.unwrap_or_else(|| format!("{:032x}", rand::random::<u128>()));
     eprintln!("idempotency-key: {key}");
+    let path = if args.everywhere { format!("{path}?consistency=everywhere") } else { path };
     let answer = api.write(&Write { path, key, content_type, body, patience: args.timeout }).await?;
-    let exit = exit_of(&answer);
+    let mut exit = exit_of(&answer);
     let changed = match answer.read::<Changed>() {
         Ok(changed) => Ok(changed),
         Err(AnswerError::Problem(problem)) => Err(problem),
         Err(AnswerError::Shape(why)) => return Err(AnswerError::Shape(why).into()),
     };
+    let missing = |changed: &Changed| changed.reach.as_ref().is_some_and(|reach| !reach.missing.is_empty());
+    if changed.as_ref().is_ok_and(missing) {
+        exit = Exit::Unavailable;
+    }
     output::print(format, &answer.body, |_| outcome(&changed, exit))?;
     Ok((exit, changed.ok()))
 }
@@ -175,13 +183,16 @@ fn outcome(changed: &Result<Changed, Problem>, exit: Exit) -> String {
     let slot = |slot: Option<Slot>| slot.map(|slot| format!("slot {slot}")).unwrap_or_default();
     let before = |repeated: bool| if repeated { "(answered before)".to_string() } else { String::new() };
     match changed {
-        Ok(Changed { status, slot: at, repeated, state, .. }) => show::line([
-            paint(colours(), tone, &output::name(status)),
-            slot(*at),
-            state.as_ref().map(|state| show::weights(&state.weights)).unwrap_or_default(),
-            state.as_ref().map(|state| format!("version {}", state.version)).unwrap_or_default(),
-            before(*repeated),
-        ]),
+        Ok(Changed { status, slot: at, repeated, state, reach, .. }) => {
+            let head = show::line([
+                paint(colours(), tone, &output::name(status)),
+                slot(*at),
+                state.as_ref().map(|state| show::weights(&state.weights)).unwrap_or_default(),
+                state.as_ref().map(|state| format!("version {}", state.version)).unwrap_or_default(),
+                before(*repeated),
+            ]);
+            reach.as_ref().map_or_else(|| head.clone(), |reach| format!("{head}\n{}", places(reach)))
+        }
         Err(Problem { code: code @ (Code::Aborted | Code::Refused), detail, facts, .. }) => {
             let repeated = before(facts.repeated.unwrap_or_default());
             let head = show::line([paint(colours(), tone, &output::name(code)), slot(facts.slot), repeated]);
@@ -192,12 +203,22 @@ fn outcome(changed: &Result<Changed, Problem>, exit: Exit) -> String {
     }
 }
 
+/// Returns which nodes route with a write, a line for each node that does not.
+fn places(reach: &Reach) -> String {
+    let names = |nodes: &[NodeId]| nodes.iter().map(NodeId::as_str).collect::<Vec<_>>().join(", ");
+    let mut lines = vec![format!("  served by {}", names(&reach.served_by))];
+    lines.extend(reach.away.iter().map(|node| format!("  {node} is not live: it follows once it is back")));
+    lines.extend(reach.missing.iter().map(|(node, why)| format!("  not yet served by {node}: {why}")));
+    lines.join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     use crate::domain::ids::TxId;
     use http::StatusCode;
+    use serde_json::json;
 
     fn problem(code: Code, detail: &str) -> Problem {
         Problem::new(code, detail)
@@ -240,6 +261,18 @@ mod tests {
         let changed = Changed::committed(TxId::new("k").unwrap(), Slot(4), Some(state), true);
         let text = outcome(&Ok(changed), Exit::Done);
         assert_eq!(text, "COMMITTED  slot 4  v1=95% v2=5%  version 2  (answered before)");
+    }
+
+    #[test]
+    fn a_write_for_everywhere_names_the_nodes_that_lack() {
+        let node = |name| NodeId::new(name).unwrap();
+        let missing = [(node("b"), "it is at slot 3, expected slot 4".to_string())].into();
+        let reach = Reach { served_by: vec![node("a")], away: vec![node("c")], missing };
+        let changed =
+            Changed { reach: Some(reach), ..Changed::committed(TxId::new("k").unwrap(), Slot(4), None, false) };
+        let expected = "COMMITTED  slot 4\n  served by a\n  c is not live: it follows once it is back\n  \
+            not yet served by b: it is at slot 3, expected slot 4";
+        assert_eq!(outcome(&Ok(changed), Exit::Unavailable), expected);
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! What a node answers to a write that was carried out.
 
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::ids::TxId;
+use crate::domain::ids::{NodeId, TxId};
 use crate::domain::routing::RoutingState;
 use crate::protocol::record::{Sequence, Slot};
 
 /// Whether a write changed anything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum ChangeStatus {
     /// It was decided, and is in force.
@@ -17,7 +20,7 @@ pub enum ChangeStatus {
 }
 
 /// Answer to a write that was carried out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Changed {
     /// Whether it changed anything.
     pub status: ChangeStatus,
@@ -34,18 +37,32 @@ pub struct Changed {
     pub state: Option<RoutingState>,
     /// Id of the transaction, which is the write's idempotency key.
     pub txid: TxId,
+    /// Which nodes route with it; told where `consistency=everywhere` was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reach: Option<Reach>,
+}
+
+/// Which nodes route with a write, by the node that was asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Reach {
+    /// Nodes that route with it.
+    pub served_by: Vec<NodeId>,
+    /// Nodes that are not live: they route with it once they are back, and serve stable only from when their lease ends until then.
+    pub away: Vec<NodeId>,
+    /// Live nodes that were not seen to route with it in time, each with why.
+    pub missing: BTreeMap<NodeId, String>,
 }
 
 impl Changed {
     /// Returns that a write was decided in `slot`.
     pub fn committed(txid: TxId, slot: Slot, state: Option<RoutingState>, repeated: bool) -> Self {
         let sequence = Some(Sequence::of(slot, 0));
-        Self { status: ChangeStatus::Committed, slot: Some(slot), sequence, repeated, state, txid }
+        Self { status: ChangeStatus::Committed, slot: Some(slot), sequence, repeated, state, txid, reach: None }
     }
 
     /// Returns that the routing was already as asked for.
     pub fn unchanged(txid: TxId, state: RoutingState) -> Self {
         let status = ChangeStatus::Unchanged;
-        Self { status, slot: None, sequence: None, repeated: false, state: Some(state), txid }
+        Self { status, slot: None, sequence: None, repeated: false, state: Some(state), txid, reach: None }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{NodeId, ServiceId};
@@ -10,7 +11,7 @@ use crate::protocol::Mode;
 use crate::protocol::record::Slot;
 
 /// Answer of `GET /v1/cluster`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ClusterView {
     /// Id of the cluster, 32 hexadecimal digits.
     pub cluster: String,
@@ -36,7 +37,7 @@ pub struct ClusterView {
 }
 
 /// One member as the node that answers sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ClusterMember {
     /// True if the node heard from it lately.
     pub alive: bool,

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use bytes::{BufMut, BytesMut};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
@@ -101,7 +102,7 @@ pub struct Hello {
 }
 
 /// A range of protocol versions, both ends included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Versions {
     /// Oldest version of the range, itself included.
     pub min: u16,

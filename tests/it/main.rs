@@ -8,6 +8,7 @@ mod h2c;
 mod hop;
 mod judge;
 mod measure;
+mod openapi;
 mod pages;
 mod proxy;
 mod services;

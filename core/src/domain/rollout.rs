@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ids::{ServiceId, TxId, VersionId};
@@ -12,7 +13,7 @@ use super::time::Wall;
 use super::weights::{Weight, Weights};
 
 /// Phase of a rollout, named as in Argo Rollouts and Flagger.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Phase {
     /// The rollout takes its steps.
     Progressing,

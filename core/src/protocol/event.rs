@@ -1,5 +1,6 @@
 //! What people may want to know: decisions, and what this node noticed by itself.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{NodeId, ServiceId, TxId};
@@ -13,7 +14,7 @@ use super::log::record::{Chosen, Initiator, Intent, Operation, Record, RecordKin
 use super::message::{GateVote, Prepare};
 
 /// What people may want to know.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// A transaction of one service was prepared, committed or aborted; the state carries which.
@@ -138,7 +139,7 @@ pub enum Event {
 }
 
 /// What the log says of a window's verdict.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DecidedVerdict {
     /// The transaction that decided it, with others.
     pub txid: TxId,
@@ -270,7 +271,7 @@ impl Event {
 }
 
 /// A moment and what happened: the shell adds the time.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Announcement {
     /// When it happened, by this node's clock; for a record that is read from the log, when it was proposed.
     pub at: Wall,

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
@@ -14,7 +15,7 @@ use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::time::Wall;
 
 /// Position in the log; 0 is genesis. Decoding refuses those above [`Slot::MAX`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "u64")]
 pub struct Slot(pub u64);
 
@@ -50,7 +51,7 @@ impl fmt::Display for Slot {
 
 /// Position of one decision among all of them: of a record, which may hold the verdicts of many services, and of its place in
 /// that record. Strictly increasing, with gaps: `slot × 4096 + index`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Sequence(pub u64);
 
 impl Sequence {
@@ -238,7 +239,7 @@ pub struct ServiceVerdict {
 pub const VERDICTS_MAX: (usize, usize) = (256, 32 * 1024);
 
 /// What a record is about, for people.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum RecordKind {
     /// The first record of every log.
     Genesis,
@@ -373,7 +374,7 @@ impl Operation {
 }
 
 /// Who made up a transaction's id. Ids of clients and of nodes never meet, whatever their text is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Initiator {
     /// A client, or the node that it sent a request without a key to.
