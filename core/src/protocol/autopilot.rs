@@ -1,7 +1,6 @@
 //! What the cluster does by itself: go on when a step is due and healthy, stop when it isn't, settle what a lost
-//! coordinator left open. Only the coordinator acts, but for the local hold: the node that holds asks for the rollback
-//! itself
-//! when the coordinator stays silent.
+//! coordinator left open. The coordinator acts first. Where it stays silent, the node that holds its canary asks for the
+//! rollback itself; and where it didn't live through a pause, a node that did asks for the next step.
 
 use std::collections::BTreeMap;
 
@@ -20,6 +19,9 @@ use super::proposal::Proposal;
 
 /// How long a node that stopped the canary by itself waits for the coordinator's rollback before it asks for one itself.
 const HOLD_PATIENCE_MS: u64 = 300;
+/// How much longer than a pause each further node waits, by name, for a step that the coordinator doesn't ask for: it may have
+/// started after the pause began, so that it knows of a part of it only.
+const STEP_PATIENCE_MS: u64 = 2_000;
 /// First wait after an automatic change was refused; it doubles each time.
 const RETRY_MS: u64 = 500;
 /// Longest wait between two tries, in milliseconds.
@@ -116,10 +118,11 @@ impl Autopilot {
             let is_asked = !coordination.is_decreasing && may_try;
             return is_asked.then(|| progress.propose(ctx, id, Change::Rollback { reason }));
         }
-        if !ctx.is_coordinator() || ctx.now.mono < progress.retry_at {
+        if ctx.now.mono < progress.retry_at {
             return None;
         }
         let change = match health.verdict {
+            _ if !ctx.is_coordinator() => overdue_step(ctx, service_state, health)?,
             Some(Verdict::Pause(why)) if service_state.service.rollout.phase != Phase::Paused => {
                 Change::Pause { reason: why.clone() }
             }
@@ -225,6 +228,15 @@ fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> Opt
         }
         _ => None,
     }
+}
+
+/// Returns the promotion of a healthy rollout that the coordinator should have asked for some time ago.
+fn overdue_step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> Option<Change> {
+    let own = &ctx.settings.node;
+    let before = ctx.ledger.members.0.keys().filter(|node| *node < own && ctx.is_live_voter(node)).count() as u64;
+    let since = health.stage_since.after_ms(before * STEP_PATIENCE_MS);
+    let change = step(ctx, service_state, &Health { stage_since: since, ..*health })?;
+    matches!(change, Change::Promote { .. }).then_some(change)
 }
 
 /// Returns what a rollout waits for, in words for people; `is_decreasing`: a decrease of it is under way or waits here.

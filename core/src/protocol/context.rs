@@ -68,6 +68,8 @@ pub(super) struct Context {
     pub ledger: Ledger,
     /// What this node promised and accepted, as it is persisted.
     pub acceptor: AcceptorState,
+    /// A slot at or after the last change of the membership that this node knows of.
+    pub last_config: Slot,
     /// The log lacks slots that the acceptor state remembers: no votes until they are back.
     pub rebuilding: bool,
     pub peers: BTreeMap<NodeId, PeerState>,
@@ -98,6 +100,8 @@ impl Context {
         Self {
             rebuilding: ledger.head < acceptor.head,
             coordinator: settings.node.clone(),
+            // A checkpoint doesn't say when the membership changed: at the latest at its own slot.
+            last_config: ledger.head,
             settings,
             now,
             ledger,
@@ -300,6 +304,9 @@ impl Context {
     pub fn apply(&mut self, chosen: &Chosen) {
         let slot = chosen.record.slot;
         self.ledger.apply(chosen).unwrap_or_else(|error| panic!("I1: chosen record {slot}: {error}"));
+        if matches!(chosen.record.intent.operation, Operation::Config(_)) {
+            self.last_config = slot;
+        }
         if slot == self.acceptor.head && self.rebuilding {
             assert_eq!(self.ledger.head_hash, self.acceptor.head_hash, "I2: the rebuilt log is the one remembered");
             self.rebuilding = false;
@@ -313,6 +320,7 @@ impl Context {
             assert_eq!(ledger.head_hash, self.acceptor.head_hash, "I2: the checkpoint is of the log remembered");
         }
         self.rebuilding &= ledger.head < self.acceptor.head;
+        self.last_config = ledger.head;
         self.ledger = ledger;
         self.follow_ledger();
     }

@@ -64,6 +64,34 @@ pub(super) struct Coordinator {
     round: u64,
     /// Transactions made up by this process.
     made_up: u64,
+    /// Answers to clients that no record holds.
+    unrecorded: Unrecorded,
+}
+
+/// What clients were told without a record: that there was nothing to do, or that it isn't possible. The same key gets the same
+/// answer at this node, with the state of then, though it would be possible by now.
+#[derive(Debug, Clone, Default)]
+struct Unrecorded {
+    /// Fingerprint of the request, and its answer.
+    of: BTreeMap<TransactionKey, (u64, Outcome)>,
+    /// The same transactions, oldest first.
+    order: VecDeque<TransactionKey>,
+}
+
+/// Answers without a record that are kept.
+const UNRECORDED_MAX: usize = 1_024;
+
+impl Unrecorded {
+    fn put(&mut self, key: &TransactionKey, digest: u64, outcome: &Outcome) {
+        if self.of.insert(key.clone(), (digest, outcome.clone())).is_none() {
+            self.order.push_back(key.clone());
+        }
+        if self.order.len() > UNRECORDED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.of.remove(&oldest);
+        }
+    }
 }
 
 /// What is to follow a step of the coordinator.
@@ -113,6 +141,9 @@ impl Coordinator {
         }
         let outcome = if ctx.ledger.settled.contains_key(&key) {
             settled_outcome(ctx, &key, digest)
+        } else if let Some((known, outcome)) = self.unrecorded.of.get(&key) {
+            let reused = || Outcome::KeyReused { slot: ctx.ledger.head };
+            if *known == digest { outcome.clone() } else { reused() }
         } else if ctx.membership() == Membership::Learner {
             Outcome::Refused(format!("this node has no vote: {}", no_vote.unwrap_or_else(|| "it is no member".into())))
         } else if self.queue.len() >= QUEUE_MAX {
@@ -178,7 +209,7 @@ impl Coordinator {
                     (Obstacle::Unchanged, None) => Outcome::Refused("nothing to do".into()),
                     (Obstacle::Refused(why), _) => Outcome::Refused(why),
                 };
-                reply(ctx, &pending, &outcome);
+                self.reply_unrecorded(ctx, &pending, &outcome);
                 return None;
             }
         };
@@ -191,7 +222,7 @@ impl Coordinator {
             }
         };
         if let Err(error) = ctx.ledger.next_record(intent.clone(), None) {
-            reply(ctx, &pending, &Outcome::Refused(error.to_string()));
+            self.reply_unrecorded(ctx, &pending, &Outcome::Refused(error.to_string()));
             return None;
         }
         let slot = ctx.ledger.head.next();
@@ -206,6 +237,14 @@ impl Coordinator {
         // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
         ctx.broadcast(&Message::Prepare(prepare.clone()));
         Some(prepare)
+    }
+
+    /// Answers that nothing was decided, and remembers that for the client's key.
+    fn reply_unrecorded(&mut self, ctx: &mut Context, pending: &Pending, outcome: &Outcome) {
+        if pending.key.0 == Initiator::Client {
+            self.unrecorded.put(&pending.key, pending.digest, outcome);
+        }
+        reply(ctx, pending, outcome);
     }
 
     /// Returns the ballot for an attempt at `slot`. The one before it serves again where it asked nothing in this slot
@@ -362,7 +401,7 @@ impl Coordinator {
             Ok(record) => self.propose(ctx, record),
             Err(error) => {
                 let attempt = self.attempt.take()?;
-                reply(ctx, &attempt.pending, &Outcome::Refused(error.to_string()));
+                self.reply_unrecorded(ctx, &attempt.pending, &Outcome::Refused(error.to_string()));
                 None
             }
         }

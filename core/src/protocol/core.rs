@@ -20,7 +20,7 @@ use super::gate::Gates;
 use super::lease::Lease;
 use super::log::checkpoint::Checkpoint;
 use super::log::ledger::Ledger;
-use super::log::record::{AcceptorState, Ballot, Chosen, Operation, Record, SavedRun, SeenDisk, Slot};
+use super::log::record::{AcceptorState, Ballot, Chosen, ConfigChange, Operation, Record, SavedRun, SeenDisk, Slot};
 use super::message::{Answer, Decision, GateVote, HealthSnapshot, Membership, Message, Prepare, Vote};
 use super::proposal::Proposal;
 use super::publisher::Publisher;
@@ -81,6 +81,8 @@ impl Core {
         );
         let acceptor = AcceptorState { boot: acceptor.boot + 1, ..acceptor };
         let mut context = Context::new(settings, acceptor, ledger, now);
+        let is_config = |chosen: &&Chosen| matches!(chosen.record.intent.operation, Operation::Config(_));
+        context.last_config = log.iter().rev().find(is_config).map_or(base.0, |chosen| chosen.record.slot);
         let remembered = log.iter().find(|chosen| chosen.record.slot == context.acceptor.head);
         let remembered = remembered.map(|chosen| chosen.record.hash());
         let remembered = remembered.or((context.acceptor.head == base.0).then_some(base.1));
@@ -93,7 +95,7 @@ impl Core {
             coordinator: Coordinator::default(),
             acceptor: Acceptor::new(now.mono),
             catch_up: CatchUp::default(),
-            lease: Lease::starting_at(first_nonce),
+            lease: Lease::starting_at(first_nonce, now.mono),
             gates: Gates::new(now.mono),
             runs: Runs::new(runs),
             autopilot: Autopilot::default(),
@@ -362,6 +364,7 @@ impl Core {
         self.context.apply(&chosen);
         self.acceptor.settle(record.slot);
         self.renew_services(&chosen);
+        self.enforce(record);
         // A verdict changes nothing that is shown but the head: the next refresh has it.
         let is_shown = !operation.is_verdict();
         if is_shown {
@@ -372,7 +375,6 @@ impl Core {
         self.context.put(Output::Append(Box::new(chosen.clone())));
         self.announce(&chosen);
         self.coordinator.settle(&mut self.context, record);
-        self.enforce(record);
         if is_shown {
             self.context.outdate(operation);
         }
@@ -386,8 +388,10 @@ impl Core {
     fn enforce(&mut self, record: &Record) {
         let operation = &record.intent.operation;
         if let Some(id) = operation.service().filter(|_| operation.decreases_exposure()) {
-            let lease_ms = self.context.ledger.services[id].service.rollout.spec.lease_ms;
-            self.lease.enforce(&self.context, id.clone(), record.slot, lease_ms);
+            self.lease.enforce(&self.context, id, true);
+        }
+        if let Operation::Config(ConfigChange::Remove(_)) = operation {
+            self.lease.note_removed(self.context.now.mono);
         }
     }
 
@@ -432,6 +436,7 @@ impl Core {
         let fresh = self.gates.restart(&self.context);
         self.autopilot.restart(&self.context, fresh);
         self.runs.restart(&mut self.context);
+        self.lease.enforce_again(&self.context);
     }
 
     /// Begins evidence and runs anew where a decided record says so.
@@ -456,17 +461,18 @@ impl Core {
     fn on_snapshot(&mut self, from: &NodeId, incarnation: Incarnation, snapshot: HealthSnapshot) {
         let counts = self.context.counts(from, incarnation);
         let service = snapshot.service.clone();
-        let Some(routing_version) = self.gates.routing_version(&service).filter(|_| counts) else { return };
+        if !counts || !self.context.ledger.services.contains_key(&service) {
+            return;
+        }
         self.runs.hear(&self.context, from, &snapshot);
         let own = &self.context.settings.node;
         if snapshot.asks.as_ref().is_some_and(|asks| asks.whom.as_ref() == Some(own)) {
             self.hand_over(from, &service, snapshot.rollout_generation);
         }
-        if snapshot.routing_version != routing_version {
+        let is_held = snapshot.local_hold.is_some();
+        if !self.gates.hear(self.context.now.mono, from, snapshot) {
             return;
         }
-        let is_held = snapshot.local_hold.is_some();
-        self.gates.hear(self.context.now.mono, from, snapshot);
         self.judge(&service);
         if is_held {
             self.tick_autopilot(&[service]);

@@ -30,7 +30,7 @@ struct Gate {
     window: Window,
     /// The latest answer to each query, and when it came.
     measured: BTreeMap<String, (Mono, Result<f64, NoValue>)>,
-    /// The latest snapshot of each peer, and when it came.
+    /// The latest snapshot of each peer, and when it came. All are of `routing_version`.
     snapshots: BTreeMap<NodeId, (Mono, HealthSnapshot)>,
     /// Why this node stopped the canary by itself; none while it hasn't.
     local_hold: Option<String>,
@@ -40,7 +40,8 @@ struct Gate {
     verdict: Option<Verdict>,
     /// When peers are told of it next.
     next_snapshot: Mono,
-    /// When the present stage began, as far as this node knows.
+    /// Since when this node knows of the present stage: a pause is measured from here, by the monotonic clock alone. What
+    /// came before this node's start, or before it caught up, doesn't count: a wrong time of day can't shorten a pause.
     stage_since: Mono,
 }
 
@@ -80,11 +81,11 @@ impl Gate {
         fresh.filter_map(|(node, (_, snapshot))| Some((node, snapshot.local_hold.as_deref()?))).next()
     }
 
-    /// Returns the evidence that is no older than `age_ms`: this node's own, and its peers' at the same routing version.
+    /// Returns the evidence that is no older than `age_ms`: this node's own, and its peers'.
     fn evidence(&self, now: Mono, age_ms: u64) -> Evidence {
         let mut evidence = self.local().clone();
         for (at, snapshot) in self.snapshots.values() {
-            if now.millis_since(*at) <= age_ms && snapshot.routing_version == self.routing_version {
+            if now.millis_since(*at) <= age_ms {
                 evidence.merge(&snapshot.evidence);
             }
         }
@@ -126,7 +127,7 @@ pub(super) struct Health<'g> {
     pub peer_hold: Option<(&'g NodeId, &'g str)>,
     /// What the analysis says at the moment.
     pub verdict: Option<&'g Verdict>,
-    /// When the present stage began, as far as this node knows.
+    /// Since when this node knows of the present stage.
     pub stage_since: Mono,
     /// The canary's answers that all nodes saw lately.
     pub canary_answers: u64,
@@ -164,9 +165,7 @@ impl Gates {
     pub fn health(&self, ctx: &Context, id: &ServiceId) -> Health<'_> {
         let gate = &self.of[id];
         let (now, age_ms) = (ctx.now.mono, ctx.settings.timings.evidence_age_ms_max);
-        let fresh = gate.snapshots.values().filter(|(at, snapshot)| {
-            now.millis_since(*at) <= age_ms && snapshot.routing_version == gate.routing_version
-        });
+        let fresh = gate.snapshots.values().filter(|(at, _)| now.millis_since(*at) <= age_ms);
         Health {
             local_hold: gate.local_hold.as_deref().map(|why| (why, gate.held_at)),
             peer_hold: gate.peer_hold(now, age_ms),
@@ -213,11 +212,14 @@ impl Gates {
         gate.map(|gate| gate.measured.insert(name, (now, value))).is_some()
     }
 
-    /// Takes in a peer's evidence of the present routing version.
-    pub fn hear(&mut self, now: Mono, from: &NodeId, snapshot: HealthSnapshot) {
+    /// Takes in a peer's evidence. Returns false when it is of another routing version than the present one, so that it
+    /// counts for nothing.
+    pub fn hear(&mut self, now: Mono, from: &NodeId, snapshot: HealthSnapshot) -> bool {
+        let gate = self.of.get_mut(&snapshot.service);
+        let Some(gate) = gate.filter(|gate| gate.routing_version == snapshot.routing_version) else { return false };
         let local_hold = snapshot.local_hold.map(bounded);
-        let Some(gate) = self.of.get_mut(&snapshot.service) else { return };
         gate.snapshots.insert(from.clone(), (now, HealthSnapshot { transfer: None, local_hold, ..snapshot }));
+        true
     }
 
     /// Lets a gate's window go on. Returns true when it is time to judge it and to tell peers.
@@ -330,7 +332,7 @@ impl Gates {
     }
 
     /// Gives each service that has no gate for its routing version one that knows nothing yet; returns those, and since when
-    /// their stages last.
+    /// their stages last by the time of day, which only the deadline for progress goes by.
     pub fn restart(&mut self, ctx: &Context) -> Vec<(ServiceId, Mono)> {
         let now = ctx.now;
         let mut before = std::mem::take(&mut self.of);
@@ -341,14 +343,15 @@ impl Gates {
             let gate = before.remove(id).filter(same).unwrap_or_else(|| {
                 let since = now.mono.before_ms(now.wall.0.saturating_sub(service_state.service.routing.timestamp.0));
                 fresh.push((id.clone(), since));
-                Gate::new(service_state, since)
+                Gate::new(service_state, now.mono)
             });
             self.of.insert(id.clone(), gate);
         }
         fresh
     }
 
-    /// Begins evidence anew where a decided record changed the weights; returns since when the stage lasts, if it did.
+    /// Begins evidence anew where a decided record changed the weights; returns since when the stage lasts by the time of day,
+    /// if it did.
     pub fn renew(&mut self, ctx: &Context, chosen: &Chosen) -> Option<Mono> {
         let operation = &chosen.record.intent.operation;
         let id = operation.service().filter(|_| !operation.is_verdict())?;
@@ -362,7 +365,7 @@ impl Gates {
         // A record caught up with late began its stage when it was made, as far as wall clocks agree.
         let late = ctx.now.wall.0.saturating_sub(service_state.service.routing.timestamp.0);
         let since = now.before_ms(late.min(LATE_MS_MAX));
-        *gate = Gate::new(service_state, since);
+        *gate = Gate::new(service_state, now);
         let started = matches!(operation, Operation::Change(_, Change::Start(_)));
         if let (Some((why, at)), false) = (before, started || service_state.service.routing.canary_model_id.is_none()) {
             (gate.local_hold, gate.held_at) = (Some(why), at);

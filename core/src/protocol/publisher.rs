@@ -115,9 +115,9 @@ fn counts_not(ctx: &Context, node: &NodeId, bound: Incarnation) -> Option<String
     let found = if own { Some(ctx.acceptor.incarnation) } else { ctx.peers.get(node)?.incarnation };
     let membership = if own { Some(ctx.membership()) } else { ctx.peers.get(node)?.membership };
     match found {
-        Some(found) if found != bound => {
-            Some(format!("its memory is gone: incarnation is {found}, expected {bound}; readmit it"))
-        }
+        Some(found) if found != bound => Some(format!(
+            "its memory is gone: incarnation is {found}, expected {bound}; run `aviary cluster readmit {node} --incarnation {found}`"
+        )),
         Some(_) if membership == Some(Membership::Learner) => Some("it is rebuilding its log from its peers".into()),
         _ => None,
     }

@@ -25,9 +25,13 @@ use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::window::Evidence;
 use crate::fixtures;
 
+mod checks;
 mod initiator;
+mod leases;
 mod limits;
 mod manifest;
+mod pauses;
+mod repeated;
 mod restore;
 mod run;
 mod text;
@@ -80,6 +84,10 @@ struct Rig {
     /// Says of a message, by its sender and its receiver, whether it gets lost.
     loses: fn(&NodeId, &NodeId, &Message) -> bool,
     now: u64,
+    /// How far nodes' times of day are ahead, in milliseconds.
+    ahead_ms: BTreeMap<NodeId, u64>,
+    /// Each node's lease, as it was told last.
+    leases: BTreeMap<NodeId, Option<Mono>>,
     /// What was put out, without heartbeats, leases, evidence and publications.
     story: Vec<String>,
     replies: BTreeMap<u64, Outcome>,
@@ -106,6 +114,8 @@ impl Rig {
             wire: VecDeque::new(),
             loses: |_, _, _| false,
             now: 1_000_000,
+            ahead_ms: BTreeMap::new(),
+            leases: BTreeMap::new(),
             story: Vec::new(),
             replies: BTreeMap::new(),
             judged: Vec::new(),
@@ -136,8 +146,15 @@ impl Rig {
         self.restart(name);
     }
 
-    fn now(&self) -> Now {
-        Now { mono: Mono(self.now), wall: Wall(self.now / 1000) }
+    fn now_of(&self, name: &NodeId) -> Now {
+        let ahead_ms = self.ahead_ms.get(name).copied().unwrap_or_default();
+        Now { mono: Mono(self.now), wall: Wall(self.now / 1000 + ahead_ms) }
+    }
+
+    /// Returns true while a node holds a lease of 2 s.
+    fn is_leased(&self, name: &str) -> bool {
+        let from = self.leases.get(&node(name)).copied().flatten();
+        from.is_some_and(|from| Mono(self.now) < from.after_ms(2_000))
     }
 
     /// Ends a node's process, if it runs, and starts it from its disk.
@@ -156,7 +173,8 @@ impl Rig {
         let ledger = self.checkpoints.get(name).map(|checkpoint| checkpoint.ledger().unwrap());
         let ledger = ledger.unwrap_or_else(|| Ledger::new(&genesis()).unwrap());
         let log: Vec<_> = self.logs[name].iter().filter(|c| c.record.slot > ledger.head).cloned().collect();
-        let (core, outputs) = Core::start(settings, acceptor, ledger, &log, runs, self.now());
+        let (core, outputs) = Core::start(settings, acceptor, ledger, &log, runs, self.now_of(name));
+        self.leases.remove(name);
         self.cores.insert(name.clone(), core);
         self.carry_out(name, outputs);
     }
@@ -167,7 +185,7 @@ impl Rig {
     }
 
     fn handle(&mut self, name: &NodeId, input: Input) {
-        let now = self.now();
+        let now = self.now_of(name);
         let Some(core) = self.cores.get_mut(name) else { return };
         let outputs = core.handle(now, input);
         self.carry_out(name, outputs);
@@ -207,7 +225,8 @@ impl Rig {
                         None => drop(runs.remove(&service)),
                     }
                 }
-                Output::Publish(_) | Output::Lease(_) | Output::Announce(_) => {}
+                Output::Lease(from) => drop(self.leases.insert(name.clone(), from)),
+                Output::Publish(_) | Output::Announce(_) => {}
             }
         }
     }
@@ -218,8 +237,8 @@ impl Rig {
         if !self.logs[name].iter().any(|c| c.record.slot == from) {
             messages = self.checkpoints[name].parts().into_iter().map(Decision::Checkpoint).collect();
         }
-        let addressed = |message| (name.clone(), to.clone(), Message::Decision(message));
-        self.wire.extend(messages.into_iter().map(addressed));
+        let messages = messages.into_iter().map(Message::Decision).filter(|message| !(self.loses)(name, to, message));
+        self.wire.extend(messages.map(|message| (name.clone(), to.clone(), message)));
     }
 
     /// Delivers the message at a place of the wire.

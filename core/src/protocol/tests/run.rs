@@ -21,7 +21,7 @@ fn under_way() -> Rig {
 impl Rig {
     /// Lets `ms` pass in which every node that runs sees five answers of stable in 100 ms, one failing now and then, and one of the
     /// canary.
-    fn serve(&mut self, ms: u64) {
+    pub(super) fn serve(&mut self, ms: u64) {
         for _ in 0..ms / 100 {
             for (place, name) in ["a", "b", "c"].map(node).into_iter().enumerate() {
                 let mut evidence = Evidence::default();
