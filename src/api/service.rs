@@ -27,6 +27,11 @@ const FORWARDED: &str = "x-aviary-forwarded";
 const SERVED_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for the coordinator's answer.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for the coordinator's answer to a decrease: with the second that this node needs by itself, and what is on the
+/// way, it is answered within 3.5 s.
+const DECREASE_FORWARD_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two looks at who coordinates, while an answer is waited for.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Who asks for a write, and how.
 pub struct Caller {
@@ -120,8 +125,9 @@ pub async fn configure(state: &ApiState, caller: &Caller, verb: &str, body: &Byt
     submit(state, caller, &format!("/v1/cluster/{verb}"), body, OperatorRequest::Config(change)).await
 }
 
-/// Has a change decided, by the coordinator if it can be reached, else by this node: any node may run a ballot, and
-/// the key makes a repetition harmless.
+/// Has a change decided, by the coordinator if it answers in time, else by this node: any node may run a ballot, and
+/// the key makes a repetition harmless. A coordinator that stands still keeps its connections, so that it is given up once
+/// its peers take another node for the coordinator.
 async fn submit(
     state: &ApiState,
     caller: &Caller,
@@ -138,8 +144,13 @@ async fn submit(
     let tx = TxId::new(&key).map_err(|why| wrong(format!("Idempotency-Key: {why}")))?;
     if !caller.headers.contains_key(FORWARDED) {
         let coordinator = state.node.published.view().coordinator.clone();
+        let is_decrease = matches!(asked, OperatorRequest::Abort { .. } | OperatorRequest::Undo { .. });
+        let limit = if is_decrease { DECREASE_FORWARD_TIMEOUT } else { FORWARD_TIMEOUT };
         if let Some(address) = state.peers.get(&coordinator)
-            && let Some(answer) = forward(state, address, path, &caller.headers, body, &tx).await
+            && let Some(answer) = tokio::select! {
+                answer = forward(state, address, path, &caller.headers, body, &tx, limit) => answer,
+                () = is_replaced(state, &coordinator) => None,
+            }
         {
             let slot = match &answer {
                 Ok(changed) => changed.slot,
@@ -154,7 +165,27 @@ async fn submit(
     let actor = caller.actor.as_ref().map_or_else(|| NOBODY.to_string(), |actor| actor.name.to_string());
     info!(%tx, path, actor, "write asked for");
     let outcome = state.node.submit(tx.clone(), actor, asked).await;
-    result(tx, outcome)
+    result(tx, with_state_of_then(state, outcome))
+}
+
+/// Returns once this node takes another one than `coordinator` for the coordinator.
+async fn is_replaced(state: &ApiState, coordinator: &NodeId) {
+    while state.node.published.view().coordinator == *coordinator {
+        // Nothing says it at once to who doesn't follow all events, and a write may wait that long.
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Returns the outcome with the routing that the transaction led to. The core has that of the last record only; the log has all.
+fn with_state_of_then(state: &ApiState, outcome: Outcome) -> Outcome {
+    match outcome {
+        Outcome::Committed { slot, state: None, repeated } => {
+            let records = state.node.log.read(slot, 1).unwrap_or_default();
+            let record = records.into_iter().next().filter(|chosen| chosen.record.slot == slot);
+            Outcome::Committed { slot, state: record.and_then(|chosen| chosen.record.state), repeated }
+        }
+        other => other,
+    }
 }
 
 /// The actor of writes that need no token.
@@ -172,6 +203,7 @@ async fn forward(
     headers: &HeaderMap,
     body: &Bytes,
     tx: &TxId,
+    limit: Duration,
 ) -> Option<Result<Changed, Problem>> {
     let node = state.node.published.view().node.clone();
     let mut request = Request::post(format!("http://{address}{path}"))
@@ -183,7 +215,7 @@ async fn forward(
         }
     }
     let request = request.body(Full::from(body.clone())).ok()?;
-    let answer = state.client.send(request, FORWARD_TIMEOUT, BODY_BYTES_MAX).await.ok()?;
+    let answer = state.client.send(request, limit, BODY_BYTES_MAX).await.ok()?;
     if !answer.status.is_success() {
         return Some(Err(Problem::read(answer.status, &answer.body)));
     }
