@@ -1,4 +1,4 @@
-//! Which requests pass: each needs a token whose role is enough for it.
+//! Which requests pass: each needs a token whose role is enough for it; where there are no tokens, none of a browser's page.
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -6,6 +6,7 @@ use axum::response::Response;
 use http::{Method, StatusCode, header};
 
 use super::auth::{Actor, Role};
+use super::browser;
 use super::state::{ApiState, error};
 
 /// gRPC services that change nothing, though all of gRPC is POST.
@@ -16,10 +17,15 @@ const LOOKING: [&str; 4] = [
     "/grpc.reflection.v1.ServerReflection/",
 ];
 
-/// Lets a request through when its token's role is enough; everything passes where no tokens are configured, which is
-/// on loopback only.
+/// Lets a request through when its token's role is enough. Where no tokens are configured, which is on loopback only, everything
+/// passes but what a page of another site may have sent.
 pub async fn check(State(state): State<ApiState>, mut request: Request, next: Next) -> Response {
-    let Some(tokens) = &state.tokens else { return next.run(request).await };
+    let Some(tokens) = &state.tokens else {
+        return match browser::refusal(&request) {
+            Some((status, why)) => error(status, why),
+            None => next.run(request).await,
+        };
+    };
     let path = request.uri().path();
     let needed = match (matches!(*request.method(), Method::GET | Method::HEAD), path) {
         (_, "/livez" | "/readyz") => return next.run(request).await,

@@ -1,8 +1,8 @@
 //! The operators' API: rollouts, the cluster, events and metrics over HTTP.
 //!
 //! `service` carries out changes (forwarding them to the coordinator), `write` takes them over HTTP, `show` tells what is, `events`
-//! streams what happens, `backup` streams a backup, `auth` knows tokens and roles, `admission` lets requests through by them; `state`
-//! is what all of them share.
+//! streams what happens, `backup` streams a backup, `auth` knows tokens and roles, `admission` lets requests through by them, `browser`
+//! keeps web pages out; `state` is what all of them share.
 
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::status;
 mod admission;
 pub mod auth;
 mod backup;
+mod browser;
 mod events;
 pub mod grpc;
 pub mod metrics;

@@ -88,7 +88,7 @@ impl Http {
     }
 
     pub fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> std::io::Result<Answer> {
-        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n", body.len());
+        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {}\r\n", body.len());
         headers.iter().for_each(|(name, value)| write!(head, "{name}: {value}\r\n").unwrap());
         self.stream.get_mut().write_all(format!("{head}\r\n{body}").as_bytes())?;
         let mut line = String::new();
@@ -330,7 +330,7 @@ impl Cluster {
     pub fn wait_ready(&self, i: usize) {
         let port = self.nodes[i].data;
         wait(&format!("node {} ready", NAMES[i]), Duration::from_secs(10), || {
-            http(port, "GET", "/readyz", &[], "").ok().filter(|answer| answer.status == 200).map(|_| ())
+            http(port, "GET", "/readyz?quorum", &[], "").ok().filter(|answer| answer.status == 200).map(|_| ())
         });
     }
 
