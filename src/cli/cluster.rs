@@ -156,7 +156,9 @@ pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
 #[command(
     after_help = "Example, for a fourth node d:\n  1. name d under [peers.d] in the other nodes' files, and restart them one by one\n  \
     2. aviary cluster join --genesis data/node-a --ca data/ca --config config/node-d.toml\n  \
-    3. aviary node --config config/node-d.toml\n  4. aviary cluster add d --incarnation HEX"
+    3. aviary node --config config/node-d.toml\n  4. aviary cluster add d --incarnation HEX\n\n\
+    Example, for node c, whose disk is lost:\n  1. aviary cluster join --replace c --genesis data/node-a --ca data/ca --config config/node-c.toml\n  \
+    2. aviary node --config config/node-c.toml\n  3. aviary cluster readmit c --incarnation HEX"
 )]
 pub struct JoinArgs {
     /// Data directory of an existing node, or a directory with a copy of its file `genesis`.
@@ -168,6 +170,9 @@ pub struct JoinArgs {
     /// File of the new node (TOML).
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Id of a member whose data is lost, which the file must have: the new data takes its place once it is readmitted.
+    #[arg(long, value_name = "NODE")]
+    replace: Option<NodeId>,
     /// How long the node's certificate is valid, from now on.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
@@ -184,10 +189,19 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
         );
     };
     let node = config.id.clone();
-    anyhow::ensure!(
-        !members.0.contains_key(&node),
-        "node {node} is already in the cluster's genesis, expected a new node id"
-    );
+    match &args.replace {
+        Some(replaced) => anyhow::ensure!(
+            *replaced == node,
+            "--replace is {replaced}, expected {node}, the id in {}",
+            config.file.display()
+        ),
+        None => anyhow::ensure!(
+            !members.0.contains_key(&node),
+            "node {node} is one of the cluster's first nodes, expected a new node id; if its data is lost, run the same command \
+             with --replace {node}"
+        ),
+    }
+    let folder = NewFolder::empty(&config.data_dir)?;
     let issued = match (identity_files(&config), &args.ca) {
         (None, _) => None,
         (Some(_), None) => anyhow::bail!(
@@ -221,9 +235,14 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
     if let Some((files, issued)) = issued {
         issued.install(&files)?;
     }
-    println!("node {node} of cluster {cluster}: {}", config.data_dir.display());
-    println!("next: start the node, then run: aviary cluster add {node} --incarnation {}", acceptor.incarnation);
-    Ok(())
+    folder.keep();
+    let verb = if args.replace.is_some() { "readmit" } else { "add" };
+    output::line(&format!(
+        "node {node} of cluster {cluster}: {}\nnext: aviary node --config {}\nthen: aviary cluster {verb} {node} --incarnation {}",
+        config.data_dir.display(),
+        config.file.display(),
+        acceptor.incarnation
+    ))
 }
 
 /// Renews a node's certificate and key.
@@ -285,22 +304,19 @@ pub(super) fn found(
     let load = |file: &PathBuf| super::node::load(file, args.data_root.as_deref());
     let configs: Vec<_> = args.config.iter().map(load).collect::<Result<_, _>>()?;
     let founding = genesis::found(&configs, &mut rand::rng(), BootClock.now().wall)?;
-    // All or none: nothing is made where some directory is in use.
-    for config in &configs {
-        let entries = std::fs::read_dir(&config.data_dir).map(|mut entries| entries.next().is_some());
-        anyhow::ensure!(
-            !entries.unwrap_or(false),
-            "{} is not empty, expected a new or empty directory",
-            config.data_dir.display()
-        );
-    }
+    // All or none: nothing is made where some directory is in use, and nothing is left where something fails.
+    let mut folders = configs.iter().map(|config| NewFolder::empty(&config.data_dir)).collect::<Result<Vec<_>, _>>()?;
     let beside = || configs[0].data_dir.parent().unwrap_or(Path::new("")).join("ca");
     let ca = args.ca.clone().unwrap_or_else(beside);
     let secured = configs.iter().any(|config| config.identity.is_some());
     let ledger = continued(&founding)?;
     let checkpoint = ledger.as_ref().filter(|ledger| ledger.head > Slot(0)).map(Checkpoint::of).transpose()?;
+    if secured && !ca.exists() {
+        folders.push(NewFolder::empty(&ca)?);
+    }
     let authority = secured.then(|| Authority::create(&ca, founding.cluster)).transpose()?;
-    println!("cluster {}", founding.cluster);
+    // Told once all of it is there: who reads it may have gone.
+    let mut told = format!("cluster {}\n", founding.cluster);
     for config in &configs {
         let mut acceptor = founding.acceptors[&config.id].clone();
         if let Some(ledger) = &ledger {
@@ -313,15 +329,54 @@ pub(super) fn found(
         if let (Some(authority), Some(files)) = (&authority, identity_files(config)) {
             authority.issue(&config.id, args.valid)?.install(&files)?;
         }
-        println!("node {}: {}", config.id, config.data_dir.display());
+        told += &format!("node {}: {}\n", config.id, config.data_dir.display());
     }
+    folders.into_iter().for_each(NewFolder::keep);
     if authority.is_some() {
-        println!(
-            "certificate authority: {} (keep it off the nodes: its key can issue a certificate for any node)",
+        told += &format!(
+            "certificate authority: {} (keep it off the nodes: its key can issue a certificate for any node)\n",
             ca.display()
         );
     }
-    Ok(())
+    output::put(&told)
+}
+
+/// A folder that a command fills. What is in it goes when the command fails, so that it doesn't stand in the way of the next.
+struct NewFolder {
+    path: PathBuf,
+    /// It was there before, and empty.
+    existed: bool,
+    kept: bool,
+}
+
+impl NewFolder {
+    /// Returns a folder that is to be filled, unless something is in it.
+    fn empty(path: &Path) -> anyhow::Result<Self> {
+        let entries = std::fs::read_dir(path).map(|mut entries| entries.next().is_some());
+        anyhow::ensure!(
+            !entries.unwrap_or(false),
+            "{} is not empty, expected a new or empty directory",
+            path.display()
+        );
+        Ok(Self { path: path.into(), existed: path.exists(), kept: false })
+    }
+
+    /// Leaves it as it is: the command succeeded.
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        if !self.kept && self.path.is_dir() {
+            // What can't be removed is named by the next command, which finds it there.
+            let _ = std::fs::remove_dir_all(&self.path);
+            if self.existed {
+                let _ = std::fs::create_dir_all(&self.path);
+            }
+        }
+    }
 }
 
 /// Runs a verb that talks to a cluster.
