@@ -276,7 +276,7 @@ for node in "${nodes[@]}"; do
   node_pids+=("$started")
 done
 for i in 0 1 2; do
-  wait_for "node-${nodes[i]}" "${node_pids[i]}" "http://127.0.0.1:${data_ports[i]}/readyz"
+  wait_for "node-${nodes[i]}" "${node_pids[i]}" "http://127.0.0.1:${data_ports[i]}/readyz?quorum"
 done
 
 for i in 0 1 2; do

@@ -1,4 +1,5 @@
 //! Status answers that both HTTP ports give, without a token: `/routing/state`, `/health/snapshot`, `/livez`, `/readyz`.
+//! Ready means "can serve", and needs no majority: with two of three nodes dead the third is all that users have.
 
 use std::collections::BTreeMap;
 
@@ -34,7 +35,7 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
     }
     Some(match path {
         "/livez" => json_response(StatusCode::OK, &json!({"status": "alive"})),
-        "/readyz" => ready(node),
+        "/readyz" => ready(node, parameter(uri, "quorum").is_some()),
         _ => look(node, uri).await.unwrap_or_else(|problem| problem.response()),
     })
 }
@@ -100,12 +101,12 @@ fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Problem> {
     })
 }
 
-fn ready(node: &NodeHandle) -> Response<Full<Bytes>> {
+/// Answers `/readyz`: whether this node can serve requests; for `/readyz?quorum`, whether it can change something, too.
+fn ready(node: &NodeHandle, needs_quorum: bool) -> Response<Full<Bytes>> {
     let mode = node.published.mode();
-    let reason = match mode {
-        Mode::Normal => return json_response(StatusCode::OK, &json!({"status": "ready", "mode": mode})),
-        Mode::FailSafe => "no contact with a majority: this node may not know the newest routing",
-        Mode::Learner => "this node has no vote and may not know the newest routing",
+    let without_quorum = (needs_quorum && mode == Mode::FailSafe).then_some("no contact with a majority");
+    let Some(reason) = node.published.not_ready().or(without_quorum) else {
+        return json_response(StatusCode::OK, &json!({"status": "ready", "mode": mode}));
     };
     json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"status": "not ready", "mode": mode, "reason": reason}))
 }

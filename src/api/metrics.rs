@@ -16,7 +16,7 @@ use crate::domain::routing::{RoutingState, Status};
 use crate::domain::weights::Weight;
 use crate::node::handle::NodeHandle;
 use crate::protocol::record::{Initiator, RecordKind};
-use crate::protocol::{Event, View};
+use crate::protocol::{Event, Mode, View};
 
 use super::state::ApiState;
 
@@ -53,6 +53,7 @@ fn tell_weights(view: &View) {
 pub async fn scrape(State(state): State<ApiState>) -> Response {
     let view = state.node.published.view();
     tell_weights(&view);
+    gauge!("aviary_quorum").set(f64::from(u8::from(state.node.published.mode() == Mode::Normal)));
     for (id, found) in &view.services {
         let service = id.to_string();
         let routing = &found.service.routing;

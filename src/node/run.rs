@@ -25,7 +25,7 @@ use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, Reque
 use super::failpoint::Failpoint;
 use super::frame::Versions;
 use super::greeting::Greeting;
-use super::handle::{NodeHandle, NodeRequest, Published};
+use super::handle::{NodeHandle, NodeRequest, NodeRequests, Published};
 use super::link::{Identity, Inbox, LinkLimits, Links};
 
 /// Parts that a node is built from.
@@ -183,7 +183,7 @@ impl Shell {
         mut self,
         links: Links,
         start: Vec<Output>,
-        mut requests: mpsc::Receiver<NodeRequest>,
+        mut requests: NodeRequests,
         mut inputs: mpsc::Receiver<Input>,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {

@@ -119,6 +119,7 @@ async fn drain(router: &RoutingTable, shutdown: &CancellationToken) {
         }
         prober.ask(router);
         look_up(router);
+        router.node.published.set_has_servers(router.has_servers());
         let observations = router.drain();
         if !observations.is_empty() {
             router.node.observed(observations);

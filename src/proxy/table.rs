@@ -233,6 +233,18 @@ impl RoutingTable {
         table
     }
 
+    /// Returns true when some server that this node would send a request to is not ejected, or nothing is routed yet.
+    pub fn has_servers(&self) -> bool {
+        let (table, now) = (self.table(), self.now());
+        let mut routes = table.routes.values();
+        let serves = |route: &Arc<Route>| {
+            let bp = self.node.published.effective_bp_at(&route.serving, now);
+            let canary = route.canary.as_ref().is_some_and(|pool| bp > 0 && pool.has_server(now));
+            canary || bp < Weight::FULL.bp() && route.stable.has_server(now)
+        };
+        table.routes.is_empty() || routes.any(serves)
+    }
+
     /// Returns the time on the node's clock.
     pub fn now(&self) -> Mono {
         self.node.published.clock().now().mono

@@ -144,6 +144,7 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
                     "refused" => {
                         Outcome::Aborted { slot: Slot(3), reasons: vec!["b: errors: 9 %".into()], repeated: false }
                     }
+                    "again" => Outcome::Committed { slot: Slot(1), state: None, repeated: true },
                     "alone" => Outcome::NoQuorum { reached: vec![NodeId::new("a").unwrap()], needed: 2 },
                     _ => Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false },
                 };
@@ -164,8 +165,10 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
 async fn exchange(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (String, String) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let length = body.len();
+    let kind = if headers.contains("content-type") { "" } else { "content-type: application/json\r\n" };
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+        "{method} {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\ncontent-length: {length}\r\n\
+         {kind}{headers}\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     let _ = stream.write_all(body.as_bytes()).await;
@@ -201,7 +204,7 @@ async fn stream(stream: &mut TcpStream, ms: u64) -> (String, bool) {
 
 async fn follow(port: u16, headers: &str) -> TcpStream {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    stream.write_all(format!("GET /v1/events HTTP/1.1\r\nhost: x\r\n{headers}\r\n").as_bytes()).await.unwrap();
+    stream.write_all(format!("GET /v1/events HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n").as_bytes()).await.unwrap();
     stream
 }
 
@@ -456,6 +459,75 @@ async fn a_write_is_decided_here_when_the_coordinator_is_gone_or_breaks() {
     let c = node("c", "a", &[("a", port)], None).await;
     assert_eq!(http(c.port, "POST", "/v1/rollouts/svc/abort", "", "{}").await.0, 200);
     assert_eq!((b.asked.lock().unwrap().len(), c.asked.lock().unwrap().len()), (1, 1));
+}
+
+/// A coordinator that keeps its connections, and answers nothing.
+async fn stopped() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            open.push(stream);
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn an_abort_is_decided_here_within_its_bound_when_the_coordinator_stands_still() {
+    let b = node("b", "a", &[("a", stopped().await)], None).await;
+    let began = tokio::time::Instant::now();
+    let (status, text, _) = http(b.port, "POST", "/v1/rollouts/svc/abort", "", "{}").await;
+    assert!(status == 200 && began.elapsed() < Duration::from_millis(2_400), "{:?}: {text}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_write_is_decided_here_once_another_node_coordinates() {
+    let b = node("b", "a", &[("a", stopped().await)], None).await;
+    let published = b.handle.published.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        published.publish(view("b", "b", 2, rollback().1));
+    });
+    let began = tokio::time::Instant::now();
+    let (status, text, _) = http(b.port, "POST", "/v1/rollouts/svc/promote", "", "{}").await;
+    assert!(status == 200 && began.elapsed() < Duration::from_millis(900), "{:?}: {text}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_repeated_write_is_answered_with_the_state_of_then() {
+    let a = node("a", "a", &[], None).await;
+    let (status, _, json) = http(a.port, "POST", "/v1/rollouts/svc/promote", "idempotency-key: again\r\n", "{}").await;
+    assert_eq!((status, &json["state"]["version"], &json["state"]["txid"]), (200, &json!(1), &json!("tx-1")), "{json}");
+}
+
+#[tokio::test]
+async fn a_page_in_a_browser_neither_changes_nor_reads_anything() {
+    let a = node("a", "a", &[], None).await;
+    let abort = |headers: &'static str| http(a.port, "POST", "/v1/rollouts/svc/abort", headers, "{}");
+    assert_eq!(abort("content-type: text/plain\r\norigin: http://evil.example\r\n").await.0, 403);
+    assert_eq!(abort("content-type: text/plain\r\n").await.0, 415);
+    let mut stream = TcpStream::connect(("127.0.0.1", a.port)).await.unwrap();
+    stream.write_all(b"GET /v1/cluster HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    assert!(text.starts_with("HTTP/1.1 403 ") && text.contains("PERMISSION_DENIED"), "{text}");
+    assert!(a.asked.lock().unwrap().is_empty());
+    assert_eq!(abort("").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_node_without_a_majority_is_ready_until_its_servers_fail() {
+    let a = node("a", "a", &[], None).await;
+    let asked = async |path: &str| http(a.port, "GET", path, "", "").await.0;
+    assert_eq!((asked("/readyz").await, asked("/readyz?quorum").await), (200, 503));
+    a.handle.published.set_has_servers(false);
+    assert_eq!((asked("/readyz").await, asked("/readyz?quorum").await, asked("/livez").await), (503, 503, 200));
+    a.handle.published.set_has_servers(true);
+    let now = aviary::ports::Clock::now(&BootClock).mono;
+    a.handle.published.set_lease(Some(now));
+    assert_eq!((asked("/readyz").await, asked("/readyz?quorum").await), (200, 200));
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use aviary::domain::rollout::{Change, Service, Stamp};
 use aviary::domain::time::Wall;
 use aviary::domain::weights::Weight;
 use aviary::domain::window::Evidence;
-use aviary::node::handle::{NodeHandle, NodeRequest, Published};
+use aviary::node::handle::{NodeHandle, NodeRequest, NodeRequests, Published};
 use aviary::ports::Store;
 use aviary::protocol::message::Membership;
 use aviary::protocol::record::{Hash, Slot};
@@ -39,7 +39,7 @@ const FAILED: &str = "HTTP/1.1 500 Failed\r\ncontent-length: 2\r\n\r\nno";
 pub(crate) struct World {
     pub(crate) address: SocketAddr,
     pub(crate) node: NodeHandle,
-    told: mpsc::Receiver<NodeRequest>,
+    told: NodeRequests,
     _stop: DropGuard,
 }
 
