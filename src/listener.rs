@@ -28,6 +28,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+mod tracked;
+
+pub use tracked::KnownCaller;
+use tracked::{Connections, OpenRequest, TrackedBody};
+
 /// Limits of a port's connections.
 #[derive(Debug, Clone, Copy)]
 pub struct PortLimits {
@@ -39,6 +44,9 @@ pub struct PortLimits {
     pub half_open_max: usize,
     /// Longest wait for a request's headers.
     pub header_timeout: Duration,
+    /// How long a connection without an open request is kept, also one that has asked before; none: as long as the client wants.
+    /// Where it is given, a connection that is needed less makes room for a new one when all places are taken.
+    pub idle_timeout: Option<Duration>,
     /// How long open requests may take to end after the shutdown.
     pub grace: Duration,
 }
@@ -213,22 +221,38 @@ where
     L: Accept,
     A: Fn(Request<Incoming>, SocketAddr) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
-    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
+    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + Unpin + 'static,
 {
     let limiter = ConnectionLimiter::new(limits);
     let graceful = GracefulShutdown::new();
     let http = limiter.http();
-    while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
+    let connections = Connections::new(limits);
+    while let Some((stream, peer, place)) = connections.make_room_for(limiter.admit(&mut listener, &shutdown)).await {
         let (place, answer, limiter) = (Arc::new(place), answer.clone(), limiter.clone());
-        let asking = place.clone();
+        let (asking, tracked) = (place.clone(), connections.track(place.id));
+        let asked = tracked.clone();
         let service = service_fn(move |request| {
             asking.asked();
+            let (open, tracked) = (OpenRequest::begins(&asked), asked.clone());
             let answered = answer(request, peer);
-            async move { Ok::<_, Infallible>(answered.await) }
+            async move {
+                let response = answered.await;
+                if response.extensions().get::<KnownCaller>().is_some() {
+                    tracked.is_known.store(true, Relaxed);
+                }
+                Ok::<_, Infallible>(response.map(|body| TrackedBody { body, _open: open }))
+            }
         });
         let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);
-        tokio::spawn(async move { limiter.watch(connection, &place, peer).await });
+        let connections = connections.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = limiter.watch(connection, &place, peer) => {}
+                () = tracked.is_not_needed(limits.idle_timeout) => debug!(port = limits.name, %peer, "idle connection ended"),
+            }
+            connections.forget(place.id);
+        });
     }
     drop(listener);
     let _ = tokio::time::timeout(limits.grace, graceful.shutdown()).await;

@@ -8,6 +8,7 @@ use http::{Method, StatusCode, header};
 use super::auth::{Actor, Role};
 use super::browser;
 use super::state::{ApiState, error};
+use crate::listener::KnownCaller;
 
 /// gRPC services that change nothing, though all of gRPC is POST.
 const LOOKING: [&str; 4] = [
@@ -42,7 +43,9 @@ pub async fn check(State(state): State<ApiState>, mut request: Request, next: Ne
     match actor.cloned() {
         Some(actor) if actor.role >= needed => {
             request.extensions_mut().insert(actor);
-            next.run(request).await
+            let mut answer = next.run(request).await;
+            answer.extensions_mut().insert(KnownCaller);
+            answer
         }
         Some(Actor { role, .. }) => {
             error(StatusCode::FORBIDDEN, format!("the token's role is {role}, expected {needed}"))

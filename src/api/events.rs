@@ -14,7 +14,9 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::code::Code;
 use crate::domain::time::Wall;
+use crate::model::Problem;
 use crate::protocol::record::Sequence;
 use crate::protocol::{Announcement, Event};
 
@@ -29,6 +31,9 @@ const BATCH: usize = 64;
 
 /// `GET /v1/events`: from here on; with `Last-Event-ID: N`, the decisions after N first.
 pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Response {
+    let Ok(place) = state.streams.clone().try_acquire_owned() else {
+        return Problem::new(Code::Busy, "too many streams are open; try another node").into_response();
+    };
     let resume = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok()).map(Sequence);
     let (sender, receiver) = mpsc::channel(WAITING_MAX);
     let shutdown = state.shutdown.clone();
@@ -36,6 +41,7 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
     let live = state.node.events();
     let told = resume.unwrap_or_else(|| Sequence::last_of(state.node.published.view().head));
     tokio::spawn(async move {
+        let _place = place;
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = sender.closed() => {}

@@ -37,6 +37,7 @@ const LIMITS: listener::PortLimits = listener::PortLimits {
     connections_max: 1024,
     half_open_max: 128,
     header_timeout: Duration::from_secs(5),
+    idle_timeout: Some(Duration::from_secs(75)),
     grace: Duration::from_secs(5),
 };
 

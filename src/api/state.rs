@@ -32,6 +32,8 @@ pub struct ApiState {
     pub(super) client: HttpClient,
     /// What a backup holds beside the log; none: this node makes none.
     pub(super) backup: Option<BackupSource>,
+    /// Places of streams of events and decisions, which last as long as their clients want.
+    pub(super) streams: Arc<Semaphore>,
     /// Cancelled when the API ends, so that streams do.
     pub(super) shutdown: CancellationToken,
 }
@@ -53,6 +55,8 @@ impl BackupSource {
     }
 }
 
+/// Streams of events and decisions at once: a quarter of the port's connections.
+const STREAMS_MAX: usize = 256;
 /// Longest body of a request: a rollout file is a few kilobytes.
 pub(super) const BODY_BYTES_MAX: usize = 256 * 1024;
 /// Longest wait for a connection to another node.
@@ -77,6 +81,7 @@ impl ApiState {
             intake,
             client,
             backup: None,
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             shutdown,
         }
     }

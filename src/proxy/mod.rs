@@ -90,6 +90,7 @@ fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<Rou
         connections_max: settings.connections_max,
         half_open_max: HALF_OPEN_MAX.min(settings.connections_max),
         header_timeout: Duration::from_millis(settings.header_timeout_ms),
+        idle_timeout: None,
         grace: GRACE,
     });
     (Arc::new(RoutingTable::new(node, settings, shards)), limiter)

@@ -25,7 +25,7 @@ use super::message::{Answer, Decision, GateVote, HealthSnapshot, Membership, Mes
 use super::proposal::Proposal;
 use super::publisher::Publisher;
 use super::runs::Runs;
-use super::settings::{Retention, Settings};
+use super::settings::Settings;
 use super::view::{ServiceView, Serving, View};
 use super::{Input, Observation, Output};
 
@@ -395,16 +395,26 @@ impl Core {
         }
     }
 
+    /// Returns the sum of the log as this node knows it, and the first record to keep beside it: what takes the place of a
+    /// checkpoint that was damaged on disk. None while the node lacks records, or where the sum could not be read back.
+    pub fn checkpoint(&self) -> Option<(Checkpoint, Slot)> {
+        let checkpoint = Checkpoint::of(&self.context.ledger).ok().filter(|_| !self.context.rebuilding)?;
+        Some((checkpoint, self.keep_from()))
+    }
+
+    fn keep_from(&self) -> Slot {
+        Slot(self.context.ledger.head.0.saturating_sub(self.context.settings.retention.history) + 1)
+    }
+
     /// Makes a checkpoint when it is time for one.
     fn sum_up(&mut self) {
-        let Retention { checkpoint_every, history } = self.context.settings.retention;
         let head = self.context.ledger.head;
-        if !head.0.is_multiple_of(checkpoint_every) || self.context.rebuilding {
+        if !head.0.is_multiple_of(self.context.settings.retention.checkpoint_every) || self.context.rebuilding {
             return;
         }
         match Checkpoint::of(&self.context.ledger) {
             Ok(checkpoint) => {
-                let keep_from = Slot(head.0.saturating_sub(history) + 1);
+                let keep_from = self.keep_from();
                 self.context.put(Output::Checkpoint { checkpoint, keep_from });
             }
             // The log stays as long as it is, which is read back with the checkpoint before.

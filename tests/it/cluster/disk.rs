@@ -250,6 +250,27 @@ fn kill_at_any_moment(mut cluster: Cluster) {
 }
 
 #[test]
+fn a_checkpoint_that_is_damaged_while_its_node_runs_is_written_again_for_a_peer_that_needs_it() {
+    let mut cluster = Cluster::start_with("\n[history]\nrecords = 4\ncheckpoint_every = 16\n");
+    begin(&cluster);
+    cluster.kill(2);
+    let decided = (0..40).filter(|number| decide(&cluster, 0, *number).is_some()).count();
+    assert_eq!(decided, 40, "two of three decide");
+    for i in [0, 1] {
+        let path = cluster.data_dir(i).join("checkpoint");
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    cluster.spawn(2, None);
+    cluster.wait_ready(2);
+    cluster.agreed(&[0, 1, 2], Duration::from_secs(5));
+    assert!([0, 1].iter().any(|i| console(&cluster, *i).contains("the checkpoint can't be read: it is written again")));
+    cluster.assert_no_panic();
+}
+
+#[test]
 fn a_full_disk_stops_its_node_only_and_says_so() {
     let mut cluster = Cluster::found();
     let dir = cluster.data_dir(2);

@@ -89,6 +89,9 @@ impl Http {
 
     pub fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> std::io::Result<Answer> {
         let mut head = format!("{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {}\r\n", body.len());
+        if method == "POST" && !headers.iter().any(|(name, _)| *name == "content-type") {
+            head += "content-type: application/json\r\n";
+        }
         headers.iter().for_each(|(name, value)| write!(head, "{name}: {value}\r\n").unwrap());
         self.stream.get_mut().write_all(format!("{head}\r\n{body}").as_bytes())?;
         let mut line = String::new();
