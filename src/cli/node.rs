@@ -35,9 +35,9 @@ use crate::decisions;
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::frame::VERSIONS;
-use crate::node::handle::NodeHandle;
+use crate::node::handle::{Guard, NodeHandle};
 use crate::node::run::{self, Parts, Running};
-use crate::node::scrub;
+use crate::node::{room, scrub};
 use crate::ports::{Network, Recovered};
 use crate::protocol::Settings;
 use crate::proxy;
@@ -111,6 +111,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     servers.spawn(api::serve(listener, state));
     tokio::spawn(telemetry::prometheus::run(handle.clone(), shutdown.clone()));
     tokio::spawn(scrub::run(handle.log.clone(), shutdown.clone()));
+    tokio::spawn(room::watch(config.data_dir.clone(), handle.clone(), shutdown.clone()));
     tokio::spawn(api::metrics::count(handle));
     servers.close();
     info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");
@@ -143,7 +144,7 @@ fn start_redis(
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
     let client = redis::client(url)?;
-    node.guarded(Some("redis: not asked yet".into()));
+    node.guarded(Guard::Store, Some("redis: not asked yet".into()));
     let cluster = node.published.view().cluster;
     let sink = RedisDecisions::new(client.clone(), cluster);
     servers.spawn(decisions::publish::run(node.clone(), Box::new(sink), "redis", shutdown.clone()));

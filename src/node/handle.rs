@@ -1,7 +1,8 @@
 //! What the rest of the process may know and ask of its node.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -161,6 +162,15 @@ impl Published {
 /// The lease length that a node's own mode is judged by, where no service names one.
 pub const LEASE_MS_SHOWN: u64 = 2_000;
 
+/// What promotions depend on beside the nodes' votes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Guard {
+    /// The store that gets the decisions.
+    Store,
+    /// Room on the node's own disk.
+    Disk,
+}
+
 /// Handle of a running node: its published view, requests to it, its events and its log.
 #[derive(Clone)]
 pub struct NodeHandle {
@@ -173,6 +183,8 @@ pub struct NodeHandle {
     writes: mpsc::Sender<NodeRequest>,
     reads: mpsc::Sender<NodeRequest>,
     observed: mpsc::Sender<NodeRequest>,
+    /// Why what promotions depend on doesn't do what it should.
+    guards: Arc<Mutex<BTreeMap<Guard, String>>>,
     reads_under_way: Arc<Semaphore>,
     events: broadcast::Sender<Arc<Announcement>>,
 }
@@ -193,8 +205,17 @@ impl NodeHandle {
         let reads_under_way = Arc::new(Semaphore::new(READS_MAX));
         let (events, _) = broadcast::channel(EVENTS_MAX);
         let greetings = Greetings::default();
-        let handle =
-            Self { published, log, greetings, writes, reads, observed, reads_under_way, events: events.clone() };
+        let handle = Self {
+            published,
+            log,
+            greetings,
+            writes,
+            reads,
+            observed,
+            reads_under_way,
+            guards: Arc::default(),
+            events: events.clone(),
+        };
         (handle, requests, events)
     }
 
@@ -252,8 +273,15 @@ impl NodeHandle {
         let _ = self.observed.send(NodeRequest::Measured(measurement)).await;
     }
 
-    /// Tells the loop whether the store that promotions depend on does what it should; told again soon when the loop is behind.
-    pub fn guarded(&self, unavailable: Option<String>) {
+    /// Tells the loop whether what promotions depend on does what it should; told again soon when the loop is behind.
+    pub fn guarded(&self, guard: Guard, unavailable: Option<String>) {
+        let mut guards = self.guards.lock().expect("nothing panics while it holds the guards");
+        match unavailable {
+            Some(why) => drop(guards.insert(guard, why)),
+            None => drop(guards.remove(&guard)),
+        }
+        let all: Vec<_> = guards.values().map(String::as_str).collect();
+        let unavailable = (!all.is_empty()).then(|| all.join("; "));
         let _ = self.observed.try_send(NodeRequest::Guarded(unavailable));
     }
 

@@ -6,5 +6,6 @@ pub mod greeting;
 pub mod handle;
 pub mod link;
 pub mod log;
+pub mod room;
 pub mod run;
 pub mod scrub;

@@ -287,6 +287,17 @@ fn a_full_disk_stops_its_node_only_and_says_so() {
     (0..3).for_each(|i| cluster.wait_ready(i));
     cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
     let filler = fs::File::create(dir.join("filler")).unwrap();
+    // It warns, and holds increases, before it has to stop.
+    let free = || rustix::fs::statvfs(&dir).map(|found| found.f_bavail * found.f_frsize).unwrap();
+    for at in (0..).take_while(|_| free() > 300_000) {
+        std::os::unix::fs::FileExt::write_at(&filler, &[1; 4096], at * 4096).unwrap();
+    }
+    wait("a warning", Duration::from_secs(5), || {
+        console(&cluster, 2).contains("the disk is nearly full").then_some(())
+    });
+    let refused = cluster.promote(0, None);
+    let text = String::from_utf8_lossy(&refused.body).to_string();
+    assert!(refused.status == 409 && text.contains("c: abstains: the disk is nearly full"), "{text}");
     let filled =
         (0..).take_while(|at| std::os::unix::fs::FileExt::write_at(&filler, &[1; 4096], at * 4096).is_ok()).count();
     drop(filler);
