@@ -16,8 +16,8 @@ pub fn refusal(request: &Request) -> Option<(StatusCode, String)> {
     let Some(host) = authority.and_then(|authority| authority.parse::<Authority>().ok()) else {
         return Some((StatusCode::BAD_REQUEST, "the request names no host".into()));
     };
-    if !is_this_machine(host.host()) {
-        let why = format!("host {:?} is not this machine, expected localhost or an address", host.host());
+    if !is_own_name(host.host()) {
+        let why = format!("host {:?} may be anybody's name, expected localhost or an address", host.host());
         return Some((StatusCode::FORBIDDEN, why));
     }
     let own = |origin: &str| origin.split_once("://").is_some_and(|(_, of)| of.eq_ignore_ascii_case(host.as_str()));
@@ -49,11 +49,12 @@ fn text(request: &Request, name: impl AsHeaderName) -> Option<&str> {
     request.headers().get(name).and_then(|value| value.to_str().ok())
 }
 
-/// Returns true for names that no other machine's name server answers for.
-fn is_this_machine(host: &str) -> bool {
+/// Returns true for addresses, and for names that no stranger's name server answers for: without a dot, a name is known to this
+/// machine or its own network only.
+fn is_own_name(host: &str) -> bool {
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     let name = host.trim_end_matches('.').to_ascii_lowercase();
-    bare.parse::<std::net::IpAddr>().is_ok() || name == "localhost" || name.ends_with(".localhost")
+    bare.parse::<std::net::IpAddr>().is_ok() || !name.contains('.') || name.ends_with(".localhost")
 }
 
 #[cfg(test)]
@@ -69,11 +70,13 @@ mod tests {
     }
 
     #[test]
-    fn only_this_machine_is_asked_by_name() {
-        for host in ["127.0.0.1:8091", "localhost", "LocalHost:1", "[::1]:8091", "a.localhost", "10.0.0.7:80"] {
+    fn a_name_that_anybody_may_own_is_refused() {
+        for host in
+            ["127.0.0.1:8091", "localhost", "LocalHost:1", "[::1]:8091", "a.localhost", "10.0.0.7:80", "node-a:8091"]
+        {
             assert_eq!(status("GET", &[("host", host)]), None, "{host}");
         }
-        for host in ["evil.example", "evil.example:8091", "127.0.0.1.evil.example", "localhost.evil.example", "x"] {
+        for host in ["evil.example", "evil.example:8091", "127.0.0.1.evil.example", "localhost.evil.example"] {
             assert_eq!(status("GET", &[("host", host)]), Some(403), "{host}");
         }
         assert_eq!(status("GET", &[]), Some(400));
