@@ -29,6 +29,8 @@ pub struct Tracked {
     last_ms: AtomicU64,
     /// One of its requests had a known token.
     pub is_known: AtomicBool,
+    /// It has asked for something: before that, it is half open, and bounded as such.
+    has_asked: AtomicBool,
     end: CancellationToken,
     began: Instant,
 }
@@ -46,8 +48,8 @@ impl Tracked {
     /// than `patience`, then idle ones of known callers. Others stay.
     fn rank(&self, patience: Duration) -> Option<u8> {
         match (self.is_known.load(Relaxed), self.open.load(Relaxed) > 0) {
-            (false, false) => Some(0),
-            (false, true) => (self.idle() >= patience).then_some(1),
+            (false, false) if self.has_asked.load(Relaxed) => Some(0),
+            (false, _) => (self.idle() >= patience).then_some(1),
             (true, false) => Some(2),
             (true, true) => None,
         }
@@ -75,6 +77,7 @@ impl OpenRequest {
     /// Notes that a request begins.
     pub fn begins(connection: &Arc<Tracked>) -> Self {
         connection.open.fetch_add(1, Relaxed);
+        connection.has_asked.store(true, Relaxed);
         connection.note();
         Self(connection.clone())
     }
@@ -133,9 +136,14 @@ impl Connections {
 
     /// Adds a connection.
     pub fn track(&self, id: u64) -> Arc<Tracked> {
-        let (open, last_ms, is_known, end) =
-            (AtomicUsize::new(0), AtomicU64::new(0), AtomicBool::new(false), CancellationToken::new());
-        let tracked = Arc::new(Tracked { open, last_ms, is_known, end, began: self.began });
+        let tracked = Arc::new(Tracked {
+            open: AtomicUsize::new(0),
+            last_ms: AtomicU64::new(0),
+            is_known: AtomicBool::new(false),
+            has_asked: AtomicBool::new(false),
+            end: CancellationToken::new(),
+            began: self.began,
+        });
         tracked.note();
         self.lock().insert(id, tracked.clone());
         tracked
