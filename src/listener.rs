@@ -31,7 +31,7 @@ use tracing::{debug, warn};
 mod tracked;
 
 pub use tracked::KnownCaller;
-use tracked::{Connections, OpenRequest, TrackedBody};
+use tracked::{OpenRequest, PortConnections, TrackedBody};
 
 /// Limits of a port's connections.
 #[derive(Debug, Clone, Copy)]
@@ -226,7 +226,7 @@ where
     let limiter = ConnectionLimiter::new(limits);
     let graceful = GracefulShutdown::new();
     let http = limiter.http();
-    let connections = Connections::new(limits);
+    let connections = PortConnections::new(limits);
     while let Some((stream, peer, place)) = connections.make_room_for(limiter.admit(&mut listener, &shutdown)).await {
         let (place, answer, limiter) = (Arc::new(place), answer.clone(), limiter.clone());
         let (asking, tracked) = (place.clone(), connections.track(place.id));

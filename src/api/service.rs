@@ -214,6 +214,10 @@ async fn forward(
             request = request.header(name, value);
         }
     }
+    if !headers.contains_key(header::CONTENT_TYPE) {
+        // A call over gRPC has none for its rollout; JSON is YAML, too.
+        request = request.header(header::CONTENT_TYPE, "application/yaml");
+    }
     let request = request.body(Full::from(body.clone())).ok()?;
     let answer = state.client.send(request, limit, BODY_BYTES_MAX).await.ok()?;
     if !answer.status.is_success() {

@@ -118,13 +118,13 @@ impl<B: Body + Unpin> Body for TrackedBody<B> {
 
 /// The connections of a port.
 #[derive(Clone)]
-pub struct Connections {
+pub struct PortConnections {
     limits: PortLimits,
     began: Instant,
     open: Arc<Mutex<BTreeMap<u64, Arc<Tracked>>>>,
 }
 
-impl Connections {
+impl PortConnections {
     /// Returns those of a port that nobody has connected to yet.
     pub fn new(limits: PortLimits) -> Self {
         Self { limits, began: Instant::now(), open: Arc::default() }

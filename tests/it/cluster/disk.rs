@@ -295,7 +295,7 @@ fn a_full_disk_stops_its_node_only_and_says_so() {
     wait("a warning", Duration::from_secs(5), || {
         console(&cluster, 2).contains("the disk is nearly full").then_some(())
     });
-    let refused = cluster.promote(0, None);
+    let refused = cluster.post(0, "/v1/rollouts/svc/promote", None, r#"{"full": true}"#);
     let text = String::from_utf8_lossy(&refused.body).to_string();
     assert!(refused.status == 409 && text.contains("c: abstains: the disk is nearly full"), "{text}");
     let filled =

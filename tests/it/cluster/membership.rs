@@ -238,7 +238,7 @@ fn a_command_that_fails_or_is_not_read_leaves_no_half_of_a_cluster() {
     assert!(left.is_empty(), "{left:?}");
     fs::remove_file(cluster.data_dir(2)).unwrap();
 
-    // Whoever reads what it prints is gone: all of it is there all the same.
+    // The reader of its output is gone: all of it is there all the same.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     init().stdout(writer).status().unwrap();
