@@ -71,7 +71,7 @@ pub const ALL: [SeededBug; 21] = [
     bug::<IGNORED>("what votes tell of accepted records is ignored", 1, "I10/I12 writes"),
     bug::<MAJORITY>("a promotion goes by majority, not unanimity", 1, "I3 unanimity"),
     bug::<SUFFIX>("a log that lost its end is trusted", 3, "I6 promises"),
-    bug::<RECEIPT>("the lease is measured from the answer's receipt", 40, "I9 enforcement"),
+    bug::<RECEIPT>("the lease is measured from the answer's receipt", 0, BY_SCRIPT),
     bug::<GRANTED>("a lease is granted whatever was accepted since", 24, "I9 enforcement"),
     bug::<EARLY>("a record is served and told before it is durable", 1, "I10/I12 writes"),
     bug::<IN_DOUBT>("an increase that was decided in doubt is served", 1, "I1 agreement"),
