@@ -15,7 +15,7 @@ pub type Micro = i64;
 pub struct Query {
     /// The name its author gave it.
     pub name: String,
-    /// Where a Prometheus answers, `http://host:port`.
+    /// Where a Prometheus answers, `http://host:port`, with its path prefix where it has one.
     pub address: String,
     /// PromQL, with `{{service}}`, `{{stable}}`, `{{version}}` (the canary) and `{{window}}` in it.
     pub template: String,
@@ -65,8 +65,8 @@ impl Query {
         let value = match answer {
             None => return Verdict::Hold(format!("{name}: no answer yet")),
             Some(Err(why)) => return Verdict::Hold(format!("{name}: {why}")),
-            Some(Ok(value)) if value.is_nan() => {
-                return Verdict::Hold(format!("{name}: the answer is no number, as without traffic"));
+            Some(Ok(value)) if !value.is_finite() => {
+                return Verdict::Hold(format!("{name}: the answer is {value}, as without traffic, expected a number"));
             }
             Some(Ok(value)) => *value,
         };
@@ -107,10 +107,26 @@ mod tests {
     #[test]
     fn a_value_beyond_is_harm_and_no_value_holds() {
         let query = query(Some(-1_000_000), Some(2_500_000));
-        let words = [Ok(2.5), Ok(2.6), Ok(-1.1), Ok(f64::NAN), Ok(f64::INFINITY), Err(NoValue::new("no route"))]
-            .map(|answer| query.judge(Some(&answer)).word());
-        assert_eq!(words, ["PROMOTE", "PAUSE", "PAUSE", "HOLD", "PAUSE", "HOLD"]);
+        let words =
+            [Ok(2.5), Ok(2.6), Ok(-1.1), Err(NoValue::new("no route"))].map(|answer| query.judge(Some(&answer)).word());
+        assert_eq!(words, ["PROMOTE", "PAUSE", "PAUSE", "HOLD"]);
         assert_eq!(query.judge(None).word(), "HOLD");
         assert_eq!(query.judge(Some(&Ok(2.6))).reason(), "saturation: 2.6, limit 2.5");
+    }
+
+    #[test]
+    fn what_is_no_number_holds_whatever_the_range_and_its_reaction() {
+        let ranges = [(Some(500_000), None), (None, Some(500_000)), (Some(-1), Some(1)), (None, None)];
+        for (min, max) in ranges {
+            for on_failure in [OnFailure::Rollback, OnFailure::Pause] {
+                let query = Query { on_failure, ..query(min, max) };
+                for value in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, -f64::NAN] {
+                    let verdict = query.judge(Some(&Ok(value)));
+                    assert_eq!(verdict.word(), "HOLD", "{value} in {min:?} to {max:?}");
+                }
+            }
+        }
+        let reason = query(None, Some(1)).judge(Some(&Ok(f64::INFINITY))).reason().to_owned();
+        assert_eq!(reason, "saturation: the answer is inf, as without traffic, expected a number");
     }
 }
