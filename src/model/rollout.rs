@@ -36,8 +36,14 @@ pub struct RoutingView {
     pub stage: usize,
     /// Number of stages that the rollout has.
     pub stages: usize,
+    /// Routing version that the rollout began with, which tells it from other rollouts of the service; 0 by a node of an earlier build.
+    #[serde(default)]
+    pub rollout_generation: u64,
     /// Why the rollout is paused or was rolled back; empty where there is no reason.
     pub reason: String,
+    /// True while the rollout goes on only when a person says so: it is paused, or at a step that waits for an operator.
+    #[serde(default)]
+    pub waits_for_operator: bool,
     /// What the rollout waits for; empty when it waits for nothing.
     pub waiting_for: String,
     /// Why this node serves less than the committed share; none when nothing holds it back.
@@ -206,6 +212,9 @@ pub struct RolloutList {
 pub struct History {
     /// The newest records, oldest first.
     pub history: Vec<HistoryEntry>,
+    /// First slot that is still in the log of the node that answers: what was decided before is missing. None where nothing is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub whole_from: Option<Slot>,
 }
 
 /// One record of a service.

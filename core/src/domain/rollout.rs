@@ -62,6 +62,13 @@ pub struct Rollout {
     pub since: Wall,
 }
 
+impl Rollout {
+    /// Returns true while the rollout goes on only when an operator says so: it is paused, or at a step that asks for one.
+    pub fn waits_for_operator(&self) -> bool {
+        self.phase == Phase::Paused || (self.phase.is_active() && self.spec.stages[self.stage].manual)
+    }
+}
+
 /// A service: its routing, its stable backend, and its last rollout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {

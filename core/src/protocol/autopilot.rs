@@ -24,6 +24,11 @@ const HOLD_PATIENCE_MS: u64 = 300;
 const RETRY_MS: u64 = 500;
 /// Longest wait between two tries, in milliseconds.
 const RETRY_MS_MAX: u64 = 15_000;
+/// First wait after nodes abstained from a promotion that its coordinator saw as due: something is missing there, and each try is a
+/// record that people read. It doubles up to [`ABSTENTION_MS_MAX`].
+const ABSTENTION_MS: u64 = 10_000;
+/// Longest wait after nodes abstained, in milliseconds.
+const ABSTENTION_MS_MAX: u64 = 60_000;
 
 /// How the automatic changes of one rollout go.
 #[derive(Debug, Clone)]
@@ -34,11 +39,15 @@ struct Progress {
     retry_at: Mono,
     /// How many failed in a row.
     failures: u32,
+    /// Since when the verdict is to promote, without a break; none while it isn't.
+    ready_since: Option<Mono>,
+    /// What stood in the way of the last promotion, by the nodes' own words; empty where nothing did.
+    refusal: String,
 }
 
 impl Progress {
     fn new(since: Mono) -> Self {
-        Self { since, retry_at: Mono::default(), failures: 0 }
+        Self { since, retry_at: Mono::default(), failures: 0, ready_since: None, refusal: String::new() }
     }
 }
 
@@ -83,10 +92,10 @@ impl Autopilot {
         }
         match operation {
             Operation::Change(_, Change::Resume) => progress.since = now,
-            Operation::Refused { .. } => {
+            Operation::Refused { reasons, .. } => {
                 progress.failures = progress.failures.saturating_add(1);
-                let wait = (RETRY_MS << progress.failures.min(5)).min(RETRY_MS_MAX);
-                progress.retry_at = now.after_ms(wait);
+                progress.retry_at = now.after_ms(wait_ms(progress.failures, reasons));
+                progress.refusal = reasons.join("; ");
             }
             _ => {}
         }
@@ -110,6 +119,7 @@ impl Autopilot {
         if !service_state.service.rollout.phase.is_active() {
             return None;
         }
+        progress.look(ctx.now.mono, health.verdict);
         if let Some(reason) = rollback_reason(ctx, service_state, health, progress.since) {
             // A rollback is asked for again and again, but not with every tick.
             let may_try = ctx.now.mono >= progress.retry_at || progress.failures == 0;
@@ -123,7 +133,7 @@ impl Autopilot {
             Some(Verdict::Pause(why)) if service_state.service.rollout.phase != Phase::Paused => {
                 Change::Pause { reason: why.clone() }
             }
-            _ => step(ctx, service_state, health)?,
+            _ => step(ctx, service_state, health).filter(|_| progress.is_ready(ctx, service_state))?,
         };
         if !coordination.is_free {
             self.waits = Some(id.clone());
@@ -133,7 +143,32 @@ impl Autopilot {
     }
 }
 
+/// Returns how long to wait after the automatic change failed so often in a row, the last time for these reasons.
+fn wait_ms(failures: u32, reasons: &[String]) -> u64 {
+    let abstained = |reason: &String| reason.contains(": abstains: ");
+    match !reasons.is_empty() && reasons.iter().all(abstained) {
+        true => (ABSTENTION_MS << failures.saturating_sub(1).min(5)).min(ABSTENTION_MS_MAX),
+        false => (RETRY_MS << failures.min(5)).min(RETRY_MS_MAX),
+    }
+}
+
 impl Progress {
+    /// Takes note of what the analysis says.
+    fn look(&mut self, now: Mono, verdict: Option<&Verdict>) {
+        match verdict {
+            Some(Verdict::Promote) => self.ready_since = self.ready_since.or(Some(now)),
+            _ => self.ready_since = None,
+        }
+    }
+
+    /// Returns true once the peers, who hear of the same evidence up to two snapshots later, can say what this node says: asked
+    /// before, they would abstain, and a healthy promotion would be recorded as refused first.
+    fn is_ready(&self, ctx: &Context, service_state: &ServiceState) -> bool {
+        let delay_ms = ctx.settings.timings.snapshot_ms.saturating_mul(2);
+        service_state.service.routing.canary_weight() == Weight::ZERO
+            || self.ready_since.is_some_and(|since| ctx.now.mono.millis_since(since) >= delay_ms)
+    }
+
     /// Returns the proposal of a change, and leaves it the time of a ballot before it is tried again.
     fn propose(&mut self, ctx: &Context, id: &ServiceId, change: Change) -> Proposal {
         self.retry_at = self.retry_at.max(ctx.now.mono.after_ms(ctx.settings.timings.resend_ms));
@@ -227,12 +262,20 @@ fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> Opt
     }
 }
 
-/// Returns what a rollout waits for, in words for people; `is_decreasing`: a decrease of it is under way or waits here.
-pub(super) fn waiting_for(
+impl Autopilot {
+    /// Returns what a rollout waits for, in words for people; `is_decreasing`: a decrease of it is under way or waits here.
+    pub fn waiting_for(&self, ctx: &Context, id: &ServiceId, health: &Health<'_>, is_decreasing: bool) -> String {
+        let refusal = self.of.get(id).map(|progress| progress.refusal.as_str()).unwrap_or_default();
+        waiting_for(ctx, &ctx.ledger.services[id], health, is_decreasing, refusal)
+    }
+}
+
+fn waiting_for(
     ctx: &Context,
     service_state: &ServiceState,
     health: &Health<'_>,
     is_decreasing: bool,
+    refusal: &str,
 ) -> String {
     let rollout = &service_state.service.rollout;
     if !rollout.phase.is_active() {
@@ -260,6 +303,7 @@ pub(super) fn waiting_for(
     match health.verdict {
         Some(Verdict::Hold(why)) => format!("evidence: {why}"),
         Some(Verdict::Pause(why)) => format!("a pause: {why}"),
-        _ => "the nodes' votes".into(),
+        _ if refusal.is_empty() => "the nodes' votes".into(),
+        _ => format!("the nodes' votes; the last ones: {refusal}"),
     }
 }

@@ -630,7 +630,7 @@ impl Core {
             cluster: self.gates.cluster(&self.context, id),
             verdict: health.verdict.filter(|_| is_active).cloned(),
             sequential: self.runs.sequential(id),
-            waiting_for: autopilot::waiting_for(&self.context, service_state, &health, is_decreasing),
+            waiting_for: self.autopilot.waiting_for(&self.context, id, &health, is_decreasing),
             enforced: self.lease.is_enforced(id),
         };
         self.publisher.show(id, view);

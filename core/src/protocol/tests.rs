@@ -28,6 +28,7 @@ use crate::fixtures;
 mod initiator;
 mod limits;
 mod manifest;
+mod promotion;
 mod restore;
 mod run;
 mod text;
