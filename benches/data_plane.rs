@@ -66,7 +66,7 @@ fn decisions(criterion: &mut Criterion) {
         bencher.iter(|| {
             latency_us = (latency_us + 977) % 100_000;
             counts.add(0, 200, black_box(latency_us), false);
-            circuit_breaker.canary(false)
+            circuit_breaker.canary(false, 200)
         });
     });
 }

@@ -270,8 +270,9 @@ impl RoutingTable {
             return counters.circuit_breaker.stable(error);
         };
         canary.add(shard, status, latency_us, error);
-        if counters.circuit_breaker.canary(error) {
-            let reason = format!("the last {FAILURES_MAX} canary answers failed while stable's did not");
+        if counters.circuit_breaker.canary(error, status) {
+            let how = counters.circuit_breaker.last_failures();
+            let reason = format!("the last {FAILURES_MAX} canary answers failed ({how}) while stable's did not");
             let (node, service, version) = (self.node.clone(), route.service.clone(), route.serving.routing_version);
             tokio::spawn(async move { node.circuit_breaker_tripped(service, version, reason).await });
         }
