@@ -6,7 +6,7 @@ use std::{fs, io};
 
 use serde::Deserialize;
 
-use super::{FileError, with_nearest_key};
+use super::{FileError, in_words, with_nearest_key};
 use crate::domain::ids::NodeId;
 use crate::domain::limits::{self, Limits, OutOfRange};
 use crate::protocol::{Retention, Timings};
@@ -206,7 +206,7 @@ pub enum NodeProblem {
     #[error(transparent)]
     Read(#[from] io::Error),
     /// The text is no TOML, or has unknown or missing keys.
-    #[error("line {line}: {}", with_nearest_key(.error.message()))]
+    #[error("line {line}: {}", in_words(&with_nearest_key(.error.message())))]
     Shape {
         /// Line of the file, from 1.
         line: usize,
@@ -266,6 +266,14 @@ impl NodeConfig {
     pub fn load(path: &Path) -> Result<Self, NodeFileError> {
         let read = fs::read_to_string(path).map_err(NodeProblem::from);
         read.and_then(|text| Self::parse(&text, path)).map_err(|problem| FileError::new(path.display(), problem))
+    }
+
+    /// Reads and checks a node's file that `text` holds, which is or could be at `path`; errors begin with that.
+    ///
+    /// # Errors
+    /// When it is no node's file, or a value is not allowed.
+    pub fn of(text: &str, path: &Path) -> Result<Self, NodeFileError> {
+        Self::parse(text, path).map_err(|problem| FileError::new(path.display(), problem))
     }
 
     pub(super) fn parse(text: &str, path: &Path) -> Result<Self, NodeProblem> {

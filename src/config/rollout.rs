@@ -14,6 +14,9 @@ pub enum RolloutProblem {
     /// The text is no YAML, or has unknown or missing keys.
     #[error(transparent)]
     Shape(#[from] YamlError),
+    /// The text holds several documents.
+    #[error("the text holds {0} documents, expected one rollout")]
+    Documents(usize),
     /// A value is not allowed.
     #[error(transparent)]
     Value(#[from] ValueError),
@@ -28,6 +31,12 @@ pub fn parse(text: &str, file: &str) -> Result<Manifest, RolloutError> {
 }
 
 fn parse_text(text: &str) -> Result<Manifest, RolloutProblem> {
+    let documents = super::documents(text);
+    let text = match &documents[..] {
+        [] => text,
+        [one] => one,
+        _ => return Err(RolloutProblem::Documents(documents.len())),
+    };
     let file: RolloutFile = super::read_yaml(text)?;
     Ok(file.spec()?.checked()?)
 }
@@ -76,6 +85,9 @@ spec:
     #[test]
     fn a_whole_file_reads_as_it_was_meant() {
         let spec = parse(GOOD, "r.yaml").unwrap();
+        for around in ["---", "---\n# Source: chart/rollout.yaml", "# head\n---"] {
+            assert_eq!(parse(&format!("{around}{GOOD}---\n"), "r.yaml").unwrap(), spec, "{around:?}");
+        }
         let stages: Vec<_> = spec.stages.iter().map(|s| (s.weight.bp(), s.hold_ms, s.manual)).collect();
         assert_eq!(stages, [(0, 0, true), (500, 90_000, false), (2000, 0, true), (10_000, 0, false)]);
         assert_eq!(spec.canary.urls, ["http://127.0.0.1:9102", "http://127.0.0.1:9103"]);
@@ -120,6 +132,23 @@ spec:
     }
 
     #[test]
+    fn a_provider_may_have_a_path_prefix() {
+        let metric = "{ name: latency, statistic: p95, thresholdRange: { max: 250 } }";
+        let at = |address: &str| {
+            let provider = format!("provider: {{ prometheus: {{ address: \"{address}\", query: up }} }}");
+            GOOD.replace(metric, &format!("{{ name: up, thresholdRange: {{ min: 1 }}, {provider} }}"))
+        };
+        let spec = parse(&at("http://proxy:80/prometheus/team-a/"), "r.yaml").unwrap();
+        assert_eq!(spec.analysis.queries[0].address, "http://proxy:80/prometheus/team-a");
+        assert!(parse(&spec.value().to_string(), "log").is_ok(), "the log says so too");
+        for wrong in
+            ["http://proxy/prometheus", "http://proxy:80/x?tenant=1", "http://u:p@proxy:80/x", "ftp://proxy:80/x"]
+        {
+            assert!(parse(&at(wrong), "r.yaml").is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_mistake_names_what_was_found_and_expected() {
         let found = complaint("setWeight: 5", "setWieght: 5");
         assert!(found.contains("setWieght") && found.ends_with("did you mean `setWeight`?"), "{found}");
@@ -137,6 +166,16 @@ spec:
             "r.yaml: step weight 20% follows 50%, expected weights that never decrease"
         );
         assert!(complaint("duration: 30s", "duration: 30 parsecs").contains("30 parsecs"));
+        for months in ["1M", "1y", "2w", "1h 1M", "3weeks", "1yr", "30", "-1s"] {
+            let found = complaint("duration: 30s", &format!("duration: {months}"));
+            assert!(found.contains(&format!("{months:?}, expected a number and one of ms, s, m, h and d")), "{found}");
+        }
+        assert!(complaint("setWeight: 5", "setWeight: 5%").contains("expected a number"));
+        let two = format!("{GOOD}---{GOOD}");
+        assert_eq!(
+            parse(&two, "r.yaml").unwrap_err().to_string(),
+            "r.yaml: the text holds 2 documents, expected one rollout"
+        );
         assert!(complaint("http://127.0.0.1:9101", "https://127.0.0.1:9101").contains("is https, expected http"));
         assert!(
             complaint("strategy: THRESHOLD", "strategy: SEQUENTIAL")

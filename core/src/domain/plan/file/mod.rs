@@ -282,10 +282,22 @@ impl Serialize for Millis {
     }
 }
 
-/// Reads `30s`, `5m`, `1h 30m` as milliseconds.
+/// Reads `30s`, `5m`, `1h 30m` as milliseconds. Units that look like others or have no fixed length are refused, as `1M` is a month to some
+/// and a minute to others.
 pub fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     let text = String::deserialize(deserializer)?;
-    let found = humantime::parse_duration(&text);
-    let found = found.map_err(|e| serde::de::Error::custom(format!("duration {text:?}: {e}, expected 30s, 5m, 1h")))?;
-    u64::try_from(found.as_millis()).map_err(serde::de::Error::custom)
+    let wrong = || {
+        let expected = "a number and one of ms, s, m, h and d, such as 30s, 5m or 1h 30m";
+        serde::de::Error::custom(format!("duration {text:?}, expected {expected}"))
+    };
+    let mut units = text.split(|letter: char| !letter.is_alphabetic()).filter(|unit| !unit.is_empty());
+    if units.any(|unit| UNITS_REFUSED.contains(&unit)) {
+        return Err(wrong());
+    }
+    let found = humantime::parse_duration(&text).map_err(|_| wrong())?;
+    u64::try_from(found.as_millis()).map_err(|_| wrong())
 }
+
+/// What the parser of durations would take for a month, weeks or years. It also knows their whole words, in which durations of months
+/// are written down.
+const UNITS_REFUSED: [&str; 9] = ["M", "w", "wk", "wks", "week", "weeks", "y", "yr", "yrs"];

@@ -79,20 +79,34 @@ fn backend(side: SidePart) -> Result<Backend, UrlError> {
 
 /// Returns a server's address as it is used, or what is wrong with it.
 pub fn checked_url(url: &str) -> Result<String, UrlError> {
+    let uri = checked_address(url)?;
+    if uri.path() != "/" && !uri.path().is_empty() || uri.query().is_some() {
+        return Err(UrlError::HasPath(url.into()));
+    }
+    Ok(url.trim_end_matches('/').to_string())
+}
+
+/// Returns the address that the paths of a provider's API are appended to, which may end in a path of its own: what stands behind a
+/// proxy often has one.
+fn checked_base(url: &str) -> Result<String, UrlError> {
+    let uri = checked_address(url)?;
+    match uri.query() {
+        Some(_) => Err(UrlError::NotPlain(url.into())),
+        None => Ok(url.trim_end_matches('/').to_string()),
+    }
+}
+
+fn checked_address(url: &str) -> Result<http::Uri, UrlError> {
     let uri: http::Uri = url.parse().map_err(|why| UrlError::Malformed(url.into(), why))?;
     let plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
     if uri.port_u16().is_none_or(|port| port == 0) || !plain || url.contains('#') {
         return Err(UrlError::NotPlain(url.into()));
     }
     match uri.scheme_str() {
-        Some("http" | "h2c") => {}
-        Some("https") => return Err(UrlError::Https(url.into())),
-        _ => return Err(UrlError::NoScheme(url.into())),
+        Some("http" | "h2c") => Ok(uri),
+        Some("https") => Err(UrlError::Https(url.into())),
+        _ => Err(UrlError::NoScheme(url.into())),
     }
-    if uri.path() != "/" && !uri.path().is_empty() || uri.query().is_some() {
-        return Err(UrlError::HasPath(url.into()));
-    }
-    Ok(url.trim_end_matches('/').to_string())
 }
 
 /// Steps as their author wrote them, folded into stages: a pause belongs to the weight before it.
@@ -207,7 +221,7 @@ fn query(part: MetricPart, provider: PrometheusPart) -> Result<Query, MetricProb
     };
     let micro = |bound: f64| limits::QUERY_BOUND.check(bound).map(|bound| (bound * 1e6).round() as i64);
     let (min, max) = (min.map(micro).transpose()?, max.map(micro).transpose()?);
-    let address = checked_url(&address)?;
+    let address = checked_base(&address)?;
     if template.trim().is_empty() || template.len() > limits::QUERY_BYTES_MAX {
         return Err(MetricProblem::QueryLength);
     }
