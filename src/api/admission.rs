@@ -32,8 +32,8 @@ pub async fn check(State(state): State<ApiState>, mut request: Request, next: Ne
         (false, _) => Role::Operator,
     };
     let token = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let actor = token.and_then(|value| value.strip_prefix("Bearer ")).and_then(|token| tokens.actor_of(token.trim()));
-    match actor.cloned() {
+    let tokens = tokens.current();
+    match token.and_then(bearer).and_then(|token| tokens.actor_of(token)).cloned() {
         Some(actor) if actor.role >= needed => {
             request.extensions_mut().insert(actor);
             next.run(request).await
@@ -42,5 +42,26 @@ pub async fn check(State(state): State<ApiState>, mut request: Request, next: Ne
             error(StatusCode::FORBIDDEN, format!("the token's role is {role}, expected {needed}"))
         }
         None => error(StatusCode::UNAUTHORIZED, "no known bearer token, expected header Authorization: Bearer …"),
+    }
+}
+
+/// Returns the token of an Authorization field; none for another scheme. Schemes are known in any case (RFC 9110, 11.1).
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.trim().split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scheme_is_known_in_any_case() {
+        for value in ["Bearer t", "bearer t", "BEARER  t", " bEaReR t "] {
+            assert_eq!(bearer(value), Some("t"), "{value:?}");
+        }
+        for value in ["Basic t", "Bearert", "t", "", "Bearer", "Bearers t"] {
+            assert_eq!(bearer(value), None, "{value:?}");
+        }
     }
 }

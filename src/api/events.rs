@@ -58,6 +58,9 @@ async fn feed(
 ) -> Option<()> {
     if resumed {
         told = replay(state, told, client).await?;
+    } else {
+        // No event, but the place that a client resumes after, should the stream be cut before its first decision.
+        client.send(Sse::default().id(told.to_string())).await.ok()?;
     }
     loop {
         match live.recv().await {

@@ -1,7 +1,7 @@
 //! The operators' API: rollouts, the cluster, events and metrics over HTTP.
 //!
 //! `service` carries out changes (forwarding them to the coordinator), `write` takes them over HTTP, `show` tells what is, `events`
-//! streams what happens, `backup` streams a backup, `auth` knows tokens and roles, `admission` lets requests through by them; `state`
+//! streams what happens, `backup` streams a backup, `auth` knows tokens and roles, `token_file` reads them, `admission` lets requests through by them; `state`
 //! is what all of them share.
 
 use std::time::Duration;
@@ -25,6 +25,7 @@ mod service;
 mod show;
 mod state;
 mod telemetry;
+pub mod token_file;
 mod write;
 
 pub use state::{ApiState, BackupSource};

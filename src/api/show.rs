@@ -102,22 +102,27 @@ pub async fn history(State(state): State<ApiState>, Path(name): Path<String>) ->
     let read = tokio::task::spawn_blocking(move || {
         let mut found = std::collections::VecDeque::new();
         let mut from = Slot(0);
+        let mut whole_from = None;
         while from <= head {
             let records = log.read(from, BATCH)?;
             let Some(last) = records.last() else { break };
+            if from == Slot(0) {
+                whole_from = records.first().map(|first| first.record.slot).filter(|first| *first > Slot(1));
+            }
             from = last.record.slot.next();
             let concerns = |operation: &Operation| operation.service() == Some(&id) && !operation.is_verdict();
             for chosen in records.iter().filter(|chosen| concerns(&chosen.record.intent.operation)) {
                 found.push_back(entry(chosen));
                 if found.len() > HISTORY_MAX {
                     found.pop_front();
+                    whole_from = found.front().map(|entry: &HistoryEntry| entry.slot);
                 }
             }
         }
-        Ok::<_, crate::ports::StoreError>(found)
+        Ok::<_, crate::ports::StoreError>(History { history: found.into(), whole_from })
     });
     match read.await {
-        Ok(Ok(history)) => Json(History { history: history.into() }).into_response(),
+        Ok(Ok(history)) => Json(history).into_response(),
         Ok(Err(why)) => error(StatusCode::INTERNAL_SERVER_ERROR, why.to_string()),
         Err(why) => error(StatusCode::INTERNAL_SERVER_ERROR, why.to_string()),
     }
@@ -156,6 +161,7 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
         let greeting = state.node.greetings.of(node);
         let shown = ClusterMember {
             alive: member.alive,
+            api: state.peers.get(node).cloned(),
             cordoned: member.cordoned,
             head: member.head,
             incarnation: member.incarnation.to_string(),

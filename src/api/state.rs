@@ -18,7 +18,7 @@ use crate::model::Problem;
 use crate::node::handle::NodeHandle;
 use crate::telemetry::Intake;
 
-use super::auth::Tokens;
+use super::token_file::TokenFile;
 
 /// State that the API's handlers share.
 #[derive(Clone)]
@@ -26,7 +26,7 @@ pub struct ApiState {
     pub(super) node: NodeHandle,
     /// The other nodes' API ports, `host:port`.
     pub(super) peers: Arc<BTreeMap<NodeId, String>>,
-    pub(super) tokens: Option<Arc<Tokens>>,
+    pub(super) tokens: Option<TokenFile>,
     pub(super) metrics: PrometheusHandle,
     pub(super) intake: Intake,
     pub(super) client: HttpClient,
@@ -63,22 +63,13 @@ impl ApiState {
     pub fn new(
         node: NodeHandle,
         peers: BTreeMap<NodeId, String>,
-        tokens: Option<Tokens>,
+        tokens: Option<TokenFile>,
         metrics: PrometheusHandle,
         shutdown: CancellationToken,
     ) -> Self {
         let client = HttpClient::new(HttpSettings::new(CONNECT_TIMEOUT));
         let intake = Intake::new(node.clone(), "http");
-        Self {
-            node,
-            peers: Arc::new(peers),
-            tokens: tokens.map(Arc::new),
-            metrics,
-            intake,
-            client,
-            backup: None,
-            shutdown,
-        }
+        Self { node, peers: Arc::new(peers), tokens, metrics, intake, client, backup: None, shutdown }
     }
 
     /// Returns the API of a node that makes backups.

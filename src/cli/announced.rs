@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::show;
+use crate::client::visible_json;
 use crate::domain::ids::ServiceId;
 use crate::domain::routing::RoutingState;
 use crate::domain::run::{AnswerSummary, WindowVerdict};
@@ -16,7 +17,7 @@ use crate::protocol::{Announcement, Event};
 /// An event from the API's stream.
 #[derive(Debug)]
 pub struct Announced {
-    /// The event as it was sent; null where that was no JSON.
+    /// The event as it was sent, with hidden characters escaped; null where that was no JSON.
     pub json: Value,
     /// The same, typed; none where this program doesn't know it.
     known: Option<Announcement>,
@@ -25,7 +26,7 @@ pub struct Announced {
 impl Announced {
     /// Reads the data of an event.
     pub fn read(data: &str) -> Self {
-        let json = serde_json::from_str(data).unwrap_or(Value::Null);
+        let json = serde_json::from_str(data).map_or(Value::Null, visible_json);
         let known = Announcement::deserialize(&json).ok();
         Self { json, known }
     }
@@ -35,12 +36,12 @@ impl Announced {
         self.known.as_ref().map(|announcement| &announcement.event)
     }
 
-    /// Returns the time of day (UTC) at which it happened.
+    /// Returns when it happened, with date and zone.
     pub fn time(&self) -> String {
         match (&self.known, &self.json["at"]) {
-            (Some(announcement), _) => show::clock(announcement.at),
-            (None, Value::String(time)) => time.get(11..19).unwrap_or(time).to_owned(),
-            (None, other) => other.as_u64().map(show::clock_of).unwrap_or_default(),
+            (Some(announcement), _) => show::time(announcement.at),
+            (None, Value::String(time)) => time.replacen('T', " ", 1),
+            (None, other) => other.as_u64().map(show::time_of).unwrap_or_default(),
         }
     }
 
@@ -54,15 +55,6 @@ impl Announced {
         match self.event() {
             Some(event) => event.service().map(ServiceId::to_string).unwrap_or_default(),
             None => show::word(&self.json["service"]),
-        }
-    }
-
-    /// Returns the phase that the rollout is in after it; empty where it doesn't say.
-    pub fn phase(&self) -> String {
-        match self.event() {
-            Some(Event::Routing { phase, .. }) => phase.map(|phase| phase.to_string()).unwrap_or_default(),
-            Some(_) => String::new(),
-            None => show::word(&self.json["phase"]),
         }
     }
 
@@ -205,7 +197,7 @@ pub mod tests {
         let promoted = sent(event.clone());
         let expected = "slot 12  COMMITTED  Promote  m  v1=87.5% v2=12.5%  version 3  Progressing  by alice  38 ms";
         assert_eq!(promoted.line(), expected);
-        assert_eq!((promoted.time().as_str(), promoted.reporter().as_str()), ("01:02:03", "b"));
+        assert_eq!((promoted.time().as_str(), promoted.reporter().as_str()), ("1970-01-01 01:02:03Z", "b"));
         let mut event = event;
         if let Event::Routing { kind, refused, reasons, state, .. } = &mut event {
             (*kind, *refused, state.status) = (RecordKind::Refused, Some("Promote".into()), Status::Aborted);
@@ -262,6 +254,6 @@ pub mod tests {
         let newer = Announced::read(r#"{"event":"frozen","slot":3,"at":1,"service":"m","phase":"Paused","until":9}"#);
         assert!(newer.event().is_none());
         assert_eq!(newer.line(), "frozen  slot 3  phase=Paused  service=m  until=9");
-        assert_eq!((newer.service().as_str(), newer.phase().as_str()), ("m", "Paused"));
+        assert_eq!((newer.service().as_str(), newer.time().as_str()), ("m", "1970-01-01 00:00:00Z"));
     }
 }

@@ -13,8 +13,11 @@ mod backup;
 mod check;
 mod cluster;
 mod events;
+mod followed;
+mod input;
 mod judge;
 mod load;
+mod log_file;
 pub mod node;
 mod output;
 mod plan;
@@ -43,10 +46,14 @@ use output::Format;
 pub enum Exit {
     /// 0: done, or the rollout completed.
     Done,
-    /// 1: the cluster refused, aborted, rolled back or paused, or a file has an error.
+    /// 1: the cluster refused, aborted or rolled back, or a file has an error.
     Refused,
     /// 2: timeout, no quorum, or no node answered; a retry may succeed.
     Unavailable,
+    /// 3: the rollout waits for a person.
+    Waits,
+    /// 4: another rollout of the service took the place of the one that was waited for.
+    Replaced,
     /// 64: the command line has an error.
     Usage,
 }
@@ -57,6 +64,8 @@ impl Exit {
             Self::Done => 0,
             Self::Refused => 1,
             Self::Unavailable => 2,
+            Self::Waits => 3,
+            Self::Replaced => 4,
             Self::Usage => 64,
         }
     }
@@ -81,8 +90,10 @@ Examples:
 
 Exit codes:
   0   done, or the rollout completed
-  1   refused, aborted, rolled back or paused, or a file has an error
+  1   refused, aborted or rolled back; the nodes differ; or a file has an error
   2   timeout, no quorum, or no node could be reached: you can retry
+  3   the rollout waits for a person: it is paused, or at a step without a duration (--success-on-pause: 0)
+  4   another rollout took the place of the one that was waited for
   64  the command line has an error
 
 Environment:
@@ -119,7 +130,7 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Run one node until SIGINT or SIGTERM.
+    /// Run one node until SIGINT or SIGTERM; at SIGHUP it reads its tokens and certificates again and reopens its log file.
     Node(node::NodeArgs),
     /// Create a cluster, show its members, and change which nodes vote.
     #[command(subcommand)]
@@ -130,7 +141,7 @@ enum Verb {
     List(read::ListArgs),
     /// Show the rollout of one service.
     Get(read::GetArgs),
-    /// Wait until a rollout ends. Exit code: 0 completed, 1 rolled back or paused, 2 timeout.
+    /// Wait until a rollout ends or waits for a person.
     Status(status::StatusArgs),
     /// Promote the canary to the next step, or to 100 %.
     Promote(write::PromoteArgs),
@@ -196,7 +207,7 @@ pub fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) if is_broken_pipe(&error) => Exit::Done.into(),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            output::error(&format!("{error:#}"));
             let outside = error.downcast_ref::<OutsideError>().is_some_and(|outside| !outside.replaced);
             let unavailable = outside || error.downcast_ref::<Unreachable>().is_some();
             if unavailable { Exit::Unavailable.into() } else { Exit::Refused.into() }

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::Exit;
+use super::input::InputFile;
 use super::output::{self, Format};
 use crate::client::{Api, segment};
 use crate::config;
@@ -27,7 +28,7 @@ use crate::synthetic::{Profile, Regression, Traffic};
     aviary plan -f config/rollout.yaml --rps 200 --error-rate 0.5 --p50-ms 80 --p95-ms 210"
 )]
 pub struct PlanArgs {
-    /// File of the rollout (YAML).
+    /// File of the rollout (YAML or JSON); `-` is standard input.
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
     /// Requests per second of both versions together; default: the rate that the cluster measures for the service.
@@ -59,8 +60,7 @@ const SLOWER: [f64; 10] = [1.03, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0];
 
 /// Prints what the analysis of a rollout file will find, and how soon.
 pub async fn run(api: impl FnOnce() -> anyhow::Result<Api>, args: &PlanArgs, format: Format) -> anyhow::Result<Exit> {
-    let name = args.file.display().to_string();
-    let text = std::fs::read_to_string(&args.file).with_context(|| name.clone())?;
+    let InputFile { name, text } = InputFile::read(&args.file)?;
     let spec = config::rollout::parse(&text, &name)?;
     let profile = match args.rps {
         Some(requests_per_second) => checked(Profile {
@@ -90,10 +90,16 @@ pub async fn run(api: impl FnOnce() -> anyhow::Result<Api>, args: &PlanArgs, for
             "p50_ms": profile.p50_ms, "p95_ms": profile.p95_ms,
         },
         "planned_ms": spec.planned_ms(),
+        "not_played": not_played(&spec),
         "steps": steps,
     });
     output::print(format, &plan.to_string(), table)?;
     Ok(Exit::Done)
+}
+
+/// Returns the names of the metrics that another system keeps.
+fn not_played(spec: &RolloutSpec) -> Vec<&str> {
+    spec.analysis.queries.iter().map(|query| query.name.as_str()).collect()
 }
 
 fn checked(profile: Profile) -> anyhow::Result<Profile> {
@@ -152,7 +158,8 @@ impl Play<'_> {
             "weight": share, "pause_ms": hold_ms, "manual": manual, "played_seconds": self.seconds,
             "canary_requests_per_second": self.profile.requests_per_second * share,
         });
-        if self.weight == Weight::ZERO {
+        // What another system measures can't be played, and without metrics of the cluster's own nothing is left.
+        if self.weight == Weight::ZERO || self.spec.analysis.metrics.is_empty() {
             return step;
         }
         let healthy = self.all(Regression::NONE);
@@ -262,11 +269,19 @@ fn table(plan: &Value) -> String {
         }
         rows.add_row(row);
     }
+    let names: Vec<_> = plan["not_played"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let not_played = match names.is_empty() {
+        true => String::new(),
+        false => format!(
+            "\nNot played: {}. Another system measures that; a step is ready once it is in its range, too.",
+            names.join(", ")
+        ),
+    };
     let traffic = &plan["traffic"];
     format!(
         "{}: {:.1} requests a second, {:.3} % errors, p50 {:.1} ms, p95 {:.1} ms; {} s by plan\n\n{}\n\n\
          Ready after: when a canary as good as stable may go on, in the median. Found: the smallest regression of those tried that \
-         {FOUND_OF_TEN} of 10\nruns stop for while the step lasts, and the median time that takes. Each step is played by itself.",
+         {FOUND_OF_TEN} of 10\nruns stop for while the step lasts, and the median time that takes. Each step is played by itself.{not_played}",
         plan["service"].as_str().unwrap_or_default(),
         number(&traffic["requests_per_second"]),
         number(&traffic["error_rate"]) * 100.0,

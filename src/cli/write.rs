@@ -2,18 +2,19 @@
 //!
 //! Each is sent under an idempotency key, and only ever repeated under that key: the cluster carries it out once.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::Args;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::input::InputFile;
 use super::output::{self, Format, Tone, colours, paint};
 use super::{Exit, show, status};
 use crate::client::{AnswerError, Api, ApiResponse, Write, segment};
 use crate::code::Code;
+use crate::config::read_yaml;
 use crate::model::{Changed, Problem};
 use crate::protocol::record::Slot;
 
@@ -31,12 +32,14 @@ pub struct WriteArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary apply -f config/rollout.yaml --wait")]
 pub struct ApplyArgs {
-    /// File of the rollout (YAML); `-` reads it from standard input.
+    /// File of the rollout (YAML or JSON), or of several; `-` is standard input.
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
-    /// Wait until the rollout ends, like `aviary status`.
+    /// Wait until the rollout ends or waits for a person, like `aviary status`.
     #[arg(long)]
     wait: bool,
+    #[command(flatten)]
+    pause: status::PauseArgs,
     #[command(flatten)]
     write: WriteArgs,
 }
@@ -84,26 +87,29 @@ struct FileMetadata {
     name: String,
 }
 
-/// Starts a rollout; with `--wait`, follows it to its end.
+/// Starts the rollouts of a file; with `--wait`, follows each to its end. Returns the first end that isn't a success.
 pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result<Exit> {
-    let file = args.file.display();
-    let body = if is_stdin(&args.file) {
-        std::io::read_to_string(std::io::stdin())
-    } else {
-        std::fs::read_to_string(&args.file)
-    };
-    let body = body.with_context(|| file.to_string())?;
-    let named: Named = serde_saphyr::from_str(&body).map_err(|e| anyhow::anyhow!("{file}: {e}"))?;
-    let (exit, answer) = send(api, "/v1/rollouts".into(), "application/yaml", body, args.write, format).await?;
-    if !args.wait || exit != Exit::Done {
-        return Ok(exit);
+    let documents = InputFile::read(&args.file)?.documents();
+    if documents.len() > 1 && args.write.idempotency_key.is_some() {
+        anyhow::bail!("--idempotency-key is one for {} rollouts, expected a file with one", documents.len());
     }
-    let told = answer.and_then(|changed| changed.slot).map(|slot| slot.0);
-    status::run(api, &status::StatusArgs::after(named.metadata.name, told), format).await
-}
-
-fn is_stdin(file: &Path) -> bool {
-    file == Path::new("-")
+    let (mut exits, mut begun) = (Vec::new(), Vec::new());
+    for (name, text) in documents {
+        let named: Named = read_yaml(&text).map_err(|why| anyhow::anyhow!("{name}: {why}"))?;
+        let write = args.write.clone();
+        let (exit, answer) = send(api, "/v1/rollouts".into(), "application/yaml", text, write, format).await?;
+        exits.push(exit);
+        // Without a canary there is nothing to wait for: the cluster serves what the file asks for.
+        let is_under_way =
+            |changed: &Changed| changed.state.as_ref().is_none_or(|state| state.canary_model_id.is_some());
+        begun.extend(
+            answer.filter(|_| exit == Exit::Done).filter(is_under_way).map(|answer| (named.metadata.name, answer)),
+        );
+    }
+    for (name, answer) in begun.into_iter().filter(|_| args.wait) {
+        exits.push(status::run(api, &status::StatusArgs::after(name, args.pause, Some(&answer)), format).await?);
+    }
+    Ok(exits.into_iter().find(|exit| *exit != Exit::Done).unwrap_or(Exit::Done))
 }
 
 /// Promotes the canary to the next step, or to the end with `--full`.
@@ -169,8 +175,8 @@ pub fn exit_of(answer: &ApiResponse) -> Exit {
 fn outcome(changed: &Result<Changed, Problem>, exit: Exit) -> String {
     let tone = match exit {
         Exit::Done => Tone::Good,
-        Exit::Unavailable => Tone::Odd,
-        Exit::Refused | Exit::Usage => Tone::Bad,
+        Exit::Unavailable | Exit::Waits => Tone::Odd,
+        Exit::Refused | Exit::Replaced | Exit::Usage => Tone::Bad,
     };
     let slot = |slot: Option<Slot>| slot.map(|slot| format!("slot {slot}")).unwrap_or_default();
     let before = |repeated: bool| if repeated { "(answered before)".to_string() } else { String::new() };
@@ -240,10 +246,5 @@ mod tests {
         let changed = Changed::committed(TxId::new("k").unwrap(), Slot(4), Some(state), true);
         let text = outcome(&Ok(changed), Exit::Done);
         assert_eq!(text, "COMMITTED  slot 4  v1=95% v2=5%  version 2  (answered before)");
-    }
-
-    #[test]
-    fn the_file_of_apply_may_come_from_standard_input() {
-        assert!(is_stdin(std::path::Path::new("-")) && !is_stdin(std::path::Path::new("./-")));
     }
 }

@@ -40,6 +40,9 @@ pub struct ClusterView {
 pub struct ClusterMember {
     /// True if the node heard from it lately.
     pub alive: bool,
+    /// Its API port, `host:port`, as the file of the node that answers has it; none for that node itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api: Option<String>,
     /// True if its Yes isn't needed, and it serves stable only.
     pub cordoned: bool,
     /// Its last decided slot, by its last word.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use aviary::adapters::clock::BootClock;
 use aviary::adapters::memory::MemoryStore;
-use aviary::api::auth::Tokens;
+use aviary::api::token_file::TokenFile;
 use aviary::api::{self, ApiState};
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use aviary::domain::rollout::{Change, Service, Stamp};
@@ -154,7 +154,11 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
     });
     let peers = peers.iter().map(|(n, p)| (NodeId::new(n).unwrap(), format!("127.0.0.1:{p}"))).collect();
     let shutdown = CancellationToken::new();
-    let tokens = tokens.map(|text| Tokens::parse(text).unwrap());
+    let tokens = tokens.map(|text| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        TokenFile::open(file.path()).unwrap()
+    });
     let state = ApiState::new(handle.clone(), peers, tokens, api::metrics::install(), shutdown.clone());
     tokio::spawn(api::serve(listener, state));
     Node { port, events, handle, asked, shutdown }

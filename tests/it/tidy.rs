@@ -37,7 +37,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     // Its shell reads its file, and follows a cluster's rollout as any client does. What it works on comes through `ports`.
     ("router", &["backoff", "domain", "model", "ports", "protocol::Mode", "router", "config::router", "client"]),
-    ("client", &["client", "http_client", "model", "adapters::tls::check_private"]),
+    ("client", &["client", "domain::text", "http_client", "model", "adapters::tls::check_private"]),
     ("synthetic", &["domain"]),
     ("telemetry", &["domain", "http_client", "protocol", "ports", "node::handle", "telemetry"]),
     ("decisions", &["backoff", "domain", "protocol", "ports", "node::handle", "schema", "decisions"]),
