@@ -229,7 +229,7 @@ case "${1:-}" in
     shift
     nightly=1 profile=(--release) out=target/release seeds=10000 router_seeds=10000 node_seeds=500 exhaust=1,1,0,2,0
     complete=(--complete) clients=(--churn 10)
-    export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000
+    export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000 AVIARY_PIPELINE_RUNS=200
     ulimit -n 20000
     [ $# -gt 0 ] || set -- "${names[@]}"
     plan "$@" ;;
