@@ -40,12 +40,19 @@ pub struct ProxyArgs {
     /// The canary's share, in percent, such as 5 or 0.01.
     #[arg(long, value_name = "PERCENT", value_parser = weight)]
     weight: Weight,
+    /// Name of the service, as `/v1/models/NAME` and `X-Aviary-Service` have it; models of other names are its own too.
+    #[arg(long, value_name = "NAME", default_value = "proxy", value_parser = service)]
+    name: ServiceId,
     /// Worker threads; default: one per core.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
     /// Microseconds that a worker polls after a read before it sleeps: lower latency at low load, for CPU time.
     #[arg(long, value_name = "US", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
     busy_poll_us: u64,
+}
+
+fn service(text: &str) -> anyhow::Result<ServiceId> {
+    Ok(ServiceId::new(text)?)
 }
 
 /// Reads a share in percent.
@@ -91,7 +98,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
 
 /// Returns what a node would publish whose cluster had committed this weight.
 fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
-    let id = ServiceId::new("proxy")?;
+    let id = args.name.clone();
     let backend = |version: &str, urls: &[String]| anyhow::Ok(Backend::new(VersionId::new(version)?, urls.into()));
     let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
     let weights = [args.weight, Weight::FULL];

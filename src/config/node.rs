@@ -311,6 +311,7 @@ impl NodeConfig {
             ("first_byte_timeout_ms", data.first_byte_timeout_ms),
             ("idle_timeout_ms", data.idle_timeout_ms),
             ("header_timeout_ms", data.header_timeout_ms),
+            ("unread_timeout_ms", data.unread_timeout_ms),
             ("upstream_life_ms", data.upstream_life_ms),
             ("resolve_ms", data.resolve_ms),
             ("upstream_ping_timeout_ms", data.upstream_ping_timeout_ms),

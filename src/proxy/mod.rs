@@ -1,9 +1,12 @@
 //! The data plane: `/predict` and everything else that clients send, split between stable and canary.
 //!
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
-//! `worker` is one thread's share of it, `serve` its connections; `relay` carries plain requests, `forward` all others, by `send`; `wire` is HTTP/1.1 as
-//! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `names` and
-//! `dial` find them, `pool` has the connections to those of HTTP/2, `probe` asks them, `outcome` counts and trips the circuit breaker.
+//! Its rooms, in the order in which a request visits them: `serve` accepts connections for a `worker`, one thread's share;
+//! `http1` and `http2` read them; `request` makes one canonical request of whatever came (`wire` and `body` know HTTP/1.x as bytes,
+//! `hop` the fields of one connection); `dispose` decides by the `table` where it goes; `fast` carries it from HTTP/1.x to HTTP/1.1,
+//! `slow` to and from HTTP/2; `policy` says what a failure means; `upstream` chooses servers, `names` and `dial` find them, `pool` has
+//! the connections to those of HTTP/2, `probe` asks them; `outcome` counts and trips the circuit breaker; `answer` is what the node
+//! says itself; `deadline` ends what takes too long.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,18 +20,26 @@ use crate::listener::{self, Accept, ConnectionLimiter};
 use crate::node::handle::NodeHandle;
 
 mod answer;
+pub mod body;
+mod client;
+mod deadline;
 mod dial;
+mod dispose;
 pub mod failure;
-mod forward;
+mod fast;
 pub mod hop;
+mod http1;
+mod http2;
 mod names;
+pub mod network;
 pub mod outcome;
+pub mod policy;
 mod pool;
 mod probe;
-mod relay;
-mod send;
+pub mod request;
 mod serve;
 pub mod settings;
+mod slow;
 mod table;
 mod upstream;
 pub mod wire;

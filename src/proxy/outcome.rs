@@ -14,6 +14,8 @@ pub type MetricNames = (&'static str, &'static str);
 pub const ANSWERS: MetricNames = ("aviary_requests_total", "aviary_request_duration_seconds");
 /// Of answers to mirrored requests.
 pub const COPIES: MetricNames = ("aviary_mirrored_requests_total", "aviary_mirrored_request_duration_seconds");
+/// Of answers to requests whose header chose the version.
+pub const FORCED: MetricNames = ("aviary_forced_requests_total", "aviary_forced_request_duration_seconds");
 
 /// One version's answers since the last drain, each worker's in a shard of its own.
 pub struct OutcomeCounts {

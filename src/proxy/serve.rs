@@ -1,4 +1,4 @@
-//! A worker's connections, from their acceptance to their end: the fast path first, the slow one when that returns them.
+//! A worker's connections, from their acceptance to their end: HTTP/1.x at first, HTTP/2 once a client begins with it.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -11,8 +11,8 @@ use tracing::debug;
 
 use crate::listener::{Accept, Admitted, ConnectionLimiter};
 
-use super::relay;
 use super::worker::Worker;
+use super::{http1, http2};
 
 /// Serves a listener's clients until `shutdown`, then lets open requests end.
 pub async fn serve<L: Accept>(
@@ -44,8 +44,8 @@ async fn connection<S>(
 ) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    if let Some(ahead) = relay::serve(worker, &mut stream, peer, &place).await {
-        debug!(%peer, "not a plain request: the slow path");
-        worker.general.serve(ahead, stream, peer, place, limiter, shutdown).await;
+    if let Some(ahead) = http1::serve(worker, &mut stream, peer, &place).await {
+        debug!(%peer, "the client speaks HTTP/2");
+        http2::serve(worker, ahead, stream, peer, place, limiter, shutdown).await;
     }
 }

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use crate::domain::ids::ServiceId;
+
+use super::network::PeerNetwork;
 
 /// Limits of the data plane.
 #[derive(Debug, Clone, Deserialize)]
@@ -24,6 +27,8 @@ pub struct ProxySettings {
     pub header_timeout_ms: u64,
     /// How long a client's connection may wait for its next request; default 75000.
     pub keep_alive_timeout_ms: u64,
+    /// How long a client may leave what it is sent unread, before its connection or stream ends; default 75000.
+    pub unread_timeout_ms: u64,
     /// How long an upstream's connection is kept for another request; default 4000, less than the 5 s after which common
     /// model servers close it.
     pub upstream_keep_alive_ms: u64,
@@ -47,6 +52,24 @@ pub struct ProxySettings {
     pub requests_max: usize,
     /// The service that `/predict` means; default the first by name.
     pub default_service: Option<ServiceId>,
+    /// Header by which a client chooses the version (`always`, `never`); default `x-canary`, empty: there is none.
+    #[serde(deserialize_with = "header_name")]
+    pub canary_header: String,
+    /// Networks whose clients may use `canary_header`; default none: all may. Answers to such requests are counted apart and are
+    /// no evidence, except those that a record router in one of these networks sends.
+    pub canary_header_peers: Vec<PeerNetwork>,
+    /// Answer `/livez`, `/readyz`, `/routing/state` and `/health/snapshot` on this port; default true. The API's port always
+    /// does. False: these paths are the services'.
+    pub status_paths: bool,
+}
+
+/// Reads a header's name into small letters.
+fn header_name<'de, D: Deserializer<'de>>(value: D) -> Result<String, D::Error> {
+    let name = String::deserialize(value)?.to_ascii_lowercase();
+    if name.is_empty() || http::HeaderName::try_from(&name).is_ok() {
+        return Ok(name);
+    }
+    Err(D::Error::custom(format!("found {name:?}, expected the name of a header, or \"\"")))
 }
 
 impl Default for ProxySettings {
@@ -59,6 +82,7 @@ impl Default for ProxySettings {
             total_timeout_ms: 0,
             header_timeout_ms: 5_000,
             keep_alive_timeout_ms: 75_000,
+            unread_timeout_ms: 75_000,
             upstream_keep_alive_ms: 4_000,
             upstream_life_ms: 60_000,
             resolve_ms: 30_000,
@@ -68,6 +92,9 @@ impl Default for ProxySettings {
             connections_max: 10_000,
             requests_max: 5_000,
             default_service: None,
+            canary_header: "x-canary".into(),
+            canary_header_peers: Vec::new(),
+            status_paths: true,
         }
     }
 }

@@ -144,6 +144,11 @@ impl Pool {
         }
     }
 
+    /// Returns true when all its servers speak HTTP/1.1, and there is one.
+    pub fn is_plain(&self) -> bool {
+        !self.servers.is_empty() && self.servers.iter().all(|server| !server.http2)
+    }
+
     /// Returns true when the same request may be tried at another server.
     pub fn has_choice(&self) -> bool {
         self.servers.len() > 1
