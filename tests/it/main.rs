@@ -2,6 +2,7 @@
 
 mod api;
 mod cluster;
+mod edges;
 mod formats;
 mod fuzz;
 mod h2c;
@@ -12,4 +13,5 @@ mod pages;
 mod proxy;
 mod services;
 mod tidy;
+mod ways;
 mod words;
