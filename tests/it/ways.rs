@@ -185,10 +185,11 @@ async fn http2_server() -> SocketAddr {
             };
             let fields = head.headers.iter().map(field).collect();
             let target = head.uri.path_and_query().map_or("", |target| target.as_str());
-            let host = head.headers.get("host").or(None).map_or_else(
-                || head.uri.authority().map(ToString::to_string).unwrap_or_default(),
-                |host| host.to_str().unwrap().to_string(),
-            );
+            // The authority, and no Host field beside it (RFC 9113, 8.3.1).
+            let host = match head.headers.get("host") {
+                None => head.uri.authority().map(ToString::to_string).unwrap_or_default(),
+                Some(host) => format!("{host:?} BESIDE {:?}", head.uri.authority()),
+            };
             let seen = told(head.method.as_str(), target, &host, fields, &String::from_utf8_lossy(&body));
             Ok::<_, std::convert::Infallible>(http::Response::new(Full::new(Bytes::from(seen))))
         });
