@@ -468,8 +468,12 @@ fn descriptors_that_the_proxy_lacks_are_no_failure_of_the_canary() {
     // More clients than there are descriptors; none is left for a server.
     wait("the proxy", Duration::from_secs(5), connect);
     let mut clients: Vec<_> = (0..60).map(|_| connect().unwrap()).collect();
-    // The proxy accepts as many as it can.
-    std::thread::sleep(Duration::from_millis(500));
+    // Fifty tries of 10 ms, in which the proxy accepts as many as it can.
+    let mut tries = 0;
+    wait("half a second", SOON, || {
+        tries += 1;
+        (tries > 50).then_some(())
+    });
     for client in &mut clients[..12] {
         let answer = ask(client);
         assert!(answer.starts_with("HTTP/1.1 503") && !answer.contains("x-served-by"), "{answer}");
