@@ -103,6 +103,7 @@ fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Problem> {
 fn ready(node: &NodeHandle) -> Response<Full<Bytes>> {
     let mode = node.published.mode();
     let reason = match mode {
+        _ if node.published.is_leaving() => "this node is about to stop",
         Mode::Normal => return json_response(StatusCode::OK, &json!({"status": "ready", "mode": mode})),
         Mode::FailSafe => "no contact with a majority: this node may not know the newest routing",
         Mode::Learner => "this node has no vote and may not know the newest routing",

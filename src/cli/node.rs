@@ -18,6 +18,7 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::about;
 use crate::adapters::clock::BootClock;
+use crate::adapters::descriptors;
 use crate::adapters::disk::{DiskRuns, DiskStore};
 #[cfg(feature = "kafka")]
 use crate::adapters::kafka::{KafkaDecisions, KafkaTelemetry};
@@ -87,7 +88,8 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 
 async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()> {
     // Ports first: a taken one must not cost a start of the node itself.
-    let data = listen_many("data", &config.listen.data, config.data.workers()).await?;
+    descriptors::raise(config.data.connections_max as u64);
+    let data = listen_many("data", &config.listen.data, config.data.workers(), config.data.share_port).await?;
     let listener = listen("api", &config.listen.api).await?;
     let metrics = api::metrics::install();
     let shutdown = CancellationToken::new();
@@ -111,7 +113,7 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     servers.spawn(api::serve(listener, state));
     tokio::spawn(telemetry::prometheus::run(handle.clone(), shutdown.clone()));
     tokio::spawn(scrub::run(handle.log.clone(), shutdown.clone()));
-    tokio::spawn(api::metrics::count(handle));
+    tokio::spawn(api::metrics::count(handle.clone()));
     servers.close();
     info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");
 
@@ -122,6 +124,16 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
         _ = interrupt.recv() => None,
         ended = &mut node => Some(ended),
     };
+    handle.published.leave();
+    if ended.is_none() && config.data.drain_ms > 0 {
+        info!(drain_ms = config.data.drain_ms, "not ready any more, still serving");
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(config.data.drain_ms)) => {}
+            // Asked twice, it does not wait.
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
     info!("stopping");
     shutdown.cancel();
     servers.wait().await;

@@ -1,6 +1,7 @@
 //! `aviary proxy`: the data plane alone, with a fixed canary weight, to try it out and for benchmarks.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -10,6 +11,8 @@ use tracing::warn;
 
 use super::Exit;
 use crate::adapters::clock::BootClock;
+use crate::adapters::descriptors;
+use crate::adapters::listen::listen_many;
 use crate::adapters::memory::MemoryStore;
 use crate::domain::ids::{NodeId, ServiceId, TxId, VersionId};
 use crate::domain::plan::file::checked_url;
@@ -49,6 +52,15 @@ pub struct ProxyArgs {
     /// Microseconds that a worker polls after a read before it sleeps: lower latency at low load, for CPU time.
     #[arg(long, value_name = "US", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
     busy_poll_us: u64,
+    /// Milliseconds after SIGTERM for which it serves on while /readyz says no.
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    drain_ms: u64,
+    /// Milliseconds for open requests to end after that.
+    #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().grace_ms)]
+    grace_ms: u64,
+    /// Shares the port with another process that has this flag: the next one listens before this one stops.
+    #[arg(long)]
+    share_port: bool,
 }
 
 fn service(text: &str) -> anyhow::Result<ServiceId> {
@@ -69,8 +81,14 @@ pub fn run(args: &ProxyArgs) -> anyhow::Result<Exit> {
 
 async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let view = Arc::new(view_of(args)?);
-    let settings = ProxySettings { workers: args.workers, busy_poll_us: args.busy_poll_us, ..ProxySettings::default() };
-    let listeners = crate::adapters::listen::listen_many("data", &args.listen, settings.workers()).await?;
+    let settings = ProxySettings {
+        workers: args.workers,
+        busy_poll_us: args.busy_poll_us,
+        grace_ms: args.grace_ms,
+        ..ProxySettings::default()
+    };
+    descriptors::raise(settings.connections_max as u64);
+    let listeners = listen_many("data", &args.listen, settings.workers(), args.share_port).await?;
     let published = Published::new(view, Arc::new(BootClock));
     // Nobody takes this weight back: its lease has no end.
     published.set_lease(Some(Mono(u64::MAX / 2)));
@@ -84,10 +102,17 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
         }
     });
     let shutdown = CancellationToken::new();
-    let ended = tokio::spawn(proxy::serve(listeners, handle, settings, shutdown.clone()));
+    let ended = tokio::spawn(proxy::serve(listeners, handle.clone(), settings, shutdown.clone()));
     eprintln!("{}: {} to the canary, the rest to stable", args.listen, args.weight);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    handle.published.leave();
+    tokio::select! {
+        () = tokio::time::sleep(Duration::from_millis(args.drain_ms)) => {}
+        // Asked twice, it does not wait.
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }

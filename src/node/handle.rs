@@ -1,7 +1,7 @@
 //! What the rest of the process may know and ask of its node.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -64,6 +64,8 @@ pub struct Published {
     number: Arc<AtomicU64>,
     /// Microseconds of the lease's start on the node's clock; 0: no lease.
     lease_from: Arc<AtomicU64>,
+    /// The node is about to stop.
+    leaving: Arc<AtomicBool>,
     clock: Arc<dyn Clock>,
 }
 
@@ -71,7 +73,17 @@ impl Published {
     /// Returns a publication of `view`, without a lease.
     pub fn new(view: Arc<View>, clock: Arc<dyn Clock>) -> Self {
         let (view, number, lease_from) = (Arc::new(ArcSwap::new(view)), Arc::default(), Arc::default());
-        Self { view, number, lease_from, clock }
+        Self { view, number, lease_from, leaving: Arc::default(), clock }
+    }
+
+    /// Says that the node is about to stop: from then on it reports that it is not ready.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns true once the node is about to stop.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
     }
 
     /// Returns the view in force.

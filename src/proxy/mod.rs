@@ -54,8 +54,6 @@ use worker::Worker;
 const DRAIN: Duration = Duration::from_millis(100);
 /// Connections at once that have not asked for anything yet.
 const HALF_OPEN_MAX: usize = 4096;
-/// How long open requests may take to end after `shutdown`.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// Serves clients on threads of its own, one for each listener, until `shutdown`; then lets open requests end.
 pub async fn serve(
@@ -101,7 +99,7 @@ fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<Rou
         connections_max: settings.connections_max,
         half_open_max: HALF_OPEN_MAX.min(settings.connections_max),
         header_timeout: Duration::from_millis(settings.header_timeout_ms),
-        grace: GRACE,
+        grace: Duration::from_millis(settings.grace_ms),
     });
     (Arc::new(RoutingTable::new(node, settings, shards)), limiter)
 }

@@ -23,10 +23,14 @@ pub async fn serve<L: Accept>(
 ) {
     let tending = worker.tend();
     let connections = TaskTracker::new();
-    while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
+    let begin = |(stream, peer, place)| {
         let (worker, limiter, shutdown) = (worker.clone(), limiter.clone(), shutdown.clone());
         connections.spawn_local(async move { connection(&worker, stream, peer, place, &limiter, &shutdown).await });
+    };
+    while let Some(admitted) = limiter.admit(&mut listener, &shutdown).await {
+        begin(admitted);
     }
+    limiter.left_over(&mut listener).into_iter().for_each(begin);
     drop(listener);
     worker.stop();
     connections.close();

@@ -37,6 +37,13 @@ pub struct ProxySettings {
     pub upstream_life_ms: u64,
     /// How often the addresses of an upstream's name are looked up; default 30000.
     pub resolve_ms: u64,
+    /// How long the node says that it is not ready before it stops listening; default 0. Load balancers learn of it meanwhile.
+    pub drain_ms: u64,
+    /// How long open requests may take to end once the node stopped listening; default 10000.
+    pub grace_ms: u64,
+    /// Let another process listen on the data port at the same time, if it does so too; default false. The process that
+    /// replaces this one can begin before this one stops.
+    pub share_port: bool,
     /// How long an `h2c://` server's connection may be silent before it gets an HTTP/2 PING; default 20000, 0 sends none. A
     /// gRPC server may end a connection at the fourth PING in a row without data (`too_many_pings`): within four times this,
     /// `idle_timeout_ms` should end a silent answer.
@@ -86,6 +93,9 @@ impl Default for ProxySettings {
             upstream_keep_alive_ms: 4_000,
             upstream_life_ms: 60_000,
             resolve_ms: 30_000,
+            drain_ms: 0,
+            grace_ms: 10_000,
+            share_port: false,
             upstream_ping_interval_ms: 20_000,
             upstream_ping_timeout_ms: 5_000,
             busy_poll_us: 0,

@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::domain::ids::VersionId;
 use crate::domain::plan::{Backend, HealthCheck};
 use crate::domain::time::Mono;
+use crate::listener::keep_alive;
 
 use super::dial::dial;
 use super::failure::ConnectFailure;
@@ -61,7 +62,8 @@ impl Server {
         })?;
         let left = until.saturating_duration_since(Instant::now());
         let stream = dial(addresses, left, |address| self.addresses.failed(address)).await?;
-        stream.set_nodelay(true).map_err(|error| ConnectFailure::of(&error))?;
+        let ready = stream.set_nodelay(true).and_then(|()| keep_alive(&stream));
+        ready.map_err(|error| ConnectFailure::of(&error))?;
         Ok(stream)
     }
 

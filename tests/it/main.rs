@@ -12,6 +12,7 @@ mod measure;
 mod pages;
 mod proxy;
 mod services;
+mod stop;
 mod tidy;
 mod ways;
 mod words;

@@ -928,7 +928,7 @@ async fn a_new_weight_is_in_force_at_once_on_every_worker_and_costs_no_request()
     };
     let published = Published::new(numbered(1, 5_000), Arc::new(BootClock));
     let (node, _told, _) = NodeHandle::new(published, MemoryStore::default().reader());
-    let listeners = aviary::adapters::listen::listen_many("data", "127.0.0.1:0", 3).await.unwrap();
+    let listeners = aviary::adapters::listen::listen_many("data", "127.0.0.1:0", 3, false).await.unwrap();
     let address = listeners[0].local_addr().unwrap();
     let stop = CancellationToken::new();
     let settings = ProxySettings { busy_poll_us: 50, ..settings() };

@@ -21,6 +21,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "config::node",
             "config::router",
             "http_client",
+            "listener",
             "schema",
             "telemetry::event",
         ],

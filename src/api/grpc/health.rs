@@ -27,7 +27,8 @@ pub async fn report(mut reporter: HealthReporter, state: ApiState) {
     reporter.set_serving::<TelemetryServiceServer<Telemetry>>().await;
     let (rollouts, mut told) = (RolloutServiceServer::<Rollouts>::NAME, None);
     loop {
-        let ready = state.node.published.mode() == Mode::Normal;
+        let published = &state.node.published;
+        let ready = published.mode() == Mode::Normal && !published.is_leaving();
         if told.replace(ready) != Some(ready) {
             let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
             reporter.set_service_status(WHOLE, status).await;
