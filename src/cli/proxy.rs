@@ -52,10 +52,13 @@ pub struct ProxyArgs {
     /// Microseconds that a worker polls after a read before it sleeps: lower latency at low load, for CPU time.
     #[arg(long, value_name = "US", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
     busy_poll_us: u64,
+    /// Milliseconds without traffic after which an upgraded connection, such as a WebSocket, is closed; 0: never.
+    #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().tunnel_idle_ms)]
+    tunnel_idle_ms: u64,
     /// Milliseconds after SIGTERM for which it serves on while /readyz says no.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     drain_ms: u64,
-    /// Milliseconds for open requests to end after that.
+    /// Milliseconds for open requests and upgraded connections to end after that.
     #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().grace_ms)]
     grace_ms: u64,
     /// Shares the port with another process that has this flag: the next one listens before this one stops.
@@ -84,6 +87,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let settings = ProxySettings {
         workers: args.workers,
         busy_poll_us: args.busy_poll_us,
+        tunnel_idle_ms: args.tunnel_idle_ms,
         grace_ms: args.grace_ms,
         ..ProxySettings::default()
     };

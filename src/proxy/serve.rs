@@ -2,15 +2,18 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use crate::listener::{Accept, Admitted, ConnectionLimiter};
 
+use super::source::header::{self, ProxyHeader};
 use super::worker::Worker;
 use super::{http1, http2};
 
@@ -34,7 +37,7 @@ pub async fn serve<L: Accept>(
     drop(listener);
     worker.stop();
     connections.close();
-    let _ = tokio::time::timeout(limiter.limits().grace, connections.wait()).await;
+    let _ = timeout(limiter.limits().grace, connections.wait()).await;
     tending.iter().for_each(JoinHandle::abort);
 }
 
@@ -48,6 +51,19 @@ async fn connection<S>(
 ) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    let settings = worker.settings();
+    let from_proxy = settings.trusted.is_empty() || settings.trusted.iter().any(|network| network.contains(peer.ip()));
+    let mut client = peer;
+    if settings.proxy_protocol && from_proxy {
+        let limit = Duration::from_millis(settings.header_timeout_ms);
+        match timeout(limit, header::read(&mut stream)).await {
+            Ok(Ok(ProxyHeader::For(address))) => client = address,
+            Ok(Ok(ProxyHeader::Own)) => {}
+            Ok(Err(problem)) => return debug!(%peer, %problem, "no PROXY header: the connection ends"),
+            Err(_) => return debug!(%peer, "no PROXY header in time: the connection ends"),
+        }
+    }
+    let peer = client;
     if let Some(ahead) = http1::serve(worker, &mut stream, peer, &place).await {
         debug!(%peer, "the client speaks HTTP/2");
         http2::serve(worker, ahead, stream, peer, place, limiter, shutdown).await;

@@ -37,9 +37,17 @@ pub struct ProxySettings {
     pub upstream_life_ms: u64,
     /// How often the addresses of an upstream's name are looked up; default 30000.
     pub resolve_ms: u64,
+    /// Longest silence of an upgraded connection, such as a WebSocket, in both directions; default 3600000, 0: without end.
+    pub tunnel_idle_ms: u64,
+    /// Networks of proxies in front of the node; default none. `hashOn: clientAddress` takes the client that they name in
+    /// X-Forwarded-For.
+    pub trusted: Vec<PeerNetwork>,
+    /// Connections begin with a header of the PROXY protocol, version 1 or 2, that names the client; default false. With
+    /// `trusted`, only those from there do.
+    pub proxy_protocol: bool,
     /// How long the node says that it is not ready before it stops listening; default 0. Load balancers learn of it meanwhile.
     pub drain_ms: u64,
-    /// How long open requests may take to end once the node stopped listening; default 10000.
+    /// How long open requests and upgraded connections may take to end once the node stopped listening; default 10000.
     pub grace_ms: u64,
     /// Let another process listen on the data port at the same time, if it does so too; default false. The process that
     /// replaces this one can begin before this one stops.
@@ -93,6 +101,9 @@ impl Default for ProxySettings {
             upstream_keep_alive_ms: 4_000,
             upstream_life_ms: 60_000,
             resolve_ms: 30_000,
+            tunnel_idle_ms: 3_600_000,
+            trusted: Vec::new(),
+            proxy_protocol: false,
             drain_ms: 0,
             grace_ms: 10_000,
             share_port: false,

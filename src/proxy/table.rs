@@ -23,6 +23,7 @@ use crate::protocol::{Observation, Serving, View};
 use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, FORCED, OutcomeCounts};
 use super::request::{HeaderFields, field, is};
 use super::settings::ProxySettings;
+use super::source;
 use super::upstream::{Pool, Server, Servers};
 
 /// State that outlives the views of one routing version.
@@ -260,7 +261,23 @@ impl RoutingTable {
     /// Returns who serves the request of a client at this moment.
     pub fn choose_side(&self, route: &Route, fields: HeaderFields, peer: ClientAddress, now: Mono) -> SideChoice {
         let effective_bp = self.node.published.effective_bp_at(&route.serving, now);
-        route.choose_side(effective_bp, fields, peer.text, self.asked_for(fields, peer.ip))
+        let asked_for = self.asked_for(fields, peer.ip);
+        match self.client_of(fields, peer.ip) {
+            Some(client) => route.choose_side(effective_bp, fields, &client.to_string(), asked_for),
+            None => route.choose_side(effective_bp, fields, peer.text, asked_for),
+        }
+    }
+
+    /// Returns the client for whom a trusted proxy sent a request; none where the peer is the client.
+    fn client_of(&self, fields: HeaderFields, peer: IpAddr) -> Option<IpAddr> {
+        let trusted = &self.settings.trusted;
+        if trusted.is_empty() {
+            return None;
+        }
+        let forwarded = fields.iter().filter(|field| field.name.eq_ignore_ascii_case("x-forwarded-for"));
+        let is_trusted = |address| trusted.iter().any(|network| network.contains(address));
+        let client = source::client_of(peer, forwarded.map(|field| field.value), is_trusted);
+        (client != peer).then_some(client)
     }
 
     /// Returns the side that a request's header asks for, if its client may choose. A record router in a network that the node's

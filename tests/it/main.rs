@@ -12,6 +12,7 @@ mod measure;
 mod pages;
 mod proxy;
 mod services;
+mod source;
 mod stop;
 mod tidy;
 mod ways;

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::harness::{aviary, free_port};
-use crate::proxy::{OK, SOON, answering};
+use crate::proxy::{OK, SOON, answering, head, upstream};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -153,4 +153,76 @@ async fn a_second_signal_ends_the_drain() {
     assert!(proxy.get("/predict").await.unwrap().starts_with("HTTP/1.1 200"));
     proxy.terminate();
     assert!(proxy.ended().await.success());
+}
+
+/// Starts a server that switches to WebSocket and then sends back what it gets.
+async fn echo() -> SocketAddr {
+    upstream(|mut stream| async move {
+        if head(&mut stream).await.is_empty() {
+            return;
+        }
+        let switched = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+        stream.write_all(switched.as_bytes()).await.unwrap();
+        let (mut from, mut to) = stream.split();
+        let _ = tokio::io::copy(&mut from, &mut to).await;
+    })
+    .await
+}
+
+/// Opens a WebSocket's connection; what follows is an echo.
+async fn websocket(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = "GET /chat HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+        sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let answer = timeout(SOON, head(&mut stream)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+    stream
+}
+
+/// Sends a byte and waits for it to come back.
+async fn echoes(stream: &mut TcpStream) -> bool {
+    let mut byte = [0];
+    stream.write_all(b"x").await.is_ok() && matches!(timeout(SOON, stream.read(&mut byte)).await, Ok(Ok(1)))
+}
+
+#[tokio::test]
+async fn upgraded_connections_get_the_grace() {
+    let server = echo().await;
+    let mut proxy = Running::start(free_port(), server, &["--grace-ms", "1200"]).await;
+    let mut stream = websocket(proxy.address).await;
+    assert!(echoes(&mut stream).await);
+    let began = Instant::now();
+    proxy.terminate();
+    sleep(500 * MS).await;
+    assert!(echoes(&mut stream).await, "cut off before the grace was over");
+    assert!(proxy.ended().await.success());
+    assert!((1_000 * MS..4_000 * MS).contains(&began.elapsed()), "{:?}", began.elapsed());
+    assert!(!echoes(&mut stream).await);
+    // One that ends by itself is not waited for any longer.
+    let mut proxy = Running::start(free_port(), server, &["--grace-ms", "60000"]).await;
+    let mut stream = websocket(proxy.address).await;
+    proxy.terminate();
+    sleep(300 * MS).await;
+    assert!(echoes(&mut stream).await);
+    drop(stream);
+    assert!(proxy.ended().await.success());
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_silent_is_closed() {
+    let server = echo().await;
+    let proxy = Running::start(free_port(), server, &["--tunnel-idle-ms", "500"]).await;
+    let mut stream = websocket(proxy.address).await;
+    for _ in 0..4 {
+        sleep(250 * MS).await;
+        assert!(echoes(&mut stream).await, "closed although it was used");
+    }
+    let began = Instant::now();
+    assert_eq!(timeout(SOON, stream.read(&mut [0; 1])).await.expect("an end").unwrap_or(0), 0);
+    assert!((400 * MS..3_000 * MS).contains(&began.elapsed()), "{:?}", began.elapsed());
+    let proxy = Running::start(free_port(), server, &["--tunnel-idle-ms", "0"]).await;
+    let mut stream = websocket(proxy.address).await;
+    sleep(1_000 * MS).await;
+    assert!(echoes(&mut stream).await, "closed although there is no limit");
 }

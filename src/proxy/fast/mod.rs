@@ -4,9 +4,11 @@
 //! by the worker every few milliseconds. `exchange` is a request at one server; what a failure means, `policy` says.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tracing::debug;
 
 use crate::domain::side::Side;
 
@@ -15,6 +17,7 @@ use super::client::Client;
 use super::deadline::Deadline;
 use super::failure::ConnectFailure;
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
+use super::tunnel;
 use super::worker::{Saying, Worker};
 
 mod exchange;
@@ -39,7 +42,7 @@ where
         Ok(AfterAnswer::Switched(upstream)) => {
             watch.set_end(None);
             watch.rest();
-            join(client, upstream).await;
+            join(worker, client, upstream).await;
             return false;
         }
         Err(failed) => failed,
@@ -111,9 +114,12 @@ where
 }
 
 /// Joins both sides of a connection that is HTTP no more.
-async fn join<S: AsyncRead + AsyncWrite + Unpin>(client: &mut Client<S>, mut upstream: TcpStream) {
+async fn join<S: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, client: &mut Client<S>, mut upstream: TcpStream) {
     let ahead = std::mem::take(&mut client.ahead);
+    let idle_ms = worker.settings().tunnel_idle_ms;
+    let idle = (idle_ms > 0).then(|| Duration::from_millis(idle_ms));
     if upstream.write_all(&ahead).await.is_ok() {
-        let _ = tokio::io::copy_bidirectional(&mut client.stream, &mut upstream).await;
+        let end = tunnel::join(&mut client.stream, &mut upstream, idle).await;
+        debug!(?end, "an upgraded connection ended");
     }
 }
