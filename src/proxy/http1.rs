@@ -57,6 +57,9 @@ enum OwnSource {
     Assignment(Routed),
 }
 
+/// How long a connection without a request is left open once the worker stops.
+const NEWCOMER_MS: u64 = 500;
+
 /// Serves a connection until it ends, or until it turns out to be HTTP/2: then returns what was read.
 pub async fn serve<S>(worker: &Rc<Worker>, stream: &mut S, peer: SocketAddr, place: &Admitted) -> Option<Vec<u8>>
 where
@@ -148,7 +151,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                     let begun = !self.ahead.is_empty();
                     watch.set_if_resting(if begun { worker.settings().header_timeout_ms } else { idle_ms });
                     if worker.is_stopping() && self.ahead.is_empty() {
-                        return Poll::Ready(NextMessage::Close);
+                        if !is_first {
+                            return Poll::Ready(NextMessage::Close);
+                        }
+                        // A client that has just connected is about to send its request.
+                        watch.set(NEWCOMER_MS);
                     }
                     return Poll::Pending;
                 }

@@ -116,7 +116,8 @@ async fn another_process_takes_the_port_over_and_no_request_fails() {
 #[tokio::test]
 async fn a_port_that_is_not_shared_is_taken() {
     let (server, port) = (answering(OK).await, free_port());
-    let _first = Running::start(port, server, &[]).await;
+    // Several workers share their port among themselves; one has it alone.
+    let _first = Running::start(port, server, &["--workers", "1"]).await;
     for flags in [&["--share-port"][..], &[]] {
         let mut command = aviary();
         let (listen, url) = (format!("127.0.0.1:{port}"), format!("http://{server}"));
