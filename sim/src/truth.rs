@@ -285,9 +285,11 @@ impl ExpectedRollouts {
             Operation::Revert { increased, .. } => {
                 self.before.get(increased).cloned().ok_or(UnexpectedChange::RaisedNothing(*increased))?
             }
-            Operation::Verdicts(_) | Operation::Refused { .. } | Operation::Config(_) | Operation::Genesis { .. } => {
-                return Ok(());
-            }
+            Operation::Verdicts(_)
+            | Operation::Refused { .. }
+            | Operation::Config(_)
+            | Operation::SetDefault(_)
+            | Operation::Genesis { .. } => return Ok(()),
         };
         self.now.insert(service.clone(), next);
         Ok(())

@@ -119,6 +119,7 @@ pub async fn count(node: NodeHandle) {
             Event::Verdict { .. }
             | Event::LocalHold { .. }
             | Event::Membership { .. }
+            | Event::DefaultService { .. }
             | Event::Lease { .. }
             | Event::Coordinator { .. }
             | Event::Peer { .. }

@@ -53,7 +53,7 @@ pub async fn serve(listener: impl Accept, state: ApiState) {
 
 const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \
     POST /v1/rollouts/{name}/{promote|pause|resume|abort|retry|undo}, GET /v1/events, GET /v1/cluster, \
-    GET /v1/cluster/backup, POST /v1/cluster/{cordon|uncordon|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
+    GET /v1/cluster/backup, POST /v1/cluster/{cordon|uncordon|readmit|add|remove|set-default}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
 
 fn router(state: ApiState) -> Router {
     let router = Router::new()
@@ -64,6 +64,7 @@ fn router(state: ApiState) -> Router {
         .route("/v1/events", get(events::follow))
         .route("/v1/cluster", get(show::cluster))
         .route("/v1/cluster/backup", get(backup::stream))
+        .route("/v1/cluster/set-default", post(write::set_default))
         .route("/v1/cluster/{verb}", post(write::configure))
         .route("/v1/telemetry", post(telemetry::report).layer(DefaultBodyLimit::max(telemetry::BATCH_BYTES_MAX)))
         .route("/metrics", get(metrics::scrape))

@@ -15,6 +15,7 @@ use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::text::bounded;
 use crate::entropy;
 use crate::model::{Changed, Problem};
+use crate::protocol::feature::Feature;
 use crate::protocol::record::{ConfigChange, Slot};
 use crate::protocol::{OperatorRequest, Outcome};
 
@@ -113,11 +114,30 @@ pub async fn configure(state: &ApiState, caller: &Caller, verb: &str, body: &Byt
             return Err(wrong(format!("expected the incarnation too, in hexadecimal: {where_found}")));
         }
         _ => {
-            let expected = "cordon, uncordon, readmit, add or remove";
+            let expected = "cordon, uncordon, readmit, add, remove or set-default";
             return Err(Problem::new(Code::NotFound, format!("{verb:?} is unknown, expected {expected}")));
         }
     };
     submit(state, caller, &format!("/v1/cluster/{verb}"), body, OperatorRequest::Config(change)).await
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DefaultBody {
+    service: ServiceId,
+}
+
+/// Sends the requests that name no service to the one in the body. A coordinator of an older build doesn't know the verb, so this
+/// node looks first whether every member does.
+pub async fn set_default(state: &ApiState, caller: &Caller, body: &Bytes) -> Result<Changed, Problem> {
+    let DefaultBody { service } = serde_json::from_slice(body)
+        .map_err(|why| Problem::new(Code::InvalidArgument, format!("{why}; expected {{\"service\": …}}")))?;
+    let feature = Feature::DefaultService;
+    let waits_for = state.waits_for(feature);
+    if !waits_for.is_empty() {
+        return Err(Problem::new(Code::Refused, not_ready(state, feature, &waits_for)));
+    }
+    submit(state, caller, "/v1/cluster/set-default", body, OperatorRequest::SetDefault { service }).await
 }
 
 /// Has a change decided, by the coordinator if it can be reached, else by this node: any node may run a ballot, and
@@ -154,7 +174,7 @@ async fn submit(
     let actor = caller.actor.as_ref().map_or_else(|| NOBODY.to_string(), |actor| actor.name.to_string());
     info!(%tx, path, actor, "write asked for");
     let outcome = state.node.submit(tx.clone(), actor, asked).await;
-    result(tx, outcome)
+    result(state, tx, outcome)
 }
 
 /// The actor of writes that need no token.
@@ -214,8 +234,19 @@ fn of_transaction(tx: &TxId, mut problem: Problem) -> Problem {
     problem
 }
 
+/// Returns why a feature can't be used yet, with the nodes that it waits for and their builds.
+fn not_ready(state: &ApiState, feature: Feature, waits_for: &[NodeId]) -> String {
+    let told = |node: &NodeId| match state.node.greetings.of(node) {
+        Some(greeting) => format!("node {node} runs {}", greeting.build()),
+        None => format!("node {node} has not told its build"),
+    };
+    let nodes: Vec<_> = waits_for.iter().map(told).collect();
+    let release = feature.release();
+    format!("{feature} needs aviary {release} on every member: {}; upgrade it first", nodes.join(", "))
+}
+
 /// Returns what an outcome is to those who asked for the write.
-fn result(tx: TxId, outcome: Outcome) -> Result<Changed, Problem> {
+fn result(state: &ApiState, tx: TxId, outcome: Outcome) -> Result<Changed, Problem> {
     let problem = match outcome {
         Outcome::Committed { slot, state, repeated } => return Ok(Changed::committed(tx, slot, state, repeated)),
         Outcome::Unchanged(state) => return Ok(Changed::unchanged(tx, state)),
@@ -226,6 +257,7 @@ fn result(tx: TxId, outcome: Outcome) -> Result<Changed, Problem> {
             problem
         }
         Outcome::Refused(why) => Problem::new(Code::Refused, why),
+        Outcome::NotReady { feature, waits_for } => Problem::new(Code::Refused, not_ready(state, feature, &waits_for)),
         Outcome::KeyReused { slot } => {
             let why = format!("this Idempotency-Key was used for another request, in slot {slot}");
             let mut problem = Problem::new(Code::KeyReused, why);

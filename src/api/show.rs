@@ -11,8 +11,10 @@ use serde::Deserialize;
 use crate::code::Code;
 use crate::domain::ids::ServiceId;
 use crate::model::{
-    ClusterMember, ClusterView, History, HistoryEntry, Problem, RolloutList, RolloutMetadata, RolloutView, Selector,
+    ClusterMember, ClusterOutsider, ClusterView, FeatureView, History, HistoryEntry, Problem, RolloutList,
+    RolloutMetadata, RolloutView, Selector,
 };
+use crate::protocol::feature::Feature;
 use crate::protocol::record::{Chosen, Operation, Slot};
 use crate::protocol::{Hold, ServiceView};
 use crate::status;
@@ -152,6 +154,30 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
         |service: &ServiceView| matches!(service.serving.held_back, Some(Hold::InDoubt(_) | Hold::Decreasing));
     let in_doubt: Vec<_> =
         view.services.iter().filter(|(_, service)| unsettled(service)).map(|(id, _)| id.clone()).collect();
+    let features = Feature::ALL.into_iter().map(|feature| {
+        let waits_for = state.waits_for(feature).into_iter().map(|node| {
+            let build = state.node.greetings.of(&node).map(|greeting| greeting.build().to_string());
+            (node, build)
+        });
+        FeatureView {
+            name: feature.name().into(),
+            protocol: feature.protocol(),
+            release: feature.release().into(),
+            used: view.uses.contains(&feature),
+            waits_for: waits_for.collect(),
+        }
+    });
+    let outsiders = view.outsiders.iter().map(|(node, outsider)| {
+        let greeting = state.node.greetings.of(node);
+        let shown = ClusterOutsider {
+            alive: outsider.alive,
+            head: outsider.head,
+            incarnation: outsider.incarnation.to_string(),
+            build: greeting.as_ref().map(|greeting| greeting.build().to_string()),
+            protocol: greeting.map(|greeting| greeting.versions),
+        };
+        (node.clone(), shown)
+    });
     let members = view.members.iter().map(|(node, member)| {
         let greeting = state.node.greetings.of(node);
         let shown = ClusterMember {
@@ -176,6 +202,10 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
         head: view.head,
         hash: view.head_hash.to_string(),
         in_doubt,
+        open: view.open,
+        default_service: view.default_service.clone(),
+        features: features.collect(),
+        outsiders: outsiders.collect(),
         members: members.collect(),
     })
 }

@@ -16,6 +16,7 @@ use crate::domain::ids::NodeId;
 use crate::http_client::{HttpClient, HttpSettings};
 use crate::model::Problem;
 use crate::node::handle::NodeHandle;
+use crate::protocol::feature::Feature;
 use crate::telemetry::Intake;
 
 use super::auth::Tokens;
@@ -79,6 +80,14 @@ impl ApiState {
             backup: None,
             shutdown,
         }
+    }
+
+    /// Returns the members that don't know a feature, by their last HELLO, or that sent none yet.
+    pub(super) fn waits_for(&self, feature: Feature) -> Vec<NodeId> {
+        let knows = |node: &NodeId| {
+            self.node.greetings.of(node).is_some_and(|greeting| greeting.versions.max >= feature.protocol())
+        };
+        self.node.published.view().members.keys().filter(|node| !knows(node)).cloned().collect()
     }
 
     /// Returns the API of a node that makes backups.

@@ -38,6 +38,16 @@ pub async fn change(
     service::change(&state, &caller(actor, headers), &name, &verb, &body).await.map(Json)
 }
 
+/// Answers `POST /v1/cluster/set-default`: proposes another default service.
+pub async fn set_default(
+    State(state): State<ApiState>,
+    actor: Option<Extension<Actor>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer {
+    service::set_default(&state, &caller(actor, headers), &body).await.map(Json)
+}
+
 /// Answers `POST /v1/cluster/{verb}`: proposes a change of the members.
 pub async fn configure(
     State(state): State<ApiState>,

@@ -90,6 +90,9 @@ impl Announced {
             Some(Event::Membership { slot, kind, node, actor, .. }) => {
                 vec![format!("slot {slot}"), kind.name().into(), format!("node {node}"), format!("by {actor}")]
             }
+            Some(Event::DefaultService { slot, service, actor, .. }) => {
+                vec![format!("slot {slot}"), "SetDefault".into(), service.to_string(), format!("by {actor}")]
+            }
             Some(Event::Verdict { service, routing_version: _, verdict, samples }) => {
                 vec!["verdict".into(), service.to_string(), words(verdict), format!("{samples} samples")]
             }

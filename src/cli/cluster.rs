@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::backup::{self, BackupArgs, RestoreArgs, VerifyBackupArgs};
 use super::node::identity_files;
 use super::output::{self, Format, facts, table};
-use super::upgrade::{self, UpgradeArgs, builds_differ};
+use super::upgrade::{self, Direction, DowngradeArgs, UpgradeArgs, builds_differ, waits};
 use super::write::{self, WriteArgs};
 use super::{Exit, read};
 use crate::client::Api;
@@ -50,6 +50,8 @@ pub enum ClusterVerb {
     Status,
     /// Say whether the nodes may be replaced one by one by those of the next version.
     Upgrade(UpgradeArgs),
+    /// Say whether the nodes may be replaced one by one by those of the version before.
+    Downgrade(DowngradeArgs),
     /// Exclude a node from promotion votes, for example during a repair. It serves stable only.
     #[command(alias = "bench")]
     Cordon(MemberArgs),
@@ -332,7 +334,8 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
         }
         ClusterVerb::VerifyBackup(_) | ClusterVerb::Restore(_) => unreachable!("handled before the runtime starts"),
         ClusterVerb::Backup(args) => backup::run(api, &args, format).await,
-        ClusterVerb::Upgrade(args) => upgrade::run(api, &args, format).await,
+        ClusterVerb::Upgrade(_) => upgrade::run(api, Direction::Upgrade, format).await,
+        ClusterVerb::Downgrade(_) => upgrade::run(api, Direction::Downgrade, format).await,
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
         ClusterVerb::Cordon(args) => change(api, "cordon", json!({ "node": args.node }), args.write, format).await,
         ClusterVerb::Uncordon(args) => change(api, "uncordon", json!({ "node": args.node }), args.write, format).await,
@@ -360,6 +363,7 @@ pub fn status(view: &ClusterView) -> String {
         ("asked node", view.node.to_string()),
         ("coordinator", view.coordinator.to_string()),
         ("mode", output::name(&view.mode)),
+        ("default service", view.default_service.as_ref().map_or("none".into(), ToString::to_string)),
     ]);
     let mut members = table(["NODE", "ALIVE", "HEAD", "CORDONED", "INCARNATION", "VOTES", "BUILD"]);
     for (node, member) in &view.members {
@@ -377,7 +381,9 @@ pub fn status(view: &ClusterView) -> String {
         |(node, member): (&NodeId, &ClusterMember)| (node.to_string(), member.build.clone().unwrap_or_default());
     let builds: Vec<_> = view.members.iter().map(build).collect();
     let differ = builds_differ(&builds).map(|line| format!("\n\n{line}")).unwrap_or_default();
-    format!("{head}\n\n{}{differ}", members.trim_fmt())
+    let waiting = view.features.iter().filter(|feature| !feature.waits_for.is_empty());
+    let waiting: String = waiting.map(|feature| format!("\n\n{}", waits(feature))).collect();
+    format!("{head}\n\n{}{differ}{waiting}", members.trim_fmt())
 }
 
 #[cfg(test)]

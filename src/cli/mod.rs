@@ -24,6 +24,7 @@ mod recording;
 mod replay;
 #[cfg(feature = "kafka")]
 mod router;
+mod service;
 mod show;
 mod status;
 mod telemetry;
@@ -124,6 +125,9 @@ enum Verb {
     /// Create a cluster, show its members, and change which nodes vote.
     #[command(subcommand)]
     Cluster(cluster::ClusterVerb),
+    /// Say which service gets the requests that name none.
+    #[command(subcommand)]
+    Service(service::ServiceVerb),
     /// Start a rollout from a file.
     Apply(write::ApplyArgs),
     /// List the rollouts of all services.
@@ -237,6 +241,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
     let api = || Api::new(global.api.clone(), global.token_file.as_deref());
     match verb {
         Verb::Cluster(verb) => cluster::run(&api()?, verb, format).await,
+        Verb::Service(verb) => service::run(&api()?, verb, format).await,
         Verb::Apply(args) => write::apply(&api()?, args, format).await,
         Verb::List(args) => read::list(&api()?, &args, format).await,
         Verb::Get(args) => read::get(&api()?, &args, format).await,

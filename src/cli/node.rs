@@ -200,6 +200,7 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         fresh_incarnation: Incarnation(rand::random()),
         retention: config.retention,
         peers: config.peers.keys().cloned().collect(),
+        speaks: VERSIONS.max,
     };
     run::start(
         Parts {

@@ -86,7 +86,8 @@ fn decision_kind(kind: RecordKind) -> DecisionKind {
         | RecordKind::Uncordon
         | RecordKind::Readmit
         | RecordKind::Add
-        | RecordKind::Remove => DecisionKind::Unspecified,
+        | RecordKind::Remove
+        | RecordKind::SetDefault => DecisionKind::Unspecified,
     }
 }
 

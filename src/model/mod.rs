@@ -11,7 +11,7 @@ pub mod selector;
 pub mod telemetry;
 
 pub use change::{ChangeStatus, Changed};
-pub use cluster::{ClusterMember, ClusterView};
+pub use cluster::{ClusterMember, ClusterOutsider, ClusterView, FeatureView};
 pub use problem::{Problem, ProblemFacts};
 pub use rollout::{HealthView, History, HistoryEntry, RolloutList, RolloutMetadata, RolloutView, RoutingView};
 pub use selector::Selector;

@@ -4,6 +4,7 @@ pub mod failpoint;
 pub mod frame;
 pub mod greeting;
 pub mod handle;
+mod layout;
 pub mod link;
 pub mod log;
 pub mod run;

@@ -45,7 +45,7 @@ pub struct ProxySettings {
     pub connections_max: usize,
     /// Requests at once; default 5000.
     pub requests_max: usize,
-    /// The service that `/predict` means; default the first by name.
+    /// The service that `/predict` means at this node; default the cluster's, which `aviary service set-default` sets.
     pub default_service: Option<ServiceId>,
 }
 

@@ -314,7 +314,7 @@ impl Table {
         let found = match (named, &settings.default_service) {
             (Some(name), _) => self.routes.get(name),
             (None, Some(id)) => self.routes.get(id),
-            (None, None) => self.routes.values().next(),
+            (None, None) => self.view.default_service.as_ref().and_then(|id| self.routes.get(id)),
         };
         found.ok_or_else(|| {
             let known: Vec<_> = self.routes.keys().map(ServiceId::as_str).collect();

@@ -119,6 +119,10 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
         head_hash: Hash([0; 32]),
         coordinator: NodeId::new(coordinator).unwrap(),
         members: BTreeMap::new(),
+        outsiders: Default::default(),
+        open: None,
+        default_service: Some(id()),
+        uses: Vec::new(),
         services: BTreeMap::from([(id(), Arc::new(shown))]),
     })
 }

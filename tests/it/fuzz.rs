@@ -112,7 +112,9 @@ fn altered_records_acceptor_states_and_messages_are_refused_or_whole() {
                 takes::<Message>(&bytes),
             ];
             taken.set(taken.get() + found.iter().filter(|taken| **taken).count());
-            let _ = Checkpoint { slot: Slot(7), bytes: bytes.into() }.ledger();
+            for format in [3, 4] {
+                let _ = Checkpoint { slot: Slot(7), format, bytes: bytes.clone().into() }.ledger();
+            }
             Ok(())
         })
         .unwrap();

@@ -102,6 +102,10 @@ pub(crate) fn view_of(
         head_hash: Hash::default(),
         coordinator: node,
         members: BTreeMap::new(),
+        outsiders: Default::default(),
+        open: None,
+        default_service: Some(id.clone()),
+        uses: Vec::new(),
         services: BTreeMap::from([(id, Arc::new(service))]),
     }
 }

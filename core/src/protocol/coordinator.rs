@@ -129,13 +129,18 @@ impl Coordinator {
 
     /// Queues a proposal of this node's own, with a transaction id that nobody else makes up.
     pub fn submit_own(&mut self, ctx: &mut Context, proposal: Proposal) -> Option<Next> {
+        let pending = self.own(ctx, proposal);
+        self.enqueue(ctx, pending)
+    }
+
+    fn own(&mut self, ctx: &Context, proposal: Proposal) -> Pending {
         self.made_up += 1;
         let (node, boot) = (&ctx.settings.node, ctx.acceptor.boot);
         let incarnation = ctx.acceptor.incarnation.0 & 0xffff;
         let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.made_up));
         let tx = tx.expect("a made-up id is made of id characters");
         let (key, actor, since) = ((Initiator::Node, tx), node.to_string(), ctx.now.mono);
-        self.enqueue(ctx, Pending { key, actor, digest: 0, proposal, requests: Vec::new(), since })
+        Pending { key, actor, digest: 0, proposal, requests: Vec::new(), since }
     }
 
     /// A decrease goes first, and hurries what is being decided.
@@ -168,6 +173,9 @@ impl Coordinator {
             reply(ctx, &pending, &outcome);
             return None;
         }
+        if let Some(first) = pending.proposal.needs_first(ctx) {
+            return self.begin_with(ctx, first, pending);
+        }
         let operation = match pending.proposal.operation(ctx) {
             Ok(operation) => operation,
             Err(obstacle) => {
@@ -177,6 +185,7 @@ impl Coordinator {
                     }
                     (Obstacle::Unchanged, None) => Outcome::Refused("nothing to do".into()),
                     (Obstacle::Refused(why), _) => Outcome::Refused(why),
+                    (Obstacle::NotReady(feature, waits_for), _) => Outcome::NotReady { feature, waits_for },
                 };
                 reply(ctx, &pending, &outcome);
                 return None;
@@ -206,6 +215,20 @@ impl Coordinator {
         // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
         ctx.broadcast(&Message::Prepare(prepare.clone()));
         Some(prepare)
+    }
+
+    /// Begins with what has to be decided before a proposal, which waits as the next one.
+    fn begin_with(&mut self, ctx: &mut Context, first: Operation, pending: Pending) -> Option<Prepare> {
+        if let Some(feature) = first.needs() {
+            let waits_for = ctx.lacking(feature);
+            if !waits_for.is_empty() {
+                reply(ctx, &pending, &Outcome::NotReady { feature, waits_for });
+                return None;
+            }
+        }
+        self.queue.push_front(pending);
+        let first = self.own(ctx, Proposal::Operation(first));
+        self.begin(ctx, first)
     }
 
     /// Returns the ballot for an attempt at `slot`. The one before it serves again where it asked nothing in this slot

@@ -57,6 +57,19 @@ pub enum Event {
         /// When it was decided.
         decided_at: Wall,
     },
+    /// Another service gets the requests that name none.
+    DefaultService {
+        /// Its slot.
+        slot: Slot,
+        /// The service.
+        service: ServiceId,
+        /// The transaction.
+        txid: TxId,
+        /// Who asked for it: the name of the client's token, or the node.
+        actor: String,
+        /// When it was decided.
+        decided_at: Wall,
+    },
     /// This node voted.
     Voted {
         /// The slot voted on.
@@ -166,6 +179,13 @@ impl Event {
                 actor: actor.clone(),
                 decided_at: *decided_at,
             }),
+            Operation::SetDefault(service) => alone(Self::DefaultService {
+                slot: *slot,
+                service: service.clone(),
+                txid: tx.clone(),
+                actor: actor.clone(),
+                decided_at: *decided_at,
+            }),
             Operation::Verdicts(verdicts) => {
                 let analyzed = |(index, verdict): (usize, &ServiceVerdict)| {
                     let sequence = Sequence::of(*slot, index);
@@ -224,6 +244,7 @@ impl Event {
             Self::Verdict { service, .. }
             | Self::Analyzed { service, .. }
             | Self::LocalHold { service, .. }
+            | Self::DefaultService { service, .. }
             | Self::Enforced { service, .. } => Some(service),
             Self::Membership { .. }
             | Self::Voted { .. }
@@ -238,7 +259,7 @@ impl Event {
     pub fn sequence(&self) -> Option<Sequence> {
         match self {
             Self::Routing { slot, state, .. } => (state.status != Status::Prepared).then(|| Sequence::of(*slot, 0)),
-            Self::Membership { slot, .. } => Some(Sequence::of(*slot, 0)),
+            Self::Membership { slot, .. } | Self::DefaultService { slot, .. } => Some(Sequence::of(*slot, 0)),
             Self::Analyzed { sequence, .. } => *sequence,
             Self::Verdict { .. }
             | Self::Voted { .. }
@@ -256,7 +277,7 @@ impl Event {
         match self {
             Self::Routing { decided_at, .. } => *decided_at,
             Self::Analyzed { decided, .. } => decided.as_ref().map(|decided| decided.decided_at),
-            Self::Membership { decided_at, .. } => Some(*decided_at),
+            Self::Membership { decided_at, .. } | Self::DefaultService { decided_at, .. } => Some(*decided_at),
             Self::Verdict { .. }
             | Self::Voted { .. }
             | Self::LocalHold { .. }

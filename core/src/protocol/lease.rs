@@ -150,6 +150,7 @@ impl Lease {
         let (now, head) = (ctx.now.mono, ctx.ledger.head);
         let Some(peer) = ctx.peers.get_mut(from) else { return };
         let news = peer.membership != Some(heartbeat.membership) || peer.head != Some(heartbeat.head);
+        peer.speaks = Some(heartbeat.speaks);
         peer.membership = Some(heartbeat.membership);
         peer.head = Some(heartbeat.head);
         peer.open = match (&heartbeat.open, peer.open.take()) {

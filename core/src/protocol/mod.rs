@@ -37,6 +37,7 @@ mod context;
 mod coordinator;
 mod core;
 mod event;
+pub mod feature;
 mod gate;
 mod lease;
 mod log;
@@ -53,8 +54,9 @@ pub use self::core::Core;
 pub use event::{Announcement, DecidedVerdict, Event};
 pub use log::{checkpoint, codec, ledger, record};
 pub use settings::{Retention, Settings, Timings};
-pub use view::{Hold, MemberView, Mode, ServiceView, Serving, View};
+pub use view::{Hold, MemberView, Mode, OutsiderView, ServiceView, Serving, View};
 
+use self::feature::Feature;
 use self::log::checkpoint::Checkpoint;
 use self::log::record::{AcceptorState, Chosen, ConfigChange, SavedRun, Slot};
 use self::message::Message;
@@ -106,6 +108,11 @@ pub enum OperatorRequest {
     },
     /// Change the members, or who votes on promotions.
     Config(ConfigChange),
+    /// Send the requests that name no service to this one.
+    SetDefault {
+        /// The service, which must be known.
+        service: ServiceId,
+    },
 }
 
 /// A request to the core.
@@ -255,6 +262,13 @@ pub enum Outcome {
     Unchanged(RoutingState),
     /// Not possible as things stand; nothing was decided.
     Refused(String),
+    /// Not possible before every member knows the feature; nothing was decided.
+    NotReady {
+        /// What the request needs.
+        feature: Feature,
+        /// The members that don't know it, or didn't say so yet.
+        waits_for: Vec<NodeId>,
+    },
     /// The id stands for another request.
     KeyReused {
         /// The slot of that request.

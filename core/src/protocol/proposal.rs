@@ -8,6 +8,7 @@ use crate::domain::rollout::{Change, ChangeError, Phase, Service};
 
 use super::OperatorRequest;
 use super::context::Context;
+use super::feature::Feature;
 use super::log::record::{ConfigChange, Intent, Operation};
 
 /// What is asked for: by an operator, or by the node itself.
@@ -46,7 +47,8 @@ impl Proposal {
                 | OperatorRequest::Promote { .. }
                 | OperatorRequest::Pause { .. }
                 | OperatorRequest::Resume { .. }
-                | OperatorRequest::Retry { .. } => false,
+                | OperatorRequest::Retry { .. }
+                | OperatorRequest::SetDefault { .. } => false,
             },
             Self::Operation(operation) => operation.decreases_exposure(),
             Self::Settle(_) => false,
@@ -70,8 +72,21 @@ impl Proposal {
                 }
                 Ok(Operation::Config(change.clone()))
             }
+            Self::OperatorRequest(OperatorRequest::SetDefault { service }) => {
+                default_for(ctx, service).map(Operation::SetDefault)
+            }
             Self::OperatorRequest(asked) => change_for(ctx, asked).map(|(id, change)| Operation::Change(id, change)),
         }
+    }
+}
+
+impl Proposal {
+    /// Returns what has to be decided before it: the first rollout of a service whose name comes before all others' would take
+    /// the requests that name no service, so the log says first that they stay where they are.
+    pub fn needs_first(&self, ctx: &Context) -> Option<Operation> {
+        let Self::OperatorRequest(OperatorRequest::Apply(spec)) = self else { return None };
+        let current = ctx.ledger.default_service()?;
+        (!ctx.ledger.is_default_set() && spec.service < *current).then(|| Operation::SetDefault(current.clone()))
     }
 }
 
@@ -85,7 +100,8 @@ impl OperatorRequest {
             | Self::Resume { service }
             | Self::Abort { service, .. }
             | Self::Retry { service }
-            | Self::Undo { service } => Some(service),
+            | Self::Undo { service }
+            | Self::SetDefault { service } => Some(service),
             Self::Config(_) => None,
         }
     }
@@ -97,6 +113,8 @@ pub(super) enum Obstacle {
     Unchanged,
     /// The request can't be carried out, for the reason in words.
     Refused(String),
+    /// These members don't know the feature that it needs.
+    NotReady(Feature, Vec<NodeId>),
 }
 
 impl From<ChangeError> for Obstacle {
@@ -111,9 +129,35 @@ fn check_readmission(ctx: &Context, node: &NodeId, incarnation: Incarnation) -> 
     let own = *node == ctx.settings.node;
     let heard = ctx.peers.get(node).filter(|_| ctx.is_alive(node)).and_then(|peer| peer.incarnation);
     match if own { Some(ctx.acceptor.incarnation) } else { heard } {
-        Some(found) if found == incarnation => Ok(()),
+        Some(found) if found == incarnation => unable_to_read(ctx, node).map_or(Ok(()), Err),
         Some(found) => Err(format!("node {node} has incarnation {found}, expected {incarnation}, as asked")),
         None => Err(format!("node {node} is not heard from: start it, then ask again")),
+    }
+}
+
+/// Returns why a node can't read what the log holds already, so that it would never have all of it; none if it can.
+fn unable_to_read(ctx: &Context, node: &NodeId) -> Option<String> {
+    let expected = ctx.ledger.uses().into_iter().map(Feature::protocol).max().unwrap_or(0);
+    let found = ctx.speaks(node).unwrap_or(0);
+    (found < expected).then(|| {
+        format!(
+            "node {node} speaks protocol {found}, expected {expected} or newer, which the log needs: upgrade it first"
+        )
+    })
+}
+
+/// Returns the service that is to be the default, if it is known, isn't that already, and every member can read the record.
+fn default_for(ctx: &Context, service: &ServiceId) -> Result<ServiceId, Obstacle> {
+    if !ctx.ledger.services.contains_key(service) {
+        return Err(ChangeError::UnknownService(service.clone()).into());
+    }
+    if ctx.ledger.is_default_set() && ctx.ledger.default_service() == Some(service) {
+        return Err(Obstacle::Unchanged);
+    }
+    let lacking = ctx.lacking(Feature::DefaultService);
+    match lacking.is_empty() {
+        true => Ok(service.clone()),
+        false => Err(Obstacle::NotReady(Feature::DefaultService, lacking)),
     }
 }
 
@@ -146,7 +190,9 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
                 return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
             }
         },
-        OperatorRequest::Config(_) => unreachable!("no service, so not here"),
+        OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. } => {
+            unreachable!("changes no rollout, so not here")
+        }
     };
     Ok((id, change))
 }

@@ -9,7 +9,7 @@ use crate::domain::time::Mono;
 use super::Output;
 use super::context::{Context, Outdated};
 use super::message::Membership;
-use super::view::{MemberView, ServiceView, View};
+use super::view::{MemberView, OutsiderView, ServiceView, View};
 
 /// Shortest time between two publications that only refresh evidence.
 const REFRESH_MS: u64 = 250;
@@ -34,6 +34,10 @@ impl Publisher {
             head_hash: ctx.ledger.head_hash,
             coordinator: ctx.coordinator.clone(),
             members: BTreeMap::new(),
+            outsiders: BTreeMap::new(),
+            open: None,
+            default_service: None,
+            uses: Vec::new(),
             services: BTreeMap::new(),
         };
         Self { shown: BTreeMap::new(), published_at: ctx.now.mono, view: Arc::new(view) }
@@ -95,6 +99,11 @@ impl Publisher {
             };
             (node.clone(), view)
         });
+        let outside = ctx.peers.iter().filter(|(node, _)| !ctx.ledger.members.0.contains_key(*node));
+        let outsiders = outside.filter_map(|(node, peer)| {
+            let view = OutsiderView { incarnation: peer.incarnation?, alive: ctx.is_alive(node), head: peer.head };
+            Some((node.clone(), view))
+        });
         View {
             node: ctx.settings.node.clone(),
             cluster: ctx.settings.cluster,
@@ -104,6 +113,10 @@ impl Publisher {
             head_hash: ctx.ledger.head_hash,
             coordinator: ctx.coordinator.clone(),
             members: members.collect(),
+            outsiders: outsiders.collect(),
+            open: ctx.open_slot(),
+            default_service: ctx.ledger.default_service().cloned(),
+            uses: ctx.ledger.uses(),
             services: self.shown.clone(),
         }
     }

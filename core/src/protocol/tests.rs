@@ -25,6 +25,7 @@ use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::window::Evidence;
 use crate::fixtures;
 
+mod feature;
 mod initiator;
 mod limits;
 mod manifest;
@@ -71,6 +72,8 @@ struct Rig {
     runs: BTreeMap<NodeId, BTreeMap<ServiceId, SavedRun>>,
     /// Nodes that are configured beside the first three.
     others: BTreeSet<NodeId>,
+    /// The newest protocol version of nodes of an older build.
+    speaks: BTreeMap<NodeId, u16>,
     /// Of nodes whose incarnation isn't 1.
     incarnations: BTreeMap<NodeId, Incarnation>,
     /// Every record that any log ever held.
@@ -99,6 +102,7 @@ impl Rig {
             runs: BTreeMap::new(),
             others: BTreeSet::new(),
             incarnations: BTreeMap::new(),
+            speaks: BTreeMap::new(),
             decided: BTreeMap::new(),
             cores: BTreeMap::new(),
             acceptors: BTreeMap::new(),
@@ -150,6 +154,7 @@ impl Rig {
             fresh_incarnation: Incarnation(9),
             retention: self.retention,
             peers: self.others.clone(),
+            speaks: self.speaks.get(name).copied().unwrap_or(crate::protocol::feature::PROTOCOL),
         };
         let acceptor = self.acceptors.get(name).cloned();
         let runs = self.runs.get(name).cloned().unwrap_or_default();

@@ -80,7 +80,9 @@ fn fits(asked: &OperatorRequest, operation: &Operation) -> bool {
         (OperatorRequest::Config(ConfigChange::Readmit(a, i)), Operation::Config(ConfigChange::Readmit(b, j))) => {
             a == b && i == j
         }
-        (OperatorRequest::Config(_), _) | (_, Operation::Config(_)) => false,
+        (OperatorRequest::SetDefault { service }, Operation::SetDefault(found)) => service == found,
+        (OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. }, _)
+        | (_, Operation::Config(_) | Operation::SetDefault(_)) => false,
         (OperatorRequest::Apply(_) | OperatorRequest::Retry { .. }, operation) => operation.name() == "Start",
         (OperatorRequest::Undo { .. }, operation) => matches!(operation.name(), "Start" | "Rollback"),
         (OperatorRequest::Promote { .. }, operation) => operation.name() == "Promote",

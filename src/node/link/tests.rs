@@ -31,6 +31,7 @@ fn heartbeat(head: u64) -> Message {
         membership: Membership::Voter,
         writes: 1,
         seen: None,
+        speaks: VERSIONS.max,
     })
 }
 

@@ -10,6 +10,7 @@ use crate::domain::rollout::{Change, ChangeError, Phase, Service, Stamp};
 use crate::domain::routing::RoutingState;
 use crate::domain::run::WindowVerdict;
 use crate::domain::time::Wall;
+use crate::protocol::feature::Feature;
 
 use super::codec;
 use super::record::{
@@ -146,6 +147,9 @@ pub enum RecordError {
         /// The bytes that they would need.
         found: usize,
     },
+    /// The service is the default already.
+    #[error("service {0} is the default already")]
+    Default(ServiceId),
     /// A genesis record at a slot other than 0.
     #[error("a genesis record at slot {0}, expected it at slot 0 only")]
     Genesis(Slot),
@@ -176,6 +180,10 @@ pub struct Ledger {
     /// Bytes that the rollouts of all services need, as [`bytes_of`] counts them. Known from `services`, so not encoded.
     #[serde(skip)]
     specs_bytes: usize,
+    /// The service that gets the requests that name none, once a record said so. Encoded beside the rest, from format 4 of a
+    /// checkpoint on.
+    #[serde(skip)]
+    pub(super) set_default: Option<ServiceId>,
 }
 
 /// Returns the bytes that a rollout may need in the ledger: its service holds it twice while its last increase can be
@@ -193,6 +201,8 @@ enum Effect {
     Members(Members),
     /// The windows of these services are decided up to here.
     Judged(Vec<(ServiceId, u64)>),
+    /// Requests that name no service go to this one.
+    Default(ServiceId),
 }
 
 impl Effect {
@@ -201,7 +211,7 @@ impl Effect {
         match self {
             Self::Service(service) => (Some(&service.routing), Some(service.rollout.phase)),
             Self::Refused(routing, phase) => (Some(routing), Some(*phase)),
-            Self::Nothing | Self::Members(_) | Self::Judged(_) => (None, None),
+            Self::Nothing | Self::Members(_) | Self::Judged(_) | Self::Default(_) => (None, None),
         }
     }
 }
@@ -225,7 +235,28 @@ impl Ledger {
             order: VecDeque::new(),
             last_decrease: Slot(0),
             specs_bytes: 0,
+            set_default: None,
         })
+    }
+
+    /// Returns the service that gets the requests that name none: the one that a record named, before that the first by name.
+    pub fn default_service(&self) -> Option<&ServiceId> {
+        self.set_default.as_ref().or_else(|| self.services.keys().next())
+    }
+
+    /// Returns true once a record said which service is the default.
+    pub fn is_default_set(&self) -> bool {
+        self.set_default.is_some()
+    }
+
+    /// Returns the features that the log made use of: a build that doesn't know one of them can't go on from it.
+    pub fn uses(&self) -> Vec<Feature> {
+        Feature::ALL
+            .into_iter()
+            .filter(|feature| match feature {
+                Feature::DefaultService => self.is_default_set(),
+            })
+            .collect()
     }
 
     /// Returns a decoded ledger with what isn't encoded.
@@ -346,6 +377,7 @@ impl Ledger {
                     }
                 }
             }
+            (Effect::Default(service), _) => self.set_default = Some(service),
             (Effect::Refused(..), Some(id)) => {
                 let service_state = self.services.get_mut(id).expect("a service that was just looked up");
                 (service_state.slot, service_state.hash) = (record.slot, hash);
@@ -473,6 +505,11 @@ impl Ledger {
                 None => Ok(Effect::Nothing),
             },
             Operation::Config(change) => Ok(Effect::Members(self.members_after(change)?)),
+            Operation::SetDefault(id) if self.service(id).is_none() => {
+                Err(ChangeError::UnknownService(id.clone()).into())
+            }
+            Operation::SetDefault(id) if self.set_default.as_ref() == Some(id) => Err(RecordError::Default(id.clone())),
+            Operation::SetDefault(id) => Ok(Effect::Default(id.clone())),
             Operation::Verdicts(verdicts) => {
                 let is_in_order = verdicts.windows(2).all(|pair| pair[0].routing.service < pair[1].routing.service);
                 if verdicts.is_empty() || verdicts.len() > VERDICTS_MAX.0 || !is_in_order {
@@ -539,6 +576,7 @@ impl Ledger {
             | Operation::Revert { .. }
             | Operation::Genesis { .. }
             | Operation::Config(_)
+            | Operation::SetDefault(_)
             | Operation::Verdicts(_) => None,
         }
     }

@@ -12,6 +12,7 @@ use crate::domain::rollout::{Change, Phase};
 use crate::domain::routing::RoutingState;
 use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::time::Wall;
+use crate::protocol::feature::Feature;
 
 /// Position in the log; 0 is genesis. Decoding refuses those above [`Slot::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -221,6 +222,8 @@ pub enum Operation {
     /// What closed windows say, one of each service at most, ordered by service. The windows of a rollout follow each other
     /// without a gap, each decided once.
     Verdicts(Vec<ServiceVerdict>),
+    /// Requests that name no service go to this one.
+    SetDefault(ServiceId),
 }
 
 /// What a closed window of a rollout says.
@@ -268,6 +271,8 @@ pub enum RecordKind {
     Remove,
     /// Windows were closed and got their verdicts.
     Verdict,
+    /// A service became the one that gets the requests that name none.
+    SetDefault,
 }
 
 impl RecordKind {
@@ -288,6 +293,7 @@ impl RecordKind {
             Self::Add => "Add",
             Self::Remove => "Remove",
             Self::Verdict => "Verdict",
+            Self::SetDefault => "SetDefault",
         }
     }
 }
@@ -310,6 +316,7 @@ impl Operation {
             Self::Config(ConfigChange::Add(..)) => RecordKind::Add,
             Self::Config(ConfigChange::Remove(_)) => RecordKind::Remove,
             Self::Verdicts(_) => RecordKind::Verdict,
+            Self::SetDefault(_) => RecordKind::SetDefault,
         }
     }
 
@@ -323,7 +330,20 @@ impl Operation {
         match self {
             Self::Change(service, _) | Self::Revert { service, .. } => Some(service),
             Self::Refused { service, .. } => service.as_ref(),
-            Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) => None,
+            Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) | Self::SetDefault(_) => None,
+        }
+    }
+
+    /// Returns what a node must know to read it; none for what every build knows.
+    pub fn needs(&self) -> Option<Feature> {
+        match self {
+            Self::SetDefault(_) => Some(Feature::DefaultService),
+            Self::Genesis { .. }
+            | Self::Change(..)
+            | Self::Revert { .. }
+            | Self::Refused { .. }
+            | Self::Config(_)
+            | Self::Verdicts(_) => None,
         }
     }
 
@@ -331,9 +351,12 @@ impl Operation {
     pub fn is_verdict(&self) -> bool {
         match self {
             Self::Verdicts(_) => true,
-            Self::Genesis { .. } | Self::Change(..) | Self::Refused { .. } | Self::Revert { .. } | Self::Config(_) => {
-                false
-            }
+            Self::Genesis { .. }
+            | Self::Change(..)
+            | Self::Refused { .. }
+            | Self::Revert { .. }
+            | Self::Config(_)
+            | Self::SetDefault(_) => false,
         }
     }
 
@@ -344,7 +367,9 @@ impl Operation {
             Self::Revert { reason, .. } | Self::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => {
                 vec![reason.clone()]
             }
-            Self::Change(..) | Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) => Vec::new(),
+            Self::Change(..) | Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) | Self::SetDefault(_) => {
+                Vec::new()
+            }
         };
         reasons.into_iter().filter(|reason| !reason.is_empty()).collect()
     }
@@ -353,9 +378,12 @@ impl Operation {
     pub fn increases_exposure(&self) -> bool {
         match self {
             Self::Change(_, change) => change.increases_exposure(),
-            Self::Genesis { .. } | Self::Refused { .. } | Self::Revert { .. } | Self::Config(_) | Self::Verdicts(_) => {
-                false
-            }
+            Self::Genesis { .. }
+            | Self::Refused { .. }
+            | Self::Revert { .. }
+            | Self::Config(_)
+            | Self::Verdicts(_)
+            | Self::SetDefault(_) => false,
         }
     }
 
@@ -367,7 +395,8 @@ impl Operation {
             Self::Config(ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_))
             | Self::Genesis { .. }
             | Self::Refused { .. }
-            | Self::Verdicts(_) => false,
+            | Self::Verdicts(_)
+            | Self::SetDefault(_) => false,
         }
     }
 }
