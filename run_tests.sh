@@ -15,11 +15,12 @@ cd "$(dirname "$0")"
 stages=(
   "format           rustfmt, everywhere"
   "lint             clippy and rustdoc, warnings denied; actionlint; shellcheck where it is installed"
-  "schema           buf lint of proto/"
+  "schema           buf lint of proto/, and buf breaking against the last release"
   "core             tests of aviary-core on its own: needs no C compiler"
   "build            everything that later stages run, in one build"
   "unit             tests beside the code of the other crates"
   "it               tests/it: parts over real sockets, clusters of real processes"
+  "upgrade          nodes of the last release and of this one, replaced one by one under load, forth and back"
   "manifests        deploy/ against the schemas of Kubernetes"
   "services         tests/it with a real Kafka, Redis and Prometheus"
   "clients          the data plane under curl, nghttp, h2load, grpcio and others"
@@ -88,6 +89,8 @@ stage_schema() {
   elif required || scripts/tools.sh have buf; then buf=$(tool buf)/buf || { skip "buf can't be built"; return; }
   else skip "buf is not installed (https://buf.build)"; return; fi
   "$buf" lint proto
+  # The image is of the last release's proto/: `buf build proto -o proto/released.binpb` at its commit.
+  "$buf" breaking proto --against proto/released.binpb
 }
 
 stage_core() { cargo test --quiet -p aviary-core "${profile[@]}"; }
@@ -127,6 +130,16 @@ stage_it() {
   if [ "$(id -u)" != 0 ] || ! has ip; then
     skip "tests in network namespaces, on a small tmpfs: they need root and the tool ip (iproute2)" optional
   fi
+}
+
+stage_upgrade() {
+  local release
+  without=()
+  if ! release=$(tool release); then
+    skip "the last release can't be built: its commit is not in git's history (tests/releases.txt), or its packages can't be had"
+    return
+  fi
+  AVIARY_BEFORE=$release/aviary run_it 'test(/^cluster::rolling::/)' cluster::rolling:: 1 ignored
 }
 
 stage_manifests() {
@@ -215,7 +228,7 @@ stage_deps() {
 nightly=
 planned=()
 plan() {
-  local name needs_build=" unit it services clients sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
+  local name needs_build=" unit it upgrade services clients sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
   for name in "$@"; do
     [[ " ${names[*]} " == *" $name "* ]] || fail "found $name, expected quick, nightly or stages: ${names[*]}"
     if [[ $needs_build == *" $name "* && " ${planned[*]} " != *" build "* ]]; then planned+=(build); fi
@@ -229,7 +242,7 @@ case "${1:-}" in
     shift
     nightly=1 profile=(--release) out=target/release seeds=10000 router_seeds=10000 node_seeds=500 exhaust=1,1,0,2,0
     complete=(--complete) clients=(--churn 10)
-    export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000
+    export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000 AVIARY_UPGRADES=50
     ulimit -n 20000
     [ $# -gt 0 ] || set -- "${names[@]}"
     plan "$@" ;;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Programs and packages that only tests need: fetched or built once, kept by version outside of `target/`.
 #
-#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python or kafka; make it first where it is missing
+#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python, kafka or release; make it first
+#                              where it is missing. release: the program of the last release in tests/releases.txt
 #   scripts/tools.sh have NAME exit 0 when it is there already
 #
 # AVIARY_CACHE   where they are kept; default ~/.cache/aviary-tools. Another version is another folder: nothing is overwritten.
@@ -25,6 +26,21 @@ make_kafka() {
   mvn -q -B -f "$root/scripts/kafka-pom.xml" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$1"
 }
 
+# The last release's program, without Kafka and unoptimised: what it writes and says is the same. Its sources come from git's history.
+make_release() {
+  local source=$1/source target=$1/target
+  git -C "$root" cat-file -e "$commit^{commit}" 2>/dev/null ||
+    git -C "$root" fetch --quiet --depth 1 origin "$commit" || fail "commit $commit is not in git's history, nor at origin"
+  mkdir "$source"
+  git -C "$root" archive "$commit" | tar -x -C "$source"
+  # Build settings of this machine's folders don't reach it; those of the user do.
+  (cd "$source" && AVIARY_COMMIT=v$release CARGO_TARGET_DIR=$target CARGO_PROFILE_DEV_DEBUG=0 CARGO_INCREMENTAL=0 \
+    cargo build --quiet --locked -p aviary --bin aviary --no-default-features --config 'profile.dev.package."*".opt-level=0' \
+    --config profile.dev.package.aviary.opt-level=0 --config profile.dev.package.aviary-core.opt-level=0)
+  mv "$target/debug/aviary" "$1/aviary"
+  rm -r "$source" "$target"
+}
+
 pip_into() {
   local to=$1; shift
   python3 -m pip --version >/dev/null 2>&1 || fail "python3 with pip is missing, expected it to install $*"
@@ -44,7 +60,10 @@ case "${1:-}" in
   kustomize) folder=kustomize-$kustomize ;;
   python) folder=python-kubernetes-validate-$validate-pyyaml-$yaml ;;
   kafka) folder=kafka-$kafka ;;
-  *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  release)
+    read -r release commit < <(grep -v '^[# ]' "$root/tests/releases.txt" | tail -1)
+    folder=release-$release-$commit ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 if ! [ -d "$cache/$folder" ]; then
   [ -z "${only_look:-}" ] || exit 1

@@ -13,6 +13,7 @@ mod identity;
 mod input;
 mod membership;
 mod old_disk;
+mod rolling;
 mod rollout;
 mod sequential;
 mod telemetry;
