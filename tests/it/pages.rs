@@ -12,6 +12,7 @@ const PAGES: &[&str] = &[
     "docs/integrations.md",
     "docs/performance.md",
     "docs/router.md",
+    "docs/upgrades.md",
 ];
 /// Folders whose files a page may name in backquotes.
 const FOLDERS: &[&str] = &["benches", "config", "core", "deploy", "docs", "proto", "scripts", "sim", "src", "tests"];
