@@ -308,7 +308,7 @@ fn what_the_last_release_can_not_read_waits_for_its_last_node_and_then_keeps_it_
     assert!(code == Some(1) && text.contains("versions before aviary 0.3.0 can't read the log"), "{text}");
     assert!(text.contains("restore a backup from before"), "{text}");
 
-    rolling.cluster.agreed(&[0, 1, 2], Duration::from_secs(5));
+    rolling.until_whole(2);
     rolling.cluster.kill(2);
     let data = rolling.cluster.data_dir(2);
     let files = contents(&data);
