@@ -614,7 +614,9 @@ mod tests {
         encode_hello(&me(), &hello, &mut bytes);
         let found = FrameCodec::default().decode(&mut bytes.clone()).unwrap().unwrap();
         assert_eq!((found.sender(), found.payload), (me(), Payload::Hello(hello)));
-        let error = greeted().decode(&mut bytes).unwrap_err();
+        let mut codec = FrameCodec::default();
+        codec.greeted(HELLO_VERSION);
+        let error = codec.decode(&mut bytes).unwrap_err();
         assert!(matches!(error, FrameError::Kind { found: 0, .. }), "{error}");
         let error = FrameCodec::default().decode(&mut framed(&heartbeat(1))).unwrap_err();
         assert_eq!(error.to_string(), "frame kind 4, expected 0 (HELLO)");
