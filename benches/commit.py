@@ -18,8 +18,8 @@ ROLLOUT = """apiVersion: aviary/v1
 kind: Rollout
 metadata: { name: bench }
 spec:
-  stable: { version: v1 }
-  canary: { version: v2 }
+  stable: { version: v1, answer: node }
+  canary: { version: v2, answer: node }
   steps: [ { setWeight: 5 }, { pause: {} }, { setWeight: 100 } ]
 """
 

@@ -2,12 +2,14 @@
 //!
 //! The bugs are in the wrapper, not in the core: nothing of them is in the shipped program.
 
-use aviary_core::domain::ids::Incarnation;
+use aviary_core::domain::ids::{Incarnation, ServiceId};
+use aviary_core::domain::plan::Backend;
 use aviary_core::domain::time::Now;
 use aviary_core::protocol::ledger::Ledger;
 use aviary_core::protocol::message::{Answer, Decision, GateVote, Message};
 use aviary_core::protocol::record::{AcceptorState, Chosen};
-use aviary_core::protocol::{Core, Input, Observation, Output, View};
+use aviary_core::protocol::{Command, Core, Input, Observation, OperatorRequest, Output, View};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::invariants::Violation;
@@ -52,24 +54,26 @@ const STALE: u8 = 10;
 const REUSED: u8 = 11;
 const UNSYNCED: u8 = 12;
 const REPEATED: u8 = 13;
+const MOVED: u8 = 14;
 
 /// All of them, each with the first seed that catches it in a run of [`PINNED_MS`], and the rule that it breaks there. A
 /// change that draws differently moves them: `sim --seeded-bugs --search` finds the new ones.
-pub const ALL: [SeededBug; 14] = [
+pub const ALL: [SeededBug; 15] = [
     bug::<PROMISE>("a promise is forgotten by a restart", 1, "I6 promises"),
     bug::<ACCEPT>("an accepted record is forgotten by a restart", 2, "I10/I12 writes"),
     bug::<WIPED>("a wiped voter votes", 1, "I6 promises"),
     bug::<IGNORED>("what votes tell of accepted records is ignored", 1, "I10/I12 writes"),
-    bug::<MAJORITY>("a promotion goes by majority, not unanimity", 2, "I3 unanimity"),
+    bug::<MAJORITY>("a promotion goes by majority, not unanimity", 1, "I3 unanimity"),
     bug::<SUFFIX>("a log that lost its end is trusted", 3, "I6 promises"),
-    bug::<RECEIPT>("the lease is measured from the answer's receipt", 40, "I9 enforcement"),
-    bug::<GRANTED>("a lease is granted whatever was accepted since", 21, "I9 enforcement"),
+    bug::<RECEIPT>("the lease is measured from the answer's receipt", 550, "I9 enforcement"),
+    bug::<GRANTED>("a lease is granted whatever was accepted since", 24, "I9 enforcement"),
     bug::<EARLY>("a record is served and told before it is durable", 1, "I10/I12 writes"),
     bug::<IN_DOUBT>("an increase that was decided in doubt is served", 1, "I1 agreement"),
     bug::<STALE>("evidence of an earlier step counts for this one", 0, BY_SCRIPT),
     bug::<REUSED>("a ballot is used again after a restart", 2, "I13 ballots"),
     bug::<UNSYNCED>("a vote leaves before the write it promises", 1, "I10/I12 writes"),
-    bug::<REPEATED>("the writes that were answered are forgotten", 1, "I6 promises"),
+    bug::<REPEATED>("the writes that were answered are forgotten", 1, "panic"),
+    bug::<MOVED>("stable is where the last file says", 1, "I15 stable"),
 ];
 
 /// In the place of a rule: random runs seldom meet it, and the event script that names it catches it instead.
@@ -111,6 +115,8 @@ struct Bent<const BUG: u8> {
     view: Option<Arc<View>>,
     /// The traffic it saw last.
     seen: Vec<Observation>,
+    /// The stable of each service's last file, refused or not.
+    files: BTreeMap<ServiceId, Backend>,
 }
 
 impl<const BUG: u8> Subject for Bent<BUG> {
@@ -161,7 +167,7 @@ impl<const BUG: u8> Subject for Bent<BUG> {
             (_, acceptor) => acceptor,
         };
         let (core, outputs) = <Core as Subject>::start(setup, acceptor, ledger, log, now);
-        let mut bent = Self { core, view: None, seen: Vec::new() };
+        let mut bent = Self { core, view: None, seen: Vec::new(), files: BTreeMap::new() };
         let outputs = bent.bend(now, outputs);
         (bent, outputs)
     }
@@ -177,6 +183,9 @@ impl<const BUG: u8> Bent<BUG> {
     fn bend_input(&mut self, mut input: Input) -> Input {
         if let (STALE, Input::Telemetry(observations)) = (BUG, &mut input) {
             self.add_stale(observations);
+        }
+        if let (MOVED, Input::Operator(Command { asked: OperatorRequest::Apply(spec), .. })) = (BUG, &input) {
+            self.files.insert(spec.service.clone(), spec.stable.clone());
         }
         let Input::Received { message, .. } = &mut input else { return input };
         match (BUG, &mut **message) {
@@ -217,9 +226,20 @@ impl<const BUG: u8> Bent<BUG> {
         observations.extend(stale);
     }
 
+    /// Serves stable where the last file says it is.
+    fn move_stable(&self, view: &mut Arc<View>) {
+        for (service, shown) in &mut Arc::make_mut(view).services {
+            let file = self.files.get(service).filter(|file| file.version == shown.serving.stable.version);
+            if let Some(file) = file {
+                Arc::make_mut(shown).serving.stable = file.clone();
+            }
+        }
+    }
+
     fn bend(&mut self, now: Now, mut outputs: Vec<Output>) -> Vec<Output> {
         for output in &mut outputs {
             match output {
+                Output::Publish(view) if BUG == MOVED => self.move_stable(view),
                 Output::Publish(view) => self.view = Some(view.clone()),
                 Output::Lease(Some(from)) if BUG == RECEIPT => *from = now.mono,
                 Output::Send { message, .. } if BUG == GRANTED => {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aviary_core::domain::ids::{Incarnation, NodeId, ServiceId, VersionId};
-use aviary_core::domain::plan::{Manifest, OnPartition};
+use aviary_core::domain::plan::{Backend, Manifest, OnPartition};
 use aviary_core::domain::rollout::{Change, Target};
 use aviary_core::protocol::OperatorRequest;
 use aviary_core::protocol::Outcome;
@@ -39,6 +39,17 @@ pub enum Fact<'a> {
     LocalHold(&'a NodeId, &'a ServiceId),
     /// What a node would serve at this moment.
     Served(Served<'a>),
+    /// What serves a service's stable from here on, at a node.
+    Stable {
+        /// Node that serves it so.
+        node: &'a NodeId,
+        /// Service whose stable it is.
+        service: &'a ServiceId,
+        /// Routing version that the node routes with.
+        routing_version: u64,
+        /// Version and servers.
+        stable: &'a Backend,
+    },
     /// Canary answers of a service at a routing version reached a node's gate: how many, and how many failed.
     Observed(&'a ServiceId, u64, u64, u64),
     /// The run is over: everything has healed, and nothing more happens.

@@ -53,6 +53,9 @@ pub struct Details {
     /// Promote to 100 %, without the stages between.
     #[serde(default)]
     pub full: bool,
+    /// Promote to the next stage without the wait for samples.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skip_wait: bool,
     /// Reason for the history.
     #[serde(default)]
     pub reason: Option<String>,
@@ -69,11 +72,13 @@ pub async fn change(
     let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
     let service = ServiceId::new(name).map_err(|why| wrong(why.to_string()))?;
     let details = if body.is_empty() { Ok(Details::default()) } else { serde_json::from_slice(body) };
-    let Details { full, reason } =
-        details.map_err(|why| wrong(format!("{why}; expected {{\"full\": …, \"reason\": …}}")))?;
+    let Details { full, skip_wait, reason } =
+        details.map_err(|why| wrong(format!("{why}; expected {{\"full\": …, \"skip_wait\": …, \"reason\": …}}")))?;
     let reason = bounded(reason.unwrap_or_default());
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
     let asked = match verb {
+        "promote" if skip_wait && full => return Err(wrong("expected one of full and skip_wait".into())),
+        "promote" if skip_wait => OperatorRequest::SkipWait { service },
         "promote" => OperatorRequest::Promote { service, full },
         "pause" => OperatorRequest::Pause { service, reason },
         "resume" => OperatorRequest::Resume { service },
@@ -217,8 +222,12 @@ fn of_transaction(tx: &TxId, mut problem: Problem) -> Problem {
 /// Returns what an outcome is to those who asked for the write.
 fn result(tx: TxId, outcome: Outcome) -> Result<Changed, Problem> {
     let problem = match outcome {
-        Outcome::Committed { slot, state, repeated } => return Ok(Changed::committed(tx, slot, state, repeated)),
-        Outcome::Unchanged(state) => return Ok(Changed::unchanged(tx, state)),
+        Outcome::Committed { slot, state, reason, repeated } => {
+            return Ok(Changed { reason, ..Changed::committed(tx, slot, state, repeated) });
+        }
+        Outcome::Unchanged { state, reason, rolled_back } => {
+            return Ok(Changed::unchanged(tx, state, reason, rolled_back));
+        }
         Outcome::Aborted { slot, reasons, repeated } => {
             let mut problem = Problem::new(Code::Aborted, reasons.join("; "));
             let facts = &mut problem.facts;

@@ -9,6 +9,7 @@ use http::StatusCode;
 use serde::Deserialize;
 
 use crate::code::Code;
+use crate::domain::apply::Standing;
 use crate::domain::ids::ServiceId;
 use crate::model::{
     ClusterMember, ClusterView, History, HistoryEntry, Problem, RolloutList, RolloutMetadata, RolloutView, Selector,
@@ -77,13 +78,16 @@ fn unknown(state: &ApiState, name: &str) -> Problem {
 
 fn one(state: &ApiState, id: &ServiceId) -> Option<RolloutView> {
     let view = state.node.published.view();
-    let spec = &view.services.get(id)?.service.rollout.spec;
+    let service = &view.services.get(id)?.service;
+    let spec = &service.rollout.spec;
     Some(RolloutView {
         name: id.clone(),
         metadata: RolloutMetadata { labels: spec.labels.clone(), annotations: spec.annotations.clone() },
         routing: status::routing_view(&state.node, id)?,
         health: status::health_view(&state.node, id)?,
         spec: (&***spec).into(),
+        stable: Some(service.stable.clone()),
+        was_served: Standing::from(service).was_served,
         manifest: spec.value(),
     })
 }

@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 
 use super::Exit;
+use crate::domain::plan::RolloutSpec;
 
 #[derive(Debug, Subcommand)]
 pub enum ConfigVerb {
@@ -28,7 +29,10 @@ pub fn run(verb: &ConfigVerb) -> anyhow::Result<Exit> {
     let mut exit = Exit::Done;
     for file in &args.files {
         match check(file) {
-            Ok(()) => println!("{}: ok", file.display()),
+            Ok(told) => {
+                println!("{}: ok", file.display());
+                told.iter().for_each(|line| println!("  {line}"));
+            }
             Err(error) => {
                 eprintln!("error: {error:#}");
                 exit = Exit::Refused;
@@ -38,13 +42,14 @@ pub fn run(verb: &ConfigVerb) -> anyhow::Result<Exit> {
     Ok(exit)
 }
 
-fn check(file: &Path) -> anyhow::Result<()> {
+/// Checks a file; returns what is to be known of it.
+fn check(file: &Path) -> anyhow::Result<Vec<String>> {
     match file.extension().and_then(|ending| ending.to_str()) {
-        Some("toml") => node(file),
+        Some("toml") => crate::config::node::NodeConfig::load(file).map(|_| Vec::new()).map_err(Into::into),
         Some("yaml" | "yml") => {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
             match text.lines().any(|line| line.trim() == "kind: Router") {
-                true => Ok(crate::config::router::RouterConfig::load(file).map(drop)?),
+                true => Ok(crate::config::router::RouterConfig::load(file).map(|_| Vec::new())?),
                 false => rollout(file, &text),
             }
         }
@@ -58,12 +63,40 @@ fn check(file: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn node(file: &Path) -> anyhow::Result<()> {
-    crate::config::node::NodeConfig::load(file)?;
-    Ok(())
+fn rollout(file: &Path, text: &str) -> anyhow::Result<Vec<String>> {
+    let spec = crate::config::rollout::parse(text, &file.display().to_string())?;
+    Ok(told(&spec))
 }
 
-fn rollout(file: &Path, text: &str) -> anyhow::Result<()> {
-    crate::config::rollout::parse(text, &file.display().to_string())?;
-    Ok(())
+/// Returns what a rollout is judged by, and the traffic that its first step needs.
+fn told(spec: &RolloutSpec) -> Vec<String> {
+    let mut lines = spec.analysis.in_words();
+    let first = spec.stages.iter().map(|stage| stage.weight.fraction()).find(|share| *share > 0.0);
+    if let Some((needed, share)) = spec.analysis.rate_needed().zip(first) {
+        let percent = share * 100.0;
+        lines.push(format!(
+            "so {:.1} requests/s of the whole service at {percent} %; with fewer it never goes on",
+            needed / share
+        ));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_analysis_and_the_traffic_that_it_needs_are_told() {
+        let text = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: s }\nspec:\n  stable: { version: v1, answer: node }\n  \
+                    canary: { version: v2, answer: node }\n  steps: [ { setWeight: 5 } ]\n";
+        let spec = crate::config::rollout::parse(text, "r").unwrap();
+        let expected = [
+            "errors: more than 5 % errors in 30 s rolls back",
+            "latency: mean latency above 500 ms in 30 s pauses",
+            "limits need 100 canary answers in 30 s: 3.3 canary requests/s",
+            "so 66.7 requests/s of the whole service at 5 %; with fewer it never goes on",
+        ];
+        assert_eq!(told(&spec), expected);
+    }
 }

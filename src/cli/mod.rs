@@ -12,6 +12,7 @@ mod announced;
 mod backup;
 mod check;
 mod cluster;
+mod diff;
 mod events;
 mod judge;
 mod load;
@@ -126,6 +127,8 @@ enum Verb {
     Cluster(cluster::ClusterVerb),
     /// Start a rollout from a file.
     Apply(write::ApplyArgs),
+    /// Tell what applying a rollout file would do.
+    Diff(diff::DiffArgs),
     /// List the rollouts of all services.
     List(read::ListArgs),
     /// Show the rollout of one service.
@@ -138,7 +141,7 @@ enum Verb {
     Pause(write::ReasonArgs),
     /// Continue a rollout that was paused.
     Resume(write::NameArgs),
-    /// Send all traffic to stable. Needs a majority of nodes, but no health vote.
+    /// Send all traffic to stable. Needs a majority of nodes, but no health vote; it is let in however many others ask.
     Abort(write::ReasonArgs),
     /// Start a rolled-back rollout again.
     Retry(write::NameArgs),
@@ -238,6 +241,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
     match verb {
         Verb::Cluster(verb) => cluster::run(&api()?, verb, format).await,
         Verb::Apply(args) => write::apply(&api()?, args, format).await,
+        Verb::Diff(args) => diff::run(&api()?, &args, format).await,
         Verb::List(args) => read::list(&api()?, &args, format).await,
         Verb::Get(args) => read::get(&api()?, &args, format).await,
         Verb::Status(args) => status::run(&api()?, &args, format).await,

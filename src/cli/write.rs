@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::output::{self, Format, Tone, colours, paint};
-use super::{Exit, show, status};
+use super::{Exit, plan, show, status};
 use crate::client::{AnswerError, Api, ApiResponse, Write, segment};
 use crate::code::Code;
 use crate::model::{Changed, Problem};
@@ -57,6 +57,9 @@ pub struct PromoteArgs {
     /// Promote to 100 %: skips the remaining steps and the wait for samples. Unhealthy nodes still refuse.
     #[arg(long)]
     full: bool,
+    /// Promote one step without the wait for samples, as after an inconclusive pause. Unhealthy nodes still refuse.
+    #[arg(long, conflicts_with = "full")]
+    skip_wait: bool,
     #[command(flatten)]
     write: WriteArgs,
 }
@@ -87,13 +90,11 @@ struct FileMetadata {
 /// Starts a rollout; with `--wait`, follows it to its end.
 pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result<Exit> {
     let file = args.file.display();
-    let body = if is_stdin(&args.file) {
-        std::io::read_to_string(std::io::stdin())
-    } else {
-        std::fs::read_to_string(&args.file)
-    };
-    let body = body.with_context(|| file.to_string())?;
+    let body = read_file(&args.file)?;
     let named: Named = serde_saphyr::from_str(&body).map_err(|e| anyhow::anyhow!("{file}: {e}"))?;
+    if let Ok(spec) = crate::config::rollout::parse(&body, &args.file.display().to_string()) {
+        plan::never_ready(api, &spec).await.iter().for_each(|why| eprintln!("warning: {why}"));
+    }
     let (exit, answer) = send(api, "/v1/rollouts".into(), "application/yaml", body, args.write, format).await?;
     if !args.wait || exit != Exit::Done {
         return Ok(exit);
@@ -102,13 +103,26 @@ pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result
     status::run(api, &status::StatusArgs::after(named.metadata.name, told), format).await
 }
 
+/// Returns a file's text; `-` is standard input.
+pub fn read_file(file: &Path) -> anyhow::Result<String> {
+    let text = match is_stdin(file) {
+        true => std::io::read_to_string(std::io::stdin()),
+        false => std::fs::read_to_string(file),
+    };
+    text.with_context(|| file.display().to_string())
+}
+
 fn is_stdin(file: &Path) -> bool {
     file == Path::new("-")
 }
 
 /// Promotes the canary to the next step, or to the end with `--full`.
 pub async fn promote(api: &Api, args: PromoteArgs, format: Format) -> anyhow::Result<Exit> {
-    operation(api, "promote", &args.name, &json!({ "full": args.full }), args.write, format).await
+    let body = match args.skip_wait {
+        true => json!({ "skip_wait": true }),
+        false => json!({ "full": args.full }),
+    };
+    operation(api, "promote", &args.name, &body, args.write, format).await
 }
 
 /// Sends a verb with a reason.
@@ -159,6 +173,7 @@ pub async fn send(
 /// Returns how the program ends after an answer.
 pub fn exit_of(answer: &ApiResponse) -> Exit {
     match answer.problem() {
+        None if answer.read::<Changed>().is_ok_and(|changed| changed.rolled_back) => Exit::Refused,
         None => Exit::Done,
         Some(problem) if problem.code == Code::Busy || problem.status >= 500 => Exit::Unavailable,
         Some(_) => Exit::Refused,
@@ -175,13 +190,16 @@ fn outcome(changed: &Result<Changed, Problem>, exit: Exit) -> String {
     let slot = |slot: Option<Slot>| slot.map(|slot| format!("slot {slot}")).unwrap_or_default();
     let before = |repeated: bool| if repeated { "(answered before)".to_string() } else { String::new() };
     match changed {
-        Ok(Changed { status, slot: at, repeated, state, .. }) => show::line([
-            paint(colours(), tone, &output::name(status)),
-            slot(*at),
-            state.as_ref().map(|state| show::weights(&state.weights)).unwrap_or_default(),
-            state.as_ref().map(|state| format!("version {}", state.version)).unwrap_or_default(),
-            before(*repeated),
-        ]),
+        Ok(Changed { status, slot: at, repeated, reason, state, .. }) => {
+            let head = show::line([
+                paint(colours(), tone, &output::name(status)),
+                slot(*at),
+                state.as_ref().map(|state| show::weights(&state.weights)).unwrap_or_default(),
+                state.as_ref().map(|state| format!("version {}", state.version)).unwrap_or_default(),
+                before(*repeated),
+            ]);
+            if reason.is_empty() { head } else { format!("{head}\n  {reason}") }
+        }
         Err(Problem { code: code @ (Code::Aborted | Code::Refused), detail, facts, .. }) => {
             let repeated = before(facts.repeated.unwrap_or_default());
             let head = show::line([paint(colours(), tone, &output::name(code)), slot(facts.slot), repeated]);
@@ -240,6 +258,26 @@ mod tests {
         let changed = Changed::committed(TxId::new("k").unwrap(), Slot(4), Some(state), true);
         let text = outcome(&Ok(changed), Exit::Done);
         assert_eq!(text, "COMMITTED  slot 4  v1=95% v2=5%  version 2  (answered before)");
+    }
+
+    #[test]
+    fn a_rollout_that_was_rolled_back_before_is_no_success_and_says_why() {
+        let state = json!({
+            "service": "m", "version": 2, "stable_model_id": "v1", "canary_model_id": null,
+            "weights": {"v1": 1.0}, "status": "COMMITTED", "txid": "k", "timestamp": "2026-11-20T22:58:56.120Z",
+        });
+        let state: crate::domain::routing::RoutingState = serde_json::from_value(state).unwrap();
+        let unchanged = |reason: &str, rolled_back| {
+            Changed::unchanged(TxId::new("k").unwrap(), state.clone(), reason.into(), rolled_back)
+        };
+        let exit = |changed: &Changed| {
+            let body = serde_json::to_string(changed).unwrap();
+            exit_of(&ApiResponse { status: StatusCode::OK, body })
+        };
+        let (there, bad) = (unchanged("v1 serves already", false), unchanged("v2 was rolled back: errors", true));
+        assert_eq!((exit(&there), exit(&bad)), (Exit::Done, Exit::Refused));
+        assert_eq!(outcome(&Ok(there), Exit::Done), "UNCHANGED  v1=100%  version 2\n  v1 serves already");
+        assert_eq!(outcome(&Ok(bad), Exit::Refused), "UNCHANGED  v1=100%  version 2\n  v2 was rolled back: errors");
     }
 
     #[test]

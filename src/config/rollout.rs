@@ -29,6 +29,14 @@ pub fn parse(text: &str, file: &str) -> Result<Manifest, RolloutError> {
 
 fn parse_text(text: &str) -> Result<Manifest, RolloutProblem> {
     let file: RolloutFile = super::read_yaml(text)?;
+    let spec = file.spec()?;
+    spec.check_answers()?;
+    Ok(spec.checked()?)
+}
+
+/// Returns the rollout that a node recorded and shows as `manifest`, by whatever rules it was accepted.
+pub fn recorded(manifest: &serde_json::Value) -> Result<Manifest, RolloutProblem> {
+    let file: RolloutFile = super::read_yaml(&manifest.to_string())?;
     Ok(file.spec()?.checked()?)
 }
 
@@ -117,6 +125,59 @@ spec:
                 .contains("expected 0.0001 to 10")
         );
         assert_eq!(parse(GOOD, "r.yaml").unwrap().analysis.sequential(1), None);
+    }
+
+    const STABLE_URL: &str = ", url: \"http://127.0.0.1:9101\"";
+    const CANARY_URLS: &str = ", urls: [\"http://127.0.0.1:9102/\", \"http://127.0.0.1:9103\"]";
+
+    #[test]
+    fn a_version_without_servers_is_refused_beside_one_with_servers() {
+        let expected = "r.yaml: v1 has a url and v2 has none, expected one of both: without a server, nodes would answer for \
+                        v2 themselves";
+        assert_eq!(complaint(CANARY_URLS, ""), expected);
+        assert_eq!(complaint(CANARY_URLS, ", urls: []"), expected);
+        assert_eq!(complaint(CANARY_URLS, ", answer: node"), expected);
+        assert_eq!(complaint(CANARY_URLS, ", healthCheck: { path: /ok }"), expected);
+        assert!(complaint(STABLE_URL, "").contains("v2 has a url and v1 has none"));
+        assert!(complaint(STABLE_URL, ", answer: node").contains("v2 has a url and v1 has none"));
+        let both = complaint(STABLE_URL, &format!("{STABLE_URL}, answer: node"));
+        assert_eq!(both, "r.yaml: spec.stable: found a url and `answer: node`, expected one of them");
+    }
+
+    #[test]
+    fn classes_say_which_answers_are_errors() {
+        let parsed =
+            |classes: &str| parse(&GOOD.replace("name: errors,", &format!("name: errors, classes: {classes},")), "r");
+        let both = parsed("[5xx, 4xx]").unwrap();
+        assert!(both.error_classes.has(404) && both.error_classes.has(503) && !both.error_classes.has(307));
+        assert!(parsed("[5xx, 4xx, 3xx]").unwrap().error_classes.has(307));
+        assert_eq!(parsed("[5xx]").unwrap(), parse(GOOD, "r").unwrap(), "the default");
+        assert_eq!(recorded(&both.value()).unwrap(), both);
+        assert!(
+            parsed("[4xx]").unwrap_err().to_string().contains("metric errors: classes don't have 5xx, expected it")
+        );
+        assert!(parsed("[5xx, 2xx]").is_err() && parsed("[]").is_err());
+        assert!(
+            complaint("name: latency,", "name: latency, classes: [5xx],")
+                .contains("classes are for errors by THRESHOLD")
+        );
+        let metric = "{ name: latency, statistic: p95, thresholdRange: { max: 250 } }";
+        let second = "{ name: errors-b, classes: [5xx, 4xx], thresholdRange: { max: 9 } }";
+        assert!(complaint(metric, second).contains("metrics have different classes"));
+    }
+
+    #[test]
+    fn that_nodes_answer_is_said_of_both_versions() {
+        let file = |stable: &str, canary: &str| GOOD.replace(STABLE_URL, stable).replace(CANARY_URLS, canary);
+        let said = parse(&file(", answer: node", ", answer: node"), "r.yaml").unwrap();
+        assert!(said.node_answers && said.stable.urls.is_empty() && said.canary.urls.is_empty());
+        assert_eq!(recorded(&said.value()).unwrap(), said, "the log says so too");
+        let expected = "r.yaml: v1 and v2 have no url, expected one of both, or `answer: node` in both if nodes are to answer \
+                        themselves";
+        for (stable, canary) in [("", ""), (", answer: node", ""), ("", ", answer: node")] {
+            assert_eq!(parse(&file(stable, canary), "r.yaml").unwrap_err().to_string(), expected);
+        }
+        assert!(parse(&file(", answer: nobody", ", answer: node"), "r.yaml").is_err());
     }
 
     #[test]

@@ -127,7 +127,7 @@ mod tests {
 
     const AT_MS: u64 = 1_700_000_000_123;
     const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
-        stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
+        stable: { version: v1, answer: node }\n  canary: { version: v2, answer: node }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
 
     fn id() -> ServiceId {
         ServiceId::new("svc").unwrap()

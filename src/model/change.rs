@@ -12,7 +12,7 @@ use crate::protocol::record::{Sequence, Slot};
 pub enum ChangeStatus {
     /// It was decided, and is in force.
     Committed,
-    /// There was nothing to do.
+    /// Nothing was done: the cluster is there already, or what was asked for was rolled back before.
     Unchanged,
 }
 
@@ -30,6 +30,12 @@ pub struct Changed {
     /// True when an earlier request with this key did it.
     #[serde(default)]
     pub repeated: bool,
+    /// Why nothing was done; or why the rollout is paused or was rolled back, where the write led to that.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// True when nothing was done because the rollout was rolled back before: it starts again by `retry`, or by another file.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rolled_back: bool,
     /// Routing that it led to; none for membership.
     pub state: Option<RoutingState>,
     /// Id of the transaction, which is the write's idempotency key.
@@ -39,13 +45,14 @@ pub struct Changed {
 impl Changed {
     /// Returns that a write was decided in `slot`.
     pub fn committed(txid: TxId, slot: Slot, state: Option<RoutingState>, repeated: bool) -> Self {
-        let sequence = Some(Sequence::of(slot, 0));
-        Self { status: ChangeStatus::Committed, slot: Some(slot), sequence, repeated, state, txid }
+        let (status, sequence) = (ChangeStatus::Committed, Some(Sequence::of(slot, 0)));
+        let (reason, rolled_back) = (String::new(), false);
+        Self { status, slot: Some(slot), sequence, repeated, reason, rolled_back, state, txid }
     }
 
-    /// Returns that the routing was already as asked for.
-    pub fn unchanged(txid: TxId, state: RoutingState) -> Self {
-        let status = ChangeStatus::Unchanged;
-        Self { status, slot: None, sequence: None, repeated: false, state: Some(state), txid }
+    /// Returns that nothing was done, and why.
+    pub fn unchanged(txid: TxId, state: RoutingState, reason: String, rolled_back: bool) -> Self {
+        let (status, state) = (ChangeStatus::Unchanged, Some(state));
+        Self { status, slot: None, sequence: None, repeated: false, reason, rolled_back, state, txid }
     }
 }

@@ -120,8 +120,18 @@ pub struct RolloutView {
     pub health: HealthView,
     /// Versions and steps, in brief.
     pub spec: RolloutBrief,
+    /// What serves as stable; none where a node of an older build answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stable: Option<Backend>,
+    /// True where something of the last rollout may have been served: false where its start was reverted.
+    #[serde(default = "yes")]
+    pub was_served: bool,
     /// The rollout file that is in force, with every default written out.
     pub manifest: Value,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// What the author of a rollout file says about it.

@@ -169,7 +169,19 @@ impl NodeHandle {
     /// Asks for a change and waits for its outcome.
     pub async fn submit(&self, tx: TxId, actor: String, asked: OperatorRequest) -> Outcome {
         let (reply, answer) = oneshot::channel();
-        self.ask(NodeRequest::Submit { tx, actor, asked, reply }, answer).await
+        let decreases = asked.decreases();
+        let request = NodeRequest::Submit { tx, actor, asked, reply };
+        if !decreases {
+            return self.ask(request, answer).await;
+        }
+        // What decreases exposure waits for its turn, however many others ask.
+        let decided = async {
+            match self.requests.send(request).await {
+                Ok(()) => answer.await.unwrap_or(Outcome::InDoubt),
+                Err(_) => Outcome::InDoubt,
+            }
+        };
+        tokio::time::timeout(ANSWER_MAX, decided).await.unwrap_or(Outcome::InDoubt)
     }
 
     /// Waits until this node knows every write that was answered before the call.

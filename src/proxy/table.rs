@@ -10,6 +10,7 @@ use http::HeaderMap;
 use crate::domain::ids::ServiceId;
 use crate::domain::plan::{HashOn, HealthCheck, RolloutSpec};
 use crate::domain::side::Side;
+use crate::domain::stats::Stats;
 use crate::domain::time::Mono;
 use crate::domain::weights::{Weight, sticky_ticket};
 use crate::domain::window::Evidence;
@@ -264,6 +265,7 @@ impl RoutingTable {
     /// many.
     pub fn count(&self, shard: usize, route: &Route, pick: Side, status: u16, began: Mono, error: bool) {
         let latency_us = self.now().0.saturating_sub(began.0);
+        let error = error || route.serving.spec.error_classes.has(status);
         let counters = &route.counters;
         let (Side::Canary, Some(canary)) = (pick, &counters.canary) else {
             counters.stable.add(shard, status, latency_us, error);
@@ -282,12 +284,22 @@ impl RoutingTable {
         let table = self.table();
         let copies = table.routes.values().filter_map(|route| route.counters.copies.as_ref());
         copies.for_each(|copies| drop(copies.take()));
+        // What a node answers in the place of a server shows in metrics; of the version it says nothing.
+        let seen = |pool: &Pool, counts: &OutcomeCounts| {
+            let taken = counts.take();
+            if pool.servers.is_empty() { Stats::default() } else { taken }
+        };
         let observed = table.routes.values().map(|route| Observation {
             service: route.service.clone(),
             routing_version: route.serving.routing_version,
             evidence: Evidence {
-                stable: route.counters.stable.take(),
-                canary: route.counters.canary.as_ref().map(OutcomeCounts::take).unwrap_or_default(),
+                stable: seen(&route.stable, &route.counters.stable),
+                canary: route
+                    .canary
+                    .as_ref()
+                    .zip(route.counters.canary.as_ref())
+                    .map(|(pool, counts)| seen(pool, counts))
+                    .unwrap_or_default(),
             },
         });
         observed.filter(|observation| observation.evidence != Evidence::default()).collect()

@@ -100,7 +100,11 @@ async fn ask(node: NodeHandle, client: HttpClient, service: ServiceId, shown: Ar
 
 /// Returns the error as the reason that nodes vote on and record, which is cut where the provider is wordy.
 fn reason(query: &Query, why: &QueryError) -> NoValue {
-    NoValue::new(format_args!("{}: {why}", query.address))
+    let words = format_args!("{}: {why}", query.address);
+    match why {
+        QueryError::NoSeries => NoValue::silence(words),
+        _ => NoValue::new(words),
+    }
 }
 
 /// Returns the value that a query's provider gives for `text`.

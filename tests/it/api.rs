@@ -25,7 +25,7 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
-    stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
+    stable: { version: v1, answer: node }\n  canary: { version: v2, answer: node }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
 
 type Asked = Arc<Mutex<Vec<(TxId, OperatorRequest)>>>;
 
@@ -145,7 +145,12 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
                         Outcome::Aborted { slot: Slot(3), reasons: vec!["b: errors: 9 %".into()], repeated: false }
                     }
                     "alone" => Outcome::NoQuorum { reached: vec![NodeId::new("a").unwrap()], needed: 2 },
-                    _ => Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false },
+                    _ => Outcome::Committed {
+                        slot: Slot(3),
+                        state: Some(started().1.routing),
+                        reason: String::new(),
+                        repeated: false,
+                    },
                 };
                 told.lock().unwrap().push((tx, asked));
                 let _ = reply.send(outcome);

@@ -148,7 +148,7 @@ fn altered_rollout_files_are_refused_with_words_or_keep_the_rules() {
 #[test]
 fn malformed_requests_on_both_http_ports_cost_nothing_but_an_answer() {
     let cluster = Cluster::start();
-    let text = example("x", "y", MANUAL).replace(", url: \"x\"", "").replace(", url: \"y\"", "");
+    let text = example("x", "y", MANUAL).replace("url: \"x\"", "answer: node").replace("url: \"y\"", "answer: node");
     cluster.apply(0, &text);
     let node = &cluster.nodes[0];
     let requests = [

@@ -11,6 +11,7 @@ const PAGES: &[&str] = &[
     "docs/analysis.md",
     "docs/integrations.md",
     "docs/performance.md",
+    "docs/rollouts.md",
     "docs/router.md",
 ];
 /// Folders whose files a page may name in backquotes.

@@ -32,13 +32,21 @@ pub struct Query {
 /// Why another system gave no value, in its own words: cut where they are long, since they become a reason that is voted
 /// on and recorded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct NoValue(String);
+#[error("{why}")]
+pub struct NoValue {
+    why: String,
+    is_silence: bool,
+}
 
 impl NoValue {
-    /// Returns the first characters of `why`.
+    /// Returns that no usable answer came, with the first characters of `why`.
     pub fn new(why: impl fmt::Display) -> Self {
-        Self(bounded(why.to_string()))
+        Self { why: bounded(why.to_string()), is_silence: false }
+    }
+
+    /// Returns that the other system answered that it has no value: what it measures is silent.
+    pub fn silence(why: impl fmt::Display) -> Self {
+        Self { is_silence: true, ..Self::new(why) }
     }
 }
 
@@ -56,6 +64,24 @@ impl Query {
     /// Returns how old an answer may be, in milliseconds.
     pub fn fresh_ms(&self) -> u64 {
         self.interval_ms.saturating_mul(3)
+    }
+
+    /// Returns why the other system gives no usable answer; none where it gives one, even if that is that it has no value.
+    pub fn outage(&self, answer: Option<&Result<f64, NoValue>>) -> Option<String> {
+        match answer {
+            None => Some(format!("{}: no answer yet", self.name)),
+            Some(Err(why)) if !why.is_silence => Some(format!("{}: {why}", self.name)),
+            Some(_) => None,
+        }
+    }
+
+    /// Returns true when the other system answers that it has no value, as without traffic.
+    pub fn is_silent(answer: Option<&Result<f64, NoValue>>) -> bool {
+        match answer {
+            Some(Ok(value)) => !value.is_finite(),
+            Some(Err(why)) => why.is_silence,
+            None => false,
+        }
     }
 
     /// Returns what an answer says: the value, or why there is none; none when nothing fresh was answered. Only a value can

@@ -192,6 +192,11 @@ impl<S: Ord + Clone> AnalysisRun<S> {
         self.whole_from_ms = self.whole_from_ms.max(at_ms);
     }
 
+    /// Returns the canary's answers in the whole rollout.
+    pub fn canary_answers(&self) -> u64 {
+        self.total.canary.count
+    }
+
     /// Returns the latest routing version of what was compared; 0 before there was any traffic.
     pub fn version(&self) -> u64 {
         self.version

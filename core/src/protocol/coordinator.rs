@@ -15,7 +15,7 @@ use super::log::record::{
 };
 use super::message::{Answer, Decision, GateVote, Membership, Message, Prepare, Refusal, Vote};
 use super::proposal::{Obstacle, Proposal};
-use super::{Command, Outcome, Output, RequestId};
+use super::{Command, OperatorRequest, Outcome, Output, RequestId};
 
 /// A proposal that waits for its slot.
 #[derive(Debug, Clone)]
@@ -92,8 +92,15 @@ impl Coordinator {
     }
 }
 
-/// Requests that may wait at once.
+/// Requests that may wait at once. What decreases exposure is never turned away for load: those who wait for its answer are its
+/// bound.
 const QUEUE_MAX: usize = 64;
+
+/// Returns true when a proposal decreases exposure, by what it is or by what it comes to as things stand.
+fn decreases(ctx: &Context, proposal: &Proposal) -> bool {
+    let is_file = matches!(proposal, Proposal::OperatorRequest(OperatorRequest::Apply(_)));
+    proposal.decreases() || is_file && proposal.operation(ctx).is_ok_and(|operation| operation.decreases_exposure())
+}
 
 impl Coordinator {
     /// Takes in an operator's request; `no_vote` says why this node's vote doesn't count, where it doesn't.
@@ -111,16 +118,17 @@ impl Coordinator {
             ctx.put(Output::Reply(request, outcome));
             return None;
         }
+        let proposal = Proposal::OperatorRequest(asked);
         let outcome = if ctx.ledger.settled.contains_key(&key) {
             settled_outcome(ctx, &key, digest)
         } else if ctx.membership() == Membership::Learner {
             Outcome::Refused(format!("this node has no vote: {}", no_vote.unwrap_or_else(|| "it is no member".into())))
-        } else if self.queue.len() >= QUEUE_MAX {
+        } else if self.queue.len() >= QUEUE_MAX && !decreases(ctx, &proposal) {
             Outcome::Busy
         } else {
             let requests = vec![request];
             let (actor, since) = (bounded(actor), ctx.now.mono);
-            let pending = Pending { key, actor, digest, proposal: Proposal::OperatorRequest(asked), requests, since };
+            let pending = Pending { key, actor, digest, proposal, requests, since };
             return self.enqueue(ctx, pending);
         };
         ctx.put(Output::Reply(request, outcome));
@@ -138,13 +146,14 @@ impl Coordinator {
         self.enqueue(ctx, Pending { key, actor, digest: 0, proposal, requests: Vec::new(), since })
     }
 
-    /// A decrease goes first, and hurries what is being decided.
+    /// A decrease goes first, after those that came before it, and hurries what is being decided.
     fn enqueue(&mut self, ctx: &mut Context, pending: Pending) -> Option<Next> {
-        if pending.proposal.decreases() {
+        if decreases(ctx, &pending.proposal) {
             if let Some(attempt) = &mut self.attempt {
                 attempt.hurry = true;
             }
-            self.queue.push_front(pending);
+            let place = self.queue.iter().position(|other| !other.proposal.decreases()).unwrap_or(self.queue.len());
+            self.queue.insert(place, pending);
             return self.try_propose(ctx);
         }
         self.queue.push_back(pending);
@@ -172,10 +181,11 @@ impl Coordinator {
             Ok(operation) => operation,
             Err(obstacle) => {
                 let outcome = match (obstacle, pending.proposal.service().and_then(|id| ctx.ledger.services.get(id))) {
-                    (Obstacle::Unchanged, Some(service_state)) => {
-                        Outcome::Unchanged(service_state.service.routing.clone())
+                    (Obstacle::Unchanged { reason, rolled_back }, Some(service_state)) => {
+                        let state = service_state.service.routing.clone();
+                        Outcome::Unchanged { state, reason, rolled_back }
                     }
-                    (Obstacle::Unchanged, None) => Outcome::Refused("nothing to do".into()),
+                    (Obstacle::Unchanged { .. }, None) => Outcome::Refused("nothing to do".into()),
                     (Obstacle::Refused(why), _) => Outcome::Refused(why),
                 };
                 reply(ctx, &pending, &outcome);
@@ -525,7 +535,8 @@ fn settled_outcome(ctx: &Context, key: &TransactionKey, digest: u64) -> Outcome 
         None => {
             let found = ctx.ledger.services.values().find(|service_state| service_state.slot == slot);
             let state = found.map(|service_state| service_state.service.routing.clone());
-            Outcome::Committed { slot, state, repeated: true }
+            let reason = found.map(|service_state| service_state.service.rollout.reason.clone()).unwrap_or_default();
+            Outcome::Committed { slot, state, reason, repeated: true }
         }
     }
 }
@@ -534,7 +545,7 @@ impl Outcome {
     /// Returns the outcome as the request that caused it hears it.
     fn first_time(self) -> Self {
         match self {
-            Self::Committed { slot, state, .. } => Self::Committed { slot, state, repeated: false },
+            Self::Committed { slot, state, reason, .. } => Self::Committed { slot, state, reason, repeated: false },
             Self::Aborted { slot, reasons, .. } => Self::Aborted { slot, reasons, repeated: false },
             other => other,
         }

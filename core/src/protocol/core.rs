@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::domain::analysis::StepComparison;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
 use crate::domain::text::bounded;
 use crate::domain::time::Now;
-use crate::domain::verdict::Verdict;
 
 use super::acceptor::{self, Acceptor};
 use super::autopilot::{self, Autopilot, Coordination};
@@ -304,7 +304,7 @@ impl Core {
         }
         let operation = &prepare.intent.operation;
         let known = operation.service().and_then(|id| self.context.ledger.services.get(id));
-        let compared = known.map_or(Verdict::Promote, |known| self.runs.compared(known));
+        let compared = known.map_or(StepComparison::NOTHING, |known| self.runs.compared(known));
         self.gates.vote(&self.context, operation, prepare.evidence_age_ms_max, compared)
     }
 
@@ -630,7 +630,7 @@ impl Core {
             cluster: self.gates.cluster(&self.context, id),
             verdict: health.verdict.filter(|_| is_active).cloned(),
             sequential: self.runs.sequential(id),
-            waiting_for: autopilot::waiting_for(&self.context, service_state, &health, is_decreasing),
+            waiting_for: self.autopilot.waiting_for(&self.context, id, &health, is_decreasing),
             enforced: self.lease.is_enforced(id),
         };
         self.publisher.show(id, view);

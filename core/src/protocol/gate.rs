@@ -5,9 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::domain::analysis::Analysis;
+use crate::domain::analysis::{Analysis, StepComparison};
+use crate::domain::apply::check_stable;
 use crate::domain::ids::{NodeId, ServiceId};
-use crate::domain::query::NoValue;
+use crate::domain::query::{NoValue, Query};
 use crate::domain::rollout::Change;
 use crate::domain::text::bounded;
 use crate::domain::time::Mono;
@@ -66,12 +67,38 @@ impl Gate {
 
     /// Returns what other systems say of the canary; Promote where none is asked.
     fn measured(&self, analysis: &Analysis, now: Mono) -> Verdict {
-        let measured = analysis.queries.iter().map(|query| {
+        let measured = self.answers(analysis, now).map(|(query, answer)| query.judge(answer));
+        measured.fold(Verdict::Promote, Verdict::or_worse)
+    }
+
+    /// Returns the fresh answer to each query.
+    fn answers<'a>(
+        &'a self,
+        analysis: &'a Analysis,
+        now: Mono,
+    ) -> impl Iterator<Item = (&'a Query, Option<&'a Result<f64, NoValue>>)> {
+        analysis.queries.iter().map(move |query| {
             let answer = self.measured.get(&query.name);
             let fresh = answer.filter(|(at, _)| now.millis_since(*at) <= query.fresh_ms());
-            query.judge(fresh.map(|(_, value)| value))
-        });
-        measured.fold(Verdict::Promote, Verdict::or_worse)
+            (query, fresh.map(|(_, value)| value))
+        })
+    }
+
+    /// Returns what is known of the canary's evidence, of which all nodes counted `canary_answers` lately.
+    fn supply(&self, analysis: &Analysis, now: Mono, canary_answers: u64) -> Supply {
+        if let Some(why) = self.answers(analysis, now).find_map(|(query, answer)| query.outage(answer)) {
+            return Supply::Outage(why);
+        }
+        // Where other systems alone measure, theirs is the silence that counts.
+        let (is_silent, is_short) = match analysis.metrics.is_empty() {
+            true => (self.answers(analysis, now).all(|(_, answer)| Query::is_silent(answer)), false),
+            false => (canary_answers == 0, canary_answers < analysis.min_samples),
+        };
+        match (is_silent, is_short) {
+            (true, _) => Supply::Silent,
+            (false, true) => Supply::Short,
+            (false, false) => Supply::Enough,
+        }
     }
 
     /// Returns the local hold of a peer that spoke within `age_ms`, and whose.
@@ -93,18 +120,19 @@ impl Gate {
 
     /// The worst of: the limits on what the cluster saw, the limits on what this node saw where that is a veto, the
     /// comparison with stable, and what other systems measured.
-    fn judge(&self, now: Mono, service_state: &ServiceState, cluster: &Evidence, compared: Verdict) -> Verdict {
+    fn judge(&self, now: Mono, service_state: &ServiceState, cluster: &Evidence, compared: StepComparison) -> Verdict {
         let analysis = &service_state.service.rollout.spec.analysis;
         let alone = match analysis.judge_alone(self.local()) {
             veto @ (Verdict::Rollback(_) | Verdict::Pause(_)) => veto,
             Verdict::Promote | Verdict::Hold(_) => Verdict::Promote,
         };
-        let compared = match compared {
+        let StepComparison { verdict, samples } = compared;
+        let compared = match verdict {
             // At 100 % there is no stable traffic left to compare with: the limits alone watch the canary.
             Verdict::Hold(_) if service_state.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
             verdict => verdict,
         };
-        let seen = analysis.judge(cluster).or_worse(alone).or_worse(compared);
+        let seen = analysis.judge(cluster).or_worse(samples).or_worse(alone).or_worse(compared);
         seen.or_worse(self.measured(analysis, now))
     }
 }
@@ -117,8 +145,21 @@ pub(super) struct Gates {
     turned: (Option<ServiceId>, Mono),
 }
 
+/// What there is to judge a canary by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Supply {
+    /// Another system gives no usable answer, and why: that says nothing about the canary.
+    Outage(String),
+    /// Nothing was seen of the canary.
+    Silent,
+    /// Something was seen, fewer answers than a verdict needs.
+    Short,
+    /// As many answers as a verdict needs.
+    Enough,
+}
+
 /// What others may know of a gate.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Health<'g> {
     /// Why this node stopped the canary by itself, and when; none while it hasn't.
     pub local_hold: Option<(&'g str, Mono)>,
@@ -128,7 +169,9 @@ pub(super) struct Health<'g> {
     pub verdict: Option<&'g Verdict>,
     /// When the present stage began, as far as this node knows.
     pub stage_since: Mono,
-    /// The canary's answers that all nodes saw lately.
+    /// What there is to judge the canary by.
+    pub supply: Supply,
+    /// The canary's answers that all nodes saw in the window.
     pub canary_answers: u64,
 }
 
@@ -167,13 +210,16 @@ impl Gates {
         let fresh = gate.snapshots.values().filter(|(at, snapshot)| {
             now.millis_since(*at) <= age_ms && snapshot.routing_version == gate.routing_version
         });
+        let canary_answers =
+            gate.local().canary.count + fresh.map(|(_, snapshot)| snapshot.evidence.canary.count).sum::<u64>();
+        let analysis = &ctx.ledger.services[id].service.rollout.spec.analysis;
         Health {
             local_hold: gate.local_hold.as_deref().map(|why| (why, gate.held_at)),
             peer_hold: gate.peer_hold(now, age_ms),
             verdict: gate.verdict.as_ref(),
             stage_since: gate.stage_since,
-            canary_answers: gate.local().canary.count
-                + fresh.map(|(_, snapshot)| snapshot.evidence.canary.count).sum::<u64>(),
+            supply: gate.supply(analysis, now, canary_answers),
+            canary_answers,
         }
     }
 
@@ -256,7 +302,7 @@ impl Gates {
     }
 
     /// Judges the evidence anew, together with what the comparison with stable says; returns the harm that it shows.
-    pub fn judge(&mut self, ctx: &mut Context, id: &ServiceId, compared: Verdict) -> Option<String> {
+    pub fn judge(&mut self, ctx: &mut Context, id: &ServiceId, compared: StepComparison) -> Option<String> {
         let service_state = &ctx.ledger.services[id];
         if !service_state.service.rollout.phase.is_active() {
             return None;
@@ -291,7 +337,7 @@ impl Gates {
     }
 
     /// Returns this node's vote on an operation, by evidence no older than `age_ms` and what the comparison with stable says.
-    pub fn vote(&self, ctx: &Context, operation: &Operation, age_ms: u64, compared: Verdict) -> GateVote {
+    pub fn vote(&self, ctx: &Context, operation: &Operation, age_ms: u64, compared: StepComparison) -> GateVote {
         let Operation::Change(id, change) = operation else { return GateVote::Yes("needs no gate".into()) };
         if !change.increases_exposure() {
             return GateVote::Yes("needs no gate".into());
@@ -308,6 +354,11 @@ impl Gates {
             return GateVote::No(why.to_string());
         }
         let Some(service_state) = known else { return GateVote::Yes("no canary traffic yet".into()) };
+        if let Change::Start(spec) = change
+            && let Err(why) = check_stable(&service_state.service.stable, &spec.stable)
+        {
+            return GateVote::No(why.to_string());
+        }
         if service_state.increase.as_ref().is_some_and(|increase| increase.in_doubt) {
             return GateVote::No("the last increase was decided in doubt and must be reverted first".into());
         }

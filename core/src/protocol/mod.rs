@@ -106,6 +106,11 @@ pub enum OperatorRequest {
     },
     /// Change the members, or who votes on promotions.
     Config(ConfigChange),
+    /// Go to the next stage without the wait for samples; a failing gate still says No.
+    SkipWait {
+        /// Service whose canary is promoted.
+        service: ServiceId,
+    },
 }
 
 /// A request to the core.
@@ -239,6 +244,8 @@ pub enum Outcome {
         slot: Slot,
         /// The routing it led to; none for membership.
         state: Option<RoutingState>,
+        /// Why the rollout is paused or was rolled back, where it is so after the change; empty otherwise.
+        reason: String,
         /// True when an earlier request with this id did it.
         repeated: bool,
     },
@@ -251,8 +258,16 @@ pub enum Outcome {
         /// True when an earlier request with this id was answered so.
         repeated: bool,
     },
-    /// Nothing to do: the cluster is there already.
-    Unchanged(RoutingState),
+    /// Nothing was done, and nothing was decided: the cluster is there already, or on its way; or what was asked for was rolled
+    /// back before.
+    Unchanged {
+        /// The routing in force.
+        state: RoutingState,
+        /// Why there was nothing to do, in words; may be empty.
+        reason: String,
+        /// True when the rollout that was asked for was rolled back before, and isn't started again by this.
+        rolled_back: bool,
+    },
     /// Not possible as things stand; nothing was decided.
     Refused(String),
     /// The id stands for another request.

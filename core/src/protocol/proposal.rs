@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::domain::apply::{ApplyEffect, Standing, effect_of_apply};
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
-use crate::domain::plan::Manifest;
+use crate::domain::plan::{Manifest, RolloutSpec};
 use crate::domain::rollout::{Change, ChangeError, Phase, Service};
 
 use super::OperatorRequest;
@@ -35,19 +36,7 @@ impl Proposal {
     /// Returns true when some node must serve less canary by it.
     pub fn decreases(&self) -> bool {
         match self {
-            Self::OperatorRequest(asked) => match asked {
-                OperatorRequest::Abort { .. }
-                | OperatorRequest::Undo { .. }
-                | OperatorRequest::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
-                OperatorRequest::Config(
-                    ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_),
-                )
-                | OperatorRequest::Apply(_)
-                | OperatorRequest::Promote { .. }
-                | OperatorRequest::Pause { .. }
-                | OperatorRequest::Resume { .. }
-                | OperatorRequest::Retry { .. } => false,
-            },
+            Self::OperatorRequest(asked) => asked.decreases(),
             Self::Operation(operation) => operation.decreases_exposure(),
             Self::Settle(_) => false,
         }
@@ -76,6 +65,22 @@ impl Proposal {
 }
 
 impl OperatorRequest {
+    /// Returns true when some node must serve less canary by it, or may have to.
+    pub fn decreases(&self) -> bool {
+        match self {
+            Self::Abort { .. }
+            | Self::Undo { .. }
+            | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
+            Self::Config(ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_))
+            | Self::Apply(_)
+            | Self::Promote { .. }
+            | Self::Pause { .. }
+            | Self::Resume { .. }
+            | Self::Retry { .. }
+            | Self::SkipWait { .. } => false,
+        }
+    }
+
     /// Returns the service it concerns.
     pub fn service(&self) -> Option<&ServiceId> {
         match self {
@@ -85,7 +90,8 @@ impl OperatorRequest {
             | Self::Resume { service }
             | Self::Abort { service, .. }
             | Self::Retry { service }
-            | Self::Undo { service } => Some(service),
+            | Self::Undo { service }
+            | Self::SkipWait { service } => Some(service),
             Self::Config(_) => None,
         }
     }
@@ -93,8 +99,13 @@ impl OperatorRequest {
 
 /// What stands in the way of a proposal.
 pub(super) enum Obstacle {
-    /// The cluster is there already.
-    Unchanged,
+    /// The cluster is there already, or on its way; or what is asked for was rolled back before.
+    Unchanged {
+        /// Why there is nothing to do, in words; may be empty.
+        reason: String,
+        /// True when it was rolled back before.
+        rolled_back: bool,
+    },
     /// The request can't be carried out, for the reason in words.
     Refused(String),
 }
@@ -124,10 +135,18 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
     let change = match asked {
         OperatorRequest::Apply(spec) => apply(known, spec)?,
         OperatorRequest::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
-        OperatorRequest::Pause { reason, .. } => Change::Pause { reason: reason.clone() },
-        OperatorRequest::Resume { .. } => Change::Resume,
+        // A step asked for as a full promotion: nodes that hold for samples say Yes to it, and it leads no further.
+        OperatorRequest::SkipWait { .. } => Change::Promote { to: known_or()?.next(false), full: true },
+        OperatorRequest::Pause { reason, .. } => match known_or()?.rollout.phase {
+            Phase::Paused => return Err(Obstacle::already("the rollout is paused")),
+            _ => Change::Pause { reason: reason.clone() },
+        },
+        OperatorRequest::Resume { .. } => match known_or()?.rollout.phase {
+            Phase::Progressing | Phase::Baking => return Err(Obstacle::already("the rollout goes on")),
+            _ => Change::Resume,
+        },
         OperatorRequest::Abort { reason, .. } => match known_or()?.rollout.phase {
-            Phase::RolledBack => return Err(Obstacle::Unchanged),
+            Phase::RolledBack => return Err(Obstacle::already("the rollout was rolled back")),
             _ => Change::Rollback { reason: reason.clone() },
         },
         OperatorRequest::Retry { .. } => {
@@ -136,10 +155,13 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
                 let version = rollout.spec.canary.version.clone();
                 return Err(ChangeError::Phase { version, phase: rollout.phase, expected: "RolledBack" }.into());
             }
-            Change::Start(rollout.spec.clone())
+            Change::Start(on_stable_of(known_or()?, &rollout.spec)?)
         }
         OperatorRequest::Undo { .. } => match &known_or()?.rollout {
-            rollout if rollout.phase == Phase::Completed => Change::Start(reversed(&rollout.spec)?),
+            rollout if rollout.phase == Phase::Completed => {
+                let spec = Arc::new(reversed(&rollout.spec)?);
+                Change::Start(on_stable_of(known_or()?, &spec)?)
+            }
             rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
             rollout => {
                 let version = rollout.spec.canary.version.clone();
@@ -151,15 +173,34 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
     Ok((id, change))
 }
 
+impl Obstacle {
+    fn already(reason: &str) -> Self {
+        Self::Unchanged { reason: reason.into(), rolled_back: false }
+    }
+}
+
 /// A key that this build doesn't know can't be turned round.
-fn reversed(spec: &Manifest) -> Result<Arc<Manifest>, Obstacle> {
+fn reversed(spec: &Manifest) -> Result<Manifest, Obstacle> {
     spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
-    spec.reversed().map(Arc::new).map_err(|error| Obstacle::Refused(error.to_string()))
+    spec.reversed().map_err(|error| Obstacle::Refused(error.to_string()))
+}
+
+/// Returns a recorded rollout as it starts again: its stable is on the servers that serve it, wherever they were then.
+fn on_stable_of(service: &Service, spec: &Arc<Manifest>) -> Result<Arc<Manifest>, Obstacle> {
+    if service.stable.is_same(&spec.stable) {
+        return Ok(spec.clone());
+    }
+    spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
+    let spec = RolloutSpec { stable: service.stable.clone(), ..(***spec).clone() };
+    spec.checked().map(Arc::new).map_err(|error| Obstacle::Refused(error.to_string()))
 }
 
 fn apply(known: Option<&Service>, spec: &Arc<Manifest>) -> Result<Change, Obstacle> {
-    match known.map(|service| &service.rollout) {
-        Some(rollout) if rollout.spec == *spec && rollout.phase != Phase::RolledBack => Err(Obstacle::Unchanged),
-        _ => Ok(Change::Start(spec.clone())),
+    match effect_of_apply(known.map(Standing::from), spec) {
+        ApplyEffect::Start => Ok(Change::Start(spec.clone())),
+        ApplyEffect::Abort(reason) => Ok(Change::Rollback { reason }),
+        ApplyEffect::Unchanged(reason) => Err(Obstacle::Unchanged { reason, rolled_back: false }),
+        ApplyEffect::RolledBackBefore(reason) => Err(Obstacle::Unchanged { reason, rolled_back: true }),
+        ApplyEffect::Refused(why) => Err(why.into()),
     }
 }

@@ -25,11 +25,14 @@ use crate::domain::time::{Mono, Now, Wall};
 use crate::domain::window::Evidence;
 use crate::fixtures;
 
+mod deadline;
 mod initiator;
 mod limits;
 mod manifest;
+mod operator;
 mod restore;
 mod run;
+mod stable;
 mod text;
 
 const CLUSTER: ClusterId = ClusterId([7; 16]);
@@ -871,7 +874,7 @@ proptest! {
             match outcome {
                 Outcome::Committed { .. } => prop_assert_eq!(aborted, Some(false), "t{} was answered COMMITTED", number),
                 Outcome::Aborted { .. } => prop_assert_eq!(aborted, Some(true), "t{} was answered ABORTED", number),
-                Outcome::Refused(_) | Outcome::Unchanged(_) => prop_assert_eq!(aborted, None, "t{} was refused", number),
+                Outcome::Refused(_) | Outcome::Unchanged { .. } => prop_assert_eq!(aborted, None, "t{} was refused", number),
                 _ => {}
             }
         }

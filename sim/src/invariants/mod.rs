@@ -9,6 +9,7 @@ mod ceiling;
 mod certificates;
 mod enforcement;
 mod evidence;
+mod stable;
 mod stages;
 mod writes;
 
@@ -25,6 +26,7 @@ const WRITES: &str = "I10/I12 writes";
 const READS: &str = "I11 reads";
 const BALLOTS: &str = "I13 ballots";
 const EVIDENCE: &str = "I14 evidence";
+const STABLE: &str = "I15 stable";
 
 /// A rule that a run broke: the program that was simulated has a bug, or the simulator has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -65,5 +67,6 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(writes::Writes),
         Box::new(ballots::Ballots::default()),
         Box::new(evidence::Observed::default()),
+        Box::new(stable::Stables::default()),
     ]
 }

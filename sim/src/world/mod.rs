@@ -431,10 +431,9 @@ impl<S: Subject> World<S> {
             let process = match &node.process {
                 None => "down".into(),
                 Some(p) => {
-                    let view = p
-                        .view
-                        .as_ref()
-                        .map(|v| format!("{:?} head {} coordinator {}", v.membership, v.head, v.coordinator));
+                    let view = p.view.as_ref().map(|v| {
+                        format!("{:?} head {} coordinator {} {}", v.membership, v.head, v.coordinator, services(v))
+                    });
                     let left = p
                         .lease
                         .map(|from| self.nodes.first().map_or(0, |_| node.now(self.now).mono.millis_since(from)));
@@ -450,6 +449,16 @@ impl<S: Subject> World<S> {
         }
         lines
     }
+}
+
+/// Returns where the rollouts stand that a node shows.
+fn services(view: &View) -> String {
+    let one = |(id, shown): (&ServiceId, &Arc<aviary_core::protocol::ServiceView>)| {
+        let rollout = &shown.service.rollout;
+        let (phase, stage, reason) = (rollout.phase, rollout.stage, &rollout.reason);
+        format!("{id} {phase} at stage {stage} ({reason}), waits for {:?}", shown.waiting_for)
+    };
+    view.services.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -235,6 +235,10 @@ impl<S: Subject> World<S> {
             Output::SaveRun(service, Some(run)) => drop(self.nodes[i].runs.insert(service, *run)),
             Output::SaveRun(service, None) => drop(self.nodes[i].runs.remove(&service)),
             Output::Publish(view) => {
+                for (service, shown) in &view.services {
+                    let (routing_version, stable) = (shown.serving.routing_version, &shown.serving.stable);
+                    self.fact(Fact::Stable { node: &id, service, routing_version, stable })?;
+                }
                 self.nodes[i].process.as_mut().expect("it acts").view = Some(view);
             }
             Output::Lease(from) => {

@@ -61,6 +61,8 @@ impl From<Changed> for ChangeResult {
             sequence: changed.sequence.map(|sequence| sequence.0),
             repeated: changed.repeated,
             routing_version: changed.state.map(|state| state.version).unwrap_or_default(),
+            reason: changed.reason,
+            rolled_back: changed.rolled_back,
         }
     }
 }
@@ -130,8 +132,9 @@ impl RolloutService for Rollouts {
         request: Request<PromoteRolloutRequest>,
     ) -> Result<Response<PromoteRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
-        let PromoteRolloutRequest { service, full, .. } = request.into_inner();
-        let result = self.change(caller, &service, "promote", Details { full, reason: None }).await?;
+        let PromoteRolloutRequest { service, full, skip_wait, .. } = request.into_inner();
+        let details = Details { full, skip_wait, reason: None };
+        let result = self.change(caller, &service, "promote", details).await?;
         Ok(Response::new(PromoteRolloutResponse { result: Some(result) }))
     }
 
@@ -141,7 +144,8 @@ impl RolloutService for Rollouts {
     ) -> Result<Response<PauseRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let PauseRolloutRequest { service, reason, .. } = request.into_inner();
-        let result = self.change(caller, &service, "pause", Details { full: false, reason: Some(reason) }).await?;
+        let result =
+            self.change(caller, &service, "pause", Details { reason: Some(reason), ..Details::default() }).await?;
         Ok(Response::new(PauseRolloutResponse { result: Some(result) }))
     }
 
@@ -160,7 +164,8 @@ impl RolloutService for Rollouts {
     ) -> Result<Response<AbortRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let AbortRolloutRequest { service, reason, .. } = request.into_inner();
-        let result = self.change(caller, &service, "abort", Details { full: false, reason: Some(reason) }).await?;
+        let result =
+            self.change(caller, &service, "abort", Details { reason: Some(reason), ..Details::default() }).await?;
         Ok(Response::new(AbortRolloutResponse { result: Some(result) }))
     }
 

@@ -55,6 +55,24 @@ fn the_file_that_is_in_force_can_be_applied_again_and_changes_nothing() {
     let said = String::from_utf8_lossy(&unknown.stderr).to_string();
     assert!(unknown.status.code() == Some(1) && said.contains("rollout \"none\" is unknown, known: svc"), "{said}");
     let too_early = run(&cluster, &["resume", "svc"], "");
-    assert_eq!(too_early.status.code(), Some(1), "{too_early:?}");
-    assert!(String::from_utf8_lossy(&too_early.stdout).starts_with("REFUSED"), "{too_early:?}");
+    assert_eq!(too_early.status.code(), Some(0), "{too_early:?}");
+    assert!(String::from_utf8_lossy(&too_early.stdout).starts_with("UNCHANGED"), "{too_early:?}");
+
+    // What applying would do is told, and then done.
+    let file = prints(&cluster, &["get", "svc", "-o", "yaml"], "");
+    assert!(prints(&cluster, &["diff", "-f", "-"], &file).starts_with("UNCHANGED: the rollout to v2 is Progressing"));
+    let other = run(&cluster, &["diff", "-f", "-"], &file.replace("version: v1", "version: v0"));
+    let said = String::from_utf8_lossy(&other.stdout).to_string();
+    assert!(
+        other.status.code() == Some(1) && said.starts_with("REFUSED: the rollout to v2 is Progressing"),
+        "{other:?}"
+    );
+    prints(&cluster, &["abort", "svc", "--reason", "odd scores"], "");
+    for verb in ["diff", "apply"] {
+        let before = run(&cluster, &[verb, "-f", "-"], &file);
+        let said = String::from_utf8_lossy(&before.stdout).to_string();
+        assert_eq!(before.status.code(), Some(1), "{verb}: {before:?}");
+        assert!(said.starts_with("UNCHANGED") && said.contains("v2 was rolled back: odd scores"), "{verb}: {said}");
+    }
+    assert!(prints(&cluster, &["diff", "-f", "-"], &file.replace("name: svc", "name: other")).starts_with("START"));
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::apply::check_stable;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::Manifest;
 use crate::domain::rollout::{Change, ChangeError, Phase, Service, Stamp};
@@ -241,21 +242,24 @@ impl Ledger {
         intent: Intent,
         certificate: Option<super::record::Certificate>,
     ) -> Result<Record, RecordError> {
-        self.check_room(&intent.operation)?;
+        self.check_start(&intent.operation)?;
         self.record_of(intent, certificate)
     }
 
-    /// Checks that a voter may accept a proposed record: it may be the next one, and there is room for it.
+    /// Checks that a voter may accept a proposed record: it may be the next one, and what it starts may start.
     pub fn check_proposal(&self, record: &Record) -> Result<(), RecordError> {
         self.check(record)?;
-        self.check_room(&record.intent.operation)
+        self.check_start(&record.intent.operation)
     }
 
-    /// Checks that the ledger stays small enough to be read back. Only proposals are held to that: what is chosen already
-    /// must be taken in, whatever the limits were when it was.
-    fn check_room(&self, operation: &Operation) -> Result<(), RecordError> {
+    /// Checks that a rollout leaves stable's traffic where it is, and that the ledger stays small enough to be read back.
+    /// Only proposals are held to that: what is chosen already must be taken in, whatever the rules were when it was.
+    fn check_start(&self, operation: &Operation) -> Result<(), RecordError> {
         let Operation::Change(id, Change::Start(spec)) = operation else { return Ok(()) };
         let known = self.service(id);
+        if let Some(service) = known.filter(|service| !service.rollout.phase.is_active()) {
+            check_stable(&service.stable, &spec.stable)?;
+        }
         let found = self.services.len() + 1;
         if known.is_none() && found > SERVICES_MAX {
             return Err(RecordError::Services { service: id.clone(), found });
@@ -521,12 +525,10 @@ impl Ledger {
                 // A retried or new rollout of a known service falls back to the service as it was, with the new
                 // rollout on record, so that `retry` starts that one.
                 (Some(current), Operation::Change(_, Change::Start(spec))) => {
-                    let mut before = Service::before_start(spec, &stamp);
-                    before.routing.version = current.service.routing.version;
-                    before
+                    Service::before_start(Some(&current.service), spec, &stamp)
                 }
                 (Some(current), _) => current.service.clone(),
-                (None, _) => Service::before_start(&after.rollout.spec, &stamp),
+                (None, _) => Service::before_start(None, &after.rollout.spec, &stamp),
             };
             return Some(Increase { slot: chosen.record.slot, before, in_doubt: chosen.is_in_doubt() });
         }

@@ -108,7 +108,7 @@ impl fmt::Debug for Hash {
 /// ballot unique, so that PREPARE need not wait for its own sender's disk.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ballot {
-    /// Compared first; above everything its node had promised.
+    /// StepComparison first; above everything its node had promised.
     pub round: u64,
     /// Node that leads the ballot.
     pub node: NodeId,

@@ -67,8 +67,17 @@ struct SidePart {
     url: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     urls: Vec<String>,
+    /// Says that no server answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    answer: Option<AnswerPart>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     health_check: Option<HealthPart>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum AnswerPart {
+    Node,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -170,6 +179,9 @@ struct MetricPart {
     statistic: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     threshold_range: Option<RangePart>,
+    /// Classes of statuses that count as errors: the metric `errors` by THRESHOLD.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    classes: Option<Vec<ClassPart>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     on_failure: Option<FailurePart>,
     /// System that stores the metric; none: this cluster.
@@ -180,6 +192,16 @@ struct MetricPart {
     allowed_increase: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     quantile: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum ClassPart {
+    #[serde(rename = "5xx")]
+    Server,
+    #[serde(rename = "4xx")]
+    Client,
+    #[serde(rename = "3xx")]
+    Redirect,
 }
 
 /// The name of a strategy, known or not: an unknown one is named together with its metric.
