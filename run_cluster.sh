@@ -42,6 +42,7 @@ rollout=config/rollout.yaml
 data=data/demo-$$
 out=logs/demo
 pids=()
+load=
 aviary=
 
 say() { printf '%s\n' "$*"; }
@@ -212,10 +213,12 @@ start_load() {
   load=$started
 }
 
+# Before a service's first commit no node routes it, and every request is answered 503.
+load_from_the_first_commit() { [[ -n $load ]] || start_load 1; }
+
 act_1() {
   title "act 1: $rollout, v1 -> v2, under 200 requests a second"
-  start_load 1
-  follow "$rollout" || fail "the first rollout is $(field phase), expected Completed: $(field reason) $(tail -n 3 "$out/apply.out")"
+  follow "$rollout" load_from_the_first_commit || fail "the first rollout is $(field phase), expected Completed: $(field reason) $(tail -n 3 "$out/apply.out")"
   stop "$load"
   say "traffic: $(grep 'requests' "$out/load-1.out" | tail -n 1)"
 }
@@ -276,7 +279,7 @@ for node in "${nodes[@]}"; do
   node_pids+=("$started")
 done
 for i in 0 1 2; do
-  wait_for "node-${nodes[i]}" "${node_pids[i]}" "http://127.0.0.1:${data_ports[i]}/readyz"
+  wait_for "node-${nodes[i]}" "${node_pids[i]}" "http://127.0.0.1:${data_ports[i]}/readyz?quorum"
 done
 
 for i in 0 1 2; do

@@ -15,14 +15,16 @@ cd "$(dirname "$0")"
 stages=(
   "format           rustfmt, everywhere"
   "lint             clippy and rustdoc, warnings denied; actionlint; shellcheck where it is installed"
-  "schema           buf lint of proto/"
+  "schema           buf lint of proto/, and buf breaking against the last release"
   "core             tests of aviary-core on its own: needs no C compiler"
   "build            everything that later stages run, in one build"
   "unit             tests beside the code of the other crates"
   "it               tests/it: parts over real sockets, clusters of real processes"
+  "upgrade          nodes of the last release and of this one, replaced one by one under load, forth and back"
   "manifests        deploy/ against the schemas of Kubernetes"
   "services         tests/it with a real Kafka, Redis and Prometheus"
   "clients          the data plane under curl, nghttp, h2load, grpcio and others"
+  "openapi          a generated client drives a rollout; Schemathesis looks for answers that the OpenAPI document lacks"
   "sim              simulated clusters: a virtual minute of faults each, then healing"
   "sim-router       simulated record routers on a log with transactions, and their seeded bugs"
   "sim-nodes        whole nodes on turmoil's network"
@@ -36,7 +38,7 @@ quick=(format lint core build unit sim-bugs sim)
 
 # What a change needs. A seeded bug of the core is caught by the seed that it is pinned to, whatever the number of seeds here: these
 # look for what nobody thought of, and the nightly run looks further, at other seeds too.
-profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64)
+profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64) openapi=(--seconds 60)
 
 usage() {
   sed -n '2,11s/^# \{0,1\}//p' run_tests.sh
@@ -88,6 +90,8 @@ stage_schema() {
   elif required || scripts/tools.sh have buf; then buf=$(tool buf)/buf || { skip "buf can't be built"; return; }
   else skip "buf is not installed (https://buf.build)"; return; fi
   "$buf" lint proto
+  # The image is of the last release's proto/: `buf build proto -o proto/released.binpb` at its commit.
+  "$buf" breaking proto --against proto/released.binpb
 }
 
 stage_core() { cargo test --quiet -p aviary-core "${profile[@]}"; }
@@ -129,6 +133,16 @@ stage_it() {
   fi
 }
 
+stage_upgrade() {
+  local release
+  without=()
+  if ! release=$(tool release); then
+    skip "the last release can't be built: its commit is not in git's history (tests/releases.txt), or its packages can't be had"
+    return
+  fi
+  AVIARY_BEFORE=$release/aviary run_it 'test(/^cluster::rolling::/)' cluster::rolling:: 1 ignored
+}
+
 stage_manifests() {
   local kustomize python
   if has go && has python3 && kustomize=$(tool kustomize) && python=$(tool python); then
@@ -163,6 +177,15 @@ stage_clients() {
     python3 tests/clients.py --aviary "$out/aviary" "${clients[@]}"
   else
     skip "python3 or curl is not installed" optional
+  fi
+}
+
+stage_openapi() {
+  local python
+  if has python3 && python=$(tool openapi); then
+    PYTHONPATH=$python python3 tests/openapi.py --aviary "$out/aviary" "${openapi[@]}"
+  else
+    skip "python3 with pip is not installed, or the packages can't be reached"
   fi
 }
 
@@ -215,7 +238,7 @@ stage_deps() {
 nightly=
 planned=()
 plan() {
-  local name needs_build=" unit it services clients sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
+  local name needs_build=" unit it upgrade services clients openapi sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
   for name in "$@"; do
     [[ " ${names[*]} " == *" $name "* ]] || fail "found $name, expected quick, nightly or stages: ${names[*]}"
     if [[ $needs_build == *" $name "* && " ${planned[*]} " != *" build "* ]]; then planned+=(build); fi
@@ -228,8 +251,8 @@ case "${1:-}" in
   nightly)
     shift
     nightly=1 profile=(--release) out=target/release seeds=10000 router_seeds=10000 node_seeds=500 exhaust=1,1,0,2,0
-    complete=(--complete) clients=(--churn 10)
-    export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000
+    complete=(--complete) clients=(--churn 10) openapi=(--seconds 600 --seed "$RANDOM")
+    export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000 AVIARY_PIPELINE_RUNS=200 AVIARY_UPGRADES=50
     ulimit -n 20000
     [ $# -gt 0 ] || set -- "${names[@]}"
     plan "$@" ;;
@@ -242,13 +265,13 @@ has cargo || fail "cargo is missing: install Rust (https://rustup.rs); rust-tool
 fetching='' services='' stage=''
 fetch() {
   local name
-  for name in nextest kustomize python; do scripts/tools.sh "$name" || true; done
+  for name in nextest kustomize python openapi; do scripts/tools.sh "$name" || true; done
   if required; then
     scripts/tools.sh buf || true
     [[ " ${planned[*]} " != *" services "* ]] || scripts/services.sh fetch || true
   fi
 }
-if [[ " ${planned[*]} " == *" manifests "* || " ${planned[*]} " == *" services "* ]]; then fetch >/dev/null 2>&1 & fetching=$!; fi
+if [[ " ${planned[*]} " =~ " "(manifests|services|openapi)" " ]]; then fetch >/dev/null 2>&1 & fetching=$!; fi
 
 # Seconds of processor time that the processes took that this run started and that ended (cutime and cstime, see proc(5)).
 cpu() {

@@ -18,8 +18,8 @@ ROLLOUT = """apiVersion: aviary/v1
 kind: Rollout
 metadata: { name: bench }
 spec:
-  stable: { version: v1 }
-  canary: { version: v2 }
+  stable: { version: v1, answer: node }
+  canary: { version: v2, answer: node }
   steps: [ { setWeight: 5 }, { pause: {} }, { setWeight: 100 } ]
 """
 
@@ -32,7 +32,8 @@ def connect(port):
 
 
 def ask(client, method, path, body=""):
-    client.request(method, path, body)
+    kind = "application/yaml" if body.startswith("apiVersion") else "application/json"
+    client.request(method, path, body, {"content-type": kind})
     answer = client.getresponse()
     return answer.status, answer.read()
 
@@ -53,7 +54,7 @@ def show(what, times):
 def wait_ready(name):
     while True:
         try:
-            if ask(connect(NODES[name][0]), "GET", "/readyz")[0] == 200:
+            if ask(connect(NODES[name][0]), "GET", "/readyz?quorum")[0] == 200:
                 return
         except OSError:
             pass

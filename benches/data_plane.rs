@@ -4,8 +4,10 @@ use std::hint::black_box;
 
 use aviary::domain::ids::{ServiceId, VersionId};
 use aviary::domain::weights::sticky_ticket;
+use aviary::proxy::body::{BodyFraming, Keep};
 use aviary::proxy::outcome::{ANSWERS, CircuitBreaker, OutcomeCounts};
-use aviary::proxy::wire::{self, BodyFraming, Opening, ResponseFields, Room};
+use aviary::proxy::request::{Gateway, Protocol};
+use aviary::proxy::wire::{self, Asked, Opening, ResponseFields, Room};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 #[global_allocator]
@@ -22,18 +24,19 @@ fn heads(criterion: &mut Criterion) {
     criterion.bench_function("request head: read, rewritten", |bencher| {
         bencher.iter(|| {
             let mut room = Room::default();
-            let Ok(Opening::Plain(asked)) = wire::request(black_box(REQUEST), &mut room) else { panic!("plain") };
+            let opening = wire::request(black_box(REQUEST), true, &mut room);
+            let Ok(Opening::Request(asked, _)) = opening else { panic!("{opening:?}") };
             out.clear();
-            asked.write("10.0.0.9", &[], &mut out);
+            asked.write(&Gateway { peer: "10.0.0.9", service: "fraud", configured: &[] }, &mut out);
             black_box(&out);
         });
     });
-    let mark =
-        ResponseFields { lines: b"x-served-by: v2\r\nx-routing-version: 7\r\n", date: &[b'0'; 29], close: false };
+    let lines = b"x-served-by: v2\r\nx-routing-version: 7\r\n";
+    let mark = ResponseFields { lines, date: &[b'0'; 29], close: false, protocol: Protocol::Http11 };
     criterion.bench_function("answer head: read, rewritten", |bencher| {
         bencher.iter(|| {
             let mut room = Room::default();
-            let answered = wire::answer(black_box(ANSWER), false, &mut room).unwrap().unwrap();
+            let answered = wire::answer(black_box(ANSWER), Asked::default(), &mut room).unwrap().unwrap();
             out.clear();
             answered.write(mark, &mut out);
             black_box(&out);
@@ -43,13 +46,14 @@ fn heads(criterion: &mut Criterion) {
 
 fn chunks(criterion: &mut Criterion) {
     let chunk = [&b"4000\r\n"[..], &[b'x'; 0x4000], b"\r\n"].concat();
-    let bytes = [chunk.repeat(4), b"0\r\n\r\n".to_vec()].concat();
+    let mut bytes = [chunk.repeat(4), b"0\r\n\r\n".to_vec()].concat();
     let mut group = criterion.benchmark_group("chunked body");
     group.throughput(Throughput::Bytes(bytes.len() as u64));
     group.bench_function("64 KiB in chunks of 16", |bencher| {
         bencher.iter(|| {
             let mut body = BodyFraming::CHUNKED;
-            assert_eq!(body.take(black_box(&bytes)).unwrap(), bytes.len());
+            let part = body.take(black_box(&mut bytes), Keep::Framed).unwrap();
+            assert_eq!((part.used, part.kept), (bytes.len(), bytes.len()));
         });
     });
     group.finish();
@@ -66,7 +70,7 @@ fn decisions(criterion: &mut Criterion) {
         bencher.iter(|| {
             latency_us = (latency_us + 977) % 100_000;
             counts.add(0, 200, black_box(latency_us), false);
-            circuit_breaker.canary(false)
+            circuit_breaker.canary(false, 200)
         });
     });
 }

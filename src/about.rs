@@ -23,12 +23,12 @@ pub fn build() -> String {
 /// Returns the formats that this program writes, by name: files, and the newest version between nodes.
 pub fn formats() -> BTreeMap<&'static str, u16> {
     [
-        ("acceptor", format::ACCEPTOR.into()),
-        ("backup", backup::VERSION),
-        ("checkpoint", format::CHECKPOINT.into()),
+        ("acceptor", format::ACCEPTOR.newest),
+        ("backup", backup::VERSIONS.1),
+        ("checkpoint", format::CHECKPOINT.newest),
         ("frame", VERSIONS.max),
-        ("journal", format::JOURNAL.into()),
-        ("run", format::RUN.into()),
+        ("journal", format::JOURNAL.newest),
+        ("run", format::RUN.newest),
     ]
     .into()
 }

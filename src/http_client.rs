@@ -2,7 +2,7 @@
 //! query Prometheus and check the health of servers.
 //!
 //! It speaks HTTP without TLS, because none of these is configured with TLS. Every request has a deadline, and every body that is
-//! kept has a limit. It never relays traffic: the data plane keeps connections of its own (`proxy::upstream`, `proxy::forward`).
+//! kept has a limit. It never relays traffic: the data plane keeps connections of its own (`proxy::upstream`, `proxy::slow`).
 
 use std::time::Duration;
 

@@ -9,9 +9,11 @@ use std::convert::Infallible;
 use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,11 +24,18 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use metrics::Counter;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
+
+mod tracked;
+
+pub use tracked::KnownCaller;
+use tracked::{OpenRequest, PortConnections, TrackedBody};
 
 /// Limits of a port's connections.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +48,9 @@ pub struct PortLimits {
     pub half_open_max: usize,
     /// Longest wait for a request's headers.
     pub header_timeout: Duration,
+    /// How long a connection without an open request is kept, also one that has asked before; none: as long as the client wants.
+    /// Where it is given, a connection that is needed less makes room for a new one when all places are taken.
+    pub idle_timeout: Option<Duration>,
     /// How long open requests may take to end after the shutdown.
     pub grace: Duration,
 }
@@ -47,6 +59,19 @@ pub struct PortLimits {
 const HEADER_BYTES_MAX: u32 = 64 * 1024;
 /// Pause after the system refused to accept: it is short of something, and asking again at once would not help.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Shortest time between two log lines about connections that can't be accepted.
+const REFUSALS_SAID_EVERY: Duration = Duration::from_secs(1);
+/// Connections that a listener's end takes from the system's queue, at most.
+const LEFT_OVER_MAX: usize = 1024;
+/// Silence after which the system asks a peer whether it is still there, how often it asks, and how many times.
+const KEEP_ALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(4);
+
+/// Has the system end a socket's connection, or those that it accepts, when the peer vanished: within two minutes.
+pub fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_tcp_keepalive(&KEEP_ALIVE)
+}
 
 /// Connections without a request, oldest first.
 type HalfOpen = Mutex<BTreeMap<u64, CancellationToken>>;
@@ -80,6 +105,27 @@ pub struct ConnectionLimiter {
     next: Arc<AtomicU64>,
     evictions: Counter,
     late: Counter,
+    refused: Counter,
+    refusals: Arc<Mutex<Refusals>>,
+}
+
+/// Connections that the system refused to accept, and when that was last said.
+#[derive(Debug, Default)]
+struct Refusals {
+    unsaid: u64,
+    said: Option<Instant>,
+}
+
+impl Refusals {
+    /// Counts one; returns how many are to be logged now, at most once in [`REFUSALS_SAID_EVERY`].
+    fn count(&mut self, now: Instant) -> Option<u64> {
+        self.unsaid += 1;
+        if self.said.is_some_and(|said| now.duration_since(said) < REFUSALS_SAID_EVERY) {
+            return None;
+        }
+        self.said = Some(now);
+        Some(std::mem::take(&mut self.unsaid))
+    }
 }
 
 /// A connection's place. Dropping it gives the place back.
@@ -123,6 +169,8 @@ impl ConnectionLimiter {
             next: Arc::default(),
             evictions: refused("half_open"),
             late: refused("header_deadline"),
+            refused: refused("not_accepted"),
+            refusals: Arc::default(),
         }
     }
 
@@ -150,11 +198,29 @@ impl ConnectionLimiter {
                 Ok((stream, peer)) => return Some((stream, peer, self.admitted(place))),
                 Err(error) => {
                     // Out of descriptors, mostly: those that are open must end first.
-                    warn!(port = self.limits.name, %error, "a connection can't be accepted");
+                    self.refused.increment(1);
+                    let said = self.refusals.lock().expect("counting doesn't panic").count(Instant::now());
+                    if let Some(count) = said {
+                        warn!(port = self.limits.name, count, %error, "connections can't be accepted");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
+    }
+
+    /// Returns the connections that wait in the system's queue at the end of a listener, as far as there are places: whoever
+    /// was let in there would be cut off with it.
+    pub fn left_over<L: Accept>(&self, listener: &mut L) -> Vec<(L::Stream, SocketAddr, Admitted)> {
+        let mut cx = Context::from_waker(Waker::noop());
+        let next = || {
+            let place = self.places.clone().try_acquire_owned().ok()?;
+            match pin!(listener.accept()).poll(&mut cx) {
+                Poll::Ready(Ok((stream, peer))) => Some((stream, peer, self.admitted(place))),
+                Poll::Ready(Err(_)) | Poll::Pending => None,
+            }
+        };
+        std::iter::from_fn(next).take(LEFT_OVER_MAX).collect()
     }
 
     fn admitted(&self, place: OwnedSemaphorePermit) -> Admitted {
@@ -213,23 +279,96 @@ where
     L: Accept,
     A: Fn(Request<Incoming>, SocketAddr) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
-    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
+    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + Unpin + 'static,
 {
     let limiter = ConnectionLimiter::new(limits);
     let graceful = GracefulShutdown::new();
     let http = limiter.http();
-    while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
+    let connections = PortConnections::new(limits);
+    while let Some((stream, peer, place)) = connections.make_room_for(limiter.admit(&mut listener, &shutdown)).await {
         let (place, answer, limiter) = (Arc::new(place), answer.clone(), limiter.clone());
-        let asking = place.clone();
+        let (asking, tracked) = (place.clone(), connections.track(place.id));
+        let asked = tracked.clone();
         let service = service_fn(move |request| {
             asking.asked();
+            let (open, tracked) = (OpenRequest::begins(&asked), asked.clone());
             let answered = answer(request, peer);
-            async move { Ok::<_, Infallible>(answered.await) }
+            async move {
+                let response = answered.await;
+                if response.extensions().get::<KnownCaller>().is_some() {
+                    tracked.is_known.store(true, Relaxed);
+                }
+                Ok::<_, Infallible>(response.map(|body| TrackedBody { body, _open: open }))
+            }
         });
         let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);
-        tokio::spawn(async move { limiter.watch(connection, &place, peer).await });
+        let connections = connections.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = limiter.watch(connection, &place, peer) => {}
+                () = tracked.is_not_needed(limits.idle_timeout) => debug!(port = limits.name, %peer, "idle connection ended"),
+            }
+            connections.forget(place.id);
+        });
     }
     drop(listener);
     let _ = tokio::time::timeout(limits.grace, graceful.shutdown()).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    #[test]
+    fn refusals_are_said_once_a_second_with_their_number() {
+        let (mut refusals, began) = (Refusals::default(), Instant::now());
+        // Fifty in a second, as a process without descriptors has them, for three seconds.
+        let said: Vec<_> = (0..150).filter_map(|i| refusals.count(began + i * Duration::from_millis(20))).collect();
+        assert_eq!(said, [1, 50, 50]);
+        assert_eq!(refusals.count(began + Duration::from_secs(60)), Some(50));
+    }
+
+    #[tokio::test]
+    async fn accepted_connections_are_asked_whether_they_live() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        keep_alive(&listener).unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let socket = SockRef::from(&accepted);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(15));
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 4);
+    }
+
+    #[tokio::test]
+    async fn connections_in_the_queue_are_taken_at_the_end() {
+        let mut listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let limits = PortLimits {
+            name: "test",
+            connections_max: 3,
+            half_open_max: 3,
+            header_timeout: Duration::from_secs(1),
+            idle_timeout: None,
+            grace: Duration::from_secs(1),
+        };
+        let limiter = ConnectionLimiter::new(limits);
+        let mut clients = Vec::new();
+        for _ in 0..5 {
+            clients.push(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        }
+        // The runtime learns of them at its next look.
+        tokio::task::yield_now().await;
+        let taken = limiter.left_over(&mut listener);
+        assert_eq!(taken.len(), 3, "as many as there are places");
+        drop(listener);
+        let mut cut = 0;
+        for client in &mut clients {
+            let read = tokio::time::timeout(Duration::from_millis(50), client.read(&mut [0; 1])).await;
+            cut += usize::from(read.is_ok());
+        }
+        assert_eq!(cut, 2);
+    }
 }

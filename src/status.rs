@@ -1,4 +1,5 @@
 //! Status answers that both HTTP ports give, without a token: `/routing/state`, `/health/snapshot`, `/livez`, `/readyz`.
+//! Ready means "can serve", and needs no majority: with two of three nodes dead the third is all that users have.
 
 use std::collections::BTreeMap;
 
@@ -6,13 +7,12 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
 use serde::Serialize;
-use serde_json::json;
 
 use crate::code::Code;
 use crate::domain::ids::ServiceId;
 use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
-use crate::model::{HealthView, Problem, RoutingView};
+use crate::model::{HealthView, ProbeStatus, ProbeView, Problem, ReadConsistency, RoutingView};
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Mode, Outcome, ServiceView};
 
@@ -33,18 +33,19 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
         return Some(response);
     }
     Some(match path {
-        "/livez" => json_response(StatusCode::OK, &json!({"status": "alive"})),
-        "/readyz" => ready(node),
+        "/livez" => json_response(StatusCode::OK, &ProbeView { status: ProbeStatus::Alive, mode: None }),
+        "/readyz" => ready(node, asks_for_quorum(uri)),
         _ => look(node, uri).await.unwrap_or_else(|problem| problem.response()),
     })
 }
 
 /// Answers `/routing/state` and `/health/snapshot`.
 async fn look(node: &NodeHandle, uri: &Uri) -> Result<Response<Full<Bytes>>, Problem> {
-    if parameter(uri, "consistency").as_deref() == Some("linearizable") {
+    let StatusQuery { service, consistency } = query(uri)?;
+    if consistency == ReadConsistency::Linearizable {
         caught_up(node).await?;
     }
-    let service = service_of(node, uri)?;
+    let service = service_of(node, service)?;
     let answer = match uri.path() {
         "/routing/state" => routing_view(node, &service).map(|view| json_response(StatusCode::OK, &view)),
         _ => health_view(node, &service).map(|view| json_response(StatusCode::OK, &view)),
@@ -76,15 +77,35 @@ pub async fn caught_up(node: &NodeHandle) -> Result<(), Problem> {
     }
 }
 
-fn parameter(uri: &Uri, name: &str) -> Option<String> {
-    let mut pairs = form_urlencoded::parse(uri.query()?.as_bytes());
-    pairs.find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
+/// What `/routing/state` and `/health/snapshot` may be asked for.
+#[derive(Default)]
+struct StatusQuery {
+    /// Name of a service; none: the first one.
+    service: Option<String>,
+    consistency: ReadConsistency,
 }
 
-fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Problem> {
+fn query(uri: &Uri) -> Result<StatusQuery, Problem> {
+    let mut query = StatusQuery::default();
+    for (key, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
+        match (&*key, &*value) {
+            ("service", name) => query.service = Some(name.into()),
+            ("consistency", "node") => query.consistency = ReadConsistency::Node,
+            ("consistency", "linearizable") => query.consistency = ReadConsistency::Linearizable,
+            ("consistency", found) => {
+                let why = format!("consistency is {found:?}, expected node or linearizable");
+                return Err(Problem::new(Code::InvalidArgument, why));
+            }
+            // Other programs may add parameters of their own, such as one that defeats a cache.
+            _ => {}
+        }
+    }
+    Ok(query)
+}
+
+fn service_of(node: &NodeHandle, named: Option<String>) -> Result<ServiceId, Problem> {
     let view = node.published.view();
     let mut known = view.services.keys();
-    let named = parameter(uri, "service");
     let found = match &named {
         Some(name) => known.find(|id| id.as_str() == name),
         None => known.next(),
@@ -100,14 +121,21 @@ fn service_of(node: &NodeHandle, uri: &Uri) -> Result<ServiceId, Problem> {
     })
 }
 
-fn ready(node: &NodeHandle) -> Response<Full<Bytes>> {
+fn asks_for_quorum(uri: &Uri) -> bool {
+    let mut keys = form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).map(|(key, _)| key);
+    keys.any(|key| key == "quorum")
+}
+
+/// Answers `/readyz`: whether this node can serve requests; for `/readyz?quorum`, whether it can change something, too.
+fn ready(node: &NodeHandle, needs_quorum: bool) -> Response<Full<Bytes>> {
     let mode = node.published.mode();
-    let reason = match mode {
-        Mode::Normal => return json_response(StatusCode::OK, &json!({"status": "ready", "mode": mode})),
-        Mode::FailSafe => "no contact with a majority: this node may not know the newest routing",
-        Mode::Learner => "this node has no vote and may not know the newest routing",
+    let without_quorum = (needs_quorum && mode == Mode::FailSafe).then_some("no contact with a majority");
+    let Some(reason) = node.published.not_ready().or(without_quorum) else {
+        return json_response(StatusCode::OK, &ProbeView { status: ProbeStatus::Ready, mode: Some(mode) });
     };
-    json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"status": "not ready", "mode": mode, "reason": reason}))
+    let mut problem = Problem::new(Code::Unavailable, format!("not ready: {reason}"));
+    problem.facts.mode = Some(mode);
+    problem.response()
 }
 
 /// Returns one service's routing as this node serves it; none when it is unknown.
@@ -130,7 +158,9 @@ pub fn routing_view(node: &NodeHandle, service: &ServiceId) -> Option<RoutingVie
         phase: rollout.phase,
         stage: rollout.stage,
         stages: rollout.spec.stages.len(),
+        rollout_generation: rollout.rollout_generation,
         reason: rollout.reason.clone(),
+        waits_for_operator: rollout.waits_for_operator(),
         waiting_for: waiting_for.clone(),
         held_back: serving.held_back.as_ref().map(ToString::to_string),
         effective_weights,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 const PURE: &[&str] = &[
     "array::from_fn",
     "borrow::Borrow",
+    "borrow::Cow",
     "cmp::",
     "collections::BTreeMap",
     "collections::BTreeSet",

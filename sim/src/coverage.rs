@@ -80,7 +80,7 @@ impl Coverage {
                 Outcome::Committed { .. } => "committed, asked again",
                 Outcome::Aborted { repeated: false, .. } => "aborted",
                 Outcome::Aborted { .. } => "aborted, asked again",
-                Outcome::Unchanged(_) | Outcome::Refused(_) => "refused",
+                Outcome::Unchanged { .. } | Outcome::Refused(_) | Outcome::NotReady { .. } => "refused",
                 Outcome::KeyReused { .. } => "key reused",
                 Outcome::NoQuorum { .. } => "no quorum",
                 Outcome::InDoubt => "in doubt",

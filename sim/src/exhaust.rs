@@ -166,6 +166,7 @@ impl State {
             fresh_incarnation: Incarnation(100 + i as u64),
             retention: Retention::default(),
             peers: Default::default(),
+            speaks: aviary_core::protocol::feature::PROTOCOL,
         };
         let ledger = Ledger::new(&disk.log[0]).expect("a log begins with its genesis");
         Core::start(settings, disk.acceptor.clone(), ledger, &disk.log[1..], BTreeMap::new(), self.now())

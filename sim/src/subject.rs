@@ -51,8 +51,17 @@ impl Subject for aviary_core::protocol::Core {
         now: Now,
     ) -> (Self, Vec<Output>) {
         let Setup { node, cluster, timings, seed, fresh_incarnation, retention, peers, runs } = setup;
-        let settings =
-            aviary_core::protocol::Settings { node, cluster, timings, seed, fresh_incarnation, retention, peers };
+        let speaks = aviary_core::protocol::feature::PROTOCOL;
+        let settings = aviary_core::protocol::Settings {
+            node,
+            cluster,
+            timings,
+            seed,
+            fresh_incarnation,
+            retention,
+            peers,
+            speaks,
+        };
         Self::start(settings, acceptor, ledger, log, runs, now)
     }
 

@@ -109,5 +109,14 @@ pub fn acceptor(name: &str, round: u64, tx: &str) -> AcceptorState {
 }
 
 pub fn served<'a>(node: &'a NodeId, service: &'a ServiceId, canary: &'a VersionId, bp: u16) -> Served<'a> {
-    Served { node, service, canary, bp, leased: true, on_partition: OnPartition::Stable }
+    Served {
+        node,
+        service,
+        canary,
+        slot: Slot(1),
+        bp,
+        is_writing: false,
+        leased: true,
+        on_partition: OnPartition::Stable,
+    }
 }

@@ -211,6 +211,7 @@ impl<const BUG: u8> Toy<BUG> {
             membership: Membership::Voter,
             writes: 0,
             seen: None,
+            speaks: aviary_core::protocol::feature::PROTOCOL,
         };
         self.tell(&Message::Heartbeat(heartbeat));
     }

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aviary_core::domain::ids::{Incarnation, NodeId, ServiceId, VersionId};
-use aviary_core::domain::plan::{Manifest, OnPartition};
+use aviary_core::domain::plan::{Backend, Manifest, OnPartition};
 use aviary_core::domain::rollout::{Change, Target};
 use aviary_core::protocol::OperatorRequest;
 use aviary_core::protocol::Outcome;
 use aviary_core::protocol::RequestId;
+use aviary_core::protocol::checkpoint::Checkpoint;
 use aviary_core::protocol::message::Message;
 use aviary_core::protocol::record::{
     Accepted, AcceptorState, Ballot, Chosen, ConfigChange, Hash, Member, Members, Operation, Record, Slot,
@@ -37,8 +38,23 @@ pub enum Fact<'a> {
     Chosen(&'a Record, &'a Ballot),
     /// A node stopped its canary by itself.
     LocalHold(&'a NodeId, &'a ServiceId),
+    /// A node summed its log up, or took a peer's sum over.
+    SummedUp(&'a NodeId, &'a Checkpoint),
+    /// A node shows a decrease of a service, decided at or before this slot, as enforced everywhere.
+    Enforced(&'a NodeId, &'a ServiceId, Slot),
     /// What a node would serve at this moment.
     Served(Served<'a>),
+    /// What serves a service's stable from here on, at a node.
+    Stable {
+        /// Node that serves it so.
+        node: &'a NodeId,
+        /// Service whose stable it is.
+        service: &'a ServiceId,
+        /// Routing version that the node routes with.
+        routing_version: u64,
+        /// Version and servers.
+        stable: &'a Backend,
+    },
     /// Canary answers of a service at a routing version reached a node's gate: how many, and how many failed.
     Observed(&'a ServiceId, u64, u64, u64),
     /// The run is over: everything has healed, and nothing more happens.
@@ -53,8 +69,12 @@ pub struct Served<'a> {
     pub service: &'a ServiceId,
     /// Version that the node treats as canary.
     pub canary: &'a VersionId,
+    /// Last slot that this node knows to concern the service.
+    pub slot: Slot,
     /// Effective share of the canary at this node, in basis points.
     pub bp: u16,
+    /// True while the node writes its acceptor state, or is about to: what it accepted last isn't durable yet.
+    pub is_writing: bool,
     /// True when the share ends with a lease.
     pub leased: bool,
     /// What happens to the service's canary without a lease.
@@ -285,9 +305,11 @@ impl ExpectedRollouts {
             Operation::Revert { increased, .. } => {
                 self.before.get(increased).cloned().ok_or(UnexpectedChange::RaisedNothing(*increased))?
             }
-            Operation::Verdicts(_) | Operation::Refused { .. } | Operation::Config(_) | Operation::Genesis { .. } => {
-                return Ok(());
-            }
+            Operation::Verdicts(_)
+            | Operation::Refused { .. }
+            | Operation::Config(_)
+            | Operation::SetDefault(_)
+            | Operation::Genesis { .. } => return Ok(()),
         };
         self.now.insert(service.clone(), next);
         Ok(())

@@ -8,6 +8,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
 use tokio::time::{Instant, sleep};
 use tracing::warn;
 
+use crate::listener::keep_alive;
+
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
 /// Longest wait for another connection to give the port back: a closed one keeps it for a minute.
@@ -50,7 +52,24 @@ pub async fn listen(name: &str, address: &str) -> io::Result<TcpListener> {
 }
 
 /// Listens on `address` as [`listen`] does, with as many listeners, among which the system spreads the connections.
-pub async fn listen_many(name: &str, address: &str, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+///
+/// A `shared` port may have the listeners of another process too, if that shares it as well: a process that is to replace
+/// another listens before that one stops.
+pub async fn listen_many(
+    name: &str,
+    address: &str,
+    count: usize,
+    shared: bool,
+) -> io::Result<Vec<std::net::TcpListener>> {
+    if shared {
+        let explained = |error: io::Error| io::Error::new(error.kind(), format!("{name} port {address}: {error}"));
+        let found = lookup_host(address).await.map_err(explained)?.next();
+        let found = found.ok_or_else(|| explained(io::ErrorKind::AddrNotAvailable.into()))?;
+        let first = open(found, true).map_err(explained)?;
+        let found = first.local_addr()?;
+        let others = (1..count).map(|_| open(found, true)?.into_std());
+        return std::iter::once(first.into_std()).chain(others).collect();
+    }
     // Alone at first: a port that others share would be shared silently, with another program too.
     let alone = listen(name, address).await?;
     if count < 2 {
@@ -69,6 +88,8 @@ fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     // A restarted node must not wait for its old connections to be forgotten.
     socket.set_reuseaddr(true)?;
     socket.set_reuseport(shared)?;
+    // What is accepted inherits it.
+    keep_alive(&socket)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }
@@ -86,6 +107,21 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         let expected = format!("api port {address} is taken: another process listens there: ");
         assert!(error.to_string().starts_with(&expected), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_port_is_shared_by_those_who_all_say_so() {
+        let first = listen_many("data", "127.0.0.1:0", 2, true).await.unwrap();
+        let address = first[0].local_addr().unwrap().to_string();
+        let second = listen_many("data", &address, 2, true).await.unwrap();
+        assert_eq!(second.len(), 2);
+        let error = listen_many("data", &address, 2, false).await.err().unwrap();
+        assert!(error.to_string().contains("another process listens there"), "{error}");
+        drop((first, second));
+        let alone = listen_many("data", &address, 1, false).await.unwrap();
+        let error = listen_many("data", &address, 1, true).await.err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{error}");
+        drop(alone);
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! The real world behind [`crate::ports`]: clocks, disks, sockets.
 
 pub mod clock;
+pub mod descriptors;
 pub mod disk;
 pub mod hooks;
 #[cfg(feature = "kafka")]

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use subtle::ConstantTimeEq;
 
+use crate::domain::text::is_hidden;
+
 /// Permissions of a token; each role includes those of the one before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
@@ -47,11 +49,24 @@ impl Tokens {
                 [role, name, hash] => (role, name, hash),
                 _ => return Err(TokensError(number)),
             };
+            if name.contains(is_hidden) {
+                return Err(TokensError(number));
+            }
             let role = role.parse().map_err(|_| TokensError(number))?;
             let hash = blake3::Hash::from_hex(hash).map_err(|_| TokensError(number))?;
             Ok((Actor { name: name.into(), role }, hash))
         });
         Ok(Self(tokens.collect::<Result<_, _>>()?))
+    }
+
+    /// Returns how many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Returns true when no token is accepted.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Returns whose a token is; none when it is unknown. Takes as long for any token.
@@ -103,5 +118,7 @@ mod tests {
         assert_eq!(who("look"), Some(("viewer", Role::Viewer)));
         assert_eq!(who("Secret"), None);
         assert_eq!(Tokens::parse("\nroot abc").err(), Some(TokensError(2)));
+        let hidden = format!("viewer a\u{1b}[2Jb {look}");
+        assert_eq!(Tokens::parse(&hidden).err(), Some(TokensError(1)), "a name is printed");
     }
 }

@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::{info, warn};
 
 use super::state::{ApiState, BackupSource, error};
-use crate::backup::{Header, RECORDS_MAX, Writer};
+use crate::backup::{Header, RECORDS_MAX, Writer, version_for};
 use crate::node::handle::NodeHandle;
 use crate::ports::StoreError;
 use crate::protocol::View;
@@ -120,7 +120,7 @@ impl Capture {
             slot: view.head,
             hash: Header::hash_of(&view.head_hash),
         };
-        let mut writer = Writer::default();
+        let mut writer = Writer::new(version_for(&view.uses));
         let mut pieces = vec![writer.begin(&header), writer.config(&source.config)];
         pieces.extend(authority.map(|pem| writer.authority(&pem)));
         pieces.extend(checkpoint.as_ref().map(|checkpoint| writer.checkpoint(checkpoint)));
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_log_that_does_not_reach_back_to_the_checkpoint_gives_no_backup() {
-        let checkpoint = Checkpoint { slot: Slot(8), bytes: Bytes::new() };
+        let checkpoint = Checkpoint { slot: Slot(8), format: 3, bytes: Bytes::new() };
         let first = |checkpoint, first| first_slot(checkpoint, first).ok();
         assert_eq!(first(None, Some(Slot(0))), Some(Slot(0)));
         assert_eq!(first(Some(&checkpoint), Some(Slot(3))), Some(Slot(3)));

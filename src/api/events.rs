@@ -8,13 +8,16 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::response::sse::{Event as Sse, KeepAlive};
 use axum::response::{IntoResponse, Response};
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
+use schemars::{Schema, SchemaGenerator, json_schema};
 use tokio::sync::broadcast::{Receiver, error::RecvError};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::code::Code;
 use crate::domain::time::Wall;
+use crate::model::Problem;
 use crate::protocol::record::Sequence;
 use crate::protocol::{Announcement, Event};
 
@@ -28,14 +31,17 @@ const WAITING_MAX: usize = 64;
 const BATCH: usize = 64;
 
 /// `GET /v1/events`: from here on; with `Last-Event-ID: N`, the decisions after N first.
-pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Response {
-    let resume = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok()).map(Sequence);
+pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Result<Response, Problem> {
+    let resume = headers.get("last-event-id").map(after).transpose()?;
+    let busy = |_| Problem::new(Code::Busy, "too many streams are open; try another node");
+    let place = state.streams.clone().try_acquire_owned().map_err(busy)?;
     let (sender, receiver) = mpsc::channel(WAITING_MAX);
     let shutdown = state.shutdown.clone();
     // Before the answer: what is decided once a client knows that it is connected is told.
     let live = state.node.events();
     let told = resume.unwrap_or_else(|| Sequence::last_of(state.node.published.view().head));
     tokio::spawn(async move {
+        let _place = place;
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = sender.closed() => {}
@@ -44,7 +50,21 @@ pub async fn follow(State(state): State<ApiState>, headers: HeaderMap) -> Respon
     });
     let stream = ReceiverStream::new(receiver).map(Ok::<_, Infallible>);
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("alive");
-    axum::response::Sse::new(stream).keep_alive(keep_alive).into_response()
+    Ok(axum::response::Sse::new(stream).keep_alive(keep_alive).into_response())
+}
+
+/// Returns the sequence after which a client resumes.
+fn after(id: &HeaderValue) -> Result<Sequence, Problem> {
+    let sequence = id.to_str().ok().and_then(|id| id.parse().ok()).map(Sequence);
+    sequence.ok_or_else(|| {
+        let why = format!("Last-Event-ID is {id:?}, expected the id of an event of this stream, a number");
+        Problem::new(Code::InvalidArgument, why)
+    })
+}
+
+/// Returns the stream's schema: a text, with a reference to what the data of each event is.
+pub fn schema(generator: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "string", "x-event-data": generator.subschema_for::<Announcement>() })
 }
 
 /// Feeds one client until it goes away. Only its own queue fills when it is slow; what it missed meanwhile is read from the
@@ -58,6 +78,9 @@ async fn feed(
 ) -> Option<()> {
     if resumed {
         told = replay(state, told, client).await?;
+    } else {
+        // No event, but the place that a client resumes after, should the stream be cut before its first decision.
+        client.send(Sse::default().id(told.to_string())).await.ok()?;
     }
     loop {
         match live.recv().await {

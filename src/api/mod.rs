@@ -1,30 +1,33 @@
 //! The operators' API: rollouts, the cluster, events and metrics over HTTP.
 //!
 //! `service` carries out changes (forwarding them to the coordinator), `write` takes them over HTTP, `show` tells what is, `events`
-//! streams what happens, `backup` streams a backup, `auth` knows tokens and roles, `admission` lets requests through by them; `state`
-//! is what all of them share.
+//! streams what happens, `backup` streams a backup, `auth` knows tokens and roles, `token_file` reads them, `admission` lets requests
+//! through by them, `browser` keeps web pages out; `state` is what all of them share. `openapi` lists the operations, for the router
+//! and for the document that describes them.
 
 use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::DefaultBodyLimit;
 use axum::response::Response;
-use axum::routing::{get, post};
 use axum::{Router, middleware};
-use http::StatusCode;
+use http::{Method, StatusCode, Uri};
 
 use crate::listener::{self, Accept};
-use crate::status;
 
 mod admission;
 pub mod auth;
 mod backup;
+mod browser;
 mod events;
 pub mod grpc;
 pub mod metrics;
+pub mod openapi;
+mod reach;
 mod service;
 mod show;
 mod state;
 mod telemetry;
+pub mod token_file;
 mod write;
 
 pub use state::{ApiState, BackupSource};
@@ -36,6 +39,7 @@ const LIMITS: listener::PortLimits = listener::PortLimits {
     connections_max: 1024,
     half_open_max: 128,
     header_timeout: Duration::from_secs(5),
+    idle_timeout: Some(Duration::from_secs(75)),
     grace: Duration::from_secs(5),
 };
 
@@ -51,24 +55,15 @@ pub async fn serve(listener: impl Accept, state: ApiState) {
     listener::serve(listener, LIMITS, shutdown, answer).await;
 }
 
-const ROUTES: &str = "GET|POST /v1/rollouts, GET /v1/rollouts/{name}, GET /v1/rollouts/{name}/history, \
-    POST /v1/rollouts/{name}/{promote|pause|resume|abort|retry|undo}, GET /v1/events, GET /v1/cluster, \
-    GET /v1/cluster/backup, POST /v1/cluster/{cordon|uncordon|readmit|add|remove}, POST /v1/telemetry, GET /metrics, /routing/state, /health/snapshot, /livez, /readyz";
+/// Where a client that asked for something else finds what there is.
+const HELP: &str = "GET /v1/openapi.json describes the API";
 
 fn router(state: ApiState) -> Router {
-    let router = Router::new()
-        .route("/v1/rollouts", get(show::list).post(write::apply))
-        .route("/v1/rollouts/{name}", get(show::rollout))
-        .route("/v1/rollouts/{name}/history", get(show::history))
-        .route("/v1/rollouts/{name}/{verb}", post(write::change))
-        .route("/v1/events", get(events::follow))
-        .route("/v1/cluster", get(show::cluster))
-        .route("/v1/cluster/backup", get(backup::stream))
-        .route("/v1/cluster/{verb}", post(write::configure))
-        .route("/v1/telemetry", post(telemetry::report).layer(DefaultBodyLimit::max(telemetry::BATCH_BYTES_MAX)))
-        .route("/metrics", get(metrics::scrape))
-        .fallback(fallback)
-        .method_not_allowed_fallback(async || error(StatusCode::METHOD_NOT_ALLOWED, format!("expected {ROUTES}")))
+    let operations = openapi::operations().into_iter();
+    let router = operations.fold(Router::new(), |router, operation| router.route(operation.path, operation.handler));
+    let router = router
+        .fallback(async |uri: Uri| error(StatusCode::NOT_FOUND, format!("{} is unknown, {HELP}", uri.path())))
+        .method_not_allowed_fallback(not_allowed)
         .with_state(state.clone());
     grpc::routes(router, &state)
         .layer(middleware::from_fn_with_state(state.clone(), admission::check))
@@ -76,11 +71,9 @@ fn router(state: ApiState) -> Router {
         .layer(middleware::map_response(as_problem))
 }
 
-async fn fallback(State(state): State<ApiState>, request: Request) -> Response {
-    match status::answer(&state.node, request.method(), request.uri()).await {
-        Some(answer) => answer.map(axum::body::Body::new),
-        None => error(StatusCode::NOT_FOUND, format!("{} is unknown, expected {ROUTES}", request.uri().path())),
-    }
+/// The router adds which methods are allowed.
+async fn not_allowed(method: Method, uri: Uri) -> Response {
+    error(StatusCode::METHOD_NOT_ALLOWED, format!("{} takes no {method}, {HELP}", uri.path()))
 }
 
 /// Returns the answer, with an error that the framework put in plain text as all of the API's look.

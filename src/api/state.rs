@@ -16,9 +16,10 @@ use crate::domain::ids::NodeId;
 use crate::http_client::{HttpClient, HttpSettings};
 use crate::model::Problem;
 use crate::node::handle::NodeHandle;
+use crate::protocol::feature::Feature;
 use crate::telemetry::Intake;
 
-use super::auth::Tokens;
+use super::token_file::TokenFile;
 
 /// State that the API's handlers share.
 #[derive(Clone)]
@@ -26,12 +27,14 @@ pub struct ApiState {
     pub(super) node: NodeHandle,
     /// The other nodes' API ports, `host:port`.
     pub(super) peers: Arc<BTreeMap<NodeId, String>>,
-    pub(super) tokens: Option<Arc<Tokens>>,
+    pub(super) tokens: Option<TokenFile>,
     pub(super) metrics: PrometheusHandle,
     pub(super) intake: Intake,
     pub(super) client: HttpClient,
     /// What a backup holds beside the log; none: this node makes none.
     pub(super) backup: Option<BackupSource>,
+    /// Places of streams of events and decisions, which last as long as their clients want.
+    pub(super) streams: Arc<Semaphore>,
     /// Cancelled when the API ends, so that streams do.
     pub(super) shutdown: CancellationToken,
 }
@@ -53,6 +56,8 @@ impl BackupSource {
     }
 }
 
+/// Streams of events and decisions at once: a quarter of the port's connections.
+const STREAMS_MAX: usize = 256;
 /// Longest body of a request: a rollout file is a few kilobytes.
 pub(super) const BODY_BYTES_MAX: usize = 256 * 1024;
 /// Longest wait for a connection to another node.
@@ -63,7 +68,7 @@ impl ApiState {
     pub fn new(
         node: NodeHandle,
         peers: BTreeMap<NodeId, String>,
-        tokens: Option<Tokens>,
+        tokens: Option<TokenFile>,
         metrics: PrometheusHandle,
         shutdown: CancellationToken,
     ) -> Self {
@@ -72,13 +77,22 @@ impl ApiState {
         Self {
             node,
             peers: Arc::new(peers),
-            tokens: tokens.map(Arc::new),
+            tokens,
             metrics,
             intake,
             client,
             backup: None,
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             shutdown,
         }
+    }
+
+    /// Returns the members that don't know a feature, by their last HELLO, or that sent none yet.
+    pub(super) fn waits_for(&self, feature: Feature) -> Vec<NodeId> {
+        let knows = |node: &NodeId| {
+            self.node.greetings.of(node).is_some_and(|greeting| greeting.versions.max >= feature.protocol())
+        };
+        self.node.published.view().members.keys().filter(|node| !knows(node)).cloned().collect()
     }
 
     /// Returns the API of a node that makes backups.

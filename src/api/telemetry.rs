@@ -5,6 +5,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
+use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -15,6 +16,17 @@ use crate::telemetry::event::Json as Reported;
 
 /// Maximum size of a batch of events, in bytes.
 pub const BATCH_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Returns the schema of a batch.
+pub fn batch_schema(generator: &mut SchemaGenerator) -> Schema {
+    let list = json_schema!({ "type": "array", "items": generator.subschema_for::<Reported>() });
+    json_schema!({
+        "anyOf": [
+            { "type": "object", "properties": { "events": list }, "required": ["events"], "additionalProperties": false },
+            list,
+        ],
+    })
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

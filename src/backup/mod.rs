@@ -22,6 +22,7 @@ use crate::domain::ids::{ClusterId, NodeId};
 use crate::domain::time::Wall;
 use crate::protocol::checkpoint::CHECKPOINT_BYTES_MAX;
 use crate::protocol::codec::VALUE_BYTES_MAX;
+use crate::protocol::feature::Feature;
 use crate::protocol::record::Slot;
 
 pub use read::{Backup, BackupError, read};
@@ -29,13 +30,19 @@ pub use write::Writer;
 
 /// First bytes of every backup.
 pub const MAGIC: [u8; 8] = *b"AVIARYBK";
-/// Version of the format, with that of the records and the checkpoint in it.
-pub const VERSION: u16 = 1;
+/// The oldest and the newest version of the format that this program reads. In 1 the checkpoint is a ledger of format 3; 2 has the
+/// format's number (u8) before the ledger's bytes, and may hold records that set the default service.
+pub const VERSIONS: (u16, u16) = (1, 2);
 /// Most records of one log section.
 pub const RECORDS_MAX: usize = 256;
 
 /// Bytes of a section before its body: kind, length, BLAKE3.
 const SECTION_HEADER_BYTES: usize = 1 + 4 + 32;
+
+/// Returns the oldest version of the format that can hold a log that used these features.
+pub fn version_for(used: &[Feature]) -> u16 {
+    if used.is_empty() { VERSIONS.0 } else { VERSIONS.1 }
+}
 
 /// What a section holds, in the order of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,7 +74,7 @@ impl Kind {
         match self {
             Self::Header => 64 * 1024,
             Self::Config | Self::Authority => 1024 * 1024,
-            Self::Checkpoint => CHECKPOINT_BYTES_MAX,
+            Self::Checkpoint => 1 + CHECKPOINT_BYTES_MAX,
             Self::Log => RECORDS_MAX * (4 + VALUE_BYTES_MAX),
             Self::End => 8 + 32,
         }

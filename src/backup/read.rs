@@ -2,8 +2,10 @@
 
 use std::io::{self, ErrorKind, Read};
 
-use super::{Header, Kind, MAGIC, RECORDS_MAX, SECTION_HEADER_BYTES, VERSION, hex};
-use crate::protocol::checkpoint::Checkpoint;
+use bytes::Bytes;
+
+use super::{Header, Kind, MAGIC, RECORDS_MAX, SECTION_HEADER_BYTES, VERSIONS, hex};
+use crate::protocol::checkpoint::{Checkpoint, FORMATS};
 use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Hash, Slot};
@@ -39,8 +41,12 @@ pub enum BackupError {
     #[error("it begins with \"{}\", expected \"{}\": it is no backup of Aviary", .0.escape_ascii(), MAGIC.escape_ascii())]
     Foreign(Vec<u8>),
     /// Another version of the format.
-    #[error("its format is {0}, expected {VERSION}: use the version of aviary that wrote it")]
-    Version(u16),
+    #[error("its format is {found}, expected {oldest} or {newest}: use the version of aviary that wrote it",
+        oldest = VERSIONS.0, newest = VERSIONS.1)]
+    Version {
+        /// The version of the file.
+        found: u16,
+    },
     /// The file ends too early.
     #[error("it ends after {at} bytes, expected {expected} there: the file is cut")]
     Cut {
@@ -94,8 +100,8 @@ pub enum BackupError {
 /// Reads a backup to its end and verifies it.
 pub fn read(from: impl Read) -> Result<Backup, BackupError> {
     let mut source = Source { from, at: 0, read: blake3::Hasher::new() };
-    source.begin()?;
-    let mut parts = Parts::default();
+    let version = source.begin()?;
+    let mut parts = Parts { version, ..Parts::default() };
     loop {
         let (begin, before) = (source.at, source.read.clone());
         let (kind, body) = source.section()?;
@@ -124,7 +130,8 @@ struct Source<R> {
 }
 
 impl<R: Read> Source<R> {
-    fn begin(&mut self) -> Result<(), BackupError> {
+    /// Returns the version of the format.
+    fn begin(&mut self) -> Result<u16, BackupError> {
         let mut magic = Vec::new();
         (&mut self.from).take(MAGIC.len() as u64).read_to_end(&mut magic)?;
         self.note(&magic);
@@ -136,8 +143,8 @@ impl<R: Read> Source<R> {
         let mut version = [0; 2];
         self.fill(&mut version, "the version of the format")?;
         match u16::from_be_bytes(version) {
-            VERSION => Ok(()),
-            other => Err(BackupError::Version(other)),
+            version @ (1 | 2) => Ok(version),
+            found => Err(BackupError::Version { found }),
         }
     }
 
@@ -203,6 +210,7 @@ impl<R: Read> Source<R> {
 /// What was read so far.
 #[derive(Default)]
 struct Parts {
+    version: u16,
     last: Option<Kind>,
     header: Option<Header>,
     config: Option<String>,
@@ -239,11 +247,12 @@ impl Parts {
 
     fn take_checkpoint(&mut self, body: Vec<u8>) -> Result<(), BackupError> {
         let wrong = |why: String| BackupError::Content { kind: Kind::Checkpoint, why };
-        // Which slot it covers is known once it is read; it must be what it says itself.
-        let ledger: Ledger = codec::decode_within::<_, { super::CHECKPOINT_BYTES_MAX }>(&body)
-            .map_err(|error| wrong(error.to_string()))?;
-        let checkpoint = Checkpoint { slot: ledger.head, bytes: body.into() };
-        let ledger = checkpoint.ledger().map_err(|error| wrong(error.to_string()))?;
+        let (format, bytes) = match (self.version, body.split_first()) {
+            (1, _) => (FORMATS.0, body.into()),
+            (_, Some((format, _))) => (*format, Bytes::from(body).slice(1..)),
+            (_, None) => return Err(wrong("it is empty, expected its format".into())),
+        };
+        let (_, ledger) = Checkpoint::read(format, bytes).map_err(|error| wrong(error.to_string()))?;
         self.checkpoint = Some(ledger.head);
         self.ledger = Some(ledger);
         Ok(())
@@ -258,6 +267,10 @@ impl Parts {
             let record = record.ok_or_else(|| wrong_log("its records do not fill it".into()))?;
             let chosen: Chosen = codec::decode(record)
                 .map_err(|error| wrong_log(format!("record {} of the file: {error}", self.records + 1)))?;
+            if super::version_for(chosen.record.intent.operation.needs().as_slice()) > self.version {
+                let (name, slot) = (chosen.record.intent.operation.name(), chosen.record.slot);
+                return Err(wrong_log(format!("slot {slot} is {name}, expected none in format {}", self.version)));
+            }
             self.take_record(&chosen)?;
         }
         Ok(())

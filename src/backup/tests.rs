@@ -62,7 +62,7 @@ fn header(ledger: &Ledger) -> Header {
 /// Returns the pieces of a backup with a checkpoint at slot 4, the log from slot 2 to 7, and an authority.
 fn pieces() -> Vec<Vec<u8>> {
     let (log, ledgers) = log(7);
-    let mut writer = Writer::default();
+    let mut writer = Writer::new(1);
     let mut pieces = vec![
         writer.begin(&header(&ledgers[7])),
         writer.config("[node]\nid = \"b\"\n"),
@@ -93,11 +93,11 @@ fn what_was_written_is_read_back() {
 #[test]
 fn a_log_from_genesis_needs_no_checkpoint_and_a_checkpoint_no_log() {
     let (log, ledgers) = log(3);
-    let mut writer = Writer::default();
+    let mut writer = Writer::new(1);
     let mut bytes = [writer.begin(&header(&ledgers[3])), writer.config(""), writer.log(&log)].concat();
     bytes.extend(writer.end());
     assert_eq!(read(bytes.as_slice()).unwrap().ledger, ledgers[3]);
-    let mut writer = Writer::default();
+    let mut writer = Writer::new(1);
     let checkpoint = Checkpoint::of(&ledgers[3]).unwrap();
     let mut bytes = [writer.begin(&header(&ledgers[3])), writer.config(""), writer.checkpoint(&checkpoint)].concat();
     bytes.extend(writer.end());
@@ -152,15 +152,15 @@ fn a_foreign_or_later_file_names_what_was_found_and_expected() {
     assert!(complaint(b"").starts_with("it ends after 0 bytes"));
     bytes.push(0);
     assert!(complaint(&bytes).contains("expected the end of the file"), "{}", complaint(&bytes));
-    bytes[9] = 2;
-    assert_eq!(complaint(&bytes), "its format is 2, expected 1: use the version of aviary that wrote it");
+    bytes[9] = 3;
+    assert_eq!(complaint(&bytes), "its format is 3, expected 1 or 2: use the version of aviary that wrote it");
 }
 
 #[test]
 fn sections_that_are_whole_but_do_not_belong_together_are_refused() {
     let (log, ledgers) = log(7);
     let made = |write: &dyn Fn(&mut Writer) -> Vec<u8>| {
-        let mut writer = Writer::default();
+        let mut writer = Writer::new(1);
         let mut bytes = writer.begin(&header(&ledgers[7]));
         bytes.extend(write(&mut writer));
         bytes.extend(writer.end());
@@ -184,7 +184,7 @@ fn sections_that_are_whole_but_do_not_belong_together_are_refused() {
     let (mut altered, other) = (log[..5].to_vec(), ClusterId([8; 16]));
     altered[4].record.intent.digest = 8;
     assert!(with(&altered, Some(4)).contains("as in the checkpoint"));
-    let mut writer = Writer::default();
+    let mut writer = Writer::new(1);
     let mut bytes = writer.begin(&Header { cluster: other, ..header(&ledgers[7]) });
     bytes.extend([writer.config(""), writer.log(&log)].concat());
     bytes.extend(writer.end());

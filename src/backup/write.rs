@@ -1,13 +1,14 @@
 //! The pieces of a backup, in the order in which they are written.
 
-use super::{Header, Kind, MAGIC, RECORDS_MAX, VERSION, hex};
-use crate::protocol::checkpoint::Checkpoint;
+use super::{Header, Kind, MAGIC, RECORDS_MAX, VERSIONS, hex};
+use crate::protocol::checkpoint::{Checkpoint, FORMATS};
 use crate::protocol::codec;
 use crate::protocol::record::{Chosen, Hash};
 
 /// Makes the pieces of one backup. The caller writes each of them before it asks for the next one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Writer {
+    version: u16,
     written: blake3::Hasher,
     records: u64,
 }
@@ -20,11 +21,17 @@ impl Header {
 }
 
 impl Writer {
+    /// Returns a writer of a version of the format: see [`super::version_for`].
+    pub fn new(version: u16) -> Self {
+        assert!((VERSIONS.0..=VERSIONS.1).contains(&version), "a version that can be read back");
+        Self { version, written: blake3::Hasher::new(), records: 0 }
+    }
+
     /// Returns the beginning of a backup: magic, version and header.
     pub fn begin(&mut self, header: &Header) -> Vec<u8> {
         let json = serde_json::to_vec(header).expect("a header of text and numbers is JSON");
         let mut piece = MAGIC.to_vec();
-        piece.extend(VERSION.to_be_bytes());
+        piece.extend(self.version.to_be_bytes());
         self.written.update(&piece);
         piece.extend(self.section(Kind::Header, &json));
         piece
@@ -40,8 +47,12 @@ impl Writer {
         self.section(Kind::Authority, pem.as_bytes())
     }
 
-    /// Returns the section of the checkpoint.
+    /// Returns the section of the checkpoint. Panics for one that a backup of this version can't hold.
     pub fn checkpoint(&mut self, checkpoint: &Checkpoint) -> Vec<u8> {
+        if self.version >= 2 {
+            return self.section(Kind::Checkpoint, &[&[checkpoint.format], &checkpoint.bytes[..]].concat());
+        }
+        assert_eq!(checkpoint.format, FORMATS.0, "a checkpoint of version 1");
         self.section(Kind::Checkpoint, &checkpoint.bytes)
     }
 

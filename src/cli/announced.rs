@@ -3,10 +3,13 @@
 //! A line is made from the same typed [`Event`] that nodes announce. A newer node may announce what this program doesn't know; that is
 //! shown with all its fields.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::show;
+use crate::client::visible_json;
 use crate::domain::ids::ServiceId;
 use crate::domain::routing::RoutingState;
 use crate::domain::run::{AnswerSummary, WindowVerdict};
@@ -16,18 +19,43 @@ use crate::protocol::{Announcement, Event};
 /// An event from the API's stream.
 #[derive(Debug)]
 pub struct Announced {
-    /// The event as it was sent; null where that was no JSON.
+    /// The event as it was sent, with hidden characters escaped; null where that was no JSON.
     pub json: Value,
     /// The same, typed; none where this program doesn't know it.
     known: Option<Announcement>,
+    /// What every event may have, of this build or of a later one.
+    common: CommonFields,
+}
+
+/// Fields that any event may have, and all others by name.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct CommonFields {
+    event: String,
+    at: Option<EventTime>,
+    slot: Option<u64>,
+    reported_by: Option<String>,
+    service: Option<String>,
+    phase: Option<String>,
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
+}
+
+/// A time as nodes send it, and as those before version 0.2 did.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum EventTime {
+    Text(String),
+    Millis(u64),
 }
 
 impl Announced {
     /// Reads the data of an event.
     pub fn read(data: &str) -> Self {
-        let json = serde_json::from_str(data).unwrap_or(Value::Null);
+        let json = serde_json::from_str(data).map_or(Value::Null, visible_json);
         let known = Announcement::deserialize(&json).ok();
-        Self { json, known }
+        let common = CommonFields::deserialize(&json).unwrap_or_default();
+        Self { json, known, common }
     }
 
     /// Returns the event; none where this program doesn't know it.
@@ -35,34 +63,26 @@ impl Announced {
         self.known.as_ref().map(|announcement| &announcement.event)
     }
 
-    /// Returns the time of day (UTC) at which it happened.
+    /// Returns when it happened, with date and zone.
     pub fn time(&self) -> String {
-        match (&self.known, &self.json["at"]) {
-            (Some(announcement), _) => show::clock(announcement.at),
-            (None, Value::String(time)) => time.get(11..19).unwrap_or(time).to_owned(),
-            (None, other) => other.as_u64().map(show::clock_of).unwrap_or_default(),
+        match (&self.known, &self.common.at) {
+            (Some(announcement), _) => show::time(announcement.at),
+            (None, Some(EventTime::Text(time))) => time.replacen('T', " ", 1),
+            (None, Some(EventTime::Millis(ms))) => show::time_of(*ms),
+            (None, None) => String::new(),
         }
     }
 
     /// Returns the node that reports it.
     pub fn reporter(&self) -> String {
-        show::word(&self.json["reported_by"])
+        self.common.reported_by.clone().unwrap_or_default()
     }
 
     /// Returns the service that it is about; empty where it is about nodes.
     pub fn service(&self) -> String {
         match self.event() {
             Some(event) => event.service().map(ServiceId::to_string).unwrap_or_default(),
-            None => show::word(&self.json["service"]),
-        }
-    }
-
-    /// Returns the phase that the rollout is in after it; empty where it doesn't say.
-    pub fn phase(&self) -> String {
-        match self.event() {
-            Some(Event::Routing { phase, .. }) => phase.map(|phase| phase.to_string()).unwrap_or_default(),
-            Some(_) => String::new(),
-            None => show::word(&self.json["phase"]),
+            None => self.common.service.clone().unwrap_or_default(),
         }
     }
 
@@ -90,6 +110,9 @@ impl Announced {
             Some(Event::Membership { slot, kind, node, actor, .. }) => {
                 vec![format!("slot {slot}"), kind.name().into(), format!("node {node}"), format!("by {actor}")]
             }
+            Some(Event::DefaultService { slot, service, actor, .. }) => {
+                vec![format!("slot {slot}"), "SetDefault".into(), service.to_string(), format!("by {actor}")]
+            }
             Some(Event::Verdict { service, routing_version: _, verdict, samples }) => {
                 vec!["verdict".into(), service.to_string(), words(verdict), format!("{samples} samples")]
             }
@@ -106,7 +129,7 @@ impl Announced {
                 | Event::Peer { .. }
                 | Event::Rejected { .. },
             )
-            | None => fields(&self.json),
+            | None => self.common.words(),
         };
         show::line(parts)
     }
@@ -136,14 +159,19 @@ fn analyzed(service: &ServiceId, window_verdict: &WindowVerdict) -> Vec<String> 
     ]
 }
 
-/// Returns the event's name and slot, and then every other field.
-fn fields(json: &Value) -> Vec<String> {
-    let slot = json["slot"].as_u64().map(|slot| format!("slot {slot}")).unwrap_or_default();
-    let mut parts = vec![show::word(&json["event"]), slot];
-    let rest = json.as_object().into_iter().flatten();
-    let rest = rest.filter(|(key, v)| !["event", "at", "slot"].contains(&key.as_str()) && !v.is_null());
-    parts.extend(rest.map(|(key, v)| format!("{key}={}", show::word(v))));
-    parts
+impl CommonFields {
+    /// Returns the event's name and slot, and then every other field.
+    fn words(&self) -> Vec<String> {
+        let Self { event, at: _, slot, reported_by, service, phase, others } = self;
+        let named = [("reported_by", reported_by), ("service", service), ("phase", phase)];
+        let named = named.into_iter().filter_map(|(key, value)| Some((key, value.clone()?)));
+        let others = others.iter().filter(|(_, value)| !value.is_null());
+        let rest: BTreeMap<&str, String> =
+            named.chain(others.map(|(key, value)| (key.as_str(), show::word(value)))).collect();
+        let mut parts = vec![event.clone(), slot.map(|slot| format!("slot {slot}")).unwrap_or_default()];
+        parts.extend(rest.into_iter().map(|(key, value)| format!("{key}={value}")));
+        parts
+    }
 }
 
 #[cfg(test)]
@@ -205,7 +233,7 @@ pub mod tests {
         let promoted = sent(event.clone());
         let expected = "slot 12  COMMITTED  Promote  m  v1=87.5% v2=12.5%  version 3  Progressing  by alice  38 ms";
         assert_eq!(promoted.line(), expected);
-        assert_eq!((promoted.time().as_str(), promoted.reporter().as_str()), ("01:02:03", "b"));
+        assert_eq!((promoted.time().as_str(), promoted.reporter().as_str()), ("1970-01-01 01:02:03Z", "b"));
         let mut event = event;
         if let Event::Routing { kind, refused, reasons, state, .. } = &mut event {
             (*kind, *refused, state.status) = (RecordKind::Refused, Some("Promote".into()), Status::Aborted);
@@ -262,6 +290,6 @@ pub mod tests {
         let newer = Announced::read(r#"{"event":"frozen","slot":3,"at":1,"service":"m","phase":"Paused","until":9}"#);
         assert!(newer.event().is_none());
         assert_eq!(newer.line(), "frozen  slot 3  phase=Paused  service=m  until=9");
-        assert_eq!((newer.service().as_str(), newer.phase().as_str()), ("m", "Paused"));
+        assert_eq!((newer.service().as_str(), newer.time().as_str()), ("m", "1970-01-01 00:00:00Z"));
     }
 }

@@ -15,16 +15,16 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use super::backup::{self, BackupArgs, RestoreArgs, VerifyBackupArgs};
 use super::node::identity_files;
 use super::output::{self, Format, facts, table};
-use super::upgrade::{self, UpgradeArgs, builds_differ};
+use super::upgrade::{self, Direction, DowngradeArgs, UpgradeArgs, builds_differ, waits};
 use super::write::{self, WriteArgs};
 use super::{Exit, read};
 use crate::client::Api;
-use crate::model::{ClusterMember, ClusterView};
+use crate::model::{ClusterMember, ClusterView, MemberData, MemberName};
 
 #[derive(Debug, Subcommand)]
 pub enum ClusterVerb {
@@ -50,6 +50,8 @@ pub enum ClusterVerb {
     Status,
     /// Say whether the nodes may be replaced one by one by those of the next version.
     Upgrade(UpgradeArgs),
+    /// Say whether the nodes may be replaced one by one by those of the version before.
+    Downgrade(DowngradeArgs),
     /// Exclude a node from promotion votes, for example during a repair. It serves stable only.
     #[command(alias = "bench")]
     Cordon(MemberArgs),
@@ -156,7 +158,9 @@ pub fn force_new(args: ForceNewArgs) -> anyhow::Result<()> {
 #[command(
     after_help = "Example, for a fourth node d:\n  1. name d under [peers.d] in the other nodes' files, and restart them one by one\n  \
     2. aviary cluster join --genesis data/node-a --ca data/ca --config config/node-d.toml\n  \
-    3. aviary node --config config/node-d.toml\n  4. aviary cluster add d --incarnation HEX"
+    3. aviary node --config config/node-d.toml\n  4. aviary cluster add d --incarnation HEX\n\n\
+    Example, for node c, whose disk is lost:\n  1. aviary cluster join --replace c --genesis data/node-a --ca data/ca --config config/node-c.toml\n  \
+    2. aviary node --config config/node-c.toml\n  3. aviary cluster readmit c --incarnation HEX"
 )]
 pub struct JoinArgs {
     /// Data directory of an existing node, or a directory with a copy of its file `genesis`.
@@ -168,6 +172,9 @@ pub struct JoinArgs {
     /// File of the new node (TOML).
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Id of a member whose data is lost, which the file must have: the new data takes its place once it is readmitted.
+    #[arg(long, value_name = "NODE")]
+    replace: Option<NodeId>,
     /// How long the node's certificate is valid, from now on.
     #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     valid: Duration,
@@ -184,10 +191,19 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
         );
     };
     let node = config.id.clone();
-    anyhow::ensure!(
-        !members.0.contains_key(&node),
-        "node {node} is already in the cluster's genesis, expected a new node id"
-    );
+    match &args.replace {
+        Some(replaced) => anyhow::ensure!(
+            *replaced == node,
+            "--replace is {replaced}, expected {node}, the id in {}",
+            config.file.display()
+        ),
+        None => anyhow::ensure!(
+            !members.0.contains_key(&node),
+            "node {node} is one of the cluster's first nodes, expected a new node id; if its data is lost, run the same command \
+             with --replace {node}"
+        ),
+    }
+    let folder = NewFolder::empty(&config.data_dir)?;
     let issued = match (identity_files(&config), &args.ca) {
         (None, _) => None,
         (Some(_), None) => anyhow::bail!(
@@ -221,9 +237,14 @@ pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
     if let Some((files, issued)) = issued {
         issued.install(&files)?;
     }
-    println!("node {node} of cluster {cluster}: {}", config.data_dir.display());
-    println!("next: start the node, then run: aviary cluster add {node} --incarnation {}", acceptor.incarnation);
-    Ok(())
+    folder.keep();
+    let verb = if args.replace.is_some() { "readmit" } else { "add" };
+    output::line(&format!(
+        "node {node} of cluster {cluster}: {}\nnext: aviary node --config {}\nthen: aviary cluster {verb} {node} --incarnation {}",
+        config.data_dir.display(),
+        config.file.display(),
+        acceptor.incarnation
+    ))
 }
 
 /// Renews a node's certificate and key.
@@ -248,7 +269,7 @@ pub fn issue(args: &IssueArgs) -> anyhow::Result<()> {
 #[derive(Debug, Args)]
 pub struct MemberArgs {
     /// The node's id, such as c.
-    node: String,
+    node: NodeId,
     #[command(flatten)]
     write: WriteArgs,
 }
@@ -257,7 +278,7 @@ pub struct MemberArgs {
 #[derive(Debug, Args)]
 pub struct ReadmitArgs {
     /// The node's id, such as c.
-    node: String,
+    node: NodeId,
     /// Incarnation whose votes are to count, 16 hexadecimal digits; the node logs it at start.
     #[arg(long, value_name = "HEX", value_parser = incarnation)]
     incarnation: String,
@@ -285,22 +306,19 @@ pub(super) fn found(
     let load = |file: &PathBuf| super::node::load(file, args.data_root.as_deref());
     let configs: Vec<_> = args.config.iter().map(load).collect::<Result<_, _>>()?;
     let founding = genesis::found(&configs, &mut rand::rng(), BootClock.now().wall)?;
-    // All or none: nothing is made where some directory is in use.
-    for config in &configs {
-        let entries = std::fs::read_dir(&config.data_dir).map(|mut entries| entries.next().is_some());
-        anyhow::ensure!(
-            !entries.unwrap_or(false),
-            "{} is not empty, expected a new or empty directory",
-            config.data_dir.display()
-        );
-    }
+    // All or none: nothing is made where some directory is in use, and nothing is left where something fails.
+    let mut folders = configs.iter().map(|config| NewFolder::empty(&config.data_dir)).collect::<Result<Vec<_>, _>>()?;
     let beside = || configs[0].data_dir.parent().unwrap_or(Path::new("")).join("ca");
     let ca = args.ca.clone().unwrap_or_else(beside);
     let secured = configs.iter().any(|config| config.identity.is_some());
     let ledger = continued(&founding)?;
     let checkpoint = ledger.as_ref().filter(|ledger| ledger.head > Slot(0)).map(Checkpoint::of).transpose()?;
+    if secured && !ca.exists() {
+        folders.push(NewFolder::empty(&ca)?);
+    }
     let authority = secured.then(|| Authority::create(&ca, founding.cluster)).transpose()?;
-    println!("cluster {}", founding.cluster);
+    // Told once all of it is there: who reads it may have gone.
+    let mut told = format!("cluster {}\n", founding.cluster);
     for config in &configs {
         let mut acceptor = founding.acceptors[&config.id].clone();
         if let Some(ledger) = &ledger {
@@ -313,15 +331,54 @@ pub(super) fn found(
         if let (Some(authority), Some(files)) = (&authority, identity_files(config)) {
             authority.issue(&config.id, args.valid)?.install(&files)?;
         }
-        println!("node {}: {}", config.id, config.data_dir.display());
+        told += &format!("node {}: {}\n", config.id, config.data_dir.display());
     }
+    folders.into_iter().for_each(NewFolder::keep);
     if authority.is_some() {
-        println!(
-            "certificate authority: {} (keep it off the nodes: its key can issue a certificate for any node)",
+        told += &format!(
+            "certificate authority: {} (keep it off the nodes: its key can issue a certificate for any node)\n",
             ca.display()
         );
     }
-    Ok(())
+    output::put(&told)
+}
+
+/// A folder that a command fills. What is in it goes when the command fails, so that it doesn't stand in the way of the next.
+struct NewFolder {
+    path: PathBuf,
+    /// It was there before, and empty.
+    existed: bool,
+    kept: bool,
+}
+
+impl NewFolder {
+    /// Returns a folder that is to be filled, unless something is in it.
+    fn empty(path: &Path) -> anyhow::Result<Self> {
+        let entries = std::fs::read_dir(path).map(|mut entries| entries.next().is_some());
+        anyhow::ensure!(
+            !entries.unwrap_or(false),
+            "{} is not empty, expected a new or empty directory",
+            path.display()
+        );
+        Ok(Self { path: path.into(), existed: path.exists(), kept: false })
+    }
+
+    /// Leaves it as it is: the command succeeded.
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        if !self.kept && self.path.is_dir() {
+            // What can't be removed is named by the next command, which finds it there.
+            let _ = std::fs::remove_dir_all(&self.path);
+            if self.existed {
+                let _ = std::fs::create_dir_all(&self.path);
+            }
+        }
+    }
 }
 
 /// Runs a verb that talks to a cluster.
@@ -332,25 +389,28 @@ pub async fn run(api: &Api, verb: ClusterVerb, format: Format) -> anyhow::Result
         }
         ClusterVerb::VerifyBackup(_) | ClusterVerb::Restore(_) => unreachable!("handled before the runtime starts"),
         ClusterVerb::Backup(args) => backup::run(api, &args, format).await,
-        ClusterVerb::Upgrade(args) => upgrade::run(api, &args, format).await,
+        ClusterVerb::Upgrade(_) => upgrade::run(api, Direction::Upgrade, format).await,
+        ClusterVerb::Downgrade(_) => upgrade::run(api, Direction::Downgrade, format).await,
         ClusterVerb::Status => read::print(&api.get("/v1/cluster").await?, format, status),
-        ClusterVerb::Cordon(args) => change(api, "cordon", json!({ "node": args.node }), args.write, format).await,
-        ClusterVerb::Uncordon(args) => change(api, "uncordon", json!({ "node": args.node }), args.write, format).await,
-        ClusterVerb::Remove(args) => change(api, "remove", json!({ "node": args.node }), args.write, format).await,
+        ClusterVerb::Cordon(args) => change(api, "cordon", &MemberName { node: args.node }, args.write, format).await,
+        ClusterVerb::Uncordon(args) => {
+            change(api, "uncordon", &MemberName { node: args.node }, args.write, format).await
+        }
+        ClusterVerb::Remove(args) => change(api, "remove", &MemberName { node: args.node }, args.write, format).await,
         ClusterVerb::Add(args) => {
-            let body = json!({ "node": args.node, "incarnation": args.incarnation });
-            change(api, "add", body, args.write, format).await
+            let body = MemberData { node: args.node, incarnation: args.incarnation };
+            change(api, "add", &body, args.write, format).await
         }
         ClusterVerb::Readmit(args) => {
-            let body = json!({ "node": args.node, "incarnation": args.incarnation });
-            change(api, "readmit", body, args.write, format).await
+            let body = MemberData { node: args.node, incarnation: args.incarnation };
+            change(api, "readmit", &body, args.write, format).await
         }
     }
 }
 
-async fn change(api: &Api, verb: &str, body: Value, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
+async fn change(api: &Api, verb: &str, body: &impl Serialize, args: WriteArgs, format: Format) -> anyhow::Result<Exit> {
     let path = format!("/v1/cluster/{verb}");
-    Ok(write::send(api, path, "application/json", body.to_string(), args, format).await?.0)
+    Ok(write::send(api, path, "application/json", serde_json::to_string(body)?, args, format).await?.0)
 }
 
 /// Formats the cluster's state for a terminal.
@@ -360,6 +420,7 @@ pub fn status(view: &ClusterView) -> String {
         ("asked node", view.node.to_string()),
         ("coordinator", view.coordinator.to_string()),
         ("mode", output::name(&view.mode)),
+        ("default service", view.default_service.as_ref().map_or("none".into(), ToString::to_string)),
     ]);
     let mut members = table(["NODE", "ALIVE", "HEAD", "CORDONED", "INCARNATION", "VOTES", "BUILD"]);
     for (node, member) in &view.members {
@@ -377,7 +438,9 @@ pub fn status(view: &ClusterView) -> String {
         |(node, member): (&NodeId, &ClusterMember)| (node.to_string(), member.build.clone().unwrap_or_default());
     let builds: Vec<_> = view.members.iter().map(build).collect();
     let differ = builds_differ(&builds).map(|line| format!("\n\n{line}")).unwrap_or_default();
-    format!("{head}\n\n{}{differ}", members.trim_fmt())
+    let waiting = view.features.iter().filter(|feature| !feature.waits_for.is_empty());
+    let waiting: String = waiting.map(|feature| format!("\n\n{}", waits(feature))).collect();
+    format!("{head}\n\n{}{differ}{waiting}", members.trim_fmt())
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use super::Exit;
 use super::announced::Announced;
 use super::output::{self, Format};
 use crate::client::{Api, StreamEvent, Unreachable};
+use crate::domain::text::visible;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  aviary events                    all events in the log\n  \
@@ -60,9 +61,9 @@ pub async fn run(api: &Api, args: &EventsArgs, format: Format) -> anyhow::Result
 fn line(data: &str, format: Format) -> anyhow::Result<String> {
     let announced = Announced::read(data);
     Ok(match format {
-        _ if announced.json.is_null() => data.into(),
-        Format::Json => data.replace('\n', ""),
-        Format::Yaml => format!("---\n{}", serde_saphyr::to_string(&announced.json)?.trim_end()),
+        _ if announced.json.is_null() => visible(data.into()),
+        Format::Json => output::json_text(&data.replace('\n', "")),
+        Format::Yaml => format!("---\n{}", output::yaml_text(&serde_json::from_str(data)?)?.trim_end()),
         Format::Table => format!("{}  {}  {}", announced.time(), announced.reporter(), announced.line()),
     })
 }
@@ -75,7 +76,7 @@ mod tests {
     fn a_line_names_the_node_that_reports_and_json_stays_as_it_is() {
         let data = r#"{"at":3723000,"reported_by":"b","event":"peer","node":"c","alive":false}"#;
         let table = line(data, Format::Table).unwrap();
-        assert_eq!(table, "01:02:03  b  peer  alive=false  node=c  reported_by=b");
+        assert_eq!(table, "1970-01-01 01:02:03Z  b  peer  alive=false  node=c  reported_by=b");
         assert_eq!(line(data, Format::Json).unwrap(), data);
         assert_eq!(line("no JSON", Format::Table).unwrap(), "no JSON");
     }

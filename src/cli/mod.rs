@@ -12,9 +12,13 @@ mod announced;
 mod backup;
 mod check;
 mod cluster;
+mod diff;
 mod events;
+mod followed;
+mod input;
 mod judge;
 mod load;
+mod log_file;
 pub mod node;
 mod output;
 mod plan;
@@ -24,6 +28,8 @@ mod recording;
 mod replay;
 #[cfg(feature = "kafka")]
 mod router;
+mod schema;
+mod service;
 mod show;
 mod status;
 mod telemetry;
@@ -36,6 +42,7 @@ mod write;
 
 use crate::client::{Address, Api, Unreachable};
 use crate::ports::OutsideError;
+use crate::router::snapshot::LookError;
 use output::Format;
 
 /// Exit code of the program.
@@ -43,10 +50,14 @@ use output::Format;
 pub enum Exit {
     /// 0: done, or the rollout completed.
     Done,
-    /// 1: the cluster refused, aborted, rolled back or paused, or a file has an error.
+    /// 1: the cluster refused, aborted or rolled back, or a file has an error.
     Refused,
     /// 2: timeout, no quorum, or no node answered; a retry may succeed.
     Unavailable,
+    /// 3: the rollout waits for a person.
+    Waits,
+    /// 4: another rollout of the service took the place of the one that was waited for.
+    Replaced,
     /// 64: the command line has an error.
     Usage,
 }
@@ -57,6 +68,8 @@ impl Exit {
             Self::Done => 0,
             Self::Refused => 1,
             Self::Unavailable => 2,
+            Self::Waits => 3,
+            Self::Replaced => 4,
             Self::Usage => 64,
         }
     }
@@ -81,8 +94,10 @@ Examples:
 
 Exit codes:
   0   done, or the rollout completed
-  1   refused, aborted, rolled back or paused, or a file has an error
+  1   refused, aborted or rolled back; the nodes differ; or a file has an error
   2   timeout, no quorum, or no node could be reached: you can retry
+  3   the rollout waits for a person: it is paused, or at a step without a duration (--success-on-pause: 0)
+  4   another rollout took the place of the one that was waited for
   64  the command line has an error
 
 Environment:
@@ -119,18 +134,23 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Run one node until SIGINT or SIGTERM.
+    /// Run one node until SIGINT or SIGTERM; at SIGHUP it reads its tokens and certificates again and reopens its log file.
     Node(node::NodeArgs),
     /// Create a cluster, show its members, and change which nodes vote.
     #[command(subcommand)]
     Cluster(cluster::ClusterVerb),
+    /// Say which service gets the requests that name none.
+    #[command(subcommand)]
+    Service(service::ServiceVerb),
     /// Start a rollout from a file.
     Apply(write::ApplyArgs),
+    /// Tell what applying a rollout file would do.
+    Diff(diff::DiffArgs),
     /// List the rollouts of all services.
     List(read::ListArgs),
     /// Show the rollout of one service.
     Get(read::GetArgs),
-    /// Wait until a rollout ends. Exit code: 0 completed, 1 rolled back or paused, 2 timeout.
+    /// Wait until a rollout ends or waits for a person.
     Status(status::StatusArgs),
     /// Promote the canary to the next step, or to 100 %.
     Promote(write::PromoteArgs),
@@ -138,7 +158,7 @@ enum Verb {
     Pause(write::ReasonArgs),
     /// Continue a rollout that was paused.
     Resume(write::NameArgs),
-    /// Send all traffic to stable. Needs a majority of nodes, but no health vote.
+    /// Send all traffic to stable. Needs a majority of nodes, but no health vote; it is let in however many others ask.
     Abort(write::ReasonArgs),
     /// Start a rolled-back rollout again.
     Retry(write::NameArgs),
@@ -174,6 +194,9 @@ enum Verb {
     Load(load::LoadArgs),
     /// Create a bearer token for the API, and its line for `[api] tokens_file`.
     Token(token::TokenArgs),
+    /// Print schemas, for generators of clients.
+    #[command(subcommand)]
+    Schema(schema::SchemaVerb),
     /// Print the version, the commit, the compiler, and the formats of disk and wire.
     Version,
     /// Print a shell's completion script.
@@ -196,12 +219,21 @@ pub fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) if is_broken_pipe(&error) => Exit::Done.into(),
         Err(error) => {
-            eprintln!("error: {error:#}");
-            let outside = error.downcast_ref::<OutsideError>().is_some_and(|outside| !outside.replaced);
-            let unavailable = outside || error.downcast_ref::<Unreachable>().is_some();
-            if unavailable { Exit::Unavailable.into() } else { Exit::Refused.into() }
+            output::error(&format!("{error:#}"));
+            failed(&error).into()
         }
     }
+}
+
+/// Returns how the program ends with an error: whether another try may succeed.
+fn failed(error: &anyhow::Error) -> Exit {
+    let outside = match error.downcast_ref::<LookError>() {
+        Some(LookError::Outside(outside)) => Some(outside),
+        Some(LookError::Gone | LookError::Metadata { .. }) => None,
+        None => error.downcast_ref::<OutsideError>(),
+    };
+    let unavailable = outside.is_some_and(|outside| !outside.replaced) || error.is::<Unreachable>();
+    if unavailable { Exit::Unavailable } else { Exit::Refused }
 }
 
 fn run(cli: Cli) -> anyhow::Result<Exit> {
@@ -216,6 +248,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Verb::Config(verb) => check::run(&verb),
         Verb::Token(args) => Ok(token::run(&args)),
         Verb::Version => version::run(cli.global.output),
+        Verb::Schema(verb) => schema::run(&verb),
         Verb::Proxy(args) => proxy::run(&args),
         Verb::Judge(args) => judge::run(&args),
         Verb::Replay(args) => replay::run(&args),
@@ -237,7 +270,9 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
     let api = || Api::new(global.api.clone(), global.token_file.as_deref());
     match verb {
         Verb::Cluster(verb) => cluster::run(&api()?, verb, format).await,
+        Verb::Service(verb) => service::run(&api()?, verb, format).await,
         Verb::Apply(args) => write::apply(&api()?, args, format).await,
+        Verb::Diff(args) => diff::run(&api()?, &args, format).await,
         Verb::List(args) => read::list(&api()?, &args, format).await,
         Verb::Get(args) => read::get(&api()?, &args, format).await,
         Verb::Status(args) => status::run(&api()?, &args, format).await,
@@ -258,6 +293,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         | Verb::Config(_)
         | Verb::Token(_)
         | Verb::Version
+        | Verb::Schema(_)
         | Verb::Proxy(_)
         | Verb::Judge(_)
         | Verb::Replay(_)
@@ -298,6 +334,23 @@ mod tests {
         let found: Vec<_> = cli.global.api.iter().map(ToString::to_string).collect();
         assert_eq!(found, ["http://127.0.0.1:1", "http://127.0.0.1:2"]);
         assert_eq!(cli.global.output, Format::Json);
+    }
+
+    #[test]
+    fn only_what_another_try_may_mend_ends_with_2() {
+        let outside = || OutsideError::new("kafka topic orders", "timed out");
+        let why = crate::domain::split::Split::from_metadata("nonsense").unwrap_err();
+        for (error, exit) in [
+            (outside().into(), Exit::Unavailable),
+            (LookError::Outside(outside()).into(), Exit::Unavailable),
+            (OutsideError::replaced("kafka", "fenced").into(), Exit::Refused),
+            (LookError::Metadata { partition: 1, why }.into(), Exit::Refused),
+            (LookError::Gone.into(), Exit::Refused),
+            (Unreachable { failed: Vec::new() }.into(), Exit::Unavailable),
+            (anyhow::anyhow!("nonsense"), Exit::Refused),
+        ] {
+            assert_eq!(failed(&error), exit, "{error:#}");
+        }
     }
 
     #[test]

@@ -1,14 +1,14 @@
-//! `aviary node`: builds one node from its file and runs it until SIGINT or SIGTERM.
+//! `aviary node`: builds one node from its file and runs it until SIGINT or SIGTERM. SIGHUP makes it read again what may change.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
@@ -16,8 +16,10 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
+use super::log_file::LogFile;
 use crate::about;
 use crate::adapters::clock::BootClock;
+use crate::adapters::descriptors;
 use crate::adapters::disk::{DiskRuns, DiskStore};
 #[cfg(feature = "kafka")]
 use crate::adapters::kafka::{KafkaDecisions, KafkaTelemetry};
@@ -25,7 +27,7 @@ use crate::adapters::listen::{listen, listen_many};
 use crate::adapters::net::PlainNetwork;
 use crate::adapters::redis::{self, RedisDecisions, RedisProbe};
 use crate::adapters::tls::{Files, TlsNetwork};
-use crate::api::auth::Tokens;
+use crate::api::token_file::TokenFile;
 use crate::api::{self, ApiState, BackupSource};
 #[cfg(feature = "kafka")]
 use crate::config::node::Kafka;
@@ -35,9 +37,9 @@ use crate::decisions;
 use crate::domain::ids::Incarnation;
 use crate::node::failpoint::Failpoint;
 use crate::node::frame::VERSIONS;
-use crate::node::handle::NodeHandle;
+use crate::node::handle::{Guard, NodeHandle};
 use crate::node::run::{self, Parts, Running};
-use crate::node::scrub;
+use crate::node::{room, scrub};
 use crate::ports::{Network, Recovered};
 use crate::protocol::Settings;
 use crate::proxy;
@@ -76,22 +78,27 @@ pub fn load(file: &Path, data_root: Option<&Path>) -> anyhow::Result<NodeConfig>
 /// Runs the node until SIGTERM or SIGINT, or until it must not go on.
 pub fn run(args: NodeArgs) -> anyhow::Result<()> {
     let config = load(&args.config, args.data_root.as_deref())?;
-    start_log(&config)?;
+    let log = start_log(&config)?;
     let tokens = tokens(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let ended = runtime.block_on(serve(config, tokens));
+    let ended = runtime.block_on(serve(config, tokens, log));
     // A call to a broker that doesn't answer must not hold up the end.
     runtime.shutdown_timeout(STOP_MAX);
     ended
 }
 
-async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()> {
+async fn serve(config: NodeConfig, tokens: Option<TokenFile>, log: Option<LogFile>) -> anyhow::Result<()> {
+    // Before anything else, as a signal that nobody waits for ends the process.
+    let hangup = signal(SignalKind::hangup())?;
     // Ports first: a taken one must not cost a start of the node itself.
-    let data = listen_many("data", &config.listen.data, config.data.workers()).await?;
+    descriptors::raise(config.data.connections_max as u64);
+    let data = listen_many("data", &config.listen.data, config.data.workers(), config.data.share_port).await?;
     let listener = listen("api", &config.listen.api).await?;
     let metrics = api::metrics::install();
     let shutdown = CancellationToken::new();
-    let Running { handle, thread, .. } = start_node(&config, shutdown.clone())?;
+    let (running, tls) = start_node(&config, shutdown.clone())?;
+    let Running { handle, thread, .. } = running;
+    tokio::spawn(Reload { tokens: tokens.clone(), tls, log }.at_each(hangup));
 
     let servers = TaskTracker::new();
     // Clients wait in the port's queue meanwhile.
@@ -111,7 +118,8 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
     servers.spawn(api::serve(listener, state));
     tokio::spawn(telemetry::prometheus::run(handle.clone(), shutdown.clone()));
     tokio::spawn(scrub::run(handle.log.clone(), shutdown.clone()));
-    tokio::spawn(api::metrics::count(handle));
+    tokio::spawn(room::watch(config.data_dir.clone(), handle.clone(), shutdown.clone()));
+    tokio::spawn(api::metrics::count(handle.clone()));
     servers.close();
     info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");
 
@@ -122,6 +130,16 @@ async fn serve(config: NodeConfig, tokens: Option<Tokens>) -> anyhow::Result<()>
         _ = interrupt.recv() => None,
         ended = &mut node => Some(ended),
     };
+    handle.published.leave();
+    if ended.is_none() && config.data.drain_ms > 0 {
+        info!(drain_ms = config.data.drain_ms, "not ready any more, still serving");
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(config.data.drain_ms)) => {}
+            // Asked twice, it does not wait.
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
     info!("stopping");
     shutdown.cancel();
     servers.wait().await;
@@ -143,7 +161,7 @@ fn start_redis(
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
     let client = redis::client(url)?;
-    node.guarded(Some("redis: not asked yet".into()));
+    node.guarded(Guard::Store, Some("redis: not asked yet".into()));
     let cluster = node.published.view().cluster;
     let sink = RedisDecisions::new(client.clone(), cluster);
     servers.spawn(decisions::publish::run(node.clone(), Box::new(sink), "redis", shutdown.clone()));
@@ -175,7 +193,29 @@ fn start_kafka(
     Ok(())
 }
 
-fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Result<Running> {
+/// What a node reads again at SIGHUP.
+struct Reload {
+    tokens: Option<TokenFile>,
+    tls: Option<TlsNetwork>,
+    log: Option<LogFile>,
+}
+
+impl Reload {
+    /// Reads everything again at each signal; what can't be used leaves in force what was before.
+    async fn at_each(self, mut hangup: Signal) {
+        while hangup.recv().await.is_some() {
+            if let Some(Err(failure)) = self.log.as_ref().map(LogFile::reopen) {
+                warn!("the log file can't be opened again: {failure:#}");
+            }
+            self.tokens.iter().for_each(TokenFile::reload);
+            self.tls.iter().for_each(TlsNetwork::reload);
+            info!("read again at SIGHUP: log file, tokens, certificates");
+        }
+    }
+}
+
+/// Starts the node, and returns its network where it has an identity.
+fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Result<(Running, Option<TlsNetwork>)> {
     let Recovered { store, acceptor, ledger, log, notes } = DiskStore::open(&config.data_dir)?;
     let runs = DiskRuns::open(&config.data_dir)?;
     notes.iter().chain(&runs.notes).for_each(|note| warn!("{note}"));
@@ -188,8 +228,10 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         error!("this node's acceptor state is gone: it follows without a vote until an operator readmits it");
     }
     info!(checkpoint = %ledger.head, records = log.len(), %cluster, "journal read");
-    let network: Arc<dyn Network> = match identity_files(config) {
-        Some(files) => Arc::new(TlsNetwork::new(files, config.id.clone(), cluster)?),
+    let identity = identity_files(config);
+    let tls = identity.map(|files| TlsNetwork::new(files, config.id.clone(), cluster)).transpose()?;
+    let network: Arc<dyn Network> = match &tls {
+        Some(tls) => Arc::new(tls.clone()),
         None => Arc::new(PlainNetwork),
     };
     let settings = Settings {
@@ -200,8 +242,9 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
         fresh_incarnation: Incarnation(rand::random()),
         retention: config.retention,
         peers: config.peers.keys().cloned().collect(),
+        speaks: VERSIONS.max,
     };
-    run::start(
+    let running = run::start(
         Parts {
             settings,
             store: Box::new(store),
@@ -219,7 +262,8 @@ fn start_node(config: &NodeConfig, shutdown: CancellationToken) -> anyhow::Resul
             failpoint: Failpoint::from_environment()?,
         },
         shutdown,
-    )
+    )?;
+    Ok((running, tls))
 }
 
 /// Returns what a backup of this node holds beside its log: its file as it is now, without secrets.
@@ -241,7 +285,7 @@ pub fn identity_files(config: &NodeConfig) -> Option<Files> {
     })
 }
 
-fn tokens(config: &NodeConfig) -> anyhow::Result<Option<Tokens>> {
+fn tokens(config: &NodeConfig) -> anyhow::Result<Option<TokenFile>> {
     let Some(file) = &config.tokens_file else {
         if is_loopback(&config.listen.api) {
             return Ok(None);
@@ -249,27 +293,19 @@ fn tokens(config: &NodeConfig) -> anyhow::Result<Option<Tokens>> {
         let (file, address) = (config.file.display(), &config.listen.api);
         bail!("{file}: listen.api is {address}, off loopback, expected api.tokens_file to be set");
     };
-    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
-    Ok(Some(Tokens::parse(&text).with_context(|| file.display().to_string())?))
+    Ok(Some(TokenFile::open(file)?))
 }
 
-/// Log lines for people on the console, and as JSON in the node's file.
-fn start_log(config: &NodeConfig) -> anyhow::Result<()> {
+/// Starts the log: lines for people on the console, and as JSON in the node's file, which is returned.
+fn start_log(config: &NodeConfig) -> anyhow::Result<Option<LogFile>> {
     let filter = || EnvFilter::new(format!("warn,aviary={}", config.log_level));
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
     let console = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).with_ansi(colours);
-    let file = match &config.log_file {
-        None => None,
-        Some(path) => {
-            if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-                fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-            }
-            let file = OpenOptions::new().create(true).append(true).open(path);
-            let file = file.with_context(|| path.display().to_string())?;
-            let json = tracing_subscriber::fmt::layer().json().flatten_event(true).with_target(false);
-            Some(json.with_writer(Mutex::new(file)).with_filter(filter()))
-        }
-    };
+    let log = config.log_file.as_deref().map(LogFile::open).transpose()?;
+    let file = log.clone().map(|log| {
+        let json = tracing_subscriber::fmt::layer().json().flatten_event(true).with_target(false);
+        json.with_writer(log).with_filter(filter())
+    });
     tracing_subscriber::registry().with(console.compact().with_filter(filter())).with(file).init();
-    Ok(())
+    Ok(log)
 }

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::client::{AnswerError, ApiResponse};
+use crate::domain::text::{is_hidden, visible};
 
 /// Format of what a verb prints on standard output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -32,11 +33,38 @@ pub fn line(text: &str) -> anyhow::Result<()> {
     put(&format!("{text}\n"))
 }
 
+/// Returns JSON that means the same, without a character that a terminal obeys; its line feeds and tabs stay.
+pub fn json_text(json: &str) -> String {
+    let mut shown = String::with_capacity(json.len());
+    for letter in json.chars() {
+        match is_hidden(letter) && !matches!(letter, '\n' | '\r' | '\t') {
+            // All of them are in the first plane, so that one escape is enough.
+            true => shown.push_str(&format!("\\u{:04x}", u32::from(letter))),
+            false => shown.push(letter),
+        }
+    }
+    shown
+}
+
+/// Returns a value as YAML without a character that a terminal obeys, but for line feeds: texts that have one are quoted with escapes.
+pub fn yaml_text(value: &Value) -> anyhow::Result<String> {
+    let plain = serde_saphyr::to_string(value)?;
+    // JSON is YAML, and escapes what YAML's own writer may leave as it is.
+    let is_plain = !plain.replace('\n', "").contains(is_hidden);
+    Ok(if is_plain { plain } else { format!("{}\n", json_text(&serde_json::to_string_pretty(value)?)) })
+}
+
+/// Prints an error's text to standard error, with hidden characters escaped; its lines stay lines.
+pub fn error(text: &str) {
+    let lines: Vec<_> = text.lines().map(|line| visible(line.to_owned())).collect();
+    eprintln!("error: {}", lines.join("\n"));
+}
+
 /// Prints an answer's body as JSON or YAML, or (`table`) what the closure makes of it.
 pub fn print(format: Format, body: &str, table: impl FnOnce(&Value) -> String) -> anyhow::Result<()> {
     match (format, serde_json::from_str::<Value>(body)) {
-        (Format::Json, _) | (_, Err(_)) => line(body.trim_end()),
-        (Format::Yaml, Ok(value)) => put(&serde_saphyr::to_string(&value)?),
+        (Format::Json, _) | (_, Err(_)) => line(&json_text(body.trim_end())),
+        (Format::Yaml, Ok(value)) => put(&yaml_text(&value)?),
         (Format::Table, Ok(value)) => line(table(&value).trim_end()),
     }
 }
@@ -52,7 +80,7 @@ pub fn answer<T: DeserializeOwned>(
         Format::Table => match answer.read() {
             Ok(value) => line(table(&value).trim_end()),
             Err(AnswerError::Problem(problem)) => {
-                eprintln!("error: {}", problem.detail);
+                error(&problem.detail);
                 Ok(())
             }
             Err(AnswerError::Shape(why)) => Err(AnswerError::Shape(why).into()),
@@ -115,6 +143,22 @@ pub fn paint(on: bool, tone: Tone, text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn json_keeps_its_meaning_without_what_a_terminal_obeys() {
+        let body = "{\n\t\"a\": \"\u{9b}31m\u{202e}\u{7f}\u{2028}é\"}";
+        let shown = json_text(body);
+        assert!(!shown.replace(['\n', '\t'], "").contains(is_hidden), "{shown:?}");
+        assert_eq!(serde_json::from_str::<Value>(&shown).unwrap(), serde_json::from_str::<Value>(body).unwrap());
+    }
+
+    #[test]
+    fn yaml_keeps_its_meaning_without_what_a_terminal_obeys() {
+        let value = serde_json::json!({"a": "\u{1b}[2J\u{9b}\u{202e}\u{2066}\u{7f}\u{200f}é", "b\u{1b}": 1});
+        let shown = yaml_text(&value).unwrap();
+        assert!(!shown.replace('\n', "").contains(is_hidden), "{shown:?}");
+        assert_eq!(serde_saphyr::from_str::<Value>(&shown).unwrap(), value);
+    }
 
     #[test]
     fn facts_without_a_value_are_left_out() {

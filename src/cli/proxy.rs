@@ -1,6 +1,7 @@
 //! `aviary proxy`: the data plane alone, with a fixed canary weight, to try it out and for benchmarks.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -10,6 +11,8 @@ use tracing::warn;
 
 use super::Exit;
 use crate::adapters::clock::BootClock;
+use crate::adapters::descriptors;
+use crate::adapters::listen::listen_many;
 use crate::adapters::memory::MemoryStore;
 use crate::domain::ids::{NodeId, ServiceId, TxId, VersionId};
 use crate::domain::plan::file::checked_url;
@@ -40,12 +43,31 @@ pub struct ProxyArgs {
     /// The canary's share, in percent, such as 5 or 0.01.
     #[arg(long, value_name = "PERCENT", value_parser = weight)]
     weight: Weight,
+    /// Name of the service, as `/v1/models/NAME` and `X-Aviary-Service` have it; models of other names are its own too.
+    #[arg(long, value_name = "NAME", default_value = "proxy", value_parser = service)]
+    name: ServiceId,
     /// Worker threads; default: one per core.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
     /// Microseconds that a worker polls after a read before it sleeps: lower latency at low load, for CPU time.
     #[arg(long, value_name = "US", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
     busy_poll_us: u64,
+    /// Milliseconds without traffic after which an upgraded connection, such as a WebSocket, is closed; 0: never.
+    #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().tunnel_idle_ms)]
+    tunnel_idle_ms: u64,
+    /// Milliseconds after SIGTERM for which it serves on while /readyz says no.
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    drain_ms: u64,
+    /// Milliseconds for open requests and upgraded connections to end after that.
+    #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().grace_ms)]
+    grace_ms: u64,
+    /// Shares the port with another process that has this flag: the next one listens before this one stops.
+    #[arg(long)]
+    share_port: bool,
+}
+
+fn service(text: &str) -> anyhow::Result<ServiceId> {
+    Ok(ServiceId::new(text)?)
 }
 
 /// Reads a share in percent.
@@ -62,8 +84,15 @@ pub fn run(args: &ProxyArgs) -> anyhow::Result<Exit> {
 
 async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let view = Arc::new(view_of(args)?);
-    let settings = ProxySettings { workers: args.workers, busy_poll_us: args.busy_poll_us, ..ProxySettings::default() };
-    let listeners = crate::adapters::listen::listen_many("data", &args.listen, settings.workers()).await?;
+    let settings = ProxySettings {
+        workers: args.workers,
+        busy_poll_us: args.busy_poll_us,
+        tunnel_idle_ms: args.tunnel_idle_ms,
+        grace_ms: args.grace_ms,
+        ..ProxySettings::default()
+    };
+    descriptors::raise(settings.connections_max as u64);
+    let listeners = listen_many("data", &args.listen, settings.workers(), args.share_port).await?;
     let published = Published::new(view, Arc::new(BootClock));
     // Nobody takes this weight back: its lease has no end.
     published.set_lease(Some(Mono(u64::MAX / 2)));
@@ -77,10 +106,17 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
         }
     });
     let shutdown = CancellationToken::new();
-    let ended = tokio::spawn(proxy::serve(listeners, handle, settings, shutdown.clone()));
+    let ended = tokio::spawn(proxy::serve(listeners, handle.clone(), settings, shutdown.clone()));
     eprintln!("{}: {} to the canary, the rest to stable", args.listen, args.weight);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    handle.published.leave();
+    tokio::select! {
+        () = tokio::time::sleep(Duration::from_millis(args.drain_ms)) => {}
+        // Asked twice, it does not wait.
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
@@ -91,7 +127,7 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
 
 /// Returns what a node would publish whose cluster had committed this weight.
 fn view_of(args: &ProxyArgs) -> anyhow::Result<View> {
-    let id = ServiceId::new("proxy")?;
+    let id = args.name.clone();
     let backend = |version: &str, urls: &[String]| anyhow::Ok(Backend::new(VersionId::new(version)?, urls.into()));
     let stage = |weight| Stage { weight, hold_ms: 0, manual: true };
     let weights = [args.weight, Weight::FULL];

@@ -1,5 +1,7 @@
 //! Verbs that only read: `list`, `get`, `history`.
 
+use std::collections::BTreeMap;
+
 use clap::Args;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -7,20 +9,21 @@ use serde_json::{Value, json};
 use super::output::{self, Format, Tone, colours, facts, paint, table};
 use super::write::exit_of;
 use super::{Exit, show};
-use crate::client::{Api, ApiResponse, segment};
-use crate::model::{History, RolloutList, RolloutView, RoutingView, Selector};
+use crate::client::{Address, Api, ApiResponse, segment};
+use crate::model::{ClusterView, History, RolloutList, RolloutView, RoutingView, Selector};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  aviary get fraud-model\n  aviary get fraud-model --field weights.v2\n  \
+    aviary get fraud-model --field /weights/1.5.0     a JSON pointer, for names with dots; weights[\"1.5.0\"] does as well\n  \
     aviary get fraud-model -o yaml > rollout.yaml   the rollout file that is in force\n  \
     aviary get fraud-model --all-nodes      exit code 0: all nodes agree; 1: they differ")]
 pub struct GetArgs {
     /// Service whose rollout is shown.
     name: String,
-    /// Print only this field of the answer, by its path in the JSON, such as phase or weights.v2.
+    /// Print only this field of the answer, by its path in the JSON, such as phase, weights.v2 or /weights/1.5.0.
     #[arg(long, value_name = "PATH")]
     field: Option<String>,
-    /// Read /routing/state of every node and compare.
+    /// Read /routing/state of every member of the cluster and compare.
     #[arg(long, conflicts_with = "field")]
     all_nodes: bool,
 }
@@ -110,11 +113,13 @@ pub async fn get(api: &Api, args: &GetArgs, format: Format) -> anyhow::Result<Ex
         _ if answer.problem().is_some() => print(&answer, format, rollout),
         Some(path) => match show::at(&answer.read()?, path) {
             Some(value) => output::line(&show::word(value)).map(|()| Exit::Done),
-            None => anyhow::bail!("{}: found no field {path:?}", args.name),
+            None => {
+                anyhow::bail!("{}: found no field {path:?}; a name with dots is addressed as /weights/1.5.0", args.name)
+            }
         },
         None if format == Format::Yaml => {
-            let view: RolloutView = answer.read()?;
-            output::put(&serde_saphyr::to_string(&view.manifest)?).map(|()| Exit::Done)
+            let view: Value = serde_json::from_str(&answer.body)?;
+            output::put(&output::yaml_text(&view["manifest"])?).map(|()| Exit::Done)
         }
         None => print(&answer, format, rollout),
     }
@@ -141,29 +146,66 @@ pub fn rollout(rollout: &RolloutView) -> String {
         ("slot", view.slot.to_string()),
         ("hash", view.hash.clone()),
         ("txid", view.routing.txid.to_string()),
-        ("time", show::clock(view.routing.timestamp)),
+        ("time", show::time(view.routing.timestamp)),
     ])
 }
 
-async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit> {
+/// What one node says of a service's routing.
+struct NodeAnswer {
+    /// Name of the node, or its address where it didn't say who it is.
+    name: String,
+    answer: anyhow::Result<RoutingView>,
+}
+
+/// Asks the addresses of `--api` for a service's routing, and then the members that none of them belongs to.
+async fn ask_all(api: &Api, name: &str) -> Vec<NodeAnswer> {
     let path = format!("/routing/state?service={}", segment(name));
-    let mut answers = Vec::new();
-    for address in api.addresses() {
+    let ask = async |address: &Address| {
         let answer = api.get_from(address, &path).await;
-        answers.push(answer.map_err(anyhow::Error::from).and_then(|answer| Ok(answer.read::<RoutingView>()?)));
+        answer.map_err(anyhow::Error::from).and_then(|answer| Ok(answer.read::<RoutingView>()?))
+    };
+    let mut found = BTreeMap::new();
+    for address in api.addresses() {
+        let answer = ask(address).await;
+        let name = answer.as_ref().map_or_else(|_| address.to_string(), |view| view.node.to_string());
+        found.insert(name.clone(), NodeAnswer { name, answer });
     }
-    let agree = agree(&answers);
-    let rows = api.addresses().iter().zip(&answers);
-    if format != Format::Table {
-        let node = |(address, answer): (_, &anyhow::Result<RoutingView>)| match answer {
-            Ok(state) => json!({ "api": format!("{address}"), "state": state }),
-            Err(why) => json!({ "api": format!("{address}"), "error": why.to_string() }),
+    let Ok(Ok(cluster)) = api.get("/v1/cluster").await.map(|answer| answer.read::<ClusterView>()) else {
+        return found.into_values().collect();
+    };
+    for (node, member) in cluster.members {
+        let name = node.to_string();
+        if found.contains_key(&name) {
+            continue;
+        }
+        let address = member.api.as_ref().and_then(|address| address.parse::<Address>().ok());
+        let answer = match &address {
+            // It was asked already, and didn't answer.
+            Some(address) if found.contains_key(&address.to_string()) => match found.remove(&address.to_string()) {
+                Some(NodeAnswer { answer, .. }) => answer,
+                None => continue,
+            },
+            Some(address) => ask(address).await,
+            None => Err(anyhow::anyhow!("its address is unknown here; name it in --api")),
         };
-        let body = json!({ "agree": agree, "nodes": rows.map(node).collect::<Vec<_>>() });
+        found.insert(name.clone(), NodeAnswer { name, answer });
+    }
+    found.into_values().collect()
+}
+
+async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit> {
+    let answers = ask_all(api, name).await;
+    let agree = agree(answers.iter().map(|node| &node.answer));
+    if format != Format::Table {
+        let node = |NodeAnswer { name, answer }: &NodeAnswer| match answer {
+            Ok(state) => json!({ "node": name, "state": state }),
+            Err(why) => json!({ "node": name, "error": why.to_string() }),
+        };
+        let body = json!({ "agree": agree, "nodes": answers.iter().map(node).collect::<Vec<_>>() });
         output::print(format, &body.to_string(), |_| String::new())?;
     } else {
         let mut table = table(["NODE", "VERSION", "WEIGHTS", "STATUS", "SLOT", "HASH", "MODE"]);
-        for (address, answer) in rows {
+        for NodeAnswer { name, answer } in &answers {
             let cells = match answer {
                 Ok(view) => [
                     view.routing.version.to_string(),
@@ -175,7 +217,7 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
                 ],
                 Err(why) => [why.to_string(), "".into(), "".into(), "".into(), "".into(), "".into()],
             };
-            table.add_row(std::iter::once(address.to_string()).chain(cells));
+            table.add_row(std::iter::once(name.clone()).chain(cells));
         }
         let (tone, word) = if agree { (Tone::Good, "all nodes agree") } else { (Tone::Bad, "the nodes do not agree") };
         output::line(&format!("{}\n{}", table.trim_fmt(), paint(colours(), tone, word)))?;
@@ -184,24 +226,25 @@ async fn all_nodes(api: &Api, name: &str, format: Format) -> anyhow::Result<Exit
 }
 
 /// Returns true when every node answered, and all of them the same.
-fn agree(answers: &[anyhow::Result<RoutingView>]) -> bool {
+fn agree<'a>(answers: impl IntoIterator<Item = &'a anyhow::Result<RoutingView>>) -> bool {
     let agreed = |answer: &anyhow::Result<RoutingView>| {
         let RoutingView { routing, slot, hash, .. } = answer.as_ref().ok()?;
         Some((routing.version, routing.weights.clone(), routing.status, *slot, hash.clone()))
     };
-    let first = answers.first().and_then(agreed);
-    first.is_some() && answers.iter().all(|answer| agreed(answer) == first)
+    let mut answers = answers.into_iter().map(agreed);
+    let first = answers.next().flatten();
+    first.is_some() && answers.all(|answer| answer == first)
 }
 
 /// Shows what was decided about a service.
 pub async fn history(api: &Api, args: &HistoryArgs, format: Format) -> anyhow::Result<Exit> {
     let answer = api.get(&format!("/v1/rollouts/{}/history", segment(&args.name))).await?;
-    print(&answer, format, |History { history }| {
+    print(&answer, format, |History { history, whole_from }| {
         let mut table = table(["SLOT", "TIME", "WHAT", "STATUS", "WEIGHTS", "VERSION", "WHY"]);
         for entry in history {
             table.add_row([
                 entry.slot.to_string(),
-                show::clock(entry.decided_at),
+                show::time(entry.decided_at),
                 entry.kind.clone(),
                 entry.status.map(|status| status.to_string()).unwrap_or_default(),
                 entry.weights.as_ref().map(show::weights).unwrap_or_default(),
@@ -209,7 +252,10 @@ pub async fn history(api: &Api, args: &HistoryArgs, format: Format) -> anyhow::R
                 entry.reasons.join("; "),
             ]);
         }
-        table.trim_fmt()
+        match whole_from {
+            Some(slot) => format!("{}\nwhat was decided before slot {slot} is no longer in the log", table.trim_fmt()),
+            None => table.trim_fmt(),
+        }
     })
 }
 

@@ -1,226 +1,184 @@
-//! `aviary status`: follows a rollout to its end and prints each transition.
+//! `aviary status`: follows a rollout until it ends or waits for a person, and prints each transition.
 
 use std::time::Duration;
 
 use clap::Args;
-use tokio::time::{Instant, timeout_at};
+use serde_json::Value;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 
+use super::Exit;
 use super::announced::Announced;
+use super::followed::{End, Followed, News};
 use super::output::{self, Format};
-use super::{Exit, show};
 use crate::client::{AnswerError, Api, StreamEvent, Unreachable, segment};
-use crate::domain::routing::Status;
-use crate::model::{RolloutView, RoutingView};
-use crate::protocol::Event;
+use crate::model::{Changed, RolloutView};
 
 #[derive(Debug, Args)]
-#[command(after_help = "Exit codes: 0 completed, 1 rolled back or paused, 2 timeout or no node reachable.\n\n\
-    Example:\n  aviary status fraud-model --timeout 5m && echo shipped")]
+#[command(
+    after_help = "Exit codes: 0 completed, 1 rolled back, 2 timeout or no node reachable, 3 waits for a person,\n\
+    4 another rollout took its place.\n\n\
+    Example:\n  aviary status fraud-model --timeout 5m && echo shipped"
+)]
 pub struct StatusArgs {
     /// Service whose rollout is followed.
     name: String,
     /// Maximum wait; default: no limit.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
-    /// Last slot that the reader knows of: a node that lags behind it is not believed.
+    #[command(flatten)]
+    pause: PauseArgs,
+    /// Answer of the write whose rollout is followed; none follows the one that the service is in.
     #[arg(skip)]
-    known: Option<u64>,
+    answer: Option<Changed>,
+}
+
+/// How a rollout that waits for a person ends the program.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct PauseArgs {
+    /// Exit with 0 instead of 3 when the rollout waits for a person.
+    #[arg(long)]
+    success_on_pause: bool,
 }
 
 impl StatusArgs {
-    /// Returns the arguments that wait for as long as it takes, for what follows slot `known`.
-    pub fn after(name: String, known: Option<u64>) -> Self {
-        Self { name, timeout: None, known }
+    /// Returns the arguments that wait for as long as it takes, for the rollout that a write was answered with.
+    pub fn after(name: String, pause: PauseArgs, answer: Option<&Changed>) -> Self {
+        Self { name, timeout: None, pause, answer: answer.cloned() }
     }
 }
 
 /// A wait that nobody outlives, where no timeout is given.
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How often a node is asked what the rollout waits for, as that changes without an event.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long the log may take to tell how the rollout ended, once another has taken its place.
+const LOG_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Follows the rollout until it ends or `--timeout` is over, and prints what happens.
+/// Follows the rollout until it ends, waits for a person or `--timeout` is over, and prints what happens.
 pub async fn run(api: &Api, args: &StatusArgs, format: Format) -> anyhow::Result<Exit> {
-    let end = Instant::now() + args.timeout.unwrap_or(YEAR);
-    let path = format!("/v1/rollouts/{}", segment(&args.name));
-    let mut feed = api.follow(None);
-    let mut told = LastTold { service: args.name.clone(), slot: args.known };
+    let limit = Instant::now() + args.timeout.unwrap_or(YEAR);
+    // From the answered decision on: what happens before the stream is open is told, too.
+    let after = args.answer.as_ref().and_then(|changed| changed.sequence).map(|sequence| sequence.0);
+    let mut feed = api.follow(after);
+    let mut wait = RolloutWait {
+        path: format!("/v1/rollouts/{}", segment(&args.name)),
+        followed: Followed::new(args.name.clone(), args.answer.as_ref()),
+        pause: args.pause,
+        format,
+        replaced: None,
+    };
+    let mut look = interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut connected, mut lost) = (false, Vec::new());
     loop {
-        let next = match timeout_at(end, feed.recv()).await {
-            Ok(Some(next)) => next,
-            Ok(None) => anyhow::bail!("the event stream ended, expected it to continue on another node"),
-            Err(_) => {
-                eprintln!("timeout: the rollout did not end within {}", humantime::format_duration(waited(args)));
-                return Ok(Exit::Unavailable);
+        let until = wait.replaced.as_ref().map_or(limit, |(_, until)| limit.min(*until));
+        let next = timeout_at(until, async {
+            tokio::select! {
+                biased;
+                next = feed.recv() => Heard::Stream(next),
+                _ = look.tick(), if connected => Heard::Look,
             }
-        };
-        let (json, phase, line) = match next {
-            StreamEvent::Connected => {
+        });
+        let exit = match next.await {
+            Err(_) => match wait.replaced.take() {
+                Some((end, _)) if Instant::now() < limit => Some(wait.end(&end)),
+                _ => {
+                    let waited = humantime::format_duration(args.timeout.unwrap_or(YEAR));
+                    eprintln!("timeout: the rollout did not end within {waited}");
+                    Some(Exit::Unavailable)
+                }
+            },
+            Ok(Heard::Look) => wait.look(api, limit).await?,
+            Ok(Heard::Stream(Some(StreamEvent::Connected))) => {
                 connected = true;
-                let answer = match timeout_at(end, api.get(&path)).await {
-                    Ok(Ok(answer)) => answer,
-                    Ok(Err(_)) | Err(_) => continue,
-                };
-                let view = match answer.read::<RolloutView>() {
-                    Ok(view) => view.routing,
-                    // Another node may be able to tell.
-                    Err(AnswerError::Problem(problem)) if problem.status >= 500 => continue,
-                    Err(why) => anyhow::bail!("{}: {why}", args.name),
-                };
-                let line = told.snapshot(&view);
-                (serde_json::from_str(&answer.body)?, view.phase.to_string(), line)
+                look.reset();
+                wait.look(api, limit).await?
             }
-            StreamEvent::Event(event) => {
+            Ok(Heard::Stream(Some(StreamEvent::Event(event)))) => {
                 let announced = Announced::read(&event.data);
-                let (phase, line) = (announced.phase(), told.event(&announced));
-                (announced.json, phase, line)
+                let news = wait.followed.event(&announced);
+                // What it waits for after a transition is news as well.
+                news.line.is_some().then(|| look.reset_immediately());
+                wait.tell(news, &announced.json)?
             }
-            StreamEvent::Lost(why) if !connected => {
+            Ok(Heard::Stream(Some(StreamEvent::Lost(why)))) if !connected => {
                 lost.push(why);
                 if lost.len() >= api.addresses().len() {
                     return Err(Unreachable { failed: lost }.into());
                 }
-                continue;
+                None
             }
-            StreamEvent::Lost(why) => {
+            Ok(Heard::Stream(Some(StreamEvent::Lost(why)))) => {
                 eprintln!("event stream lost, trying the next node: {why}");
-                continue;
+                None
             }
-            StreamEvent::Refused(refusal) => return Err(refusal.into()),
+            Ok(Heard::Stream(Some(StreamEvent::Refused(refusal)))) => return Err(refusal.into()),
+            Ok(Heard::Stream(None)) => {
+                anyhow::bail!("the event stream ended, expected it to continue on another node")
+            }
         };
-        let Some(line) = line else { continue };
-        match format {
-            Format::Table => output::line(&line)?,
-            Format::Json => output::line(&json.to_string())?,
-            Format::Yaml => output::put(&format!("---\n{}", serde_saphyr::to_string(&json)?))?,
-        }
-        if let Some(exit) = ended(&phase) {
+        if let Some(exit) = exit {
             return Ok(exit);
         }
     }
 }
 
-fn waited(args: &StatusArgs) -> Duration {
-    args.timeout.unwrap_or(YEAR)
+/// What comes next of a rollout.
+enum Heard {
+    /// An item of the event stream.
+    Stream(Option<StreamEvent>),
+    /// It is time to ask a node.
+    Look,
 }
 
-/// Lines that were printed already: a stream that resumes on another node may repeat events.
-struct LastTold {
-    service: String,
-    slot: Option<u64>,
+/// A wait for a rollout.
+struct RolloutWait {
+    path: String,
+    followed: Followed,
+    pause: PauseArgs,
+    format: Format,
+    /// That another rollout has taken the place, and until when the log is given time to say how this one ended.
+    replaced: Option<(End, Instant)>,
 }
 
-impl LastTold {
-    /// Returns the line about where the rollout stands; none when that was told.
-    fn snapshot(&mut self, view: &RoutingView) -> Option<String> {
-        let slot = Some(view.slot.0);
-        if self.slot >= slot {
-            return None;
-        }
-        self.slot = slot;
-        Some(show::line([
-            show::clock(view.routing.timestamp),
-            format!("slot {}", view.slot),
-            view.routing.status.to_string(),
-            self.service.clone(),
-            show::weights(&view.routing.weights),
-            format!("version {}", view.routing.version),
-            view.phase.to_string(),
-            view.waiting_for.clone(),
-            view.reason.clone(),
-        ]))
-    }
-
-    /// Returns the line about an event; none when it concerns something else, changes nothing, or was told.
-    fn event(&mut self, announced: &Announced) -> Option<String> {
-        if announced.service() != self.service {
-            return None;
-        }
-        if let Some(Event::Routing { slot, state, .. }) = announced.event() {
-            let slot = Some(slot.0);
-            if state.status == Status::Prepared || self.slot >= slot {
-                return None;
-            }
-            self.slot = slot;
-        }
-        Some(format!("{}  {}", announced.time(), announced.line()))
-    }
-}
-
-/// Returns how a rollout in this phase ended; none while it goes on.
-fn ended(phase: &str) -> Option<Exit> {
-    match phase {
-        "Completed" => Some(Exit::Done),
-        "RolledBack" | "Paused" => Some(Exit::Refused),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-    use crate::cli::announced::tests::{promotion, sent};
-    use crate::domain::ids::NodeId;
-    use crate::domain::rollout::Phase;
-    use crate::protocol::Mode;
-    use crate::protocol::record::Slot;
-
-    fn routing(slot: u64, status: Status, phase: Phase) -> Announced {
-        sent(promotion(slot, status, phase))
-    }
-
-    /// Returns the routing that the record in this slot led to.
-    fn at(slot: u64) -> RoutingView {
-        let Event::Routing { state, .. } = promotion(slot, Status::Committed, Phase::Progressing) else {
-            unreachable!()
+impl RolloutWait {
+    /// Asks a node where the rollout stands; returns how the program ends by it.
+    async fn look(&mut self, api: &Api, limit: Instant) -> anyhow::Result<Option<Exit>> {
+        let Ok(Ok(answer)) = timeout_at(limit, api.get(&self.path)).await else { return Ok(None) };
+        let view = match answer.read::<RolloutView>() {
+            Ok(view) => view.routing,
+            // Another node may be able to tell.
+            Err(AnswerError::Problem(problem)) if problem.status >= 500 => return Ok(None),
+            Err(why) => anyhow::bail!("{}: {why}", self.path),
         };
-        RoutingView {
-            routing: state,
-            node: NodeId::new("a").unwrap(),
-            slot: Slot(slot),
-            hash: String::new(),
-            mode: Mode::Normal,
-            phase: Phase::Progressing,
-            stage: 0,
-            stages: 2,
-            reason: String::new(),
-            waiting_for: String::new(),
-            held_back: None,
-            effective_weights: BTreeMap::new(),
-            lease_ms_left: None,
-            enforced: true,
+        let news = self.followed.snapshot(&view);
+        if let Some(end @ End::Replaced(_)) = news.end {
+            self.replaced.get_or_insert_with(|| (end, Instant::now() + LOG_PATIENCE));
+            return Ok(None);
         }
+        self.tell(news, &serde_json::from_str(&answer.body)?)
     }
 
-    #[test]
-    fn a_transition_is_told_once_and_only_when_decided() {
-        let mut told = LastTold { service: "m".into(), slot: None };
-        assert_eq!(told.event(&routing(3, Status::Prepared, Phase::Progressing)), None);
-        assert!(told.event(&routing(3, Status::Committed, Phase::Progressing)).is_some());
-        assert_eq!(told.event(&routing(3, Status::Committed, Phase::Progressing)), None);
-        assert_eq!(told.snapshot(&at(3)), None);
-        assert!(told.snapshot(&at(4)).is_some());
+    /// Prints what is new; returns how the program ends by it.
+    fn tell(&self, News { line, end }: News, json: &Value) -> anyhow::Result<Option<Exit>> {
+        if let Some(line) = line {
+            match self.format {
+                Format::Table => output::line(&line)?,
+                Format::Json => output::line(&output::json_text(&json.to_string()))?,
+                Format::Yaml => output::put(&format!("---\n{}", output::yaml_text(json)?))?,
+            }
+        }
+        Ok(end.map(|end| self.end(&end)))
     }
 
-    #[test]
-    fn a_node_that_lags_behind_what_was_answered_is_not_believed() {
-        let mut told = LastTold { service: "m".into(), slot: Some(9) };
-        assert_eq!(told.snapshot(&at(8)), None);
-        assert_eq!(told.event(&routing(8, Status::Committed, Phase::Completed)), None);
-    }
-
-    #[test]
-    fn other_services_are_not_told() {
-        let mut told = LastTold { service: "other".into(), slot: None };
-        assert_eq!(told.event(&routing(3, Status::Committed, Phase::Completed)), None);
-    }
-
-    #[test]
-    fn the_phases_end_the_program_as_documented() {
-        assert_eq!(ended(&routing(3, Status::Committed, Phase::Completed).phase()), Some(Exit::Done));
-        assert_eq!(ended(&routing(3, Status::Committed, Phase::RolledBack).phase()), Some(Exit::Refused));
-        assert_eq!(ended("Paused"), Some(Exit::Refused));
-        assert_eq!(ended("Baking"), None);
+    /// Says why the wait ends where the lines before don't; returns how the program ends by it.
+    fn end(&self, end: &End) -> Exit {
+        match end {
+            End::Completed | End::RolledBack => {}
+            End::Waits(what) if what.is_empty() => eprintln!("the rollout waits for a person"),
+            End::Waits(what) => eprintln!("the rollout waits for a person: {what}"),
+            End::Replaced(what) => eprintln!("{what}"),
+        }
+        end.exit(self.pause.success_on_pause)
     }
 }

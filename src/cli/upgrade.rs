@@ -1,14 +1,16 @@
-//! `aviary cluster upgrade --check`: may the nodes be replaced one by one, and what stands in the way.
+//! `aviary cluster upgrade --check` and `downgrade --check`: may the nodes be replaced one by one, and what stands in the way.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::output::{self, Format};
 use super::{Exit, read};
 use crate::client::Api;
-use crate::node::frame::Versions;
+use crate::domain::ids::NodeId;
+use crate::model::{ClusterView, FeatureView};
+use crate::protocol::Mode;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary cluster upgrade --check && systemctl restart aviary\n\n\
@@ -19,30 +21,36 @@ pub struct UpgradeArgs {
     check: bool,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  aviary cluster downgrade --check\n\n\
+    Exit code: 0 if it may begin, 1 if something stands in the way. Check again before each node.")]
+pub struct DowngradeArgs {
+    /// Say whether the nodes may go back to the version before, one by one; nothing is changed.
+    #[arg(long, required = true)]
+    check: bool,
+}
+
 /// Slots that a member's last word may lag behind while the cluster decides: it tells them four times a second.
 const LAG_SLOTS_MAX: u64 = 64;
 /// With fewer voters, the one that restarts takes the majority with it.
 const VOTERS_MIN: usize = 3;
 
-/// The parts of `GET /v1/cluster` that an upgrade depends on.
-#[derive(Debug, Clone, Deserialize)]
-pub struct ClusterState {
-    node: String,
-    membership: String,
-    mode: String,
-    head: u64,
-    in_doubt: Vec<String>,
-    members: BTreeMap<String, MemberState>,
+/// Where the nodes are to go, one by one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// To the next version.
+    Upgrade,
+    /// To the version before.
+    Downgrade,
 }
 
-#[derive(Debug, Clone, Deserialize)]
-struct MemberState {
-    alive: bool,
-    head: Option<u64>,
-    incarnation: String,
-    counts_not: Option<String>,
-    build: Option<String>,
-    protocol: Option<Versions>,
+impl Direction {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Upgrade => "upgrade",
+            Self::Downgrade => "downgrade",
+        }
+    }
 }
 
 /// One thing that stands in the way.
@@ -58,36 +66,51 @@ struct Obstacle {
 struct Readiness {
     may_begin: bool,
     obstacles: Vec<Obstacle>,
+    /// Features that wait for members that don't know them yet.
+    waiting: Vec<FeatureView>,
 }
 
-/// Asks a node for its cluster, and prints whether an upgrade may begin.
-pub async fn run(api: &Api, _: &UpgradeArgs, format: Format) -> anyhow::Result<Exit> {
+/// Asks a node for its cluster, and prints whether the nodes may be replaced one by one.
+pub async fn run(api: &Api, direction: Direction, format: Format) -> anyhow::Result<Exit> {
     let answer = api.get("/v1/cluster").await?;
     if !answer.status.is_success() {
         return read::print(&answer, format, serde_json::Value::to_string);
     }
-    let cluster: ClusterState = serde_json::from_str(&answer.body)?;
-    let obstacles = obstacles(&cluster);
+    let cluster: ClusterView = serde_json::from_str(&answer.body)?;
+    let obstacles = obstacles(&cluster, direction);
     let exit = if obstacles.is_empty() { Exit::Done } else { Exit::Refused };
-    let answer = Readiness { may_begin: obstacles.is_empty(), obstacles };
-    output::print(format, &serde_json::to_string(&answer)?, |_| text(&cluster, &answer))?;
+    let waiting = cluster.features.iter().filter(|feature| !feature.waits_for.is_empty()).cloned().collect();
+    let answer = Readiness { may_begin: obstacles.is_empty(), obstacles, waiting };
+    output::print(format, &serde_json::to_string(&answer)?, |_| text(&cluster, &answer, direction))?;
     Ok(exit)
 }
 
-fn text(cluster: &ClusterState, answer: &Readiness) -> String {
+fn text(cluster: &ClusterView, answer: &Readiness, direction: Direction) -> String {
+    let name = direction.name();
+    let features: String = answer.waiting.iter().map(|feature| format!("\n{}", waits(feature))).collect();
     if answer.may_begin {
         let count = cluster.members.len();
         return format!(
-            "a rolling upgrade may begin: all {count} voters are alive and caught up, and nothing is in doubt"
+            "a rolling {name} may begin: all {count} voters are alive and caught up, and nothing is open or in doubt{features}"
         );
     }
     let lines = answer.obstacles.iter().map(|Obstacle { what, cure }| format!("  {what}\n    {cure}"));
-    format!("a rolling upgrade may not begin:\n{}", lines.collect::<Vec<_>>().join("\n"))
+    format!("a rolling {name} may not begin:\n{}{features}", lines.collect::<Vec<_>>().join("\n"))
 }
 
-fn obstacles(cluster: &ClusterState) -> Vec<Obstacle> {
+/// Returns which members a feature waits for, in a line.
+pub fn waits(feature: &FeatureView) -> String {
+    let told = |(node, build): (&NodeId, &Option<String>)| {
+        format!("node {node} ({})", build.as_deref().unwrap_or("its build is not known"))
+    };
+    let nodes: Vec<_> = feature.waits_for.iter().map(told).collect();
+    format!("feature {} (aviary {}) waits for {}", feature.name, feature.release, nodes.join(", "))
+}
+
+fn obstacles(cluster: &ClusterView, direction: Direction) -> Vec<Obstacle> {
     let mut found = Vec::new();
     let mut add = |what: String, cure: String| found.push(Obstacle { what, cure });
+    let again = || format!("wait, then repeat: aviary cluster {} --check", direction.name());
     let voters = cluster.members.len();
     if voters < VOTERS_MIN {
         let cure = "aviary cluster join, then aviary cluster add NODE --incarnation HEX".into();
@@ -96,13 +119,16 @@ fn obstacles(cluster: &ClusterState) -> Vec<Obstacle> {
             cure,
         );
     }
-    if cluster.membership != "Voter" || cluster.mode == "learner" {
+    if cluster.membership != "Voter" || cluster.mode == Mode::Learner {
         let cure = format!("aviary cluster status, then aviary cluster readmit {} --incarnation HEX", cluster.node);
         add(format!("node {} is a learner: it has no vote", cluster.node), cure);
-    } else if cluster.mode != "normal" {
+    } else if cluster.mode != Mode::Normal {
         add(format!("node {} hears from no majority", cluster.node), "aviary cluster status".into());
     }
-    let newest = cluster.members.values().filter_map(|member| member.head).chain([cluster.head]).max().unwrap_or(0);
+    if direction == Direction::Downgrade {
+        used(cluster).into_iter().for_each(|Obstacle { what, cure }| add(what, cure));
+    }
+    let newest = cluster.members.values().filter_map(|member| member.head).chain([cluster.head]).max();
     for (node, member) in &cluster.members {
         if !member.alive {
             add(format!("node {node} is not alive"), format!("start node {node}, or: aviary cluster remove {node}"));
@@ -112,19 +138,19 @@ fn obstacles(cluster: &ClusterState) -> Vec<Obstacle> {
             let cure = format!("aviary cluster readmit {node} --incarnation {}", member.incarnation);
             add(format!("the votes of node {node} don't count: {why}"), cure);
         }
-        let lag = newest - member.head.unwrap_or(0);
+        let lag = newest.map_or(0, |newest| newest.0) - member.head.map_or(0, |head| head.0);
         if lag > LAG_SLOTS_MAX {
-            add(
-                format!("node {node} is {lag} slots behind"),
-                "wait, then repeat: aviary cluster upgrade --check".into(),
-            );
+            add(format!("node {node} is {lag} slots behind"), again());
         }
         if member.protocol.is_none() {
             add(format!("node {node} has not told its build and protocol versions"), "aviary cluster status".into());
         }
     }
-    if let Some((what, cure)) = mixed(cluster) {
+    if let Some((what, cure)) = mixed(cluster, direction) {
         add(what, cure);
+    }
+    if let Some(slot) = cluster.open {
+        add(format!("slot {slot} is open: a transaction is under way"), again());
     }
     for service in &cluster.in_doubt {
         add(format!("service {service}: a decision is not settled"), format!("aviary status {service}"));
@@ -132,14 +158,33 @@ fn obstacles(cluster: &ClusterState) -> Vec<Obstacle> {
     found
 }
 
-/// Returns what is wrong if members speak different protocol versions: an upgrade is under way, and the next version
-/// would meet the one before the last.
-fn mixed(cluster: &ClusterState) -> Option<(String, String)> {
-    let spoken = || cluster.members.iter().filter_map(|(node, member)| Some((node, member, member.protocol?)));
-    let newest = spoken().map(|(.., versions)| versions.max).max()?;
-    let behind: Vec<_> = spoken().filter(|(.., versions)| versions.max < newest).collect();
-    let (node, member, versions) = behind.first()?;
-    let build = member.build.as_deref().unwrap_or("an unknown build");
+/// Returns what keeps the nodes from going back: the log made use of what the version before can't read.
+fn used(cluster: &ClusterView) -> Vec<Obstacle> {
+    let used = cluster.features.iter().filter(|feature| feature.used);
+    let obstacle = |feature: &FeatureView| Obstacle {
+        what: format!(
+            "feature {} was used: versions before aviary {} can't read the log",
+            feature.name, feature.release
+        ),
+        cure: "stay, or restore a backup from before into a new cluster of that version: aviary cluster restore".into(),
+    };
+    used.map(obstacle).collect()
+}
+
+/// Returns what is wrong if nodes speak different protocol versions: an upgrade is under way, and the next version would meet
+/// the one before the last. On the way down that is how it goes, but for a node that is two versions behind. Nodes that are no
+/// members follow the log too, so that they are counted.
+fn mixed(cluster: &ClusterView, direction: Direction) -> Option<(String, String)> {
+    let members = cluster.members.iter().map(|(node, member)| (node, &member.build, member.protocol));
+    let outsiders = cluster.outsiders.iter().filter(|(_, outsider)| outsider.alive);
+    let outsiders = outsiders.map(|(node, outsider)| (node, &outsider.build, outsider.protocol));
+    let spoken: Vec<_> =
+        members.chain(outsiders).filter_map(|(node, build, protocol)| Some((node, build, protocol?))).collect();
+    let newest = spoken.iter().map(|(.., versions)| versions.max).max()?;
+    let allowed = if direction == Direction::Downgrade { 1 } else { 0 };
+    let behind: Vec<_> = spoken.iter().filter(|(.., versions)| versions.max + allowed < newest).collect();
+    let (node, build, versions) = behind.first()?;
+    let build = build.as_deref().unwrap_or("an unknown build");
     let what =
         format!("node {node} ({build}) speaks protocol {versions}, others speak {newest}: an upgrade is under way");
     let names: Vec<_> = behind.iter().map(|(node, ..)| node.as_str()).collect();
@@ -181,16 +226,22 @@ mod tests {
     use super::*;
 
     fn cluster(change: impl FnOnce(&mut Value)) -> Vec<String> {
+        checked(Direction::Upgrade, change)
+    }
+
+    fn checked(direction: Direction, change: impl FnOnce(&mut Value)) -> Vec<String> {
         let member = json!({
             "alive": true, "head": 900, "incarnation": "00aa", "cordoned": false, "counts_not": null,
             "build": "0.2.0 (v0.2.0)", "protocol": {"min": 8, "max": 9}, "formats": {},
         });
         let mut json = json!({
-            "node": "a", "membership": "Voter", "mode": "normal", "head": 910, "in_doubt": [],
+            "cluster": "00", "node": "a", "incarnation": "00aa", "coordinator": "a", "hash": "00", "open": null,
+            "membership": "Voter", "mode": "normal", "head": 910, "in_doubt": [], "outsiders": {},
+            "features": [{"name": "x", "protocol": 9, "release": "0.3.0", "used": false, "waits_for": {}}],
             "members": {"a": member, "b": member, "c": member},
         });
         change(&mut json);
-        let found = obstacles(&serde_json::from_value(json).unwrap());
+        let found = obstacles(&serde_json::from_value(json).unwrap(), direction);
         found.into_iter().map(|Obstacle { what, cure }| format!("{what} => {cure}")).collect()
     }
 
@@ -220,6 +271,34 @@ mod tests {
         assert_eq!(doubt, "service s: a decision is not settled => aviary status s");
         let two = one(|json| drop(json["members"].as_object_mut().unwrap().remove("c")));
         assert!(two.contains("found 2 voters, expected at least 3"), "{two}");
+    }
+
+    #[test]
+    fn what_is_open_and_who_follows_without_a_vote_is_looked_at_too() {
+        let open = cluster(|json| json["open"] = 911.into()).join("; ");
+        let again = "wait, then repeat: aviary cluster upgrade --check";
+        assert_eq!(open, format!("slot 911 is open: a transaction is under way => {again}"));
+        let outsider = |max: u16, alive: bool| {
+            let protocol = json!({"min": max - 1, "max": max});
+            json!({"alive": alive, "head": 3, "incarnation": "00dd", "build": "0.1.9 (x)", "protocol": protocol})
+        };
+        let old = cluster(|json| json["outsiders"]["d"] = outsider(8, true)).join("; ");
+        assert!(old.starts_with("node d (0.1.9 (x)) speaks protocol 7 to 8, others speak 9"), "{old}");
+        assert_eq!(cluster(|json| json["outsiders"]["d"] = outsider(8, false)), Vec::<String>::new());
+        assert_eq!(cluster(|json| json["outsiders"]["d"] = outsider(9, true)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn nodes_go_back_until_a_feature_was_used() {
+        let down = |change: fn(&mut Value)| checked(Direction::Downgrade, change).join("; ");
+        assert_eq!(down(|_| {}), "");
+        assert_eq!(down(|json| json["members"]["b"]["protocol"] = json!({"min": 7, "max": 8})), "", "on the way");
+        let older = down(|json| json["members"]["b"]["protocol"] = json!({"min": 6, "max": 7}));
+        assert!(older.contains("node b (0.2.0 (v0.2.0)) speaks protocol 6 to 7"), "{older}");
+        let used = down(|json| json["features"][0]["used"] = true.into());
+        let cure = "stay, or restore a backup from before into a new cluster of that version: aviary cluster restore";
+        assert_eq!(used, format!("feature x was used: versions before aviary 0.3.0 can't read the log => {cure}"));
+        assert_eq!(cluster(|json| json["features"][0]["used"] = true.into()), Vec::<String>::new());
     }
 
     #[test]

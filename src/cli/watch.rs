@@ -27,7 +27,8 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// Draws the rollout's state after each event and once a second, until Ctrl-C.
 pub async fn run(api: &Api, args: &WatchArgs) -> anyhow::Result<Exit> {
     if !std::io::stdout().is_terminal() {
-        return status::run(api, &status::StatusArgs::after(args.name.clone(), None), Format::Table).await;
+        let args = status::StatusArgs::after(args.name.clone(), status::PauseArgs::default(), None);
+        return status::run(api, &args, Format::Table).await;
     }
     let mut feed = api.follow(None);
     let mut screen = Screen::default();
@@ -118,6 +119,6 @@ mod tests {
             screen.take(Some(StreamEvent::Event(SseEvent { id: None, data }))).unwrap();
         }
         assert_eq!(screen.events.len(), EVENTS_SHOWN);
-        assert_eq!(screen.events.back().unwrap(), "00:00:00  slot 19  enforced everywhere  m  5 ms");
+        assert_eq!(screen.events.back().unwrap(), "1970-01-01 00:00:00Z  slot 19  enforced everywhere  m  5 ms");
     }
 }

@@ -14,9 +14,11 @@ use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::Full;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::domain::text::visible;
 use crate::http_client::{HttpClient, HttpError, HttpSettings, OpenAnswer};
 use crate::model::Problem;
 
@@ -78,17 +80,24 @@ pub enum AnswerError {
 }
 
 impl ApiResponse {
-    /// Returns what the answer says, or the problem that it is.
+    /// Returns what the answer says, for people, or the problem that it is: no text of it has hidden characters.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, AnswerError> {
         match self.problem() {
             Some(problem) => Err(AnswerError::Problem(problem)),
-            None => Ok(serde_json::from_str(&self.body)?),
+            None => Ok(T::deserialize(visible_json(serde_json::from_str(&self.body)?))?),
         }
     }
 
-    /// Returns the problem that the answer is; none for a success.
+    /// Returns the problem that the answer is; none for a success. No text of it has hidden characters.
     pub fn problem(&self) -> Option<Problem> {
-        (!self.status.is_success()).then(|| Problem::read(self.status, self.body.as_bytes()))
+        if self.status.is_success() {
+            return None;
+        }
+        let shown = match serde_json::from_str(&self.body) {
+            Ok(json) => visible_json(json).to_string(),
+            Err(_) => visible(self.body.clone()),
+        };
+        Some(Problem::read(self.status, shown.as_bytes()))
     }
 
     /// Returns why the node didn't do it, in words; those of the status where there is no problem.
@@ -99,6 +108,18 @@ impl ApiResponse {
     /// Returns true when the same write should be sent again under the same key.
     fn is_open(&self) -> bool {
         self.problem().is_some_and(|problem| problem.code.may_be_repeated())
+    }
+}
+
+/// Returns the value with the hidden characters of all its texts and names escaped.
+pub fn visible_json(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(visible(text)),
+        Value::Array(items) => items.into_iter().map(visible_json).collect(),
+        Value::Object(fields) => {
+            fields.into_iter().map(|(name, value)| (visible(name), visible_json(value))).collect::<Map<_, _>>().into()
+        }
+        other => other,
     }
 }
 
@@ -220,6 +241,7 @@ impl Api {
     /// Writes, and repeats it under the same key while its outcome is open and there is time.
     pub async fn write(&self, write: &Write) -> Result<ApiResponse, Unreachable> {
         let end = Instant::now() + write.patience;
+        let mut told = String::new();
         loop {
             let open = self.write_once(write).await;
             let settled = matches!(&open, Ok(answer) if !answer.is_open());
@@ -230,7 +252,10 @@ impl Api {
                 Ok(answer) => answer.error(),
                 Err(error) => error.to_string(),
             };
-            eprintln!("outcome unknown, retrying with the same key: {why}");
+            if why != told {
+                eprintln!("outcome unknown, retrying with the same key: {why}");
+                told = why;
+            }
             self.last.fetch_add(1, Ordering::Relaxed);
             sleep(RETRY_PAUSE).await;
         }
@@ -261,12 +286,12 @@ impl Api {
         Err(Unreachable { failed })
     }
 
-    /// Follows events in the background, from after slot `after` or from here on, until the receiver is dropped.
+    /// Follows events in the background, from after the event with the id `after` or from here on, until the receiver is dropped.
     pub fn follow(&self, after: Option<u64>) -> mpsc::Receiver<StreamEvent> {
         let (sender, receiver) = mpsc::channel(256);
         let api = self.clone();
         tokio::spawn(async move {
-            let mut last_id = after.map(|slot| slot.to_string());
+            let mut last_id = after.map(|id| id.to_string());
             loop {
                 let failure = match api.follow_once(&mut last_id, &sender).await {
                     StreamEnd::Lost(failure) => failure,
@@ -308,10 +333,13 @@ impl Api {
                 Err(_) => return lost(NodeError::Silent { within: SILENCE_MAX }),
             };
             for event in parser.feed(&bytes) {
-                last_id.clone_from(&event.id);
                 if to.send(StreamEvent::Event(event)).await.is_err() {
                     return StreamEnd::Unheard;
                 }
+            }
+            // What came without an id, such as a heartbeat or a vote, says nothing about the place in the log.
+            if let Some(id) = parser.last_id() {
+                *last_id = Some(id.into());
             }
         }
     }
@@ -402,6 +430,18 @@ mod tests {
         assert_eq!(segment("../a b"), "..%2Fa%20b");
     }
 
+    #[test]
+    fn no_text_of_an_answer_has_hidden_characters() {
+        let answer = |status, body: &str| ApiResponse { status, body: body.into() };
+        let body = r#"{"a\u001b": ["\u202e", {"b": "x\u009by", "n": 1}]}"#;
+        let read: Value = answer(StatusCode::OK, body).read().unwrap();
+        assert_eq!(read, serde_json::json!({"a\\u{1b}": ["\\u{202e}", {"b": "x\\u{9b}y", "n": 1}]}));
+        for body in [r#"{"code": "REFUSED", "detail": "\u001b[2J"}"#, "\u{1b}[2J"] {
+            let told = answer(StatusCode::CONFLICT, body).error();
+            assert!(told.contains("\\u{1b}[2J") && !told.contains('\u{1b}'), "{told:?}");
+        }
+    }
+
     #[tokio::test]
     async fn the_next_node_is_asked_when_one_cannot_be_reached() {
         let live = serve(Router::new().route("/x", get(async || "yes"))).await;
@@ -482,5 +522,34 @@ mod tests {
         }
         assert_eq!(ids, ["5", "6"]);
         assert_eq!(asked.lock().unwrap()[..2], [Some("4".into()), Some("5".into())]);
+    }
+
+    /// Returns the ids that a client asks with, `count` of them, where the streams are `parts`, one after the other.
+    async fn asked_with(parts: Vec<&'static str>, after: Option<u64>, count: usize) -> Vec<Option<String>> {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let answer = async move |headers: HeaderMap| -> &'static str {
+            let mut seen = seen.lock().unwrap();
+            seen.push(headers.get("last-event-id").map(|v| v.to_str().unwrap().to_owned()));
+            parts.get(seen.len() - 1).copied().unwrap_or_default()
+        };
+        let api = Api::new(vec![serve(Router::new().route("/v1/events", get(answer))).await], None).unwrap();
+        let mut feed = api.follow(after);
+        while asked.lock().unwrap().len() < count {
+            feed.recv().await;
+        }
+        asked.lock().unwrap()[..count].to_vec()
+    }
+
+    #[tokio::test]
+    async fn no_number_of_cuts_loses_the_place_in_the_log() {
+        let ids = |ids: &[Option<&str>]| ids.iter().map(|id| id.map(str::to_owned)).collect::<Vec<_>>();
+        let without = "event: peer\ndata: {}\n\n";
+        let found = asked_with(vec!["id: 10\ndata: {}\n\n", without, without, ": alive\n\n"], None, 5).await;
+        assert_eq!(found, ids(&[None, Some("10"), Some("10"), Some("10"), Some("10")]));
+        let found = asked_with(vec![without, "", without], Some(7), 4).await;
+        assert_eq!(found, ids(&[Some("7"), Some("7"), Some("7"), Some("7")]));
+        let found = asked_with(vec!["id: 3\n\n", without], None, 3).await;
+        assert_eq!(found, ids(&[None, Some("3"), Some("3")]), "a stream says where it begins");
     }
 }

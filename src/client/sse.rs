@@ -22,6 +22,11 @@ pub struct SseParser {
 }
 
 impl SseParser {
+    /// Returns the last id that the stream gave, with an event or alone; none before the first.
+    pub fn last_id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
     /// Returns the events that `bytes` complete.
     pub fn feed(&mut self, bytes: &[u8]) -> Vec<SseEvent> {
         let mut events = Vec::new();
@@ -81,6 +86,14 @@ mod tests {
             let found: Vec<_> = STREAM.as_bytes().chunks(size).flat_map(|part| parser.feed(part)).collect();
             assert_eq!(found, expected(), "cut into {size}");
         }
+    }
+
+    #[test]
+    fn an_id_without_data_is_no_event_and_is_remembered() {
+        let mut parser = SseParser::default();
+        assert_eq!(parser.last_id(), None);
+        assert_eq!(parser.feed(b"id: 9\n\ndata: x\n\n"), [SseEvent { id: Some("9".into()), data: "x".into() }]);
+        assert_eq!(parser.last_id(), Some("9"));
     }
 
     #[test]

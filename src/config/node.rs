@@ -6,7 +6,7 @@ use std::{fs, io};
 
 use serde::Deserialize;
 
-use super::{FileError, with_nearest_key};
+use super::{FileError, in_words, with_nearest_key};
 use crate::domain::ids::NodeId;
 use crate::domain::limits::{self, Limits, OutOfRange};
 use crate::protocol::{Retention, Timings};
@@ -206,7 +206,7 @@ pub enum NodeProblem {
     #[error(transparent)]
     Read(#[from] io::Error),
     /// The text is no TOML, or has unknown or missing keys.
-    #[error("line {line}: {}", with_nearest_key(.error.message()))]
+    #[error("line {line}: {}", in_words(&with_nearest_key(.error.message())))]
     Shape {
         /// Line of the file, from 1.
         line: usize,
@@ -268,6 +268,14 @@ impl NodeConfig {
         read.and_then(|text| Self::parse(&text, path)).map_err(|problem| FileError::new(path.display(), problem))
     }
 
+    /// Reads and checks a node's file that `text` holds, which is or could be at `path`; errors begin with that.
+    ///
+    /// # Errors
+    /// When it is no node's file, or a value is not allowed.
+    pub fn of(text: &str, path: &Path) -> Result<Self, NodeFileError> {
+        Self::parse(text, path).map_err(|problem| FileError::new(path.display(), problem))
+    }
+
     pub(super) fn parse(text: &str, path: &Path) -> Result<Self, NodeProblem> {
         let file: NodeFile = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
@@ -311,6 +319,7 @@ impl NodeConfig {
             ("first_byte_timeout_ms", data.first_byte_timeout_ms),
             ("idle_timeout_ms", data.idle_timeout_ms),
             ("header_timeout_ms", data.header_timeout_ms),
+            ("unread_timeout_ms", data.unread_timeout_ms),
             ("upstream_life_ms", data.upstream_life_ms),
             ("resolve_ms", data.resolve_ms),
             ("upstream_ping_timeout_ms", data.upstream_ping_timeout_ms),

@@ -14,6 +14,9 @@ pub enum RolloutProblem {
     /// The text is no YAML, or has unknown or missing keys.
     #[error(transparent)]
     Shape(#[from] YamlError),
+    /// The text holds several documents.
+    #[error("the text holds {0} documents, expected one rollout")]
+    Documents(usize),
     /// A value is not allowed.
     #[error(transparent)]
     Value(#[from] ValueError),
@@ -28,7 +31,21 @@ pub fn parse(text: &str, file: &str) -> Result<Manifest, RolloutError> {
 }
 
 fn parse_text(text: &str) -> Result<Manifest, RolloutProblem> {
+    let documents = super::documents(text);
+    let text = match &documents[..] {
+        [] => text,
+        [one] => one,
+        _ => return Err(RolloutProblem::Documents(documents.len())),
+    };
     let file: RolloutFile = super::read_yaml(text)?;
+    let spec = file.spec()?;
+    spec.check_answers()?;
+    Ok(spec.checked()?)
+}
+
+/// Returns the rollout that a node recorded and shows as `manifest`, by whatever rules it was accepted.
+pub fn recorded(manifest: &serde_json::Value) -> Result<Manifest, RolloutProblem> {
+    let file: RolloutFile = super::read_yaml(&manifest.to_string())?;
     Ok(file.spec()?.checked()?)
 }
 
@@ -76,6 +93,9 @@ spec:
     #[test]
     fn a_whole_file_reads_as_it_was_meant() {
         let spec = parse(GOOD, "r.yaml").unwrap();
+        for around in ["---", "---\n# Source: chart/rollout.yaml", "# head\n---"] {
+            assert_eq!(parse(&format!("{around}{GOOD}---\n"), "r.yaml").unwrap(), spec, "{around:?}");
+        }
         let stages: Vec<_> = spec.stages.iter().map(|s| (s.weight.bp(), s.hold_ms, s.manual)).collect();
         assert_eq!(stages, [(0, 0, true), (500, 90_000, false), (2000, 0, true), (10_000, 0, false)]);
         assert_eq!(spec.canary.urls, ["http://127.0.0.1:9102", "http://127.0.0.1:9103"]);
@@ -119,6 +139,76 @@ spec:
         assert_eq!(parse(GOOD, "r.yaml").unwrap().analysis.sequential(1), None);
     }
 
+    const STABLE_URL: &str = ", url: \"http://127.0.0.1:9101\"";
+    const CANARY_URLS: &str = ", urls: [\"http://127.0.0.1:9102/\", \"http://127.0.0.1:9103\"]";
+
+    #[test]
+    fn a_version_without_servers_is_refused_beside_one_with_servers() {
+        let expected = "r.yaml: v1 has a url and v2 has none, expected one of both: without a server, nodes would answer for \
+                        v2 themselves";
+        assert_eq!(complaint(CANARY_URLS, ""), expected);
+        assert_eq!(complaint(CANARY_URLS, ", urls: []"), expected);
+        assert_eq!(complaint(CANARY_URLS, ", answer: node"), expected);
+        assert_eq!(complaint(CANARY_URLS, ", healthCheck: { path: /ok }"), expected);
+        assert!(complaint(STABLE_URL, "").contains("v2 has a url and v1 has none"));
+        assert!(complaint(STABLE_URL, ", answer: node").contains("v2 has a url and v1 has none"));
+        let both = complaint(STABLE_URL, &format!("{STABLE_URL}, answer: node"));
+        assert_eq!(both, "r.yaml: spec.stable: found a url and `answer: node`, expected one of them");
+    }
+
+    #[test]
+    fn classes_say_which_answers_are_errors() {
+        let parsed =
+            |classes: &str| parse(&GOOD.replace("name: errors,", &format!("name: errors, classes: {classes},")), "r");
+        let both = parsed("[5xx, 4xx]").unwrap();
+        assert!(both.error_classes.has(404) && both.error_classes.has(503) && !both.error_classes.has(307));
+        assert!(parsed("[5xx, 4xx, 3xx]").unwrap().error_classes.has(307));
+        assert_eq!(parsed("[5xx]").unwrap(), parse(GOOD, "r").unwrap(), "the default");
+        assert_eq!(recorded(&both.value()).unwrap(), both);
+        assert!(
+            parsed("[4xx]").unwrap_err().to_string().contains("metric errors: classes don't have 5xx, expected it")
+        );
+        assert!(parsed("[5xx, 2xx]").is_err() && parsed("[]").is_err());
+        assert!(
+            complaint("name: latency,", "name: latency, classes: [5xx],")
+                .contains("classes are for errors by THRESHOLD")
+        );
+        let metric = "{ name: latency, statistic: p95, thresholdRange: { max: 250 } }";
+        let second = "{ name: errors-b, classes: [5xx, 4xx], thresholdRange: { max: 9 } }";
+        assert!(complaint(metric, second).contains("metrics have different classes"));
+    }
+
+    #[test]
+    fn that_nodes_answer_is_said_of_both_versions() {
+        let file = |stable: &str, canary: &str| GOOD.replace(STABLE_URL, stable).replace(CANARY_URLS, canary);
+        let said = parse(&file(", answer: node", ", answer: node"), "r.yaml").unwrap();
+        assert!(said.node_answers && said.stable.urls.is_empty() && said.canary.urls.is_empty());
+        assert_eq!(recorded(&said.value()).unwrap(), said, "the log says so too");
+        let expected = "r.yaml: v1 and v2 have no url, expected one of both, or `answer: node` in both if nodes are to answer \
+                        themselves";
+        for (stable, canary) in [("", ""), (", answer: node", ""), ("", ", answer: node")] {
+            assert_eq!(parse(&file(stable, canary), "r.yaml").unwrap_err().to_string(), expected);
+        }
+        assert!(parse(&file(", answer: nobody", ", answer: node"), "r.yaml").is_err());
+    }
+
+    #[test]
+    fn a_provider_may_have_a_path_prefix() {
+        let metric = "{ name: latency, statistic: p95, thresholdRange: { max: 250 } }";
+        let at = |address: &str| {
+            let provider = format!("provider: {{ prometheus: {{ address: \"{address}\", query: up }} }}");
+            GOOD.replace(metric, &format!("{{ name: up, thresholdRange: {{ min: 1 }}, {provider} }}"))
+        };
+        let spec = parse(&at("http://proxy:80/prometheus/team-a/"), "r.yaml").unwrap();
+        assert_eq!(spec.analysis.queries[0].address, "http://proxy:80/prometheus/team-a");
+        assert!(parse(&spec.value().to_string(), "log").is_ok(), "the log says so too");
+        for wrong in
+            ["http://proxy/prometheus", "http://proxy:80/x?tenant=1", "http://u:p@proxy:80/x", "ftp://proxy:80/x"]
+        {
+            assert!(parse(&at(wrong), "r.yaml").is_err(), "{wrong}");
+        }
+    }
+
     #[test]
     fn a_mistake_names_what_was_found_and_expected() {
         let found = complaint("setWeight: 5", "setWieght: 5");
@@ -137,6 +227,16 @@ spec:
             "r.yaml: step weight 20% follows 50%, expected weights that never decrease"
         );
         assert!(complaint("duration: 30s", "duration: 30 parsecs").contains("30 parsecs"));
+        for months in ["1M", "1y", "2w", "1h 1M", "3weeks", "1yr", "30", "-1s"] {
+            let found = complaint("duration: 30s", &format!("duration: {months}"));
+            assert!(found.contains(&format!("{months:?}, expected a number and one of ms, s, m, h and d")), "{found}");
+        }
+        assert!(complaint("setWeight: 5", "setWeight: 5%").contains("expected a number"));
+        let two = format!("{GOOD}---{GOOD}");
+        assert_eq!(
+            parse(&two, "r.yaml").unwrap_err().to_string(),
+            "r.yaml: the text holds 2 documents, expected one rollout"
+        );
         assert!(complaint("http://127.0.0.1:9101", "https://127.0.0.1:9101").contains("is https, expected http"));
         assert!(
             complaint("strategy: THRESHOLD", "strategy: SEQUENTIAL")

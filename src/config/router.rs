@@ -203,6 +203,9 @@ pub type RouterFileError = FileError<RouterProblem>;
 /// Why a file is no router's.
 #[derive(Debug, thiserror::Error)]
 pub enum RouterProblem {
+    /// The text holds several documents.
+    #[error("the text holds {0} documents, expected one router")]
+    Documents(usize),
     /// The system refused to read the file.
     #[error(transparent)]
     Read(#[from] io::Error),
@@ -281,7 +284,21 @@ impl RouterConfig {
         read.and_then(|text| Self::parse(&text)).map_err(|problem| FileError::new(path.display(), problem))
     }
 
+    /// Reads and checks a router's file that `text` holds; errors begin with `file`.
+    ///
+    /// # Errors
+    /// When it is no router's file, or a value is not allowed.
+    pub fn of(text: &str, file: &str) -> Result<Self, RouterFileError> {
+        Self::parse(text).map_err(|problem| FileError::new(file, problem))
+    }
+
     fn parse(text: &str) -> Result<Self, RouterProblem> {
+        let documents = super::documents(text);
+        let text = match &documents[..] {
+            [] => text,
+            [one] => one,
+            _ => return Err(RouterProblem::Documents(documents.len())),
+        };
         let RouterFile { api_version, kind, metadata, spec } = super::read_yaml(text)?;
         if (api_version.as_str(), kind.as_str()) != ("aviary/v1", "Router") {
             return Err(RouterProblem::OtherFile { api_version, kind });

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::node::handle::NodeHandle;
+use crate::node::handle::{Guard, NodeHandle};
 use crate::ports::GuardProbe;
 
 /// Time from one probe of the store to the next.
@@ -26,7 +26,7 @@ pub fn run(node: &NodeHandle, mut probe: Box<dyn GuardProbe>, shutdown: &Cancell
             }
         }
         metrics::gauge!("aviary_guard_up").set(f64::from(u8::from(unavailable.is_none())));
-        node.guarded(unavailable);
+        node.guarded(Guard::Store, unavailable);
         std::thread::sleep(PROBE);
     }
 }

@@ -24,8 +24,8 @@ pub fn decision(event: &Event) -> Option<Decision> {
                 sequence: Sequence::of(*slot, 0).0,
                 kind: decision_kind(*kind).into(),
                 reasons: reasons.clone(),
-                proposed_time: Some(time(state.timestamp)),
-                decided_time: Some(time(*decided_at)),
+                proposed_time: Some(timestamp(state.timestamp)),
+                decided_time: Some(timestamp(*decided_at)),
                 actor: actor.clone(),
                 phase: phase.map(|phase| phase.to_string()).unwrap_or_default(),
                 transaction_id: state.txid.to_string(),
@@ -44,8 +44,8 @@ pub fn decision(event: &Event) -> Option<Decision> {
                 sequence: sequence.0,
                 kind: DecisionKind::Verdict.into(),
                 reasons: reasons.into_iter().filter(|reason| !reason.is_empty()).collect(),
-                proposed_time: Some(time(decided.proposed_at)),
-                decided_time: Some(time(decided.decided_at)),
+                proposed_time: Some(timestamp(decided.proposed_at)),
+                decided_time: Some(timestamp(decided.decided_at)),
                 transaction_id: decided.txid.to_string(),
                 window: Some(window(window_verdict)),
                 rollout_generation: *rollout_generation,
@@ -67,7 +67,8 @@ fn of_routing(state: &RoutingState) -> Decision {
     }
 }
 
-fn time(at: Wall) -> Timestamp {
+/// Returns a time as protobuf has it.
+pub fn timestamp(at: Wall) -> Timestamp {
     Timestamp { seconds: (at.0 / 1000) as i64, nanos: (at.0 % 1000 * 1_000_000) as i32 }
 }
 
@@ -86,7 +87,8 @@ fn decision_kind(kind: RecordKind) -> DecisionKind {
         | RecordKind::Uncordon
         | RecordKind::Readmit
         | RecordKind::Add
-        | RecordKind::Remove => DecisionKind::Unspecified,
+        | RecordKind::Remove
+        | RecordKind::SetDefault => DecisionKind::Unspecified,
     }
 }
 
@@ -127,7 +129,7 @@ mod tests {
 
     const AT_MS: u64 = 1_700_000_000_123;
     const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
-        stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
+        stable: { version: v1, answer: node }\n  canary: { version: v2, answer: node }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
 
     fn id() -> ServiceId {
         ServiceId::new("svc").unwrap()

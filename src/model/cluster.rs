@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{NodeId, ServiceId};
@@ -10,7 +11,7 @@ use crate::protocol::Mode;
 use crate::protocol::record::Slot;
 
 /// Answer of `GET /v1/cluster`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ClusterView {
     /// Id of the cluster, 32 hexadecimal digits.
     pub cluster: String,
@@ -31,15 +32,60 @@ pub struct ClusterView {
     /// Services with an increase that was decided in doubt, or with a decrease that this node doesn't know to be decided.
     #[serde(default)]
     pub in_doubt: Vec<ServiceId>,
+    /// Slot that is being decided, as far as the node knows; none while none is.
+    #[serde(default)]
+    pub open: Option<Slot>,
+    /// Service that gets the requests that name none.
+    #[serde(default)]
+    pub default_service: Option<ServiceId>,
+    /// What not every build knows, and which members it waits for.
+    #[serde(default)]
+    pub features: Vec<FeatureView>,
     /// Members of the cluster, by name.
     pub members: BTreeMap<NodeId, ClusterMember>,
+    /// Nodes that are no members and that the node heard from: those that are to become members, and removed ones.
+    #[serde(default)]
+    pub outsiders: BTreeMap<NodeId, ClusterOutsider>,
+}
+
+/// Something that a release brought and that is used once every member knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct FeatureView {
+    /// Its name, such as `default-service`.
+    pub name: String,
+    /// Protocol version that brought it.
+    pub protocol: u16,
+    /// First release that knows it.
+    pub release: String,
+    /// True once the log made use of it: no member can go back behind that release.
+    pub used: bool,
+    /// Members that don't know it yet, each with its build if it told that.
+    pub waits_for: BTreeMap<NodeId, Option<String>>,
+}
+
+/// A node that is no member, as the node that answers sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ClusterOutsider {
+    /// True if the node heard from it lately.
+    pub alive: bool,
+    /// Its last decided slot, by its last word.
+    pub head: Option<Slot>,
+    /// Incarnation of its data, 16 hexadecimal digits.
+    pub incarnation: String,
+    /// Its build, by its own word.
+    pub build: Option<String>,
+    /// Versions of the control protocol that it speaks.
+    pub protocol: Option<Versions>,
 }
 
 /// One member as the node that answers sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ClusterMember {
     /// True if the node heard from it lately.
     pub alive: bool,
+    /// Its API port, `host:port`, as the file of the node that answers has it; none for that node itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api: Option<String>,
     /// True if its Yes isn't needed, and it serves stable only.
     pub cordoned: bool,
     /// Its last decided slot, by its last word.

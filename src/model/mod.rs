@@ -5,14 +5,18 @@
 
 pub mod change;
 pub mod cluster;
+pub mod probe;
 pub mod problem;
+pub mod request;
 pub mod rollout;
 pub mod selector;
 pub mod telemetry;
 
-pub use change::{ChangeStatus, Changed};
-pub use cluster::{ClusterMember, ClusterView};
+pub use change::{ChangeStatus, Changed, Reach};
+pub use cluster::{ClusterMember, ClusterOutsider, ClusterView, FeatureView};
+pub use probe::{ProbeStatus, ProbeView};
 pub use problem::{Problem, ProblemFacts};
+pub use request::{ChangeDetails, MemberData, MemberName, ReadConsistency, ServiceName, WriteConsistency};
 pub use rollout::{HealthView, History, HistoryEntry, RolloutList, RolloutMetadata, RolloutView, RoutingView};
 pub use selector::Selector;
 pub use telemetry::{BatchReceipt, RejectedEvent};

@@ -3,10 +3,12 @@
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::code::Code;
 use crate::domain::ids::{NodeId, ServiceId, TxId};
+use crate::protocol::Mode;
 use crate::protocol::record::Slot;
 
 use super::telemetry::BatchReceipt;
@@ -15,7 +17,7 @@ use super::telemetry::BatchReceipt;
 pub const PROBLEM_JSON: &str = "application/problem+json";
 
 /// Why a request was not done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {
     /// Stable name of the kind of problem: `urn:aviary:problem:` and the code's words with dashes.
     #[serde(rename = "type", default)]
@@ -36,7 +38,7 @@ pub struct Problem {
 }
 
 /// What a problem says beside its words; what doesn't apply is left out.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct ProblemFacts {
     /// Id of the transaction, which is the write's idempotency key.
@@ -60,6 +62,9 @@ pub struct ProblemFacts {
     /// Services that are known, where an unknown one was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub known: Option<Vec<ServiceId>>,
+    /// What the node is able to do, where that is why it is not ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
     /// What became of a batch of events of which none counts.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub receipt: Option<BatchReceipt>,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -17,7 +18,7 @@ use crate::protocol::Mode;
 use crate::protocol::record::Slot;
 
 /// One service's routing as a node serves it: answer of `GET /routing/state`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RoutingView {
     /// What the cluster has committed.
     #[serde(flatten)]
@@ -36,8 +37,14 @@ pub struct RoutingView {
     pub stage: usize,
     /// Number of stages that the rollout has.
     pub stages: usize,
+    /// Routing version that the rollout began with, which tells it from other rollouts of the service; 0 by a node of an earlier build.
+    #[serde(default)]
+    pub rollout_generation: u64,
     /// Why the rollout is paused or was rolled back; empty where there is no reason.
     pub reason: String,
+    /// True while the rollout goes on only when a person says so: it is paused, or at a step that waits for an operator.
+    #[serde(default)]
+    pub waits_for_operator: bool,
     /// What the rollout waits for; empty when it waits for nothing.
     pub waiting_for: String,
     /// Why this node serves less than the committed share; none when nothing holds it back.
@@ -51,7 +58,7 @@ pub struct RoutingView {
 }
 
 /// One service's evidence as a node and the cluster see it: answer of `GET /health/snapshot`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct HealthView {
     /// Service whose answers were counted.
     pub service: ServiceId,
@@ -74,7 +81,7 @@ pub struct HealthView {
 }
 
 /// Counts of one version's answers in a window; rates and latencies are none without answers.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct AnswerCounts {
     /// Number of answers.
     pub count: u64,
@@ -107,7 +114,7 @@ impl From<&Stats> for AnswerCounts {
 }
 
 /// The last rollout of one service: answer of `GET /v1/rollouts/{name}`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RolloutView {
     /// Name of the service.
     pub name: ServiceId,
@@ -120,12 +127,23 @@ pub struct RolloutView {
     pub health: HealthView,
     /// Versions and steps, in brief.
     pub spec: RolloutBrief,
+    /// What serves as stable; none where a node of an older build answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stable: Option<Backend>,
+    /// True where something of the last rollout may have been served: false where its start was reverted.
+    #[serde(default = "yes")]
+    pub was_served: bool,
     /// The rollout file that is in force, with every default written out.
+    #[schemars(with = "serde_json::Map<String, Value>")]
     pub manifest: Value,
 }
 
+const fn yes() -> bool {
+    true
+}
+
 /// What the author of a rollout file says about it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RolloutMetadata {
     /// Labels that users select services by.
     pub labels: BTreeMap<String, String>,
@@ -134,7 +152,7 @@ pub struct RolloutMetadata {
 }
 
 /// Versions and steps of a rollout.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RolloutBrief {
     /// Version that serves before the rollout.
     pub stable: VersionBrief,
@@ -149,7 +167,7 @@ pub struct RolloutBrief {
 }
 
 /// A version and its servers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VersionBrief {
     /// Name of the version.
     pub version: VersionId,
@@ -158,7 +176,7 @@ pub struct VersionBrief {
 }
 
 /// A step of a rollout.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StepBrief {
     /// The canary's share, 0.0 to 1.0.
     pub weight: f64,
@@ -192,7 +210,7 @@ impl From<&RolloutSpec> for RolloutBrief {
 }
 
 /// A page of the services' rollouts: answer of `GET /v1/rollouts`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RolloutList {
     /// Rollouts of this page, by the services' names.
     pub rollouts: Vec<RolloutView>,
@@ -202,14 +220,17 @@ pub struct RolloutList {
 }
 
 /// The records that changed a service, or were to: answer of `GET /v1/rollouts/{name}/history`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct History {
     /// The newest records, oldest first.
     pub history: Vec<HistoryEntry>,
+    /// First slot that is still in the log of the node that answers: what was decided before is missing. None where nothing is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub whole_from: Option<Slot>,
 }
 
 /// One record of a service.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct HistoryEntry {
     /// Slot of the record.
     pub slot: Slot,

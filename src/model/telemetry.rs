@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How many events of a batch count, and why others don't.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BatchReceipt {
     /// Number of events that count.
     pub accepted: u64,
@@ -16,7 +17,7 @@ pub struct BatchReceipt {
 }
 
 /// An event that doesn't count.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RejectedEvent {
     /// Its place in the batch, from 0 on.
     pub event: usize,

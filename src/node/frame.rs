@@ -14,9 +14,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use bytes::{BufMut, BytesMut};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
+use super::layout;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId};
 use crate::domain::rollout::Change;
 use crate::domain::run::WindowVerdict;
@@ -24,6 +26,7 @@ use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
 use crate::protocol::checkpoint::PART_BYTES;
 use crate::protocol::codec;
+use crate::protocol::feature::Feature;
 use crate::protocol::message::{Answer, Decision, HealthSnapshot, Message, Refusal, Vote};
 use crate::protocol::record::{Accepted, Ballot, Chosen, Intent, Operation, Record, RunTransfer};
 
@@ -34,8 +37,8 @@ pub const HEADER_BYTES: usize = 15;
 /// The version that HELLO is written in: its layout never changes, so that any two nodes can tell what they differ in. What
 /// a later version tells beyond it is one more of its facts.
 pub const HELLO_VERSION: u16 = 2;
-/// The protocol versions that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 8, max: 8 };
+/// The protocol versions that this program speaks: the newest, and the one before it.
+pub const VERSIONS: Versions = layout::VERSIONS;
 /// Most bytes of a body before the peer is known.
 pub const HELLO_BYTES_MAX: usize = 4 * 1024;
 /// Most facts in a HELLO.
@@ -82,7 +85,7 @@ impl<T> Envelope<T> {
         Identity { cluster: self.cluster, node: self.from.clone(), incarnation: self.incarnation }
     }
 
-    fn map<U>(self, payload: impl FnOnce(T) -> U) -> Envelope<U> {
+    pub(super) fn map<U>(self, payload: impl FnOnce(T) -> U) -> Envelope<U> {
         let Self { cluster, from, incarnation, payload: inner } = self;
         Envelope { cluster, from, incarnation, payload: payload(inner) }
     }
@@ -101,7 +104,7 @@ pub struct Hello {
 }
 
 /// A range of protocol versions, both ends included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Versions {
     /// Oldest version of the range, itself included.
     pub min: u16,
@@ -214,6 +217,14 @@ pub enum FrameError {
     /// Intact, and still not a message that a node of ours sends.
     #[error("malformed body: {0}")]
     Malformed(String),
+    /// A message that a protocol version can't say.
+    #[error("protocol version {version} has no {feature}, expected {} or newer", .feature.protocol())]
+    Lacks {
+        /// The connection's version.
+        version: u16,
+        /// What the message needs.
+        feature: Feature,
+    },
     /// The sender belongs to another cluster.
     #[error("cluster {found}, expected {expected}")]
     Cluster {
@@ -240,30 +251,25 @@ fn malformed(what: impl fmt::Display) -> FrameError {
 
 /// Appends the HELLO frame to `bytes`.
 pub fn encode_hello(sender: &Identity, hello: &Hello, bytes: &mut BytesMut) {
-    encode(sender, HELLO_VERSION, Kind::Hello, hello, HELLO_BYTES_MAX, bytes).expect("a HELLO is far below its limit");
+    let Identity { cluster, node, incarnation } = sender.clone();
+    let body = codec::encode(&Envelope { cluster, from: node, incarnation, payload: hello });
+    encode(HELLO_VERSION, Kind::Hello, &body, HELLO_BYTES_MAX, bytes).expect("a HELLO is far below its limit");
 }
 
-/// Appends the message's frame to `bytes`; a message that no peer would take is an error and appends nothing.
+/// Appends the message's frame to `bytes`, as the connection's version lays it out. A message that no peer would take, or that the
+/// version can't say, is an error and appends nothing.
 pub fn encode_message(
     sender: &Identity,
     version: u16,
     message: &Message,
     bytes: &mut BytesMut,
 ) -> Result<(), FrameError> {
-    encode(sender, version, Kind::of(message), message, BODY_BYTES_MAX, bytes)
+    let body = layout::write(sender, version, message)?;
+    encode(version, Kind::of(message), &body, BODY_BYTES_MAX, bytes)
 }
 
 /// The header is written by hand: the length codec can place a length only at the front.
-fn encode<T: Serialize>(
-    sender: &Identity,
-    version: u16,
-    kind: Kind,
-    payload: &T,
-    max: usize,
-    bytes: &mut BytesMut,
-) -> Result<(), FrameError> {
-    let Identity { cluster, node, incarnation } = sender.clone();
-    let body = codec::encode(&Envelope { cluster, from: node, incarnation, payload });
+fn encode(version: u16, kind: Kind, body: &[u8], max: usize, bytes: &mut BytesMut) -> Result<(), FrameError> {
     if body.len() > max {
         return Err(FrameError::TooLong { max, found: body.len() });
     }
@@ -273,9 +279,9 @@ fn encode<T: Serialize>(
     bytes.put_u16(version);
     bytes.put_u8(kind as u8);
     bytes.put_u32(u32::try_from(body.len()).expect("bodies are limited to 64 KiB"));
-    let sum = checksum(&bytes[start + 4..], &body);
+    let sum = checksum(&bytes[start + 4..], body);
     bytes.put_u32(sum);
-    bytes.put_slice(&body);
+    bytes.put_slice(body);
     Ok(())
 }
 
@@ -326,7 +332,7 @@ impl FrameCodec {
         }
         let Some(frame) = self.cutter.decode(bytes).map_err(malformed)? else { return Ok(None) };
         self.in_body = false;
-        open(&frame).map(Some)
+        open(&frame, self.version).map(Some)
     }
 
     /// Returns true when the whole header is there; an error as soon as a part of it is wrong.
@@ -362,7 +368,7 @@ fn length(header: &[u8]) -> usize {
 }
 
 /// Returns what a whole frame with a checked header says.
-fn open(frame: &[u8]) -> Result<Envelope<Payload>, FrameError> {
+fn open(frame: &[u8], version: u16) -> Result<Envelope<Payload>, FrameError> {
     let (header, body) = frame.split_at(HEADER_BYTES);
     let found = u32::from_be_bytes([header[11], header[12], header[13], header[14]]);
     let expected = checksum(&header[4..11], body);
@@ -379,7 +385,7 @@ fn open(frame: &[u8]) -> Result<Envelope<Payload>, FrameError> {
         check_facts(&envelope.payload.facts)?;
         return Ok(envelope.map(Payload::Hello));
     }
-    let envelope: Envelope<Message> = codec::decode(body).map_err(malformed)?;
+    let envelope = layout::read(version, body)?;
     if Kind::of(&envelope.payload) != kind {
         let name = envelope.payload.name();
         return Err(malformed(format_args!("{name} in a frame of kind {}, expected the kind to match", kind as u8)));
@@ -469,6 +475,7 @@ fn check_intent(intent: &Intent) -> Result<(), FrameError> {
             check_window_verdict(&verdict.window_verdict)
         }),
         Operation::Change(..)
+        | Operation::SetDefault(_)
         | Operation::Revert { .. }
         | Operation::Genesis { .. }
         | Operation::Refused { .. }
@@ -539,13 +546,13 @@ mod tests {
 
     fn framed(message: &Message) -> BytesMut {
         let mut bytes = BytesMut::new();
-        encode_message(&me(), HELLO_VERSION, message, &mut bytes).unwrap();
+        encode_message(&me(), VERSIONS.max, message, &mut bytes).unwrap();
         bytes
     }
 
     fn greeted() -> FrameCodec {
         let mut codec = FrameCodec::default();
-        codec.greeted(HELLO_VERSION);
+        codec.greeted(VERSIONS.max);
         codec
     }
 
@@ -575,6 +582,7 @@ mod tests {
             membership: Membership::Voter,
             writes: 1,
             seen: None,
+            speaks: VERSIONS.max,
         })
     }
 
@@ -607,7 +615,9 @@ mod tests {
         encode_hello(&me(), &hello, &mut bytes);
         let found = FrameCodec::default().decode(&mut bytes.clone()).unwrap().unwrap();
         assert_eq!((found.sender(), found.payload), (me(), Payload::Hello(hello)));
-        let error = greeted().decode(&mut bytes).unwrap_err();
+        let mut codec = FrameCodec::default();
+        codec.greeted(HELLO_VERSION);
+        let error = codec.decode(&mut bytes).unwrap_err();
         assert!(matches!(error, FrameError::Kind { found: 0, .. }), "{error}");
         let error = FrameCodec::default().decode(&mut framed(&heartbeat(1))).unwrap_err();
         assert_eq!(error.to_string(), "frame kind 4, expected 0 (HELLO)");
@@ -626,6 +636,43 @@ mod tests {
         assert_eq!(many, "malformed body: number of facts is 33, expected at most 32");
         let long = hello(1, FACT_BYTES_MAX + 1).unwrap_err().to_string();
         assert_eq!(long, "malformed body: length of a fact is 257, expected at most 256");
+    }
+
+    #[test]
+    fn what_a_version_lacks_is_not_sent_and_not_taken() {
+        let operation = Operation::SetDefault("s".parse().unwrap());
+        let tx = crate::domain::ids::TxId::new("t").unwrap();
+        let initiator = crate::protocol::record::Initiator::Client;
+        let at = crate::domain::time::Wall(1);
+        let intent = Intent { initiator, tx, actor: "alice".into(), digest: 1, at, operation };
+        let ballot = Ballot { round: 1, node: node("b"), incarnation: Incarnation(1), boot: 1 };
+        let prepare = crate::protocol::message::Prepare {
+            ballot,
+            slot: Slot(1),
+            base_hash: Hash([3; 32]),
+            intent,
+            recovery: false,
+            evidence_age_ms_max: 2_000,
+        };
+        let prepare = Message::Prepare(prepare);
+        let part = crate::protocol::checkpoint::Checkpoint { slot: Slot(1), format: 4, bytes: vec![1].into() };
+        let part = Message::Decision(Decision::Checkpoint(part.parts().remove(0)));
+        for message in [prepare, part] {
+            let mut bytes = BytesMut::new();
+            let error = encode_message(&me(), 8, &message, &mut bytes).unwrap_err().to_string();
+            assert_eq!(error, "protocol version 8 has no default-service, expected 9 or newer");
+            assert!(bytes.is_empty());
+            assert!(greeted().decode(&mut framed(&message)).unwrap().is_some());
+        }
+        // A heartbeat is the same to both but for what its sender speaks.
+        let mut bytes = BytesMut::new();
+        encode_message(&me(), 8, &heartbeat(7), &mut bytes).unwrap();
+        let mut codec = FrameCodec::default();
+        codec.greeted(8);
+        let found = codec.decode(&mut bytes).unwrap().unwrap().payload;
+        let Message::Heartbeat(sent) = heartbeat(7) else { unreachable!("a heartbeat") };
+        let expected = Message::Heartbeat(Heartbeat { speaks: 8, ..sent });
+        assert_eq!(found, Payload::Message(Box::new(expected)));
     }
 
     #[test]

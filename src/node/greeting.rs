@@ -17,6 +17,11 @@ pub struct Greeting {
 }
 
 impl Greeting {
+    /// Returns its build, such as `0.2.0 (3de05bc)`.
+    pub fn build(&self) -> &str {
+        self.facts.get("build").map_or("an unknown build", String::as_str)
+    }
+
     /// Returns the format versions among the facts, by name.
     pub fn formats(&self) -> BTreeMap<String, String> {
         let facts = self.facts.iter();

@@ -26,6 +26,9 @@ pub fn write(announcement: &Announcement) {
                 reasons = (!reasons.is_empty()).then(|| reasons.join("; ")), took_ms, "{what}"
             );
         }
+        Event::DefaultService { slot, service, txid, actor, .. } => {
+            info!(%slot, %service, %txid, actor, "default service set");
+        }
         Event::Membership { slot, kind, node, txid, actor, .. } => {
             info!(slot = slot.0, kind = kind.name(), member = %node, %txid, actor, "membership changed");
         }

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::ports::{Clock, LogReader, Network, RunStore, Store};
-use crate::protocol::checkpoint::Outgoing;
+use crate::protocol::checkpoint::{Checkpoint, Outgoing};
 use crate::protocol::ledger::Ledger;
 use crate::protocol::message::{Decision, Message};
 use crate::protocol::record::{AcceptorState, Chosen, SavedRun, Slot};
@@ -25,7 +25,7 @@ use crate::protocol::{Announcement, Command, Core, Input, Outcome, Output, Reque
 use super::failpoint::Failpoint;
 use super::frame::Versions;
 use super::greeting::Greeting;
-use super::handle::{NodeHandle, NodeRequest, Published};
+use super::handle::{NodeHandle, NodeRequest, NodeRequests, Published};
 use super::link::{Identity, Inbox, LinkLimits, Links};
 
 /// Parts that a node is built from.
@@ -115,7 +115,20 @@ pub fn prepare(
         let limits = LinkLimits { versions, ..LinkLimits::default() };
         let identity = Identity { cluster: view.cluster, node: view.node.clone(), incarnation: view.incarnation };
         let (replies, outgoing) = (BTreeMap::new(), BTreeMap::new());
-        let mut shell = Shell { core, store, runs, reader, published, events, clock, replies, outgoing, failpoint };
+        let is_checkpoint_damaged = false;
+        let mut shell = Shell {
+            core,
+            store,
+            runs,
+            reader,
+            published,
+            events,
+            clock,
+            replies,
+            outgoing,
+            is_checkpoint_damaged,
+            failpoint,
+        };
         // Nothing is sent before the start itself is durable: `boot` makes this process's ballots its own.
         let early = outputs.into_iter().partition::<Vec<_>, _>(|output| matches!(output, Output::Persist(_)));
         shell.carry_out_local(early.0)?;
@@ -175,6 +188,8 @@ struct Shell {
     replies: BTreeMap<RequestId, oneshot::Sender<Outcome>>,
     /// Checkpoints on their way to peers that lag.
     outgoing: BTreeMap<NodeId, Outgoing>,
+    /// The checkpoint could not be read from disk when a peer needed it.
+    is_checkpoint_damaged: bool,
     failpoint: Option<Failpoint>,
 }
 
@@ -183,7 +198,7 @@ impl Shell {
         mut self,
         links: Links,
         start: Vec<Output>,
-        mut requests: mpsc::Receiver<NodeRequest>,
+        mut requests: NodeRequests,
         mut inputs: mpsc::Receiver<Input>,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
@@ -258,8 +273,7 @@ impl Shell {
                 }
                 Output::Append(chosen) => self.store.append(&chosen).context("the log can't be written")?,
                 Output::Checkpoint { checkpoint, keep_from } => {
-                    self.store.checkpoint(&checkpoint, keep_from).context("the checkpoint can't be written")?;
-                    info!(slot = %checkpoint.slot, bytes = checkpoint.bytes.len(), "checkpoint written");
+                    self.write_checkpoint(&checkpoint, keep_from)?;
                 }
                 Output::Install(checkpoint) => {
                     self.store.install(&checkpoint).context("a peer's checkpoint can't be written")?;
@@ -289,6 +303,23 @@ impl Shell {
                 die(unsent).await;
             }
         }
+        self.mend_checkpoint()
+    }
+
+    /// Puts the sum of the log, as the core knows it, in the place of a checkpoint that is damaged on disk, once everything is
+    /// appended that it sums up. A peer that needs it asks again.
+    fn mend_checkpoint(&mut self) -> anyhow::Result<()> {
+        if std::mem::take(&mut self.is_checkpoint_damaged)
+            && let Some((checkpoint, keep_from)) = self.core.checkpoint()
+        {
+            self.write_checkpoint(&checkpoint, keep_from)?;
+        }
+        Ok(())
+    }
+
+    fn write_checkpoint(&mut self, checkpoint: &Checkpoint, keep_from: Slot) -> anyhow::Result<()> {
+        self.store.checkpoint(checkpoint, keep_from).context("the checkpoint can't be written")?;
+        info!(slot = %checkpoint.slot, bytes = checkpoint.bytes.len(), "checkpoint written");
         Ok(())
     }
 
@@ -299,9 +330,9 @@ impl Shell {
             // What the peer needs next is gone: it gets the sum, and asks for what follows by itself.
             let checkpoint = match self.reader.checkpoint() {
                 Ok(checkpoint) => checkpoint,
-                // This node doesn't need it while it runs: the peer waits, or asks another.
                 Err(failure) => {
-                    error!(peer = %to, %failure, "the checkpoint can't be read: a peer that needs it doesn't get it");
+                    error!(peer = %to, %failure, "the checkpoint can't be read: it is written again");
+                    self.is_checkpoint_damaged = true;
                     return Ok(());
                 }
             };

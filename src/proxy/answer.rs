@@ -1,35 +1,124 @@
-//! Answers of this node's own, as the slow path gives them.
+//! Answers of this node's own: problems, status pages, and what a version without servers would have served.
 
 use bytes::Bytes;
-use http::{HeaderValue, Response, StatusCode};
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full};
+use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, DATE, RETRY_AFTER};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri};
+use http_body_util::BodyExt;
 use serde_json::json;
 
-/// A failure of a body that passes through.
-pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
-/// An answer's body: an upstream's, as it comes, or this node's own.
-pub type Body = UnsyncBoxBody<Bytes, BodyError>;
+use crate::domain::side::Side;
+use crate::status;
 
-/// Returns a body of this node's own.
-pub fn own(body: Full<Bytes>) -> Body {
-    body.map_err(|never| match never {}).boxed_unsync()
+use super::body::BadMessage;
+use super::request::{self, CanonicalRequest, put_field, put_length};
+use super::table::{Route, RoutingTable};
+use super::upstream::Pool;
+use super::wire::{ResponseFields, put_marks, put_status_line};
+
+/// An answer whose body is complete.
+pub type OwnAnswer = Response<Bytes>;
+
+/// Returns an answer of one JSON object that says why.
+pub fn problem(status: u16, why: &str) -> OwnAnswer {
+    let mut response = Response::new(json!({"error": why}).to_string().into());
+    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if status == 405 {
+        headers.insert(ALLOW, HeaderValue::from_static(request::ALLOW));
+    }
+    response
 }
 
-/// Returns an error of this node's own; to a gRPC client as gRPC has it: status 14, unavailable, in a 200.
-pub fn problem(status: StatusCode, why: &str, grpc: bool) -> Response<Body> {
-    if grpc {
-        let mut response = Response::new(own(Full::default()));
-        let headers = response.headers_mut();
-        headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        headers.insert("grpc-status", HeaderValue::from_static("14"));
-        if let Ok(why) = HeaderValue::from_str(why) {
-            headers.insert("grpc-message", why);
-        }
-        return response;
-    }
-    let mut response = Response::new(own(Full::from(json!({"error": why}).to_string())));
-    *response.status_mut() = status;
-    response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+/// Returns the answer to a message that is no request.
+pub fn refusal(refused: BadMessage) -> OwnAnswer {
+    problem(refused.status, refused.why)
+}
+
+/// Returns the answer to a request for which there is no place.
+pub fn overloaded() -> OwnAnswer {
+    let mut response = problem(503, "too many requests at once");
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     response
+}
+
+/// Returns a problem as a gRPC client understands it: status 14, unavailable, in a 200.
+pub fn for_grpc(problem: &OwnAnswer) -> OwnAnswer {
+    let mut response = Response::new(Bytes::new());
+    *response.headers_mut() = problem.headers().clone();
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from_static("14"));
+    let told: serde_json::Value = serde_json::from_slice(problem.body()).unwrap_or_default();
+    if let Some(why) = told["error"].as_str().and_then(|why| HeaderValue::from_str(why).ok()) {
+        headers.insert("grpc-message", why);
+    }
+    response
+}
+
+/// Returns what the node answers for a version without servers: who would have served.
+pub fn assignment(router: &RoutingTable, route: &Route, side: Side) -> OwnAnswer {
+    let pool = route.pool(side);
+    let node = router.node.published.view().node.clone();
+    let body = json!({
+        "service": route.service, "served_by": pool.version, "routing_version": route.serving.routing_version, "node": node,
+    });
+    let mut response = Response::new(body.to_string().into());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    mark(response.headers_mut(), route, pool);
+    response
+}
+
+/// Adds the headers that say which version served.
+pub fn mark(headers: &mut HeaderMap, route: &Route, pool: &Pool) {
+    if let Ok(version) = HeaderValue::from_str(pool.version.as_str()) {
+        headers.insert("x-served-by", version);
+    }
+    headers.insert("x-routing-version", HeaderValue::from(route.serving.routing_version));
+}
+
+/// A request for a status page.
+pub struct PageRequest {
+    method: Method,
+    uri: Uri,
+}
+
+impl PageRequest {
+    /// Returns the request for a page, if its path is one.
+    pub fn of(request: &CanonicalRequest) -> Option<Self> {
+        if !status::is_here(request.path()) {
+            return None;
+        }
+        let method = Method::from_bytes(request.method.as_bytes()).ok()?;
+        Some(Self { method, uri: request.path_and_query.parse().ok()? })
+    }
+
+    /// Returns the page.
+    pub async fn answer(&self, router: &RoutingTable) -> OwnAnswer {
+        match status::answer(&router.node, &self.method, &self.uri).await {
+            Some(page) => {
+                let (head, body) = page.into_parts();
+                let body = body.collect().await.map(|whole| whole.to_bytes()).unwrap_or_default();
+                Response::from_parts(head, body)
+            }
+            None => problem(404, "there is no such page"),
+        }
+    }
+}
+
+/// Writes an answer for an HTTP/1.x client.
+pub fn write(answer: &OwnAnswer, is_head: bool, mark: ResponseFields, out: &mut Vec<u8>) {
+    let status = answer.status();
+    put_status_line(status.as_u16(), status.canonical_reason().unwrap_or(""), mark.protocol, out);
+    for (name, value) in answer.headers() {
+        if name != CONNECTION && name != DATE {
+            put_field(out, name.as_str(), &[value.as_bytes()]);
+        }
+    }
+    put_length(out, answer.body().len() as u64);
+    put_marks(&mark, false, out);
+    out.extend_from_slice(b"\r\n");
+    if !is_head {
+        out.extend_from_slice(answer.body());
+    }
 }

@@ -1,9 +1,12 @@
 //! The data plane: `/predict` and everything else that clients send, split between stable and canary.
 //!
 //! The request path takes no lock and never asks the consensus: it reads the published view, picks, forwards, counts.
-//! `worker` is one thread's share of it, `serve` its connections; `relay` carries plain requests, `forward` all others, by `send`; `wire` is HTTP/1.1 as
-//! bytes, `hop` says which fields stay on one connection; `table` compiles the view, `upstream` chooses servers, `names` and
-//! `dial` find them, `pool` has the connections to those of HTTP/2, `probe` asks them, `outcome` counts and trips the circuit breaker.
+//! Its rooms, in the order in which a request visits them: `serve` accepts connections for a `worker`, one thread's share;
+//! `http1` and `http2` read them; `request` makes one canonical request of whatever came (`wire` and `body` know HTTP/1.x as bytes,
+//! `hop` the fields of one connection); `dispose` decides by the `table` where it goes; `fast` carries it from HTTP/1.x to HTTP/1.1,
+//! `slow` to and from HTTP/2; `policy` says what a failure means; `upstream` chooses servers, `names` and `dial` find them, `pool` has
+//! the connections to those of HTTP/2, `probe` asks them; `outcome` counts and trips the circuit breaker; `answer` is what the node
+//! says itself; `deadline` ends what takes too long.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,19 +20,29 @@ use crate::listener::{self, Accept, ConnectionLimiter};
 use crate::node::handle::NodeHandle;
 
 mod answer;
+pub mod body;
+mod client;
+mod deadline;
 mod dial;
+mod dispose;
 pub mod failure;
-mod forward;
+mod fast;
 pub mod hop;
+mod http1;
+mod http2;
 mod names;
+pub mod network;
 pub mod outcome;
+pub mod policy;
 mod pool;
 mod probe;
-mod relay;
-mod send;
+pub mod request;
 mod serve;
 pub mod settings;
+mod slow;
+mod source;
 mod table;
+mod tunnel;
 mod upstream;
 pub mod wire;
 mod worker;
@@ -43,8 +56,6 @@ use worker::Worker;
 const DRAIN: Duration = Duration::from_millis(100);
 /// Connections at once that have not asked for anything yet.
 const HALF_OPEN_MAX: usize = 4096;
-/// How long open requests may take to end after `shutdown`.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// Serves clients on threads of its own, one for each listener, until `shutdown`; then lets open requests end.
 pub async fn serve(
@@ -90,7 +101,8 @@ fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<Rou
         connections_max: settings.connections_max,
         half_open_max: HALF_OPEN_MAX.min(settings.connections_max),
         header_timeout: Duration::from_millis(settings.header_timeout_ms),
-        grace: GRACE,
+        idle_timeout: None,
+        grace: Duration::from_millis(settings.grace_ms),
     });
     (Arc::new(RoutingTable::new(node, settings, shards)), limiter)
 }
@@ -119,6 +131,7 @@ async fn drain(router: &RoutingTable, shutdown: &CancellationToken) {
         }
         prober.ask(router);
         look_up(router);
+        router.node.published.set_has_servers(router.has_servers());
         let observations = router.drain();
         if !observations.is_empty() {
             router.node.observed(observations);

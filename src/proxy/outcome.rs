@@ -1,5 +1,6 @@
 //! What became of requests: counters for the gate and for Prometheus, and the circuit breaker.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -15,6 +16,8 @@ pub type MetricNames = (&'static str, &'static str);
 pub const ANSWERS: MetricNames = ("aviary_requests_total", "aviary_request_duration_seconds");
 /// Of answers to mirrored requests.
 pub const COPIES: MetricNames = ("aviary_mirrored_requests_total", "aviary_mirrored_request_duration_seconds");
+/// Of answers to requests whose header chose the version.
+pub const FORCED: MetricNames = ("aviary_forced_requests_total", "aviary_forced_request_duration_seconds");
 
 /// One version's answers since the last drain, each worker's in a shard of its own.
 pub struct OutcomeCounts {
@@ -108,6 +111,8 @@ impl Shard {
 pub struct CircuitBreaker {
     tripped: AtomicBool,
     failures: AtomicU32,
+    /// Status codes of the last failures; which is the latest follows from their number.
+    statuses: [AtomicU32; FAILURES_MAX as usize],
     /// The last stable results, one bit each, 1 for a failure; a leading 1 marks how many there are.
     stable: AtomicU32,
 }
@@ -137,14 +142,24 @@ impl CircuitBreaker {
         });
     }
 
-    /// Counts a canary result; returns true when this one trips the circuit breaker.
-    pub fn canary(&self, error: bool) -> bool {
+    /// Counts a canary result with the status that the client got; returns true when this one trips the circuit breaker.
+    pub fn canary(&self, error: bool, status: u16) -> bool {
         if !error {
             self.failures.store(0, Relaxed);
             return false;
         }
-        let failures = self.failures.fetch_add(1, Relaxed) + 1;
-        failures >= FAILURES_MAX && !self.stable_fails_too() && !self.tripped.swap(true, Relaxed)
+        let before = self.failures.fetch_add(1, Relaxed);
+        self.statuses[(before % FAILURES_MAX) as usize].store(u32::from(status), Relaxed);
+        before + 1 >= FAILURES_MAX && !self.stable_fails_too() && !self.tripped.swap(true, Relaxed)
+    }
+
+    /// Returns how the last failures looked to clients, `3 × 503, 2 × 502`: 502 and 504 are the node's own where no answer came.
+    pub fn last_failures(&self) -> String {
+        let mut counts = BTreeMap::<u32, usize>::new();
+        self.statuses.iter().for_each(|status| *counts.entry(status.load(Relaxed)).or_default() += 1);
+        let mut counts: Vec<_> = counts.into_iter().collect();
+        counts.sort_by_key(|(status, count)| (std::cmp::Reverse(*count), *status));
+        counts.iter().map(|(status, count)| format!("{count} × {status}")).collect::<Vec<_>>().join(", ")
     }
 
     fn stable_fails_too(&self) -> bool {
@@ -163,18 +178,30 @@ mod tests {
     fn five_failures_in_a_row_trip_the_circuit_breaker_once() {
         let circuit_breaker = CircuitBreaker::default();
         let found: Vec<_> =
-            [true, true, false, true, true, true, true, true, true].map(|e| circuit_breaker.canary(e)).into();
+            [true, true, false, true, true, true, true, true, true].map(|e| circuit_breaker.canary(e, 503)).into();
         assert_eq!(found, [false, false, false, false, false, false, false, true, false]);
         assert!(circuit_breaker.is_tripped());
+    }
+
+    #[test]
+    fn the_circuit_breaker_tells_how_requests_failed() {
+        let circuit_breaker = CircuitBreaker::default();
+        circuit_breaker.canary(true, 500);
+        circuit_breaker.canary(false, 200);
+        for status in [502, 502, 504, 502] {
+            assert!(!circuit_breaker.canary(true, status));
+        }
+        assert!(circuit_breaker.canary(true, 504));
+        assert_eq!(circuit_breaker.last_failures(), "3 × 502, 2 × 504");
     }
 
     #[test]
     fn a_failure_that_stable_shares_trips_nothing() {
         let circuit_breaker = CircuitBreaker::default();
         (0..50).for_each(|_| circuit_breaker.stable(true));
-        assert!((0..50).all(|_| !circuit_breaker.canary(true)));
+        assert!((0..50).all(|_| !circuit_breaker.canary(true, 502)));
         (0..11).for_each(|_| circuit_breaker.stable(false));
-        assert!(circuit_breaker.canary(true));
+        assert!(circuit_breaker.canary(true, 504));
     }
 
     #[test]

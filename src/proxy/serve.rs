@@ -1,18 +1,21 @@
-//! A worker's connections, from their acceptance to their end: the fast path first, the slow one when that returns them.
+//! A worker's connections, from their acceptance to their end: HTTP/1.x at first, HTTP/2 once a client begins with it.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use crate::listener::{Accept, Admitted, ConnectionLimiter};
 
-use super::relay;
+use super::source::header::{self, ProxyHeader};
 use super::worker::Worker;
+use super::{http1, http2};
 
 /// Serves a listener's clients until `shutdown`, then lets open requests end.
 pub async fn serve<L: Accept>(
@@ -23,14 +26,18 @@ pub async fn serve<L: Accept>(
 ) {
     let tending = worker.tend();
     let connections = TaskTracker::new();
-    while let Some((stream, peer, place)) = limiter.admit(&mut listener, &shutdown).await {
+    let begin = |(stream, peer, place)| {
         let (worker, limiter, shutdown) = (worker.clone(), limiter.clone(), shutdown.clone());
         connections.spawn_local(async move { connection(&worker, stream, peer, place, &limiter, &shutdown).await });
+    };
+    while let Some(admitted) = limiter.admit(&mut listener, &shutdown).await {
+        begin(admitted);
     }
+    limiter.left_over(&mut listener).into_iter().for_each(begin);
     drop(listener);
     worker.stop();
     connections.close();
-    let _ = tokio::time::timeout(limiter.limits().grace, connections.wait()).await;
+    let _ = timeout(limiter.limits().grace, connections.wait()).await;
     tending.iter().for_each(JoinHandle::abort);
 }
 
@@ -44,8 +51,21 @@ async fn connection<S>(
 ) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    if let Some(ahead) = relay::serve(worker, &mut stream, peer, &place).await {
-        debug!(%peer, "not a plain request: the slow path");
-        worker.general.serve(ahead, stream, peer, place, limiter, shutdown).await;
+    let settings = worker.settings();
+    let from_proxy = settings.trusted.is_empty() || settings.trusted.iter().any(|network| network.contains(peer.ip()));
+    let mut client = peer;
+    if settings.proxy_protocol && from_proxy {
+        let limit = Duration::from_millis(settings.header_timeout_ms);
+        match timeout(limit, header::read(&mut stream)).await {
+            Ok(Ok(ProxyHeader::For(address))) => client = address,
+            Ok(Ok(ProxyHeader::Own)) => {}
+            Ok(Err(problem)) => return debug!(%peer, %problem, "no PROXY header: the connection ends"),
+            Err(_) => return debug!(%peer, "no PROXY header in time: the connection ends"),
+        }
+    }
+    let peer = client;
+    if let Some(ahead) = http1::serve(worker, &mut stream, peer, &place).await {
+        debug!(%peer, "the client speaks HTTP/2");
+        http2::serve(worker, ahead, stream, peer, place, limiter, shutdown).await;
     }
 }

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use crate::domain::ids::ServiceId;
+
+use super::network::PeerNetwork;
 
 /// Limits of the data plane.
 #[derive(Debug, Clone, Deserialize)]
@@ -24,6 +27,8 @@ pub struct ProxySettings {
     pub header_timeout_ms: u64,
     /// How long a client's connection may wait for its next request; default 75000.
     pub keep_alive_timeout_ms: u64,
+    /// How long a client may leave what it is sent unread, before its connection or stream ends; default 75000.
+    pub unread_timeout_ms: u64,
     /// How long an upstream's connection is kept for another request; default 4000, less than the 5 s after which common
     /// model servers close it.
     pub upstream_keep_alive_ms: u64,
@@ -32,6 +37,21 @@ pub struct ProxySettings {
     pub upstream_life_ms: u64,
     /// How often the addresses of an upstream's name are looked up; default 30000.
     pub resolve_ms: u64,
+    /// Longest silence of an upgraded connection, such as a WebSocket, in both directions; default 3600000, 0: without end.
+    pub tunnel_idle_ms: u64,
+    /// Networks of proxies in front of the node; default none. `hashOn: clientAddress` takes the client that they name in
+    /// X-Forwarded-For.
+    pub trusted: Vec<PeerNetwork>,
+    /// Connections begin with a header of the PROXY protocol, version 1 or 2, that names the client; default false. With
+    /// `trusted`, only those from there do.
+    pub proxy_protocol: bool,
+    /// How long the node says that it is not ready before it stops listening; default 0. Load balancers learn of it meanwhile.
+    pub drain_ms: u64,
+    /// How long open requests and upgraded connections may take to end once the node stopped listening; default 10000.
+    pub grace_ms: u64,
+    /// Let another process listen on the data port at the same time, if it does so too; default false. The process that
+    /// replaces this one can begin before this one stops.
+    pub share_port: bool,
     /// How long an `h2c://` server's connection may be silent before it gets an HTTP/2 PING; default 20000, 0 sends none. A
     /// gRPC server may end a connection at the fourth PING in a row without data (`too_many_pings`): within four times this,
     /// `idle_timeout_ms` should end a silent answer.
@@ -45,8 +65,26 @@ pub struct ProxySettings {
     pub connections_max: usize,
     /// Requests at once; default 5000.
     pub requests_max: usize,
-    /// The service that `/predict` means; default the first by name.
+    /// The service that `/predict` means at this node; default the cluster's, which `aviary service set-default` sets.
     pub default_service: Option<ServiceId>,
+    /// Header by which a client chooses the version (`always`, `never`); default `x-canary`, empty: there is none.
+    #[serde(deserialize_with = "header_name")]
+    pub canary_header: String,
+    /// Networks whose clients may use `canary_header`; default none: all may. Answers to such requests are counted apart and are
+    /// no evidence, except those that a record router in one of these networks sends.
+    pub canary_header_peers: Vec<PeerNetwork>,
+    /// Answer `/livez`, `/readyz`, `/routing/state` and `/health/snapshot` on this port; default true. The API's port always
+    /// does. False: these paths are the services'.
+    pub status_paths: bool,
+}
+
+/// Reads a header's name into small letters.
+fn header_name<'de, D: Deserializer<'de>>(value: D) -> Result<String, D::Error> {
+    let name = String::deserialize(value)?.to_ascii_lowercase();
+    if name.is_empty() || http::HeaderName::try_from(&name).is_ok() {
+        return Ok(name);
+    }
+    Err(D::Error::custom(format!("found {name:?}, expected the name of a header, or \"\"")))
 }
 
 impl Default for ProxySettings {
@@ -59,15 +97,25 @@ impl Default for ProxySettings {
             total_timeout_ms: 0,
             header_timeout_ms: 5_000,
             keep_alive_timeout_ms: 75_000,
+            unread_timeout_ms: 75_000,
             upstream_keep_alive_ms: 4_000,
             upstream_life_ms: 60_000,
             resolve_ms: 30_000,
+            tunnel_idle_ms: 3_600_000,
+            trusted: Vec::new(),
+            proxy_protocol: false,
+            drain_ms: 0,
+            grace_ms: 10_000,
+            share_port: false,
             upstream_ping_interval_ms: 20_000,
             upstream_ping_timeout_ms: 5_000,
             busy_poll_us: 0,
             connections_max: 10_000,
             requests_max: 5_000,
             default_service: None,
+            canary_header: "x-canary".into(),
+            canary_header_peers: Vec::new(),
+            status_paths: true,
         }
     }
 }

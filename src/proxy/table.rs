@@ -1,15 +1,19 @@
 //! The published view, compiled for requests: which service, which version, which server.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use arc_swap::ArcSwap;
-use http::HeaderMap;
+use percent_encoding::percent_decode_str;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::domain::ids::ServiceId;
 use crate::domain::plan::{HashOn, HealthCheck, RolloutSpec};
 use crate::domain::side::Side;
+use crate::domain::stats::Stats;
 use crate::domain::time::Mono;
 use crate::domain::weights::{Weight, sticky_ticket};
 use crate::domain::window::Evidence;
@@ -17,10 +21,11 @@ use crate::entropy;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
-use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, OutcomeCounts};
+use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, FORCED, OutcomeCounts};
+use super::request::{HeaderFields, field, is};
 use super::settings::ProxySettings;
+use super::source;
 use super::upstream::{Pool, Server, Servers};
-use super::wire;
 
 /// State that outlives the views of one routing version.
 pub struct Counters {
@@ -28,6 +33,8 @@ pub struct Counters {
     pub canary: Option<OutcomeCounts>,
     /// Of requests that were mirrored to the canary.
     pub copies: Option<OutcomeCounts>,
+    /// Of requests whose header chose stable, and of those whose header chose the canary; made when the first one comes.
+    pub forced: [OnceLock<OutcomeCounts>; 2],
     pub circuit_breaker: CircuitBreaker,
 }
 
@@ -37,21 +44,37 @@ pub struct Route {
     pub serving: Serving,
     pub stable: Pool,
     pub canary: Option<Pool>,
-    /// All its servers can be reached by a plain relay.
+    /// All its servers speak HTTP/1.1.
     pub plain: bool,
-    /// Fields that its rollout decides by, which no Connection option removes: those of `hashOn` and `matches`.
+    /// Fields that decide who serves, which no Connection option removes: those of `hashOn` and `matches`, and the node's
+    /// `canary_header`.
     pub reads: Box<[String]>,
     pub counters: Arc<Counters>,
     salt: u64,
 }
 
-/// A request's fields, however they were read.
-pub trait Fields {
-    /// Returns the first value of a field, named in small letters.
-    fn value(&self, name: &str) -> Option<&[u8]>;
+/// Who serves a request, and whether its header chose that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SideChoice {
+    /// Side that serves.
+    pub side: Side,
+    /// A client's header chose the side: what comes of it is counted apart, and is no evidence.
+    pub is_forced: bool,
+}
 
-    /// Returns the value of the cookie `name`; none without it.
-    fn cookie(&self, name: &str) -> Option<&[u8]>;
+impl SideChoice {
+    fn to(side: Side) -> Self {
+        Self { side, is_forced: false }
+    }
+}
+
+/// A client, as far as the assignment of its requests depends on it.
+#[derive(Debug, Clone, Copy)]
+pub struct ClientAddress<'p> {
+    /// Its address.
+    pub ip: IpAddr,
+    /// The address as text.
+    pub text: &'p str,
 }
 
 /// Returns the value of the cookie `name` in a Cookie field (RFC 6265, 4.2.1).
@@ -60,27 +83,9 @@ fn cookie_in<'f>(field: &'f [u8], name: &str) -> Option<&'f [u8]> {
     pairs.find_map(|pair| pair.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
 }
 
-impl Fields for HeaderMap {
-    fn value(&self, name: &str) -> Option<&[u8]> {
-        self.get(name).map(|value| value.as_bytes())
-    }
-
-    fn cookie(&self, name: &str) -> Option<&[u8]> {
-        // HTTP/2 may send each cookie in a field of its own.
-        self.get_all(http::header::COOKIE).iter().find_map(|value| cookie_in(value.as_bytes(), name))
-    }
-}
-
-impl Fields for wire::HeaderFields<'_, '_> {
-    fn value(&self, name: &str) -> Option<&[u8]> {
-        wire::field(self, name)
-    }
-
-    fn cookie(&self, name: &str) -> Option<&[u8]> {
-        self.iter()
-            .filter(|field| field.name.eq_ignore_ascii_case("cookie"))
-            .find_map(|field| cookie_in(field.value, name))
-    }
+/// Returns the value of the cookie `name`; HTTP/2 may send each cookie in a field of its own.
+fn cookie<'b>(fields: HeaderFields<'_, 'b>, name: &str) -> Option<&'b [u8]> {
+    fields.iter().filter(|field| is(field.name, "cookie")).find_map(|field| cookie_in(field.value, name))
 }
 
 impl Route {
@@ -95,21 +100,21 @@ impl Route {
                 stable: OutcomeCounts::new(service, &serving.stable.version, shards, ANSWERS),
                 canary: canary.map(|version| OutcomeCounts::new(service, version, shards, ANSWERS)),
                 copies: mirrored.map(|version| OutcomeCounts::new(service, version, shards, COPIES)),
+                forced: Default::default(),
                 circuit_breaker: CircuitBreaker::default(),
             })
         });
         let pool = |backend| Pool::new(backend, serving.routing_version, &shared.servers);
         let (stable, canary) = (pool(&serving.stable), serving.canary.as_ref().map(|(backend, _)| pool(backend)));
-        let plain = |pool: &Pool| !pool.servers.is_empty() && pool.servers.iter().all(|server| !server.http2);
         Self {
             service: service.clone(),
             serving: serving.clone(),
-            plain: plain(&stable) && canary.as_ref().is_none_or(plain),
-            reads: reads(&serving.spec),
+            plain: stable.is_plain() && canary.as_ref().is_none_or(Pool::is_plain),
+            reads: reads(&serving.spec, &shared.canary_header),
             stable,
             canary,
             counters,
-            salt: xxhash_rust::xxh3::xxh3_64(service.as_str().as_bytes()),
+            salt: salt(service, &serving.spec),
         }
     }
 
@@ -121,42 +126,55 @@ impl Route {
         }
     }
 
-    /// Returns who serves a request, given the canary's share at this moment.
-    fn pick(&self, effective_bp: u16, fields: &impl Fields, peer: &str) -> Side {
+    /// Returns who serves a request, given the canary's share at this moment and the side that a header asks for.
+    fn choose_side(
+        &self,
+        effective_bp: u16,
+        fields: HeaderFields,
+        peer: &str,
+        asked: Option<SideChoice>,
+    ) -> SideChoice {
         if effective_bp == 0 || self.counters.circuit_breaker.is_tripped() {
-            return Side::Stable;
+            return SideChoice::to(Side::Stable);
         }
-        match fields.value("x-canary") {
-            Some(b"always") => return Side::Canary,
-            Some(b"never") => return Side::Stable,
-            _ => {}
+        if let Some(asked) = asked {
+            return asked;
         }
         let spec = &self.serving.spec;
-        let holds = |(name, value): &(String, String)| fields.value(name) == Some(value.as_bytes());
+        let holds = |(name, value): &(String, String)| field(fields, name) == Some(value.as_bytes());
         if spec.matches.iter().any(|m| m.headers.iter().all(holds)) {
-            return Side::Canary;
+            return SideChoice::to(Side::Canary);
         }
         let key = spec.hash_on.as_ref().and_then(|hash_on| match hash_on {
-            HashOn::Header(name) => fields.value(name),
-            HashOn::Cookie(name) => fields.cookie(name),
+            HashOn::Header(name) => field(fields, name),
+            HashOn::Cookie(name) => cookie(fields, name),
             HashOn::ClientAddress => Some(peer.as_bytes()),
         });
-        let ticket = match key {
+        // An empty key is nobody's: all who send one would move together.
+        let ticket = match key.filter(|key| !key.is_empty()) {
             Some(key) => sticky_ticket(self.salt, key),
             None => entropy::within(0..Weight::WHOLE),
         };
-        if ticket < effective_bp { Side::Canary } else { Side::Stable }
+        SideChoice::to(if ticket < effective_bp { Side::Canary } else { Side::Stable })
     }
 }
 
-/// Returns the names of the fields that a rollout decides by; cookies are among those of [`super::hop::RELIED_ON`].
-fn reads(spec: &RolloutSpec) -> Box<[String]> {
-    let matched = spec.matches.iter().flat_map(|m| &m.headers).map(|(name, _)| name);
+/// Returns the salt of a rollout's tickets, made of the service and the two versions. It stays the same for the whole rollout and
+/// when that is tried again, so that a rising weight takes no user back; the next version begins with other users.
+fn salt(service: &ServiceId, spec: &RolloutSpec) -> u64 {
+    let parts = [service.as_str(), spec.stable.version.as_str(), spec.canary.version.as_str()];
+    parts.iter().fold(0, |salt, part| xxh3_64_with_seed(part.as_bytes(), salt))
+}
+
+/// Returns the names of the fields that decide who serves; cookies are among those of [`super::hop::RELIED_ON`].
+fn reads(spec: &RolloutSpec, canary_header: &str) -> Box<[String]> {
+    let matched = spec.matches.iter().flat_map(|m| &m.headers).map(|(name, _)| name.as_str());
     let hashed = spec.hash_on.iter().filter_map(|hash_on| match hash_on {
-        HashOn::Header(name) => Some(name),
+        HashOn::Header(name) => Some(name.as_str()),
         HashOn::Cookie(_) | HashOn::ClientAddress => None,
     });
-    hashed.chain(matched).cloned().collect()
+    let asked = (!canary_header.is_empty()).then_some(canary_header);
+    hashed.chain(matched).chain(asked).map(String::from).collect()
 }
 
 /// All services, as of one view.
@@ -170,6 +188,8 @@ struct RouteParts {
     servers: Servers,
     /// Number of workers, each with its own counters.
     shards: usize,
+    /// Header by which a client chooses the version.
+    canary_header: String,
 }
 
 /// What all workers of the data plane share: the table in force, and the counters.
@@ -201,7 +221,8 @@ pub struct NoRoute {
 
 impl RoutingTable {
     pub fn new(node: NodeHandle, settings: ProxySettings, shards: usize) -> Self {
-        let shared = RouteParts { servers: Servers::default(), shards };
+        let canary_header = settings.canary_header.clone();
+        let shared = RouteParts { servers: Servers::default(), shards, canary_header };
         let view = node.published.view();
         let routes = Arc::new(compile(&view, &BTreeMap::new(), &shared));
         let table = ArcSwap::from_pointee(Table { routes, view });
@@ -237,14 +258,57 @@ impl RoutingTable {
         table
     }
 
+    /// Returns true when some server that this node would send a request to is not ejected, or nothing is routed yet.
+    pub fn has_servers(&self) -> bool {
+        let (table, now) = (self.table(), self.now());
+        let mut routes = table.routes.values();
+        let serves = |route: &Arc<Route>| {
+            let bp = self.node.published.effective_bp_at(&route.serving, now);
+            let canary = route.canary.as_ref().is_some_and(|pool| bp > 0 && pool.has_server(now));
+            canary || bp < Weight::FULL.bp() && route.stable.has_server(now)
+        };
+        table.routes.is_empty() || routes.any(serves)
+    }
+
     /// Returns the time on the node's clock.
     pub fn now(&self) -> Mono {
         self.node.published.clock().now().mono
     }
 
-    /// Returns who serves the request of a client at `peer` (an IP address) at this moment.
-    pub fn pick(&self, route: &Route, fields: &impl Fields, peer: &str, now: Mono) -> Side {
-        route.pick(self.node.published.effective_bp_at(&route.serving, now), fields, peer)
+    /// Returns who serves the request of a client at this moment.
+    pub fn choose_side(&self, route: &Route, fields: HeaderFields, peer: ClientAddress, now: Mono) -> SideChoice {
+        let effective_bp = self.node.published.effective_bp_at(&route.serving, now);
+        let asked_for = self.asked_for(fields, peer.ip);
+        match self.client_of(fields, peer.ip) {
+            Some(client) => route.choose_side(effective_bp, fields, &client.to_string(), asked_for),
+            None => route.choose_side(effective_bp, fields, peer.text, asked_for),
+        }
+    }
+
+    /// Returns the client for whom a trusted proxy sent a request; none where the peer is the client.
+    fn client_of(&self, fields: HeaderFields, peer: IpAddr) -> Option<IpAddr> {
+        let trusted = &self.settings.trusted;
+        if trusted.is_empty() {
+            return None;
+        }
+        let forwarded = fields.iter().filter(|field| field.name.eq_ignore_ascii_case("x-forwarded-for"));
+        let is_trusted = |address| trusted.iter().any(|network| network.contains(address));
+        let client = source::client_of(peer, forwarded.map(|field| field.value), is_trusted);
+        (client != peer).then_some(client)
+    }
+
+    /// Returns the side that a request's header asks for, if its client may choose. A record router in a network that the node's
+    /// file names has drawn by the weight already: what comes of its records is evidence.
+    fn asked_for(&self, fields: HeaderFields, peer: IpAddr) -> Option<SideChoice> {
+        let ProxySettings { canary_header, canary_header_peers: networks, .. } = &self.settings;
+        let side = match field(fields, canary_header)? {
+            b"always" => Side::Canary,
+            b"never" => Side::Stable,
+            _ => return None,
+        };
+        let is_trusted = networks.iter().any(|network| network.contains(peer));
+        let is_drawn = is_trusted && field(fields, "x-aviary-source").is_some();
+        (networks.is_empty() || is_trusted).then_some(SideChoice { side, is_forced: !is_drawn })
     }
 
     /// Returns true when the canary gets a copy of a request that stable serves.
@@ -266,32 +330,56 @@ impl RoutingTable {
 
     /// Counts an answer that came to a client, or should have; tells the node when it was one failure of the canary too
     /// many.
-    pub fn count(&self, shard: usize, route: &Route, pick: Side, status: u16, began: Mono, error: bool) {
+    pub fn count(&self, shard: usize, route: &Route, to: SideChoice, status: u16, began: Mono, error: bool) {
         let latency_us = self.now().0.saturating_sub(began.0);
+        let error = error || route.serving.spec.error_classes.has(status);
         let counters = &route.counters;
-        let (Side::Canary, Some(canary)) = (pick, &counters.canary) else {
+        if to.is_forced {
+            return self.count_forced(shard, route, to.side, status, latency_us, error);
+        }
+        let (Side::Canary, Some(canary)) = (to.side, &counters.canary) else {
             counters.stable.add(shard, status, latency_us, error);
             return counters.circuit_breaker.stable(error);
         };
         canary.add(shard, status, latency_us, error);
-        if counters.circuit_breaker.canary(error) {
-            let reason = format!("the last {FAILURES_MAX} canary answers failed while stable's did not");
+        if counters.circuit_breaker.canary(error, status) {
+            let how = counters.circuit_breaker.last_failures();
+            let reason = format!("the last {FAILURES_MAX} canary answers failed ({how}) while stable's did not");
             let (node, service, version) = (self.node.clone(), route.service.clone(), route.serving.routing_version);
             tokio::spawn(async move { node.circuit_breaker_tripped(service, version, reason).await });
         }
     }
 
+    /// Counts the answer to a request whose header chose the side: anybody may send it, so it is no evidence.
+    fn count_forced(&self, shard: usize, route: &Route, side: Side, status: u16, latency_us: u64, error: bool) {
+        let counts = route.counters.forced[usize::from(side == Side::Canary)]
+            .get_or_init(|| OutcomeCounts::new(&route.service, &route.pool(side).version, self.shared.shards, FORCED));
+        counts.add(shard, status, latency_us, error);
+    }
+
     /// Returns what was counted since the last call.
     pub fn drain(&self) -> Vec<Observation> {
         let table = self.table();
-        let copies = table.routes.values().filter_map(|route| route.counters.copies.as_ref());
-        copies.for_each(|copies| drop(copies.take()));
+        let apart = table.routes.values().map(|route| &route.counters);
+        let apart =
+            apart.flat_map(|counters| counters.copies.iter().chain(counters.forced.iter().filter_map(|f| f.get())));
+        apart.for_each(|counts| drop(counts.take()));
+        // What a node answers in the place of a server shows in metrics; of the version it says nothing.
+        let seen = |pool: &Pool, counts: &OutcomeCounts| {
+            let taken = counts.take();
+            if pool.servers.is_empty() { Stats::default() } else { taken }
+        };
         let observed = table.routes.values().map(|route| Observation {
             service: route.service.clone(),
             routing_version: route.serving.routing_version,
             evidence: Evidence {
-                stable: route.counters.stable.take(),
-                canary: route.counters.canary.as_ref().map(OutcomeCounts::take).unwrap_or_default(),
+                stable: seen(&route.stable, &route.counters.stable),
+                canary: route
+                    .canary
+                    .as_ref()
+                    .zip(route.counters.canary.as_ref())
+                    .map(|(pool, counts)| seen(pool, counts))
+                    .unwrap_or_default(),
             },
         });
         observed.filter(|observation| observation.evidence != Evidence::default()).collect()
@@ -311,27 +399,24 @@ impl Table {
         pools.flat_map(|pool| pool.due(now)).collect()
     }
 
-    /// Returns the service that a request means and what serves it.
-    pub fn route_of(&self, settings: &ProxySettings, path: &str, fields: &impl Fields) -> Result<&Arc<Route>, NoRoute> {
-        let named = model_of(path);
-        let named = named.or_else(|| std::str::from_utf8(fields.value("x-aviary-service")?).ok());
+    /// Returns the service that a request means and what serves it. A model's name that is no service is one of the default
+    /// service's own: servers of several models, and those of one service alone, are asked by it.
+    pub fn route_of(&self, settings: &ProxySettings, path: &str, fields: HeaderFields) -> Result<&Arc<Route>, NoRoute> {
+        if let Some(route) = model_of(path).and_then(|name| self.routes.get(&*name)) {
+            return Ok(route);
+        }
+        let named = field(fields, "x-aviary-service").and_then(|name| std::str::from_utf8(name).ok());
         let found = match (named, &settings.default_service) {
             (Some(name), _) => self.routes.get(name),
             (None, Some(id)) => self.routes.get(id),
-            (None, None) => self.routes.values().next(),
+            (None, None) => self.view.default_service.as_ref().and_then(|id| self.routes.get(id)),
         };
-        found.ok_or_else(|| {
-            let known: Vec<_> = self.routes.keys().map(ServiceId::as_str).collect();
-            let known = known.join(", ");
-            match (known.is_empty(), named) {
-                (true, _) => NoRoute { status: 503, why: "no service is known here: apply a rollout first".into() },
-                (false, Some(name)) => {
-                    NoRoute { status: 404, why: format!("service {name:?} is unknown, expected one of {known}") }
-                }
-                (false, None) => {
-                    NoRoute { status: 404, why: format!("the default service is unknown, expected one of {known}") }
-                }
+        found.ok_or_else(|| match named {
+            _ if self.routes.is_empty() => {
+                NoRoute { status: 503, why: "no service is known here: apply a rollout first".into() }
             }
+            Some(name) => NoRoute { status: 404, why: format!("service {name:?} is unknown") },
+            None => NoRoute { status: 404, why: "the default service is unknown".into() },
         })
     }
 }
@@ -352,17 +437,26 @@ fn compile(
     routes.collect()
 }
 
-/// Returns the model named by a KServe V1 or Open Inference V2 path.
-fn model_of(path: &str) -> Option<&str> {
-    if let Some(rest) = path.strip_prefix("/v1/models/") {
-        return rest.split([':', '/']).next();
+/// Returns the model named by a KServe V1 or Open Inference V2 path, whose segments may be percent-encoded (RFC 3986, 6.2.2.2).
+fn model_of(path: &str) -> Option<Cow<'_, str>> {
+    let mut segments =
+        path.strip_prefix('/')?.split('/').map(|segment| percent_decode_str(segment).decode_utf8_lossy());
+    let (api, models, name) = (segments.next()?, segments.next()?, segments.next()?);
+    match (&*api, &*models) {
+        ("v1", "models") => Some(match name.split_once(':') {
+            Some((model, _)) => Cow::Owned(model.to_string()),
+            None => name,
+        }),
+        ("v2", "models") => Some(name),
+        _ => None,
     }
-    path.strip_prefix("/v2/models/").and_then(|rest| rest.split('/').next())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::ids::VersionId;
+    use crate::domain::plan::Backend;
 
     #[test]
     fn cookies_are_found_by_their_whole_name() {
@@ -374,9 +468,40 @@ mod tests {
 
     #[test]
     fn inference_paths_name_the_model() {
-        assert_eq!(model_of("/v1/models/fraud:predict"), Some("fraud"));
-        assert_eq!(model_of("/v2/models/fraud/infer"), Some("fraud"));
-        assert_eq!(model_of("/v2/models/fraud/versions/1/infer"), Some("fraud"));
-        assert_eq!(model_of("/predict"), None);
+        let model = |path| model_of(path).map(Cow::into_owned);
+        for path in [
+            "/v1/models/fraud-model:predict",
+            "/v1/models/fraud%2Dmodel:predict",
+            "/v1/models/fraud-model%3Apredict",
+            "/v%31/mod%65ls/fraud-model",
+            "/v2/models/fraud-model/infer",
+            "/v2/models/%66raud-model/versions/1/infer",
+        ] {
+            assert_eq!(model(path), Some("fraud-model".to_string()), "{path}");
+        }
+        assert_eq!((model("/predict"), model("/v1/models"), model("v1/models/x")), (None, None, None));
+        assert_eq!(model("/v2/models/a%2Fb/infer"), Some("a/b".to_string()));
+    }
+
+    #[test]
+    fn each_rollout_begins_with_other_users_and_a_repeated_one_with_the_same() {
+        let users: Vec<_> = (0..2_000).map(|user| format!("u{user}")).collect();
+        let salt = |service: &str, stable: &str, canary: &str| {
+            let service = ServiceId::new(service).unwrap();
+            let backend = |version| Backend::new(VersionId::new(version).unwrap(), Vec::new());
+            salt(&service, &RolloutSpec::new(service.clone(), backend(stable), backend(canary), Vec::new()))
+        };
+        let first = |(stable, canary), bp: u16| -> Vec<&String> {
+            let salt = salt("fraud", stable, canary);
+            users.iter().filter(|user| sticky_ticket(salt, user.as_bytes()) < bp).collect()
+        };
+        let (one, two) = (first(("v1", "v2"), 1_000), first(("v2", "v3"), 1_000));
+        assert_eq!(one, first(("v1", "v2"), 1_000));
+        let more = first(("v1", "v2"), 5_000);
+        assert!(one.iter().all(|user| more.contains(user)), "a rising weight takes nobody back");
+        let both = one.iter().filter(|user| two.contains(user)).count();
+        // A tenth of a tenth of 2000 is 20; all 200 of them would be the same users.
+        assert!((5..=45).contains(&both), "{both} of {} meet both first", one.len());
+        assert_ne!(salt("fraud", "v1", "v2"), salt("shop", "v1", "v2"));
     }
 }

@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::domain::ids::VersionId;
 use crate::domain::plan::{Backend, HealthCheck};
 use crate::domain::time::Mono;
+use crate::listener::keep_alive;
 
 use super::dial::dial;
 use super::failure::ConnectFailure;
@@ -61,7 +62,8 @@ impl Server {
         })?;
         let left = until.saturating_duration_since(Instant::now());
         let stream = dial(addresses, left, |address| self.addresses.failed(address)).await?;
-        stream.set_nodelay(true).map_err(|error| ConnectFailure::of(&error))?;
+        let ready = stream.set_nodelay(true).and_then(|()| keep_alive(&stream));
+        ready.map_err(|error| ConnectFailure::of(&error))?;
         Ok(stream)
     }
 
@@ -144,9 +146,19 @@ impl Pool {
         }
     }
 
+    /// Returns true when all its servers speak HTTP/1.1, and there is one.
+    pub fn is_plain(&self) -> bool {
+        !self.servers.is_empty() && self.servers.iter().all(|server| !server.http2)
+    }
+
     /// Returns true when the same request may be tried at another server.
     pub fn has_choice(&self) -> bool {
         self.servers.len() > 1
+    }
+
+    /// Returns true when one of its servers is not ejected, or it needs none.
+    pub fn has_server(&self, now: Mono) -> bool {
+        self.servers.is_empty() || self.servers.iter().any(|server| server.may_serve(now))
     }
 
     /// Returns the servers that are to be asked now whether they are well.
@@ -189,10 +201,8 @@ pub struct InFlightGuard {
 impl InFlightGuard {
     /// Says how it ended: with an error of the server's, or not.
     pub fn ended(&self, error: bool, now: Mono) {
+        // Of a version's only server, too: it gets requests all the same, but the node says that it can't serve them.
         let server = &self.server;
-        if !self.counted {
-            return;
-        }
         if !error {
             if server.failures.load(Relaxed) > 0 {
                 server.failures.store(0, Relaxed);
@@ -224,6 +234,18 @@ mod tests {
     fn pool(urls: &[&str]) -> Pool {
         let version = VersionId::new("v1").unwrap();
         Pool::new(&Backend::new(version, urls.iter().map(|url| url.to_string()).collect()), 7, &Servers::default())
+    }
+
+    #[test]
+    fn the_only_server_of_a_version_is_chosen_though_it_fails_but_does_not_count_as_there() {
+        let pool = pool(&["http://a:1"]);
+        let fail = |now| (0..5).for_each(|_| pool.choose(now, &[]).unwrap().ended(true, now));
+        assert!(pool.has_server(Mono(0)));
+        fail(Mono(0));
+        assert!(!pool.has_server(Mono(0)) && pool.choose(Mono(0), &[]).is_some());
+        pool.choose(Mono(1), &[]).unwrap().ended(false, Mono(1));
+        assert!(pool.has_server(Mono::from_millis(10_001)));
+        assert!(super::tests::pool(&[]).has_server(Mono(0)), "the node answers itself");
     }
 
     #[test]

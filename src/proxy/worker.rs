@@ -6,23 +6,24 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::{Duration, SystemTime};
 
-use serde_json::json;
-use slab::Slab;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
-use super::forward::SlowPath;
+use super::answer::{self, OwnAnswer};
+use super::deadline::{Deadline, DeadlineClock, SWEEP};
+use super::request::Protocol;
 use super::settings::ProxySettings;
+use super::slow::send::UpstreamSender;
+use super::slow::upload::Lent;
 use super::table::{RoutingTable, Table};
+use super::wire::ResponseFields;
 
 /// Bytes read at a time.
 const SCRATCH_BYTES: usize = 64 * 1024;
 /// Buffers kept for later, and the largest that is.
 const SPARE_MAX: usize = 64;
 const SPARE_BYTES_MAX: usize = 64 * 1024;
-/// How often deadlines are looked at.
-const SWEEP: Duration = Duration::from_millis(50);
 
 /// One thread's share of the data plane.
 pub struct Worker {
@@ -30,8 +31,8 @@ pub struct Worker {
     pub router: Arc<RoutingTable>,
     /// Index of the worker's own shard of the counters.
     pub shard: usize,
-    /// What carries the requests that are not plain.
-    pub general: SlowPath,
+    /// Connections of the slow path to servers.
+    pub sender: UpstreamSender<Lent>,
     table: RefCell<(u64, Arc<Table>)>,
     kept: RefCell<Vec<Vec<Kept>>>,
     scratch: RefCell<Box<[u8]>>,
@@ -55,79 +56,14 @@ struct Kept {
     until_ms: u64,
 }
 
-/// The deadlines of a worker's connections.
-#[derive(Default)]
-struct DeadlineClock {
-    /// Milliseconds, as of the last sweep.
-    now_ms: Cell<u64>,
-    deadlines: RefCell<Slab<Rc<DeadlineEntry>>>,
-}
-
-struct DeadlineEntry {
-    at_ms: Cell<u64>,
-    waker: Waker,
-}
-
-/// A connection's deadline; to set it costs nothing. Dropping it ends it.
-pub struct Deadline {
-    clock: Rc<DeadlineClock>,
-    key: usize,
-    deadline: Rc<DeadlineEntry>,
-    /// No deadline is later than this.
-    end_ms: Cell<u64>,
-}
-
-const RESTING: u64 = u64::MAX;
-
-impl Deadline {
-    /// Removes the deadline: the connection may take any time now.
-    pub fn rest(&self) {
-        self.deadline.at_ms.set(RESTING);
-    }
-
-    /// Returns true without a deadline.
-    pub fn is_resting(&self) -> bool {
-        self.deadline.at_ms.get() == RESTING
-    }
-
-    /// Wakes the connection after `ms` milliseconds, and at most [`SWEEP`] later.
-    pub fn set(&self, ms: u64) {
-        let at = self.clock.now_ms.get().saturating_add(ms);
-        self.deadline.at_ms.set(at.min(self.end_ms.get()).min(RESTING - 1));
-    }
-
-    /// Does so unless there is a deadline.
-    pub fn set_if_resting(&self, ms: u64) {
-        if self.is_resting() {
-            self.set(ms);
-        }
-    }
-
-    /// Bounds all deadlines from now on; none: no more.
-    pub fn set_end(&self, ms: Option<u64>) {
-        self.end_ms.set(ms.map_or(RESTING, |ms| self.clock.now_ms.get().saturating_add(ms)));
-    }
-
-    /// Returns true once the deadline passed.
-    pub fn is_over(&self) -> bool {
-        self.deadline.at_ms.get() <= self.clock.now_ms.get()
-    }
-}
-
-impl Drop for Deadline {
-    fn drop(&mut self) {
-        self.clock.deadlines.borrow_mut().remove(self.key);
-    }
-}
-
 impl Worker {
     /// Returns the worker that counts in this shard.
     pub fn new(router: Arc<RoutingTable>, shard: usize) -> Rc<Self> {
-        let general = SlowPath::new(router.clone(), shard);
+        let sender = UpstreamSender::new(&router.settings);
         let table = (router.node.published.number(), router.table());
         Rc::new(Self {
             shard,
-            general,
+            sender,
             table: RefCell::new(table),
             kept: RefCell::default(),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into()),
@@ -158,7 +94,7 @@ impl Worker {
     /// Lets no connection take another request, and wakes all of them to see that.
     pub fn stop(&self) {
         self.stopping.set(true);
-        self.clock.deadlines.borrow().iter().for_each(|(_, deadline)| deadline.waker.wake_by_ref());
+        self.clock.wake_all();
     }
 
     /// Keeps the thread awake for `busy_poll_us` after each read: what comes then needn't wake it.
@@ -193,12 +129,7 @@ impl Worker {
     fn sweep(&self) {
         let now = self.router.node.published.clock().now();
         let now_ms = now.mono.0 / 1000;
-        self.clock.now_ms.set(now_ms);
-        for (_, deadline) in self.clock.deadlines.borrow().iter() {
-            if deadline.at_ms.get() <= now_ms {
-                deadline.waker.wake_by_ref();
-            }
-        }
+        self.clock.sweep(now_ms);
         for kept in self.kept.borrow_mut().iter_mut() {
             kept.retain(|kept| kept.until_ms > now_ms);
         }
@@ -211,10 +142,7 @@ impl Worker {
 
     /// Returns a deadline for the task that asks.
     pub async fn watch(&self) -> Deadline {
-        let waker = std::future::poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
-        let deadline = Rc::new(DeadlineEntry { at_ms: Cell::new(RESTING), waker });
-        let key = self.clock.deadlines.borrow_mut().insert(deadline.clone());
-        Deadline { clock: self.clock.clone(), key, deadline, end_ms: Cell::new(RESTING) }
+        self.clock.deadline().await
     }
 
     /// Returns the limits in force.
@@ -279,7 +207,7 @@ impl Worker {
         if all.len() <= server {
             all.resize_with(server + 1, Vec::new);
         }
-        let until_ms = self.clock.now_ms.get() + self.settings().upstream_keep_alive_ms;
+        let until_ms = self.clock.now_ms() + self.settings().upstream_keep_alive_ms;
         all[server].push(Kept { stream, until_ms });
     }
 
@@ -288,19 +216,27 @@ impl Worker {
         Ref::map(self.date.borrow(), |(_, date)| date.as_str())
     }
 
-    /// Sends an answer of this node's own; `mark` says who should have served.
-    pub async fn say<S: AsyncWrite + Unpin>(&self, stream: &mut S, status: u16, why: &str, mark: &[u8], close: bool) {
-        let reason = http::StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason());
-        let body = json!({"error": why}).to_string();
+    /// Sends an answer of this node's own to an HTTP/1.x client; `lines` say who should have served.
+    pub async fn say<S: AsyncWrite + Unpin>(&self, stream: &mut S, answer: &OwnAnswer, how: Saying<'_>) {
         let mut out = self.buffer();
-        let head = format!("HTTP/1.1 {status} {}\r\ncontent-type: application/json\r\n", reason.unwrap_or(""));
-        out.extend_from_slice(head.as_bytes());
-        out.extend_from_slice(mark);
-        let close = if close { "connection: close\r\n" } else { "" };
-        let rest = format!("date: {}\r\n{close}content-length: {}\r\n\r\n{body}", self.date(), body.len());
-        out.extend_from_slice(rest.as_bytes());
+        let date = self.date().to_string();
+        let Saying { lines, is_head, close, protocol } = how;
+        answer::write(answer, is_head, ResponseFields { lines, date: date.as_bytes(), close, protocol }, &mut out);
         // A client that doesn't take it in time doesn't want it.
         let _ = tokio::time::timeout(Duration::from_secs(5), stream.write_all(&out)).await;
         self.give_back(out);
     }
+}
+
+/// How an answer of this node's own is sent.
+#[derive(Debug, Clone, Copy)]
+pub struct Saying<'m> {
+    /// Whole header lines that say who should have served.
+    pub lines: &'m [u8],
+    /// The request was HEAD: no body follows.
+    pub is_head: bool,
+    /// Nothing more is taken from this client.
+    pub close: bool,
+    /// Protocol of the client.
+    pub protocol: Protocol,
 }

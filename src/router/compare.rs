@@ -1,10 +1,10 @@
 //! The three topics of a router, compared record by record.
 
 use super::audit::{At, Audit, Findings, read_source};
-use super::snapshot::RouterSnapshot;
+use super::snapshot::{LookError, RouterSnapshot};
 use crate::domain::router_state::RouterPhase;
 use crate::domain::side::Side;
-use crate::ports::{OffsetRange, OutsideError, RouterTopics, Topic};
+use crate::ports::{OffsetRange, RouterTopics, Topic};
 
 /// How far the topics were compared, and what was found.
 pub struct Compared {
@@ -19,11 +19,11 @@ pub struct Compared {
 }
 
 /// Compares what a router has read up to this moment; none when it has not begun, or is taking back what the canary has not read.
-pub fn compare(topics: &dyn RouterTopics) -> Result<Option<Compared>, OutsideError> {
+pub fn compare(topics: &dyn RouterTopics) -> Result<Option<Compared>, LookError> {
     let seen = RouterSnapshot::look(topics)?;
     let Some(from) = seen.control.phase.as_ref().and_then(RouterPhase::from).cloned() else { return Ok(None) };
     if seen.splits.len() != from.len() {
-        return Err(OutsideError::new("router", "its places are gone: brokers keep them for some days after the end"));
+        return Err(LookError::Gone);
     }
     let until = seen.next.clone();
     let bounds = topics.topic_bounds(Topic::Source)?;

@@ -2,8 +2,27 @@
 
 use crate::domain::router_state::{RouterPhase, RouterState};
 use crate::domain::side::Side;
-use crate::domain::split::Split;
+use crate::domain::split::{OffsetMetadataError, Split};
 use crate::ports::{OutsideError, RouterTopics, Topic};
+
+/// Why a router can't be seen.
+#[derive(Debug, thiserror::Error)]
+pub enum LookError {
+    /// The broker doesn't answer as it should: another try may succeed.
+    #[error(transparent)]
+    Outside(#[from] OutsideError),
+    /// The places that a router had are not there any more.
+    #[error("router: its places are gone: brokers keep them for some days after the end")]
+    Gone,
+    /// A place was committed that no router of this version writes: no other try reads it.
+    #[error("partition {partition}: {why}")]
+    Metadata {
+        /// The partition of the source topic.
+        partition: usize,
+        /// What is wrong with its metadata.
+        why: OffsetMetadataError,
+    },
+}
 
 /// What is seen of a router.
 #[derive(Debug, Clone)]
@@ -21,7 +40,7 @@ impl RouterSnapshot {
     ///
     /// # Errors
     /// When they can't be read, or a place was committed that no router of this version writes.
-    pub fn look(topics: &dyn RouterTopics) -> Result<Self, OutsideError> {
+    pub fn look(topics: &dyn RouterTopics) -> Result<Self, LookError> {
         let opened = topics.look()?;
         let mut control = RouterState::default();
         for line in &opened.entries {
@@ -31,8 +50,7 @@ impl RouterSnapshot {
         }
         let places: Vec<_> = opened.places.into_iter().flatten().collect();
         let splits = places.iter().enumerate().map(|(partition, place)| {
-            Split::from_metadata(&place.metadata)
-                .map_err(|why| OutsideError::new(format!("partition {partition}"), why))
+            Split::from_metadata(&place.metadata).map_err(|why| LookError::Metadata { partition, why })
         });
         let splits = splits.collect::<Result<_, _>>()?;
         Ok(Self { control, splits, next: places.iter().map(|place| place.next).collect() })

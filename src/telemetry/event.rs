@@ -125,11 +125,6 @@ impl Rejection {
 }
 
 impl<'b> ReportedEvent<'b> {
-    /// Returns true where the version is to blame: from 500 on.
-    pub fn is_error(&self) -> bool {
-        self.status >= 500
-    }
-
     /// Returns the event of these fields; the time is in milliseconds since 1970.
     pub fn new(
         service: &'b str,
@@ -215,7 +210,7 @@ mod tests {
         let event = event.event().unwrap();
         assert_eq!(Json::read(text).unwrap().event().unwrap(), event);
         assert_eq!(ReportedEvent::from_protobuf(&protobuf("svc", 503, 12.5, 1_790_000_000)).unwrap(), event);
-        assert_eq!((event.is_error(), event.latency_us, event.version.as_bytes()), (true, 12_500, &b"v2"[..]));
+        assert_eq!((event.status, event.latency_us, event.version.as_bytes()), (503, 12_500, &b"v2"[..]));
     }
 
     #[test]

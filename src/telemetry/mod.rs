@@ -12,6 +12,7 @@ use metrics::{Counter, Gauge, counter, gauge};
 use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::domain::classes::ErrorClasses;
 use crate::domain::ids::ServiceId;
 use crate::domain::side::Side;
 use crate::domain::window::{Evidence, Tally};
@@ -154,6 +155,8 @@ struct CountedService {
     stable: Box<str>,
     canary: Option<Box<str>>,
     routing_version: u64,
+    /// Statuses that count as errors of the present rollout.
+    error_classes: ErrorClasses,
     /// When that version came into force, in milliseconds since 1970.
     since_ms: u64,
     /// Events of the present version, and those from before it.
@@ -271,7 +274,7 @@ impl ServiceTable {
             bucket,
             side,
             earlier: event.at_ms < entry.since_ms,
-            error: event.is_error(),
+            error: event.status.try_into().is_ok_and(|status| entry.error_classes.has(status)),
             latency_us: event.latency_us,
             at_ms: event.at_ms,
             id: Ids::hash(event.id.as_bytes()),
@@ -335,6 +338,7 @@ impl CountedService {
             stable: Box::default(),
             canary: None,
             routing_version: 1,
+            error_classes: ErrorClasses::default(),
             since_ms: 0,
             present: Tally::default(),
             earlier: Tally::default(),
@@ -354,6 +358,7 @@ impl CountedService {
         self.stable = routing.stable_model_id.as_str().into();
         self.canary = routing.canary_model_id.as_ref().map(|canary| canary.as_str().into());
         self.routing_version = routing.version;
+        self.error_classes = view.services[id].service.rollout.spec.error_classes;
         self.since_ms = routing.timestamp.0;
     }
 }

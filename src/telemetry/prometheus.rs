@@ -100,7 +100,11 @@ async fn ask(node: NodeHandle, client: HttpClient, service: ServiceId, shown: Ar
 
 /// Returns the error as the reason that nodes vote on and record, which is cut where the provider is wordy.
 fn reason(query: &Query, why: &QueryError) -> NoValue {
-    NoValue::new(format_args!("{}: {why}", query.address))
+    let words = format_args!("{}: {why}", query.address);
+    match why {
+        QueryError::NoSeries => NoValue::silence(words),
+        _ => NoValue::new(words),
+    }
 }
 
 /// Returns the value that a query's provider gives for `text`.
@@ -147,11 +151,11 @@ mod tests {
     use crate::domain::text::{CHARACTERS_MAX, CUT};
     use crate::domain::verdict::OnFailure;
 
-    /// Returns what is measured where a provider answers with this.
+    /// Returns what is measured where a provider, which has a path prefix, answers with this.
     async fn measured(answer: Value) -> Result<f64, NoValue> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        let provider = Router::new().route("/api/v1/query", post(async move || axum::Json(answer)));
+        let address = format!("http://{}/team-a", listener.local_addr().unwrap());
+        let provider = Router::new().route("/team-a/api/v1/query", post(async move || axum::Json(answer)));
         let served = tokio::spawn(axum::serve(listener, provider).into_future());
         let query = Query {
             name: "errors".into(),

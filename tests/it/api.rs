@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use aviary::adapters::clock::BootClock;
 use aviary::adapters::memory::MemoryStore;
-use aviary::api::auth::Tokens;
+use aviary::api::token_file::TokenFile;
 use aviary::api::{self, ApiState};
 use aviary::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use aviary::domain::rollout::{Change, Service, Stamp};
@@ -17,20 +17,23 @@ use aviary::node::handle::{NodeHandle, NodeRequest, Published};
 use aviary::ports::Store;
 use aviary::protocol::message::Membership;
 use aviary::protocol::record::{Chosen, Hash, Initiator, Intent, Operation, Record, Slot};
-use aviary::protocol::{Announcement, Event, OperatorRequest, Outcome, ServiceView, Serving, View};
+use aviary::protocol::{Announcement, Event, MemberView, OperatorRequest, Outcome, ServiceView, Serving, View};
+use aviary::schema::v1::rollout_service_client::RolloutServiceClient;
+use aviary::schema::v1::{GetRolloutRequest, ListRolloutsRequest};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
-    stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
+pub const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
+    stable: { version: v1, answer: node }\n  canary: { version: v2, answer: node }\n  steps:\n    - setWeight: 5\n    - setWeight: 100\n";
 
 type Asked = Arc<Mutex<Vec<(TxId, OperatorRequest)>>>;
 
-struct Node {
-    port: u16,
+pub struct Node {
+    pub port: u16,
     events: broadcast::Sender<Arc<Announcement>>,
     handle: NodeHandle,
     asked: Asked,
@@ -47,7 +50,7 @@ fn stamp(slot: u64) -> Stamp {
     Stamp { tx: TxId::new(format!("tx-{slot}")).unwrap(), at: Wall(slot) }
 }
 
-fn started() -> (Change, Service) {
+pub fn started() -> (Change, Service) {
     let spec = aviary::config::rollout::parse(ROLLOUT, "rollout").unwrap_or_else(|e| panic!("{e}"));
     let change = Change::Start(Arc::new(spec));
     let service = Service::after(None, &id(), &change, &stamp(1)).unwrap();
@@ -58,7 +61,7 @@ fn id() -> ServiceId {
     ServiceId::new("svc").unwrap()
 }
 
-fn rollback() -> (Change, Service) {
+pub fn rollback() -> (Change, Service) {
     let change = Change::Rollback { reason: "errors: 9 %".into() };
     let service = Service::after(Some(&started().1), &id(), &change, &stamp(2)).unwrap();
     (change, service)
@@ -119,6 +122,10 @@ fn view(name: &str, coordinator: &str, head: u64, service: Service) -> Arc<View>
         head_hash: Hash([0; 32]),
         coordinator: NodeId::new(coordinator).unwrap(),
         members: BTreeMap::new(),
+        outsiders: Default::default(),
+        open: None,
+        default_service: Some(id()),
+        uses: Vec::new(),
         services: Arc::new(BTreeMap::from([(id(), Arc::new(shown))])),
     })
 }
@@ -129,7 +136,7 @@ fn log() -> Vec<Chosen> {
     vec![record(0, Change::Resume, first.clone()), record(1, start, first), record(2, back, second)]
 }
 
-async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Option<&str>) -> Node {
+pub async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Option<&str>) -> Node {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let store = MemoryStore::new(None, log());
@@ -144,8 +151,14 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
                     "refused" => {
                         Outcome::Aborted { slot: Slot(3), reasons: vec!["b: errors: 9 %".into()], repeated: false }
                     }
+                    "again" => Outcome::Committed { slot: Slot(1), state: None, reason: String::new(), repeated: true },
                     "alone" => Outcome::NoQuorum { reached: vec![NodeId::new("a").unwrap()], needed: 2 },
-                    _ => Outcome::Committed { slot: Slot(3), state: Some(started().1.routing), repeated: false },
+                    _ => Outcome::Committed {
+                        slot: Slot(3),
+                        state: Some(started().1.routing),
+                        reason: String::new(),
+                        repeated: false,
+                    },
                 };
                 told.lock().unwrap().push((tx, asked));
                 let _ = reply.send(outcome);
@@ -154,18 +167,24 @@ async fn node(name: &str, coordinator: &str, peers: &[(&str, u16)], tokens: Opti
     });
     let peers = peers.iter().map(|(n, p)| (NodeId::new(n).unwrap(), format!("127.0.0.1:{p}"))).collect();
     let shutdown = CancellationToken::new();
-    let tokens = tokens.map(|text| Tokens::parse(text).unwrap());
+    let tokens = tokens.map(|text| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        TokenFile::open(file.path()).unwrap()
+    });
     let state = ApiState::new(handle.clone(), peers, tokens, api::metrics::install(), shutdown.clone());
     tokio::spawn(api::serve(listener, state));
     Node { port, events, handle, asked, shutdown }
 }
 
 /// Sends a request; returns the head and the body of its answer.
-async fn exchange(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (String, String) {
+pub async fn exchange(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (String, String) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let length = body.len();
+    let kind = if headers.contains("content-type") { "" } else { "content-type: application/json\r\n" };
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+        "{method} {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\ncontent-length: {length}\r\n\
+         {kind}{headers}\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     let _ = stream.write_all(body.as_bytes()).await;
@@ -175,7 +194,7 @@ async fn exchange(port: u16, method: &str, path: &str, headers: &str, body: &str
     (head.to_string(), body.to_string())
 }
 
-async fn http(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, Value) {
+pub async fn http(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, Value) {
     let (head, body) = exchange(port, method, path, headers, body).await;
     let status = head.split(' ').nth(1).map_or(0, |s| s.parse().unwrap());
     let json = serde_json::from_str(&body).unwrap_or(Value::Null);
@@ -185,7 +204,7 @@ async fn http(port: u16, method: &str, path: &str, headers: &str, body: &str) ->
 /// What a stream says within `ms`, and whether it is still open then.
 async fn stream(stream: &mut TcpStream, ms: u64) -> (String, bool) {
     let mut text = Vec::new();
-    let end = tokio::time::Instant::now() + Duration::from_millis(ms);
+    let end = Instant::now() + Duration::from_millis(ms);
     loop {
         let mut bytes = [0; 4096];
         match tokio::time::timeout_at(end, stream.read(&mut bytes)).await {
@@ -201,7 +220,7 @@ async fn stream(stream: &mut TcpStream, ms: u64) -> (String, bool) {
 
 async fn follow(port: u16, headers: &str) -> TcpStream {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    stream.write_all(format!("GET /v1/events HTTP/1.1\r\nhost: x\r\n{headers}\r\n").as_bytes()).await.unwrap();
+    stream.write_all(format!("GET /v1/events HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n").as_bytes()).await.unwrap();
     stream
 }
 
@@ -223,6 +242,15 @@ async fn a_stream_resumes_after_the_slot_it_names_and_tells_each_decision_once()
     a.events.send(Arc::new(Announcement { at: Wall(1), node: NodeId::new("a").unwrap(), event })).unwrap();
     let (text, alive) = stream(&mut open, 300).await;
     assert!(alive && text.contains("\"peer\"") && !text.contains("id:"), "{text}");
+}
+
+#[tokio::test]
+async fn an_id_that_no_event_has_resumes_no_stream() {
+    let a = node("a", "a", &[], None).await;
+    for id in ["x", "-1", "1.5"] {
+        let (status, text, json) = http(a.port, "GET", "/v1/events", &format!("last-event-id: {id}\r\n"), "").await;
+        assert_eq!((status, &json["code"]), (400, &json!("INVALID_ARGUMENT")), "{id}: {text}");
+    }
 }
 
 #[tokio::test]
@@ -304,6 +332,13 @@ async fn every_error_is_a_problem_with_a_code() {
         ("POST", "/v1/rollouts/svc/explode", "", 404, "NOT_FOUND"),
         ("POST", "/v1/rollouts/svc/abort", "[]x", 400, "INVALID_ARGUMENT"),
         ("POST", "/v1/cluster/readmit", "{\"node\":\"c\"}", 400, "INVALID_ARGUMENT"),
+        ("POST", "/v1/cluster/readmit", "{\"node\":\"c\",\"incarnation\":\"+1\"}", 400, "INVALID_ARGUMENT"),
+        ("POST", "/v1/cluster/cordon", "{\"node\":\"c\",\"incarnation\":\"1\"}", 400, "INVALID_ARGUMENT"),
+        ("POST", "/v1/cluster/explode", "{\"node\":\"c\"}", 404, "NOT_FOUND"),
+        ("POST", "/v1/rollouts/svc/abort?consistency=x", "{}", 400, "INVALID_ARGUMENT"),
+        ("GET", "/routing/state?consistency=x", "", 400, "INVALID_ARGUMENT"),
+        ("GET", "/readyz", "", 503, "UNAVAILABLE"),
+        ("PUT", "/v1/rollouts/svc/abort", "", 405, "METHOD_NOT_ALLOWED"),
     ];
     let mut wrong = Vec::new();
     for (method, path, body, expected, code) in cases {
@@ -409,6 +444,112 @@ async fn a_list_comes_page_by_page_and_by_its_selector() {
     }
 }
 
+/// Returns how many services a view has, each with a rollout of its own.
+fn many_services(count: usize) -> Arc<View> {
+    let one = view("a", "a", 2, started().1).services[&id()].clone();
+    let services = (0..count).map(|n| (ServiceId::new(format!("svc-{n:05}")).unwrap(), one.clone())).collect();
+    Arc::new(View { services: Arc::new(services), ..(*view("a", "a", 2, started().1)).clone() })
+}
+
+#[tokio::test]
+async fn ten_thousand_services_are_listed_page_by_page_each_once() {
+    let a = node("a", "a", &[], None).await;
+    a.handle.published.publish(many_services(10_000));
+    let (begun, mut names, mut after, mut pages, mut largest) = (Instant::now(), Vec::new(), String::new(), 0, 0);
+    loop {
+        let (status, text, _) = http(a.port, "GET", &format!("/v1/rollouts?{after}"), "", "").await;
+        assert_eq!(status, 200, "{text}");
+        let list: RolloutList = serde_json::from_str(&text).unwrap();
+        (pages, largest) = (pages + 1, largest.max(text.len()));
+        names.extend(list.rollouts.into_iter().map(|rollout| rollout.name));
+        match list.next {
+            Some(next) => after = format!("after={next}"),
+            None => break,
+        }
+    }
+    let took = begun.elapsed();
+    println!("{} services in {pages} pages of up to {largest} bytes, in {took:?}", names.len());
+    let expected: Vec<_> = (0..10_000).map(|n| format!("svc-{n:05}")).collect();
+    assert!(names.iter().map(ServiceId::as_str).eq(expected.iter().map(String::as_str)), "{} names", names.len());
+    assert!(pages == 10 && largest < 4 << 20 && took < Duration::from_secs(20), "{pages} {largest} {took:?}");
+}
+
+/// Returns the view of node a with these members beside it: whether each is live.
+fn with_members(head: u64, others: &[(&str, bool)]) -> Arc<View> {
+    let member =
+        |alive| MemberView { incarnation: Incarnation(1), cordoned: false, alive, head: None, counts_not: None };
+    let others = others.iter().map(|(name, alive)| (NodeId::new(*name).unwrap(), member(*alive)));
+    let members = others.chain([(NodeId::new("a").unwrap(), member(true))]).collect();
+    Arc::new(View { members, ..(*view("a", "a", head, started().1)).clone() })
+}
+
+#[tokio::test]
+async fn a_write_for_everywhere_waits_for_live_nodes_and_names_the_others() {
+    let (b, c) = (node("b", "a", &[], None).await, node("c", "a", &[], None).await);
+    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let dead = gone.local_addr().unwrap().port();
+    drop(gone);
+    let a = node("a", "a", &[("b", b.port), ("c", c.port), ("d", dead), ("e", dead)], None).await;
+    a.handle.published.publish(with_members(3, &[("b", true), ("c", true), ("d", false), ("e", true), ("f", true)]));
+    let late = b.handle.clone();
+    let path = "/v1/rollouts/svc/pause?consistency=everywhere";
+    let (begun, answer) = (Instant::now(), http(a.port, "POST", path, "", "{}"));
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        late.published.publish(view("b", "a", 3, started().1));
+    };
+    let ((status, text, json), ()) = tokio::join!(answer, later);
+    assert_eq!(status, 200, "{text}");
+    assert_eq!(json["reach"]["served_by"], json!(["a", "b"]), "{text}");
+    assert_eq!(json["reach"]["away"], json!(["d"]), "{text}");
+    let missing = json["reach"]["missing"].as_object().unwrap();
+    assert_eq!(missing["c"], "it is at slot 2, expected slot 3");
+    assert!(missing["e"].as_str().unwrap().contains("refused"), "{text}");
+    assert_eq!((missing["f"].as_str().unwrap(), missing.len()), ("the address of its API is not known here", 3));
+    let took = begun.elapsed();
+    assert!((2_900..4_500).contains(&took.as_millis()), "bounded by 3 s: {took:?}");
+
+    a.handle.published.publish(with_members(3, &[("b", true), ("d", false)]));
+    let begun = Instant::now();
+    let (_, text, json) = http(a.port, "POST", path, "", "{}").await;
+    assert_eq!(json["reach"], json!({ "served_by": ["a", "b"], "away": ["d"], "missing": {} }), "{text}");
+    assert!(begun.elapsed() < Duration::from_secs(1), "nobody is waited for: {:?}", begun.elapsed());
+    let (_, _, json) = http(a.port, "POST", "/v1/rollouts/svc/pause", "", "{}").await;
+    assert!(json.get("reach").is_none(), "told only where it is asked for: {json}");
+}
+
+#[tokio::test]
+async fn grpc_lists_the_same_pages_as_http() {
+    let a = node("a", "a", &[], None).await;
+    a.handle.published.publish(five_services());
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://127.0.0.1:{}", a.port)).unwrap();
+    let mut client = RolloutServiceClient::new(endpoint.connect().await.unwrap());
+    for (selector, limit, after, names, next) in [
+        ("", 0, "", &["svc-0", "svc-1", "svc-2", "svc-3", "svc-4"][..], ""),
+        ("", 2, "svc-1", &["svc-2", "svc-3"], "svc-3"),
+        ("team=fraud", 1, "svc-1", &["svc-2"], "svc-2"),
+        ("team=fraud", 2, "svc-1", &["svc-2", "svc-4"], ""),
+    ] {
+        let (selector, after) = (selector.into(), after.into());
+        let request = ListRolloutsRequest { current: false, selector, limit, after };
+        let list = client.list_rollouts(request).await.unwrap().into_inner();
+        let found: Vec<_> = list.rollouts.iter().map(|rollout| rollout.service.as_str()).collect();
+        assert_eq!((&found[..], list.next.as_str()), (names, next));
+    }
+    for (selector, limit, after) in [("a=b=c", 0, ""), ("", 1_001, ""), ("", 0, "a b")] {
+        let (selector, after) = (selector.into(), after.into());
+        let wrong = client.list_rollouts(ListRolloutsRequest { current: false, selector, limit, after }).await;
+        assert_eq!(wrong.unwrap_err().code(), tonic::Code::InvalidArgument);
+    }
+    let request = GetRolloutRequest { service: "svc-0".into(), current: false };
+    let told = client.get_rollout(request).await.unwrap().into_inner().rollout.unwrap();
+    let (_, _, json) = http(a.port, "GET", "/v1/rollouts/svc-0", "", "").await;
+    assert_eq!((told.labels["team"].as_str(), told.slot, told.steps), ("fraud", 2, 2));
+    assert_eq!(serde_json::from_str::<Value>(&told.manifest).unwrap(), json["manifest"]);
+    assert_eq!((json!(told.hash), json!(told.transaction_id)), (json["hash"].clone(), json["txid"].clone()));
+    assert_eq!((told.canary_weight_bp, told.mode), (500, json["mode"].as_str().unwrap().to_string()));
+}
+
 #[tokio::test]
 async fn a_rollout_is_told_with_its_labels_and_the_file_that_is_in_force() {
     let a = node("a", "a", &[], None).await;
@@ -456,6 +597,75 @@ async fn a_write_is_decided_here_when_the_coordinator_is_gone_or_breaks() {
     let c = node("c", "a", &[("a", port)], None).await;
     assert_eq!(http(c.port, "POST", "/v1/rollouts/svc/abort", "", "{}").await.0, 200);
     assert_eq!((b.asked.lock().unwrap().len(), c.asked.lock().unwrap().len()), (1, 1));
+}
+
+/// A coordinator that keeps its connections, and answers nothing.
+async fn stopped() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            open.push(stream);
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn an_abort_is_decided_here_within_its_bound_when_the_coordinator_stands_still() {
+    let b = node("b", "a", &[("a", stopped().await)], None).await;
+    let began = tokio::time::Instant::now();
+    let (status, text, _) = http(b.port, "POST", "/v1/rollouts/svc/abort", "", "{}").await;
+    assert!(status == 200 && began.elapsed() < Duration::from_millis(2_400), "{:?}: {text}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_write_is_decided_here_once_another_node_coordinates() {
+    let b = node("b", "a", &[("a", stopped().await)], None).await;
+    let published = b.handle.published.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        published.publish(view("b", "b", 2, rollback().1));
+    });
+    let began = tokio::time::Instant::now();
+    let (status, text, _) = http(b.port, "POST", "/v1/rollouts/svc/promote", "", "{}").await;
+    assert!(status == 200 && began.elapsed() < Duration::from_millis(900), "{:?}: {text}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_repeated_write_is_answered_with_the_state_of_then() {
+    let a = node("a", "a", &[], None).await;
+    let (status, _, json) = http(a.port, "POST", "/v1/rollouts/svc/promote", "idempotency-key: again\r\n", "{}").await;
+    assert_eq!((status, &json["state"]["version"], &json["state"]["txid"]), (200, &json!(1), &json!("tx-1")), "{json}");
+}
+
+#[tokio::test]
+async fn a_page_in_a_browser_neither_changes_nor_reads_anything() {
+    let a = node("a", "a", &[], None).await;
+    let abort = |headers: &'static str| http(a.port, "POST", "/v1/rollouts/svc/abort", headers, "{}");
+    assert_eq!(abort("content-type: text/plain\r\norigin: http://evil.example\r\n").await.0, 403);
+    assert_eq!(abort("content-type: text/plain\r\n").await.0, 415);
+    let mut stream = TcpStream::connect(("127.0.0.1", a.port)).await.unwrap();
+    stream.write_all(b"GET /v1/cluster HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    assert!(text.starts_with("HTTP/1.1 403 ") && text.contains("PERMISSION_DENIED"), "{text}");
+    assert!(a.asked.lock().unwrap().is_empty());
+    assert_eq!(abort("").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_node_without_a_majority_is_ready_until_its_servers_fail() {
+    let a = node("a", "a", &[], None).await;
+    let asked = async |path: &str| http(a.port, "GET", path, "", "").await.0;
+    assert_eq!((asked("/readyz").await, asked("/readyz?quorum").await), (200, 503));
+    a.handle.published.set_has_servers(false);
+    assert_eq!((asked("/readyz").await, asked("/readyz?quorum").await, asked("/livez").await), (503, 503, 200));
+    a.handle.published.set_has_servers(true);
+    let now = aviary::ports::Clock::now(&BootClock).mono;
+    a.handle.published.set_lease(Some(now));
+    assert_eq!((asked("/readyz").await, asked("/readyz?quorum").await), (200, 200));
 }
 
 #[tokio::test]

@@ -1,15 +1,19 @@
 //! What is on disks and wires stays readable: each format's bytes, as each version of it wrote them.
 //!
 //! `golden/FORMAT-VERSION.txt` holds bytes of one version, a line for each value. The rule: a file that is there is never
-//! rewritten. Changed bytes need a new version (`VERSIONS` in `src/node/frame.rs`, the constants named in
-//! `src/adapters/disk/format.rs`) and so a new file, which `AVIARY_GOLDEN=write` makes; the files of earlier versions stay,
-//! and must still be read as the values that they were written from. A version that is no longer read loses its file in
-//! the commit that drops its reader.
+//! rewritten. Changed bytes need a new version (`LAYOUTS` in `src/node/layout.rs`, the constants of
+//! `src/adapters/disk/format.rs`, `VERSIONS` in `src/backup/mod.rs`) and so a new file, which `AVIARY_GOLDEN=write` makes; the
+//! files of earlier versions stay, and must still be read as the values that they were written from, which stand here. A
+//! version that this program still writes is compared byte for byte. A version that is no longer read loses its file in the
+//! commit that drops its reader.
+//!
+//! `tests/releases.txt` names the releases, and the digest of each file that one of them wrote.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Debug, Display, Write as _};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use aviary::adapters::disk::format;
@@ -102,7 +106,7 @@ fn log() -> Vec<Chosen> {
     log
 }
 
-/// A format in its newest version, with values that pin it.
+/// A format in a version that this program writes, with values that pin it.
 struct Format {
     name: &'static str,
     version: u16,
@@ -182,15 +186,19 @@ fn problems(dir: &Path, formats: &[Format], write: bool) -> Vec<String> {
     files.sort();
     for path in files {
         let file = path.file_stem().unwrap().to_string_lossy().into_owned();
-        let version_of = |format: &&Format| file.strip_prefix(format.name)?.strip_prefix('-')?.parse::<u16>().ok();
-        let Some((format, version)) = formats.iter().find_map(|format| Some((format, version_of(&format)?))) else {
+        let version_of = |format: &Format| file.strip_prefix(format.name)?.strip_prefix('-')?.parse::<u16>().ok();
+        let Some(version) = formats.iter().find_map(version_of) else {
             problems.push(format!("{file}: no format has this name"));
             continue;
         };
-        if version > format.version {
-            problems.push(format!("{file}: the newest version is {}", format.version));
+        // What an older version wrote means what the next one that is still written means.
+        let of_name = || formats.iter().filter(|format| version_of(format).is_some());
+        let Some(format) = of_name().filter(|format| format.version >= version).min_by_key(|format| format.version)
+        else {
+            let newest = of_name().map(|format| format.version).max().unwrap_or(0);
+            problems.push(format!("{file}: the newest version is {newest}"));
             continue;
-        }
+        };
         let samples: BTreeMap<_, _> = format.samples.iter().map(|sample| (sample.name.as_str(), sample)).collect();
         for line in fs::read_to_string(&path).unwrap().lines() {
             let (name, bytes) = line.split_once(' ').unwrap();
@@ -241,17 +249,34 @@ pub fn bodies() -> Vec<(String, Vec<u8>)> {
     formats().into_iter().flat_map(|format| format.samples).map(|sample| (sample.name, sample.body)).collect()
 }
 
-fn formats() -> [Format; 7] {
-    let log = log();
-    [
-        Format { name: "acceptor", version: format::ACCEPTOR.into(), samples: vec![acceptor(&log)] },
-        Format { name: "journal", version: format::JOURNAL.into(), samples: log.iter().map(record).collect() },
-        Format { name: "checkpoint", version: format::CHECKPOINT.into(), samples: vec![checkpoint(&log)] },
-        Format { name: "run", version: format::RUN.into(), samples: runs() },
-        Format { name: "backup", version: backup::VERSION, samples: backups(&log) },
-        Format { name: "hello", version: HELLO_VERSION, samples: vec![hello()] },
-        Format { name: "frame", version: VERSIONS.max, samples: messages(&log).into_iter().map(message).collect() },
+fn formats() -> Vec<Format> {
+    let (log, newer) = (log(), log_with_default());
+    let of = |name, version, samples| Format { name, version, samples };
+    vec![
+        of("acceptor", format::ACCEPTOR.oldest, vec![acceptor(&log)]),
+        of("acceptor", format::ACCEPTOR.newest, vec![acceptor(&newer[1..])]),
+        of("journal", format::JOURNAL.oldest, log.iter().map(record).collect()),
+        of("journal", format::JOURNAL.newest, newer[8..].iter().map(record).collect()),
+        of("checkpoint", format::CHECKPOINT.oldest, vec![checkpoint(&log)]),
+        of("checkpoint", format::CHECKPOINT.newest, vec![checkpoint(&newer)]),
+        of("run", format::RUN.newest, runs()),
+        of("backup", backup::VERSIONS.0, backups(&log)),
+        of("backup", backup::VERSIONS.1, backups(&newer)),
+        of("hello", HELLO_VERSION, vec![hello()]),
+        of("frame", VERSIONS.min, messages(VERSIONS.min, &log).into_iter().map(message(VERSIONS.min)).collect()),
+        of("frame", VERSIONS.max, messages(VERSIONS.max, &newer[1..]).into_iter().map(message(VERSIONS.max)).collect()),
     ]
+}
+
+/// The same log, and a record that makes a service the default.
+fn log_with_default() -> Vec<Chosen> {
+    let mut log = log();
+    let mut ledger = Ledger::new(&log[0]).unwrap();
+    log[1..].iter().for_each(|chosen| ledger.apply(chosen).unwrap());
+    let operation = Operation::SetDefault(ServiceId::new("s").unwrap());
+    let record = ledger.next_record(intent("default", operation), None).unwrap();
+    log.push(Chosen { ballot: Some(ballot(3)), decided_at: Wall(1_790_000_000_040), record });
+    log
 }
 
 fn record(chosen: &Chosen) -> Sample {
@@ -327,7 +352,7 @@ fn backups(log: &[Chosen]) -> Vec<Sample> {
     };
     let config = "[node]\nid = \"a\"\n";
     let sample = |name: &str, authority: Option<&str>, sum: Option<Ledger>| {
-        let mut writer = backup::Writer::default();
+        let mut writer = backup::Writer::new(backup::version_for(&head.uses()));
         let mut bytes = writer.begin(&header);
         bytes.extend(writer.config(config));
         authority.iter().for_each(|pem| bytes.extend(writer.authority(pem)));
@@ -341,7 +366,8 @@ fn backups(log: &[Chosen]) -> Vec<Sample> {
             backup::read(bytes).map(|found| (found.header, found.config, found.authority, found.ledger, found.records))
         })
     };
-    vec![sample("whole-log", Some("a certificate"), None), sample("after-checkpoint", None, Some(checkpoint(6)))]
+    let before = if log.len() > 8 { log.len() } else { 6 };
+    vec![sample("whole-log", Some("a certificate"), None), sample("after-checkpoint", None, Some(checkpoint(before)))]
 }
 
 fn sender() -> Identity {
@@ -362,22 +388,24 @@ fn hello() -> Sample {
     })
 }
 
-fn message((name, message): (&'static str, Message)) -> Sample {
-    let mut bytes = BytesMut::new();
-    frame::encode_message(&sender(), VERSIONS.max, &message, &mut bytes).unwrap();
-    Sample::new(name, message, bytes.to_vec(), move |version, bytes| {
-        let mut codec = FrameCodec::default();
-        codec.greeted(version);
-        let envelope = codec.decode(&mut BytesMut::from(bytes)).map_err(|error| error.to_string())?;
-        match envelope.filter(|envelope| envelope.sender() == sender()).map(|envelope| envelope.payload) {
-            Some(Payload::Message(message)) => Ok(*message),
-            other => Err(format!("found {other:?}")),
-        }
-    })
+fn message(version: u16) -> impl Fn((&'static str, Message)) -> Sample {
+    move |(name, message)| {
+        let mut bytes = BytesMut::new();
+        frame::encode_message(&sender(), version, &message, &mut bytes).unwrap();
+        Sample::new(name, message, bytes.to_vec(), move |version, bytes| {
+            let mut codec = FrameCodec::default();
+            codec.greeted(version);
+            let envelope = codec.decode(&mut BytesMut::from(bytes)).map_err(|error| error.to_string())?;
+            match envelope.filter(|envelope| envelope.sender() == sender()).map(|envelope| envelope.payload) {
+                Some(Payload::Message(message)) => Ok(*message),
+                other => Err(format!("found {other:?}")),
+            }
+        })
+    }
 }
 
-/// A message of each kind.
-fn messages(log: &[Chosen]) -> Vec<(&'static str, Message)> {
+/// A message of each kind, as a version can say it.
+fn messages(version: u16, log: &[Chosen]) -> Vec<(&'static str, Message)> {
     let accepted = Accepted { ballot: ballot(4), record: log[7].record.clone() };
     let vote = |answer| Message::Vote(Vote { ballot: ballot(4), slot: Slot(7), head: Slot(6), writes: 70_000, answer });
     let heartbeat = Heartbeat {
@@ -390,6 +418,7 @@ fn messages(log: &[Chosen]) -> Vec<(&'static str, Message)> {
         membership: Membership::Voter,
         writes: 70_000,
         seen: Some(SeenDisk { incarnation: Incarnation(0xbbbb), writes: 300 }),
+        speaks: version,
     };
     let snapshot = HealthSnapshot {
         service: ServiceId::new("s").unwrap(),
@@ -403,7 +432,8 @@ fn messages(log: &[Chosen]) -> Vec<(&'static str, Message)> {
         asks: Some(RunRequest { whom: Some(node("b")), saved: 16 }),
         transfer: Some(Box::new(transfer(None))),
     };
-    let part: Part = Checkpoint { slot: Slot(7), bytes: b"ledger".as_slice().into() }.parts().remove(0);
+    let format = if version < 9 { 3 } else { 4 };
+    let part: Part = Checkpoint { slot: Slot(7), format, bytes: b"ledger".as_slice().into() }.parts().remove(0);
     let prepare = Prepare {
         ballot: ballot(4),
         slot: Slot(7),
@@ -424,4 +454,72 @@ fn messages(log: &[Chosen]) -> Vec<(&'static str, Message)> {
         ("heartbeat", Message::Heartbeat(heartbeat)),
         ("health-snapshot", Message::HealthSnapshot(snapshot)),
     ]
+}
+
+/// Releases, and what each of them wrote: `tests/releases.txt`.
+struct Releases {
+    /// Version and commit, the oldest first.
+    releases: Vec<(String, String)>,
+    /// Name and BLAKE3 of each file.
+    files: BTreeMap<String, String>,
+}
+
+fn releases() -> Releases {
+    let text = fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/releases.txt")).unwrap();
+    let (mut releases, mut files) = (Vec::new(), BTreeMap::new());
+    for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
+        let (first, second) = line.trim().split_once(' ').unwrap_or_else(|| panic!("expected two words in {line:?}"));
+        match line.starts_with(' ') {
+            true => drop(files.insert(first.to_string(), second.to_string())),
+            false => releases.push((first.to_string(), second.to_string())),
+        }
+    }
+    Releases { releases, files }
+}
+
+/// Returns which files of `dir` aren't any more what a release wrote.
+fn altered(dir: &Path, files: &BTreeMap<String, String>) -> Vec<String> {
+    let found = |name: &String| match fs::read(dir.join(name)) {
+        Ok(bytes) => blake3::hash(&bytes).to_hex().to_string(),
+        Err(_) => "no such file".into(),
+    };
+    let different =
+        files.iter().map(|(name, digest)| (name, digest, found(name))).filter(|(_, digest, found)| *digest != found);
+    different
+        .map(|(name, digest, found)| format!("{name}: found {found}, expected {digest}, as it was released"))
+        .collect()
+}
+
+#[test]
+fn what_a_release_wrote_stays_as_it_was() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let Releases { releases, files } = releases();
+    assert_eq!(altered(&root.join("tests/it/golden"), &files), Vec::<String>::new());
+    assert!(!releases.is_empty() && files.len() > releases.len(), "each release wrote something");
+    // Where git knows the commit, its own word counts: the list can't be changed together with a file.
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").current_dir(&root).args(arguments).output().ok()?;
+        output.status.success().then_some(output.stdout)
+    };
+    for (version, commit) in &releases {
+        let Some(listed) = git(&["ls-tree", "--name-only", &format!("{commit}:tests/it/golden")]) else { continue };
+        for name in String::from_utf8(listed).unwrap().lines() {
+            let digest = files.get(name).unwrap_or_else(|| panic!("{name} of {version} is not listed"));
+            let bytes = git(&["show", &format!("{commit}:tests/it/golden/{name}")]).unwrap();
+            assert_eq!(*digest, blake3::hash(&bytes).to_hex().to_string(), "{name} of {version}");
+        }
+    }
+}
+
+#[test]
+fn a_released_file_that_is_gone_or_edited_is_named() {
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("x-1.txt"), "hello 68\n").unwrap();
+    let digest = blake3::hash(b"hello 68\n").to_hex().to_string();
+    let files = BTreeMap::from([("x-1.txt".to_string(), digest)]);
+    assert_eq!(altered(dir.path(), &files), Vec::<String>::new());
+    fs::write(dir.path().join("x-1.txt"), "hello 69\n").unwrap();
+    assert!(altered(dir.path(), &files)[0].starts_with("x-1.txt: found "));
+    fs::remove_file(dir.path().join("x-1.txt")).unwrap();
+    assert!(altered(dir.path(), &files)[0].starts_with("x-1.txt: found no such file, expected "));
 }

@@ -2,14 +2,19 @@
 
 mod api;
 mod cluster;
+mod edges;
 mod formats;
 mod fuzz;
 mod h2c;
 mod hop;
 mod judge;
 mod measure;
+mod openapi;
 mod pages;
 mod proxy;
 mod services;
+mod source;
+mod stop;
 mod tidy;
+mod ways;
 mod words;

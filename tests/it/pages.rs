@@ -11,7 +11,9 @@ const PAGES: &[&str] = &[
     "docs/analysis.md",
     "docs/integrations.md",
     "docs/performance.md",
+    "docs/rollouts.md",
     "docs/router.md",
+    "docs/upgrades.md",
 ];
 /// Folders whose files a page may name in backquotes.
 const FOLDERS: &[&str] = &["benches", "config", "core", "deploy", "docs", "proto", "scripts", "sim", "src", "tests"];

@@ -21,6 +21,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "config::node",
             "config::router",
             "http_client",
+            "listener",
             "schema",
             "telemetry::event",
         ],
@@ -37,7 +38,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     // Its shell reads its file, and follows a cluster's rollout as any client does. What it works on comes through `ports`.
     ("router", &["backoff", "domain", "model", "ports", "protocol::Mode", "router", "config::router", "client"]),
-    ("client", &["client", "http_client", "model", "adapters::tls::check_private"]),
+    ("client", &["client", "domain::text", "http_client", "model", "adapters::tls::check_private"]),
     ("synthetic", &["domain"]),
     ("telemetry", &["domain", "http_client", "protocol", "ports", "node::handle", "telemetry"]),
     ("decisions", &["backoff", "domain", "protocol", "ports", "node::handle", "schema", "decisions"]),
@@ -254,6 +255,49 @@ fn circles_are_found() {
         let mut wrong = sound.clone();
         wrong.insert(name.into(), code.into());
         assert_eq!(in_circles(&wrong), circle, "{name}: {code}");
+    }
+}
+
+/// Files that look into JSON by the names of its keys, each with why: none of them is a node's answer.
+const KEYS_OF_ITS_OWN: [(&str, &str); 3] = [
+    ("cli/plan.rs", "its own estimate, which it has just made"),
+    ("cli/judge.rs", "makes its own answer"),
+    ("cli/router/status.rs", "rows of its own plan"),
+];
+
+/// Returns the lines of code that search JSON for a key by its name.
+fn key_searches(lines: Vec<(usize, String)>) -> Vec<usize> {
+    let search = regex::Regex::new(r#"\w\["[a-z_]+"\]|\.pointer(_mut)?\(|(?:json|value|body|answer)\.get\(""#).unwrap();
+    lines.into_iter().filter(|(_, line)| search.is_match(line)).map(|(number, _)| number).collect()
+}
+
+#[test]
+fn clients_of_the_api_read_typed_answers() {
+    let mut found = BTreeMap::<String, Vec<usize>>::new();
+    for path in ["cli", "client", "router"].iter().flat_map(|room| sources(&root().join(room))) {
+        let lines = key_searches(code(&path));
+        if !lines.is_empty() {
+            found.insert(path.strip_prefix(root()).unwrap().display().to_string(), lines);
+        }
+    }
+    let allowed: BTreeSet<_> = KEYS_OF_ITS_OWN.iter().map(|(file, _)| file.to_string()).collect();
+    let wrong: Vec<_> = found.iter().filter(|(file, _)| !allowed.contains(*file)).collect();
+    assert!(wrong.is_empty(), "JSON is searched for keys: {wrong:?}");
+    let stale: Vec<_> = allowed.iter().filter(|file| !found.contains_key(*file)).collect();
+    assert!(stale.is_empty(), "no exception is needed for {stale:?}");
+}
+
+#[test]
+fn searches_for_a_key_are_found() {
+    let found = |line: &str| !key_searches(vec![(1, line.to_string())]).is_empty();
+    for line in ["let at = self.json[\"at\"];", "answer.pointer(\"/slot\")", "if let Some(x) = value.get(\"status\") {"]
+    {
+        assert!(found(line), "{line}");
+    }
+    for line in
+        ["table([\"NODE\", \"HEAD\"])", "headers.get(\"x-served-by\")", "json!({ \"a\": list[0] })", "&[\"--api\"]"]
+    {
+        assert!(!found(line), "{line}");
     }
 }
 

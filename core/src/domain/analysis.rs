@@ -86,7 +86,8 @@ pub enum NoData {
 pub struct Analysis {
     /// Length of the sliding window, in milliseconds.
     pub window_ms: u64,
-    /// Fewest canary answers in the window that allow any verdict but hold.
+    /// Fewest canary answers that allow any verdict but hold: of THRESHOLD in the window, of SEQUENTIAL, whose evidence lasts, in
+    /// the step.
     pub min_samples: u64,
     /// The metrics, all of which must hold.
     pub metrics: Vec<Metric>,
@@ -98,6 +99,20 @@ pub struct Analysis {
     pub alpha_ppm: u32,
     /// How long a due step may hold before the rollout is paused, in milliseconds; none: for ever.
     pub inconclusive_after_ms: Option<u64>,
+}
+
+/// What the comparison of a canary with stable says at the present step.
+#[derive(Debug, Clone)]
+pub struct StepComparison {
+    /// Its verdict; Promote where there is none to make.
+    pub verdict: Verdict,
+    /// Whether the step has as many of the canary's answers as it needs: Hold while it hasn't.
+    pub samples: Verdict,
+}
+
+impl StepComparison {
+    /// There is nothing to compare.
+    pub const NOTHING: Self = Self { verdict: Verdict::Promote, samples: Verdict::Promote };
 }
 
 /// Fewest canary answers that a node needs to judge by itself, without its peers' evidence.
@@ -171,6 +186,80 @@ impl Analysis {
         self.judge_with(&node.canary, self.min_samples.min(LOCAL_SAMPLES_MIN))
     }
 
+    /// Returns whether a step in which all nodes saw so many canary answers has enough of them for what is compared with stable.
+    pub fn enough_in_step(&self, answers: u64) -> Verdict {
+        let least = self.min_samples.max(1);
+        match self.compares() && answers < least {
+            true => Verdict::Hold(format!("{answers} of {least} canary samples in this step")),
+            false => Verdict::Promote,
+        }
+    }
+
+    /// Returns how many canary answers a second the limits need to judge at all: `minSamples` in each window; none where no
+    /// metric has a fixed limit.
+    pub fn rate_needed(&self) -> Option<f64> {
+        self.has_limits().then(|| self.min_samples.max(1) as f64 / (self.window_ms as f64 / 1000.0))
+    }
+
+    /// Returns that so many canary answers a second never suffice for the limits; none where they do.
+    pub fn never_enough(&self, answers_per_second: f64) -> Option<String> {
+        let needed = self.rate_needed().filter(|needed| answers_per_second < *needed)?;
+        Some(format!("needs {needed:.1} canary requests/s, sees {answers_per_second:.1}: never at this rate"))
+    }
+
+    /// Returns what is judged, in words, a line for each metric and one for the samples.
+    pub fn in_words(&self) -> Vec<String> {
+        let does = |on_failure| match on_failure {
+            OnFailure::Rollback => "rolls back",
+            OnFailure::Pause => "pauses",
+        };
+        let percent = |ppm: u32| f64::from(ppm) / 1e4;
+        let (window, alpha) = (self.window_ms as f64 / 1000.0, percent(self.alpha_ppm));
+        let metric = |metric: &Metric| {
+            let says = match metric.limit {
+                Limit::ErrorRate { max_bp } => {
+                    format!(
+                        "more than {} % errors in {window} s {}",
+                        f64::from(max_bp) / 100.0,
+                        does(metric.on_failure)
+                    )
+                }
+                Limit::Latency { statistic, max_us } => {
+                    let max_ms = max_us as f64 / 1000.0;
+                    format!("{statistic} latency above {max_ms} ms in {window} s {}", does(metric.on_failure))
+                }
+                Limit::ErrorsVsStable { increase_ppm } => {
+                    format!("promotes once {} % more errors than stable's are ruled out", percent(increase_ppm))
+                }
+                Limit::LatencyVsStable { quantile_bp, increase_ppm } => format!(
+                    "promotes once {} % above stable's p{} are ruled out",
+                    percent(increase_ppm),
+                    f64::from(quantile_bp) / 100.0
+                ),
+            };
+            format!("{}: {says}", metric.name)
+        };
+        let query = |query: &Query| {
+            format!("{}: a value of Prometheus out of its range {}", query.name, does(query.on_failure))
+        };
+        let mut lines: Vec<_> = self.metrics.iter().map(metric).chain(self.queries.iter().map(query)).collect();
+        if self.compares() {
+            lines.push(format!(
+                "harm beside stable rolls back, wrongly with a probability of {alpha} % at most; harm that is likely pauses, \
+                 wrongly with {} %",
+                (alpha * 5.0).min(50.0)
+            ));
+        }
+        let least = self.min_samples.max(1);
+        if let Some(needed) = self.rate_needed() {
+            lines.push(format!("limits need {least} canary answers in {window} s: {needed:.1} canary requests/s"));
+        }
+        if self.compares() {
+            lines.push(format!("the comparison with stable needs {least} canary answers in the step"));
+        }
+        lines
+    }
+
     /// Returns true when some metric has a fixed limit.
     pub fn has_limits(&self) -> bool {
         self.metrics.iter().any(|metric| metric.required().is_none())
@@ -198,8 +287,8 @@ impl Analysis {
     }
 
     fn judge_with(&self, canary: &Stats, min_samples: u64) -> Verdict {
-        if self.metrics.is_empty() && !self.queries.is_empty() {
-            // Other systems count, and say when they have nothing.
+        if !self.has_limits() {
+            // Other systems count, and say when they have nothing; what is compared with stable is counted over the step.
             return Verdict::Promote;
         }
         if canary.count < min_samples.max(1) {
@@ -305,6 +394,35 @@ mod tests {
         assert_eq!(checked(Limit::ErrorRate { max_bp: 10_000 }), Ok(()));
         let error = checked(Limit::ErrorRate { max_bp: 10_001 });
         assert_eq!(error, Err("thresholdRange.max is 100.01 %, expected 0 to 100 %".into()));
+    }
+
+    #[test]
+    fn what_is_judged_and_what_can_never_come_is_said_in_words() {
+        let rule = Analysis::default();
+        let expected = [
+            "errors: more than 5 % errors in 30 s rolls back",
+            "latency: mean latency above 500 ms in 30 s pauses",
+            "limits need 100 canary answers in 30 s: 3.3 canary requests/s",
+        ];
+        assert_eq!(rule.in_words(), expected);
+        assert_eq!(rule.never_enough(2.0), Some("needs 3.3 canary requests/s, sees 2.0: never at this rate".into()));
+        assert_eq!(rule.never_enough(3.4), None);
+        let limit = Limit::ErrorsVsStable { increase_ppm: 5_000 };
+        let metrics = vec![Metric { name: "errors".into(), limit, on_failure: OnFailure::Rollback }];
+        let rule = Analysis { metrics, ..rule };
+        let expected = [
+            "errors: promotes once 0.5 % more errors than stable's are ruled out",
+            "harm beside stable rolls back, wrongly with a probability of 1 % at most; harm that is likely pauses, wrongly with 5 %",
+            "the comparison with stable needs 100 canary answers in the step",
+        ];
+        assert_eq!(rule.in_words(), expected);
+        assert_eq!(rule.never_enough(0.1), None, "what is compared adds up");
+        assert_eq!(rule.judge(&canary(3, 0, 1)), Verdict::Promote);
+        assert_eq!(rule.enough_in_step(99), Verdict::Hold("99 of 100 canary samples in this step".into()));
+        assert_eq!(
+            (rule.enough_in_step(100), Analysis::default().enough_in_step(0)),
+            (Verdict::Promote, Verdict::Promote)
+        );
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Names that can't be mixed up: each kind of identifier is a type of its own, checked where it is made.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 /// Why a text is not an identifier.
@@ -64,6 +66,19 @@ macro_rules! name {
             /// Returns the identifier as text.
             pub fn as_str(&self) -> &str {
                 &self.0
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({
+                    "description": concat!("A ", $what, ": 1 to ", $max, " letters, digits, '.', '_' and '-'."),
+                    "type": "string", "minLength": 1, "maxLength": $max, "pattern": "^[A-Za-z0-9._-]+$",
+                })
             }
         }
 

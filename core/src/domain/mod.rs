@@ -4,6 +4,8 @@
 //! commit protocol that makes three nodes agree on these values is in [`crate::protocol`].
 
 pub mod analysis;
+pub mod apply;
+pub mod classes;
 pub mod ids;
 pub mod limits;
 pub mod plan;

@@ -15,7 +15,7 @@ pub type Micro = i64;
 pub struct Query {
     /// The name its author gave it.
     pub name: String,
-    /// Where a Prometheus answers, `http://host:port`.
+    /// Where a Prometheus answers, `http://host:port`, with its path prefix where it has one.
     pub address: String,
     /// PromQL, with `{{service}}`, `{{stable}}`, `{{version}}` (the canary) and `{{window}}` in it.
     pub template: String,
@@ -32,13 +32,21 @@ pub struct Query {
 /// Why another system gave no value, in its own words: cut where they are long, since they become a reason that is voted
 /// on and recorded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct NoValue(String);
+#[error("{why}")]
+pub struct NoValue {
+    why: String,
+    is_silence: bool,
+}
 
 impl NoValue {
-    /// Returns the first characters of `why`.
+    /// Returns that no usable answer came, with the first characters of `why`.
     pub fn new(why: impl fmt::Display) -> Self {
-        Self(bounded(why.to_string()))
+        Self { why: bounded(why.to_string()), is_silence: false }
+    }
+
+    /// Returns that the other system answered that it has no value: what it measures is silent.
+    pub fn silence(why: impl fmt::Display) -> Self {
+        Self { is_silence: true, ..Self::new(why) }
     }
 }
 
@@ -58,6 +66,24 @@ impl Query {
         self.interval_ms.saturating_mul(3)
     }
 
+    /// Returns why the other system gives no usable answer; none where it gives one, even if that is that it has no value.
+    pub fn outage(&self, answer: Option<&Result<f64, NoValue>>) -> Option<String> {
+        match answer {
+            None => Some(format!("{}: no answer yet", self.name)),
+            Some(Err(why)) if !why.is_silence => Some(format!("{}: {why}", self.name)),
+            Some(_) => None,
+        }
+    }
+
+    /// Returns true when the other system answers that it has no value, as without traffic.
+    pub fn is_silent(answer: Option<&Result<f64, NoValue>>) -> bool {
+        match answer {
+            Some(Ok(value)) => !value.is_finite(),
+            Some(Err(why)) => why.is_silence,
+            None => false,
+        }
+    }
+
     /// Returns what an answer says: the value, or why there is none; none when nothing fresh was answered. Only a value can
     /// be harm: an outage of the metric's provider holds the step.
     pub fn judge(&self, answer: Option<&Result<f64, NoValue>>) -> Verdict {
@@ -65,8 +91,8 @@ impl Query {
         let value = match answer {
             None => return Verdict::Hold(format!("{name}: no answer yet")),
             Some(Err(why)) => return Verdict::Hold(format!("{name}: {why}")),
-            Some(Ok(value)) if value.is_nan() => {
-                return Verdict::Hold(format!("{name}: the answer is no number, as without traffic"));
+            Some(Ok(value)) if !value.is_finite() => {
+                return Verdict::Hold(format!("{name}: the answer is {value}, as without traffic, expected a number"));
             }
             Some(Ok(value)) => *value,
         };
@@ -107,10 +133,26 @@ mod tests {
     #[test]
     fn a_value_beyond_is_harm_and_no_value_holds() {
         let query = query(Some(-1_000_000), Some(2_500_000));
-        let words = [Ok(2.5), Ok(2.6), Ok(-1.1), Ok(f64::NAN), Ok(f64::INFINITY), Err(NoValue::new("no route"))]
-            .map(|answer| query.judge(Some(&answer)).word());
-        assert_eq!(words, ["PROMOTE", "PAUSE", "PAUSE", "HOLD", "PAUSE", "HOLD"]);
+        let words =
+            [Ok(2.5), Ok(2.6), Ok(-1.1), Err(NoValue::new("no route"))].map(|answer| query.judge(Some(&answer)).word());
+        assert_eq!(words, ["PROMOTE", "PAUSE", "PAUSE", "HOLD"]);
         assert_eq!(query.judge(None).word(), "HOLD");
         assert_eq!(query.judge(Some(&Ok(2.6))).reason(), "saturation: 2.6, limit 2.5");
+    }
+
+    #[test]
+    fn what_is_no_number_holds_whatever_the_range_and_its_reaction() {
+        let ranges = [(Some(500_000), None), (None, Some(500_000)), (Some(-1), Some(1)), (None, None)];
+        for (min, max) in ranges {
+            for on_failure in [OnFailure::Rollback, OnFailure::Pause] {
+                let query = Query { on_failure, ..query(min, max) };
+                for value in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, -f64::NAN] {
+                    let verdict = query.judge(Some(&Ok(value)));
+                    assert_eq!(verdict.word(), "HOLD", "{value} in {min:?} to {max:?}");
+                }
+            }
+        }
+        let reason = query(None, Some(1)).judge(Some(&Ok(f64::INFINITY))).reason().to_owned();
+        assert_eq!(reason, "saturation: the answer is inf, as without traffic, expected a number");
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ids::{ServiceId, TxId, VersionId};
@@ -12,7 +13,7 @@ use super::time::Wall;
 use super::weights::{Weight, Weights};
 
 /// Phase of a rollout, named as in Argo Rollouts and Flagger.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Phase {
     /// The rollout takes its steps.
     Progressing,
@@ -60,6 +61,13 @@ pub struct Rollout {
     pub rollout_generation: u64,
     /// Time at which the rollout was proposed.
     pub since: Wall,
+}
+
+impl Rollout {
+    /// Returns true while the rollout goes on only when an operator says so: it is paused, or at a step that asks for one.
+    pub fn waits_for_operator(&self) -> bool {
+        self.phase == Phase::Paused || (self.phase.is_active() && self.spec.stages[self.stage].manual)
+    }
 }
 
 /// A service: its routing, its stable backend, and its last rollout.
@@ -162,6 +170,18 @@ pub enum ChangeError {
         /// Stable version that the rollout file names.
         found: VersionId,
     },
+    /// The rollout file names other servers of stable than those that serve.
+    #[error(
+        "stable {version} is at {found} in the rollout, expected {serving}, which serves: a rollout never moves stable's traffic"
+    )]
+    StableServers {
+        /// The stable version.
+        version: VersionId,
+        /// Servers that serve it, in words.
+        serving: String,
+        /// Servers that the rollout file names, in words.
+        found: String,
+    },
     /// The promotion does not lead to the next stage.
     #[error("promotion to {found:?} at stage {stage} of {stages}, expected the next one")]
     NotNext {
@@ -184,14 +204,18 @@ pub struct Stamp {
 }
 
 impl Service {
-    /// Returns the service that `spec` describes before any canary traffic: everything on its stable version.
-    pub fn before_start(spec: &Arc<Manifest>, stamp: &Stamp) -> Self {
+    /// Returns the service before any canary traffic of `spec`: everything on what serves stable, which for a service that
+    /// nobody has seen yet is the rollout's stable. What serves keeps serving as it does. Only a build that didn't check
+    /// `apply::check_stable` decided a rollout whose stable is elsewhere; what it decided stays as it was.
+    pub fn before_start(current: Option<&Self>, spec: &Arc<Manifest>, stamp: &Stamp) -> Self {
+        let kept = current.map(|current| &current.stable).filter(|stable| stable.is_same(&spec.stable));
+        let stable = kept.unwrap_or(&spec.stable).clone();
         let routing = RoutingState {
             service: spec.service.clone(),
-            version: 0,
-            stable_model_id: spec.stable.version.clone(),
+            version: current.map_or(0, |current| current.routing.version),
+            stable_model_id: stable.version.clone(),
             canary_model_id: None,
-            weights: Weights::all_to(spec.stable.version.clone()),
+            weights: Weights::all_to(stable.version.clone()),
             status: Status::Committed,
             txid: stamp.tx.clone(),
             timestamp: stamp.at,
@@ -204,7 +228,7 @@ impl Service {
             rollout_generation: 0,
             since: stamp.at,
         };
-        Self { routing, stable: spec.stable.clone(), rollout }
+        Self { routing, stable, rollout }
     }
 
     /// Returns the service after `change`, or why that can't be. `now` is none for a service nobody has seen yet.
@@ -284,7 +308,7 @@ impl Service {
     }
 
     fn started(current: Option<&Self>, spec: &Arc<Manifest>, stamp: &Stamp) -> Result<Self, ChangeError> {
-        let mut service = Self::before_start(spec, stamp);
+        let mut service = Self::before_start(current, spec, stamp);
         if let Some(current) = current {
             let Rollout { phase, spec: running, .. } = &current.rollout;
             if phase.is_active() {
@@ -295,7 +319,6 @@ impl Service {
             if expected != found {
                 return Err(ChangeError::Stable { expected, found });
             }
-            service.routing.version = current.routing.version;
         }
         service.rollout.rollout_generation = service.routing.version + 1;
         Ok(service.at_stage(0, stamp))

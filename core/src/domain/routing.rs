@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ids::{ServiceId, TxId, VersionId};
@@ -9,7 +10,7 @@ use super::time::Wall;
 use super::weights::{Weight, Weights};
 
 /// Outcome of a transaction, as records and the API state it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Status {
     /// Nodes vote; no outcome is decided yet.
@@ -31,7 +32,7 @@ impl fmt::Display for Status {
 }
 
 /// The committed routing of one service: a ceiling on what the canary gets.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RoutingState {
     /// Service that the routing belongs to.
     pub service: ServiceId,

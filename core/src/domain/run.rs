@@ -4,6 +4,7 @@
 //! A node, `aviary judge` and `aviary replay` run this same code. Two nodes with the same tick samples come to the
 //! same window verdicts.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::analysis::Analysis;
@@ -14,7 +15,7 @@ use super::verdict::Verdict;
 use super::window::Evidence;
 
 /// One version's answers in a few numbers.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct AnswerSummary {
     /// Number of answers, errors among them.
     pub count: u64,
@@ -37,7 +38,7 @@ impl From<&Stats> for AnswerSummary {
 }
 
 /// Numbers behind a SEQUENTIAL verdict.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SequentialEvidence {
     /// Evidence that the canary is worse, as an e-value; 1.0 is none.
     pub e_value: f64,
@@ -52,7 +53,7 @@ pub struct SequentialEvidence {
 }
 
 /// Verdict of a window or of the comparison, with its evidence.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WindowVerdict {
     /// Start, in milliseconds since the rollout's start.
     pub from_ms: u64,
@@ -191,6 +192,11 @@ impl<S: Ord + Clone> AnalysisRun<S> {
 
     fn nobody_looked_until(&mut self, at_ms: u64) {
         self.whole_from_ms = self.whole_from_ms.max(at_ms);
+    }
+
+    /// Returns the canary's answers in the whole rollout.
+    pub fn canary_answers(&self) -> u64 {
+        self.total.canary.count
     }
 
     /// Returns the latest routing version of what was compared; 0 before there was any traffic.

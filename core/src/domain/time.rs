@@ -1,8 +1,10 @@
 //! Points in time, as arguments: the one clock that leases trust, and the one that people read.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Add;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -38,6 +40,18 @@ impl Mono {
 /// RFC 3339, `2026-11-29T14:05:09.250Z`; in the log a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Wall(pub u64);
+
+impl JsonSchema for Wall {
+    fn schema_name() -> Cow<'static, str> {
+        "Time".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "A point in time (UTC), to the millisecond.", "type": "string", "format": "date-time",
+        })
+    }
+}
 
 impl Serialize for Wall {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -1,9 +1,10 @@
 //! The words in which the analysis decides.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Verdict of the analysis on a canary.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Verdict {
     /// Enough evidence, all of it good.
     Promote,

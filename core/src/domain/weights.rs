@@ -1,8 +1,10 @@
 //! Traffic weights in basis points, and the pick of a version for one request.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -150,6 +152,19 @@ impl Weights {
     /// Returns the parts, stable first.
     pub fn iter(&self) -> impl Iterator<Item = &(VersionId, Weight)> {
         self.0.iter()
+    }
+}
+
+impl JsonSchema for Weights {
+    fn schema_name() -> Cow<'static, str> {
+        "Weights".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "Traffic split between versions: the share of each, 0.0 to 1.0. The shares sum to 1.",
+            "type": "object", "additionalProperties": { "type": "number", "minimum": 0, "maximum": 1 },
+        })
     }
 }
 

@@ -1,7 +1,6 @@
 //! What the cluster does by itself: go on when a step is due and healthy, stop when it isn't, settle what a lost
-//! coordinator left open. Only the coordinator acts, but for the local hold: the node that holds asks for the rollback
-//! itself
-//! when the coordinator stays silent.
+//! coordinator left open. The coordinator acts first. Where it stays silent, the node that holds its canary asks for the
+//! rollback itself; and where it didn't live through a pause, a node that did asks for the next step.
 
 use std::collections::BTreeMap;
 
@@ -13,17 +12,25 @@ use crate::domain::verdict::Verdict;
 use crate::domain::weights::Weight;
 
 use super::context::Context;
-use super::gate::Health;
+use super::gate::{Health, Supply};
 use super::log::ledger::ServiceState;
 use super::log::record::{Chosen, Operation};
 use super::proposal::Proposal;
 
 /// How long a node that stopped the canary by itself waits for the coordinator's rollback before it asks for one itself.
 const HOLD_PATIENCE_MS: u64 = 300;
+/// How much longer than a pause each further node waits, by name, for a step that the coordinator doesn't ask for: it may have
+/// started after the pause began, so that it knows of a part of it only.
+const STEP_PATIENCE_MS: u64 = 2_000;
 /// First wait after an automatic change was refused; it doubles each time.
 const RETRY_MS: u64 = 500;
 /// Longest wait between two tries, in milliseconds.
 const RETRY_MS_MAX: u64 = 15_000;
+/// First wait after nodes abstained from a promotion that its coordinator saw as due: something is missing there, and each try is a
+/// record that people read. It doubles up to [`ABSTENTION_MS_MAX`].
+const ABSTENTION_MS: u64 = 10_000;
+/// Longest wait after nodes abstained, in milliseconds.
+const ABSTENTION_MS_MAX: u64 = 60_000;
 
 /// How the automatic changes of one rollout go.
 #[derive(Debug, Clone)]
@@ -34,11 +41,18 @@ struct Progress {
     retry_at: Mono,
     /// How many failed in a row.
     failures: u32,
+    /// Since when the verdict is to promote, without a break; none while it isn't.
+    ready_since: Option<Mono>,
+    /// What stood in the way of the last promotion, by the nodes' own words; empty where nothing did.
+    refusal: String,
+    /// A pause at the deadline is asked for no sooner than this: it doesn't wait for promotions that are tried again.
+    late_at: Mono,
 }
 
 impl Progress {
     fn new(since: Mono) -> Self {
-        Self { since, retry_at: Mono::default(), failures: 0 }
+        let (ready_since, refusal) = (None, String::new());
+        Self { since, retry_at: Mono::default(), failures: 0, ready_since, refusal, late_at: Mono::default() }
     }
 }
 
@@ -83,10 +97,10 @@ impl Autopilot {
         }
         match operation {
             Operation::Change(_, Change::Resume) => progress.since = now,
-            Operation::Refused { .. } => {
+            Operation::Refused { reasons, .. } => {
                 progress.failures = progress.failures.saturating_add(1);
-                let wait = (RETRY_MS << progress.failures.min(5)).min(RETRY_MS_MAX);
-                progress.retry_at = now.after_ms(wait);
+                progress.retry_at = now.after_ms(wait_ms(progress.failures, reasons));
+                progress.refusal = reasons.join("; ");
             }
             _ => {}
         }
@@ -110,30 +124,69 @@ impl Autopilot {
         if !service_state.service.rollout.phase.is_active() {
             return None;
         }
+        progress.look(ctx.now.mono, health.verdict);
         if let Some(reason) = rollback_reason(ctx, service_state, health, progress.since) {
             // A rollback is asked for again and again, but not with every tick.
             let may_try = ctx.now.mono >= progress.retry_at || progress.failures == 0;
             let is_asked = !coordination.is_decreasing && may_try;
             return is_asked.then(|| progress.propose(ctx, id, Change::Rollback { reason }));
         }
-        if !ctx.is_coordinator() || ctx.now.mono < progress.retry_at {
+        let is_coordinator = ctx.is_coordinator();
+        let late = overdue(ctx, service_state, health, progress.since).filter(|_| is_coordinator);
+        if ctx.now.mono < if late.is_some() { progress.late_at } else { progress.retry_at } {
             return None;
         }
+        let is_late = late.is_some();
         let change = match health.verdict {
+            _ if !is_coordinator => overdue_step(ctx, service_state, health, progress.since)?,
             Some(Verdict::Pause(why)) if service_state.service.rollout.phase != Phase::Paused => {
                 Change::Pause { reason: why.clone() }
             }
-            _ => step(ctx, service_state, health)?,
+            _ => match late {
+                Some(change) => change,
+                None => {
+                    let change = step(ctx, service_state, health, progress.since);
+                    change.filter(|_| progress.is_ready(ctx, service_state))?
+                }
+            },
         };
         if !coordination.is_free {
             self.waits = Some(id.clone());
             return None;
         }
+        if is_late {
+            progress.late_at = ctx.now.mono.after_ms(RETRY_MS);
+        }
         Some(progress.propose(ctx, id, change))
     }
 }
 
+/// Returns how long to wait after the automatic change failed so often in a row, the last time for these reasons.
+fn wait_ms(failures: u32, reasons: &[String]) -> u64 {
+    let abstained = |reason: &String| reason.contains(": abstains: ");
+    match !reasons.is_empty() && reasons.iter().all(abstained) {
+        true => (ABSTENTION_MS << failures.saturating_sub(1).min(5)).min(ABSTENTION_MS_MAX),
+        false => (RETRY_MS << failures.min(5)).min(RETRY_MS_MAX),
+    }
+}
+
 impl Progress {
+    /// Takes note of what the analysis says.
+    fn look(&mut self, now: Mono, verdict: Option<&Verdict>) {
+        match verdict {
+            Some(Verdict::Promote) => self.ready_since = self.ready_since.or(Some(now)),
+            _ => self.ready_since = None,
+        }
+    }
+
+    /// Returns true once the peers, who hear of the same evidence up to two snapshots later, can say what this node says: asked
+    /// before, they would abstain, and a healthy promotion would be recorded as refused first.
+    fn is_ready(&self, ctx: &Context, service_state: &ServiceState) -> bool {
+        let delay_ms = ctx.settings.timings.snapshot_ms.saturating_mul(2);
+        service_state.service.routing.canary_weight() == Weight::ZERO
+            || self.ready_since.is_some_and(|since| ctx.now.mono.millis_since(since) >= delay_ms)
+    }
+
     /// Returns the proposal of a change, and leaves it the time of a ballot before it is tried again.
     fn propose(&mut self, ctx: &Context, id: &ServiceId, change: Change) -> Proposal {
         self.retry_at = self.retry_at.max(ctx.now.mono.after_ms(ctx.settings.timings.resend_ms));
@@ -157,10 +210,9 @@ fn rollback_reason(
     health: &Health<'_>,
     progress_since: Mono,
 ) -> Option<String> {
-    let now = ctx.now.mono;
     let own = &ctx.settings.node;
     if let Some((why, held_at)) = health.local_hold {
-        let patient = now.millis_since(held_at) >= HOLD_PATIENCE_MS;
+        let patient = ctx.now.mono.millis_since(held_at) >= HOLD_PATIENCE_MS;
         return (ctx.is_coordinator() || patient).then(|| format!("{own}: {why}"));
     }
     if !ctx.is_coordinator() {
@@ -173,16 +225,76 @@ fn rollback_reason(
     if *phase == Phase::Paused || waits_for_operator(service_state) {
         return None;
     }
-    let deadline = spec.progress_deadline_ms;
-    let still = now.millis_since(progress_since);
-    let planned = hold_ms(service_state);
-    if still >= deadline.saturating_add(planned) {
-        let weight = service_state.service.routing.canary_weight();
-        return Some(format!("no progress at {weight} within {} s", deadline / 1000));
+    if let Some(Change::Rollback { reason }) = overdue(ctx, service_state, health, progress_since) {
+        return Some(reason);
     }
     let silent = spec.analysis.no_data == NoData::Fail && is_due(ctx, service_state, health);
     let silent = silent && service_state.service.routing.canary_weight() > Weight::ZERO;
-    (silent && health.canary_answers == 0).then(|| "no canary data in the whole step".into())
+    (silent && health.supply == Supply::Silent).then(|| "no canary data in the whole step".into())
+}
+
+/// What keeps a rollout from going on once its step is due.
+enum Missing {
+    /// Something that says nothing about the canary.
+    Outside(String),
+    /// The canary's own evidence: it is silent, or there is too little of it.
+    Samples(String),
+    /// A verdict that promotes, though there is evidence enough.
+    Verdict(String),
+}
+
+fn missing(ctx: &Context, health: &Health<'_>) -> Missing {
+    if let Some(node) = silent_gate_voter(ctx) {
+        return Missing::Outside(format!("node {node} is silent"));
+    }
+    if let Some(why) = &ctx.unavailable {
+        return Missing::Outside(why.clone());
+    }
+    let why = match health.verdict {
+        Some(Verdict::Hold(why) | Verdict::Pause(why) | Verdict::Rollback(why)) => why.clone(),
+        // What this node sees is good: others hold, by what they can't reach, or are about to say that they saw harm.
+        Some(Verdict::Promote) | None => return Missing::Outside("the nodes' votes".into()),
+    };
+    match &health.supply {
+        Supply::Outage(why) => Missing::Outside(why.clone()),
+        Supply::Silent | Supply::Short => Missing::Samples(why),
+        Supply::Enough => Missing::Verdict(why),
+    }
+}
+
+/// Returns true when a rollout that doesn't go on for this reason is rolled back at its deadline: the canary had its chance. Else
+/// it is paused.
+fn rolls_back(service_state: &ServiceState, missing: &Missing) -> bool {
+    match missing {
+        Missing::Outside(_) => false,
+        Missing::Samples(_) => service_state.service.rollout.spec.analysis.no_data == NoData::Fail,
+        Missing::Verdict(_) => true,
+    }
+}
+
+/// Returns the end of a rollout that made no progress in the time that it has.
+fn overdue(ctx: &Context, service_state: &ServiceState, health: &Health<'_>, progress_since: Mono) -> Option<Change> {
+    let Rollout { spec, phase, .. } = &service_state.service.rollout;
+    if *phase == Phase::Paused || waits_for_operator(service_state) {
+        return None;
+    }
+    if ctx.now.mono < deadline(service_state, progress_since) {
+        return None;
+    }
+    let missing = missing(ctx, health);
+    let (Missing::Outside(why) | Missing::Samples(why) | Missing::Verdict(why)) = &missing;
+    let weight = service_state.service.routing.canary_weight();
+    let reason = format!("no progress at {weight} within {} s: {why}", spec.progress_deadline_ms / 1000);
+    Some(match rolls_back(service_state, &missing) {
+        true => Change::Rollback { reason },
+        false => Change::Pause { reason },
+    })
+}
+
+/// Returns when a rollout that made progress last at `progress_since` has had the time that it has.
+fn deadline(service_state: &ServiceState, progress_since: Mono) -> Mono {
+    let spec = &service_state.service.rollout.spec;
+    progress_since.after_ms(spec.progress_deadline_ms.saturating_add(hold_ms(service_state)))
 }
 
 fn waits_for_operator(service_state: &ServiceState) -> bool {
@@ -205,7 +317,7 @@ fn is_due(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> b
 }
 
 /// Returns the next change of a healthy rollout whose step is due.
-fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> Option<Change> {
+fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>, progress_since: Mono) -> Option<Change> {
     let rollout = &service_state.service.rollout;
     if rollout.phase == Phase::Paused || waits_for_operator(service_state) || !is_due(ctx, service_state, health) {
         return None;
@@ -218,7 +330,7 @@ fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> Opt
         return Some(Change::Promote { to: service_state.service.next(false), full: false });
     }
     let analysis = &rollout.spec.analysis;
-    let held = ctx.now.mono.millis_since(health.stage_since).saturating_sub(hold_ms(service_state));
+    let held = ctx.now.mono.millis_since(evidence_since(service_state, health, progress_since));
     match (analysis.inconclusive_after_ms, health.verdict) {
         (Some(after), Some(Verdict::Hold(why))) if held >= after => {
             Some(Change::Pause { reason: format!("inconclusive: {why}") })
@@ -227,12 +339,86 @@ fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> Opt
     }
 }
 
-/// Returns what a rollout waits for, in words for people; `is_decreasing`: a decrease of it is under way or waits here.
-pub(super) fn waiting_for(
+/// Returns the promotion of a healthy rollout that the coordinator should have asked for some time ago.
+fn overdue_step(
+    ctx: &Context,
+    service_state: &ServiceState,
+    health: &Health<'_>,
+    progress_since: Mono,
+) -> Option<Change> {
+    let own = &ctx.settings.node;
+    let before = ctx.ledger.members.0.keys().filter(|node| *node < own && ctx.is_live_voter(node)).count() as u64;
+    let since = health.stage_since.after_ms(before * STEP_PATIENCE_MS);
+    let change = step(
+        ctx,
+        service_state,
+        &Health { stage_since: since, supply: health.supply.clone(), ..*health },
+        progress_since,
+    )?;
+    matches!(change, Change::Promote { .. }).then_some(change)
+}
+
+impl Autopilot {
+    /// Returns what a rollout waits for, in words for people, and the deadline that runs with the time that is left of it;
+    /// `is_decreasing`: a decrease of it is under way or waits here.
+    pub fn waiting_for(&self, ctx: &Context, id: &ServiceId, health: &Health<'_>, is_decreasing: bool) -> String {
+        let service_state = &ctx.ledger.services[id];
+        let refusal = self.of.get(id).map(|progress| progress.refusal.as_str()).unwrap_or_default();
+        let what = waiting_for(ctx, service_state, health, is_decreasing, refusal);
+        let rollout = &service_state.service.rollout;
+        let has_none = !rollout.phase.is_active()
+            || rollout.phase == Phase::Paused
+            || waits_for_operator(service_state)
+            || health.local_hold.is_some()
+            || is_decreasing;
+        match self.of.get(id).filter(|_| !has_none && is_due(ctx, service_state, health)) {
+            Some(progress) => format!("{what}; {}", next_deadline(ctx, service_state, health, progress.since)),
+            None => what,
+        }
+    }
+}
+
+/// Returns the deadline that runs, what it does, and the time that is left of it.
+fn next_deadline(ctx: &Context, service_state: &ServiceState, health: &Health<'_>, progress_since: Mono) -> String {
+    let missing = missing(ctx, health);
+    let does = if rolls_back(service_state, &missing) { "rolls it back" } else { "pauses it" };
+    let left = |at: Mono| at.millis_since(ctx.now.mono).div_ceil(1000);
+    let progress = left(deadline(service_state, progress_since));
+    let analysis = &service_state.service.rollout.spec.analysis;
+    let is_held = silent_gate_voter(ctx).is_none()
+        && ctx.unavailable.is_none()
+        && matches!(health.verdict, Some(Verdict::Hold(_)));
+    let inconclusive = analysis.inconclusive_after_ms.filter(|_| is_held);
+    let inconclusive =
+        inconclusive.map(|after| left(evidence_since(service_state, health, progress_since).after_ms(after)));
+    match inconclusive {
+        Some(seconds) if seconds <= progress => format!("onInconclusive pauses it in {seconds} s"),
+        _ => format!("progressDeadline {does} in {progress} s"),
+    }
+}
+
+/// Returns since when a step that is due waits for evidence. A resumed step has its time for it anew.
+fn evidence_since(service_state: &ServiceState, health: &Health<'_>, progress_since: Mono) -> Mono {
+    health.stage_since.after_ms(hold_ms(service_state)).max(progress_since)
+}
+
+/// Returns, once the window is full, that the canary's traffic never suffices for the limits, behind a semicolon; empty where it
+/// may.
+fn never(ctx: &Context, service_state: &ServiceState, health: &Health<'_>) -> String {
+    let analysis = &service_state.service.rollout.spec.analysis;
+    if ctx.now.mono.millis_since(health.stage_since) < analysis.window_ms {
+        return String::new();
+    }
+    let rate = health.canary_answers as f64 / (analysis.window_ms as f64 / 1000.0);
+    analysis.never_enough(rate).map(|why| format!("; {why}")).unwrap_or_default()
+}
+
+fn waiting_for(
     ctx: &Context,
     service_state: &ServiceState,
     health: &Health<'_>,
     is_decreasing: bool,
+    refusal: &str,
 ) -> String {
     let rollout = &service_state.service.rollout;
     if !rollout.phase.is_active() {
@@ -258,8 +444,9 @@ pub(super) fn waiting_for(
         return format!("the pause to end, {} s left", left.div_ceil(1000));
     }
     match health.verdict {
-        Some(Verdict::Hold(why)) => format!("evidence: {why}"),
+        Some(Verdict::Hold(why)) => format!("evidence: {why}{}", never(ctx, service_state, health)),
         Some(Verdict::Pause(why)) => format!("a pause: {why}"),
-        _ => "the nodes' votes".into(),
+        _ if refusal.is_empty() => "the nodes' votes".into(),
+        _ => format!("the nodes' votes; the last ones: {refusal}"),
     }
 }

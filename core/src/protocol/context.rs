@@ -9,6 +9,7 @@ use crate::domain::time::{Mono, Now};
 
 use super::Output;
 use super::event::Event;
+use super::feature::Feature;
 use super::log::ledger::Ledger;
 use super::log::record::{AcceptorState, Ballot, Chosen, Operation, SeenDisk, Slot};
 use super::message::{Acknowledgement, Heartbeat, Membership, Message, Refusal};
@@ -25,6 +26,8 @@ pub(super) struct PeerState {
     pub incarnation: Option<Incarnation>,
     /// Last slot that the peer has decided.
     pub head: Option<Slot>,
+    /// The newest protocol version that it speaks, by its own word.
+    pub speaks: Option<u16>,
     /// Its role, by its own word.
     pub membership: Option<Membership>,
     /// It accepted a record in its open slot: the ballot, the slot, and since when this node knows.
@@ -70,6 +73,8 @@ pub(super) struct Context {
     pub ledger: Ledger,
     /// What this node promised and accepted, as it is persisted.
     pub acceptor: AcceptorState,
+    /// A slot at or after the last change of the membership that this node knows of.
+    pub last_config: Slot,
     /// The log lacks slots that the acceptor state remembers: no votes until they are back.
     pub rebuilding: bool,
     pub peers: BTreeMap<NodeId, PeerState>,
@@ -100,6 +105,8 @@ impl Context {
         Self {
             rebuilding: ledger.head < acceptor.head,
             coordinator: settings.node.clone(),
+            // A checkpoint doesn't say when the membership changed: at the latest at its own slot.
+            last_config: ledger.head,
             settings,
             now,
             ledger,
@@ -189,6 +196,7 @@ impl Context {
             membership: self.membership(),
             writes: self.acceptor.writes,
             seen: self.acceptor.seen.get(to).copied(),
+            speaks: self.settings.speaks,
         }
     }
 
@@ -250,6 +258,13 @@ impl Context {
         self.is_alive(node) && counts && peer.membership != Some(Membership::Learner)
     }
 
+    /// Returns the slot that a record was accepted for, here or by a peer's word, without being known to be decided.
+    pub fn open_slot(&self) -> Option<Slot> {
+        let own = self.acceptor.accepted.as_ref().map(|accepted| accepted.record.slot);
+        let told = self.peers.values().filter_map(|peer| peer.open.as_ref()).map(|(_, slot, _)| *slot);
+        told.chain(own).filter(|slot| *slot > self.ledger.head).max()
+    }
+
     pub fn is_coordinator(&self) -> bool {
         self.coordinator == self.settings.node && self.membership() == Membership::Voter
     }
@@ -300,12 +315,29 @@ impl Context {
         true
     }
 
+    /// Returns the members that don't know a feature, or didn't say yet what they speak.
+    pub fn lacking(&self, feature: Feature) -> Vec<NodeId> {
+        let lacks = |node: &&NodeId| self.speaks(node).is_none_or(|version| version < feature.protocol());
+        self.ledger.members.0.keys().filter(lacks).cloned().collect()
+    }
+
+    /// Returns the newest protocol version that a node speaks; none before it said so to this process.
+    pub fn speaks(&self, node: &NodeId) -> Option<u16> {
+        match *node == self.settings.node {
+            true => Some(self.settings.speaks),
+            false => self.peers.get(node)?.speaks,
+        }
+    }
+
     // What is known to be decided.
 
     /// Adds a chosen record to the ledger. Panics when it contradicts what this node knows: that is I1 or I2 broken.
     pub fn apply(&mut self, chosen: &Chosen) {
         let slot = chosen.record.slot;
         self.ledger.apply(chosen).unwrap_or_else(|error| panic!("I1: chosen record {slot}: {error}"));
+        if matches!(chosen.record.intent.operation, Operation::Config(_)) {
+            self.last_config = slot;
+        }
         if slot == self.acceptor.head && self.rebuilding {
             assert_eq!(self.ledger.head_hash, self.acceptor.head_hash, "I2: the rebuilt log is the one remembered");
             self.rebuilding = false;
@@ -319,6 +351,7 @@ impl Context {
             assert_eq!(ledger.head_hash, self.acceptor.head_hash, "I2: the checkpoint is of the log remembered");
         }
         self.rebuilding &= ledger.head < self.acceptor.head;
+        self.last_config = ledger.head;
         self.ledger = ledger;
         self.follow_ledger();
     }

@@ -15,7 +15,7 @@ use super::log::record::{
 };
 use super::message::{Answer, Decision, GateVote, Membership, Message, Prepare, Refusal, Vote};
 use super::proposal::{Obstacle, Proposal};
-use super::{Command, Outcome, Output, RequestId};
+use super::{Command, OperatorRequest, Outcome, Output, RequestId};
 
 /// A proposal that waits for its slot.
 #[derive(Debug, Clone)]
@@ -64,6 +64,34 @@ pub(super) struct Coordinator {
     round: u64,
     /// Transactions made up by this process.
     made_up: u64,
+    /// Answers to clients that no record holds.
+    unrecorded: Unrecorded,
+}
+
+/// What clients were told without a record: that there was nothing to do, or that it isn't possible. The same key gets the same
+/// answer at this node, with the state of then, though it would be possible by now.
+#[derive(Debug, Clone, Default)]
+struct Unrecorded {
+    /// Fingerprint of the request, and its answer.
+    of: BTreeMap<TransactionKey, (u64, Outcome)>,
+    /// The same transactions, oldest first.
+    order: VecDeque<TransactionKey>,
+}
+
+/// Answers without a record that are kept.
+const UNRECORDED_MAX: usize = 1_024;
+
+impl Unrecorded {
+    fn put(&mut self, key: &TransactionKey, digest: u64, outcome: &Outcome) {
+        if self.of.insert(key.clone(), (digest, outcome.clone())).is_none() {
+            self.order.push_back(key.clone());
+        }
+        if self.order.len() > UNRECORDED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.of.remove(&oldest);
+        }
+    }
 }
 
 /// What is to follow a step of the coordinator.
@@ -92,8 +120,15 @@ impl Coordinator {
     }
 }
 
-/// Requests that may wait at once.
+/// Requests that may wait at once. What decreases exposure is never turned away for load: those who wait for its answer are its
+/// bound.
 const QUEUE_MAX: usize = 64;
+
+/// Returns true when a proposal decreases exposure, by what it is or by what it comes to as things stand.
+fn decreases(ctx: &Context, proposal: &Proposal) -> bool {
+    let is_file = matches!(proposal, Proposal::OperatorRequest(OperatorRequest::Apply(_)));
+    proposal.decreases() || is_file && proposal.operation(ctx).is_ok_and(|operation| operation.decreases_exposure())
+}
 
 impl Coordinator {
     /// Takes in an operator's request; `no_vote` says why this node's vote doesn't count, where it doesn't.
@@ -111,16 +146,20 @@ impl Coordinator {
             ctx.put(Output::Reply(request, outcome));
             return None;
         }
+        let proposal = Proposal::OperatorRequest(asked);
         let outcome = if ctx.ledger.settled.contains_key(&key) {
             settled_outcome(ctx, &key, digest)
+        } else if let Some((known, outcome)) = self.unrecorded.of.get(&key) {
+            let reused = || Outcome::KeyReused { slot: ctx.ledger.head };
+            if *known == digest { outcome.clone() } else { reused() }
         } else if ctx.membership() == Membership::Learner {
             Outcome::Refused(format!("this node has no vote: {}", no_vote.unwrap_or_else(|| "it is no member".into())))
-        } else if self.queue.len() >= QUEUE_MAX {
+        } else if self.queue.len() >= QUEUE_MAX && !decreases(ctx, &proposal) {
             Outcome::Busy
         } else {
             let requests = vec![request];
             let (actor, since) = (bounded(actor), ctx.now.mono);
-            let pending = Pending { key, actor, digest, proposal: Proposal::OperatorRequest(asked), requests, since };
+            let pending = Pending { key, actor, digest, proposal, requests, since };
             return self.enqueue(ctx, pending);
         };
         ctx.put(Output::Reply(request, outcome));
@@ -129,22 +168,28 @@ impl Coordinator {
 
     /// Queues a proposal of this node's own, with a transaction id that nobody else makes up.
     pub fn submit_own(&mut self, ctx: &mut Context, proposal: Proposal) -> Option<Next> {
+        let pending = self.own(ctx, proposal);
+        self.enqueue(ctx, pending)
+    }
+
+    fn own(&mut self, ctx: &Context, proposal: Proposal) -> Pending {
         self.made_up += 1;
         let (node, boot) = (&ctx.settings.node, ctx.acceptor.boot);
         let incarnation = ctx.acceptor.incarnation.0 & 0xffff;
         let tx = TxId::new(format!("auto-{node}-{incarnation:04x}-{boot}-{}", self.made_up));
         let tx = tx.expect("a made-up id is made of id characters");
         let (key, actor, since) = ((Initiator::Node, tx), node.to_string(), ctx.now.mono);
-        self.enqueue(ctx, Pending { key, actor, digest: 0, proposal, requests: Vec::new(), since })
+        Pending { key, actor, digest: 0, proposal, requests: Vec::new(), since }
     }
 
-    /// A decrease goes first, and hurries what is being decided.
+    /// A decrease goes first, after those that came before it, and hurries what is being decided.
     fn enqueue(&mut self, ctx: &mut Context, pending: Pending) -> Option<Next> {
-        if pending.proposal.decreases() {
+        if decreases(ctx, &pending.proposal) {
             if let Some(attempt) = &mut self.attempt {
                 attempt.hurry = true;
             }
-            self.queue.push_front(pending);
+            let place = self.queue.iter().position(|other| !other.proposal.decreases()).unwrap_or(self.queue.len());
+            self.queue.insert(place, pending);
             return self.try_propose(ctx);
         }
         self.queue.push_back(pending);
@@ -168,17 +213,22 @@ impl Coordinator {
             reply(ctx, &pending, &outcome);
             return None;
         }
+        if let Some(first) = pending.proposal.needs_first(ctx) {
+            return self.begin_with(ctx, first, pending);
+        }
         let operation = match pending.proposal.operation(ctx) {
             Ok(operation) => operation,
             Err(obstacle) => {
                 let outcome = match (obstacle, pending.proposal.service().and_then(|id| ctx.ledger.services.get(id))) {
-                    (Obstacle::Unchanged, Some(service_state)) => {
-                        Outcome::Unchanged(service_state.service.routing.clone())
+                    (Obstacle::Unchanged { reason, rolled_back }, Some(service_state)) => {
+                        let state = service_state.service.routing.clone();
+                        Outcome::Unchanged { state, reason, rolled_back }
                     }
-                    (Obstacle::Unchanged, None) => Outcome::Refused("nothing to do".into()),
+                    (Obstacle::Unchanged { .. }, None) => Outcome::Refused("nothing to do".into()),
                     (Obstacle::Refused(why), _) => Outcome::Refused(why),
+                    (Obstacle::NotReady(feature, waits_for), _) => Outcome::NotReady { feature, waits_for },
                 };
-                reply(ctx, &pending, &outcome);
+                self.reply_unrecorded(ctx, &pending, &outcome);
                 return None;
             }
         };
@@ -191,7 +241,7 @@ impl Coordinator {
             }
         };
         if let Err(error) = ctx.ledger.next_record(intent.clone(), None) {
-            reply(ctx, &pending, &Outcome::Refused(error.to_string()));
+            self.reply_unrecorded(ctx, &pending, &Outcome::Refused(error.to_string()));
             return None;
         }
         let slot = ctx.ledger.head.next();
@@ -206,6 +256,28 @@ impl Coordinator {
         // Its own promise need not be durable before it asks for others': `boot` makes the ballot unique.
         ctx.broadcast(Message::Prepare(prepare.clone()));
         Some(prepare)
+    }
+
+    /// Answers that nothing was decided, and remembers that for the client's key.
+    fn reply_unrecorded(&mut self, ctx: &mut Context, pending: &Pending, outcome: &Outcome) {
+        if pending.key.0 == Initiator::Client {
+            self.unrecorded.put(&pending.key, pending.digest, outcome);
+        }
+        reply(ctx, pending, outcome);
+    }
+
+    /// Begins with what has to be decided before a proposal, which waits as the next one.
+    fn begin_with(&mut self, ctx: &mut Context, first: Operation, pending: Pending) -> Option<Prepare> {
+        if let Some(feature) = first.needs() {
+            let waits_for = ctx.lacking(feature);
+            if !waits_for.is_empty() {
+                reply(ctx, &pending, &Outcome::NotReady { feature, waits_for });
+                return None;
+            }
+        }
+        self.queue.push_front(pending);
+        let first = self.own(ctx, Proposal::Operation(first));
+        self.begin(ctx, first)
     }
 
     /// Returns the ballot for an attempt at `slot`. The one before it serves again where it asked nothing in this slot
@@ -362,7 +434,7 @@ impl Coordinator {
             Ok(record) => self.propose(ctx, record),
             Err(error) => {
                 let attempt = self.attempt.take()?;
-                reply(ctx, &attempt.pending, &Outcome::Refused(error.to_string()));
+                self.reply_unrecorded(ctx, &attempt.pending, &Outcome::Refused(error.to_string()));
                 None
             }
         }
@@ -525,7 +597,8 @@ fn settled_outcome(ctx: &Context, key: &TransactionKey, digest: u64) -> Outcome 
         None => {
             let found = ctx.ledger.services.values().find(|service_state| service_state.slot == slot);
             let state = found.map(|service_state| service_state.service.routing.clone());
-            Outcome::Committed { slot, state, repeated: true }
+            let reason = found.map(|service_state| service_state.service.rollout.reason.clone()).unwrap_or_default();
+            Outcome::Committed { slot, state, reason, repeated: true }
         }
     }
 }
@@ -534,7 +607,7 @@ impl Outcome {
     /// Returns the outcome as the request that caused it hears it.
     fn first_time(self) -> Self {
         match self {
-            Self::Committed { slot, state, .. } => Self::Committed { slot, state, repeated: false },
+            Self::Committed { slot, state, reason, .. } => Self::Committed { slot, state, reason, repeated: false },
             Self::Aborted { slot, reasons, .. } => Self::Aborted { slot, reasons, repeated: false },
             other => other,
         }

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::domain::analysis::StepComparison;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
 use crate::domain::text::bounded;
 use crate::domain::time::Now;
-use crate::domain::verdict::Verdict;
 
 use super::acceptor::{self, Acceptor};
 use super::autopilot::{self, Autopilot, Coordination};
@@ -20,12 +20,12 @@ use super::gate::Gates;
 use super::lease::Lease;
 use super::log::checkpoint::Checkpoint;
 use super::log::ledger::Ledger;
-use super::log::record::{AcceptorState, Ballot, Chosen, Operation, Record, SavedRun, SeenDisk, Slot};
+use super::log::record::{AcceptorState, Ballot, Chosen, ConfigChange, Operation, Record, SavedRun, SeenDisk, Slot};
 use super::message::{Answer, Decision, GateVote, HealthSnapshot, Membership, Message, Prepare, Vote};
 use super::proposal::Proposal;
 use super::publisher::Publisher;
 use super::runs::Runs;
-use super::settings::{Retention, Settings};
+use super::settings::Settings;
 use super::view::{ServiceView, Serving, View};
 use super::{Input, Observation, Output};
 
@@ -81,6 +81,8 @@ impl Core {
         );
         let acceptor = AcceptorState { boot: acceptor.boot + 1, ..acceptor };
         let mut context = Context::new(settings, acceptor, ledger, now);
+        let is_config = |chosen: &&Chosen| matches!(chosen.record.intent.operation, Operation::Config(_));
+        context.last_config = log.iter().rev().find(is_config).map_or(base.0, |chosen| chosen.record.slot);
         let remembered = log.iter().find(|chosen| chosen.record.slot == context.acceptor.head);
         let remembered = remembered.map(|chosen| chosen.record.hash());
         let remembered = remembered.or((context.acceptor.head == base.0).then_some(base.1));
@@ -93,7 +95,7 @@ impl Core {
             coordinator: Coordinator::default(),
             acceptor: Acceptor::new(now.mono),
             catch_up: CatchUp::default(),
-            lease: Lease::starting_at(first_nonce),
+            lease: Lease::starting_at(first_nonce, now.mono),
             gates: Gates::new(now.mono),
             runs: Runs::new(runs),
             autopilot: Autopilot::default(),
@@ -304,7 +306,7 @@ impl Core {
         }
         let operation = &prepare.intent.operation;
         let known = operation.service().and_then(|id| self.context.ledger.services.get(id));
-        let compared = known.map_or(Verdict::Promote, |known| self.runs.compared(known));
+        let compared = known.map_or(StepComparison::NOTHING, |known| self.runs.compared(known));
         self.gates.vote(&self.context, operation, prepare.evidence_age_ms_max, compared)
     }
 
@@ -362,6 +364,7 @@ impl Core {
         self.context.apply(&chosen);
         self.acceptor.settle(record.slot);
         self.renew_services(&chosen);
+        self.enforce(record);
         // A verdict changes nothing that is shown but the head: the next refresh has it.
         let is_shown = !operation.is_verdict();
         if is_shown {
@@ -372,7 +375,6 @@ impl Core {
         self.context.put(Output::Append(Box::new(chosen.clone())));
         self.announce(&chosen);
         self.coordinator.settle(&mut self.context, record);
-        self.enforce(record);
         if is_shown {
             self.context.outdate(operation);
         }
@@ -386,21 +388,33 @@ impl Core {
     fn enforce(&mut self, record: &Record) {
         let operation = &record.intent.operation;
         if let Some(id) = operation.service().filter(|_| operation.decreases_exposure()) {
-            let lease_ms = self.context.ledger.services[id].service.rollout.spec.lease_ms;
-            self.lease.enforce(&self.context, id.clone(), record.slot, lease_ms);
+            self.lease.enforce(&self.context, id, true);
         }
+        if let Operation::Config(ConfigChange::Remove(_)) = operation {
+            self.lease.note_removed(self.context.now.mono);
+        }
+    }
+
+    /// Returns the sum of the log as this node knows it, and the first record to keep beside it: what takes the place of a
+    /// checkpoint that was damaged on disk. None while the node lacks records, or where the sum could not be read back.
+    pub fn checkpoint(&self) -> Option<(Checkpoint, Slot)> {
+        let checkpoint = Checkpoint::of(&self.context.ledger).ok().filter(|_| !self.context.rebuilding)?;
+        Some((checkpoint, self.keep_from()))
+    }
+
+    fn keep_from(&self) -> Slot {
+        Slot(self.context.ledger.head.0.saturating_sub(self.context.settings.retention.history) + 1)
     }
 
     /// Makes a checkpoint when it is time for one.
     fn sum_up(&mut self) {
-        let Retention { checkpoint_every, history } = self.context.settings.retention;
         let head = self.context.ledger.head;
-        if !head.0.is_multiple_of(checkpoint_every) || self.context.rebuilding {
+        if !head.0.is_multiple_of(self.context.settings.retention.checkpoint_every) || self.context.rebuilding {
             return;
         }
         match Checkpoint::of(&self.context.ledger) {
             Ok(checkpoint) => {
-                let keep_from = Slot(head.0.saturating_sub(history) + 1);
+                let keep_from = self.keep_from();
                 self.context.put(Output::Checkpoint { checkpoint, keep_from });
             }
             // The log stays as long as it is, which is read back with the checkpoint before.
@@ -432,6 +446,7 @@ impl Core {
         let fresh = self.gates.restart(&self.context);
         self.autopilot.restart(&self.context, fresh);
         self.runs.restart(&mut self.context);
+        self.lease.enforce_again(&self.context);
     }
 
     /// Begins evidence and runs anew where a decided record says so.
@@ -456,17 +471,18 @@ impl Core {
     fn on_snapshot(&mut self, from: &NodeId, incarnation: Incarnation, snapshot: HealthSnapshot) {
         let counts = self.context.counts(from, incarnation);
         let service = snapshot.service.clone();
-        let Some(routing_version) = self.gates.routing_version(&service).filter(|_| counts) else { return };
+        if !counts || !self.context.ledger.services.contains_key(&service) {
+            return;
+        }
         self.runs.hear(&self.context, from, &snapshot);
         let own = &self.context.settings.node;
         if snapshot.asks.as_ref().is_some_and(|asks| asks.whom.as_ref() == Some(own)) {
             self.hand_over(from, &service, snapshot.rollout_generation);
         }
-        if snapshot.routing_version != routing_version {
+        let is_held = snapshot.local_hold.is_some();
+        if !self.gates.hear(self.context.now.mono, from, snapshot) {
             return;
         }
-        let is_held = snapshot.local_hold.is_some();
-        self.gates.hear(self.context.now.mono, from, snapshot);
         self.judge(&service);
         if is_held {
             self.tick_autopilot(&[service]);
@@ -629,7 +645,7 @@ impl Core {
             cluster: self.gates.cluster(&self.context, id),
             verdict: health.verdict.filter(|_| is_active).cloned(),
             sequential: self.runs.sequential(id),
-            waiting_for: autopilot::waiting_for(&self.context, service_state, &health, is_decreasing),
+            waiting_for: self.autopilot.waiting_for(&self.context, id, &health, is_decreasing),
             enforced: self.lease.is_enforced(id),
         };
         self.publisher.show(id, view);

@@ -1,5 +1,6 @@
 //! What people may want to know: decisions, and what this node noticed by itself.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{NodeId, ServiceId, TxId};
@@ -13,7 +14,7 @@ use super::log::record::{Chosen, Initiator, Intent, Operation, Record, RecordKin
 use super::message::{GateVote, Prepare};
 
 /// What people may want to know.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// A transaction of one service was prepared, committed or aborted; the state carries which.
@@ -53,6 +54,19 @@ pub enum Event {
         /// The transaction.
         txid: TxId,
         /// Who asked for it.
+        actor: String,
+        /// When it was decided.
+        decided_at: Wall,
+    },
+    /// Another service gets the requests that name none.
+    DefaultService {
+        /// Its slot.
+        slot: Slot,
+        /// The service.
+        service: ServiceId,
+        /// The transaction.
+        txid: TxId,
+        /// Who asked for it: the name of the client's token, or the node.
         actor: String,
         /// When it was decided.
         decided_at: Wall,
@@ -138,7 +152,7 @@ pub enum Event {
 }
 
 /// What the log says of a window's verdict.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DecidedVerdict {
     /// The transaction that decided it, with others.
     pub txid: TxId,
@@ -162,6 +176,13 @@ impl Event {
                 slot: *slot,
                 kind: operation.kind(),
                 node: change.node().clone(),
+                txid: tx.clone(),
+                actor: actor.clone(),
+                decided_at: *decided_at,
+            }),
+            Operation::SetDefault(service) => alone(Self::DefaultService {
+                slot: *slot,
+                service: service.clone(),
                 txid: tx.clone(),
                 actor: actor.clone(),
                 decided_at: *decided_at,
@@ -224,6 +245,7 @@ impl Event {
             Self::Verdict { service, .. }
             | Self::Analyzed { service, .. }
             | Self::LocalHold { service, .. }
+            | Self::DefaultService { service, .. }
             | Self::Enforced { service, .. } => Some(service),
             Self::Membership { .. }
             | Self::Voted { .. }
@@ -238,7 +260,7 @@ impl Event {
     pub fn sequence(&self) -> Option<Sequence> {
         match self {
             Self::Routing { slot, state, .. } => (state.status != Status::Prepared).then(|| Sequence::of(*slot, 0)),
-            Self::Membership { slot, .. } => Some(Sequence::of(*slot, 0)),
+            Self::Membership { slot, .. } | Self::DefaultService { slot, .. } => Some(Sequence::of(*slot, 0)),
             Self::Analyzed { sequence, .. } => *sequence,
             Self::Verdict { .. }
             | Self::Voted { .. }
@@ -256,7 +278,7 @@ impl Event {
         match self {
             Self::Routing { decided_at, .. } => *decided_at,
             Self::Analyzed { decided, .. } => decided.as_ref().map(|decided| decided.decided_at),
-            Self::Membership { decided_at, .. } => Some(*decided_at),
+            Self::Membership { decided_at, .. } | Self::DefaultService { decided_at, .. } => Some(*decided_at),
             Self::Verdict { .. }
             | Self::Voted { .. }
             | Self::LocalHold { .. }
@@ -270,7 +292,7 @@ impl Event {
 }
 
 /// A moment and what happened: the shell adds the time.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Announcement {
     /// When it happened, by this node's clock; for a record that is read from the log, when it was proposed.
     pub at: Wall,

@@ -5,9 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::domain::analysis::Analysis;
+use crate::domain::analysis::{Analysis, StepComparison};
+use crate::domain::apply::check_stable;
 use crate::domain::ids::{NodeId, ServiceId};
-use crate::domain::query::NoValue;
+use crate::domain::query::{NoValue, Query};
 use crate::domain::rollout::Change;
 use crate::domain::stats::Stats;
 use crate::domain::text::bounded;
@@ -31,7 +32,7 @@ struct Gate {
     window: Window,
     /// The latest answer to each query, and when it came.
     measured: BTreeMap<String, (Mono, Result<f64, NoValue>)>,
-    /// The latest snapshot of each peer, and when it came.
+    /// The latest snapshot of each peer, and when it came. All are of `routing_version`.
     snapshots: BTreeMap<NodeId, (Mono, HealthSnapshot)>,
     /// Why this node stopped the canary by itself; none while it hasn't.
     local_hold: Option<String>,
@@ -43,7 +44,8 @@ struct Gate {
     next_snapshot: Mono,
     /// When its evidence is shown anew.
     next_shown: Mono,
-    /// When the present stage began, as far as this node knows.
+    /// Since when this node knows of the present stage: a pause is measured from here, by the monotonic clock alone. What
+    /// came before this node's start, or before it caught up, doesn't count: a wrong time of day can't shorten a pause.
     stage_since: Mono,
 }
 
@@ -70,12 +72,38 @@ impl Gate {
 
     /// Returns what other systems say of the canary; Promote where none is asked.
     fn measured(&self, analysis: &Analysis, now: Mono) -> Verdict {
-        let measured = analysis.queries.iter().map(|query| {
+        let measured = self.answers(analysis, now).map(|(query, answer)| query.judge(answer));
+        measured.fold(Verdict::Promote, Verdict::or_worse)
+    }
+
+    /// Returns the fresh answer to each query.
+    fn answers<'a>(
+        &'a self,
+        analysis: &'a Analysis,
+        now: Mono,
+    ) -> impl Iterator<Item = (&'a Query, Option<&'a Result<f64, NoValue>>)> {
+        analysis.queries.iter().map(move |query| {
             let answer = self.measured.get(&query.name);
             let fresh = answer.filter(|(at, _)| now.millis_since(*at) <= query.fresh_ms());
-            query.judge(fresh.map(|(_, value)| value))
-        });
-        measured.fold(Verdict::Promote, Verdict::or_worse)
+            (query, fresh.map(|(_, value)| value))
+        })
+    }
+
+    /// Returns what is known of the canary's evidence, of which all nodes counted `canary_answers` lately.
+    fn supply(&self, analysis: &Analysis, now: Mono, canary_answers: u64) -> Supply {
+        if let Some(why) = self.answers(analysis, now).find_map(|(query, answer)| query.outage(answer)) {
+            return Supply::Outage(why);
+        }
+        // Where other systems alone measure, theirs is the silence that counts.
+        let (is_silent, is_short) = match analysis.metrics.is_empty() {
+            true => (self.answers(analysis, now).all(|(_, answer)| Query::is_silent(answer)), false),
+            false => (canary_answers == 0, canary_answers < analysis.min_samples),
+        };
+        match (is_silent, is_short) {
+            (true, _) => Supply::Silent,
+            (false, true) => Supply::Short,
+            (false, false) => Supply::Enough,
+        }
     }
 
     /// Returns the local hold of a peer that spoke within `age_ms`, and whose.
@@ -84,15 +112,13 @@ impl Gate {
         fresh.filter_map(|(node, (_, snapshot))| Some((node, snapshot.local_hold.as_deref()?))).next()
     }
 
-    /// Returns what peers saw at the same routing version, as far as they spoke within `age_ms`.
+    /// Returns what peers saw, as far as they spoke within `age_ms`.
     fn heard(&self, now: Mono, age_ms: u64) -> impl Iterator<Item = &Evidence> {
-        let fresh = self.snapshots.values().filter(move |(at, snapshot)| {
-            now.millis_since(*at) <= age_ms && snapshot.routing_version == self.routing_version
-        });
+        let fresh = self.snapshots.values().filter(move |(at, _)| now.millis_since(*at) <= age_ms);
         fresh.map(|(_, snapshot)| &snapshot.evidence)
     }
 
-    /// Returns the evidence that is no older than `age_ms`: this node's own, and its peers' at the same routing version.
+    /// Returns the evidence that is no older than `age_ms`: this node's own, and its peers'.
     fn evidence(&self, now: Mono, age_ms: u64) -> Evidence {
         let mut evidence = self.local().clone();
         self.heard(now, age_ms).for_each(|heard| evidence.merge(heard));
@@ -116,18 +142,19 @@ impl Gate {
 
     /// The worst of: the limits on what the cluster saw, the limits on what this node saw where that is a veto, the
     /// comparison with stable, and what other systems measured.
-    fn judge(&self, now: Mono, service_state: &ServiceState, canary: &Stats, compared: Verdict) -> Verdict {
+    fn judge(&self, now: Mono, service_state: &ServiceState, canary: &Stats, compared: StepComparison) -> Verdict {
         let analysis = &service_state.service.rollout.spec.analysis;
         let alone = match analysis.judge_alone(self.local()) {
             veto @ (Verdict::Rollback(_) | Verdict::Pause(_)) => veto,
             Verdict::Promote | Verdict::Hold(_) => Verdict::Promote,
         };
-        let compared = match compared {
+        let StepComparison { verdict, samples } = compared;
+        let compared = match verdict {
             // At 100 % there is no stable traffic left to compare with: the limits alone watch the canary.
             Verdict::Hold(_) if service_state.service.routing.canary_weight() == Weight::FULL => Verdict::Promote,
             verdict => verdict,
         };
-        let seen = analysis.judge_canary(canary).or_worse(alone).or_worse(compared);
+        let seen = analysis.judge_canary(canary).or_worse(samples).or_worse(alone).or_worse(compared);
         seen.or_worse(self.measured(analysis, now))
     }
 }
@@ -140,8 +167,21 @@ pub(super) struct Gates {
     turned: (Option<ServiceId>, Mono),
 }
 
+/// What there is to judge a canary by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Supply {
+    /// Another system gives no usable answer, and why: that says nothing about the canary.
+    Outage(String),
+    /// Nothing was seen of the canary.
+    Silent,
+    /// Something was seen, fewer answers than a verdict needs.
+    Short,
+    /// As many answers as a verdict needs.
+    Enough,
+}
+
 /// What others may know of a gate.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Health<'g> {
     /// Why this node stopped the canary by itself, and when; none while it hasn't.
     pub local_hold: Option<(&'g str, Mono)>,
@@ -149,9 +189,11 @@ pub(super) struct Health<'g> {
     pub peer_hold: Option<(&'g NodeId, &'g str)>,
     /// What the analysis says at the moment.
     pub verdict: Option<&'g Verdict>,
-    /// When the present stage began, as far as this node knows.
+    /// Since when this node knows of the present stage.
     pub stage_since: Mono,
-    /// The canary's answers that all nodes saw lately.
+    /// What there is to judge the canary by.
+    pub supply: Supply,
+    /// The canary's answers that all nodes saw in the window.
     pub canary_answers: u64,
 }
 
@@ -194,12 +236,15 @@ impl Gates {
         let gate = &self.of[id];
         let (now, age_ms) = (ctx.now.mono, ctx.settings.timings.evidence_age_ms_max);
         let heard = gate.heard(now, age_ms).map(|evidence| evidence.canary.count);
+        let canary_answers = gate.local().canary.count + heard.sum::<u64>();
+        let analysis = &ctx.ledger.services[id].service.rollout.spec.analysis;
         Health {
             local_hold: gate.local_hold.as_deref().map(|why| (why, gate.held_at)),
             peer_hold: gate.peer_hold(now, age_ms),
             verdict: gate.verdict.as_ref(),
             stage_since: gate.stage_since,
-            canary_answers: gate.local().canary.count + heard.sum::<u64>(),
+            supply: gate.supply(analysis, now, canary_answers),
+            canary_answers,
         }
     }
 
@@ -239,14 +284,15 @@ impl Gates {
         gate.map(|gate| gate.measured.insert(name, (now, value))).is_some()
     }
 
-    /// Takes in a peer's evidence of the present routing version.
-    pub fn hear(&mut self, now: Mono, from: &NodeId, snapshot: HealthSnapshot) {
+    /// Takes in a peer's evidence. Returns false when it is of another routing version than the present one, so that it
+    /// counts for nothing.
+    pub fn hear(&mut self, now: Mono, from: &NodeId, snapshot: HealthSnapshot) -> bool {
+        let gate = self.of.get_mut(&snapshot.service);
+        let Some(gate) = gate.filter(|gate| gate.routing_version == snapshot.routing_version) else { return false };
         let local_hold = snapshot.local_hold.map(bounded);
-        let Some(gate) = self.of.get_mut(&snapshot.service) else { return };
-        gate.snapshots.insert(
-            from.clone(),
-            (now, HealthSnapshot { transfer: None, tick_samples: Vec::new(), local_hold, ..snapshot }),
-        );
+        let snapshot = HealthSnapshot { transfer: None, tick_samples: Vec::new(), local_hold, ..snapshot };
+        gate.snapshots.insert(from.clone(), (now, snapshot));
+        true
     }
 
     /// Lets a gate's window go on. Returns true when it is time to judge it and to tell peers.
@@ -290,7 +336,7 @@ impl Gates {
     }
 
     /// Judges the evidence anew, together with what the comparison with stable says; returns the harm that it shows.
-    pub fn judge(&mut self, ctx: &mut Context, id: &ServiceId, compared: Verdict) -> Option<String> {
+    pub fn judge(&mut self, ctx: &mut Context, id: &ServiceId, compared: StepComparison) -> Option<String> {
         let service_state = &ctx.ledger.services[id];
         if !service_state.service.rollout.phase.is_active() {
             return None;
@@ -327,7 +373,7 @@ impl Gates {
     }
 
     /// Returns this node's vote on an operation, by evidence no older than `age_ms` and what the comparison with stable says.
-    pub fn vote(&self, ctx: &Context, operation: &Operation, age_ms: u64, compared: Verdict) -> GateVote {
+    pub fn vote(&self, ctx: &Context, operation: &Operation, age_ms: u64, compared: StepComparison) -> GateVote {
         let Operation::Change(id, change) = operation else { return GateVote::Yes("needs no gate".into()) };
         if !change.increases_exposure() {
             return GateVote::Yes("needs no gate".into());
@@ -344,6 +390,11 @@ impl Gates {
             return GateVote::No(why.to_string());
         }
         let Some(service_state) = known else { return GateVote::Yes("no canary traffic yet".into()) };
+        if let Change::Start(spec) = change
+            && let Err(why) = check_stable(&service_state.service.stable, &spec.stable)
+        {
+            return GateVote::No(why.to_string());
+        }
         if service_state.increase.as_ref().is_some_and(|increase| increase.in_doubt) {
             return GateVote::No("the last increase was decided in doubt and must be reverted first".into());
         }
@@ -366,7 +417,7 @@ impl Gates {
     }
 
     /// Gives each service that has no gate for its routing version one that knows nothing yet; returns those, and since when
-    /// their stages last.
+    /// their stages last by the time of day, which only the deadline for progress goes by.
     pub fn restart(&mut self, ctx: &Context) -> Vec<(ServiceId, Mono)> {
         let now = ctx.now;
         let mut before = std::mem::take(&mut self.of);
@@ -377,14 +428,15 @@ impl Gates {
             let gate = before.remove(id).filter(same).unwrap_or_else(|| {
                 let since = now.mono.before_ms(now.wall.0.saturating_sub(service_state.service.routing.timestamp.0));
                 fresh.push((id.clone(), since));
-                Gate::new(service_state, since)
+                Gate::new(service_state, now.mono)
             });
             self.of.insert(id.clone(), gate);
         }
         fresh
     }
 
-    /// Begins evidence anew where a decided record changed the weights; returns since when the stage lasts, if it did.
+    /// Begins evidence anew where a decided record changed the weights; returns since when the stage lasts by the time of day,
+    /// if it did.
     pub fn renew(&mut self, ctx: &Context, chosen: &Chosen) -> Option<Mono> {
         let operation = &chosen.record.intent.operation;
         let id = operation.service().filter(|_| !operation.is_verdict())?;
@@ -398,7 +450,7 @@ impl Gates {
         // A record caught up with late began its stage when it was made, as far as wall clocks agree.
         let late = ctx.now.wall.0.saturating_sub(service_state.service.routing.timestamp.0);
         let since = now.before_ms(late.min(LATE_MS_MAX));
-        *gate = Gate::new(service_state, since);
+        *gate = Gate::new(service_state, now);
         let started = matches!(operation, Operation::Change(_, Change::Start(_)));
         if let (Some((why, at)), false) = (before, started || service_state.service.routing.canary_model_id.is_none()) {
             (gate.local_hold, gate.held_at) = (Some(why), at);

@@ -6,6 +6,7 @@ use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::ticks::TickSample;
 use crate::domain::window::Evidence;
 
+use super::feature::Feature;
 use super::log::checkpoint::Part;
 use super::log::record::{Accepted, Ballot, Chosen, Hash, Intent, Record, RunTransfer, SeenDisk, Slot};
 
@@ -25,6 +26,22 @@ pub enum Message {
 }
 
 impl Message {
+    /// Returns what a node must know to read it; none for what every build knows.
+    pub fn needs(&self) -> Option<Feature> {
+        match self {
+            Self::Prepare(prepare) => prepare.intent.operation.needs(),
+            Self::Vote(Vote { answer: Answer::Gate { accepted: Some(accepted), .. }, .. }) => {
+                accepted.record.intent.operation.needs()
+            }
+            Self::Decision(Decision::Propose(_, record)) => record.intent.operation.needs(),
+            Self::Decision(Decision::Chosen(chosen) | Decision::CatchUp(chosen)) => {
+                chosen.record.intent.operation.needs()
+            }
+            Self::Decision(Decision::Checkpoint(part)) => part.needs(),
+            Self::Vote(_) | Self::Heartbeat(_) | Self::HealthSnapshot(_) => None,
+        }
+    }
+
     /// Returns the message's name on the wire and in logs.
     pub fn name(&self) -> &'static str {
         match self {
@@ -165,6 +182,8 @@ pub struct Heartbeat {
     pub writes: u64,
     /// The newest state of the receiver's disk that the sender knows of; none where it knows of none that counts.
     pub seen: Option<SeenDisk>,
+    /// The newest protocol version that the sender speaks. Not in version 8, which is all that its speakers can say.
+    pub speaks: u16,
 }
 
 /// One service's recent traffic as one node saw it. Each snapshot replaces the one before.

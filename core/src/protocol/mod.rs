@@ -37,6 +37,7 @@ mod context;
 mod coordinator;
 mod core;
 mod event;
+pub mod feature;
 mod gate;
 mod lease;
 mod log;
@@ -53,8 +54,9 @@ pub use self::core::Core;
 pub use event::{Announcement, DecidedVerdict, Event};
 pub use log::{checkpoint, codec, ledger, record};
 pub use settings::{Retention, Settings, Timings};
-pub use view::{Hold, MemberView, Mode, ServiceView, Serving, View};
+pub use view::{Hold, MemberView, Mode, OutsiderView, ServiceView, Serving, View};
 
+use self::feature::Feature;
 use self::log::checkpoint::Checkpoint;
 use self::log::record::{AcceptorState, Chosen, ConfigChange, SavedRun, Slot};
 use self::message::Message;
@@ -106,6 +108,16 @@ pub enum OperatorRequest {
     },
     /// Change the members, or who votes on promotions.
     Config(ConfigChange),
+    /// Send the requests that name no service to this one.
+    SetDefault {
+        /// The service, which must be known.
+        service: ServiceId,
+    },
+    /// Go to the next stage without the wait for samples; a failing gate still says No.
+    SkipWait {
+        /// Service whose canary is promoted.
+        service: ServiceId,
+    },
 }
 
 /// A request to the core.
@@ -239,6 +251,8 @@ pub enum Outcome {
         slot: Slot,
         /// The routing it led to; none for membership.
         state: Option<RoutingState>,
+        /// Why the rollout is paused or was rolled back, where it is so after the change; empty otherwise.
+        reason: String,
         /// True when an earlier request with this id did it.
         repeated: bool,
     },
@@ -251,10 +265,25 @@ pub enum Outcome {
         /// True when an earlier request with this id was answered so.
         repeated: bool,
     },
-    /// Nothing to do: the cluster is there already.
-    Unchanged(RoutingState),
+    /// Nothing was done, and nothing was decided: the cluster is there already, or on its way; or what was asked for was rolled
+    /// back before.
+    Unchanged {
+        /// The routing in force.
+        state: RoutingState,
+        /// Why there was nothing to do, in words; may be empty.
+        reason: String,
+        /// True when the rollout that was asked for was rolled back before, and isn't started again by this.
+        rolled_back: bool,
+    },
     /// Not possible as things stand; nothing was decided.
     Refused(String),
+    /// Not possible before every member knows the feature; nothing was decided.
+    NotReady {
+        /// What the request needs.
+        feature: Feature,
+        /// The members that don't know it, or didn't say so yet.
+        waits_for: Vec<NodeId>,
+    },
     /// The id stands for another request.
     KeyReused {
         /// The slot of that request.

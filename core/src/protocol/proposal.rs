@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use crate::domain::apply::{ApplyEffect, Standing, effect_of_apply};
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
-use crate::domain::plan::Manifest;
+use crate::domain::plan::{Manifest, RolloutSpec};
 use crate::domain::rollout::{Change, ChangeError, Phase, Service};
 
 use super::OperatorRequest;
 use super::context::Context;
+use super::feature::Feature;
 use super::log::record::{ConfigChange, Intent, Operation};
 
 /// What is asked for: by an operator, or by the node itself.
@@ -35,19 +37,7 @@ impl Proposal {
     /// Returns true when some node must serve less canary by it.
     pub fn decreases(&self) -> bool {
         match self {
-            Self::OperatorRequest(asked) => match asked {
-                OperatorRequest::Abort { .. }
-                | OperatorRequest::Undo { .. }
-                | OperatorRequest::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
-                OperatorRequest::Config(
-                    ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_),
-                )
-                | OperatorRequest::Apply(_)
-                | OperatorRequest::Promote { .. }
-                | OperatorRequest::Pause { .. }
-                | OperatorRequest::Resume { .. }
-                | OperatorRequest::Retry { .. } => false,
-            },
+            Self::OperatorRequest(asked) => asked.decreases(),
             Self::Operation(operation) => operation.decreases_exposure(),
             Self::Settle(_) => false,
         }
@@ -70,12 +60,42 @@ impl Proposal {
                 }
                 Ok(Operation::Config(change.clone()))
             }
+            Self::OperatorRequest(OperatorRequest::SetDefault { service }) => {
+                default_for(ctx, service).map(Operation::SetDefault)
+            }
             Self::OperatorRequest(asked) => change_for(ctx, asked).map(|(id, change)| Operation::Change(id, change)),
         }
     }
 }
 
+impl Proposal {
+    /// Returns what has to be decided before it: the first rollout of a service whose name comes before all others' would take
+    /// the requests that name no service, so the log says first that they stay where they are.
+    pub fn needs_first(&self, ctx: &Context) -> Option<Operation> {
+        let Self::OperatorRequest(OperatorRequest::Apply(spec)) = self else { return None };
+        let current = ctx.ledger.default_service()?;
+        (!ctx.ledger.is_default_set() && spec.service < *current).then(|| Operation::SetDefault(current.clone()))
+    }
+}
+
 impl OperatorRequest {
+    /// Returns true when some node must serve less canary by it, or may have to.
+    pub fn decreases(&self) -> bool {
+        match self {
+            Self::Abort { .. }
+            | Self::Undo { .. }
+            | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
+            Self::Config(ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_))
+            | Self::Apply(_)
+            | Self::Promote { .. }
+            | Self::Pause { .. }
+            | Self::Resume { .. }
+            | Self::Retry { .. }
+            | Self::SetDefault { .. }
+            | Self::SkipWait { .. } => false,
+        }
+    }
+
     /// Returns the service it concerns.
     pub fn service(&self) -> Option<&ServiceId> {
         match self {
@@ -85,7 +105,9 @@ impl OperatorRequest {
             | Self::Resume { service }
             | Self::Abort { service, .. }
             | Self::Retry { service }
-            | Self::Undo { service } => Some(service),
+            | Self::Undo { service }
+            | Self::SetDefault { service }
+            | Self::SkipWait { service } => Some(service),
             Self::Config(_) => None,
         }
     }
@@ -93,10 +115,17 @@ impl OperatorRequest {
 
 /// What stands in the way of a proposal.
 pub(super) enum Obstacle {
-    /// The cluster is there already.
-    Unchanged,
+    /// The cluster is there already, or on its way; or what is asked for was rolled back before.
+    Unchanged {
+        /// Why there is nothing to do, in words; may be empty.
+        reason: String,
+        /// True when it was rolled back before.
+        rolled_back: bool,
+    },
     /// The request can't be carried out, for the reason in words.
     Refused(String),
+    /// These members don't know the feature that it needs.
+    NotReady(Feature, Vec<NodeId>),
 }
 
 impl From<ChangeError> for Obstacle {
@@ -111,9 +140,35 @@ fn check_readmission(ctx: &Context, node: &NodeId, incarnation: Incarnation) -> 
     let own = *node == ctx.settings.node;
     let heard = ctx.peers.get(node).filter(|_| ctx.is_alive(node)).and_then(|peer| peer.incarnation);
     match if own { Some(ctx.acceptor.incarnation) } else { heard } {
-        Some(found) if found == incarnation => Ok(()),
+        Some(found) if found == incarnation => unable_to_read(ctx, node).map_or(Ok(()), Err),
         Some(found) => Err(format!("node {node} has incarnation {found}, expected {incarnation}, as asked")),
         None => Err(format!("node {node} is not heard from: start it, then ask again")),
+    }
+}
+
+/// Returns why a node can't read what the log holds already, so that it would never have all of it; none if it can.
+fn unable_to_read(ctx: &Context, node: &NodeId) -> Option<String> {
+    let expected = ctx.ledger.uses().into_iter().map(Feature::protocol).max().unwrap_or(0);
+    let found = ctx.speaks(node).unwrap_or(0);
+    (found < expected).then(|| {
+        format!(
+            "node {node} speaks protocol {found}, expected {expected} or newer, which the log needs: upgrade it first"
+        )
+    })
+}
+
+/// Returns the service that is to be the default, if it is known, isn't that already, and every member can read the record.
+fn default_for(ctx: &Context, service: &ServiceId) -> Result<ServiceId, Obstacle> {
+    if !ctx.ledger.services.contains_key(service) {
+        return Err(ChangeError::UnknownService(service.clone()).into());
+    }
+    if ctx.ledger.is_default_set() && ctx.ledger.default_service() == Some(service) {
+        return Err(Obstacle::Unchanged { reason: format!("{service} is the default"), rolled_back: false });
+    }
+    let lacking = ctx.lacking(Feature::DefaultService);
+    match lacking.is_empty() {
+        true => Ok(service.clone()),
+        false => Err(Obstacle::NotReady(Feature::DefaultService, lacking)),
     }
 }
 
@@ -124,10 +179,18 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
     let change = match asked {
         OperatorRequest::Apply(spec) => apply(known, spec)?,
         OperatorRequest::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
-        OperatorRequest::Pause { reason, .. } => Change::Pause { reason: reason.clone() },
-        OperatorRequest::Resume { .. } => Change::Resume,
+        // A step asked for as a full promotion: nodes that hold for samples say Yes to it, and it leads no further.
+        OperatorRequest::SkipWait { .. } => Change::Promote { to: known_or()?.next(false), full: true },
+        OperatorRequest::Pause { reason, .. } => match known_or()?.rollout.phase {
+            Phase::Paused => return Err(Obstacle::already("the rollout is paused")),
+            _ => Change::Pause { reason: reason.clone() },
+        },
+        OperatorRequest::Resume { .. } => match known_or()?.rollout.phase {
+            Phase::Progressing | Phase::Baking => return Err(Obstacle::already("the rollout goes on")),
+            _ => Change::Resume,
+        },
         OperatorRequest::Abort { reason, .. } => match known_or()?.rollout.phase {
-            Phase::RolledBack => return Err(Obstacle::Unchanged),
+            Phase::RolledBack => return Err(Obstacle::already("the rollout was rolled back")),
             _ => Change::Rollback { reason: reason.clone() },
         },
         OperatorRequest::Retry { .. } => {
@@ -136,30 +199,54 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
                 let version = rollout.spec.canary.version.clone();
                 return Err(ChangeError::Phase { version, phase: rollout.phase, expected: "RolledBack" }.into());
             }
-            Change::Start(rollout.spec.clone())
+            Change::Start(on_stable_of(known_or()?, &rollout.spec)?)
         }
         OperatorRequest::Undo { .. } => match &known_or()?.rollout {
-            rollout if rollout.phase == Phase::Completed => Change::Start(reversed(&rollout.spec)?),
+            rollout if rollout.phase == Phase::Completed => {
+                let spec = Arc::new(reversed(&rollout.spec)?);
+                Change::Start(on_stable_of(known_or()?, &spec)?)
+            }
             rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
             rollout => {
                 let version = rollout.spec.canary.version.clone();
                 return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
             }
         },
-        OperatorRequest::Config(_) => unreachable!("no service, so not here"),
+        OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. } => {
+            unreachable!("changes no rollout, so not here")
+        }
     };
     Ok((id, change))
 }
 
+impl Obstacle {
+    fn already(reason: &str) -> Self {
+        Self::Unchanged { reason: reason.into(), rolled_back: false }
+    }
+}
+
 /// A key that this build doesn't know can't be turned round.
-fn reversed(spec: &Manifest) -> Result<Arc<Manifest>, Obstacle> {
+fn reversed(spec: &Manifest) -> Result<Manifest, Obstacle> {
     spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
-    spec.reversed().map(Arc::new).map_err(|error| Obstacle::Refused(error.to_string()))
+    spec.reversed().map_err(|error| Obstacle::Refused(error.to_string()))
+}
+
+/// Returns a recorded rollout as it starts again: its stable is on the servers that serve it, wherever they were then.
+fn on_stable_of(service: &Service, spec: &Arc<Manifest>) -> Result<Arc<Manifest>, Obstacle> {
+    if service.stable.is_same(&spec.stable) {
+        return Ok(spec.clone());
+    }
+    spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
+    let spec = RolloutSpec { stable: service.stable.clone(), ..(***spec).clone() };
+    spec.checked().map(Arc::new).map_err(|error| Obstacle::Refused(error.to_string()))
 }
 
 fn apply(known: Option<&Service>, spec: &Arc<Manifest>) -> Result<Change, Obstacle> {
-    match known.map(|service| &service.rollout) {
-        Some(rollout) if rollout.spec == *spec && rollout.phase != Phase::RolledBack => Err(Obstacle::Unchanged),
-        _ => Ok(Change::Start(spec.clone())),
+    match effect_of_apply(known.map(Standing::from), spec) {
+        ApplyEffect::Start => Ok(Change::Start(spec.clone())),
+        ApplyEffect::Abort(reason) => Ok(Change::Rollback { reason }),
+        ApplyEffect::Unchanged(reason) => Err(Obstacle::Unchanged { reason, rolled_back: false }),
+        ApplyEffect::RolledBackBefore(reason) => Err(Obstacle::Unchanged { reason, rolled_back: true }),
+        ApplyEffect::Refused(why) => Err(why.into()),
     }
 }

@@ -9,7 +9,7 @@ use crate::domain::time::Mono;
 use super::Output;
 use super::context::{Context, Outdated};
 use super::message::Membership;
-use super::view::{MemberView, ServiceView, View};
+use super::view::{MemberView, OutsiderView, ServiceView, View};
 
 /// Shortest time between two publications that only refresh evidence.
 const REFRESH_MS: u64 = 250;
@@ -34,6 +34,10 @@ impl Publisher {
             head_hash: ctx.ledger.head_hash,
             coordinator: ctx.coordinator.clone(),
             members: BTreeMap::new(),
+            outsiders: BTreeMap::new(),
+            open: None,
+            default_service: None,
+            uses: Vec::new(),
             services: Arc::default(),
         };
         Self { shown: Arc::default(), refreshed_at: ctx.now.mono, view: Arc::new(view) }
@@ -104,6 +108,11 @@ impl Publisher {
             };
             (node.clone(), view)
         });
+        let outside = ctx.peers.iter().filter(|(node, _)| !ctx.ledger.members.0.contains_key(*node));
+        let outsiders = outside.filter_map(|(node, peer)| {
+            let view = OutsiderView { incarnation: peer.incarnation?, alive: ctx.is_alive(node), head: peer.head };
+            Some((node.clone(), view))
+        });
         View {
             node: ctx.settings.node.clone(),
             cluster: ctx.settings.cluster,
@@ -113,6 +122,10 @@ impl Publisher {
             head_hash: ctx.ledger.head_hash,
             coordinator: ctx.coordinator.clone(),
             members: members.collect(),
+            outsiders: outsiders.collect(),
+            open: ctx.open_slot(),
+            default_service: ctx.ledger.default_service().cloned(),
+            uses: ctx.ledger.uses(),
             services: self.shown.clone(),
         }
     }
@@ -124,9 +137,9 @@ fn counts_not(ctx: &Context, node: &NodeId, bound: Incarnation) -> Option<String
     let found = if own { Some(ctx.acceptor.incarnation) } else { ctx.peers.get(node)?.incarnation };
     let membership = if own { Some(ctx.membership()) } else { ctx.peers.get(node)?.membership };
     match found {
-        Some(found) if found != bound => {
-            Some(format!("its memory is gone: incarnation is {found}, expected {bound}; readmit it"))
-        }
+        Some(found) if found != bound => Some(format!(
+            "its memory is gone: incarnation is {found}, expected {bound}; run `aviary cluster readmit {node} --incarnation {found}`"
+        )),
         Some(_) if membership == Some(Membership::Learner) => Some("it is rebuilding its log from its peers".into()),
         _ => None,
     }

@@ -21,6 +21,8 @@ pub struct Settings {
     pub retention: Retention,
     /// Nodes it talks with beside the cluster's members: those that are to become members.
     pub peers: BTreeSet<NodeId>,
+    /// The newest protocol version that it speaks, which it tells its peers.
+    pub speaks: u16,
 }
 
 /// What a node keeps of its log: disk and start-up stay bounded by it.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId};
@@ -13,11 +14,12 @@ use crate::domain::run::SequentialEvidence;
 use crate::domain::verdict::Verdict;
 use crate::domain::window::Evidence;
 
+use super::feature::Feature;
 use super::log::record::{Hash, Slot};
 use super::message::Membership;
 
 /// What a node as a whole is able to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// A voter in touch with a majority.
@@ -129,6 +131,17 @@ pub struct MemberView {
     pub counts_not: Option<String>,
 }
 
+/// A node that is no member, as this node sees it: one that is to become one, or that was removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutsiderView {
+    /// Incarnation of its data, by its own word.
+    pub incarnation: Incarnation,
+    /// True if this node heard from it lately.
+    pub alive: bool,
+    /// Its last decided slot, by its last word.
+    pub head: Option<Slot>,
+}
+
 /// Everything this node routes with and shows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct View {
@@ -148,6 +161,14 @@ pub struct View {
     pub coordinator: NodeId,
     /// Voters of the cluster, by name.
     pub members: BTreeMap<NodeId, MemberView>,
+    /// Nodes that are no members and that this node heard from.
+    pub outsiders: BTreeMap<NodeId, OutsiderView>,
+    /// The slot that is being decided, as far as this node knows; none while none is.
+    pub open: Option<Slot>,
+    /// The service that gets the requests that name none; none before the first rollout.
+    pub default_service: Option<ServiceId>,
+    /// Features that the log made use of.
+    pub uses: Vec<Feature>,
     /// Services that the log knows, by name; shared with the views before and after in which none of them changed.
     pub services: Arc<BTreeMap<ServiceId, Arc<ServiceView>>>,
 }
@@ -187,6 +208,10 @@ impl View {
             head_hash: Hash::default(),
             coordinator: node,
             members: BTreeMap::new(),
+            outsiders: BTreeMap::new(),
+            open: None,
+            default_service: Some(id.clone()),
+            uses: Vec::new(),
             services: Arc::new(BTreeMap::from([(id, Arc::new(shown))])),
         }
     }

@@ -80,10 +80,16 @@ fn fits(asked: &OperatorRequest, operation: &Operation) -> bool {
         (OperatorRequest::Config(ConfigChange::Readmit(a, i)), Operation::Config(ConfigChange::Readmit(b, j))) => {
             a == b && i == j
         }
-        (OperatorRequest::Config(_), _) | (_, Operation::Config(_)) => false,
-        (OperatorRequest::Apply(_) | OperatorRequest::Retry { .. }, operation) => operation.name() == "Start",
-        (OperatorRequest::Undo { .. }, operation) => matches!(operation.name(), "Start" | "Rollback"),
-        (OperatorRequest::Promote { .. }, operation) => operation.name() == "Promote",
+        (OperatorRequest::SetDefault { service }, Operation::SetDefault(found)) => service == found,
+        (OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. }, _)
+        | (_, Operation::Config(_) | Operation::SetDefault(_)) => false,
+        (OperatorRequest::Retry { .. }, operation) => operation.name() == "Start",
+        (OperatorRequest::Apply(_) | OperatorRequest::Undo { .. }, operation) => {
+            matches!(operation.name(), "Start" | "Rollback")
+        }
+        (OperatorRequest::Promote { .. } | OperatorRequest::SkipWait { .. }, operation) => {
+            operation.name() == "Promote"
+        }
         (OperatorRequest::Pause { .. }, operation) => operation.name() == "Pause",
         (OperatorRequest::Resume { .. }, operation) => operation.name() == "Resume",
         (OperatorRequest::Abort { .. }, operation) => operation.name() == "Rollback",
@@ -167,7 +173,7 @@ mod tests {
         let mut answers = Answers::default();
         let (truth, asked) = (truth(), OperatorRequest::Resume { service: service() });
         answers.see(&Fact::Asked(RequestId(1), "x", &asked), &truth).unwrap();
-        let outcome = Outcome::Committed { slot: Slot(1), state: None, repeated: false };
+        let outcome = Outcome::Committed { slot: Slot(1), state: None, reason: String::new(), repeated: false };
         assert!(answers.see(&Fact::Replied(RequestId(1), &outcome), &truth).unwrap_err().what.contains("isn't chosen"));
     }
 

@@ -8,12 +8,17 @@ use aviary_core::domain::plan::OnPartition;
 use super::{CEILING, Invariant, Violation};
 use crate::broken;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
+use aviary_core::protocol::record::Slot;
 
 /// I8: a node serves at most what the newest record that it has learned allows.
 #[derive(Default)]
 pub struct Ceiling {
     learned: BTreeMap<NodeId, ExpectedRollouts>,
     holding: BTreeSet<(NodeId, ServiceId)>,
+    /// Decreases that nodes accepted last, and their slots.
+    accepted: BTreeMap<NodeId, (ServiceId, Slot)>,
+    /// The last slot that each node learned.
+    heads: BTreeMap<NodeId, Slot>,
 }
 
 impl Invariant for Ceiling {
@@ -26,14 +31,26 @@ impl Invariant for Ceiling {
                 }
                 self.learned.insert((*node).clone(), rollouts);
                 self.holding.retain(|(holding, _)| holding != *node);
+                let head = log.last().map_or(Slot(0), |last| last.record.slot);
+                self.heads.insert((*node).clone(), head);
                 Ok(())
             }
             Fact::Appended(node, chosen) => {
+                self.heads.insert((*node).clone(), chosen.record.slot);
                 if let Some(service) = chosen.record.intent.operation.service() {
                     self.holding.remove(&((*node).clone(), service.clone()));
                 }
                 let rollouts = self.learned.entry((*node).clone()).or_default();
                 rollouts.follow(&chosen.record, !chosen.is_in_doubt()).map_err(|why| broken!(CEILING, "{why}"))
+            }
+            Fact::Persisted(node, acceptor) => {
+                let accepted = acceptor.accepted.as_ref().map(|accepted| &accepted.record);
+                let decrease = accepted.filter(|record| record.intent.operation.decreases_exposure());
+                match decrease.and_then(|record| Some((record.intent.operation.service()?.clone(), record.slot))) {
+                    Some(decrease) => drop(self.accepted.insert((*node).clone(), decrease)),
+                    None => drop(self.accepted.remove(*node)),
+                }
+                Ok(())
             }
             Fact::LocalHold(node, service) => {
                 self.holding.insert(((*node).clone(), (*service).clone()));
@@ -49,6 +66,16 @@ impl Invariant for Ceiling {
                         CEILING,
                         "{node} serves {bp} bp of {}, its newest record allows {ceiling}",
                         served.service
+                    ));
+                }
+                if let Some((service, slot)) = self.accepted.get(node)
+                    && service == served.service
+                    && self.heads.get(node) < Some(slot)
+                    && !served.is_writing
+                {
+                    return Err(broken!(
+                        CEILING,
+                        "{node} serves {bp} bp of {service} though it accepted a decrease in slot {slot}"
                     ));
                 }
                 if rollouts.cordoned.contains(node) {
@@ -79,6 +106,22 @@ impl Invariant for Ceiling {
 mod tests {
     use super::*;
     use crate::testing::*;
+
+    #[test]
+    fn canary_traffic_after_an_accepted_decrease_is_caught() {
+        use aviary_core::domain::rollout::Change;
+        let (mut ceiling, truth) = (Ceiling::default(), truth());
+        let mut start = pause(1, "x");
+        start.record.intent.operation = change(1, Change::Start(spec())).intent.operation;
+        ceiling.see(&Fact::Started(&node("a"), &[genesis(), start]), &truth).unwrap();
+        let (node, service, canary) = (node("a"), service(), version("v2"));
+        let serves = Fact::Served(served(&node, &service, &canary, 500));
+        ceiling.see(&serves, &truth).unwrap();
+        let mut state = acceptor("a", 1, "x");
+        state.accepted.as_mut().unwrap().record = change(2, Change::Rollback { reason: "bad".into() });
+        ceiling.see(&Fact::Persisted(&node, &state), &truth).unwrap();
+        assert!(ceiling.see(&serves, &truth).unwrap_err().what.contains("accepted a decrease in slot 2"));
+    }
 
     #[test]
     fn canary_traffic_without_any_record_is_caught() {

@@ -1,4 +1,5 @@
-//! I3: each chosen increase has every gate voter's Yes, given in the certificate's ballot for that slot.
+//! I3: each increase that is accepted, and so each that is chosen, has every gate voter's Yes, given in the certificate's
+//! ballot for that slot.
 
 use std::collections::BTreeSet;
 
@@ -22,6 +23,19 @@ impl Invariant for Certificates {
                     self.0.insert((vote.ballot.clone(), vote.slot, (*node).clone()));
                 }
                 Ok(())
+            }
+            Fact::Persisted(node, acceptor) => {
+                let accepted = acceptor.accepted.as_ref().map(|accepted| &accepted.record);
+                let Some(record) = accepted.filter(|record| record.intent.operation.increases_exposure()) else {
+                    return Ok(());
+                };
+                let Some(members) = truth.membership_for(record.slot) else { return Ok(()) };
+                let yes = record.certificate.as_ref().map(|certificate| &certificate.yes);
+                let missing = members.gate_voters().find(|voter| !yes.is_some_and(|yes| yes.contains_key(*voter)));
+                match missing {
+                    Some(voter) => Err(broken!(UNANIMITY, "{node} accepts slot {} without {voter}'s Yes", record.slot)),
+                    None => Ok(()),
+                }
             }
             Fact::Chosen(record, ballot) if record.intent.operation.increases_exposure() => {
                 let slot = record.slot;
@@ -63,6 +77,19 @@ mod tests {
 
     use super::*;
     use crate::testing::*;
+
+    #[test]
+    fn an_acceptance_without_every_yes_is_caught() {
+        let mut state = acceptor("b", 1, "x");
+        let mut certificates = Certificates::default();
+        certificates.see(&Fact::Persisted(&node("b"), &state), &truth()).unwrap();
+        let record = &mut state.accepted.as_mut().unwrap().record;
+        record.intent.operation = Operation::Change(service(), Change::Promote { to: Target::Stage(1), full: false });
+        let yes = ["a", "c"].map(|voter| (node(voter), "fine".to_string()));
+        record.certificate = Some(Certificate { ballot: ballot("a", 1), yes: yes.into() });
+        let error = certificates.see(&Fact::Persisted(&node("b"), &state), &truth()).unwrap_err();
+        assert!(error.what.contains("without b's Yes"), "{error}");
+    }
 
     #[test]
     fn a_yes_that_nobody_said_is_caught() {

@@ -8,7 +8,7 @@ use aviary_core::protocol::record::Slot;
 
 use super::{ENFORCEMENT, Invariant, Violation};
 use crate::broken;
-use crate::truth::{ExpectedRollouts, Fact, Truth};
+use crate::truth::{ExpectedRollouts, Fact, Served, Truth};
 
 /// A share that was allowed, and until when it may still be seen.
 struct Allowed {
@@ -25,6 +25,8 @@ pub struct Enforcement {
     doubtful: BTreeSet<Slot>,
     allowed: BTreeMap<(ServiceId, VersionId), Vec<Allowed>>,
     cordoned: BTreeMap<NodeId, u64>,
+    /// Decreases that some node shows as enforced: the highest slot told, and who told.
+    told: BTreeMap<ServiceId, (Slot, NodeId)>,
 }
 
 /// Longest real time that a lease of this length lasts on the slowest allowed clock, in microseconds.
@@ -85,6 +87,13 @@ impl Enforcement {
 }
 
 impl Enforcement {
+    /// Returns true when some node shows a later decrease than this node knows of as enforced everywhere. A restart may
+    /// forget that it was decided; what needs no lease then goes on until the node hears of it again.
+    fn is_told(&self, served: &Served) -> bool {
+        let known = self.told.get(served.service).is_some_and(|(slot, _)| served.slot < *slot);
+        known && served.on_partition == OnPartition::Stable
+    }
+
     /// The ballot that voted on an increase reached its majority after a later one did: a node that learns of it so may serve it.
     fn certain_late(&mut self, record: &aviary_core::protocol::record::Record, truth: &Truth) {
         let Some(service) = record.intent.operation.service() else { return };
@@ -107,6 +116,22 @@ impl Invariant for Enforcement {
                 self.chosen(record, truth);
                 Ok(())
             }
+            Fact::Enforced(node, service, slot) => {
+                let known = self.told.get(*service).is_some_and(|(known, _)| known >= slot);
+                if !known {
+                    self.told.insert((*service).clone(), (*slot, (*node).clone()));
+                }
+                Ok(())
+            }
+            Fact::Served(served) if served.bp > 0 && self.is_told(served) => Err(broken!(
+                ENFORCEMENT,
+                "{} serves {} bp of {} by slot {}, though {:?} shows a later decrease as enforced",
+                served.node,
+                served.bp,
+                served.service,
+                served.slot,
+                self.told[served.service]
+            )),
             Fact::Served(served) if served.bp > 0 && served.on_partition == OnPartition::Stable => {
                 let key = (served.service.clone(), served.canary.clone());
                 let live = self.allowed.get(&key).into_iter().flatten();
@@ -154,6 +179,18 @@ mod tests {
         let (mut enforcement, truth) = (Enforcement::default(), truth());
         let (node, service, canary) = (node("a"), service(), version("v2"));
         assert!(enforcement.see(&Fact::Served(served(&node, &service, &canary, 1)), &truth).is_err());
+    }
+
+    #[test]
+    fn canary_traffic_after_its_decrease_was_told_as_enforced_is_caught() {
+        use aviary_core::domain::rollout::Change;
+        let (mut enforcement, truth) = (Enforcement::default(), truth());
+        let (a, service, canary, ballot) = (node("a"), service(), version("v2"), ballot("a", 1));
+        let serves = Fact::Served(served(&a, &service, &canary, 500));
+        enforcement.see(&Fact::Chosen(&change(1, Change::Start(spec())), &ballot), &truth).unwrap();
+        enforcement.see(&serves, &truth).unwrap();
+        enforcement.see(&Fact::Enforced(&node("b"), &service, Slot(2)), &truth).unwrap();
+        assert!(enforcement.see(&serves, &truth).unwrap_err().what.contains("shows a later decrease as enforced"));
     }
 
     #[test]

@@ -9,7 +9,10 @@ mod ceiling;
 mod certificates;
 mod enforcement;
 mod evidence;
+mod pauses;
+mod stable;
 mod stages;
+mod sums;
 mod writes;
 
 // The rules' names in the protocol's list, as reports and the pins of seeded bugs say them.
@@ -25,6 +28,8 @@ const WRITES: &str = "I10/I12 writes";
 const READS: &str = "I11 reads";
 const BALLOTS: &str = "I13 ballots";
 const EVIDENCE: &str = "I14 evidence";
+const PAUSES: &str = "I15 pauses";
+const STABLE: &str = "I16 stable";
 
 /// A rule that a run broke: the program that was simulated has a bug, or the simulator has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -65,5 +70,8 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(writes::Writes),
         Box::new(ballots::Ballots::default()),
         Box::new(evidence::Observed::default()),
+        Box::new(sums::Sums::default()),
+        Box::new(pauses::Pauses::default()),
+        Box::new(stable::Stables::default()),
     ]
 }

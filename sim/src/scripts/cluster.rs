@@ -306,7 +306,9 @@ impl<S: Subject> ScriptCluster<S> {
                     node: &id,
                     service,
                     canary: &canary.version,
+                    slot: shown.slot,
                     bp: self.share(&id, service),
+                    is_writing: false,
                     leased: shown.serving.lease_ms.is_some(),
                     on_partition: shown.serving.spec.on_partition,
                 };

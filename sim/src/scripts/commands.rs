@@ -79,6 +79,7 @@ fn ask<S: Subject>(cluster: &mut ScriptCluster<S>, at: &str, tx: &str, operation
     let asked = match operation {
         ["apply", stages @ ..] => OperatorRequest::Apply(rollout(stages)),
         ["promote"] => OperatorRequest::Promote { service, full: false },
+        ["promote", "skip-wait"] => OperatorRequest::SkipWait { service },
         ["promote", "full"] => OperatorRequest::Promote { service, full: true },
         ["pause"] => OperatorRequest::Pause { service, reason },
         ["resume"] => OperatorRequest::Resume { service },

@@ -80,7 +80,7 @@ pub fn outcome(outcome: &Outcome) -> String {
         Outcome::Aborted { slot, reasons, repeated } => {
             format!("ABORTED slot {slot}{}: {}", again(*repeated), reasons.join("; "))
         }
-        Outcome::Unchanged(_) => "UNCHANGED".into(),
+        Outcome::Unchanged { .. } => "UNCHANGED".into(),
         other => format!("{other:?}"),
     }
 }

@@ -85,8 +85,9 @@ impl<S: Subject> World<S> {
             let completed = |service: &Service| {
                 service.stable.version == spec.canary.version && service.routing.canary_model_id.is_none()
             };
-            // A duel may decide a start in doubt; it is reverted, and people start again.
-            let reverted = |service: &Service| service.rollout.phase == Phase::RolledBack;
+            // A duel may decide a start in doubt; it is reverted, and people start again. They do so, too, where a node that
+            // learned of it late takes the time that it has for over, by a clock that is ahead: it is paused.
+            let reverted = |service: &Service| matches!(service.rollout.phase, Phase::RolledBack | Phase::Paused);
             self.within(20_000, "a healthy rollout completes", |world| {
                 let mut all = world.nodes.iter().map(shown);
                 all.clone().all(|s| s.as_ref().is_some_and(completed)) || all.any(|s| s.as_ref().is_some_and(reverted))

@@ -4,7 +4,7 @@ use super::*;
 use crate::coverage::MOMENTS;
 
 /// All kinds of faults; a run can be without some of them (`Options::without`, one bit each).
-pub const FAULTS: [&str; 21] = [
+pub const FAULTS: [&str; 22] = [
     "crash",
     "crash-mid",
     "pause",
@@ -26,6 +26,7 @@ pub const FAULTS: [&str; 21] = [
     "drop",
     "twice",
     "slow-write",
+    "forged",
 ];
 /// Longest delay on a clogged link, in microseconds.
 pub(super) const CLOG_US_MAX: u64 = 3_000_000;
@@ -33,6 +34,7 @@ const WIPE: usize = 3;
 const LOST_SUFFIX: usize = 10;
 const MEMBERSHIP: usize = 15;
 const BIT_FLIP: usize = 17;
+const FORGED: usize = 21;
 /// The kinds that came later and have draws of their own: without them, a seed is what it was before them.
 pub const LATER: u32 = 0b1111_1111 << LOST_SUFFIX;
 
@@ -42,6 +44,8 @@ pub(super) struct Mix {
     pub twice_bp: u64,
     pub delay_us_max: u64,
     pub write_us_max: u64,
+    /// Proposals of an increase that arrive without a voter's Yes, in basis points.
+    pub forged_bp: u64,
     pub fault_us: u64,
     /// crash, crash mid-list, pause, wipe, cut in two, one way, wall jump, all crash, false reset, profile.
     pub faults: [u64; 10],
@@ -53,7 +57,7 @@ pub(super) struct Mix {
 }
 
 impl Mix {
-    pub fn draw(dice: &mut Dice, more: &mut Dice, without: u32) -> Self {
+    pub fn draw(dice: &mut Dice, more: &mut Dice, newest: &mut Dice, without: u32) -> Self {
         let mut faults = [0; 10];
         for weight in &mut faults {
             *weight = if dice.chance(6_000) { dice.between(1, 10) } else { 0 };
@@ -65,6 +69,7 @@ impl Mix {
             twice_bp: *dice.pick(&[0, 50, 500, 2_000]),
             delay_us_max: *dice.pick(&[1_000, 5_000, 20_000, 200_000]),
             write_us_max: *dice.pick(&[0, 1_000, 10_000, 60_000]),
+            forged_bp: *newest.pick(&[0, 500, 3_000]),
             fault_us: *dice.pick(&[150_000, 500_000, 1_500_000, 4_000_000]),
             faults,
             operator_us: *dice.pick(&[100_000, 300_000, 1_000_000]),
@@ -87,7 +92,7 @@ impl Mix {
 
     fn leave_out(&mut self, without: u32) {
         let kinds = self.faults.iter_mut().chain(&mut self.later);
-        let rates = [&mut self.drop_bp, &mut self.twice_bp, &mut self.write_us_max];
+        let rates = [&mut self.drop_bp, &mut self.twice_bp, &mut self.write_us_max, &mut self.forged_bp];
         for (place, rate) in kinds.chain(rates).enumerate() {
             if without & 1 << place != 0 {
                 *rate = 0;
@@ -318,6 +323,19 @@ impl<S: Subject> World<S> {
             self.coverage.event("log rebuilt");
         }
         Ok(())
+    }
+
+    /// Returns a message as it arrives: a proposal of an increase may have lost a voter's Yes, which no acceptor may let pass.
+    pub(super) fn forged(&mut self, mut message: Box<Message>) -> Box<Message> {
+        if let Message::Decision(Decision::Propose(_, record)) = &mut *message
+            && let Some(certificate) = &mut record.certificate
+            && !self.calm
+            && self.newest.chance(self.mix.forged_bp)
+        {
+            certificate.yes.pop_first();
+            *self.coverage.faults.entry(FAULTS[FORGED]).or_default() += 1;
+        }
+        message
     }
 
     fn trip(&mut self, i: usize) -> Step {

@@ -182,6 +182,8 @@ pub struct World<S> {
     dice: Dice,
     /// For what came later than the seeds that are pinned.
     more: Dice,
+    /// For what came later still.
+    newest: Dice,
     mix: Mix,
     timings: Timings,
     retention: Retention,
@@ -223,7 +225,8 @@ impl<S: Subject> World<S> {
         let drawn = [3, 3, 3, 3, 3, 5, 5, 1, 2, 4, 7][dice.below(11)];
         let count = options.nodes.unwrap_or(drawn);
         let mut more = Dice::new(options.seed ^ 0x6d6f_7265_6661_756c);
-        let mix = Mix::draw(&mut dice, &mut more, options.without);
+        let mut newest = Dice::new(options.seed ^ 0x6e65_7765_7374);
+        let mix = Mix::draw(&mut dice, &mut more, &mut newest, options.without);
         let (genesis, members) = genesis_of(count);
         let heartbeat_ms = dice.between(100, 240);
         let timings = Timings { heartbeat_ms, ..Timings::default() };
@@ -256,6 +259,7 @@ impl<S: Subject> World<S> {
             coverage: Coverage::default(),
             dice,
             more,
+            newest,
         }
     }
 
@@ -312,6 +316,18 @@ impl<S: Subject> World<S> {
         for node in &self.nodes {
             let Some(view) = node.process.as_ref().and_then(|process| process.view.as_ref()) else { continue };
             for (service, shown) in view.services.iter() {
+                if shown.enforced && shown.service.rollout.phase == Phase::RolledBack {
+                    let fact = Fact::Enforced(&node.id, service, shown.slot);
+                    for invariant in &mut self.invariants {
+                        invariant.see(&fact, &self.truth)?;
+                    }
+                }
+            }
+        }
+        for node in &self.nodes {
+            let Some(process) = &node.process else { continue };
+            let Some(view) = &process.view else { continue };
+            for (service, shown) in view.services.iter() {
                 let Some((canary, _)) = &shown.serving.canary else { continue };
                 let bp = node.effective_bp(self.now, &shown.serving);
                 self.summary.exposed += u64::from(bp > 0);
@@ -319,7 +335,9 @@ impl<S: Subject> World<S> {
                     node: &node.id,
                     service,
                     canary: &canary.version,
+                    slot: shown.slot,
                     bp,
+                    is_writing: process.writing.is_some() || !process.pending.is_empty(),
                     leased: shown.serving.lease_ms.is_some(),
                     on_partition: shown.serving.spec.on_partition,
                 };
@@ -344,6 +362,7 @@ impl<S: Subject> World<S> {
                 Ok(())
             }
             Happening::Deliver(to, from, incarnation, message) => {
+                let message = self.forged(message);
                 let at = self.now;
                 let node = &self.nodes[to];
                 self.trace.line(at, node.id.as_str(), "receives", || format!("from {from}: {}", brief(&message)));
@@ -431,10 +450,9 @@ impl<S: Subject> World<S> {
             let process = match &node.process {
                 None => "down".into(),
                 Some(p) => {
-                    let view = p
-                        .view
-                        .as_ref()
-                        .map(|v| format!("{:?} head {} coordinator {}", v.membership, v.head, v.coordinator));
+                    let view = p.view.as_ref().map(|v| {
+                        format!("{:?} head {} coordinator {} {}", v.membership, v.head, v.coordinator, services(v))
+                    });
                     let left = p
                         .lease
                         .map(|from| self.nodes.first().map_or(0, |_| node.now(self.now).mono.millis_since(from)));
@@ -450,6 +468,16 @@ impl<S: Subject> World<S> {
         }
         lines
     }
+}
+
+/// Returns where the rollouts stand that a node shows.
+fn services(view: &View) -> String {
+    let one = |(id, shown): (&ServiceId, &Arc<aviary_core::protocol::ServiceView>)| {
+        let rollout = &shown.service.rollout;
+        let (phase, stage, reason) = (rollout.phase, rollout.stage, &rollout.reason);
+        format!("{id} {phase} at stage {stage} ({reason}), waits for {:?}", shown.waiting_for)
+    };
+    view.services.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

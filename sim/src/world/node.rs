@@ -211,6 +211,7 @@ impl<S: Subject> World<S> {
             Output::Send { to, message } => self.send(i, &to, *message)?,
             Output::Checkpoint { checkpoint, keep_from } => {
                 self.trace.line(at, id.as_str(), "sums up", || format!("slot {}", checkpoint.slot));
+                self.fact(Fact::SummedUp(&id, &checkpoint))?;
                 let node = &mut self.nodes[i];
                 (node.checkpoint, node.first) = (Some(checkpoint), keep_from.0 as usize);
                 node.durable = node.log.len();
@@ -235,6 +236,10 @@ impl<S: Subject> World<S> {
             Output::SaveRun(service, Some(run)) => drop(self.nodes[i].runs.insert(service, *run)),
             Output::SaveRun(service, None) => drop(self.nodes[i].runs.remove(&service)),
             Output::Publish(view) => {
+                for (service, shown) in view.services.iter() {
+                    let (routing_version, stable) = (shown.serving.routing_version, &shown.serving.stable);
+                    self.fact(Fact::Stable { node: &id, service, routing_version, stable })?;
+                }
                 self.nodes[i].process.as_mut().expect("it acts").view = Some(view);
             }
             Output::Lease(from) => {
@@ -267,6 +272,7 @@ impl<S: Subject> World<S> {
             let what = format!("{id} installs a sum of slot {} that ends in {}", checkpoint.slot, ledger.head_hash);
             return Err(broken!(invariants::CHAIN, "{what}"));
         }
+        self.fact(Fact::SummedUp(&id, &checkpoint))?;
         for slot in self.nodes[i].log.len()..=checkpoint.slot.0 as usize {
             let known = &self.truth.log[slot];
             let voted = known.record.certificate.as_ref().map(|certificate| &certificate.ballot);

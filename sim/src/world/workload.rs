@@ -56,10 +56,19 @@ impl<S: Subject> World<S> {
         Ok(())
     }
 
-    pub(super) fn spec(&mut self, service: &ServiceId, stable: &VersionId, short: bool) -> Arc<Manifest> {
-        let backend = |version: &str| Backend::new(VersionId::new(version).expect("valid"), vec![]);
-        let choices: Vec<&str> = ["v1", "v2", "v3"].into_iter().filter(|v| *v != stable.as_str()).collect();
-        let canary = backend(choices[self.dice.below(choices.len())]);
+    /// A version, on one of a few servers.
+    fn somewhere(&mut self, version: &str) -> Backend {
+        let url = format!("http://server:{}", self.more.between(1, 4));
+        Backend::new(VersionId::new(version).expect("valid"), vec![url])
+    }
+
+    pub(super) fn spec(&mut self, service: &ServiceId, stable: &Backend, short: bool) -> Arc<Manifest> {
+        let choices: Vec<&str> = ["v1", "v2", "v3"].into_iter().filter(|v| *v != stable.version.as_str()).collect();
+        let canary = choices[self.dice.below(choices.len())];
+        let canary = self.somewhere(canary);
+        // Now and then somebody is wrong about where stable is.
+        let wrong = !short && self.more.chance(1_500);
+        let stable = if wrong { self.somewhere(stable.version.as_str()) } else { stable.clone() };
         let count = if short { 2 } else { self.dice.between(2, 4) };
         let mut bp = 0;
         let mut stages = Vec::new();
@@ -82,15 +91,16 @@ impl<S: Subject> World<S> {
             lease_ms: self.dice.between(1_000, 3_000),
             on_partition: if hold { OnPartition::Hold } else { OnPartition::Stable },
             progress_deadline_ms: if short { 60_000 } else { self.dice.between(2_000, 30_000) },
-            ..RolloutSpec::new(service.clone(), backend(stable.as_str()), canary, stages)
+            ..RolloutSpec::new(service.clone(), stable, canary, stages)
         };
         Arc::new(spec.checked().expect("drawn within the rules"))
     }
 
-    pub(super) fn stable_of(&self, i: usize, service: &ServiceId) -> VersionId {
+    pub(super) fn stable_of(&self, i: usize, service: &ServiceId) -> Backend {
         let view = self.nodes[i].process.as_ref().and_then(|process| process.view.as_ref());
         let shown = view.and_then(|view| view.services.get(service));
-        shown.map_or_else(|| VersionId::new("v1").expect("valid"), |shown| shown.service.stable.version.clone())
+        let first = || Backend::new(VersionId::new("v1").expect("valid"), vec!["http://server:1".into()]);
+        shown.map_or_else(first, |shown| shown.service.stable.clone())
     }
 
     pub(super) fn operate(&mut self) -> Step {
@@ -105,7 +115,7 @@ impl<S: Subject> World<S> {
         let service = self.services[self.dice.below(self.services.len())].clone();
         let reason = || "an operator's whim".to_string();
         let peer = name(self.dice.below(self.nodes.len()));
-        let asked = match self.dice.weighted(&[30, 15, 5, 6, 8, 8, 6, 5, 2, 4, 8]) {
+        let asked = match self.dice.weighted(&[30, 15, 5, 6, 8, 8, 6, 5, 2, 4, 8, 5]) {
             0 => {
                 let stable = self.stable_of(i, &service);
                 OperatorRequest::Apply(self.spec(&service, &stable, false))
@@ -119,6 +129,7 @@ impl<S: Subject> World<S> {
             7 => OperatorRequest::Undo { service },
             8 => OperatorRequest::Config(ConfigChange::Cordon(peer)),
             9 => OperatorRequest::Config(ConfigChange::Uncordon(peer)),
+            11 => OperatorRequest::SkipWait { service },
             _ => match self.unbound().first() {
                 Some((node, incarnation)) => OperatorRequest::Config(ConfigChange::Readmit(node.clone(), *incarnation)),
                 None => return Ok(()),

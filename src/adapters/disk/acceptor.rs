@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::format::UnknownFormat;
+use super::format::{ACCEPTOR, UnknownFormat};
 use super::{OpenError, trouble};
 use crate::ports::StoreError;
 use crate::protocol::codec::{self, DecodeError};
@@ -26,9 +26,9 @@ pub(super) const SLOT_BYTES: usize = 128 * 1024;
 pub(super) const FILE_BYTES: usize = 2 * SLOT_BYTES;
 /// First bytes of every sector; the version of the format follows them.
 const MAGIC: [u8; 7] = *b"aviaryR";
-/// Version of the file format; another version is refused. A sector's header stays as it is in all versions, so that
-/// each version tells a sector of another one from a damaged one.
-pub(super) const VERSION: u8 = 7;
+/// Version of a slot that holds nothing. A sector's header stays as it is in all versions, so that each version tells a sector of
+/// another one from a damaged one.
+const EMPTY_VERSION: u8 = ACCEPTOR.oldest as u8;
 const SECTOR_BYTES: usize = 512;
 /// Bytes of magic and version, generation, and CRC-32C, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 4;
@@ -112,7 +112,7 @@ impl AcceptorFile {
         let file = file.map_err(|e| trouble(path, "open the acceptor file", e))?;
         let (bytes, length) = read_all(&file).map_err(|e| trouble(path, "read the acceptor file", e))?;
         if let Some(found) = other_version(&bytes) {
-            return Err(UnknownFormat { path: path.into(), what: "acceptor file", found, expected: VERSION }.into());
+            return Err(UnknownFormat { path: path.into(), what: "acceptor file", found, expected: ACCEPTOR }.into());
         }
         let mut notes = Vec::new();
         let shown = path.display();
@@ -145,20 +145,26 @@ impl AcceptorFile {
         })
     }
 
-    /// Writes the acceptor state and tail; on return they survive power loss.
+    /// Writes the acceptor state, in a version of the format, and the tail; on return they survive power loss.
     pub fn write<'a>(
         &mut self,
+        version: u8,
         acceptor: &[u8],
         tail: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<(), StoreError> {
         if std::mem::take(&mut self.fresh) {
-            self.write_slot(acceptor, tail.clone())?;
+            self.write_slot(version, acceptor, tail.clone())?;
         }
-        self.write_slot(acceptor, tail)
+        self.write_slot(version, acceptor, tail)
     }
 
-    fn write_slot<'a>(&mut self, acceptor: &[u8], tail: impl Iterator<Item = &'a [u8]>) -> Result<(), StoreError> {
-        let bytes = slot_bytes(self.generation, self.target, acceptor, tail);
+    fn write_slot<'a>(
+        &mut self,
+        version: u8,
+        acceptor: &[u8],
+        tail: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<(), StoreError> {
+        let bytes = slot_bytes(version, self.generation, self.target, acceptor, tail);
         assert!(bytes.len() <= SLOT_BYTES, "a slot has room for what the store puts there");
         let offset = (self.target * SLOT_BYTES) as u64;
         self.file.write_all_at(&bytes, offset).map_err(|e| trouble(&self.path, "write the acceptor file", e))?;
@@ -240,7 +246,8 @@ fn other_version(bytes: &[u8]) -> Option<u8> {
     let begins = |(_, sector): &(usize, &[u8])| sector.starts_with(&MAGIC);
     let first = bytes.chunks(SLOT_BYTES).map(|slot| &slot[..SECTOR_BYTES]).enumerate().filter(begins);
     let first: Vec<_> = first.map(|(slot, sector)| (sector[7], read_sector(sector, slot, 0).is_ok())).collect();
-    let whole = first.iter().find(|(version, whole)| *version != VERSION && *whole).map(|(version, _)| *version);
+    let whole =
+        first.iter().find(|(version, whole)| !ACCEPTOR.contains(*version) && *whole).map(|(version, _)| *version);
     let older = || {
         let (found, _) = first.first().filter(|(version, _)| *version < 7)?;
         first.iter().all(|(other, _)| other == found).then_some(*found)
@@ -251,12 +258,13 @@ fn other_version(bytes: &[u8]) -> Option<u8> {
 /// Fills the file with sectors that hold nothing, so that no later write needs space that may not be there.
 fn format(file: &File) -> io::Result<()> {
     let empty = vec![0; SLOT_BYTES / SECTOR_BYTES * ROOM_BYTES];
-    file.write_all_at(&[0, 1].map(|slot| sectors_of(0, slot, &empty)).concat(), 0)?;
+    file.write_all_at(&[0, 1].map(|slot| sectors_of(EMPTY_VERSION, 0, slot, &empty)).concat(), 0)?;
     file.set_len(FILE_BYTES as u64)
 }
 
 /// Returns what is written into a slot: the payload's length and the payload, spread over sectors.
 pub(super) fn slot_bytes<'a>(
+    version: u8,
     generation: u64,
     slot: usize,
     acceptor: &[u8],
@@ -268,16 +276,16 @@ pub(super) fn slot_bytes<'a>(
     let length = u32::try_from(payload.len() - 4).expect("a payload fits into its slot");
     payload[..4].copy_from_slice(&length.to_le_bytes());
     payload.resize(payload.len().div_ceil(ROOM_BYTES).next_multiple_of(SECTORS_MIN) * ROOM_BYTES, 0);
-    sectors_of(generation, slot, &payload)
+    sectors_of(version, generation, slot, &payload)
 }
 
-fn sectors_of(generation: u64, slot: usize, payload: &[u8]) -> Vec<u8> {
+fn sectors_of(version: u8, generation: u64, slot: usize, payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(payload.len() / ROOM_BYTES * SECTOR_BYTES);
     for (index, part) in payload.chunks(ROOM_BYTES).enumerate() {
         bytes.extend(MAGIC);
-        bytes.push(VERSION);
+        bytes.push(version);
         bytes.extend(generation.to_le_bytes());
-        bytes.extend(checksum(VERSION, generation, slot, index, part).to_le_bytes());
+        bytes.extend(checksum(version, generation, slot, index, part).to_le_bytes());
         bytes.extend(part);
     }
     bytes
@@ -374,9 +382,9 @@ mod tests {
 
     #[test]
     fn the_sectors_of_format_7_stay() {
-        let bytes = slot_bytes(3, 1, b"abc", [&b"de"[..]].into_iter());
+        let bytes = slot_bytes(7, 3, 1, b"abc", [&b"de"[..]].into_iter());
         assert_eq!(bytes.len(), SECTORS_MIN * SECTOR_BYTES);
-        let crc = checksum(VERSION, 3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
+        let crc = checksum(7, 3, 1, 0, &bytes[HEADER_BYTES..SECTOR_BYTES]);
         assert_eq!(crc, 1_434_074_637, "the checksum covers version, generation, place and payload");
         let head = [&b"aviaryR\x07\x03\0\0\0\0\0\0\0"[..], &crc.to_le_bytes()].concat();
         assert_eq!(bytes[..HEADER_BYTES], head);
@@ -386,9 +394,9 @@ mod tests {
     /// Returns the bytes of the file after these two were written, the newer one last.
     fn image(older: &AcceptorState, newer: &AcceptorState) -> Vec<u8> {
         let mut bytes = vec![0; SLOT_BYTES / SECTOR_BYTES * ROOM_BYTES];
-        bytes = [0, 1].map(|slot| sectors_of(0, slot, &bytes)).concat();
+        bytes = [0, 1].map(|slot| sectors_of(7, 0, slot, &bytes)).concat();
         for (slot, acceptor) in [older, newer].into_iter().enumerate() {
-            let written = slot_bytes(slot as u64 + 1, slot, &codec::encode(acceptor), std::iter::empty());
+            let written = slot_bytes(7, slot as u64 + 1, slot, &codec::encode(acceptor), std::iter::empty());
             bytes[slot * SLOT_BYTES..][..written.len()].copy_from_slice(&written);
         }
         bytes

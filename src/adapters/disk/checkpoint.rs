@@ -6,14 +6,13 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
+use super::format::CHECKPOINT;
 use crate::protocol::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, CheckpointError};
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::Slot;
 
 /// First bytes of the file; the version of the format follows them.
 const MAGIC: [u8; 7] = *b"aviaryC";
-/// Version of the file format; another version is refused.
-pub(super) const VERSION: u8 = 3;
 /// Bytes of magic, slot and hash, before the content.
 const HEADER_BYTES: usize = 8 + 8 + 32;
 /// Most bytes of the file.
@@ -60,7 +59,7 @@ pub(super) fn write(path: &Path, checkpoint: &Checkpoint) -> io::Result<()> {
 
 /// Returns what stands before the ledger's bytes.
 pub(super) fn header(checkpoint: &Checkpoint) -> Vec<u8> {
-    let mut header = [&MAGIC[..], &[VERSION], &checkpoint.slot.0.to_le_bytes()].concat();
+    let mut header = [&MAGIC[..], &[checkpoint.format], &checkpoint.slot.0.to_le_bytes()].concat();
     let hash = hash(&header, &checkpoint.bytes);
     header.extend(hash);
     header
@@ -88,14 +87,15 @@ pub(super) fn parse(bytes: &[u8]) -> Result<FoundCheckpoint, CheckpointDamage> {
     if hash(&header[..16], body) != header[16..] {
         return Err(CheckpointDamage::Hash);
     }
-    if header[7] != VERSION {
-        return Ok(FoundCheckpoint::OtherVersion(header[7]));
+    let format = header[7];
+    if !CHECKPOINT.contains(format) {
+        return Ok(FoundCheckpoint::OtherVersion(format));
     }
     if bytes.len() > BYTES_MAX {
         return Err(CheckpointDamage::Long(bytes.len()));
     }
     let slot = Slot(u64::from_le_bytes(header[8..16].try_into().expect("8 bytes")));
-    let checkpoint = Checkpoint { slot, bytes: body.to_vec().into() };
+    let checkpoint = Checkpoint { slot, format, bytes: body.to_vec().into() };
     let ledger = checkpoint.ledger()?;
     Ok(FoundCheckpoint::Good(checkpoint, Box::new(ledger)))
 }

@@ -12,15 +12,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::format::{self, JOURNAL};
 use super::trouble;
 use crate::ports::StoreError;
 use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{Chosen, Hash, Slot};
 
-/// First byte of each stored record, and of the genesis file. Its CRC-32C follows in all versions, over the version and
-/// all that comes after, so that each version tells a record of another one from a damaged one.
-pub(super) const ENTRY_VERSION: u8 = 3;
 const TREE: &str = "log";
 const CACHE_BYTES: u64 = 16 * 1024 * 1024;
 /// How long records may wait for company before they are synced; promises don't wait for it.
@@ -59,8 +57,11 @@ pub(super) enum EntryDamage {
     #[error("its entry has {0} bytes")]
     Short(usize),
     /// Another version of the program wrote it, and it is whole.
-    #[error("its entry has format {0}, expected {ENTRY_VERSION}")]
+    #[error("its entry has format {0}, expected {JOURNAL}")]
     OtherVersion(u8),
+    /// Whole, and in another version than its record is written in.
+    #[error("its entry has format {found}, expected {expected} for what it says")]
+    Misfit { found: u8, expected: u8 },
     /// The content is not what the checksum was made of.
     #[error("its checksum is {found:08x}, expected {expected:08x}")]
     Checksum { found: u32, expected: u32 },
@@ -217,10 +218,16 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
     format!("it panicked: {text}")
 }
 
-/// Returns a record as it is stored: version, CRC-32C, value.
+/// Returns a record as it is stored: version, CRC-32C, value. The checksum covers the version and all that comes after in all
+/// versions, so that each version tells a record of another one from a damaged one.
 pub(super) fn encode_entry(chosen: &Chosen) -> Vec<u8> {
-    let body = codec::encode(chosen);
-    [&[ENTRY_VERSION][..], &checksum(ENTRY_VERSION, &body).to_le_bytes(), &body].concat()
+    let (version, body) = (format::of_record(&chosen.record), codec::encode(chosen));
+    [&[version][..], &checksum(version, &body).to_le_bytes(), &body].concat()
+}
+
+/// Returns the version of a stored record's bytes; 0 for no bytes.
+pub(super) fn version_of(entry: &[u8]) -> u8 {
+    entry.first().copied().unwrap_or(0)
 }
 
 fn checksum(version: u8, body: &[u8]) -> u32 {
@@ -236,7 +243,13 @@ pub(super) fn decode_entry(entry: &[u8]) -> Result<Chosen, EntryDamage> {
         return Err(EntryDamage::Checksum { found, expected });
     }
     match head[0] {
-        ENTRY_VERSION => Ok(codec::decode(body)?),
+        3 | 4 => {
+            let chosen: Chosen = codec::decode(body)?;
+            match format::of_record(&chosen.record) {
+                expected if expected == head[0] => Ok(chosen),
+                expected => Err(EntryDamage::Misfit { found: head[0], expected }),
+            }
+        }
         other => Err(EntryDamage::OtherVersion(other)),
     }
 }

@@ -29,10 +29,10 @@ use crate::protocol::codec;
 use crate::protocol::ledger::Ledger;
 use crate::protocol::record::{AcceptorState, Chosen, Operation, Slot};
 use acceptor::{AcceptorFile, SLOT_BYTES, Saved, bytes_needed};
-use format::UnknownFormat;
+use format::{CHECKPOINT, JOURNAL, UnknownFormat};
 use journal::{
-    Chain, ChainError, ENTRY_VERSION, EntryDamage, Journal, OpenFailure, SyncFailure, Syncer, decode_entry,
-    encode_entry, speaks_of_content,
+    Chain, ChainError, EntryDamage, Journal, OpenFailure, SyncFailure, Syncer, decode_entry, encode_entry,
+    speaks_of_content, version_of,
 };
 pub use runs::DiskRuns;
 
@@ -89,6 +89,8 @@ pub struct DiskStore {
     /// The first failure; nothing is tried after it.
     failure: Option<String>,
     paths: Paths,
+    /// Version that the journal is marked with: none of its records has a later one.
+    marked: u8,
 }
 
 /// The name of the acceptor file up to format 5. A node that overlooked it would start without its promises.
@@ -107,15 +109,16 @@ impl DiskStore {
                 return Err(OpenError::Occupied { dir: dir.into(), found });
             }
         }
-        let acceptor = encoded("acceptor", &paths.acceptor, acceptor)?;
+        let (version, acceptor) = (format::of_acceptor(acceptor), encoded("acceptor", &paths.acceptor, acceptor)?);
         encoded("genesis", &paths.genesis, genesis)?;
-        mark_journal(&paths.marker)?;
-        write_whole(&paths.genesis, &encode_entry(genesis)).map_err(|e| trouble(&paths.genesis, "write genesis", e))?;
+        let entry = encode_entry(genesis);
+        mark_journal(&paths.marker, version_of(&entry))?;
+        write_whole(&paths.genesis, &entry).map_err(|e| trouble(&paths.genesis, "write genesis", e))?;
         // The acceptor file is what makes a node: it comes last, complete, under its own name.
         let draft = dir.join("acceptor.new");
         remove_if_there(&draft).map_err(|e| trouble(&draft, "remove an unfinished acceptor file", e))?;
         let mut found = AcceptorFile::open(&draft)?;
-        found.file.write(&acceptor, std::iter::empty())?;
+        found.file.write(version, &acceptor, std::iter::empty())?;
         let renamed = fs::rename(&draft, &paths.acceptor).and_then(|()| sync_directory(dir));
         renamed.map_err(|e| trouble(&paths.acceptor, "put the acceptor file in place", e))?;
         let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -152,32 +155,41 @@ impl DiskStore {
         let (acceptor, tail) = saved.map_or((None, Vec::new()), |Saved { acceptor, tail, .. }| (Some(acceptor), tail));
         let opening = DiskOpening { paths: &paths, lock: &lock, patience };
         let (journal, ledger, chain) = opening.recover(&tail, &mut notes)?;
-        if marked.is_none() {
-            mark_journal(&paths.marker)?;
-            sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
-        }
+        let marked = match marked {
+            Some(marked) => marked,
+            None => {
+                let newest = chain.since(Slot(0)).iter().map(|chosen| format::of_record(&chosen.record)).max();
+                let used = if ledger.uses().is_empty() { JOURNAL.oldest } else { JOURNAL.newest };
+                let version = newest.unwrap_or(0).max(used as u8);
+                mark_journal(&paths.marker, version)?;
+                sync_directory(dir).map_err(|e| trouble(dir, "sync the data directory", e))?;
+                version
+            }
+        };
         let (journal, next) = (Arc::new(journal), chain.next());
         let syncer = Syncer::start(journal.clone(), next);
         let syncer = syncer.map_err(|e| trouble(&paths.journal, "start the journal's thread", e))?;
-        let store = Self { acceptor: file, tail: VecDeque::new(), next, syncer, journal, failure: None, paths };
+        let store = Self { acceptor: file, tail: VecDeque::new(), next, syncer, journal, failure: None, paths, marked };
         let mut log = chain.into_log();
         log.drain(..log.partition_point(|chosen| chosen.record.slot <= ledger.head));
         Ok(Recovered { store, acceptor, ledger, log, notes })
     }
 
     fn try_persist(&mut self, acceptor: &AcceptorState) -> Result<(), StoreError> {
+        let version = format::of_acceptor(acceptor);
         let acceptor = encoded("acceptor", &self.paths.acceptor, acceptor)?;
         self.forget_synced()?;
         if !self.fits(acceptor.len()) {
             self.syncer.wait().map_err(|failure| self.behind(failure))?;
             self.forget_synced()?;
         }
-        self.acceptor.write(&acceptor, self.tail.iter().map(|(_, entry)| entry.as_slice()))
+        self.acceptor.write(version, &acceptor, self.tail.iter().map(|(_, entry)| entry.as_slice()))
     }
 
     fn try_append(&mut self, chosen: &Chosen) -> Result<(), StoreError> {
         encoded("record", &self.paths.journal, chosen)?;
         let entry = encode_entry(chosen);
+        self.mark(version_of(&entry))?;
         self.forget_synced()?;
         self.journal.insert(self.next, &entry)?;
         self.tail.push_back((self.next, entry));
@@ -200,6 +212,18 @@ impl DiskStore {
         self.next = checkpoint.slot.next();
         self.syncer.want(self.next);
         self.syncer.wait().map_err(|failure| self.behind(failure))
+    }
+
+    /// Marks the journal before the first record of a later version is in it, so that a version of the program that can't read that
+    /// stops before it opens the journal.
+    fn mark(&mut self, version: u8) -> Result<(), StoreError> {
+        if version <= self.marked {
+            return Ok(());
+        }
+        mark_journal(&self.paths.marker, version)?;
+        sync_directory(&self.paths.dir).map_err(|e| trouble(&self.paths.dir, "sync the data directory", e))?;
+        self.marked = version;
+        Ok(())
     }
 
     fn write_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
@@ -279,7 +303,7 @@ impl LogReader for Reader {
             checkpoint::FoundCheckpoint::Nothing => Ok(None),
             checkpoint::FoundCheckpoint::Good(checkpoint, _) => Ok(Some(checkpoint)),
             checkpoint::FoundCheckpoint::OtherVersion(found) => {
-                let why = format!("it has format {found}, expected {}", checkpoint::VERSION);
+                let why = format!("it has format {found}, expected {CHECKPOINT}");
                 Err(trouble(&self.checkpoint, "read the checkpoint", io::Error::new(ErrorKind::InvalidData, why)))
             }
             checkpoint::FoundCheckpoint::Damaged(why) => {
@@ -387,7 +411,7 @@ impl DiskOpening<'_> {
                 }
             }
             checkpoint::FoundCheckpoint::OtherVersion(found) => {
-                let (path, expected) = (path.clone(), checkpoint::VERSION);
+                let (path, expected) = (path.clone(), CHECKPOINT);
                 return Err(UnknownFormat { path, what: "checkpoint", found, expected }.into());
             }
             checkpoint::FoundCheckpoint::Damaged(why) => why.to_string(),
@@ -524,19 +548,19 @@ fn marked_journal(paths: &Paths) -> Result<Option<u8>, OpenError> {
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         Err(error) => return Err(trouble(&paths.marker, "read the journal's format", error).into()),
     };
-    match marked.filter(|found| *found != ENTRY_VERSION) {
+    match marked.filter(|found| !JOURNAL.contains(*found)) {
         Some(found) => Err(record_of_another(&paths.journal, found)),
         None => Ok(marked),
     }
 }
 
-fn mark_journal(path: &Path) -> Result<(), StoreError> {
-    let written = write_whole(path, format::marker(ENTRY_VERSION).as_bytes());
+fn mark_journal(path: &Path, version: u8) -> Result<(), StoreError> {
+    let written = write_whole(path, format::marker(version).as_bytes());
     written.map_err(|e| trouble(path, "write the journal's format", e))
 }
 
 fn record_of_another(path: &Path, found: u8) -> OpenError {
-    UnknownFormat { path: path.into(), what: "log's record", found, expected: ENTRY_VERSION }.into()
+    UnknownFormat { path: path.into(), what: "log's record", found, expected: JOURNAL }.into()
 }
 
 fn is_covered(key: &[u8], head: Slot) -> bool {

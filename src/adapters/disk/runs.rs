@@ -3,7 +3,7 @@
 //! mostly the machine.
 //!
 //! Magic and version, CRC-32C of the rest, and the analysis run's bytes. A file that can't be read is removed,
-//! unless another version of the program wrote it; nothing here keeps a node from starting.
+//! unless another version of the program wrote it: a later one's stops the node, which must not write over it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,16 +14,18 @@ use std::thread::JoinHandle;
 
 use tracing::{info, warn};
 
-use super::{remove_if_there, trouble};
+use super::format::{RUN, UnknownFormat};
+use super::{OpenError, remove_if_there, trouble};
 use crate::domain::ids::{IdError, ServiceId};
-use crate::ports::{RunStore, StoreError};
+use crate::ports::RunStore;
 use crate::protocol::codec::{self, DecodeError};
 use crate::protocol::record::SavedRun;
 
 /// First bytes of a file; the version of the format follows them.
 const MAGIC: [u8; 7] = *b"aviaryT";
-/// Version of the file format. A file of another version stays as it is, and its analysis run begins anew.
-pub(super) const VERSION: u8 = 2;
+/// Version of the file format. A file of a later version stops the node; one of an older version that isn't read any more stays
+/// as it is, and its analysis run begins anew.
+pub(super) const VERSION: u8 = RUN.newest as u8;
 /// Bytes of magic and checksum, before the content.
 const HEADER_BYTES: usize = 8 + 4;
 /// Most bytes of an encoded analysis run; what is longer is none of ours.
@@ -59,7 +61,7 @@ pub struct DiskRuns {
 
 impl DiskRuns {
     /// Opens the analysis runs of a node's data directory, which only one process may use.
-    pub fn open(data_dir: &Path) -> Result<FoundRuns, StoreError> {
+    pub fn open(data_dir: &Path) -> Result<FoundRuns, OpenError> {
         let dir = data_dir.join("runs");
         let (mut saved, mut notes) = (BTreeMap::new(), Vec::new());
         let files = fs::create_dir_all(&dir).and_then(|()| fs::read_dir(&dir)?.collect::<io::Result<Vec<_>>>());
@@ -76,6 +78,9 @@ impl DiskRuns {
             match found {
                 Ok(Some((service, run))) => drop(saved.insert(service, run)),
                 Ok(None) => drop(remove_if_there(&path)),
+                Err(RunDamage::OtherVersion(found)) if found > VERSION => {
+                    return Err(UnknownFormat { path, what: "saved analysis run", found, expected: RUN }.into());
+                }
                 Err(why @ RunDamage::OtherVersion(_)) => {
                     notes.push(format!(
                         "{}: {why}; it is left as it is until this analysis run is saved again",
@@ -142,8 +147,11 @@ pub(super) enum RunDamage {
     #[error("it begins with {}, expected {}", .0.escape_ascii(), MAGIC.escape_ascii())]
     Magic(Vec<u8>),
     /// Another version of the program wrote it.
-    #[error("the saved analysis run has format {0}, expected {VERSION}: another version of aviary wrote it")]
+    #[error("the saved analysis run has format {0}, expected {RUN}: another version of aviary wrote it")]
     OtherVersion(u8),
+    /// Another version's number before a content of this version.
+    #[error("its format is {0}, and its content that of format {VERSION}")]
+    Version(u8),
     /// The content is not what the checksum was made of.
     #[error("its content does not match its checksum")]
     Checksum,
@@ -172,11 +180,13 @@ pub(super) fn decode(bytes: &[u8]) -> Result<SavedRun, RunDamage> {
     if header[..7] != MAGIC {
         return Err(RunDamage::Magic(header[..7].into()));
     }
-    if header[7] != VERSION {
-        return Err(RunDamage::OtherVersion(header[7]));
-    }
     if crc32c::crc32c(body).to_le_bytes() != header[8..] {
         return Err(RunDamage::Checksum);
+    }
+    if header[7] != VERSION {
+        // The checksum doesn't cover the version: a content of this version under another number is damage.
+        let is_ours = codec::decode_within::<SavedRun, RUN_BYTES_MAX>(body).is_ok();
+        return Err(if is_ours { RunDamage::Version(header[7]) } else { RunDamage::OtherVersion(header[7]) });
     }
     let saved = codec::decode_within::<SavedRun, RUN_BYTES_MAX>(body)?;
     match saved.run.is_sound() {
@@ -246,21 +256,36 @@ mod tests {
     }
 
     #[test]
-    fn a_run_of_another_version_is_told_and_left_as_it_is() {
+    fn a_run_of_a_later_version_stops_the_node_and_one_of_an_older_version_is_told() {
         let dir = TempDir::new().unwrap();
         let mut store = DiskRuns::open(dir.path()).unwrap().store;
         store.save(&id("s"), Some(Box::new(saved(1))));
         drop(store);
         let path = dir.path().join("runs/s.run");
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[7] = VERSION + 1;
-        fs::write(&path, &bytes).unwrap();
+        let whole = fs::read(&path).unwrap();
+        let of = |version: u8, body: &[u8]| {
+            let bytes = [&MAGIC[..], &[version], &crc32c::crc32c(body).to_le_bytes(), body].concat();
+            fs::write(&path, &bytes).unwrap();
+            bytes
+        };
+        let later = of(VERSION + 1, b"another content");
+        let Err(error) = DiskRuns::open(dir.path()) else { panic!("opened") };
+        let text = error.to_string();
+        assert!(text.contains("runs/s.run: the saved analysis run has format 3, expected 2: aviary "), "{text}");
+        assert!(text.contains("start the version of aviary that wrote it"), "{text}");
+        assert_eq!(fs::read(&path).unwrap(), later);
+
+        let older = of(VERSION - 1, b"another content");
         for _ in 0..2 {
             let FoundRuns { saved: found, notes, .. } = DiskRuns::open(dir.path()).unwrap();
             assert_eq!((found.len(), notes.len()), (0, 1));
-            assert!(notes[0].contains("runs/s.run: the saved analysis run has format 3, expected 2"), "{notes:?}");
-            assert_eq!(fs::read(&path).unwrap(), bytes, "{notes:?}");
+            assert!(notes[0].contains("runs/s.run: the saved analysis run has format 1, expected 2"), "{notes:?}");
+            assert_eq!(fs::read(&path).unwrap(), older, "{notes:?}");
         }
+
+        of(VERSION + 1, &whole[HEADER_BYTES..]);
+        let notes = DiskRuns::open(dir.path()).unwrap().notes;
+        assert!(notes[0].contains("its format is 3, and its content that of format 2; removed"), "{notes:?}");
     }
 
     #[test]

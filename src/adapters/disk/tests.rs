@@ -183,7 +183,7 @@ fn the_acceptor_files_tail_heals_a_journal_that_lost_what_was_never_synced() {
     // The acceptor file carries records that the journal has, and records that never reached it.
     let mut file = AcceptorFile::open(&disk.0.path().join("acceptor")).unwrap().file;
     let tail: Vec<_> = log[3..].iter().map(encode_entry).collect();
-    file.write(&codec::encode(&acceptor(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
+    file.write(7, &codec::encode(&acceptor(2, 19)), tail.iter().map(Vec::as_slice)).unwrap();
     let (mut store, promises, found) = disk.begin();
     assert_eq!((promises, &found), (Some(acceptor(2, 19)), &log));
     assert_eq!(store.reader().read(Slot(0), 99).unwrap(), log);
@@ -199,7 +199,7 @@ fn a_tail_that_does_not_continue_the_journal_is_not_taken() {
     let (disk, log) = settled();
     let mut file = AcceptorFile::open(&disk.0.path().join("acceptor")).unwrap().file;
     let tail = encode_entry(&chain(RECORDS + 2)[RECORDS as usize + 1]);
-    file.write(&codec::encode(&acceptor(RECORDS, 0)), [tail.as_slice()].into_iter()).unwrap();
+    file.write(7, &codec::encode(&acceptor(RECORDS, 0)), [tail.as_slice()].into_iter()).unwrap();
     let recovered = open(disk.0.path()).unwrap();
     assert_eq!(recovered.log, log);
     assert!(recovered.notes[0].contains("don't continue the journal: slot 30 is missing"), "{:?}", recovered.notes);
@@ -343,11 +343,14 @@ fn contents(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     files(dir).into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect()
 }
 
+/// The first version of stored records that this program doesn't know.
+const LATER: u8 = JOURNAL.newest as u8 + 1;
+
 /// Returns a record as the next version might write it: another content, in the header that all versions share.
 fn later_entry() -> Vec<u8> {
     let body = b"a later content";
-    let crc = crc32c::crc32c_append(crc32c::crc32c(&[ENTRY_VERSION + 1]), body);
-    [&[ENTRY_VERSION + 1][..], &crc.to_le_bytes(), body].concat()
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&[LATER]), body);
+    [&[LATER][..], &crc.to_le_bytes(), body].concat()
 }
 
 /// Opens a journal that was in use just now: sled gives up its lock a moment after its last handle is gone.
@@ -381,7 +384,7 @@ fn records_of_a_later_format_stay_even_in_a_journal_that_is_not_marked() {
     put_later_record(&journal);
     fs::remove_file(disk.0.path().join("journal.format")).unwrap();
     let Err(error) = DiskStore::open(disk.0.path()) else { panic!("opened") };
-    assert!(error.to_string().contains("journal: the log's record has format 4, expected 3"), "{error}");
+    assert!(error.to_string().contains("journal: the log's record has format 5, expected 3 or 4"), "{error}");
     assert_eq!((read(RECORDS + 1), read(RECORDS)), (later_entry(), encode_entry(&log[RECORDS as usize])));
     let names = || fs::read_dir(disk.0.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     assert!(!names().any(|name| name.starts_with("quarantine") || name == "journal.format"));
@@ -391,35 +394,35 @@ fn records_of_a_later_format_stay_even_in_a_journal_that_is_not_marked() {
 fn a_file_of_a_later_format_stops_the_node_with_both_numbers_and_stays_as_it_is() {
     type MakeLater = fn(&Path);
     let later: [(&str, &str, MakeLater); 5] = [
-        ("acceptor: the acceptor file has format 8, expected 7", "acceptor", |path| {
+        ("acceptor: the acceptor file has format 9, expected 7 or 8", "acceptor", |path| {
             // A node of the next version wrote once: the slot of the older promise.
             let mut bytes = fs::read(path).unwrap();
             let sector = &mut bytes[SLOT_BYTES..][..512];
-            sector[7] = 8;
+            sector[7] = 9;
             let place = (1u64 << 32).to_le_bytes();
-            let head = [&[8], &sector[8..16], &place[..]].concat();
+            let head = [&[9], &sector[8..16], &place[..]].concat();
             let crc = crc32c::crc32c_append(crc32c::crc32c(&head), &sector[20..]);
             sector[16..20].copy_from_slice(&crc.to_le_bytes());
             fs::write(path, bytes).unwrap();
         }),
-        ("acceptor: the log's record has format 4, expected 3", "acceptor", |path| {
+        ("acceptor: the log's record has format 5, expected 3 or 4", "acceptor", |path| {
             let mut file = AcceptorFile::open(path).unwrap().file;
             let entry = later_entry();
-            file.write(&codec::encode(&acceptor(RECORDS + 4, RECORDS + 3)), [&entry[..]].into_iter()).unwrap();
+            file.write(7, &codec::encode(&acceptor(RECORDS + 4, RECORDS + 3)), [&entry[..]].into_iter()).unwrap();
         }),
-        ("genesis: the log's record has format 4, expected 3", "genesis", |path| {
+        ("genesis: the log's record has format 5, expected 3 or 4", "genesis", |path| {
             fs::write(path, later_entry()).unwrap()
         }),
-        ("checkpoint: the checkpoint has format 4, expected 3", "checkpoint", |path| {
+        ("checkpoint: the checkpoint has format 5, expected 3 or 4", "checkpoint", |path| {
             let mut bytes = fs::read(path).unwrap();
-            bytes[7] = 4;
+            bytes[7] = 5;
             let hash = blake3::Hasher::new().update(&bytes[..16]).update(&bytes[48..]).finalize();
             bytes[16..48].copy_from_slice(hash.as_bytes());
             fs::write(path, bytes).unwrap();
         }),
-        ("journal: the log's record has format 4, expected 3", "journal", |path| {
+        ("journal: the log's record has format 5, expected 3 or 4", "journal", |path| {
             put_later_record(path);
-            fs::write(path.with_extension("format"), format::marker(4)).unwrap();
+            fs::write(path.with_extension("format"), format::marker(LATER)).unwrap();
         }),
     ];
     let (disk, _) = summed();
@@ -438,6 +441,65 @@ fn a_file_of_a_later_format_stops_the_node_with_both_numbers_and_stays_as_it_is(
     }
 }
 
+/// Returns the record after another one, as a version before the first default service can't read it.
+fn set_default(before: &Chosen) -> Chosen {
+    let mut chosen = before.clone();
+    let record = &mut chosen.record;
+    (record.slot, record.prev_hash) = (before.record.slot.next(), before.record.hash());
+    record.intent.operation = Operation::SetDefault("s".parse().unwrap());
+    chosen
+}
+
+#[test]
+fn the_journal_is_marked_before_it_holds_a_record_of_the_newer_format() {
+    let (mut disk, mut log) = written();
+    let (mut store, ..) = disk.begin();
+    let marker = disk.0.path().join("journal.format");
+    assert_eq!(fs::read(&marker).unwrap(), format::marker(3).into_bytes());
+    let newer = set_default(log.last().unwrap());
+    store.append(&newer).unwrap();
+    assert_eq!(fs::read(&marker).unwrap(), format::marker(4).into_bytes(), "before anything is synced");
+    store.persist(&acceptor(RECORDS + 1, RECORDS)).unwrap();
+    drop(store);
+    log.push(newer.clone());
+    assert_eq!(open(disk.0.path()).unwrap().log, log);
+    assert_eq!((encode_entry(&newer)[0], encode_entry(&log[0])[0]), (4, 3));
+    // A mark that was lost is made anew by what the journal holds.
+    fs::remove_file(&marker).unwrap();
+    assert_eq!(open(disk.0.path()).unwrap().log, log);
+    assert_eq!(fs::read(&marker).unwrap(), format::marker(4).into_bytes());
+    let mut misfit = encode_entry(&log[0]);
+    misfit[0] = 4;
+    let sum = crc32c::crc32c_append(crc32c::crc32c(&[4]), &misfit[5..]);
+    misfit[1..5].copy_from_slice(&sum.to_le_bytes());
+    assert!(matches!(decode_entry(&misfit), Err(EntryDamage::Misfit { found: 4, expected: 3 })));
+}
+
+#[test]
+fn promises_have_the_newer_format_as_long_as_their_record_needs_it() {
+    let (mut disk, log) = settled();
+    let path = disk.0.path().join("acceptor");
+    let versions = || {
+        let bytes = fs::read(&path).unwrap();
+        BTreeSet::from([bytes[7], bytes[SLOT_BYTES + 7]])
+    };
+    let (mut store, ..) = disk.begin();
+    assert_eq!(versions(), BTreeSet::from([7]));
+    let Chosen { ballot, record, .. } = set_default(log.last().unwrap());
+    let ballot = ballot.unwrap();
+    let promises = acceptor(RECORDS + 1, RECORDS - 1);
+    let promises = AcceptorState { accepted: Some(crate::protocol::record::Accepted { ballot, record }), ..promises };
+    store.persist(&promises).unwrap();
+    drop(store);
+    assert_eq!(versions(), BTreeSet::from([7, 8]));
+    assert_eq!(open(disk.0.path()).unwrap().acceptor, Some(promises));
+    let (mut store, ..) = disk.begin();
+    for boot in [RECORDS + 2, RECORDS + 3] {
+        store.persist(&acceptor(boot, RECORDS - 1)).unwrap();
+    }
+    assert_eq!(versions(), BTreeSet::from([7]));
+}
+
 #[test]
 fn an_acceptor_file_of_an_older_format_is_refused_with_both_numbers() {
     let (disk, _) = written();
@@ -446,7 +508,7 @@ fn an_acceptor_file_of_an_older_format_is_refused_with_both_numbers() {
     (bytes[7], bytes[SLOT_BYTES + 7]) = (6, 6);
     fs::write(&path, bytes).unwrap();
     let Err(error) = open(disk.0.path()) else { panic!("opened") };
-    assert!(error.to_string().contains("the acceptor file has format 6, expected 7"), "{error}");
+    assert!(error.to_string().contains("the acceptor file has format 6, expected 7 or 8"), "{error}");
 }
 
 #[test]

@@ -90,6 +90,13 @@ impl TlsNetwork {
         Ok(Self(Arc::new(Inner { files, node, cluster, current: ArcSwap::from_pointee(loaded), looked })))
     }
 
+    /// Reads the files now, whether or not they have changed, for the connections that begin from here on.
+    pub fn reload(&self) {
+        let mut looked = self.0.looked.lock().expect("nothing panics while it looks");
+        *looked = (Instant::now(), self.0.files.changed());
+        self.0.take_up();
+    }
+
     /// Returns when the certificate in use ends.
     pub fn expires(&self) -> SystemTime {
         self.0.current().ends
@@ -105,17 +112,21 @@ impl Inner {
             let changed = self.files.changed();
             if changed != looked.1 {
                 looked.1 = changed;
-                match load(&self.files, &self.node, self.cluster) {
-                    Ok(loaded) => {
-                        info!(certificate = %self.files.certificate.display(), "certificate taken up");
-                        notice_expiry(&self.files, loaded.ends);
-                        self.current.store(Arc::new(loaded));
-                    }
-                    Err(error) => warn!("the changed certificate can't be used, the old one stays in use: {error:#}"),
-                }
+                self.take_up();
             }
         }
         self.current.load_full()
+    }
+
+    fn take_up(&self) {
+        match load(&self.files, &self.node, self.cluster) {
+            Ok(loaded) => {
+                info!(certificate = %self.files.certificate.display(), "certificate taken up");
+                notice_expiry(&self.files, loaded.ends);
+                self.current.store(Arc::new(loaded));
+            }
+            Err(error) => warn!("the changed certificate can't be used, the old one stays in use: {error:#}"),
+        }
     }
 
     async fn accept(&self, stream: TcpStream, address: String) -> io::Result<Connection> {

@@ -20,18 +20,20 @@ const LOOK: Duration = Duration::from_millis(200);
 /// The server as a whole, by the protocol's convention.
 const WHOLE: &str = "";
 
-/// Says what serves, until the state's shutdown: the server as a whole and rollouts while `/readyz` does; decisions and telemetry
-/// always, because a node without a majority still has its log, and counts.
+/// Says what serves, until the state's shutdown: the server as a whole while `/readyz` does, rollouts while `/readyz?quorum` does,
+/// because they need a majority; decisions and telemetry always, because a node without one still has its log, and counts.
 pub async fn report(mut reporter: HealthReporter, state: ApiState) {
     reporter.set_serving::<DecisionServiceServer<Decisions>>().await;
     reporter.set_serving::<TelemetryServiceServer<Telemetry>>().await;
-    let (rollouts, mut told) = (RolloutServiceServer::<Rollouts>::NAME, None);
+    let (rollouts, mut told) = (RolloutServiceServer::<Rollouts>::NAME, [None; 2]);
     loop {
-        let ready = state.node.published.mode() == Mode::Normal;
-        if told.replace(ready) != Some(ready) {
-            let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
-            reporter.set_service_status(WHOLE, status).await;
-            reporter.set_service_status(rollouts, status).await;
+        let published = &state.node.published;
+        let (ready, quorum) = (published.not_ready().is_none(), published.mode() == Mode::Normal);
+        for (told, (service, serves)) in told.iter_mut().zip([(WHOLE, ready), (rollouts, quorum && ready)]) {
+            if told.replace(serves) != Some(serves) {
+                let status = if serves { ServingStatus::Serving } else { ServingStatus::NotServing };
+                reporter.set_service_status(service, status).await;
+            }
         }
         tokio::select! {
             () = state.shutdown.cancelled() => break,

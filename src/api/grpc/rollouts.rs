@@ -1,17 +1,23 @@
 //! `RolloutService`: the verbs of `service`; here is how they are asked for and answered over gRPC.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use http::{HeaderMap, header};
 use tonic::{Request, Response, Status};
 
 use super::super::auth::Actor;
-use super::super::service::{self, Caller, Details};
+use super::super::service::{self, Caller, ChangeVerb};
+use super::super::show::{self, ListQuery};
 use super::super::state::ApiState;
 use crate::code::Code;
-use crate::domain::ids::ServiceId;
+use crate::decisions::timestamp;
+use crate::domain::ids::{IdError, ServiceId, VersionId};
 use crate::domain::rollout::Phase;
-use crate::model::{Changed, Problem};
-use crate::protocol::ServiceView;
+use crate::domain::weights::Weight;
+use crate::model::rollout::AnswerCounts;
+use crate::model::{self, ChangeDetails, Changed, Problem, RolloutList, RolloutView, WriteConsistency};
+use crate::protocol::Mode;
 use crate::schema::v1::rollout_service_server::RolloutService;
 use crate::schema::v1::*;
 use crate::status;
@@ -32,7 +38,8 @@ fn caller<T>(request: &Request<T>, idempotency_key: &str) -> Result<Caller, Stat
     {
         headers.insert(header::AUTHORIZATION, token);
     }
-    Ok(Caller { actor: request.extensions().get::<Actor>().cloned(), headers })
+    let actor = request.extensions().get::<Actor>().cloned();
+    Ok(Caller { actor, headers, consistency: WriteConsistency::Node })
 }
 
 impl From<Problem> for Status {
@@ -61,6 +68,88 @@ impl From<Changed> for ChangeResult {
             sequence: changed.sequence.map(|sequence| sequence.0),
             repeated: changed.repeated,
             routing_version: changed.state.map(|state| state.version).unwrap_or_default(),
+            status: match changed.status {
+                model::ChangeStatus::Committed => ChangeStatus::Committed.into(),
+                model::ChangeStatus::Unchanged => ChangeStatus::Unchanged.into(),
+            },
+            slot: changed.slot.map(|slot| slot.0),
+            reason: changed.reason,
+            rolled_back: changed.rolled_back,
+        }
+    }
+}
+
+fn phase(phase: Phase) -> RolloutPhase {
+    match phase {
+        Phase::Progressing => RolloutPhase::Progressing,
+        Phase::Paused => RolloutPhase::Paused,
+        Phase::Baking => RolloutPhase::Baking,
+        Phase::Completed => RolloutPhase::Completed,
+        Phase::RolledBack => RolloutPhase::RolledBack,
+    }
+}
+
+fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Normal => "normal",
+        Mode::FailSafe => "fail_safe",
+        Mode::Learner => "learner",
+    }
+}
+
+fn summaries(answers: &BTreeMap<VersionId, AnswerCounts>) -> BTreeMap<String, VersionSummary> {
+    let summary = |AnswerCounts { count, errors, p50_ms, p95_ms, p99_ms, .. }: &AnswerCounts| VersionSummary {
+        count: *count,
+        errors: *errors,
+        p50_ms: *p50_ms,
+        p95_ms: *p95_ms,
+        p99_ms: *p99_ms,
+    };
+    answers.iter().map(|(version, counts)| (version.to_string(), summary(counts))).collect()
+}
+
+impl From<RolloutView> for Rollout {
+    fn from(view: RolloutView) -> Self {
+        let RolloutView { name, metadata, routing: shown, health, manifest, .. } = view;
+        let routing = &shown.routing;
+        let effective = routing.canary_model_id.as_ref().and_then(|canary| shown.effective_weights.get(canary));
+        let sequential = health.sequential.map(|found| SequentialEvidence {
+            e_value: found.e_value,
+            bound: found.bound,
+            e_errors: found.e_errors,
+            e_latency: found.e_latency,
+            alpha_spent: found.alpha_spent,
+        });
+        Self {
+            service: name.to_string(),
+            phase: phase(shown.phase).into(),
+            step: shown.stage as u32 + 1,
+            stable_version: routing.stable_model_id.to_string(),
+            canary_version: routing.canary_model_id.as_ref().map(ToString::to_string).unwrap_or_default(),
+            canary_weight_bp: routing.canary_weight().bp().into(),
+            effective_canary_weight_bp: effective.map_or(0, |share| (share * f64::from(Weight::WHOLE)).round() as u32),
+            routing_version: routing.version,
+            verdict: health.verdict.unwrap_or_default(),
+            verdict_reason: health.verdict_reason.unwrap_or_default(),
+            waiting_for: shown.waiting_for,
+            reason: shown.reason,
+            labels: metadata.labels.into_iter().collect(),
+            annotations: metadata.annotations.into_iter().collect(),
+            node: shown.node.to_string(),
+            slot: shown.slot.0,
+            hash: shown.hash,
+            mode: mode(shown.mode).into(),
+            steps: shown.stages as u32,
+            held_back: shown.held_back.unwrap_or_default(),
+            lease_ms_left: shown.lease_ms_left,
+            enforced: shown.enforced,
+            transaction_id: routing.txid.to_string(),
+            proposed_time: Some(timestamp(routing.timestamp)),
+            window_ms: health.window_ms,
+            local_answers: summaries(&health.local),
+            cluster_answers: summaries(&health.cluster),
+            sequential,
+            manifest: manifest.to_string(),
         }
     }
 }
@@ -70,8 +159,8 @@ impl Rollouts {
         &self,
         mut caller: Caller,
         service: &str,
-        verb: &str,
-        details: Details,
+        verb: ChangeVerb,
+        details: ChangeDetails,
     ) -> Result<ChangeResult, Status> {
         caller.headers.insert(header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
         let body = Bytes::from(serde_json::to_vec(&details).map_err(|why| Status::internal(why.to_string()))?);
@@ -83,32 +172,6 @@ impl Rollouts {
         match current {
             true => status::caught_up(&self.0.node).await.map_err(|problem| Status::unavailable(problem.detail)),
             false => Ok(()),
-        }
-    }
-
-    fn shown(&self, found: &ServiceView) -> Rollout {
-        let (routing, rollout) = (&found.service.routing, &found.service.rollout);
-        let phase = match rollout.phase {
-            Phase::Progressing => RolloutPhase::Progressing,
-            Phase::Paused => RolloutPhase::Paused,
-            Phase::Baking => RolloutPhase::Baking,
-            Phase::Completed => RolloutPhase::Completed,
-            Phase::RolledBack => RolloutPhase::RolledBack,
-        };
-        let verdict = found.verdict.as_ref();
-        Rollout {
-            service: routing.service.to_string(),
-            phase: phase.into(),
-            step: rollout.stage as u32 + 1,
-            stable_version: routing.stable_model_id.to_string(),
-            canary_version: routing.canary_model_id.as_ref().map(ToString::to_string).unwrap_or_default(),
-            canary_weight_bp: routing.canary_weight().bp().into(),
-            effective_canary_weight_bp: self.0.node.published.effective_bp(&found.serving).into(),
-            routing_version: routing.version,
-            verdict: verdict.map(|verdict| verdict.word().to_string()).unwrap_or_default(),
-            verdict_reason: verdict.map(|verdict| verdict.reason().to_string()).unwrap_or_default(),
-            waiting_for: found.waiting_for.clone(),
-            reason: rollout.reason.clone(),
         }
     }
 }
@@ -130,8 +193,9 @@ impl RolloutService for Rollouts {
         request: Request<PromoteRolloutRequest>,
     ) -> Result<Response<PromoteRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
-        let PromoteRolloutRequest { service, full, .. } = request.into_inner();
-        let result = self.change(caller, &service, "promote", Details { full, reason: None }).await?;
+        let PromoteRolloutRequest { service, full, skip_wait, .. } = request.into_inner();
+        let details = ChangeDetails { full, skip_wait, reason: None };
+        let result = self.change(caller, &service, ChangeVerb::Promote, details).await?;
         Ok(Response::new(PromoteRolloutResponse { result: Some(result) }))
     }
 
@@ -141,7 +205,8 @@ impl RolloutService for Rollouts {
     ) -> Result<Response<PauseRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let PauseRolloutRequest { service, reason, .. } = request.into_inner();
-        let result = self.change(caller, &service, "pause", Details { full: false, reason: Some(reason) }).await?;
+        let details = ChangeDetails { reason: Some(reason), ..ChangeDetails::default() };
+        let result = self.change(caller, &service, ChangeVerb::Pause, details).await?;
         Ok(Response::new(PauseRolloutResponse { result: Some(result) }))
     }
 
@@ -150,7 +215,8 @@ impl RolloutService for Rollouts {
         request: Request<ResumeRolloutRequest>,
     ) -> Result<Response<ResumeRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
-        let result = self.change(caller, &request.into_inner().service, "resume", Details::default()).await?;
+        let result =
+            self.change(caller, &request.into_inner().service, ChangeVerb::Resume, ChangeDetails::default()).await?;
         Ok(Response::new(ResumeRolloutResponse { result: Some(result) }))
     }
 
@@ -160,7 +226,8 @@ impl RolloutService for Rollouts {
     ) -> Result<Response<AbortRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
         let AbortRolloutRequest { service, reason, .. } = request.into_inner();
-        let result = self.change(caller, &service, "abort", Details { full: false, reason: Some(reason) }).await?;
+        let details = ChangeDetails { reason: Some(reason), ..ChangeDetails::default() };
+        let result = self.change(caller, &service, ChangeVerb::Abort, details).await?;
         Ok(Response::new(AbortRolloutResponse { result: Some(result) }))
     }
 
@@ -169,7 +236,8 @@ impl RolloutService for Rollouts {
         request: Request<RetryRolloutRequest>,
     ) -> Result<Response<RetryRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
-        let result = self.change(caller, &request.into_inner().service, "retry", Details::default()).await?;
+        let result =
+            self.change(caller, &request.into_inner().service, ChangeVerb::Retry, ChangeDetails::default()).await?;
         Ok(Response::new(RetryRolloutResponse { result: Some(result) }))
     }
 
@@ -178,26 +246,29 @@ impl RolloutService for Rollouts {
         request: Request<UndoRolloutRequest>,
     ) -> Result<Response<UndoRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key)?;
-        let result = self.change(caller, &request.into_inner().service, "undo", Details::default()).await?;
+        let result =
+            self.change(caller, &request.into_inner().service, ChangeVerb::Undo, ChangeDetails::default()).await?;
         Ok(Response::new(UndoRolloutResponse { result: Some(result) }))
     }
 
     async fn get_rollout(&self, request: Request<GetRolloutRequest>) -> Result<Response<GetRolloutResponse>, Status> {
         let GetRolloutRequest { service: name, current } = request.into_inner();
         self.caught_up(current).await?;
-        let view = self.0.node.published.view();
-        let found = ServiceId::new(&name).ok().and_then(|id| view.services.get(&id));
-        let found = found.ok_or_else(|| Status::not_found(format!("rollout {name:?} is unknown")))?;
-        Ok(Response::new(GetRolloutResponse { rollout: Some(self.shown(found)) }))
+        let found = show::known(&self.0, &name)?;
+        Ok(Response::new(GetRolloutResponse { rollout: Some(found.into()) }))
     }
 
     async fn list_rollouts(
         &self,
         request: Request<ListRolloutsRequest>,
     ) -> Result<Response<ListRolloutsResponse>, Status> {
-        self.caught_up(request.into_inner().current).await?;
-        let view = self.0.node.published.view();
-        let rollouts = view.services.values().map(|found| self.shown(found)).collect();
-        Ok(Response::new(ListRolloutsResponse { rollouts }))
+        let ListRolloutsRequest { current, selector, limit, after } = request.into_inner();
+        self.caught_up(current).await?;
+        let wrong = |why: IdError| Status::invalid_argument(format!("after: {why}"));
+        let after = (!after.is_empty()).then(|| ServiceId::new(after)).transpose().map_err(wrong)?;
+        let limit = (limit > 0).then_some(limit as usize);
+        let RolloutList { rollouts, next } = show::page(&self.0, ListQuery { selector, limit, after })?;
+        let next = next.map(String::from).unwrap_or_default();
+        Ok(Response::new(ListRolloutsResponse { rollouts: rollouts.into_iter().map(Into::into).collect(), next }))
     }
 }

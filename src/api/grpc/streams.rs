@@ -48,11 +48,14 @@ impl DecisionService for Decisions {
             Some(after) => Some(self.kept_since(Sequence(after)).await?),
             None => None,
         };
+        let place = state.streams.clone().try_acquire_owned();
+        let place = place.map_err(|_| Status::resource_exhausted("too many streams are open; try another node"))?;
         // Before the answer: what is decided once a client knows that it is connected is told.
         let mut decisions = LogTail::new(&state.node, after);
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
         let response = |told| Ok(WatchDecisionsResponse { event: Some(told) });
         tokio::spawn(async move {
+            let _place = place;
             let tell = async {
                 loop {
                     let batch = match decisions.next().await {

@@ -117,7 +117,7 @@ async fn converse(
         for (_, message) in peer.outbox.take() {
             match frame::encode_message(me, version, &message, &mut bytes) {
                 Ok(()) => {}
-                Err(error @ FrameError::TooLong { .. }) => {
+                Err(error @ (FrameError::TooLong { .. } | FrameError::Lacks { .. })) => {
                     let name = message.name();
                     shared.rejections.refuse(Class::Outgoing, &peer.address, &format_args!("{name} not sent: {error}"));
                 }

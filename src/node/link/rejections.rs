@@ -94,7 +94,7 @@ impl From<&FrameError> for Class {
             FrameError::Kind { .. } => Self::Kind,
             FrameError::TooLong { .. } => Self::TooLong,
             FrameError::Checksum { .. } => Self::Checksum,
-            FrameError::Malformed(_) => Self::Malformed,
+            FrameError::Malformed(_) | FrameError::Lacks { .. } => Self::Malformed,
             FrameError::Cluster { .. } => Self::Cluster,
             FrameError::Sender { .. } => Self::Sender,
         }

@@ -18,8 +18,8 @@ use hyper::body::Body;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::failure::StreamFailure;
+use super::request::HEAD_BYTES_MAX;
 use super::upstream::Server;
-use super::wire::HEAD_BYTES_MAX;
 
 mod answer;
 mod connection;

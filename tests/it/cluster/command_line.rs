@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use super::harness::{Cluster, MANUAL, aviary, rollout};
 
@@ -55,6 +56,44 @@ fn the_file_that_is_in_force_can_be_applied_again_and_changes_nothing() {
     let said = String::from_utf8_lossy(&unknown.stderr).to_string();
     assert!(unknown.status.code() == Some(1) && said.contains("rollout \"none\" is unknown, known: svc"), "{said}");
     let too_early = run(&cluster, &["resume", "svc"], "");
-    assert_eq!(too_early.status.code(), Some(1), "{too_early:?}");
-    assert!(String::from_utf8_lossy(&too_early.stdout).starts_with("REFUSED"), "{too_early:?}");
+    assert_eq!(too_early.status.code(), Some(0), "{too_early:?}");
+    assert!(String::from_utf8_lossy(&too_early.stdout).starts_with("UNCHANGED"), "{too_early:?}");
+
+    // What applying would do is told, and then done.
+    let file = prints(&cluster, &["get", "svc", "-o", "yaml"], "");
+    assert!(prints(&cluster, &["diff", "-f", "-"], &file).starts_with("UNCHANGED: the rollout to v2 is Progressing"));
+    let other = run(&cluster, &["diff", "-f", "-"], &file.replace("version: v1", "version: v0"));
+    let said = String::from_utf8_lossy(&other.stdout).to_string();
+    assert!(
+        other.status.code() == Some(1) && said.starts_with("REFUSED: the rollout to v2 is Progressing"),
+        "{other:?}"
+    );
+    prints(&cluster, &["abort", "svc", "--reason", "odd scores"], "");
+    for verb in ["diff", "apply"] {
+        let before = run(&cluster, &[verb, "-f", "-"], &file);
+        let said = String::from_utf8_lossy(&before.stdout).to_string();
+        assert_eq!(before.status.code(), Some(1), "{verb}: {before:?}");
+        assert!(said.starts_with("UNCHANGED") && said.contains("v2 was rolled back: odd scores"), "{verb}: {said}");
+    }
+    assert!(prints(&cluster, &["diff", "-f", "-"], &file.replace("name: svc", "name: other")).starts_with("START"));
+}
+
+#[test]
+fn a_write_for_everywhere_returns_once_all_live_nodes_route_with_it() {
+    let mut cluster = Cluster::start();
+    let file = rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL);
+    let applied = prints(&cluster, &["apply", "-f", "-", "--everywhere"], &file);
+    // No wait here: that all of them route with it is what the answer says.
+    let states: Vec<_> = (0..3).map(|i| cluster.state(i).map(|state| state["hash"].clone())).collect();
+    assert!(states[0].is_some() && states.iter().all(|state| *state == states[0]), "{states:?}");
+    assert!(applied.contains("served by a, b, c\n"), "{applied}");
+    cluster.kill(2);
+    let paused = run(&cluster, &["pause", "svc", "--everywhere", "-o", "json"], "");
+    let answer: serde_json::Value = serde_json::from_slice(&paused.stdout).unwrap();
+    assert_eq!(answer["reach"]["served_by"], serde_json::json!(["a", "b"]), "{answer}");
+    assert_eq!((&answer["reach"]["away"][0], paused.status.code()), (&"c".into(), Some(0)), "{answer}");
+    let hashes = [0, 1].map(|i| cluster.state(i).unwrap()["hash"].clone());
+    assert_eq!(hashes[0], hashes[1]);
+    cluster.spawn(2, None);
+    cluster.agreed(&[0, 1, 2], Duration::from_secs(10));
 }

@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 
-use super::harness::{Cluster, MANUAL, NAMES, http, rollout, wait};
+use super::harness::{Cluster, MANUAL, NAMES, copy, http, rollout, wait};
 
 fn rounds(default: usize) -> usize {
     std::env::var("AVIARY_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -57,18 +57,6 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     }
     found.sort();
     found
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &target),
-            false => drop(fs::copy(entry.path(), target).unwrap()),
-        }
-    }
 }
 
 /// Damages one file, or the journal as a whole; returns what was done, in words.
@@ -250,6 +238,27 @@ fn kill_at_any_moment(mut cluster: Cluster) {
 }
 
 #[test]
+fn a_checkpoint_that_is_damaged_while_its_node_runs_is_written_again_for_a_peer_that_needs_it() {
+    let mut cluster = Cluster::start_with("\n[history]\nrecords = 4\ncheckpoint_every = 16\n");
+    begin(&cluster);
+    cluster.kill(2);
+    let decided = (0..40).filter(|number| decide(&cluster, 0, *number).is_some()).count();
+    assert_eq!(decided, 40, "two of three decide");
+    for i in [0, 1] {
+        let path = cluster.data_dir(i).join("checkpoint");
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    cluster.spawn(2, None);
+    cluster.wait_ready(2);
+    cluster.agreed(&[0, 1, 2], Duration::from_secs(5));
+    assert!([0, 1].iter().any(|i| console(&cluster, *i).contains("the checkpoint can't be read: it is written again")));
+    cluster.assert_no_panic();
+}
+
+#[test]
 fn a_full_disk_stops_its_node_only_and_says_so() {
     let mut cluster = Cluster::found();
     let dir = cluster.data_dir(2);
@@ -266,6 +275,17 @@ fn a_full_disk_stops_its_node_only_and_says_so() {
     (0..3).for_each(|i| cluster.wait_ready(i));
     cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
     let filler = fs::File::create(dir.join("filler")).unwrap();
+    // It warns, and holds increases, before it has to stop.
+    let free = || rustix::fs::statvfs(&dir).map(|found| found.f_bavail * found.f_frsize).unwrap();
+    for at in (0..).take_while(|_| free() > 300_000) {
+        std::os::unix::fs::FileExt::write_at(&filler, &[1; 4096], at * 4096).unwrap();
+    }
+    wait("a warning", Duration::from_secs(5), || {
+        console(&cluster, 2).contains("the disk is nearly full").then_some(())
+    });
+    let refused = cluster.post(0, "/v1/rollouts/svc/promote", None, r#"{"full": true}"#);
+    let text = String::from_utf8_lossy(&refused.body).to_string();
+    assert!(refused.status == 409 && text.contains("c: abstains: the disk is nearly full"), "{text}");
     let filled =
         (0..).take_while(|at| std::os::unix::fs::FileExt::write_at(&filler, &[1; 4096], at * 4096).is_ok()).count();
     drop(filler);

@@ -1,10 +1,11 @@
 //! Real processes: nodes and demo model servers on free loopback ports, ended by their pid when a test ends.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -88,7 +89,10 @@ impl Http {
     }
 
     pub fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> std::io::Result<Answer> {
-        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n", body.len());
+        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {}\r\n", body.len());
+        if method == "POST" && !headers.iter().any(|(name, _)| *name == "content-type") {
+            head += "content-type: application/json\r\n";
+        }
         headers.iter().for_each(|(name, value)| write!(head, "{name}: {value}\r\n").unwrap());
         self.stream.get_mut().write_all(format!("{head}\r\n{body}").as_bytes())?;
         let mut line = String::new();
@@ -180,6 +184,32 @@ fn node_binary(i: usize) -> Command {
     command
 }
 
+/// Copies a folder with all that is in it.
+pub fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+/// Returns what is in a folder's files, by their paths.
+pub fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(contents(&path)),
+            false => drop(found.insert(path.clone(), fs::read(path).unwrap())),
+        }
+    }
+    found
+}
+
 /// A demo model server.
 pub struct Upstream {
     pub port: u16,
@@ -265,6 +295,11 @@ impl Cluster {
 
     /// Like [`Cluster::found`], with more lines in each node's file.
     pub fn found_with(more: &str) -> Self {
+        Self::found_by(Path::new(env!("CARGO_BIN_EXE_aviary")), more)
+    }
+
+    /// Like [`Cluster::found_with`], by another version's program.
+    pub fn found_by(program: &Path, more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let nodes: Vec<_> = NAMES
             .iter()
@@ -274,7 +309,7 @@ impl Cluster {
         for i in 0..3 {
             fs::write(cluster.config(i), cluster.config_text(i) + more).unwrap();
         }
-        let mut init = aviary();
+        let mut init = Command::new(program);
         init.args(["cluster", "init"]);
         for i in 0..3 {
             init.arg("--config").arg(cluster.config(i));
@@ -314,11 +349,22 @@ impl Cluster {
 
     /// Starts node `i`; with a failpoint it will abort itself there.
     pub fn spawn(&mut self, i: usize, failpoint: Option<&str>) {
+        let mut command = node_binary(i);
+        failpoint.map(|name| command.env("AVIARY_FAILPOINT", name));
+        self.spawn_command(command, i);
+    }
+
+    /// Starts node `i` as another version's program.
+    pub fn spawn_program(&mut self, program: &Path, i: usize) {
+        let mut command = Command::new(program);
+        command.stdin(Stdio::null()).env_remove("AVIARY_FAILPOINT").env_remove("AVIARY_API");
+        self.spawn_command(command, i);
+    }
+
+    fn spawn_command(&mut self, mut command: Command, i: usize) {
         let path = self.dir.path().join(format!("{}.console", NAMES[i]));
         let console = fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        let mut command = node_binary(i);
         command.arg("node").arg("--config").arg(self.config(i));
-        failpoint.map(|name| command.env("AVIARY_FAILPOINT", name));
         let child = command.stdout(console.try_clone().unwrap()).stderr(console).spawn().unwrap();
         self.nodes[i].process = Some(Process(child));
     }
@@ -330,7 +376,7 @@ impl Cluster {
     pub fn wait_ready(&self, i: usize) {
         let port = self.nodes[i].data;
         wait(&format!("node {} ready", NAMES[i]), Duration::from_secs(10), || {
-            http(port, "GET", "/readyz", &[], "").ok().filter(|answer| answer.status == 200).map(|_| ())
+            http(port, "GET", "/readyz?quorum", &[], "").ok().filter(|answer| answer.status == 200).map(|_| ())
         });
     }
 

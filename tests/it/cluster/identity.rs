@@ -198,3 +198,48 @@ fn tokens_say_who_did_what_and_no_secret_is_told() {
         assert!(keys.iter().all(|key| !text.contains(key.as_str())), "a key shows in {text}");
     }
 }
+
+#[test]
+fn a_hangup_signal_reads_tokens_certificates_and_the_log_file_anew_and_ends_no_node() {
+    let line = |token: &str| format!("admin alice {}\n", blake3::hash(token.as_bytes()));
+    let mut cluster = Cluster::found();
+    let tokens = cluster.dir.path().join("tokens");
+    fs::write(&tokens, line("leaked")).unwrap();
+    for i in 0..3 {
+        let config = fs::read_to_string(cluster.config(i)).unwrap();
+        fs::write(cluster.config(i), format!("{config}\n[api]\ntokens_file = {tokens:?}\n")).unwrap();
+        cluster.spawn(i, None);
+    }
+    (0..3).for_each(|i| cluster.wait_ready(i));
+    let ask = |i: usize, authorization: &str| {
+        http(cluster.nodes[i].api, "GET", "/v1/cluster", &[("authorization", authorization)], "").unwrap().status
+    };
+    assert_eq!([ask(0, "Bearer leaked"), ask(0, "bearer leaked"), ask(0, "Basic leaked")], [200, 200, 401]);
+
+    // As logrotate does it: a rename, then the signal.
+    let renamed = cluster.dir.path().join("a.log.1");
+    fs::rename(cluster.log(0), &renamed).unwrap();
+    fs::write(&tokens, line("fresh")).unwrap();
+    issue(&cluster, 0);
+    let pids: Vec<_> = cluster.nodes.iter().map(|node| node.process.as_ref().unwrap().0.id().to_string()).collect();
+    assert!(std::process::Command::new("kill").arg("-HUP").args(&pids).status().unwrap().success());
+    wait("the tokens taken up", Duration::from_secs(5), || {
+        (0..3).all(|i| ask(i, "Bearer leaked") == 401 && ask(i, "BEARER fresh") == 200).then_some(())
+    });
+    wait("the log file reopened", Duration::from_secs(5), || {
+        fs::read_to_string(cluster.log(0)).ok().filter(|log| log.contains("read again at SIGHUP"))
+    });
+    assert!(!fs::read_to_string(&renamed).unwrap().contains("read again at SIGHUP"));
+    assert!(console(&cluster, "a").contains("certificate taken up"), "{}", console(&cluster, "a"));
+    for i in 0..3 {
+        assert!(!cluster.nodes[i].process.as_mut().unwrap().ended_within(Duration::from_millis(100)), "node {i} ended");
+    }
+    // Without a signal, too: within the two seconds between two looks.
+    fs::write(&tokens, "").unwrap();
+    wait("the last token revoked", Duration::from_secs(5), || {
+        http(cluster.nodes[1].api, "GET", "/v1/cluster", &[("authorization", "Bearer fresh")], "")
+            .ok()
+            .filter(|answer| answer.status == 401)
+    });
+    cluster.assert_no_panic();
+}

@@ -171,3 +171,78 @@ fn one_survivor_founds_a_new_cluster_on_stable() {
     assert_eq!(cluster.post(1, "/v1/rollouts/svc/retry", None, "{}").status, 200);
     cluster.agreed(&[0, 1, 2], Duration::from_secs(1));
 }
+
+/// Runs `aviary cluster join` for node c, whose data is lost; returns whether it succeeded, and all that it said.
+fn join_again(cluster: &Cluster, options: &[&str]) -> (bool, String) {
+    let mut join = aviary();
+    join.args(["cluster", "join", "--genesis"]).arg(cluster.data_dir(0)).arg("--config").arg(cluster.config(2));
+    let output = join.args(options).output().unwrap();
+    let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+    (output.status.success(), said)
+}
+
+#[test]
+fn a_founding_node_whose_disk_is_lost_is_replaced_as_the_commands_say() {
+    let mut cluster = Cluster::start();
+    cluster.apply(0, &rollout("http://127.0.0.1:1", "http://127.0.0.1:2", MANUAL));
+    cluster.kill(2);
+    fs::remove_dir_all(cluster.data_dir(2)).unwrap();
+    let ca = cluster.dir.path().join("ca");
+    let ca = ca.to_str().unwrap();
+    let (joined, said) = join_again(&cluster, &["--ca", ca]);
+    assert!(!joined && said.contains("if its data is lost, run the same command with --replace c"), "{said}");
+    let (joined, said) = join_again(&cluster, &["--ca", ca, "--replace", "b"]);
+    assert!(!joined && said.contains("--replace is b, expected c"), "{said}");
+    // What fails leaves nothing behind that the next try would find.
+    let (joined, said) = join_again(&cluster, &["--replace", "c", "--ca", "/nowhere"]);
+    assert!(!joined && !cluster.data_dir(2).exists(), "{said}");
+    let (joined, said) = join_again(&cluster, &["--ca", ca, "--replace", "c"]);
+    assert!(joined, "{said}");
+    let verbs = said.lines().find_map(|line| line.strip_prefix("then: aviary ")).expect("the next command");
+    assert!(verbs.starts_with("cluster readmit c --incarnation "), "{said}");
+
+    cluster.spawn(2, None);
+    let api = format!("http://127.0.0.1:{}", cluster.nodes[0].api);
+    let status = wait("the way to readmit c", Duration::from_secs(5), || {
+        let output = aviary().args(["--api", &api, "cluster", "status"]).output().unwrap();
+        Some(String::from_utf8(output.stdout).unwrap()).filter(|status| status.contains(verbs))
+    });
+    assert!(status.contains("its memory is gone"), "{status}");
+    let output = aviary().args(["--api", &api]).args(verbs.split(' ')).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.wait_ready(2);
+    cluster.agreed(&[0, 1, 2], Duration::from_secs(3));
+}
+
+#[test]
+fn a_command_that_fails_or_is_not_read_leaves_no_half_of_a_cluster() {
+    let cluster = Cluster::found();
+    (0..3).for_each(|i| fs::remove_dir_all(cluster.data_dir(i)).unwrap());
+    fs::remove_dir_all(cluster.dir.path().join("ca")).unwrap();
+    let init = || {
+        let mut init = aviary();
+        init.args(["cluster", "init"]);
+        for i in 0..3 {
+            init.arg("--config").arg(cluster.config(i));
+        }
+        init
+    };
+    // The last node's folder can't be made.
+    fs::write(cluster.data_dir(2), "in the way").unwrap();
+    let failed = init().output().unwrap();
+    assert!(!failed.status.success() && failed.stdout.is_empty(), "{failed:?}");
+    let left: Vec<_> = [cluster.data_dir(0), cluster.data_dir(1), cluster.dir.path().join("ca")]
+        .into_iter()
+        .filter(|path| path.exists())
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    fs::remove_file(cluster.data_dir(2)).unwrap();
+
+    // The reader of its output is gone: all of it is there all the same.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    init().stdout(writer).status().unwrap();
+    let mut cluster = cluster;
+    (0..3).for_each(|i| cluster.spawn(i, None));
+    (0..3).for_each(|i| cluster.wait_ready(i));
+}

@@ -1,24 +1,11 @@
 //! A node whose disk was put back to an earlier state: it forgot promises, so it has no vote.
 
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use super::harness::{Cluster, MANUAL, aviary, http, rollout, wait};
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &target),
-            false => drop(fs::copy(entry.path(), target).unwrap()),
-        }
-    }
-}
+use super::harness::{Cluster, MANUAL, aviary, copy, http, rollout, wait};
 
 fn change(cluster: &Cluster, verb: &str) {
     wait(verb, Duration::from_secs(5), || {

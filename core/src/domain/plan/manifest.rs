@@ -184,6 +184,7 @@ mod tests {
                 OnFailure::Rollback,
             ),
         ];
+        spec.error_classes.client = true;
         spec.analysis.inconclusive_after_ms = Some(61_001);
         spec.analysis.queries[0].min = Some(-1_500_001);
         spec

@@ -4,9 +4,11 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::analysis::Analysis;
+use super::classes::ErrorClasses;
 use super::ids::{ServiceId, VersionId};
 use super::limits::{self, OutOfRange};
 use super::weights::Weight;
@@ -18,18 +20,19 @@ mod manifest;
 pub use manifest::{Manifest, ManifestError, UnknownKey};
 
 /// One version of a service and where it is served.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Backend {
     /// Name of the version; routing, metrics and answers use it.
     pub version: VersionId,
-    /// Base URLs (`http://host:port`, `h2c://host:port` for HTTP/2); empty: the node answers the assignment itself, as JSON.
+    /// Base URLs (`http://host:port`, `h2c://host:port` for HTTP/2); empty: the node answers the assignment itself, as JSON,
+    /// and what it answers is no evidence.
     pub urls: Vec<String>,
     /// Probe of each server; none: only its answers decide whether it is ejected.
     pub health_check: Option<HealthCheck>,
 }
 
 /// HTTP probe that a healthy server answers with 2xx.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct HealthCheck {
     /// Path of the probe's GET request.
     pub path: String,
@@ -41,6 +44,27 @@ impl Backend {
     /// Returns a version that these servers serve.
     pub fn new(version: VersionId, urls: Vec<String>) -> Self {
         Self { version, urls, health_check: None }
+    }
+
+    /// Returns true when both are the same version on the same servers, in any order, with the same health check.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let sorted = |urls: &[String]| {
+            let mut urls = urls.to_vec();
+            urls.sort();
+            urls
+        };
+        self.version == other.version
+            && self.health_check == other.health_check
+            && sorted(&self.urls) == sorted(&other.urls)
+    }
+
+    /// Returns its servers and its health check in words.
+    pub fn servers(&self) -> String {
+        let urls = if self.urls.is_empty() { "no server of its own".into() } else { self.urls.join(", ") };
+        match &self.health_check {
+            Some(check) => format!("{urls} (healthCheck {} each {} ms)", check.path, check.interval_ms),
+            None => urls,
+        }
     }
 }
 
@@ -95,6 +119,8 @@ pub struct RolloutSpec {
     pub stable: Backend,
     /// Version that the rollout introduces.
     pub canary: Backend,
+    /// True if the file says `answer: node` of both versions: no server answers, so that nodes do.
+    pub node_answers: bool,
     /// The stages: not empty, with weights that never decrease, the last one 100 %.
     pub stages: Vec<Stage>,
     /// How long the canary is analysed at 100 % before it becomes stable, in milliseconds.
@@ -107,6 +133,8 @@ pub struct RolloutSpec {
     pub mirror: Weight,
     /// Rules by which the canary is judged.
     pub analysis: Analysis,
+    /// Statuses that count as errors, of both versions.
+    pub error_classes: ErrorClasses,
     /// How long canary traffic outlives the last contact with a majority, in milliseconds.
     pub lease_ms: u64,
     /// Behaviour of a node whose lease has ended.
@@ -135,6 +163,26 @@ pub enum SpecError {
     /// The weight of the last step is not 100 %.
     #[error("last step weight is {0}, expected 100%")]
     NotWhole(Weight),
+    /// One version has servers, and the other has none.
+    #[error(
+        "{with} has a url and {without} has none, expected one of both: without a server, nodes would answer for {without} themselves"
+    )]
+    OneSided {
+        /// Version with servers.
+        with: VersionId,
+        /// Version without any.
+        without: VersionId,
+    },
+    /// No version has servers, and the file doesn't say that this is meant.
+    #[error(
+        "{stable} and {canary} have no url, expected one of both, or `answer: node` in both if nodes are to answer themselves"
+    )]
+    NoServers {
+        /// The stable version.
+        stable: VersionId,
+        /// The canary version.
+        canary: VersionId,
+    },
     /// A required part is missing.
     #[error("{0}")]
     Missing(&'static str),
@@ -165,12 +213,14 @@ impl RolloutSpec {
             annotations: BTreeMap::new(),
             stable,
             canary,
+            node_answers: false,
             stages,
             bake_ms: 60_000,
             hash_on: None,
             matches: Vec::new(),
             mirror: Weight::ZERO,
             analysis: Analysis::default(),
+            error_classes: ErrorClasses::default(),
             lease_ms: 2_000,
             on_partition: OnPartition::Stable,
             progress_deadline_ms: 30 * 60 * 1000,
@@ -180,6 +230,24 @@ impl RolloutSpec {
     /// Returns this rollout as the log keeps it, or what is wrong with it.
     pub fn checked(&self) -> Result<Manifest, SpecError> {
         Manifest::of(self)
+    }
+
+    /// Checks that both versions have servers, or that the file says that neither has: `answer: node`. Files that people
+    /// apply are held to that; older builds recorded others.
+    pub fn check_answers(&self) -> Result<(), SpecError> {
+        let (stable, canary) = (&self.stable, &self.canary);
+        let one_sided = |with: &Backend, without: &Backend| {
+            Err(SpecError::OneSided { with: with.version.clone(), without: without.version.clone() })
+        };
+        match (stable.urls.is_empty(), canary.urls.is_empty()) {
+            (false, false) => Ok(()),
+            (false, true) => one_sided(stable, canary),
+            (true, false) => one_sided(canary, stable),
+            (true, true) if self.node_answers => Ok(()),
+            (true, true) => {
+                Err(SpecError::NoServers { stable: stable.version.clone(), canary: canary.version.clone() })
+            }
+        }
     }
 
     /// Checks the values together. Peers check what they receive by the same rules.

@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::apply::check_stable;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
 use crate::domain::plan::Manifest;
 use crate::domain::rollout::{Change, ChangeError, Phase, Service, Stamp};
 use crate::domain::routing::RoutingState;
 use crate::domain::run::WindowVerdict;
 use crate::domain::time::Wall;
+use crate::protocol::feature::Feature;
 
 use super::codec;
 use super::record::{
@@ -146,6 +148,9 @@ pub enum RecordError {
         /// The bytes that they would need.
         found: usize,
     },
+    /// The service is the default already.
+    #[error("service {0} is the default already")]
+    Default(ServiceId),
     /// A genesis record at a slot other than 0.
     #[error("a genesis record at slot {0}, expected it at slot 0 only")]
     Genesis(Slot),
@@ -176,6 +181,10 @@ pub struct Ledger {
     /// Bytes that the rollouts of all services need, as [`bytes_of`] counts them. Known from `services`, so not encoded.
     #[serde(skip)]
     specs_bytes: usize,
+    /// The service that gets the requests that name none, once a record said so. Encoded beside the rest, from format 4 of a
+    /// checkpoint on.
+    #[serde(skip)]
+    pub(super) set_default: Option<ServiceId>,
 }
 
 /// Returns the bytes that a rollout may need in the ledger: its service holds it twice while its last increase can be
@@ -193,6 +202,8 @@ enum Effect {
     Members(Members),
     /// The windows of these services are decided up to here.
     Judged(Vec<(ServiceId, u64)>),
+    /// Requests that name no service go to this one.
+    Default(ServiceId),
 }
 
 impl Effect {
@@ -201,7 +212,7 @@ impl Effect {
         match self {
             Self::Service(service) => (Some(&service.routing), Some(service.rollout.phase)),
             Self::Refused(routing, phase) => (Some(routing), Some(*phase)),
-            Self::Nothing | Self::Members(_) | Self::Judged(_) => (None, None),
+            Self::Nothing | Self::Members(_) | Self::Judged(_) | Self::Default(_) => (None, None),
         }
     }
 }
@@ -225,7 +236,28 @@ impl Ledger {
             order: VecDeque::new(),
             last_decrease: Slot(0),
             specs_bytes: 0,
+            set_default: None,
         })
+    }
+
+    /// Returns the service that gets the requests that name none: the one that a record named, before that the first by name.
+    pub fn default_service(&self) -> Option<&ServiceId> {
+        self.set_default.as_ref().or_else(|| self.services.keys().next())
+    }
+
+    /// Returns true once a record said which service is the default.
+    pub fn is_default_set(&self) -> bool {
+        self.set_default.is_some()
+    }
+
+    /// Returns the features that the log made use of: a build that doesn't know one of them can't go on from it.
+    pub fn uses(&self) -> Vec<Feature> {
+        Feature::ALL
+            .into_iter()
+            .filter(|feature| match feature {
+                Feature::DefaultService => self.is_default_set(),
+            })
+            .collect()
     }
 
     /// Returns a decoded ledger with what isn't encoded.
@@ -241,21 +273,24 @@ impl Ledger {
         intent: Intent,
         certificate: Option<super::record::Certificate>,
     ) -> Result<Record, RecordError> {
-        self.check_room(&intent.operation)?;
+        self.check_start(&intent.operation)?;
         self.record_of(intent, certificate)
     }
 
-    /// Checks that a voter may accept a proposed record: it may be the next one, and there is room for it.
+    /// Checks that a voter may accept a proposed record: it may be the next one, and what it starts may start.
     pub fn check_proposal(&self, record: &Record) -> Result<(), RecordError> {
         self.check(record)?;
-        self.check_room(&record.intent.operation)
+        self.check_start(&record.intent.operation)
     }
 
-    /// Checks that the ledger stays small enough to be read back. Only proposals are held to that: what is chosen already
-    /// must be taken in, whatever the limits were when it was.
-    fn check_room(&self, operation: &Operation) -> Result<(), RecordError> {
+    /// Checks that a rollout leaves stable's traffic where it is, and that the ledger stays small enough to be read back.
+    /// Only proposals are held to that: what is chosen already must be taken in, whatever the rules were when it was.
+    fn check_start(&self, operation: &Operation) -> Result<(), RecordError> {
         let Operation::Change(id, Change::Start(spec)) = operation else { return Ok(()) };
         let known = self.service(id);
+        if let Some(service) = known.filter(|service| !service.rollout.phase.is_active()) {
+            check_stable(&service.stable, &spec.stable)?;
+        }
         let found = self.services.len() + 1;
         if known.is_none() && found > SERVICES_MAX {
             return Err(RecordError::Services { service: id.clone(), found });
@@ -346,6 +381,7 @@ impl Ledger {
                     }
                 }
             }
+            (Effect::Default(service), _) => self.set_default = Some(service),
             (Effect::Refused(..), Some(id)) => {
                 let service_state = self.services.get_mut(id).expect("a service that was just looked up");
                 (service_state.slot, service_state.hash) = (record.slot, hash);
@@ -473,6 +509,11 @@ impl Ledger {
                 None => Ok(Effect::Nothing),
             },
             Operation::Config(change) => Ok(Effect::Members(self.members_after(change)?)),
+            Operation::SetDefault(id) if self.service(id).is_none() => {
+                Err(ChangeError::UnknownService(id.clone()).into())
+            }
+            Operation::SetDefault(id) if self.set_default.as_ref() == Some(id) => Err(RecordError::Default(id.clone())),
+            Operation::SetDefault(id) => Ok(Effect::Default(id.clone())),
             Operation::Verdicts(verdicts) => {
                 let is_in_order = verdicts.windows(2).all(|pair| pair[0].routing.service < pair[1].routing.service);
                 if verdicts.is_empty() || verdicts.len() > VERDICTS_MAX.0 || !is_in_order {
@@ -521,12 +562,10 @@ impl Ledger {
                 // A retried or new rollout of a known service falls back to the service as it was, with the new
                 // rollout on record, so that `retry` starts that one.
                 (Some(current), Operation::Change(_, Change::Start(spec))) => {
-                    let mut before = Service::before_start(spec, &stamp);
-                    before.routing.version = current.service.routing.version;
-                    before
+                    Service::before_start(Some(&current.service), spec, &stamp)
                 }
                 (Some(current), _) => current.service.clone(),
-                (None, _) => Service::before_start(&after.rollout.spec, &stamp),
+                (None, _) => Service::before_start(None, &after.rollout.spec, &stamp),
             };
             return Some(Increase { slot: chosen.record.slot, before, in_doubt: chosen.is_in_doubt() });
         }
@@ -539,6 +578,7 @@ impl Ledger {
             | Operation::Revert { .. }
             | Operation::Genesis { .. }
             | Operation::Config(_)
+            | Operation::SetDefault(_)
             | Operation::Verdicts(_) => None,
         }
     }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
@@ -12,9 +13,10 @@ use crate::domain::rollout::{Change, Phase};
 use crate::domain::routing::RoutingState;
 use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::time::Wall;
+use crate::protocol::feature::Feature;
 
 /// Position in the log; 0 is genesis. Decoding refuses those above [`Slot::MAX`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "u64")]
 pub struct Slot(pub u64);
 
@@ -50,7 +52,7 @@ impl fmt::Display for Slot {
 
 /// Position of one decision among all of them: of a record, which may hold the verdicts of many services, and of its place in
 /// that record. Strictly increasing, with gaps: `slot × 4096 + index`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Sequence(pub u64);
 
 impl Sequence {
@@ -108,7 +110,7 @@ impl fmt::Debug for Hash {
 /// ballot unique, so that PREPARE need not wait for its own sender's disk.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ballot {
-    /// Compared first; above everything its node had promised.
+    /// StepComparison first; above everything its node had promised.
     pub round: u64,
     /// Node that leads the ballot.
     pub node: NodeId,
@@ -221,6 +223,8 @@ pub enum Operation {
     /// What closed windows say, one of each service at most, ordered by service. The windows of a rollout follow each other
     /// without a gap, each decided once.
     Verdicts(Vec<ServiceVerdict>),
+    /// Requests that name no service go to this one.
+    SetDefault(ServiceId),
 }
 
 /// What a closed window of a rollout says.
@@ -238,7 +242,7 @@ pub struct ServiceVerdict {
 pub const VERDICTS_MAX: (usize, usize) = (256, 32 * 1024);
 
 /// What a record is about, for people.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum RecordKind {
     /// The first record of every log.
     Genesis,
@@ -268,6 +272,8 @@ pub enum RecordKind {
     Remove,
     /// Windows were closed and got their verdicts.
     Verdict,
+    /// A service became the one that gets the requests that name none.
+    SetDefault,
 }
 
 impl RecordKind {
@@ -288,6 +294,7 @@ impl RecordKind {
             Self::Add => "Add",
             Self::Remove => "Remove",
             Self::Verdict => "Verdict",
+            Self::SetDefault => "SetDefault",
         }
     }
 }
@@ -310,6 +317,7 @@ impl Operation {
             Self::Config(ConfigChange::Add(..)) => RecordKind::Add,
             Self::Config(ConfigChange::Remove(_)) => RecordKind::Remove,
             Self::Verdicts(_) => RecordKind::Verdict,
+            Self::SetDefault(_) => RecordKind::SetDefault,
         }
     }
 
@@ -323,7 +331,20 @@ impl Operation {
         match self {
             Self::Change(service, _) | Self::Revert { service, .. } => Some(service),
             Self::Refused { service, .. } => service.as_ref(),
-            Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) => None,
+            Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) | Self::SetDefault(_) => None,
+        }
+    }
+
+    /// Returns what a node must know to read it; none for what every build knows.
+    pub fn needs(&self) -> Option<Feature> {
+        match self {
+            Self::SetDefault(_) => Some(Feature::DefaultService),
+            Self::Genesis { .. }
+            | Self::Change(..)
+            | Self::Revert { .. }
+            | Self::Refused { .. }
+            | Self::Config(_)
+            | Self::Verdicts(_) => None,
         }
     }
 
@@ -331,9 +352,12 @@ impl Operation {
     pub fn is_verdict(&self) -> bool {
         match self {
             Self::Verdicts(_) => true,
-            Self::Genesis { .. } | Self::Change(..) | Self::Refused { .. } | Self::Revert { .. } | Self::Config(_) => {
-                false
-            }
+            Self::Genesis { .. }
+            | Self::Change(..)
+            | Self::Refused { .. }
+            | Self::Revert { .. }
+            | Self::Config(_)
+            | Self::SetDefault(_) => false,
         }
     }
 
@@ -344,7 +368,9 @@ impl Operation {
             Self::Revert { reason, .. } | Self::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => {
                 vec![reason.clone()]
             }
-            Self::Change(..) | Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) => Vec::new(),
+            Self::Change(..) | Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) | Self::SetDefault(_) => {
+                Vec::new()
+            }
         };
         reasons.into_iter().filter(|reason| !reason.is_empty()).collect()
     }
@@ -353,9 +379,12 @@ impl Operation {
     pub fn increases_exposure(&self) -> bool {
         match self {
             Self::Change(_, change) => change.increases_exposure(),
-            Self::Genesis { .. } | Self::Refused { .. } | Self::Revert { .. } | Self::Config(_) | Self::Verdicts(_) => {
-                false
-            }
+            Self::Genesis { .. }
+            | Self::Refused { .. }
+            | Self::Revert { .. }
+            | Self::Config(_)
+            | Self::Verdicts(_)
+            | Self::SetDefault(_) => false,
         }
     }
 
@@ -367,13 +396,14 @@ impl Operation {
             Self::Config(ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_))
             | Self::Genesis { .. }
             | Self::Refused { .. }
-            | Self::Verdicts(_) => false,
+            | Self::Verdicts(_)
+            | Self::SetDefault(_) => false,
         }
     }
 }
 
 /// Who made up a transaction's id. Ids of clients and of nodes never meet, whatever their text is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Initiator {
     /// A client, or the node that it sent a request without a key to.

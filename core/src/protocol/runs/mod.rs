@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::domain::analysis::StepComparison;
 use crate::domain::ids::{NodeId, ServiceId};
 use crate::domain::run::{SequentialEvidence, WindowVerdict};
 use crate::domain::time::Mono;
@@ -206,15 +207,23 @@ impl Runs {
     }
 
     /// Returns what the comparison with stable says of a rollout; Promote where there is none to make.
-    pub fn compared(&self, service_state: &ServiceState) -> Verdict {
+    pub fn compared(&self, service_state: &ServiceState) -> StepComparison {
         let rollout = &service_state.service.rollout;
-        if !rollout.spec.analysis.compares() {
-            return Verdict::Promote;
+        let analysis = &rollout.spec.analysis;
+        if !analysis.compares() {
+            return StepComparison::NOTHING;
         }
+        let version = service_state.service.routing.version;
         let tracker = self.of.get(&rollout.spec.service);
         match tracker.filter(|known| known.rollout_generation() == rollout.rollout_generation) {
-            Some(tracker) => tracker.compared(service_state.service.routing.version),
-            None => Verdict::Hold("nothing to compare yet".into()),
+            Some(tracker) => StepComparison {
+                verdict: tracker.compared(version),
+                samples: analysis.enough_in_step(tracker.step_answers(version)),
+            },
+            None => StepComparison {
+                verdict: Verdict::Hold("nothing to compare yet".into()),
+                samples: analysis.enough_in_step(0),
+            },
         }
     }
 

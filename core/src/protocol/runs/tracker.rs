@@ -55,6 +55,9 @@ pub(super) struct RunTracker {
     asking: Option<Asking>,
     /// When the analysis run is saved next.
     save_at: Mono,
+    /// The step that is compared: its routing version, and the canary's answers in the rollout before it, as far as this node
+    /// knows. Where it took the run over, those before that don't count for the step.
+    step: (u64, u64),
 }
 
 impl RunTracker {
@@ -84,6 +87,7 @@ impl RunTracker {
             closed: VecDeque::new(),
             asking: (is_late || restarts).then(|| Asking { saved, ..Asking::default() }),
             save_at: now.mono,
+            step: (0, 0),
         }
     }
 
@@ -132,6 +136,7 @@ impl RunTracker {
         self.closed = closed.into();
         self.began = began;
         self.open.0 = self.run.next_of(own).max(now.millis_since(began) / TICK_MS);
+        self.step = (self.run.version(), self.run.canary_answers());
         self.stop_asking();
     }
 
@@ -247,6 +252,12 @@ impl RunTracker {
         let at_ms = now.millis_since(self.began);
         self.turn(own, at_ms);
         window_verdicts.extend(self.run.advance(at_ms, expected.iter()));
+        match (self.step.0, self.run.version()) {
+            (before, version) if before == version => {}
+            (0, version) => self.step.0 = version,
+            // A tick in which both weights were served counts for neither.
+            (_, version) => self.step = (version, self.run.canary_answers()),
+        }
         let (windows, changes) = window_verdicts.into_iter().partition::<Vec<_>, _>(|verdict| verdict.is_window);
         self.closed.extend(windows);
         while self.closed.len() > CLOSED_MAX {
@@ -277,6 +288,12 @@ impl RunTracker {
             return None;
         }
         Some(self.go_on_alone(own, now))
+    }
+
+    /// Returns the canary's answers in the step at a routing version.
+    pub fn step_answers(&self, routing_version: u64) -> u64 {
+        let (version, before) = self.step;
+        if version == routing_version { self.run.canary_answers() - before } else { 0 }
     }
 
     /// Returns what the comparison with stable says at a routing version.

@@ -15,7 +15,7 @@ fn asking(number: usize, bytes: usize) -> Arc<Manifest> {
     Arc::new(spec.checked().unwrap())
 }
 
-fn start(ledger: &Ledger, number: usize, bytes: usize) -> (Intent, Result<Record, RecordError>) {
+pub(super) fn start(ledger: &Ledger, number: usize, bytes: usize) -> (Intent, Result<Record, RecordError>) {
     let spec = asking(number, bytes);
     let tx = TxId::new(format!("t{}", ledger.head)).unwrap();
     let operation = Operation::Change(spec.service.clone(), Change::Start(spec));
@@ -24,7 +24,7 @@ fn start(ledger: &Ledger, number: usize, bytes: usize) -> (Intent, Result<Record
 }
 
 /// Adds a chosen record as it comes from a peer or from disk.
-fn add(ledger: &mut Ledger, mut record: Record) {
+pub(super) fn add(ledger: &mut Ledger, mut record: Record) {
     let ballot = Ballot { round: 1, node: node("a"), incarnation: Incarnation(1), boot: 1 };
     let yes = ["a", "b", "c"].map(|name| (node(name), "healthy".to_string())).into();
     record.certificate = Some(Certificate { ballot: ballot.clone(), yes });

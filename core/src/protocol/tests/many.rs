@@ -12,6 +12,7 @@ fn context_of(known: &[&str]) -> Context {
         fresh_incarnation: Incarnation(9),
         retention: Retention::default(),
         peers: BTreeSet::new(),
+        speaks: crate::protocol::feature::PROTOCOL,
     };
     let mut rig = Rig::new();
     for (number, name) in known.iter().enumerate() {
@@ -20,7 +21,7 @@ fn context_of(known: &[&str]) -> Context {
     let mut ledger = Ledger::new(&genesis()).unwrap();
     rig.logs[&node("a")].iter().skip(1).for_each(|chosen| ledger.apply(chosen).unwrap());
     let acceptor = rig.acceptors[&node("a")].clone();
-    let mut context = Context::new(settings, acceptor, ledger, rig.now());
+    let mut context = Context::new(settings, acceptor, ledger, rig.now_of(&node("a")));
     context.outdated = Default::default();
     context
 }

@@ -21,7 +21,7 @@ fn under_way() -> Rig {
 impl Rig {
     /// Lets `ms` pass in which every node that runs sees five answers of stable in 100 ms, one failing now and then, and one of the
     /// canary.
-    fn serve(&mut self, ms: u64) {
+    pub(super) fn serve(&mut self, ms: u64) {
         for _ in 0..ms / 100 {
             for (place, name) in ["a", "b", "c"].map(node).into_iter().enumerate() {
                 let mut evidence = Evidence::default();
@@ -386,4 +386,36 @@ fn verdicts_of_many_rollouts_share_a_slot_and_each_has_its_place() {
         rig.judged.iter().filter_map(|(at, sequence, _)| sequence.filter(|_| *at == node("b"))).collect();
     assert!(told.len() as u64 >= 3 * SERVICES, "{} verdicts", told.len());
     assert!(told.windows(2).all(|pair| pair[0] < pair[1]), "strictly increasing: {told:?}");
+}
+
+#[test]
+fn the_samples_of_a_comparison_are_counted_over_the_step_and_not_over_the_window() {
+    // In a window there are 90 canary answers at most.
+    let analysis = Analysis { min_samples: 200, ..fixtures::errors_vs_stable() };
+    let stages = [fixtures::manual(2_000), fixtures::manual(3_000), fixtures::held(10_000, 0)];
+    let mut rig = Rig::new();
+    rig.asked("a", 1, OperatorRequest::Apply(fixtures::manifest(&stages, analysis)));
+    let samples = |rig: &Rig, name: &str| {
+        let verdict = rig.cores[&node(name)].view().services[&service()].verdict.clone();
+        let reason = verdict.map(|verdict| verdict.reason().to_string()).unwrap_or_default();
+        reason.strip_suffix(" of 200 canary samples in this step").map(|count| count.parse::<u64>().unwrap())
+    };
+    rig.serve(4_000);
+    for name in ["a", "b", "c"] {
+        assert!(samples(&rig, name).is_some_and(|count| (91..=120).contains(&count)), "{:?}", samples(&rig, name));
+    }
+    rig.serve(4_000);
+    assert_eq!(["a", "b", "c"].map(|name| samples(&rig, name)), [None; 3], "enough, though no window holds as many");
+    let outcome = rig.asked("b", 2, OperatorRequest::SkipWait { service: service() });
+    assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
+    rig.serve(2_000);
+    assert!(samples(&rig, "a").is_some_and(|count| (5..=60).contains(&count)), "{:?}", samples(&rig, "a"));
+    // A node that takes the run over counts from there on: too few is safe.
+    rig.serve(8_000);
+    rig.kill("b");
+    rig.serve(500);
+    rig.restart(&node("b"));
+    rig.serve(2_000);
+    assert!(samples(&rig, "b").is_some_and(|count| count < 100), "{:?}", samples(&rig, "b"));
+    assert_eq!(samples(&rig, "a"), None);
 }

@@ -25,6 +25,12 @@ pub enum ValueError {
         /// What is wrong with the address.
         problem: UrlError,
     },
+    /// A version has servers, and is said to be answered for by nodes.
+    #[error("{key}: found a url and `answer: node`, expected one of them")]
+    AnswerAndServers {
+        /// Key of the version.
+        key: &'static str,
+    },
     /// A step is not allowed.
     #[error("spec.steps: step {number}: {problem}")]
     Step {
@@ -82,6 +88,9 @@ pub enum AnalysisProblem {
     /// Two metrics have the same name.
     #[error("two metrics have one name, expected a name for each, such as errors and errors-vs-stable")]
     SameName,
+    /// Errors of one rollout would be counted in two ways.
+    #[error("metrics have different classes, expected the same in each metric of errors by THRESHOLD")]
+    Classes,
     /// A metric of the cluster's own with a name that says nothing about what is measured.
     #[error("metric {0:?} is unknown, expected errors, latency, or one of them with more after a dash")]
     Unknown(String),
@@ -123,6 +132,9 @@ pub enum MetricProblem {
     /// A highest error rate that is no percentage.
     #[error("thresholdRange.max is {0}, expected 0 to 100 percent, two decimals")]
     ErrorRate(f64),
+    /// The classes of errors leave out those that are errors in any case.
+    #[error("classes don't have 5xx, expected it: [5xx], [5xx, 4xx] or [5xx, 4xx, 3xx]")]
+    NoServerErrors,
     /// The other system has an address that can't be used.
     #[error("provider: {0}")]
     Provider(#[from] UrlError),

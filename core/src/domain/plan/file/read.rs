@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, Stage};
 use super::{
-    API_VERSION, AnalysisPart, AnalysisProblem, FailurePart, HashPart, KIND, MatchPart, MetadataPart, MetricPart,
-    MetricProblem, Millis, NoDataPart, PartitionPart, PrometheusPart, RangePart, RolloutFile, SEQUENTIAL, SidePart,
-    SpecPart, StepPart, StepProblem, THRESHOLD, UrlError, ValueError,
+    API_VERSION, AnalysisPart, AnalysisProblem, ClassPart, FailurePart, HashPart, KIND, MatchPart, MetadataPart,
+    MetricPart, MetricProblem, Millis, NoDataPart, PartitionPart, PrometheusPart, RangePart, RolloutFile, SEQUENTIAL,
+    SidePart, SpecPart, StepPart, StepProblem, THRESHOLD, UrlError, ValueError,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData, Statistic};
+use crate::domain::classes::ErrorClasses;
 use crate::domain::ids::VersionId;
 use crate::domain::limits;
 use crate::domain::query::Query;
@@ -26,11 +27,22 @@ impl RolloutFile {
         let MetadataPart { name, labels, annotations } = self.metadata;
         let SpecPart { stable, canary, steps, bake, routing, analysis, safety, progress_deadline } = self.spec;
         let server = |key| move |problem| ValueError::Server { key, problem };
+        let said = |side: &SidePart| side.answer.is_some();
+        let node_answers = said(&stable) && said(&canary);
+        for (key, side) in [("spec.stable", &stable), ("spec.canary", &canary)] {
+            if said(side) && (side.url.is_some() || !side.urls.is_empty()) {
+                return Err(ValueError::AnswerAndServers { key });
+            }
+        }
         let stable = backend(stable).map_err(server("spec.stable"))?;
         let canary = backend(canary).map_err(server("spec.canary"))?;
         let stages = stages(steps, &stable.version, &canary.version)?;
-        let mut spec = RolloutSpec { labels, annotations, ..RolloutSpec::new(name, stable, canary, stages) };
-        spec.analysis = analysis.map_or(Ok(spec.analysis), self::analysis)?;
+        let mut spec =
+            RolloutSpec { labels, annotations, node_answers, ..RolloutSpec::new(name, stable, canary, stages) };
+        if let Some(analysis) = analysis {
+            spec.error_classes = error_classes(analysis.metrics.as_deref().unwrap_or_default())?;
+            spec.analysis = self::analysis(analysis)?;
+        }
         let mirror = routing.mirror.map(|mirror| Weight::from_percent(mirror.percent)).transpose();
         spec.mirror = mirror.map_err(ValueError::Mirror)?.unwrap_or(spec.mirror);
         spec.hash_on = routing.hash_on.map(hash_on).transpose()?;
@@ -79,20 +91,34 @@ fn backend(side: SidePart) -> Result<Backend, UrlError> {
 
 /// Returns a server's address as it is used, or what is wrong with it.
 pub fn checked_url(url: &str) -> Result<String, UrlError> {
+    let uri = checked_address(url)?;
+    if uri.path() != "/" && !uri.path().is_empty() || uri.query().is_some() {
+        return Err(UrlError::HasPath(url.into()));
+    }
+    Ok(url.trim_end_matches('/').to_string())
+}
+
+/// Returns the address that the paths of a provider's API are appended to, which may end in a path of its own: what stands behind a
+/// proxy often has one.
+fn checked_base(url: &str) -> Result<String, UrlError> {
+    let uri = checked_address(url)?;
+    match uri.query() {
+        Some(_) => Err(UrlError::NotPlain(url.into())),
+        None => Ok(url.trim_end_matches('/').to_string()),
+    }
+}
+
+fn checked_address(url: &str) -> Result<http::Uri, UrlError> {
     let uri: http::Uri = url.parse().map_err(|why| UrlError::Malformed(url.into(), why))?;
     let plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
     if uri.port_u16().is_none_or(|port| port == 0) || !plain || url.contains('#') {
         return Err(UrlError::NotPlain(url.into()));
     }
     match uri.scheme_str() {
-        Some("http" | "h2c") => {}
-        Some("https") => return Err(UrlError::Https(url.into())),
-        _ => return Err(UrlError::NoScheme(url.into())),
+        Some("http" | "h2c") => Ok(uri),
+        Some("https") => Err(UrlError::Https(url.into())),
+        _ => Err(UrlError::NoScheme(url.into())),
     }
-    if uri.path() != "/" && !uri.path().is_empty() || uri.query().is_some() {
-        return Err(UrlError::HasPath(url.into()));
-    }
-    Ok(url.trim_end_matches('/').to_string())
 }
 
 /// Steps as their author wrote them, folded into stages: a pause belongs to the weight before it.
@@ -175,11 +201,32 @@ fn analysis(part: AnalysisPart) -> Result<Analysis, AnalysisProblem> {
     })
 }
 
+/// Returns the statuses that count as errors in the whole rollout.
+fn error_classes(metrics: &[MetricPart]) -> Result<ErrorClasses, AnalysisProblem> {
+    let is_errors = |part: &&MetricPart| part.name.starts_with("errors") && part.strategy.0 == THRESHOLD;
+    let mut found = None;
+    for part in metrics.iter().filter(is_errors).filter(|part| part.provider.is_none()) {
+        let has = |class| part.classes.as_ref().is_some_and(|classes| classes.contains(&class));
+        if part.classes.is_some() && !has(ClassPart::Server) {
+            return Err(AnalysisProblem::Metric { name: part.name.clone(), problem: MetricProblem::NoServerErrors });
+        }
+        let classes = ErrorClasses { client: has(ClassPart::Client), redirect: has(ClassPart::Redirect) };
+        if found.replace(classes).is_some_and(|before| before != classes) {
+            return Err(AnalysisProblem::Classes);
+        }
+    }
+    Ok(found.unwrap_or_default())
+}
+
 fn metric(part: MetricPart) -> Result<Metric, AnalysisProblem> {
     let name = part.name.clone();
     let kind = name.split('-').next().unwrap_or_default();
     if kind != "errors" && kind != "latency" {
         return Err(AnalysisProblem::Unknown(name));
+    }
+    if part.classes.is_some() && (kind != "errors" || part.strategy.0 != THRESHOLD) {
+        let problem = MetricProblem::ForeignKeys("classes are for errors by THRESHOLD, expected none");
+        return Err(AnalysisProblem::Metric { name, problem });
     }
     let metric = match part.strategy.0.as_str() {
         THRESHOLD => threshold_metric(part),
@@ -194,11 +241,18 @@ fn metric(part: MetricPart) -> Result<Metric, AnalysisProblem> {
 
 /// A metric that a Prometheus keeps.
 fn query(part: MetricPart, provider: PrometheusPart) -> Result<Query, MetricProblem> {
-    let MetricPart { name, strategy, statistic, threshold_range, on_failure, allowed_increase, quantile, .. } = part;
+    let MetricPart {
+        name, strategy, statistic, threshold_range, on_failure, allowed_increase, quantile, classes, ..
+    } = part;
     let PrometheusPart { address, query: template, interval } = provider;
-    if strategy.0 != THRESHOLD || statistic.is_some() || allowed_increase.is_some() || quantile.is_some() {
+    if classes.is_some()
+        || strategy.0 != THRESHOLD
+        || statistic.is_some()
+        || allowed_increase.is_some()
+        || quantile.is_some()
+    {
         return Err(MetricProblem::ForeignKeys(
-            "a provider's metric has a thresholdRange and no strategy, statistic, allowedIncrease or quantile",
+            "a provider's metric has a thresholdRange and no strategy, statistic, classes, allowedIncrease or quantile",
         ));
     }
     let Some(RangePart { min, max }) = threshold_range.filter(|range| range.min.is_some() || range.max.is_some())
@@ -207,7 +261,7 @@ fn query(part: MetricPart, provider: PrometheusPart) -> Result<Query, MetricProb
     };
     let micro = |bound: f64| limits::QUERY_BOUND.check(bound).map(|bound| (bound * 1e6).round() as i64);
     let (min, max) = (min.map(micro).transpose()?, max.map(micro).transpose()?);
-    let address = checked_url(&address)?;
+    let address = checked_base(&address)?;
     if template.trim().is_empty() || template.len() > limits::QUERY_BYTES_MAX {
         return Err(MetricProblem::QueryLength);
     }

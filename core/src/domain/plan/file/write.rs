@@ -2,12 +2,13 @@
 
 use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, Stage};
 use super::{
-    API_VERSION, AnalysisPart, BakePart, ExactPart, FailurePart, HashPart, HealthPart, InconclusivePart, KIND,
-    MatchPart, MetadataPart, MetricPart, Millis, MirrorPart, NoDataPart, PartitionPart, PausePart, PrometheusPart,
-    ProviderPart, RangePart, RolloutFile, RoutingPart, SEQUENTIAL, SafetyPart, SidePart, SpecPart, StepPart,
-    StrategyPart, ThenPart,
+    API_VERSION, AnalysisPart, AnswerPart, BakePart, ClassPart, ExactPart, FailurePart, HashPart, HealthPart,
+    InconclusivePart, KIND, MatchPart, MetadataPart, MetricPart, Millis, MirrorPart, NoDataPart, PartitionPart,
+    PausePart, PrometheusPart, ProviderPart, RangePart, RolloutFile, RoutingPart, SEQUENTIAL, SafetyPart, SidePart,
+    SpecPart, StepPart, StrategyPart, ThenPart,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData};
+use crate::domain::classes::ErrorClasses;
 use crate::domain::query::Query;
 use crate::domain::verdict::OnFailure;
 use crate::domain::weights::Weight;
@@ -25,8 +26,8 @@ impl RolloutFile {
                 annotations: spec.annotations.clone(),
             },
             spec: SpecPart {
-                stable: side_of(&spec.stable),
-                canary: side_of(&spec.canary),
+                stable: side_of(&spec.stable, spec.node_answers),
+                canary: side_of(&spec.canary, spec.node_answers),
                 steps: spec.stages.iter().flat_map(steps_of).collect(),
                 bake: Some(BakePart { duration: Millis(spec.bake_ms) }),
                 routing: RoutingPart {
@@ -34,7 +35,7 @@ impl RolloutFile {
                     matches: spec.matches.iter().map(match_of).collect(),
                     mirror: (spec.mirror > Weight::ZERO).then(|| MirrorPart { percent: percent(spec.mirror) }),
                 },
-                analysis: Some(analysis_of(&spec.analysis)),
+                analysis: Some(analysis_of(&spec.analysis, spec.error_classes)),
                 safety: SafetyPart {
                     lease: Some(Millis(spec.lease_ms)),
                     on_partition: match spec.on_partition {
@@ -48,13 +49,14 @@ impl RolloutFile {
     }
 }
 
-fn side_of(backend: &Backend) -> SidePart {
+fn side_of(backend: &Backend, node_answers: bool) -> SidePart {
     let health =
         |check: &HealthCheck| HealthPart { path: check.path.clone(), interval: Some(Millis(check.interval_ms)) };
     SidePart {
         version: backend.version.clone(),
         url: None,
         urls: backend.urls.clone(),
+        answer: (node_answers && backend.urls.is_empty()).then_some(AnswerPart::Node),
         health_check: backend.health_check.as_ref().map(health),
     }
 }
@@ -82,11 +84,13 @@ fn match_of(matched: &Match) -> MatchPart {
     MatchPart { headers: matched.headers.iter().map(exact).collect() }
 }
 
-fn analysis_of(analysis: &Analysis) -> AnalysisPart {
+fn analysis_of(analysis: &Analysis, error_classes: ErrorClasses) -> AnalysisPart {
     let Analysis { window_ms, min_samples, metrics, queries, no_data, alpha_ppm, inconclusive_after_ms } = analysis;
     AnalysisPart {
         window: Some(Millis(*window_ms)),
-        metrics: Some(metrics.iter().map(metric_of).chain(queries.iter().map(query_of)).collect()),
+        metrics: Some(
+            metrics.iter().map(|metric| metric_of(metric, error_classes)).chain(queries.iter().map(query_of)).collect(),
+        ),
         alpha: Some(share_of(*alpha_ppm)),
         min_samples: Some(*min_samples),
         no_data: Some(match no_data {
@@ -98,7 +102,7 @@ fn analysis_of(analysis: &Analysis) -> AnalysisPart {
     }
 }
 
-fn metric_of(metric: &Metric) -> MetricPart {
+fn metric_of(metric: &Metric, error_classes: ErrorClasses) -> MetricPart {
     let name = metric.name.clone();
     let threshold = |statistic, max| MetricPart {
         name: name.clone(),
@@ -115,13 +119,21 @@ fn metric_of(metric: &Metric) -> MetricPart {
         ..MetricPart::default()
     };
     match metric.limit {
-        Limit::ErrorRate { max_bp } => threshold(None, f64::from(max_bp) / 100.0),
+        Limit::ErrorRate { max_bp } => {
+            MetricPart { classes: classes_of(error_classes), ..threshold(None, f64::from(max_bp) / 100.0) }
+        }
         Limit::Latency { statistic, max_us } => threshold(Some(statistic.to_string()), max_us as f64 / 1000.0),
         Limit::ErrorsVsStable { increase_ppm } => sequential(None, increase_ppm),
         Limit::LatencyVsStable { quantile_bp, increase_ppm } => {
             sequential(Some(f64::from(quantile_bp) / 1e4), increase_ppm)
         }
     }
+}
+
+/// The classes, where they aren't the usual one alone.
+fn classes_of(ErrorClasses { client, redirect }: ErrorClasses) -> Option<Vec<ClassPart>> {
+    let all = [(true, ClassPart::Server), (client, ClassPart::Client), (redirect, ClassPart::Redirect)];
+    (client || redirect).then(|| all.into_iter().filter_map(|(counts, class)| counts.then_some(class)).collect())
 }
 
 fn query_of(query: &Query) -> MetricPart {

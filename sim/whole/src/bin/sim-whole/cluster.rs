@@ -24,7 +24,8 @@ use crate::workload::{self, ProbeAnswer, ServedAnswer};
 /// The nodes' names, which are also their hosts'.
 pub const NAMES: [&str; 3] = ["a", "b", "c"];
 /// The protocol versions of an old release, of one that speaks the next version too, and of one on the way there.
-const RELEASES: [Versions; 3] = [Versions { min: 2, max: 2 }, Versions { min: 2, max: 3 }, Versions { min: 1, max: 9 }];
+const RELEASES: [Versions; 3] =
+    [Versions { min: 8, max: 8 }, Versions { min: 8, max: 9 }, Versions { min: 7, max: 10 }];
 /// Length of a lease, in milliseconds: what a rollout has that names none.
 pub const LEASE_MS: u64 = 2_000;
 

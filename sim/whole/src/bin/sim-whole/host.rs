@@ -69,6 +69,7 @@ pub async fn live(i: usize, cluster: Cluster) -> turmoil::Result {
             fresh_incarnation: Incarnation(dice.any() | 1 << 63),
             retention: Retention::default(),
             peers: peers.keys().cloned().collect(),
+            speaks: cluster.versions[i].max,
         },
         acceptor: contents.acceptor.clone(),
         log: log.to_vec(),

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
+use serde_json::{Value, json};
 use turmoil::net::TcpStream;
 
 use crate::cluster::{Cluster, LEASE_MS, NAMES};
@@ -48,7 +48,7 @@ pub struct ServedAnswer {
 const PATIENCE: Duration = Duration::from_secs(4);
 
 const ROLLOUT: &str = "apiVersion: aviary/v1\nkind: Rollout\nmetadata: { name: svc }\nspec:\n  \
-    stable: { version: v1 }\n  canary: { version: v2 }\n  steps:\n    - setWeight: 20\n    - pause: {}\n    \
+    stable: { version: v1, answer: node }\n  canary: { version: v2, answer: node }\n  steps:\n    - setWeight: 20\n    - pause: {}\n    \
     - setWeight: 50\n    - pause: {}\n    - setWeight: 100\n    - pause: {}\n  analysis:\n    window: 30s\n    \
     minSamples: 5\n    metrics:\n      - { name: errors, strategy: THRESHOLD, thresholdRange: { max: 5 }, onFailure: rollback }\n";
 
@@ -120,13 +120,21 @@ pub async fn operate(cluster: Cluster) -> turmoil::Result {
     Ok(())
 }
 
-/// Asks all nodes for predictions until the judge is done.
+/// Asks all nodes for predictions until the judge is done, and reports each: what a node answers by itself is no evidence.
 pub async fn use_it(cluster: Cluster) -> turmoil::Result {
     let mut dice = Dice::new(cluster.seed ^ 0x7573);
+    let mut number = 0_u64;
     while !cluster.judged.load(Ordering::Relaxed) {
         let node = NAMES[dice.below(3)];
         if let Some((200, headers, _)) = call(&cluster.trace, node, DATA, "/predict", None, "{}").await {
             let version = headers.get("x-served-by").and_then(|value| value.to_str().ok()).unwrap_or("").to_string();
+            number += 1;
+            let at_ms = turmoil::since_epoch().unwrap_or_default().as_millis() as u64;
+            let event = json!({
+                "service": "svc", "version": version, "status": 200, "latency_ms": 2, "event_time": at_ms,
+                "event_id": format!("e{number}"),
+            });
+            call(&cluster.trace, node, API, "/v1/telemetry", None, &event.to_string()).await;
             cluster.served.lock().expect("nobody panics with it").push(ServedAnswer { at: now(), version });
         }
         // How often a client sends a request.

@@ -1,0 +1,125 @@
+//! The fast path: HTTP/1.x to HTTP/1.1, bodies streaming both ways, in as few steps as can be.
+//!
+//! It waits without a lock, a timer of its own, or an allocation that lasts: buffers belong to the worker, deadlines are looked at
+//! by the worker every few milliseconds. `exchange` is a request at one server; what a failure means, `policy` says.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tracing::debug;
+
+use crate::domain::side::Side;
+
+use super::answer::problem;
+use super::client::Client;
+use super::deadline::Deadline;
+use super::failure::ConnectFailure;
+use super::policy::{self, FailureKind, NextTry, TriedRequest};
+use super::tunnel;
+use super::worker::{Saying, Worker};
+
+mod exchange;
+mod request;
+
+use exchange::{AfterAnswer, attempt};
+pub use request::FastRequest;
+use request::{FastFailure, count};
+
+/// Carries a request to a server of the side that was chosen, and the answer back; returns true when the connection stays open.
+pub async fn carry<S>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client<S>, mut request: FastRequest) -> bool
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let total = worker.settings().total_timeout_ms;
+    watch.set_end((total > 0).then_some(total));
+    let done = tried(worker, watch, client, &mut request).await;
+    worker.give_back(std::mem::take(&mut request.out));
+    let (failure, status) = match done {
+        Ok(AfterAnswer::Stays) => return true,
+        Ok(AfterAnswer::Ends) => return false,
+        Ok(AfterAnswer::Switched(upstream)) => {
+            watch.set_end(None);
+            watch.rest();
+            join(worker, client, upstream).await;
+            return false;
+        }
+        Err(failed) => failed,
+    };
+    let pool = request.routed.route.pool(request.routed.to.side);
+    let why = failure.words(pool, worker.settings().first_byte_timeout_ms);
+    let close = request.close || !request.body.has_ended();
+    let lines = if failure.kind() == FailureKind::Local { &[] } else { &*pool.mark };
+    let how = Saying { lines, is_head: request.asked.is_head, close, protocol: request.protocol };
+    worker.say(&mut client.stream, &problem(status, &why), how).await;
+    if close && !client.ended {
+        client.linger(worker, watch).await;
+    }
+    !close
+}
+
+/// Tries servers until one answers, or until nothing is left to try: then returns the failure and the status of its answer.
+async fn tried<S>(
+    worker: &Rc<Worker>,
+    watch: &Deadline,
+    client: &mut Client<S>,
+    request: &mut FastRequest,
+) -> Result<AfterAnswer, (FastFailure, u16)>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let route = request.routed.route.clone();
+    let (mut servers, mut is_repeat) = (Vec::new(), false);
+    loop {
+        let side = request.routed.to.side;
+        let pool = route.pool(side);
+        let Some(in_flight) = pool.choose(request.routed.began, &servers) else {
+            let none = ConnectFailure::Unknown("no server is left to try".into());
+            return Err((FastFailure::NoConnection(none), 502));
+        };
+        let failure = match attempt(worker, watch, client, request, pool, &in_flight, is_repeat).await {
+            Ok(after) => return Ok(after),
+            Err(failure) => failure,
+        };
+        let facts = TriedRequest {
+            side,
+            is_idempotent: request.is_idempotent,
+            is_whole: request.whole,
+            is_repeat,
+            has_other: pool.has_choice() && servers.len() + 1 < pool.servers.len(),
+            is_copy: request.is_copy,
+        };
+        let consequence = policy::after(failure.kind(), &facts);
+        if consequence.blames_server {
+            in_flight.ended(true, worker.router.now());
+        }
+        if consequence.blames_version {
+            count(worker, request, 502, true);
+        }
+        match consequence.next {
+            NextTry::OtherServer => servers.push(in_flight.server.id),
+            NextTry::NewConnection => is_repeat = true,
+            NextTry::Stable if route.stable.is_plain() => {
+                request.routed.to.side = Side::Stable;
+                servers.clear();
+            }
+            NextTry::Stable => return Err((failure, 502)),
+            NextTry::Answer(status) => {
+                let status = if let FastFailure::Client(bad) = &failure { bad.status } else { status };
+                return Err((failure, status));
+            }
+        }
+    }
+}
+
+/// Joins both sides of a connection that is HTTP no more.
+async fn join<S: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, client: &mut Client<S>, mut upstream: TcpStream) {
+    let ahead = std::mem::take(&mut client.ahead);
+    let idle_ms = worker.settings().tunnel_idle_ms;
+    let idle = (idle_ms > 0).then(|| Duration::from_millis(idle_ms));
+    if upstream.write_all(&ahead).await.is_ok() {
+        let end = tunnel::join(&mut client.stream, &mut upstream, idle).await;
+        debug!(?end, "an upgraded connection ended");
+    }
+}

@@ -1,0 +1,426 @@
+//! The slow path: requests of HTTP/2 clients, and those whose server speaks HTTP/2.
+//!
+//! Heads are canonical as on the fast path, failures mean what `policy` says, bodies stream both ways. `send` has the connections
+//! to servers, `upload` the request's body, `bridge` the HTTP/1.x clients; those of HTTP/2 are in `super::http2`.
+
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, HOST, TE};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, response};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Frame};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+use crate::domain::side::Side;
+
+use super::answer::{OwnAnswer, assignment, mark, problem};
+use super::body::{BadMessage, refuse};
+use super::dispose::Routed;
+use super::policy::{self, FailureKind, NextTry, TriedRequest};
+use super::request::{CanonicalRequest, Gateway};
+use super::table::{Route, SideChoice};
+use super::upstream::{InFlightGuard, Pool, Server};
+use super::wire::{Asked, ResponseHead};
+use super::worker::Worker;
+
+pub mod bridge;
+pub mod send;
+pub mod upload;
+
+use send::{SendFailure, UpstreamBody};
+use upload::{Upload, UploadState};
+
+/// What tells a client what comes before its answer.
+pub type Hints = mpsc::UnboundedSender<Response<()>>;
+
+/// The head that servers get, made from a canonical request.
+#[derive(Clone)]
+pub struct Head {
+    method: Method,
+    path_and_query: PathAndQuery,
+    headers: HeaderMap,
+    takes_trailers: bool,
+    is_idempotent: bool,
+    /// How the answer is read.
+    pub asked: Asked,
+    /// Calls of gRPC say in their trailers whether they failed.
+    pub is_grpc: bool,
+}
+
+impl Head {
+    /// Returns the head that a service's servers get on behalf of the client at `peer`.
+    pub fn of(asked: &CanonicalRequest, route: &Route, peer: &str) -> Result<Self, BadMessage> {
+        const BAD: BadMessage = BadMessage { status: 400, why: "this is no HTTP request" };
+        let gateway = Gateway { peer, service: route.service.as_str(), configured: &route.reads };
+        let mut headers = HeaderMap::with_capacity(asked.fields.len() + 8);
+        headers.insert(HOST, HeaderValue::from_str(asked.host(&gateway)).map_err(|_| BAD)?);
+        let mut is_sound = true;
+        asked.fields_for(&gateway, |name, parts| {
+            let value = match parts {
+                [value] => HeaderValue::from_bytes(value),
+                parts => HeaderValue::from_bytes(&parts.concat()),
+            };
+            match (HeaderName::from_bytes(name.as_bytes()), value) {
+                (Ok(name), Ok(value)) => drop(headers.append(name, value)),
+                _ => is_sound = false,
+            }
+        });
+        if let Some(length) = asked.length() {
+            headers.insert(CONTENT_LENGTH, length.into());
+        }
+        if !is_sound {
+            return refuse(BAD.status, BAD.why);
+        }
+        let kind = headers.get(http::header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+        Ok(Self {
+            method: Method::from_bytes(asked.method.as_bytes()).map_err(|_| BAD)?,
+            path_and_query: PathAndQuery::try_from(&*asked.path_and_query).map_err(|_| BAD)?,
+            takes_trailers: asked.takes_trailers,
+            is_idempotent: asked.is_idempotent(),
+            asked: Asked { is_head: asked.method == "HEAD", wants_websocket: asked.wants_websocket },
+            is_grpc: kind.is_some_and(|kind| kind.starts_with(b"application/grpc")),
+            headers,
+        })
+    }
+
+    /// Returns the request for a server.
+    fn request<B>(&self, server: &Server, body: B, hints: Option<&Hints>) -> Result<Request<B>, http::Error> {
+        let mut request = Request::new(body);
+        *request.uri_mut() = Uri::builder().path_and_query(self.path_and_query.clone()).build()?;
+        *request.method_mut() = self.method.clone();
+        *request.headers_mut() = self.headers.clone();
+        if server.http2 && self.takes_trailers {
+            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+        }
+        if let Some(hints) = hints.cloned() {
+            hyper::ext::on_informational(&mut request, move |hint| {
+                let mut told = Response::new(());
+                *told.status_mut() = hint.status();
+                told.headers_mut().clone_from(hint.headers());
+                // A client that has left needs no hints.
+                let _ = hints.send(told);
+            });
+        }
+        Ok(request)
+    }
+}
+
+/// A request on the slow path.
+pub struct SlowRequest {
+    /// Head that servers get.
+    pub head: Head,
+    /// Where it goes.
+    pub routed: Routed,
+    /// Nobody waits for the answer.
+    pub is_copy: bool,
+}
+
+/// What a request led to.
+pub enum SlowAnswer {
+    /// A server's answer, whose body is still to come.
+    Upstream(Box<Answered>),
+    /// An answer of this node's own.
+    Own(Box<OwnAnswer>),
+}
+
+/// Why an attempt brought no answer, and what the client is told.
+struct SlowFailure {
+    kind: FailureKind,
+    why: String,
+}
+
+/// Carries a request to a server of the side that was chosen.
+pub async fn carry(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints: Option<&Hints>) -> SlowAnswer {
+    let Routed { route, to, began, .. } = &request.routed;
+    let is_mirrored = !request.is_copy && to.side == Side::Stable && worker.router.is_mirrored(route, *began);
+    let mirrored = is_mirrored.then(|| (request.head.clone(), route.clone()));
+    let began = *began;
+    let answer = tried(worker, request, upload, hints).await;
+    if let Some((head, route)) = mirrored
+        && let (Some(body), Some(permit)) = (upload.copy(), worker.router.place())
+    {
+        let to = SideChoice { side: Side::Canary, is_forced: false };
+        mirror(worker, head, Routed { route, to, began, permit }, body);
+    }
+    answer
+}
+
+/// Sends a copy of a request to the canary, whose answer nobody gets.
+fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
+    head.headers.insert("x-aviary-mirrored", HeaderValue::from_static("true"));
+    let worker = worker.clone();
+    tokio::task::spawn_local(async move {
+        let request = SlowRequest { head, routed, is_copy: true };
+        if let SlowAnswer::Upstream(mut answered) = tried(&worker, request, &body, None).await {
+            while let Some(Ok(_)) = answered.next().await {}
+        }
+    });
+}
+
+/// Tries servers until one answers, or until nothing is left to try.
+async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints: Option<&Hints>) -> SlowAnswer {
+    let SlowRequest { head, routed: Routed { route, mut to, began, permit }, is_copy } = request;
+    let total_ms = worker.settings().total_timeout_ms;
+    let end = (total_ms > 0).then(|| Instant::now() + Duration::from_millis(total_ms));
+    let (mut servers, mut is_repeat) = (Vec::new(), false);
+    let counts = |to: SideChoice, status, error| match is_copy {
+        true => worker.router.count_copy(worker.shard, &route, status, began, error),
+        false => worker.router.count(worker.shard, &route, to, status, began, error),
+    };
+    let (failure, status) = loop {
+        let pool = route.pool(to.side);
+        if pool.servers.is_empty() {
+            counts(to, 200, false);
+            return SlowAnswer::Own(Box::new(assignment(&worker.router, &route, to.side)));
+        }
+        let Some(in_flight) = pool.choose(began, &servers) else {
+            break (SlowFailure { kind: FailureKind::Unreachable, why: "no server is left to try".into() }, 502);
+        };
+        let failure = match attempt(worker, &head, &in_flight.server, upload, end, is_repeat, hints).await {
+            Ok(answer) => {
+                let outcome = OutcomeGuard {
+                    worker: worker.clone(),
+                    route: route.clone(),
+                    to,
+                    status: answer.status().as_u16(),
+                    began,
+                    is_counted: false,
+                    is_copy,
+                    in_flight,
+                    _permit: permit,
+                };
+                return SlowAnswer::Upstream(Box::new(Answered::new(answer, outcome, &head, upload, end)));
+            }
+            Err(failure) => failure,
+        };
+        let facts = TriedRequest {
+            side: to.side,
+            is_idempotent: head.is_idempotent,
+            is_whole: upload.is_repeatable(),
+            is_repeat,
+            has_other: pool.has_choice() && servers.len() + 1 < pool.servers.len(),
+            is_copy,
+        };
+        let consequence = policy::after(failure.kind, &facts);
+        if consequence.blames_server {
+            in_flight.ended(true, worker.router.now());
+        }
+        if consequence.blames_version {
+            counts(to, 502, true);
+        }
+        match consequence.next {
+            NextTry::OtherServer => servers.push(in_flight.server.id),
+            NextTry::NewConnection => is_repeat = true,
+            NextTry::Stable => {
+                to.side = Side::Stable;
+                servers.clear();
+            }
+            NextTry::Answer(status) => break (failure, status),
+        }
+    };
+    let pool = route.pool(to.side);
+    let mut answer = problem(status, &told(&failure, pool, worker.settings().first_byte_timeout_ms));
+    if failure.kind != FailureKind::Local {
+        mark(answer.headers_mut(), &route, pool);
+    }
+    SlowAnswer::Own(Box::new(answer))
+}
+
+/// Returns what the client is told of a failure.
+fn told(failure: &SlowFailure, pool: &Pool, limit_ms: u64) -> String {
+    let (version, why) = (&pool.version, &failure.why);
+    match failure.kind {
+        FailureKind::Local => format!("this proxy can open no connection: {why}"),
+        FailureKind::Unreachable => format!("no server of {version} can be reached: {why}"),
+        FailureKind::Late => format!("{version} sent no answer within {limit_ms} ms"),
+        FailureKind::Stale | FailureKind::Unprocessed | FailureKind::Broken => format!("{version} broke off: {why}"),
+        FailureKind::Client | FailureKind::Unsupported => why.clone(),
+    }
+}
+
+/// Tries one server: an error when no answer began.
+async fn attempt(
+    worker: &Rc<Worker>,
+    head: &Head,
+    server: &Arc<Server>,
+    upload: &Upload,
+    end: Option<Instant>,
+    is_repeat: bool,
+    hints: Option<&Hints>,
+) -> Result<Response<UpstreamBody>, SlowFailure> {
+    let failure = |kind, why: &str| SlowFailure { kind, why: why.to_string() };
+    if head.asked.wants_websocket {
+        return Err(failure(FailureKind::Unsupported, "servers of HTTP/2 take no WebSocket from this proxy"));
+    }
+    let request = match head.request(server, upload.lend(), hints) {
+        Ok(request) => request,
+        Err(error) => return Err(failure(FailureKind::Client, &error.to_string())),
+    };
+    let limit = Duration::from_millis(worker.settings().first_byte_timeout_ms);
+    let answered = in_time(limit, upload, end, worker.sender.send(server, request, is_repeat)).await;
+    let state = upload.state().0;
+    match answered {
+        Some(Ok(answer)) => {
+            let fields = fields_of(answer.headers());
+            match ResponseHead::of(answer.status().as_u16(), &fields, head.asked) {
+                Ok(_) => Ok(answer),
+                Err(bad) => Err(failure(FailureKind::Broken, bad.why)),
+            }
+        }
+        Some(Err(_)) if state == UploadState::Cut => Err(failure(FailureKind::Client, "the request's body broke off")),
+        Some(Err(SendFailure { kind, why })) => Err(SlowFailure { kind, why }),
+        None if state == UploadState::Awaited => Err(failure(FailureKind::Client, "the request's body stopped coming")),
+        None => Err(failure(FailureKind::Late, "")),
+    }
+}
+
+/// Returns a map's fields as heads are read.
+pub fn fields_of(headers: &HeaderMap) -> Vec<httparse::Header<'_>> {
+    headers.iter().map(|(name, value)| httparse::Header { name: name.as_str(), value: value.as_bytes() }).collect()
+}
+
+/// Waits for an answer until `limit` after the later of this call and the last that came from the client, and no longer than
+/// `end`; none when that passed.
+async fn in_time<T>(
+    limit: Duration,
+    upload: &Upload,
+    end: Option<Instant>,
+    answer: impl Future<Output = T>,
+) -> Option<T> {
+    let mut answer = pin!(answer);
+    let bounded = |until: Instant| end.map_or(until, |end| end.min(until));
+    let mut until = bounded(Instant::now() + limit);
+    loop {
+        if let Ok(answer) = timeout_at(until, answer.as_mut()).await {
+            return Some(answer);
+        }
+        let later = bounded(upload.state().1 + limit);
+        if later <= until {
+            return None;
+        }
+        until = later;
+    }
+}
+
+/// A server's answer: its head, and the body as it comes.
+pub struct Answered {
+    /// Head of the answer, as the server sent it.
+    pub head: response::Parts,
+    body: UpstreamBody,
+    outcome: OutcomeGuard,
+    is_grpc: bool,
+    upload: Upload,
+    idle: Duration,
+    end: Option<Instant>,
+}
+
+/// That an answer ended before its end; the reason in words.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct CutShort(String);
+
+impl Answered {
+    fn new(
+        answer: Response<UpstreamBody>,
+        mut outcome: OutcomeGuard,
+        asked: &Head,
+        upload: &Upload,
+        end: Option<Instant>,
+    ) -> Self {
+        let (head, body) = answer.into_parts();
+        if policy::is_failure(outcome.status) || (asked.is_grpc && grpc_failed(&head.headers)) {
+            // At once, not at the body's end: the circuit breaker must not wait for it.
+            outcome.count(true);
+        }
+        let idle = Duration::from_millis(outcome.worker.settings().idle_timeout_ms);
+        Self { head, body, outcome, is_grpc: asked.is_grpc, upload: upload.clone(), idle, end }
+    }
+
+    /// Returns true when nothing more comes.
+    pub fn has_ended(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    /// Returns when everything must be over, if there is a limit.
+    pub fn end(&self) -> Option<Instant> {
+        self.end
+    }
+
+    /// Adds the headers that say which version served.
+    pub fn mark(&self, headers: &mut HeaderMap) {
+        mark(headers, &self.outcome.route, self.outcome.route.pool(self.outcome.to.side));
+    }
+
+    /// Returns whole header lines that say which version served.
+    pub fn lines(&self) -> &[u8] {
+        &self.outcome.route.pool(self.outcome.to.side).mark
+    }
+
+    /// Returns the next piece of the body, or the trailers; none at its end, which is counted.
+    pub async fn next(&mut self) -> Option<Result<Frame<Bytes>, CutShort>> {
+        let until = Instant::now() + self.idle;
+        let until = self.end.map_or(until, |end| end.min(until));
+        let is_over = self.end.is_some_and(|end| end <= Instant::now());
+        let cut = match timeout_at(until, self.body.frame()).await {
+            Ok(Some(Ok(_))) if is_over => CutShort("the answer took too long".into()),
+            Ok(Some(Ok(frame))) => {
+                if self.is_grpc && frame.trailers_ref().is_some_and(grpc_failed) {
+                    self.outcome.count(true);
+                }
+                return Some(Ok(frame));
+            }
+            Ok(None) => {
+                self.outcome.count(false);
+                return None;
+            }
+            Ok(Some(Err(error))) => CutShort(error.to_string()),
+            Err(_) => CutShort(format!("the upstream was silent for {} ms", self.idle.as_millis())),
+        };
+        // An upload that the client cuts takes the upstream's stream with it.
+        self.outcome.count(self.upload.state().0 != UploadState::Cut);
+        Some(Err(cut))
+    }
+}
+
+fn grpc_failed(headers: &HeaderMap) -> bool {
+    headers.get("grpc-status").is_some_and(|status| policy::is_grpc_failure(status.as_bytes()))
+}
+
+/// Outcome that is counted when a body ends, fails, or is dropped because its client left.
+struct OutcomeGuard {
+    worker: Rc<Worker>,
+    route: Arc<Route>,
+    to: SideChoice,
+    status: u16,
+    began: crate::domain::time::Mono,
+    is_counted: bool,
+    is_copy: bool,
+    in_flight: InFlightGuard,
+    _permit: super::table::RequestPermit,
+}
+
+impl OutcomeGuard {
+    fn count(&mut self, error: bool) {
+        if std::mem::replace(&mut self.is_counted, true) {
+            return;
+        }
+        let (router, shard) = (&self.worker.router, self.worker.shard);
+        match self.is_copy {
+            true => router.count_copy(shard, &self.route, self.status, self.began, error),
+            false => router.count(shard, &self.route, self.to, self.status, self.began, error),
+        }
+        self.in_flight.ended(error, self.began);
+    }
+}
+
+impl Drop for OutcomeGuard {
+    fn drop(&mut self) {
+        self.count(false);
+    }
+}
