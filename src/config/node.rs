@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
+use schemars::{JsonSchema, Schema, schema_for};
 use serde::Deserialize;
 
 use super::{FileError, in_words, with_nearest_key};
@@ -47,7 +48,7 @@ pub struct NodeConfig {
 }
 
 /// `[kafka]`: brokers, topics and group.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Kafka {
     /// Brokers to begin with, `host:port,host:port`.
@@ -98,7 +99,7 @@ pub struct IdentityFiles {
 }
 
 /// Addresses to listen on, `host:port`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
     /// Data port, for clients' requests.
@@ -110,7 +111,7 @@ pub struct Listen {
 }
 
 /// Where another node is, `host:port`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PeerConfig {
     /// Address of its control port.
@@ -119,7 +120,7 @@ pub struct PeerConfig {
     pub api: String,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct NodeFile {
     node: NodePart,
@@ -142,20 +143,20 @@ struct NodeFile {
     redis: Option<RedisPart>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct RedisPart {
     url: String,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct NodePart {
     id: NodeId,
     data_dir: PathBuf,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct ControlPart {
     #[serde(default)]
@@ -165,14 +166,14 @@ struct ControlPart {
     key: Option<PathBuf>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct LogPart {
     file: Option<PathBuf>,
     level: Option<String>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct TimingsPart {
     heartbeat_ms: Option<u64>,
@@ -183,17 +184,22 @@ struct TimingsPart {
     evidence_age_ms_max: Option<u64>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct HistoryPart {
     records: Option<u64>,
     checkpoint_every: Option<u64>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct ApiPart {
     tokens_file: Option<PathBuf>,
+}
+
+/// Returns the JSON Schema of a node's file.
+pub fn schema() -> Schema {
+    schema_for!(NodeFile)
 }
 
 /// A node's file that can't be used.

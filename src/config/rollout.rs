@@ -25,6 +25,11 @@ pub enum RolloutProblem {
     Whole(#[from] SpecError),
 }
 
+/// Returns the JSON Schema of a rollout file.
+pub fn schema() -> schemars::Schema {
+    schemars::schema_for!(RolloutFile)
+}
+
 /// Returns the rollout that `text` describes; errors begin with `file`.
 pub fn parse(text: &str, file: &str) -> Result<Manifest, RolloutError> {
     parse_text(text).map_err(|problem| RolloutError::new(file, problem))

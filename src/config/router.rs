@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
+use schemars::{JsonSchema, Schema, schema_for};
 use serde::Deserialize;
 
 use super::node::Kafka;
@@ -46,7 +47,7 @@ pub struct RouterConfig {
 }
 
 /// Consumer service of one version.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServicePart {
     /// Name of the version, as the cluster knows it.
@@ -59,7 +60,7 @@ pub struct ServicePart {
 }
 
 /// Source of the weight: the control topic or the cluster.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Follow {
     /// API ports of the nodes, `http://host:port`; the next one is asked when one can't be reached.
@@ -89,7 +90,7 @@ pub enum HooksConfig {
 }
 
 /// Records are posted to the data plane.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Push {
     /// Where to: `http://host:port/path` of a data plane.
@@ -104,6 +105,7 @@ pub struct Push {
     pub in_flight: usize,
     /// Longest wait for an answer; default 10s.
     #[serde(default = "timeout_ms", deserialize_with = "duration", rename = "timeout")]
+    #[schemars(with = "String")]
     pub timeout_ms: u64,
 }
 
@@ -119,7 +121,7 @@ fn timeout_ms() -> u64 {
     10_000
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RouterFile {
     api_version: String,
@@ -128,13 +130,13 @@ struct RouterFile {
     spec: RouterSpecPart,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct RouterMetadata {
     name: ServiceId,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RouterSpecPart {
     kafka: KafkaPart,
@@ -148,8 +150,10 @@ struct RouterSpecPart {
     hooks: Option<HooksPart>,
     lag_max: Option<u64>,
     #[serde(default = "change_ms", deserialize_with = "duration")]
+    #[schemars(with = "String")]
     change_max: u64,
     #[serde(default = "interval_ms", deserialize_with = "duration")]
+    #[schemars(with = "String")]
     interval: u64,
     #[serde(default = "batch_max")]
     batch_max: usize,
@@ -168,7 +172,7 @@ fn batch_max() -> usize {
     20_000
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct KafkaPart {
     bootstrap: String,
@@ -176,7 +180,7 @@ struct KafkaPart {
     properties: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Default, PartialEq, Deserialize)]
+#[derive(Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Assign {
     #[default]
@@ -184,17 +188,23 @@ enum Assign {
     Random,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct HooksPart {
     exec: Option<Vec<String>>,
     http: Option<String>,
     #[serde(default = "hook_ms", deserialize_with = "duration")]
+    #[schemars(with = "String")]
     timeout: u64,
 }
 
 fn hook_ms() -> u64 {
     60_000
+}
+
+/// Returns the JSON Schema of a router's file.
+pub fn schema() -> Schema {
+    schema_for!(RouterFile)
 }
 
 /// A router's file that can't be used.

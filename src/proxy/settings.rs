@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
@@ -10,7 +11,7 @@ use crate::domain::ids::ServiceId;
 use super::network::PeerNetwork;
 
 /// Limits of the data plane.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProxySettings {
     /// Threads that carry requests, each with its own listener, connections and counters; default one for each core.

@@ -12,6 +12,7 @@ mod measure;
 mod openapi;
 mod pages;
 mod proxy;
+mod schema;
 mod services;
 mod source;
 mod stop;
