@@ -138,7 +138,11 @@ impl Autopilot {
         }
         let is_late = late.is_some();
         let change = match health.verdict {
-            _ if !is_coordinator => overdue_step(ctx, service_state, health, progress.since)?,
+            _ if !is_coordinator => {
+                let patience_ms = patience_ms(ctx);
+                let change = overdue_step(ctx, service_state, health, progress.since, patience_ms);
+                change.filter(|_| progress.is_ready(ctx, service_state, patience_ms))?
+            }
             Some(Verdict::Pause(why)) if service_state.service.rollout.phase != Phase::Paused => {
                 Change::Pause { reason: why.clone() }
             }
@@ -146,7 +150,8 @@ impl Autopilot {
                 Some(change) => change,
                 None => {
                     let change = step(ctx, service_state, health, progress.since);
-                    change.filter(|_| progress.is_ready(ctx, service_state))?
+                    let promotes = |change: &Change| matches!(change, Change::Promote { .. });
+                    change.filter(|change| !promotes(change) || progress.is_ready(ctx, service_state, 0))?
                 }
             },
         };
@@ -181,8 +186,10 @@ impl Progress {
 
     /// Returns true once the peers, who hear of the same evidence up to two snapshots later, can say what this node says: asked
     /// before, they would abstain, and a healthy promotion would be recorded as refused first.
-    fn is_ready(&self, ctx: &Context, service_state: &ServiceState) -> bool {
-        let delay_ms = ctx.settings.timings.snapshot_ms.saturating_mul(2);
+    ///
+    /// A node other than the coordinator leaves it `patience_ms` more.
+    fn is_ready(&self, ctx: &Context, service_state: &ServiceState, patience_ms: u64) -> bool {
+        let delay_ms = ctx.settings.timings.snapshot_ms.saturating_mul(2).saturating_add(patience_ms);
         service_state.service.routing.canary_weight() == Weight::ZERO
             || self.ready_since.is_some_and(|since| ctx.now.mono.millis_since(since) >= delay_ms)
     }
@@ -339,16 +346,22 @@ fn step(ctx: &Context, service_state: &ServiceState, health: &Health<'_>, progre
     }
 }
 
+/// Returns how much longer than the coordinator this node waits for a step: each further node by name waits longer.
+fn patience_ms(ctx: &Context) -> u64 {
+    let own = &ctx.settings.node;
+    let before = ctx.ledger.members.0.keys().filter(|node| *node < own && ctx.is_live_voter(node)).count() as u64;
+    before * STEP_PATIENCE_MS
+}
+
 /// Returns the promotion of a healthy rollout that the coordinator should have asked for some time ago.
 fn overdue_step(
     ctx: &Context,
     service_state: &ServiceState,
     health: &Health<'_>,
     progress_since: Mono,
+    patience_ms: u64,
 ) -> Option<Change> {
-    let own = &ctx.settings.node;
-    let before = ctx.ledger.members.0.keys().filter(|node| *node < own && ctx.is_live_voter(node)).count() as u64;
-    let since = health.stage_since.after_ms(before * STEP_PATIENCE_MS);
+    let since = health.stage_since.after_ms(patience_ms);
     let change = step(
         ctx,
         service_state,
