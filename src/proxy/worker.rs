@@ -50,10 +50,11 @@ struct Pulse {
     waker: Cell<Option<Waker>>,
 }
 
-/// An upstream's connection, and until when it is kept.
+/// An upstream's connection, until when it is kept, and when it is too old for another request.
 struct Kept {
     stream: TcpStream,
     until_ms: u64,
+    life_ends_ms: u64,
 }
 
 impl Worker {
@@ -187,28 +188,39 @@ impl Worker {
         }
     }
 
-    /// Returns a server's connection that served before, and that the server has not closed.
-    pub fn kept(&self, server: usize) -> Option<TcpStream> {
+    /// Returns a server's connection that served before, and that the server has not closed, with the time at which it is too
+    /// old for another request.
+    pub fn kept(&self, server: usize) -> Option<(TcpStream, u64)> {
         let mut all = self.kept.borrow_mut();
         let kept = all.get_mut(server)?;
-        while let Some(Kept { stream, .. }) = kept.pop() {
+        let now_ms = self.clock.now_ms();
+        while let Some(Kept { stream, life_ends_ms, .. }) = kept.pop() {
+            if now_ms >= life_ends_ms {
+                continue;
+            }
             // Costs no system call unless something came, and nothing should have.
             match stream.try_read(&mut [0; 1]) {
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Some(stream),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Some((stream, life_ends_ms)),
                 _ => {}
             }
         }
         None
     }
 
-    /// Keeps a connection for the next request.
-    pub fn keep(&self, server: usize, stream: TcpStream) {
+    /// Returns when a connection that is made now is too old for another request: its server's name may mean another address
+    /// by then.
+    pub fn life_ends_ms(&self) -> u64 {
+        self.clock.now_ms().saturating_add(self.settings().upstream_life_ms)
+    }
+
+    /// Keeps a connection for the next request, until `life_ends_ms` at the latest.
+    pub fn keep(&self, server: usize, stream: TcpStream, life_ends_ms: u64) {
         let mut all = self.kept.borrow_mut();
         if all.len() <= server {
             all.resize_with(server + 1, Vec::new);
         }
         let until_ms = self.clock.now_ms() + self.settings().upstream_keep_alive_ms;
-        all[server].push(Kept { stream, until_ms });
+        all[server].push(Kept { stream, until_ms, life_ends_ms });
     }
 
     /// Returns the time of day, as a Date field has it.

@@ -59,10 +59,10 @@ where
 {
     let server = &in_flight.server;
     let kept = if is_repeat { None } else { worker.kept(server.id) };
-    let (upstream, reused) = match kept {
-        Some(upstream) => (upstream, true),
+    let (upstream, life_ends_ms, reused) = match kept {
+        Some((upstream, life_ends_ms)) => (upstream, life_ends_ms, true),
         None => match server.connect(worker.settings().connect_timeout()).await {
-            Ok(upstream) => (upstream, false),
+            Ok(upstream) => (upstream, worker.life_ends_ms(), false),
             Err(failure) => return Err(FastFailure::NoConnection(failure)),
         },
     };
@@ -74,6 +74,7 @@ where
         pool,
         in_flight,
         upstream,
+        life_ends_ms,
         reused,
         sent: 0,
         deaf: false,
@@ -108,6 +109,8 @@ struct Exchange<'x, S> {
     pool: &'x Pool,
     in_flight: &'x InFlightGuard,
     upstream: TcpStream,
+    /// When the upstream's connection is too old for another request.
+    life_ends_ms: u64,
     /// It served another request before.
     reused: bool,
     /// Bytes of `request.out` that the upstream took.
@@ -399,7 +402,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             return AfterAnswer::Switched(self.upstream);
         }
         if sent && self.stays_open {
-            self.worker.keep(self.in_flight.server.id, self.upstream);
+            self.worker.keep(self.in_flight.server.id, self.upstream, self.life_ends_ms);
         }
         if !sent {
             self.client.linger(self.worker, self.watch).await;

@@ -98,28 +98,31 @@ impl Body for UpstreamBody {
 struct KeptSenders<B> {
     all: RefCell<Vec<Vec<KeptSender<B>>>>,
     keep_alive: Duration,
+    life: Duration,
 }
 
-/// An idle connection, and until when it is kept.
+/// An idle connection, until when it is kept, and when it is too old for another request.
 struct KeptSender<B> {
     sender: http1::SendRequest<B>,
     until: Instant,
+    life_ends: Instant,
 }
 
 impl<B> KeptSenders<B> {
-    fn take(&self, server: usize) -> Option<http1::SendRequest<B>> {
+    fn take(&self, server: usize) -> Option<(http1::SendRequest<B>, Instant)> {
         let mut all = self.all.borrow_mut();
         let (kept, now) = (all.get_mut(server)?, Instant::now());
         kept.retain(|kept| kept.until > now && !kept.sender.is_closed());
-        kept.pop().map(|kept| kept.sender)
+        kept.pop().map(|kept| (kept.sender, kept.life_ends))
     }
 
-    fn keep(&self, server: usize, sender: http1::SendRequest<B>) {
+    fn keep(&self, server: usize, sender: http1::SendRequest<B>, life_ends: Instant) {
         let mut all = self.all.borrow_mut();
         if all.len() <= server {
             all.resize_with(server + 1, Vec::new);
         }
-        all[server].push(KeptSender { sender, until: Instant::now() + self.keep_alive });
+        let until = life_ends.min(Instant::now() + self.keep_alive);
+        all[server].push(KeptSender { sender, until, life_ends });
     }
 }
 
@@ -130,8 +133,9 @@ where
     /// Returns a sender without connections.
     pub fn new(settings: &ProxySettings) -> Self {
         let keep_alive = Duration::from_millis(settings.upstream_keep_alive_ms);
+        let life = Duration::from_millis(settings.upstream_life_ms);
         Self {
-            http1: Rc::new(KeptSenders { all: RefCell::default(), keep_alive }),
+            http1: Rc::new(KeptSenders { all: RefCell::default(), keep_alive, life }),
             http2: Http2Pool::new(PoolLimits::of(settings)),
             connect_timeout: settings.connect_timeout(),
         }
@@ -165,9 +169,9 @@ where
     ) -> Result<Response<Incoming>, SendFailure> {
         let kept = if is_repeat { None } else { self.http1.take(server.id) };
         let is_kept = kept.is_some();
-        let mut sender = match kept {
-            Some(sender) => sender,
-            None => self.connect(server).await?,
+        let (mut sender, life_ends) = match kept {
+            Some(kept) => kept,
+            None => (self.connect(server).await?, Instant::now() + self.http1.life),
         };
         match sender.try_send_request(request).await {
             Ok(answer) => {
@@ -175,7 +179,7 @@ where
                 tokio::task::spawn_local(async move {
                     // Once the answer was read, the connection takes another request.
                     if sender.ready().await.is_ok() {
-                        kept.keep(server, sender);
+                        kept.keep(server, sender, life_ends);
                     }
                 });
                 Ok(answer)
