@@ -71,10 +71,10 @@ pub const ALL: [SeededBug; 22] = [
     bug::<ACCEPT>("an accepted record is forgotten by a restart", 2, "I10/I12 writes"),
     bug::<WIPED>("a wiped voter votes", 1, "I6 promises"),
     bug::<IGNORED>("what votes tell of accepted records is ignored", 1, "I10/I12 writes"),
-    bug::<MAJORITY>("a promotion goes by majority, not unanimity", 1, "I3 unanimity"),
+    bug::<MAJORITY>("a promotion goes by majority, not unanimity", 2, "I3 unanimity"),
     bug::<SUFFIX>("a log that lost its end is trusted", 3, "I6 promises"),
     bug::<RECEIPT>("the lease is measured from the answer's receipt", 0, BY_SCRIPT),
-    bug::<GRANTED>("a lease is granted whatever was accepted since", 24, "I9 enforcement"),
+    bug::<GRANTED>("a lease is granted whatever was accepted since", 30, "I9 enforcement"),
     bug::<EARLY>("a record is served and told before it is durable", 1, "I10/I12 writes"),
     bug::<IN_DOUBT>("an increase that was decided in doubt is served", 1, "I1 agreement"),
     bug::<STALE>("evidence of an earlier step counts for this one", 0, BY_SCRIPT),
@@ -87,7 +87,7 @@ pub const ALL: [SeededBug; 22] = [
     bug::<HALFWAY>("enforced is told at half the lease", 9, "I9 enforcement"),
     bug::<UNRETIRED>("a checkpoint forgets replaced incarnations", 1, "I2 chain"),
     bug::<UNSETTLED>("a restart forgets the outcomes of transactions", 2, "I2 chain"),
-    bug::<BY_WALL>("the time of day is taken for monotonic time", 1, "I9 enforcement"),
+    bug::<BY_WALL>("the time of day is taken for monotonic time", 3, "liveness"),
     bug::<MOVED>("stable is where the last file says", 1, "I16 stable"),
 ];
 

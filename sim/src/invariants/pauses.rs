@@ -10,6 +10,10 @@ use super::{Invariant, PAUSES, Violation};
 use crate::broken;
 use crate::truth::{ExpectedRollouts, Fact, Truth};
 
+/// The longest write of a simulated disk, in microseconds: the core dates a stage from when it learns of it, and a record is known
+/// to be chosen only once that is durable.
+const WRITE_US: u64 = 60_000;
+
 /// I15: what the cluster does by itself waits for the whole pause of the stage before.
 #[derive(Default)]
 pub struct Pauses {
@@ -34,7 +38,7 @@ impl Pauses {
         let asked_us = (spec.stages[expected.stage].hold_ms + bake_ms) * 1000;
         // The fastest clock is 1 % ahead.
         let (least, lasted) = (asked_us * 100 / 101, now - began);
-        match lasted + 1000 < least {
+        match lasted + WRITE_US < least {
             true => Err(broken!(
                 PAUSES,
                 "slot {}: {id} goes on from stage {} after {lasted} us, asked were {asked_us} us",
