@@ -18,8 +18,8 @@ ROLLOUT = """apiVersion: aviary/v1
 kind: Rollout
 metadata: {{ name: {name} }}
 spec:
-  stable: {{ version: v1 }}
-  canary: {{ version: v2 }}
+  stable: {{ version: v1, answer: node }}
+  canary: {{ version: v2, answer: node }}
   steps: [ {{ setWeight: 20 }}, {{ pause: {{}} }}, {{ setWeight: 100 }} ]
   analysis:
     window: {window}s

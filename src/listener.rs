@@ -209,8 +209,8 @@ impl ConnectionLimiter {
         }
     }
 
-    /// Returns the connections that wait in the system's queue at the end of a listener, as far as there are places: whoever
-    /// was let in there would be cut off with it.
+    /// Returns the connections that wait in the system's queue at the end of a listener, as far as there are places: the
+    /// system would reset them with it.
     pub fn left_over<L: Accept>(&self, listener: &mut L) -> Vec<(L::Stream, SocketAddr, Admitted)> {
         let mut cx = Context::from_waker(Waker::noop());
         let next = || {

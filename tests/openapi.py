@@ -25,14 +25,14 @@ ROLLOUT = {
     "kind": "Rollout",
     "metadata": {"name": "svc", "labels": {"team": "fraud"}},
     "spec": {
-        "stable": {"version": "v1"},
-        "canary": {"version": "v2"},
+        "stable": {"version": "v1", "answer": "node"},
+        "canary": {"version": "v2", "answer": "node"},
         "steps": [{"setWeight": 20}, {"pause": {}}, {"setWeight": 50}, {"pause": {}}, {"setWeight": 100}],
         "bake": {"duration": "10m"},
     },
 }
 # Schemathesis: names that there are, so that it sees more than refusals. A rollout file is more than its shape: one of the right
-# shape may be refused. 422 is the answer to a key of another request, and to telemetry of which nothing counts.
+# shape may be refused; `full` and `skip_wait` exclude each other. 422 is the answer to a key of another request, and to telemetry of which nothing counts.
 SETTINGS = """
 [parameters]
 "path.name" = "svc"
@@ -43,6 +43,10 @@ expected-statuses = ["2xx", "404", "409", "422"]
 
 [[operations]]
 include-name = "POST /v1/rollouts"
+checks.positive_data_acceptance.expected-statuses = ["2xx", "400", "404", "409", "422"]
+
+[[operations]]
+include-name = "POST /v1/rollouts/{name}/promote"
 checks.positive_data_acceptance.expected-statuses = ["2xx", "400", "404", "409", "422"]
 """
 failed = []
@@ -248,13 +252,13 @@ def main():
     try:
         rollout(cluster)
         # A stream doesn't end. What only an administrator may is below.
-        operator = ["--exclude-path", "/v1/events", "--exclude-path-regex", "^/v1/cluster/[a-z]+$"]
+        operator = ["--exclude-path", "/v1/events", "--exclude-path-regex", "^/v1/cluster/[a-z-]+$"]
         seconds = max(options.seconds // 3, 1)
         schemathesis(cluster, "about a rollout", "operator", operator, seconds, options.seed, SETTINGS)
         names = SETTINGS.replace('"svc"', '"no-such-service"')
         schemathesis(cluster, "about none", "operator", operator, seconds, options.seed, names)
         # A member that was made up would be added, and end the majority: only requests that must be refused.
-        admin = ["--include-path-regex", "^/v1/cluster/(add|remove|cordon|uncordon|readmit)$", "--mode", "negative"]
+        admin = ["--include-path-regex", "^/v1/cluster/(add|remove|cordon|uncordon|readmit|set-default)$", "--mode", "negative"]
         schemathesis(cluster, "as an administrator", "admin", admin, seconds, options.seed)
         lines = [line for node in NODES for line in open(os.path.join(folder, node + ".console"))]
         check("no node panicked", not any("panicked" in line for line in lines), lines[-5:])

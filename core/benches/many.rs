@@ -125,6 +125,7 @@ impl Three {
                 fresh_incarnation: Incarnation(9),
                 retention: Retention::default(),
                 peers: BTreeSet::new(),
+                speaks: aviary_core::protocol::feature::PROTOCOL,
             };
             let ledger = Ledger::new(&genesis).expect("genesis begins a ledger");
             let (core, outputs) = Core::start(settings, Some(acceptor), ledger, &[], BTreeMap::new(), three.now());

@@ -118,8 +118,8 @@ pub async fn get(api: &Api, args: &GetArgs, format: Format) -> anyhow::Result<Ex
             }
         },
         None if format == Format::Yaml => {
-            let view: Value = serde_json::from_str(&answer.body)?;
-            output::put(&output::yaml_text(&view["manifest"])?).map(|()| Exit::Done)
+            let RolloutView { manifest, .. } = answer.read()?;
+            output::put(&output::yaml_text(&manifest)?).map(|()| Exit::Done)
         }
         None => print(&answer, format, rollout),
     }

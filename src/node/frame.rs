@@ -620,7 +620,8 @@ mod tests {
         let error = codec.decode(&mut bytes).unwrap_err();
         assert!(matches!(error, FrameError::Kind { found: 0, .. }), "{error}");
         let error = FrameCodec::default().decode(&mut framed(&heartbeat(1))).unwrap_err();
-        assert_eq!(error.to_string(), "frame kind 4, expected 0 (HELLO)");
+        let expected = format!("protocol version {}, expected {HELLO_VERSION}", VERSIONS.max);
+        assert_eq!(error.to_string(), expected, "only HELLO may come first");
     }
 
     #[test]

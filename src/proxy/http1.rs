@@ -57,6 +57,10 @@ enum OwnSource {
     Assignment(Routed),
 }
 
+/// How long a client that connected, but asked for nothing yet, may take for its request once the proxy is stopping: it was
+/// accepted, so that it won't go to another node by itself.
+const FIRST_AT_STOP_MS: u64 = 500;
+
 /// Serves a connection until it ends, or until it turns out to be HTTP/2: then returns what was read.
 pub async fn serve<S>(worker: &Rc<Worker>, stream: &mut S, peer: SocketAddr, place: &Admitted) -> Option<Vec<u8>>
 where
@@ -148,7 +152,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                     let begun = !self.ahead.is_empty();
                     watch.set_if_resting(if begun { worker.settings().header_timeout_ms } else { idle_ms });
                     if worker.is_stopping() && self.ahead.is_empty() {
-                        return Poll::Ready(NextMessage::Close);
+                        if !is_first {
+                            return Poll::Ready(NextMessage::Close);
+                        }
+                        watch.set(FIRST_AT_STOP_MS);
                     }
                     return Poll::Pending;
                 }

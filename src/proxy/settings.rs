@@ -51,7 +51,8 @@ pub struct ProxySettings {
     /// How long open requests and upgraded connections may take to end once the node stopped listening; default 10000.
     pub grace_ms: u64,
     /// Let another process listen on the data port at the same time, if it does so too; default false. The process that
-    /// replaces this one can begin before this one stops.
+    /// replaces this one can begin before this one stops. A process that doesn't ask for it finds a port taken; one that does
+    /// is let in by a process with several workers, too, whose listeners share the port already.
     pub share_port: bool,
     /// How long an `h2c://` server's connection may be silent before it gets an HTTP/2 PING; default 20000, 0 sends none. A
     /// gRPC server may end a connection at the fourth PING in a row without data (`too_many_pings`): within four times this,

@@ -337,7 +337,7 @@ async fn every_error_is_a_problem_with_a_code() {
         ("POST", "/v1/cluster/explode", "{\"node\":\"c\"}", 404, "NOT_FOUND"),
         ("POST", "/v1/rollouts/svc/abort?consistency=x", "{}", 400, "INVALID_ARGUMENT"),
         ("GET", "/routing/state?consistency=x", "", 400, "INVALID_ARGUMENT"),
-        ("GET", "/readyz", "", 503, "UNAVAILABLE"),
+        ("GET", "/readyz?quorum", "", 503, "UNAVAILABLE"),
         ("PUT", "/v1/rollouts/svc/abort", "", 405, "METHOD_NOT_ALLOWED"),
     ];
     let mut wrong = Vec::new();

@@ -109,7 +109,8 @@ async fn answers_of_a_node_have_the_shapes_that_the_document_gives_them() {
         ("GET", "/routing/state?consistency=x", "", "/routing/state", 400),
         ("GET", "/health/snapshot?service=svc", "", "/health/snapshot", 200),
         ("GET", "/livez", "", "/livez", 200),
-        ("GET", "/readyz", "", "/readyz", 503),
+        ("GET", "/readyz", "", "/readyz", 200),
+        ("GET", "/readyz?quorum", "", "/readyz", 503),
     ] {
         let (status, text, found) = http(a.port, method, path, "", body).await;
         let operation = &document["paths"][described][method.to_lowercase()];
@@ -319,6 +320,7 @@ const PAIRS: &[Pair] = &[
             ("metadata", "its two members are fields of their own"),
             ("health", "its members are fields of their own"),
             ("spec", "a brief of the manifest, for people"),
+            ("stable", "what serves as stable; its version is stable_version, and the manifest has servers"),
             ("status", "what is in force is always committed"),
         ],
         only_protobuf: &[

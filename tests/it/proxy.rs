@@ -992,7 +992,8 @@ async fn a_request_under_way_outlives_the_stop() {
     // The request has reached the server, which takes 400 ms for its answer.
     tokio::time::sleep(Duration::from_millis(100)).await;
     drop(world);
-    assert_eq!(timeout(Duration::from_millis(200), idle.read(&mut [0; 1])).await.expect("ended at once").unwrap(), 0);
+    // A client that asked for nothing yet has half a second for that.
+    assert_eq!(timeout(Duration::from_secs(1), idle.read(&mut [0; 1])).await.expect("ended soon").unwrap(), 0);
     let mut answer = String::new();
     timeout(SOON, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("connection: close"), "{answer}");

@@ -114,9 +114,26 @@ async fn another_process_takes_the_port_over_and_no_request_fails() {
 }
 
 #[tokio::test]
+async fn a_client_that_just_connected_still_gets_its_answer() {
+    let mut proxy = Running::start(free_port(), answering(OK).await, &[]).await;
+    let mut stream = TcpStream::connect(proxy.address).await.unwrap();
+    assert!(proxy.get("/predict").await.is_ok(), "later connections are accepted by now");
+    proxy.terminate();
+    // The client's request is on its way when the proxy begins to stop.
+    sleep(150 * MS).await;
+    stream.write_all(b"GET /predict HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.to_lowercase().contains("connection: close"), "{answer}");
+    assert!(proxy.ended().await.success());
+}
+
+#[tokio::test]
 async fn a_port_that_is_not_shared_is_taken() {
     let (server, port) = (answering(OK).await, free_port());
-    let _first = Running::start(port, server, &[]).await;
+    // Of several workers each has a listener of its own at the port, so that the system would let in who asks to share it.
+    let _first = Running::start(port, server, &["--workers", "1"]).await;
     for flags in [&["--share-port"][..], &[]] {
         let mut command = aviary();
         let (listen, url) = (format!("127.0.0.1:{port}"), format!("http://{server}"));

@@ -259,7 +259,8 @@ fn circles_are_found() {
 }
 
 /// Files that look into JSON by the names of its keys, each with why: none of them is a node's answer.
-const KEYS_OF_ITS_OWN: [(&str, &str); 3] = [
+const KEYS_OF_ITS_OWN: [(&str, &str); 4] = [
+    ("cli/show.rs", "the path that a user gives to `get --field`"),
     ("cli/plan.rs", "its own estimate, which it has just made"),
     ("cli/judge.rs", "makes its own answer"),
     ("cli/router/status.rs", "rows of its own plan"),

@@ -110,7 +110,8 @@ fn summaries(answers: &BTreeMap<VersionId, AnswerCounts>) -> BTreeMap<String, Ve
 
 impl From<RolloutView> for Rollout {
     fn from(view: RolloutView) -> Self {
-        let RolloutView { name, metadata, routing: shown, health, manifest, .. } = view;
+        let RolloutView { name, metadata, routing: shown, health, manifest, was_served, .. } = view;
+        let (rollout_generation, waits_for_operator) = (shown.rollout_generation, shown.waits_for_operator);
         let routing = &shown.routing;
         let effective = routing.canary_model_id.as_ref().and_then(|canary| shown.effective_weights.get(canary));
         let sequential = health.sequential.map(|found| SequentialEvidence {
@@ -150,6 +151,9 @@ impl From<RolloutView> for Rollout {
             cluster_answers: summaries(&health.cluster),
             sequential,
             manifest: manifest.to_string(),
+            rollout_generation,
+            waits_for_operator,
+            was_served,
         }
     }
 }

@@ -85,7 +85,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whoever_is_not_trusted_can_claim_nothing(text in ".{0,60}", own in any::<[u8; 4]>()) {
+        fn a_peer_that_is_not_trusted_can_claim_nothing(text in ".{0,60}", own in any::<[u8; 4]>()) {
             let own = IpAddr::from(own);
             prop_assume!(!inner(own));
             // What a client claims itself, and what the one trusted proxy says of that client.

@@ -86,7 +86,7 @@ fn a_backup_made_under_load_becomes_another_cluster_that_serves() {
     let output = backup(&cluster, 2, &file, &[]);
     done.store(true, Ordering::Relaxed);
     let changed = changes.join().unwrap();
-    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(output.status.success(), "{} {}", text(&output.stderr), text(&output.stdout));
     let made: Value = serde_json::from_slice(&output.stdout).unwrap();
     println!("{changed} changes; {made}");
     assert_eq!((&made["node"], &made["services"]), (&json!("c"), &json!(2)));

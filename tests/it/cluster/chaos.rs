@@ -380,7 +380,7 @@ fn machines_with_blackholed_routes_leave_one_log_and_every_answer_true() {
     (0..3).for_each(alive);
     let addresses = [0, 1, 2].map(|i| format!("{}:50051", spaces.address(i)).parse().unwrap());
     let ports = ApiPorts { addresses, bearer: format!("Bearer {token}") };
-    let text = rollout("x", "y", MANUAL).replace(", url: \"x\"", "").replace(", url: \"y\"", "");
+    let text = rollout("x", "y", MANUAL).replace("url: \"x\"", "answer: node").replace("url: \"y\"", "answer: node");
     wait("a rollout", Duration::from_secs(5), || {
         ports.send(0, "POST", "/v1/rollouts", "first", &text).ok().filter(|answer| answer.status == 200)
     });

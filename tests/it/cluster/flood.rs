@@ -108,7 +108,7 @@ fn neither_port_starves_the_other() {
     let cluster = Cluster::start();
     // Without servers the node answers by itself: as fast as it can.
     let text = rollout("x", "y", MANUAL);
-    cluster.apply(0, &text.replace(", url: \"x\"", "").replace(", url: \"y\"", ""));
+    cluster.apply(0, &text.replace("url: \"x\"", "answer: node").replace("url: \"y\"", "answer: node"));
     cluster.agreed(&[0, 1, 2], Duration::from_millis(500));
     let (data, api) = (cluster.nodes[0].data, cluster.nodes[0].api);
     let flood = Flood::start(data, "POST", "/predict");
