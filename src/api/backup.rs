@@ -90,6 +90,8 @@ struct Capture {
     writer: Writer,
     /// Pieces that come before the log.
     first: Vec<Vec<u8>>,
+    /// The log's first records, which were read together with the checkpoint.
+    records: Vec<Chosen>,
     /// Where the log goes on.
     next: Slot,
     /// Its last slot in this backup.
@@ -104,28 +106,50 @@ impl Capture {
             None => None,
             Some(file) => Some(spawn_blocking(move || read_certificates(file)).await??),
         };
-        let log = node.log.clone();
-        let (checkpoint, first) = spawn_blocking(move || {
-            let checkpoint = log.checkpoint()?;
-            let first = log.read(Slot(0), 1)?.first().map(|chosen| chosen.record.slot);
-            Ok::<_, StoreError>((checkpoint, first))
-        })
-        .await??;
+        let (checkpoint, mut records, next) = Self::checkpoint_and_log(node).await?;
         let view = view_from(node, checkpoint.as_ref().map_or(Slot(0), |checkpoint| checkpoint.slot)).await?;
+        // What a short log holds is all of it, and is not read again: it may begin later by then.
+        let is_whole = records.len() < RECORDS_MAX;
+        let last = records.last().filter(|last| is_whole && last.record.slot >= next);
+        let (slot, hash) = match last {
+            Some(last) => (last.record.slot, last.record.hash()),
+            None => (view.head, view.head_hash),
+        };
+        records.retain(|chosen| chosen.record.slot <= slot);
         let header = Header {
             cluster: view.cluster,
             node: view.node.clone(),
             build: env!("CARGO_PKG_VERSION").into(),
             at_ms: node.published.clock().now().wall,
-            slot: view.head,
-            hash: Header::hash_of(&view.head_hash),
+            slot,
+            hash: Header::hash_of(&hash),
         };
         let mut writer = Writer::new(version_for(&view.uses));
         let mut pieces = vec![writer.begin(&header), writer.config(&source.config)];
         pieces.extend(authority.map(|pem| writer.authority(&pem)));
         pieces.extend(checkpoint.as_ref().map(|checkpoint| writer.checkpoint(checkpoint)));
-        let next = first_slot(checkpoint.as_ref(), first)?;
-        Ok(Self { node: node.clone(), writer, first: pieces, next, head: view.head })
+        Ok(Self { node: node.clone(), writer, first: pieces, records, next, head: slot })
+    }
+
+    /// Reads a checkpoint, and the log's first records with all that was decided before the call, as far as they are few; and
+    /// says which slot they begin with. The log may lose its beginning between the two reads: then both are read again.
+    async fn checkpoint_and_log(node: &NodeHandle) -> Result<(Option<Checkpoint>, Vec<Chosen>, Slot), CaptureError> {
+        let decided = node.published.view().head;
+        let mut last = Err(CaptureError::Gap { expected: decided, found: None });
+        for _ in 0..APPEND_TRIES {
+            let log = node.log.clone();
+            let read = move || Ok::<_, StoreError>((log.checkpoint()?, log.read(Slot(0), RECORDS_MAX)?));
+            let (checkpoint, records) = spawn_blocking(read).await??;
+            let slot = |chosen: Option<&Chosen>| chosen.map(|chosen| chosen.record.slot);
+            let told = slot(records.last()).max(checkpoint.as_ref().map(|checkpoint| checkpoint.slot));
+            let is_short = records.len() < RECORDS_MAX && told < Some(decided);
+            last = first_slot(checkpoint.as_ref(), slot(records.first())).map(|next| (checkpoint, records, next));
+            if last.is_ok() && !is_short {
+                return last;
+            }
+            tokio::time::sleep(APPEND_PAUSE).await;
+        }
+        last
     }
 
     /// Sends all pieces; returns how many records were among them.
@@ -134,6 +158,12 @@ impl Capture {
             send(to, piece).await?;
         }
         let mut records = 0;
+        let first = std::mem::take(&mut self.records);
+        if let Some(last) = first.last() {
+            self.next = last.record.slot.next();
+            records += first.len() as u64;
+            send(to, self.writer.log(&first)).await?;
+        }
         while self.next <= self.head {
             let batch = self.next_records().await?;
             records += batch.len() as u64;

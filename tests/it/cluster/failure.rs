@@ -129,7 +129,11 @@ fn a_coordinator_killed_while_it_starts_or_lowers_or_changes_members_leaves_one_
         assert_eq!(answer["status"], "COMMITTED", "{point}: nobody's permission is needed");
         let config = ("/v1/cluster/cordon", r#"{"node":"c"}"#);
         let answer = kill_coordinator(&mut cluster, point, "Cordon", config, |cluster| {
-            let _ = cluster.post(1, "/v1/cluster/uncordon", None, r#"{"node":"c"}"#);
+            wait("a node that is not cordoned", Duration::from_secs(10), || {
+                let answer = cluster.post(1, "/v1/cluster/uncordon", None, r#"{"node":"c"}"#);
+                let is_there = String::from_utf8_lossy(&answer.body).contains("is not cordoned");
+                (answer.status == 200 || is_there).then_some(())
+            });
         });
         assert_eq!(answer["status"], "COMMITTED", "{point}");
     }
