@@ -136,10 +136,11 @@ stage_it() {
 stage_upgrade() {
   local release
   without=()
-  if ! release=$(tool release); then
-    skip "the last release can't be built: its commit is not in git's history (tests/releases.txt), or its packages can't be had"
+  if ! git cat-file -e "$(grep -v '^[# ]' tests/releases.txt | tail -1 | cut -d' ' -f2)^{commit}" 2>/dev/null; then
+    skip "the last release's commit is not in git's history (tests/releases.txt); a full clone has it" optional
     return
   fi
+  if ! release=$(tool release); then skip "the last release can't be built"; return; fi
   AVIARY_BEFORE=$release/aviary run_it 'test(/^cluster::rolling::/)' cluster::rolling:: 1 ignored
 }
 
