@@ -92,7 +92,8 @@ fn not_played(spec: &RolloutSpec) -> Vec<&str> {
     spec.analysis.queries.iter().map(|query| query.name.as_str()).collect()
 }
 
-/// Plays all steps, each from where a healthy canary leaves the one before; `says` is told of each.
+/// Plays all steps. Each begins with what a healthy canary carried over from the step before. Calls `says` with a step's index
+/// before it is played.
 fn steps(spec: &RolloutSpec, profile: Profile, runs: u64, says: impl Fn(usize)) -> Vec<Value> {
     let policy = || spec.analysis.sequential(spec.planned_ms());
     let fresh = || Carried { run: AnalysisRun::new(spec.analysis.clone(), policy(), 1_000, 0), second: 0 };

@@ -19,7 +19,7 @@ use aviary::protocol::message::Membership;
 use aviary::protocol::record::{Chosen, Hash, Initiator, Intent, Operation, Record, Slot};
 use aviary::protocol::{Announcement, Event, MemberView, OperatorRequest, Outcome, ServiceView, Serving, View};
 use aviary::schema::v1::rollout_service_client::RolloutServiceClient;
-use aviary::schema::v1::{GetRolloutRequest, ListRolloutsRequest};
+use aviary::schema::v1::{GetRolloutRequest, ListRolloutsRequest, PauseRolloutRequest};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -516,6 +516,16 @@ async fn a_write_for_everywhere_waits_for_live_nodes_and_names_the_others() {
     assert!(begun.elapsed() < Duration::from_secs(1), "nobody is waited for: {:?}", begun.elapsed());
     let (_, _, json) = http(a.port, "POST", "/v1/rollouts/svc/pause", "", "{}").await;
     assert!(json.get("reach").is_none(), "told only where it is asked for: {json}");
+
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://127.0.0.1:{}", a.port)).unwrap();
+    let mut client = RolloutServiceClient::new(endpoint.connect().await.unwrap());
+    let mut pause = async |everywhere| {
+        let asked = PauseRolloutRequest { service: "svc".into(), everywhere, ..Default::default() };
+        client.pause_rollout(asked).await.unwrap().into_inner().result.unwrap().reach
+    };
+    let reach = pause(true).await.unwrap();
+    assert_eq!((reach.served_by, reach.away), (vec!["a".to_string(), "b".into()], vec!["d".to_string()]));
+    assert_eq!(pause(false).await, None, "told only where it is asked for");
 }
 
 #[tokio::test]

@@ -367,9 +367,10 @@ const PAIRS: &[Pair] = &[
         schema: "Changed",
         message: "ChangeResult",
         renamed: &[("txid", "transaction_id"), ("state", "routing_version")],
-        only_json: &[("reach", "consistency=everywhere is asked for over HTTP")],
+        only_json: &[],
         only_protobuf: &[],
     },
+    Pair { schema: "Reach", message: "Reach", renamed: &[], only_json: &[], only_protobuf: &[] },
     Pair { schema: "TelemetryEvent", message: "TelemetryEvent", renamed: &[], only_json: &[], only_protobuf: &[] },
     Pair {
         schema: "BatchReceipt",

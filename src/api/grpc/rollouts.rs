@@ -12,7 +12,7 @@ use super::super::show::{self, ListQuery};
 use super::super::state::ApiState;
 use crate::code::Code;
 use crate::decisions::timestamp;
-use crate::domain::ids::{IdError, ServiceId, VersionId};
+use crate::domain::ids::{IdError, NodeId, ServiceId, VersionId};
 use crate::domain::rollout::Phase;
 use crate::domain::weights::Weight;
 use crate::model::rollout::AnswerCounts;
@@ -25,8 +25,8 @@ use crate::status;
 /// Changes rollouts, and shows them.
 pub struct Rollouts(pub ApiState);
 
-/// Returns who asks for a write, under which key.
-fn caller<T>(request: &Request<T>, idempotency_key: &str) -> Result<Caller, Status> {
+/// Returns who asks for a write, under which key, and whether the answer waits for all live nodes.
+fn caller<T>(request: &Request<T>, idempotency_key: &str, everywhere: bool) -> Result<Caller, Status> {
     let mut headers = HeaderMap::new();
     if !idempotency_key.is_empty() {
         let key = idempotency_key.parse().map_err(|_| Status::invalid_argument("idempotency_key is not text"))?;
@@ -39,7 +39,8 @@ fn caller<T>(request: &Request<T>, idempotency_key: &str) -> Result<Caller, Stat
         headers.insert(header::AUTHORIZATION, token);
     }
     let actor = request.extensions().get::<Actor>().cloned();
-    Ok(Caller { actor, headers, consistency: WriteConsistency::Node })
+    let consistency = if everywhere { WriteConsistency::Everywhere } else { WriteConsistency::Node };
+    Ok(Caller { actor, headers, consistency })
 }
 
 impl From<Problem> for Status {
@@ -61,6 +62,14 @@ impl From<Problem> for Status {
     }
 }
 
+impl From<model::Reach> for Reach {
+    fn from(reach: model::Reach) -> Self {
+        let names = |nodes: Vec<NodeId>| nodes.into_iter().map(String::from).collect();
+        let missing = reach.missing.into_iter().map(|(node, why)| (node.into(), why)).collect();
+        Self { served_by: names(reach.served_by), away: names(reach.away), missing }
+    }
+}
+
 impl From<Changed> for ChangeResult {
     fn from(changed: Changed) -> Self {
         Self {
@@ -75,6 +84,7 @@ impl From<Changed> for ChangeResult {
             slot: changed.slot.map(|slot| slot.0),
             reason: changed.reason,
             rolled_back: changed.rolled_back,
+            reach: changed.reach.map(Reach::from),
         }
     }
 }
@@ -186,7 +196,7 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<ApplyRolloutRequest>,
     ) -> Result<Response<ApplyRolloutResponse>, Status> {
-        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let body = Bytes::from(request.into_inner().rollout);
         let result = service::apply(&self.0, &caller, &body).await?.into();
         Ok(Response::new(ApplyRolloutResponse { result: Some(result) }))
@@ -196,7 +206,7 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<PromoteRolloutRequest>,
     ) -> Result<Response<PromoteRolloutResponse>, Status> {
-        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let PromoteRolloutRequest { service, full, skip_wait, .. } = request.into_inner();
         let details = ChangeDetails { full, skip_wait, reason: None };
         let result = self.change(caller, &service, ChangeVerb::Promote, details).await?;
@@ -207,7 +217,7 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<PauseRolloutRequest>,
     ) -> Result<Response<PauseRolloutResponse>, Status> {
-        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let PauseRolloutRequest { service, reason, .. } = request.into_inner();
         let details = ChangeDetails { reason: Some(reason), ..ChangeDetails::default() };
         let result = self.change(caller, &service, ChangeVerb::Pause, details).await?;
@@ -218,7 +228,7 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<ResumeRolloutRequest>,
     ) -> Result<Response<ResumeRolloutResponse>, Status> {
-        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let result =
             self.change(caller, &request.into_inner().service, ChangeVerb::Resume, ChangeDetails::default()).await?;
         Ok(Response::new(ResumeRolloutResponse { result: Some(result) }))
@@ -228,7 +238,7 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<AbortRolloutRequest>,
     ) -> Result<Response<AbortRolloutResponse>, Status> {
-        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let AbortRolloutRequest { service, reason, .. } = request.into_inner();
         let details = ChangeDetails { reason: Some(reason), ..ChangeDetails::default() };
         let result = self.change(caller, &service, ChangeVerb::Abort, details).await?;
@@ -239,7 +249,7 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<RetryRolloutRequest>,
     ) -> Result<Response<RetryRolloutResponse>, Status> {
-        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let result =
             self.change(caller, &request.into_inner().service, ChangeVerb::Retry, ChangeDetails::default()).await?;
         Ok(Response::new(RetryRolloutResponse { result: Some(result) }))
@@ -249,7 +259,7 @@ impl RolloutService for Rollouts {
         &self,
         request: Request<UndoRolloutRequest>,
     ) -> Result<Response<UndoRolloutResponse>, Status> {
-        let caller = caller(&request, &request.get_ref().idempotency_key)?;
+        let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let result =
             self.change(caller, &request.into_inner().service, ChangeVerb::Undo, ChangeDetails::default()).await?;
         Ok(Response::new(UndoRolloutResponse { result: Some(result) }))

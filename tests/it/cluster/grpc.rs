@@ -187,8 +187,11 @@ fn rollouts_are_changed_once_for_each_key_and_refusals_are_statuses() {
     runtime.block_on(async {
         // By a node that doesn't coordinate.
         let mut client = RolloutServiceClient::new(channel(&cluster, 2).await);
-        let apply =
-            |key: &str, rollout: &str| ApplyRolloutRequest { rollout: rollout.into(), idempotency_key: key.into() };
+        let apply = |key: &str, rollout: &str| ApplyRolloutRequest {
+            rollout: rollout.into(),
+            idempotency_key: key.into(),
+            ..Default::default()
+        };
         let wrong = client.apply_rollout(apply("k0", &file.replace("steps:", "stebs:"))).await.unwrap_err();
         assert!(wrong.code() == Code::InvalidArgument && wrong.message().contains("did you mean `steps`"), "{wrong:?}");
         let first = client.apply_rollout(apply("k1", &file)).await.unwrap().into_inner().result.unwrap();
@@ -204,7 +207,12 @@ fn rollouts_are_changed_once_for_each_key_and_refusals_are_statuses() {
         let promote = PromoteRolloutRequest { service: service(), ..Default::default() };
         let refused = client.promote_rollout(promote).await.unwrap_err();
         assert!(refused.code() == Code::Aborted && refused.message().contains("of 20 canary samples"), "{refused:?}");
-        let pause = PauseRolloutRequest { service: service(), idempotency_key: "k2".into(), reason: "lunch".into() };
+        let pause = PauseRolloutRequest {
+            service: service(),
+            idempotency_key: "k2".into(),
+            reason: "lunch".into(),
+            ..Default::default()
+        };
         client.pause_rollout(pause).await.unwrap();
         let get = || GetRolloutRequest { service: service(), current: true };
         let shown = client.get_rollout(get()).await.unwrap().into_inner().rollout.unwrap();
