@@ -27,6 +27,9 @@ pub fn is_local(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| LOCAL.iter().any(|known| known.raw_os_error() == code))
 }
 
+/// What a client is told whose request may go to the canary no more.
+pub const WITHDRAWN: &str = "the canary lost its share of the traffic meanwhile";
+
 /// Why no connection to a server was made: nothing was sent.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ConnectFailure {
@@ -84,6 +87,9 @@ pub enum StreamFailure {
     /// The answer's head has more bytes than the limit, in KiB. Only this request failed.
     #[error("its answer's head is larger than {0} KiB")]
     HeadTooLarge(usize),
+    /// The request may not go to this server any more: nothing was sent.
+    #[error("{WITHDRAWN}")]
+    Withdrawn,
     /// The client's part broke off: the request's body could not be read.
     #[error("the request's body broke off: {0}")]
     Body(String),

@@ -24,6 +24,7 @@ use super::dispose::Disposition;
 use super::request::{CanonicalRequest, HEAD_BYTES_MAX, Protocol, Received};
 use super::slow::upload::{BodySource, Upload};
 use super::slow::{self, Answered, Head, SlowAnswer, SlowRequest, fields_of};
+use super::stay::during;
 use super::table::ClientAddress;
 use super::wire::{Asked, ResponseHead};
 use super::worker::Worker;
@@ -157,8 +158,11 @@ async fn answer(worker: Rc<Worker>, request: Request<RecvStream>, mut respond: S
                 // The client has left, and nobody is to blame.
                 None => return,
                 Some(SlowAnswer::Own(own)) => *own,
-                Some(SlowAnswer::Upstream(answered)) => {
-                    return pass_on(&worker, *answered, respond, asked).await;
+                Some(SlowAnswer::Upstream(mut answered)) => {
+                    let stay = answered.stay.take();
+                    // A stream that is dropped before its end is reset, so that it doesn't look whole.
+                    during(&worker, stay.as_ref(), pass_on(&worker, *answered, respond, asked)).await;
+                    return;
                 }
             }
         }

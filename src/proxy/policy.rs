@@ -12,6 +12,10 @@ pub enum FailureKind {
     Local,
     /// No connection could be made: nothing was sent.
     Unreachable,
+    /// The canary lost its share before the request was sent.
+    Withdrawn,
+    /// The canary lost its share while the request waited for its answer, and its grace is over.
+    Overstayed,
     /// A connection that had served before ended before anything came back.
     Stale,
     /// The server said that it did not process the request (RFC 9113, 8.7).
@@ -50,7 +54,7 @@ pub enum NextTry {
     OtherServer,
     /// The same version is tried again, on a connection that served nothing before.
     NewConnection,
-    /// Stable is tried: a canary that can't be reached costs users nothing.
+    /// Stable is tried: a canary that can't be reached, or may serve no more, costs users nothing.
     Stable,
     /// The client gets an answer with this status.
     Answer(u16),
@@ -75,6 +79,9 @@ pub fn after(kind: FailureKind, attempt: &TriedRequest) -> Consequence {
         FailureKind::Local => consequence(NextTry::Answer(503), false, false),
         FailureKind::Client => consequence(NextTry::Answer(408), false, false),
         FailureKind::Unsupported => consequence(NextTry::Answer(501), false, false),
+        FailureKind::Withdrawn if !is_copy => consequence(NextTry::Stable, false, false),
+        FailureKind::Overstayed if is_idempotent && is_whole && !is_copy => consequence(NextTry::Stable, false, false),
+        FailureKind::Withdrawn | FailureKind::Overstayed => consequence(NextTry::Answer(503), false, false),
         FailureKind::Unreachable if has_other => consequence(NextTry::OtherServer, true, false),
         FailureKind::Unreachable if side == Side::Canary && !is_copy => consequence(NextTry::Stable, true, true),
         FailureKind::Unreachable => consequence(NextTry::Answer(502), true, true),
@@ -130,6 +137,14 @@ mod tests {
             (Local, other, NextTry::Answer(503), false, false),
             (Client, PLAIN, NextTry::Answer(408), false, false),
             (Unsupported, PLAIN, NextTry::Answer(501), false, false),
+            (Withdrawn, PLAIN, NextTry::Stable, false, false),
+            (Withdrawn, post, NextTry::Stable, false, false),
+            (Withdrawn, other, NextTry::Stable, false, false),
+            (Withdrawn, copy, NextTry::Answer(503), false, false),
+            (Overstayed, PLAIN, NextTry::Stable, false, false),
+            (Overstayed, post, NextTry::Answer(503), false, false),
+            (Overstayed, cut, NextTry::Answer(503), false, false),
+            (Overstayed, copy, NextTry::Answer(503), false, false),
             (Unreachable, PLAIN, NextTry::Stable, true, true),
             (Unreachable, post, NextTry::Stable, true, true),
             (Unreachable, cut, NextTry::Stable, true, true),

@@ -40,6 +40,9 @@ pub struct ProxySettings {
     pub resolve_ms: u64,
     /// Longest silence of an upgraded connection, such as a WebSocket, in both directions; default 3600000, 0: without end.
     pub tunnel_idle_ms: u64,
+    /// How long a request, or an upgraded connection, may stay at a canary that lost all of its share, by a rollback or with the
+    /// lease; default 5000, 0: until the next look, within 250 ms. New requests go to stable at once.
+    pub canary_grace_ms: u64,
     /// Networks of proxies in front of the node; default none. `hashOn: clientAddress` takes the client that they name in
     /// X-Forwarded-For.
     pub trusted: Vec<PeerNetwork>,
@@ -104,6 +107,7 @@ impl Default for ProxySettings {
             upstream_life_ms: 60_000,
             resolve_ms: 30_000,
             tunnel_idle_ms: 3_600_000,
+            canary_grace_ms: 5_000,
             trusted: Vec::new(),
             proxy_protocol: false,
             drain_ms: 0,

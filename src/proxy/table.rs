@@ -60,11 +60,18 @@ pub struct SideChoice {
     pub side: Side,
     /// A client's header chose the side: what comes of it is counted apart, and is no evidence.
     pub is_forced: bool,
+    /// The canary may serve the request while its share in basis points is above this: the ticket that was drawn for it.
+    pub ticket: u16,
 }
 
 impl SideChoice {
     fn to(side: Side) -> Self {
-        Self { side, is_forced: false }
+        Self { side, is_forced: false, ticket: 0 }
+    }
+
+    /// Returns the choice for a copy of a request, which goes to the canary while that serves at all.
+    pub fn of_copy() -> Self {
+        Self::to(Side::Canary)
     }
 }
 
@@ -155,7 +162,7 @@ impl Route {
             Some(key) => sticky_ticket(self.salt, key),
             None => entropy::within(0..Weight::WHOLE),
         };
-        SideChoice::to(if ticket < effective_bp { Side::Canary } else { Side::Stable })
+        SideChoice { ticket, ..SideChoice::to(if ticket < effective_bp { Side::Canary } else { Side::Stable }) }
     }
 }
 
@@ -284,6 +291,22 @@ impl RoutingTable {
         }
     }
 
+    /// Returns the share in basis points at which the version that was a route's canary is served at this moment, whatever view
+    /// the route is of: all of it once the version is stable.
+    pub fn canary_share(&self, route: &Route) -> u16 {
+        let (table, Some(canary)) = (self.table(), &route.canary) else { return Weight::FULL.bp() };
+        let Some(route) = table.routes.get(&route.service) else { return 0 };
+        let serving = &route.serving;
+        if serving.stable.version == canary.version {
+            return Weight::FULL.bp();
+        }
+        let is_canary = serving.canary.as_ref().is_some_and(|(backend, _)| backend.version == canary.version);
+        match is_canary && !route.counters.circuit_breaker.is_tripped() {
+            true => self.node.published.effective_bp_at(serving, self.now()),
+            false => 0,
+        }
+    }
+
     /// Returns the client for whom a trusted proxy sent a request; none where the peer is the client.
     fn client_of(&self, fields: HeaderFields, peer: IpAddr) -> Option<IpAddr> {
         let trusted = &self.settings.trusted;
@@ -307,7 +330,7 @@ impl RoutingTable {
         };
         let is_trusted = networks.iter().any(|network| network.contains(peer));
         let is_drawn = is_trusted && field(fields, "x-aviary-source").is_some();
-        (networks.is_empty() || is_trusted).then_some(SideChoice { side, is_forced: !is_drawn })
+        (networks.is_empty() || is_trusted).then_some(SideChoice { side, is_forced: !is_drawn, ticket: 0 })
     }
 
     /// Returns true when the canary gets a copy of a request that stable serves.

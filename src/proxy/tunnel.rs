@@ -18,6 +18,8 @@ pub enum TunnelEnd {
     Broken,
     /// Nothing came from either side for as long as is allowed.
     Idle,
+    /// It was the canary's, which lost its share.
+    Withdrawn,
 }
 
 /// Joins a client and a server until both have ended their sides, or nothing came from either for `idle`; none: without limit.

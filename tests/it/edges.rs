@@ -3,8 +3,10 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use aviary::domain::ids::VersionId;
 use aviary::domain::weights::Weight;
 use aviary::proxy::settings::ProxySettings;
 use bytes::Bytes;
@@ -484,4 +486,159 @@ fn descriptors_that_the_proxy_lacks_are_no_failure_of_the_canary() {
         answer.starts_with("HTTP/1.1 200").then_some(answer)
     });
     assert_eq!(served_by(&served), "canary");
+}
+
+/// Opens a port that takes one connection, which is returned, and no other until that was accepted.
+fn full_port() -> (std::net::TcpListener, std::net::TcpStream) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    socket.listen(0).unwrap();
+    let listener = std::net::TcpListener::from(socket);
+    let first = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (listener, first)
+}
+
+/// Asks by HTTP/1.1 or HTTP/2, and returns the version that served.
+async fn served_by_way(address: SocketAddr, http2: bool) -> String {
+    if http2 {
+        let (sender, connection) = h2::client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap();
+        tokio::spawn(connection);
+        let request = Request::post("http://x/predict").body(()).unwrap();
+        let (answer, _) = sender.ready().await.unwrap().send_request(request, true).unwrap();
+        return timeout(SOON, answer).await.unwrap().unwrap().headers()["x-served-by"].to_str().unwrap().into();
+    }
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(b"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    timeout(SOON, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    served_by(&answer).into()
+}
+
+#[tokio::test]
+async fn who_serves_is_looked_at_again_before_each_attempt() {
+    for http2 in [false, true] {
+        let (stable, second) = (answering(OK).await, answering(OK).await);
+        let (full, _first) = full_port();
+        let full = full.local_addr().unwrap();
+        let share = |bp| {
+            view_of(Some(stable), None, bp, |spec| {
+                spec.canary.urls = vec![format!("http://{full}"), format!("http://{second}")];
+            })
+        };
+        let world = world(share(10_000)).await;
+        let mut asked = Vec::new();
+        // Half of them meet the server that doesn't take the connection, for 500 ms.
+        for _ in 0..2 {
+            asked.push(tokio::spawn(served_by_way(world.address, http2)));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        world.node.published.publish(Arc::new(share(0)));
+        let mut served = Vec::new();
+        for asked in asked {
+            served.push(asked.await.unwrap());
+        }
+        served.sort();
+        assert_eq!(served, ["v1", "v2"], "by HTTP/2: {http2}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_comes_after_the_rollback_carries_no_request() {
+    for http2 in [false, true] {
+        let stable = answering(OK).await;
+        let (full, _first) = full_port();
+        let canary = full.local_addr().unwrap();
+        let settings = ProxySettings { connect_timeout_ms: 5_000, ..settings() };
+        let world = world_with(view(Some(stable), Some(canary), 10_000), settings).await;
+        let asked = tokio::spawn(served_by_way(world.address, http2));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        world.node.published.publish(Arc::new(view(Some(stable), Some(canary), 0)));
+        // The system repeats the attempt after a second, and then there is room.
+        let received = std::thread::spawn(move || {
+            full.accept().unwrap();
+            let (mut second, _) = full.accept().unwrap();
+            second.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            std::io::Read::read(&mut second, &mut [0; 64]).unwrap_or(0)
+        });
+        assert_eq!(asked.await.unwrap(), "v1", "by HTTP/2: {http2}");
+        assert_eq!(received.join().unwrap(), 0, "bytes that the canary got, by HTTP/2: {http2}");
+    }
+}
+
+/// Starts a server that speaks a WebSocket's bytes back, and streams an endless answer to all other requests.
+async fn streaming() -> SocketAddr {
+    upstream(|mut stream| async move {
+        if head(&mut stream).await.to_lowercase().contains("upgrade: websocket") {
+            let head = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+            stream.write_all(head).await.unwrap();
+        } else {
+            stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").await.unwrap();
+        }
+        // More often than any limit on silence.
+        while stream.write_all(b"1\r\nx\r\n").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+}
+
+/// Opens an endless answer at a proxy, and returns how long it lasted.
+async fn lasted(address: SocketAddr, http2: bool, more: &str) -> Duration {
+    let began = std::time::Instant::now();
+    if http2 {
+        let (sender, connection) = h2::client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap();
+        tokio::spawn(connection);
+        let request = Request::get("http://x/").body(()).unwrap();
+        let (answer, _) = sender.ready().await.unwrap().send_request(request, true).unwrap();
+        let mut body = timeout(SOON, answer).await.unwrap().unwrap().into_body();
+        let reading = async {
+            while let Some(data) = body.data().await {
+                let Ok(data) = data else { return };
+                let _ = body.flow_control().release_capacity(data.len());
+            }
+            panic!("an answer that was cut looks whole");
+        };
+        timeout(SOON, reading).await.expect("an end");
+        return began.elapsed();
+    }
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(format!("GET / HTTP/1.1\r\nhost: x\r\n{more}\r\n").as_bytes()).await.unwrap();
+    let mut bytes = Vec::new();
+    let _ = timeout(SOON, stream.read_to_end(&mut bytes)).await.expect("an end");
+    assert!(bytes.len() > 200 && !bytes.ends_with(b"0\r\n\r\n"), "an answer that was cut looks whole");
+    began.elapsed()
+}
+
+const WEBSOCKET: &str = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: x\r\nsec-websocket-version: 13\r\n";
+
+#[tokio::test]
+async fn what_stays_at_the_canary_ends_a_while_after_its_rollback() {
+    let server = streaming().await;
+    let settings = ProxySettings { canary_grace_ms: 700, ..settings() };
+    let world = world_with(view(Some(server), Some(server), 10_000), settings.clone()).await;
+    let ways = [(false, ""), (false, WEBSOCKET), (true, "")];
+    let open = ways.map(|(http2, more)| tokio::spawn(lasted(world.address, http2, more)));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Without its lease for a moment, as when a peer restarts.
+    world.node.published.set_lease(None);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    hold_lease(&world.node);
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    world.node.published.publish(Arc::new(view(Some(server), Some(server), 0)));
+    for (way, open) in ways.iter().zip(open) {
+        let lasted = open.await.unwrap();
+        // 1200 ms until the rollback, 700 ms of grace, and two looks of 250 ms.
+        assert!((1_850..3_000).contains(&lasted.as_millis()), "{way:?}: {lasted:?}");
+    }
+    // What is at stable stays, also where stable was the canary before.
+    let world = world_with(view(Some(server), Some(server), 10_000), settings).await;
+    let open = ways.map(|(http2, more)| tokio::spawn(lasted(world.address, http2, more)));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let completed = view_of(None, Some(server), 0, |spec| {
+        (spec.stable.version, spec.canary.version) = (VersionId::new("v2").unwrap(), VersionId::new("v3").unwrap());
+    });
+    world.node.published.publish(Arc::new(completed));
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(open.iter().all(|open| !open.is_finished()), "what is at the version that became stable stays");
+    open.iter().for_each(tokio::task::JoinHandle::abort);
 }

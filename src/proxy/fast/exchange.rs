@@ -10,8 +10,10 @@ use tokio::net::TcpStream;
 use crate::proxy::body::{BadMessage, BodyFraming, Keep, put_chunk};
 use crate::proxy::client::{Client, poll_read};
 use crate::proxy::deadline::Deadline;
+use crate::proxy::dispose::Routed;
 use crate::proxy::policy;
 use crate::proxy::request::Protocol;
+use crate::proxy::stay::{CanaryStay, during, may_go};
 use crate::proxy::upstream::{InFlightGuard, Pool};
 use crate::proxy::wire::{self, Delivery, ResponseFields, Room};
 use crate::proxy::worker::Worker;
@@ -32,6 +34,8 @@ enum ExchangeEnd {
     Cut,
     /// The client went away, or never read.
     Gone,
+    /// The canary lost its share, and its grace is over.
+    Overstayed,
 }
 
 /// What becomes of the client's connection after a request.
@@ -66,6 +70,13 @@ where
             Err(failure) => return Err(FastFailure::NoConnection(failure)),
         },
     };
+    // To connect may have taken seconds.
+    let Routed { route, to, .. } = &request.routed;
+    if !reused && !may_go(&worker.router, route, *to) {
+        worker.keep(server.id, upstream, life_ends_ms);
+        return Err(FastFailure::Withdrawn);
+    }
+    let stay = CanaryStay::of(&request.routed);
     let mut exchange = Exchange {
         worker,
         watch,
@@ -89,8 +100,8 @@ where
         returned: 0,
     };
     watch.rest();
-    let end = std::future::poll_fn(|cx| exchange.poll(cx)).await;
-    let end = match end {
+    let end = during(worker, stay.as_ref(), std::future::poll_fn(|cx| exchange.poll(cx))).await;
+    let end = match end.unwrap_or_else(|| exchange.overstayed()) {
         Ok(end) => end,
         Err(failure) => {
             worker.give_back(std::mem::take(&mut exchange.back));
@@ -367,6 +378,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
         match self.status {
             0 => Err(FastFailure::Client(CUT)),
             _ => Ok(ExchangeEnd::Gone),
+        }
+    }
+
+    /// Ends what may not stay at the canary.
+    fn overstayed(&mut self) -> Result<ExchangeEnd, FastFailure> {
+        match self.status {
+            0 => Err(FastFailure::Overstayed),
+            _ => Ok(ExchangeEnd::Overstayed),
         }
     }
 

@@ -17,7 +17,8 @@ use super::client::Client;
 use super::deadline::Deadline;
 use super::failure::ConnectFailure;
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
-use super::tunnel;
+use super::stay::{CanaryStay, during, may_go};
+use super::tunnel::{self, TunnelEnd};
 use super::worker::{Saying, Worker};
 
 mod exchange;
@@ -42,7 +43,8 @@ where
         Ok(AfterAnswer::Switched(upstream)) => {
             watch.set_end(None);
             watch.rest();
-            join(worker, client, upstream).await;
+            let stay = CanaryStay::of(&request.routed);
+            join(worker, client, upstream, stay.as_ref()).await;
             return false;
         }
         Err(failed) => failed,
@@ -72,6 +74,13 @@ where
     let route = request.routed.route.clone();
     let (mut servers, mut is_repeat) = (Vec::new(), false);
     loop {
+        if !may_go(&worker.router, &route, request.routed.to) {
+            if request.is_copy || !route.stable.is_plain() {
+                return Err((FastFailure::Withdrawn, 503));
+            }
+            request.routed.to.side = Side::Stable;
+            servers.clear();
+        }
         let side = request.routed.to.side;
         let pool = route.pool(side);
         let Some(in_flight) = pool.choose(request.routed.began, &servers) else {
@@ -114,12 +123,16 @@ where
 }
 
 /// Joins both sides of a connection that is HTTP no more.
-async fn join<S: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, client: &mut Client<S>, mut upstream: TcpStream) {
+async fn join<S>(worker: &Worker, client: &mut Client<S>, mut upstream: TcpStream, stay: Option<&CanaryStay>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let ahead = std::mem::take(&mut client.ahead);
     let idle_ms = worker.settings().tunnel_idle_ms;
     let idle = (idle_ms > 0).then(|| Duration::from_millis(idle_ms));
     if upstream.write_all(&ahead).await.is_ok() {
-        let end = tunnel::join(&mut client.stream, &mut upstream, idle).await;
+        let end = during(worker, stay, tunnel::join(&mut client.stream, &mut upstream, idle)).await;
+        let end = end.unwrap_or(TunnelEnd::Withdrawn);
         debug!(?end, "an upgraded connection ended");
     }
 }

@@ -1,9 +1,8 @@
 //! A request on the fast path, and why it brought no answer.
 
-use crate::domain::side::Side;
 use crate::proxy::body::{BadMessage, BodyFraming};
 use crate::proxy::dispose::Routed;
-use crate::proxy::failure::ConnectFailure;
+use crate::proxy::failure::{ConnectFailure, WITHDRAWN};
 use crate::proxy::policy::FailureKind;
 use crate::proxy::request::Protocol;
 use crate::proxy::table::SideChoice;
@@ -42,7 +41,7 @@ impl FastRequest {
         out.extend_from_slice(&self.out[..head]);
         out.extend_from_slice(b"x-aviary-mirrored: true\r\n");
         out.extend_from_slice(&self.out[head..]);
-        let (route, to) = (self.routed.route.clone(), SideChoice { side: Side::Canary, is_forced: false });
+        let (route, to) = (self.routed.route.clone(), SideChoice::of_copy());
         let routed = Routed { route, to, began: self.routed.began, permit };
         let Self { body, whole, asked, protocol, is_idempotent, .. } = *self;
         Some(Self { out, body, whole, asked, protocol, is_idempotent, close: true, routed, is_copy: true })
@@ -53,6 +52,10 @@ impl FastRequest {
 pub enum FastFailure {
     /// No connection: nothing was sent.
     NoConnection(ConnectFailure),
+    /// The canary lost its share before anything was sent.
+    Withdrawn,
+    /// The canary lost its share while its answer was waited for, longer than the grace.
+    Overstayed,
     /// A kept connection had ended before anything came back.
     Stale,
     /// No first byte in time.
@@ -69,6 +72,8 @@ impl FastFailure {
         match self {
             Self::NoConnection(failure) if failure.is_local() => FailureKind::Local,
             Self::NoConnection(_) => FailureKind::Unreachable,
+            Self::Withdrawn => FailureKind::Withdrawn,
+            Self::Overstayed => FailureKind::Overstayed,
             Self::Stale => FailureKind::Stale,
             Self::Late => FailureKind::Late,
             Self::Broken(_) => FailureKind::Broken,
@@ -84,6 +89,7 @@ impl FastFailure {
                 format!("this proxy can open no connection: {failure}")
             }
             Self::NoConnection(failure) => format!("no server of {version} can be reached: {failure}"),
+            Self::Withdrawn | Self::Overstayed => WITHDRAWN.into(),
             Self::Stale => format!("{version} broke off: it closed a connection that was to be used again"),
             Self::Late => format!("{version} sent no answer within {limit_ms} ms"),
             Self::Broken(why) => format!("{version} broke off: {why}"),

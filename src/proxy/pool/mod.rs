@@ -48,16 +48,21 @@ impl Http2Pool {
     /// Sends a request to a server, and returns the answer once its head is complete.
     ///
     /// The server gets the request's Host as `:authority`, and no `host` beside it. A body of which nothing was read is
-    /// dropped before this returns an error, so that its owner may send it again.
+    /// dropped before this returns an error, so that its owner may send it again. `may_go` is asked once there is a connection:
+    /// when it says no, nothing is sent.
     pub async fn send<B>(
         &self,
         server: &Arc<Server>,
         request: Request<B>,
+        may_go: impl Fn() -> bool,
     ) -> Result<Response<AnswerBody>, StreamFailure>
     where
         B: Body<Data = Bytes, Error: std::fmt::Display> + Send + Unpin + 'static,
     {
         let place = self.connections(server).place().await?;
+        if !may_go() {
+            return Err(StreamFailure::Withdrawn);
+        }
         exchange(place, &server.authority, request).await
     }
 

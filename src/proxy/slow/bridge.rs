@@ -19,6 +19,7 @@ use crate::proxy::client::{Client, poll_read};
 use crate::proxy::deadline::Deadline;
 use crate::proxy::hop::is_hop_by_hop;
 use crate::proxy::request::{Protocol, put_field};
+use crate::proxy::stay::during;
 use crate::proxy::wire::{Asked, Delivery, ResponseFields, ResponseHead};
 use crate::proxy::worker::Worker;
 
@@ -180,7 +181,12 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
         }
     };
     match answer {
-        SlowAnswer::Upstream(answered) => pass_on(worker, &mut writer, *answered, terms, progress).await,
+        SlowAnswer::Upstream(mut answered) => {
+            let stay = answered.stay.take();
+            let passing = pass_on(worker, &mut writer, *answered, terms, progress);
+            // An answer that was cut must not look whole, and what follows it would be taken for its rest.
+            during(worker, stay.as_ref(), passing).await.unwrap_or(false)
+        }
         SlowAnswer::Own(own) => {
             let own = progress.refused.get().map_or(*own, answer::refusal);
             let close = terms.close || !progress.is_whole.get() || worker.is_stopping();

@@ -22,8 +22,10 @@ use crate::domain::side::Side;
 use super::answer::{OwnAnswer, assignment, mark, problem};
 use super::body::{BadMessage, refuse};
 use super::dispose::Routed;
+use super::failure::WITHDRAWN;
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
 use super::request::{CanonicalRequest, Gateway};
+use super::stay::{CanaryStay, during, may_go};
 use super::table::{Route, SideChoice};
 use super::upstream::{InFlightGuard, Pool, Server};
 use super::wire::{Asked, ResponseHead};
@@ -145,7 +147,7 @@ pub async fn carry(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, h
     if let Some((head, route)) = mirrored
         && let (Some(body), Some(permit)) = (upload.copy(), worker.router.place())
     {
-        let to = SideChoice { side: Side::Canary, is_forced: false };
+        let to = SideChoice::of_copy();
         mirror(worker, head, Routed { route, to, began, permit }, body);
     }
     answer
@@ -158,7 +160,9 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
     tokio::task::spawn_local(async move {
         let request = SlowRequest { head, routed, is_copy: true };
         if let SlowAnswer::Upstream(mut answered) = tried(&worker, request, &body, None).await {
-            while let Some(Ok(_)) = answered.next().await {}
+            let stay = answered.stay.take();
+            let reading = async { while let Some(Ok(_)) = answered.next().await {} };
+            during(&worker, stay.as_ref(), reading).await;
         }
     });
 }
@@ -174,6 +178,13 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         false => worker.router.count(worker.shard, &route, to, status, began, error),
     };
     let (failure, status) = loop {
+        if !may_go(&worker.router, &route, to) {
+            if is_copy {
+                break (SlowFailure { kind: FailureKind::Withdrawn, why: WITHDRAWN.into() }, 503);
+            }
+            to.side = Side::Stable;
+            servers.clear();
+        }
         let pool = route.pool(to.side);
         if pool.servers.is_empty() {
             counts(to, 200, false);
@@ -182,7 +193,11 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         let Some(in_flight) = pool.choose(began, &servers) else {
             break (SlowFailure { kind: FailureKind::Unreachable, why: "no server is left to try".into() }, 502);
         };
-        let failure = match attempt(worker, &head, &in_flight.server, upload, end, is_repeat, hints).await {
+        let stay = CanaryStay::at(&route, to);
+        let may_go = || may_go(&worker.router, &route, to);
+        let sending = attempt(worker, &head, &in_flight.server, upload, Terms { end, is_repeat, hints }, may_go);
+        let overstayed = || Err(SlowFailure { kind: FailureKind::Overstayed, why: WITHDRAWN.into() });
+        let failure = match during(worker, stay.as_ref(), sending).await.unwrap_or_else(overstayed) {
             Ok(answer) => {
                 let outcome = OutcomeGuard {
                     worker: worker.clone(),
@@ -195,7 +210,7 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
                     in_flight,
                     _permit: permit,
                 };
-                return SlowAnswer::Upstream(Box::new(Answered::new(answer, outcome, &head, upload, end)));
+                return SlowAnswer::Upstream(Box::new(Answered::new(answer, outcome, &head, upload, end, stay)));
             }
             Err(failure) => failure,
         };
@@ -240,20 +255,30 @@ fn told(failure: &SlowFailure, pool: &Pool, limit_ms: u64) -> String {
         FailureKind::Unreachable => format!("no server of {version} can be reached: {why}"),
         FailureKind::Late => format!("{version} sent no answer within {limit_ms} ms"),
         FailureKind::Stale | FailureKind::Unprocessed | FailureKind::Broken => format!("{version} broke off: {why}"),
-        FailureKind::Client | FailureKind::Unsupported => why.clone(),
+        FailureKind::Client | FailureKind::Unsupported | FailureKind::Withdrawn | FailureKind::Overstayed => why.clone(),
     }
 }
 
-/// Tries one server: an error when no answer began.
+/// What an attempt is bound by.
+struct Terms<'t> {
+    /// When everything must be over, if there is a limit.
+    end: Option<Instant>,
+    /// Only a connection that served nothing before will do.
+    is_repeat: bool,
+    /// What tells the client what comes before its answer.
+    hints: Option<&'t Hints>,
+}
+
+/// Tries one server: an error when no answer began. `may_go` is asked once there is a connection.
 async fn attempt(
     worker: &Rc<Worker>,
     head: &Head,
     server: &Arc<Server>,
     upload: &Upload,
-    end: Option<Instant>,
-    is_repeat: bool,
-    hints: Option<&Hints>,
+    terms: Terms<'_>,
+    may_go: impl Fn() -> bool,
 ) -> Result<Response<UpstreamBody>, SlowFailure> {
+    let Terms { end, is_repeat, hints } = terms;
     let failure = |kind, why: &str| SlowFailure { kind, why: why.to_string() };
     if head.asked.wants_websocket {
         return Err(failure(FailureKind::Unsupported, "servers of HTTP/2 take no WebSocket from this proxy"));
@@ -263,7 +288,7 @@ async fn attempt(
         Err(error) => return Err(failure(FailureKind::Client, &error.to_string())),
     };
     let limit = Duration::from_millis(worker.settings().first_byte_timeout_ms);
-    let answered = in_time(limit, upload, end, worker.sender.send(server, request, is_repeat)).await;
+    let answered = in_time(limit, upload, end, worker.sender.send(server, request, is_repeat, may_go)).await;
     let state = upload.state().0;
     match answered {
         Some(Ok(answer)) => {
@@ -318,6 +343,8 @@ pub struct Answered {
     upload: Upload,
     idle: Duration,
     end: Option<Instant>,
+    /// The answer's stay at the canary, for its receiver to end; none at stable.
+    pub stay: Option<CanaryStay>,
 }
 
 /// That an answer ended before its end; the reason in words.
@@ -332,6 +359,7 @@ impl Answered {
         asked: &Head,
         upload: &Upload,
         end: Option<Instant>,
+        stay: Option<CanaryStay>,
     ) -> Self {
         let (head, body) = answer.into_parts();
         if policy::is_failure(outcome.status) || (asked.is_grpc && grpc_failed(&head.headers)) {
@@ -339,7 +367,7 @@ impl Answered {
             outcome.count(true);
         }
         let idle = Duration::from_millis(outcome.worker.settings().idle_timeout_ms);
-        Self { head, body, outcome, is_grpc: asked.is_grpc, upload: upload.clone(), idle, end }
+        Self { head, body, outcome, is_grpc: asked.is_grpc, upload: upload.clone(), idle, end, stay }
     }
 
     /// Returns true when nothing more comes.

@@ -16,7 +16,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
-use crate::proxy::failure::{ConnectFailure, StreamFailure};
+use crate::proxy::failure::{ConnectFailure, StreamFailure, WITHDRAWN};
 use crate::proxy::policy::FailureKind;
 use crate::proxy::pool::{AnswerBody, Http2Pool, PoolLimits, head_bytes};
 use crate::proxy::request::HEAD_BYTES_MAX;
@@ -47,6 +47,7 @@ impl SendFailure {
             StreamFailure::NotProcessed(_) => FailureKind::Unprocessed,
             StreamFailure::Stale(_) => FailureKind::Stale,
             StreamFailure::Broken(_) | StreamFailure::HeadTooLarge(_) => FailureKind::Broken,
+            StreamFailure::Withdrawn => FailureKind::Withdrawn,
             StreamFailure::Body(_) => FailureKind::Client,
         };
         Self { kind, why: failure.to_string() }
@@ -142,18 +143,19 @@ where
     }
 
     /// Sends a request, whose target is a path and whose Host is the one that is meant, and returns the answer once its head is
-    /// complete. `is_repeat`: only a connection that served nothing before will do.
+    /// complete. `is_repeat`: only a connection that served nothing before will do. `may_go` is asked once there is a connection.
     pub async fn send(
         &self,
         server: &Arc<Server>,
         request: Request<B>,
         is_repeat: bool,
+        may_go: impl Fn() -> bool,
     ) -> Result<Response<UpstreamBody>, SendFailure> {
         if server.http2 {
-            let sent = self.http2.send(server, request).await;
+            let sent = self.http2.send(server, request, may_go).await;
             return sent.map(|answer| answer.map(UpstreamBody::Http2)).map_err(|why| SendFailure::stream(server, &why));
         }
-        let answer = self.send_http1(server, request, is_repeat).await?;
+        let answer = self.send_http1(server, request, is_repeat, may_go).await?;
         if head_bytes(answer.headers()) > HEAD_BYTES_MAX {
             let why = "its answer's head is larger than 32 KiB".to_string();
             return Err(SendFailure { kind: FailureKind::Broken, why });
@@ -166,6 +168,7 @@ where
         server: &Server,
         request: Request<B>,
         is_repeat: bool,
+        may_go: impl Fn() -> bool,
     ) -> Result<Response<Incoming>, SendFailure> {
         let kept = if is_repeat { None } else { self.http1.take(server.id) };
         let is_kept = kept.is_some();
@@ -173,6 +176,10 @@ where
             Some(kept) => kept,
             None => (self.connect(server).await?, Instant::now() + self.http1.life),
         };
+        if !may_go() {
+            self.http1.keep(server.id, sender, life_ends);
+            return Err(SendFailure { kind: FailureKind::Withdrawn, why: WITHDRAWN.into() });
+        }
         match sender.try_send_request(request).await {
             Ok(answer) => {
                 let (kept, server) = (self.http1.clone(), server.id);
