@@ -35,7 +35,8 @@ use tracing::{debug, warn};
 mod tracked;
 
 pub use tracked::KnownCaller;
-use tracked::{OpenRequest, PortConnections, TrackedBody};
+pub use tracked::{PortConnections, Tracked};
+use tracked::{OpenRequest, TrackedBody};
 
 /// Limits of a port's connections.
 #[derive(Debug, Clone, Copy)]
@@ -49,8 +50,10 @@ pub struct PortLimits {
     /// Longest wait for a request's headers.
     pub header_timeout: Duration,
     /// How long a connection without an open request is kept, also one that has asked before; none: as long as the client wants.
-    /// Where it is given, a connection that is needed less makes room for a new one when all places are taken.
+    /// It makes room for a new one in any case when all places are taken.
     pub idle_timeout: Option<Duration>,
+    /// How long an unknown caller's request may last before its connection makes room, too; none: as long as it takes.
+    pub patience: Option<Duration>,
     /// How long open requests may take to end after the shutdown.
     pub grace: Duration,
 }
@@ -153,6 +156,15 @@ impl Drop for Admitted {
     }
 }
 
+/// A connection's place, and what is known of its use.
+#[derive(Clone, Copy)]
+pub struct HeldPlace<'p> {
+    /// The place, which one without a request gives up first.
+    pub place: &'p Admitted,
+    /// Whether a request is open.
+    pub tracked: &'p Arc<Tracked>,
+}
+
 fn lock(half_open: &HalfOpen) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
     half_open.lock().expect("nothing panics while it holds the connections")
 }
@@ -179,16 +191,18 @@ impl ConnectionLimiter {
         &self.limits
     }
 
-    /// Returns the next connection, once there is a place for it; none at the shutdown.
+    /// Returns the next connection, once there is a place for it, which others make; none at the shutdown.
     pub async fn admit<L: Accept>(
         &self,
         listener: &mut L,
+        connections: &PortConnections,
         shutdown: &CancellationToken,
     ) -> Option<(L::Stream, SocketAddr, Admitted)> {
         loop {
+            let place = connections.make_room_for(self.places.clone().acquire_owned());
             let place = tokio::select! {
                 () = shutdown.cancelled() => return None,
-                place = self.places.clone().acquire_owned() => place.expect("the semaphore is never closed"),
+                place = place => place.expect("the semaphore is never closed"),
             };
             let accepted = tokio::select! {
                 () = shutdown.cancelled() => return None,
@@ -285,9 +299,9 @@ where
     let graceful = GracefulShutdown::new();
     let http = limiter.http();
     let connections = PortConnections::new(limits);
-    while let Some((stream, peer, place)) = connections.make_room_for(limiter.admit(&mut listener, &shutdown)).await {
+    while let Some((stream, peer, place)) = limiter.admit(&mut listener, &connections, &shutdown).await {
         let (place, answer, limiter) = (Arc::new(place), answer.clone(), limiter.clone());
-        let (asking, tracked) = (place.clone(), connections.track(place.id));
+        let (asking, tracked) = (place.clone(), connections.track(&place));
         let asked = tracked.clone();
         let service = service_fn(move |request| {
             asking.asked();
@@ -309,7 +323,7 @@ where
                 () = limiter.watch(connection, &place, peer) => {}
                 () = tracked.is_not_needed(limits.idle_timeout) => debug!(port = limits.name, %peer, "idle connection ended"),
             }
-            connections.forget(place.id);
+            connections.forget(&place);
         });
     }
     drop(listener);
@@ -352,6 +366,7 @@ mod tests {
             half_open_max: 3,
             header_timeout: Duration::from_secs(1),
             idle_timeout: None,
+            patience: None,
             grace: Duration::from_secs(1),
         };
         let limiter = ConnectionLimiter::new(limits);

@@ -40,6 +40,7 @@ const LIMITS: listener::PortLimits = listener::PortLimits {
     half_open_max: 128,
     header_timeout: Duration::from_secs(5),
     idle_timeout: Some(Duration::from_secs(75)),
+    patience: Some(Duration::from_secs(5)),
     grace: Duration::from_secs(5),
 };
 

@@ -1,21 +1,22 @@
-//! What each connection of a port is doing, so that those that are needed least can make room. The data plane doesn't do this: its
-//! requests have deadlines of their own.
+//! What each connection of a port is doing, so that those that are needed least can make room.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::PortLimits;
+use super::{Admitted, PortLimits};
 
 /// Between two looks whether a connection may go.
 const LOOK: Duration = Duration::from_millis(100);
+/// One in so many connections makes room at once: to look at all of them for each that comes would cost more than they do.
+const EVICTED_SHARE: usize = 64;
 
 /// Extension of an answer to a caller whose token was known: its connection is the last to make room.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +33,9 @@ pub struct Tracked {
     /// It has asked for something: before that, it is half open, and bounded as such.
     has_asked: AtomicBool,
     end: CancellationToken,
+    /// Of the connection's task, where that looks at `is_evicted` instead of waiting for `end`.
+    waker: OnceLock<Waker>,
+    is_evicted: AtomicBool,
     began: Instant,
 }
 
@@ -44,12 +48,41 @@ impl Tracked {
         self.began.elapsed().saturating_sub(Duration::from_millis(self.last_ms.load(Relaxed)))
     }
 
+    /// Notes that a request begins, at this moment in milliseconds of any clock that all connections of the port go by.
+    pub fn begins(&self, now_ms: u64) {
+        self.open.fetch_add(1, Relaxed);
+        self.has_asked.store(true, Relaxed);
+        self.last_ms.store(now_ms, Relaxed);
+    }
+
+    /// Notes that a request ended, in milliseconds as [`Tracked::begins`] has them.
+    pub fn ends(&self, now_ms: u64) {
+        self.open.fetch_sub(1, Relaxed);
+        self.last_ms.store(now_ms, Relaxed);
+    }
+
+    /// Has this task woken when the connection is to make room.
+    pub fn wakes(&self, waker: Waker) {
+        let _ = self.waker.set(waker);
+    }
+
+    /// Returns true once the connection is to make room.
+    pub fn is_evicted(&self) -> bool {
+        self.is_evicted.load(Relaxed)
+    }
+
+    fn evict(&self) {
+        self.is_evicted.store(true, Relaxed);
+        self.end.cancel();
+        self.waker.get().into_iter().for_each(Waker::wake_by_ref);
+    }
+
     /// Returns how little the connection is needed, least first: idle ones of unknown callers, then those whose requests last longer
     /// than `patience`, then idle ones of known callers. Others stay.
-    fn rank(&self, patience: Duration) -> Option<u8> {
+    fn rank(&self, patience: Option<Duration>) -> Option<u8> {
         match (self.is_known.load(Relaxed), self.open.load(Relaxed) > 0) {
             (false, false) if self.has_asked.load(Relaxed) => Some(0),
-            (false, _) => (self.idle() >= patience).then_some(1),
+            (false, _) => patience.is_some_and(|patience| self.idle() >= patience).then_some(1),
             (true, false) => Some(2),
             (true, true) => None,
         }
@@ -135,55 +168,67 @@ impl PortConnections {
     }
 
     /// Adds a connection.
-    pub fn track(&self, id: u64) -> Arc<Tracked> {
+    pub fn track(&self, place: &Admitted) -> Arc<Tracked> {
         let tracked = Arc::new(Tracked {
             open: AtomicUsize::new(0),
             last_ms: AtomicU64::new(0),
             is_known: AtomicBool::new(false),
             has_asked: AtomicBool::new(false),
             end: CancellationToken::new(),
+            waker: OnceLock::new(),
+            is_evicted: AtomicBool::new(false),
             began: self.began,
         });
         tracked.note();
-        self.lock().insert(id, tracked.clone());
+        self.lock().insert(place.id, tracked.clone());
         tracked
     }
 
     /// Removes a connection that ended.
-    pub fn forget(&self, id: u64) {
-        self.lock().remove(&id);
+    pub fn forget(&self, place: &Admitted) {
+        self.lock().remove(&place.id);
     }
 
-    /// Waits for the next connection, and ends one that is needed less while all places are taken.
-    pub async fn make_room_for<T>(&self, next: impl Future<Output = T>) -> T {
-        let mut next = std::pin::pin!(next);
+    /// Waits for a place, and ends connections that are needed less while there is none.
+    pub async fn make_room_for<T>(&self, place: impl Future<Output = T>) -> T {
+        let mut place = std::pin::pin!(place);
         loop {
-            let is_full = self.limits.idle_timeout.is_some() && self.lock().len() >= self.limits.connections_max;
-            if is_full {
-                self.evict();
+            let taken = std::future::poll_fn(|cx| Poll::Ready(place.as_mut().poll(cx))).await;
+            if let Poll::Ready(place) = taken {
+                return place;
             }
-            // A place that becomes free wakes `next`; a request that has lasted too long doesn't.
-            match tokio::time::timeout(LOOK, next.as_mut()).await {
-                Ok(next) => return next,
+            self.evict();
+            // A place that becomes free wakes this; a request that has lasted too long doesn't.
+            match tokio::time::timeout(LOOK, place.as_mut()).await {
+                Ok(place) => return place,
                 Err(_) => continue,
             }
         }
     }
 
     fn evict(&self) {
-        let patience = self.limits.header_timeout;
         let open = self.lock();
         // One that ends already frees its place without another.
-        if open.values().any(|tracked| tracked.end.is_cancelled()) {
+        if open.values().any(|tracked| tracked.is_evicted()) {
             return;
         }
-        let ranked = open.values().filter_map(|tracked| Some((tracked.rank(patience)?, tracked)));
-        let least = ranked.min_by_key(|(rank, tracked)| (*rank, tracked.last_ms.load(Relaxed)));
-        if let Some((_, tracked)) = least {
-            tracked.end.cancel();
-            metrics::counter!("aviary_connections_refused_total", "port" => self.limits.name, "class" => "evicted")
-                .increment(1);
+        let patience = self.limits.patience;
+        let ranked = open.values().filter_map(|tracked| {
+            let rank = tracked.rank(patience)?;
+            Some(((rank, tracked.last_ms.load(Relaxed)), tracked))
+        });
+        let mut ranked: Vec<_> = ranked.collect();
+        let count = (self.limits.connections_max / EVICTED_SHARE).max(1).min(ranked.len());
+        if count == 0 {
+            return;
         }
+        ranked.select_nth_unstable_by_key(count - 1, |(key, _)| *key);
+        // A known caller's connection goes only for itself.
+        let least = ranked[..count].iter().map(|((rank, _), _)| *rank).min();
+        let evicted: Vec<_> = ranked[..count].iter().filter(|((rank, _), _)| Some(*rank) == least).collect();
+        evicted.iter().for_each(|(_, tracked)| tracked.evict());
+        metrics::counter!("aviary_connections_refused_total", "port" => self.limits.name, "class" => "evicted")
+            .increment(evicted.len() as u64);
     }
 }
 
@@ -222,6 +267,7 @@ mod tests {
             half_open_max: 4,
             header_timeout,
             idle_timeout: Some(idle_timeout),
+            patience: Some(header_timeout),
             grace: Duration::ZERO,
         };
         let answer = |request: http::Request<hyper::body::Incoming>, _| async move {

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 use crate::domain::side::Side;
-use crate::listener::Admitted;
+use crate::listener::{HeldPlace, Tracked};
 
 use super::answer::{OwnAnswer, PageRequest, assignment, refusal};
 use super::body::{BadMessage, Keep};
@@ -62,16 +62,18 @@ enum OwnSource {
 const FIRST_AT_STOP_MS: u64 = 500;
 
 /// Serves a connection until it ends, or until it turns out to be HTTP/2: then returns what was read.
-pub async fn serve<S>(worker: &Rc<Worker>, stream: &mut S, peer: SocketAddr, place: &Admitted) -> Option<Vec<u8>>
+pub async fn serve<S>(worker: &Rc<Worker>, stream: &mut S, peer: SocketAddr, held: HeldPlace<'_>) -> Option<Vec<u8>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let watch = worker.watch().await;
+    let HeldPlace { place, tracked } = held;
+    std::future::poll_fn(|cx| Poll::Ready(tracked.wakes(cx.waker().clone()))).await;
     let mut client = Client::new(stream, peer);
     let mut first = true;
     loop {
         let idle = if first { worker.settings().header_timeout_ms } else { worker.settings().keep_alive_timeout_ms };
-        let next = std::future::poll_fn(|cx| client.poll_next(worker, &watch, first, idle, cx));
+        let next = std::future::poll_fn(|cx| client.poll_next(worker, &watch, first, idle, cx, tracked));
         let next = match first {
             true => place.end.run_until_cancelled(next).await.unwrap_or(NextMessage::Close),
             false => next.await,
@@ -79,6 +81,10 @@ where
         if !matches!(next, NextMessage::Close | NextMessage::Http2) && std::mem::take(&mut first) {
             place.asked();
         }
+        if matches!(next, NextMessage::Http2) {
+            return Some(client.ahead);
+        }
+        tracked.begins(worker.now_ms());
         let stays = match next {
             NextMessage::Fast(request) => {
                 let Routed { route, to, began, .. } = &request.routed;
@@ -89,15 +95,15 @@ where
             }
             NextMessage::Slow(bridged) => bridge::carry(worker, &watch, &mut client, *bridged).await,
             NextMessage::Own(own) => answer(worker, &watch, &mut client, *own).await,
-            NextMessage::Http2 => return Some(client.ahead),
             NextMessage::Refuse(refused) => {
                 let how = Saying { lines: &[], is_head: false, close: true, protocol: Protocol::Http11 };
                 worker.say(&mut client.stream, &refusal(refused), how).await;
                 client.linger(worker, &watch).await;
                 false
             }
-            NextMessage::Close => false,
+            NextMessage::Close | NextMessage::Http2 => false,
         };
+        tracked.ends(worker.now_ms());
         // What was its time is not the next one's.
         watch.set_end(None);
         watch.rest();
@@ -117,6 +123,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         is_first: bool,
         idle_ms: u64,
         cx: &mut Context<'_>,
+        tracked: &Tracked,
     ) -> Poll<NextMessage> {
         let mut tried = 0;
         loop {
@@ -151,6 +158,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                 Poll::Pending => {
                     let begun = !self.ahead.is_empty();
                     watch.set_if_resting(if begun { worker.settings().header_timeout_ms } else { idle_ms });
+                    if !begun && tracked.is_evicted() {
+                        return Poll::Ready(NextMessage::Close);
+                    }
                     if worker.is_stopping() && self.ahead.is_empty() {
                         if !is_first {
                             return Poll::Ready(NextMessage::Close);

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::listener::{Admitted, ConnectionLimiter};
+use crate::listener::{ConnectionLimiter, HeldPlace, Tracked};
 
 use super::answer::{OwnAnswer, PageRequest, for_grpc, refusal};
 use super::dispose::Disposition;
@@ -43,12 +44,13 @@ pub async fn serve<S>(
     ahead: Vec<u8>,
     stream: S,
     peer: SocketAddr,
-    place: Admitted,
+    held: HeldPlace<'_>,
     limiter: &ConnectionLimiter,
     shutdown: &CancellationToken,
 ) where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let HeldPlace { place, tracked } = held;
     let idle = Duration::from_millis(worker.settings().keep_alive_timeout_ms);
     let connection = async {
         let mut connection = builder().handshake(Rewound { ahead: ahead.into(), stream }).await?;
@@ -60,10 +62,17 @@ pub async fn serve<S>(
                         let (request, respond) = accepted?;
                         place.asked();
                         quiet.as_mut().reset(Instant::now() + idle);
-                        tokio::task::spawn_local(answer(worker.clone(), request, respond, peer));
+                        let open = OpenStream::begins(worker, tracked);
+                        let answering = answer(worker.clone(), request, respond, peer);
+                        tokio::task::spawn_local(async move {
+                            answering.await;
+                            drop(open);
+                        });
                     }
                     None => return Ok(()),
                 },
+                // It is idle, and others wait.
+                () = tracked.is_not_needed(None) => return Ok(()),
                 () = shutdown.cancelled(), if !is_ending => {
                     is_ending = true;
                     connection.graceful_shutdown();
@@ -77,7 +86,26 @@ pub async fn serve<S>(
             }
         }
     };
-    limiter.watch(connection, &place, peer).await;
+    limiter.watch(connection, place, peer).await;
+}
+
+/// A stream of a connection, while its request is answered.
+struct OpenStream {
+    worker: Rc<Worker>,
+    connection: Arc<Tracked>,
+}
+
+impl OpenStream {
+    fn begins(worker: &Rc<Worker>, connection: &Arc<Tracked>) -> Self {
+        connection.begins(worker.now_ms());
+        Self { worker: worker.clone(), connection: connection.clone() }
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.connection.ends(self.worker.now_ms());
+    }
 }
 
 fn builder() -> Builder {

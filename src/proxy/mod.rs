@@ -16,7 +16,7 @@ use tokio::runtime::LocalRuntime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::listener::{self, Accept, ConnectionLimiter};
+use crate::listener::{self, Accept, ConnectionLimiter, PortConnections};
 use crate::node::handle::NodeHandle;
 
 mod answer;
@@ -65,15 +65,16 @@ pub async fn serve(
     settings: ProxySettings,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let (router, limiter) = prepare(node, settings, listeners.len());
+    let (router, limiter, connections) = prepare(node, settings, listeners.len());
     let mut threads = Vec::new();
     for (shard, listener) in listeners.into_iter().enumerate() {
         let (router, limiter, shutdown) = (router.clone(), limiter.clone(), shutdown.clone());
+        let connections = connections.clone();
         let work = move || -> anyhow::Result<()> {
             let runtime = LocalRuntime::new()?;
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
-                serve::serve(Worker::new(router, shard), listener, limiter, shutdown).await;
+                serve::serve(Worker::new(router, shard), listener, limiter, connections, shutdown).await;
                 Ok(())
             })
         };
@@ -91,21 +92,24 @@ pub async fn serve(
 
 /// Serves one listener's clients on the runtime that runs this, which must be a local one.
 pub async fn serve_here(listener: impl Accept, node: NodeHandle, settings: ProxySettings, shutdown: CancellationToken) {
-    let (router, limiter) = prepare(node, settings, 1);
-    let worker = serve::serve(Worker::new(router.clone(), 0), listener, limiter, shutdown.clone());
+    let (router, limiter, connections) = prepare(node, settings, 1);
+    let worker = serve::serve(Worker::new(router.clone(), 0), listener, limiter, connections, shutdown.clone());
     tokio::join!(worker, drain(&router, &shutdown));
 }
 
-fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<RoutingTable>, ConnectionLimiter) {
-    let limiter = ConnectionLimiter::new(listener::PortLimits {
+fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<RoutingTable>, ConnectionLimiter, PortConnections) {
+    let limits = listener::PortLimits {
         name: "data",
         connections_max: settings.connections_max,
         half_open_max: HALF_OPEN_MAX.min(settings.connections_max),
         header_timeout: Duration::from_millis(settings.header_timeout_ms),
+        // A connection of each protocol knows by itself when it is idle, and what its requests may take.
         idle_timeout: None,
+        patience: None,
         grace: Duration::from_millis(settings.grace_ms),
-    });
-    (Arc::new(RoutingTable::new(node, settings, shards)), limiter)
+    };
+    let (limiter, connections) = (ConnectionLimiter::new(limits), PortConnections::new(limits));
+    (Arc::new(RoutingTable::new(node, settings, shards)), limiter, connections)
 }
 
 /// Looks up the names of servers that were last looked up too long ago.

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use crate::listener::{Accept, Admitted, ConnectionLimiter};
+use crate::listener::{Accept, ConnectionLimiter, HeldPlace, PortConnections};
 
 use super::source::header::{self, ProxyHeader};
 use super::worker::Worker;
@@ -22,15 +22,21 @@ pub async fn serve<L: Accept>(
     worker: Rc<Worker>,
     mut listener: L,
     limiter: ConnectionLimiter,
+    open: PortConnections,
     shutdown: CancellationToken,
 ) {
     let tending = worker.tend();
     let connections = TaskTracker::new();
     let begin = |(stream, peer, place)| {
-        let (worker, limiter, shutdown) = (worker.clone(), limiter.clone(), shutdown.clone());
-        connections.spawn_local(async move { connection(&worker, stream, peer, place, &limiter, &shutdown).await });
+        let (worker, limiter, open, shutdown) = (worker.clone(), limiter.clone(), open.clone(), shutdown.clone());
+        connections.spawn_local(async move {
+            let tracked = open.track(&place);
+            let held = HeldPlace { place: &place, tracked: &tracked };
+            connection(&worker, stream, peer, held, &limiter, &shutdown).await;
+            open.forget(&place);
+        });
     };
-    while let Some(admitted) = limiter.admit(&mut listener, &shutdown).await {
+    while let Some(admitted) = limiter.admit(&mut listener, &open, &shutdown).await {
         begin(admitted);
     }
     limiter.left_over(&mut listener).into_iter().for_each(begin);
@@ -45,7 +51,7 @@ async fn connection<S>(
     worker: &Rc<Worker>,
     mut stream: S,
     peer: SocketAddr,
-    place: Admitted,
+    held: HeldPlace<'_>,
     limiter: &ConnectionLimiter,
     shutdown: &CancellationToken,
 ) where
@@ -64,8 +70,8 @@ async fn connection<S>(
         }
     }
     let peer = client;
-    if let Some(ahead) = http1::serve(worker, &mut stream, peer, &place).await {
+    if let Some(ahead) = http1::serve(worker, &mut stream, peer, held).await {
         debug!(%peer, "the client speaks HTTP/2");
-        http2::serve(worker, ahead, stream, peer, place, limiter, shutdown).await;
+        http2::serve(worker, ahead, stream, peer, held, limiter, shutdown).await;
     }
 }

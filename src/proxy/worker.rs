@@ -146,6 +146,11 @@ impl Worker {
         self.clock.deadline().await
     }
 
+    /// Returns the time in milliseconds, as of the last sweep.
+    pub fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
+
     /// Returns the limits in force.
     pub fn settings(&self) -> &ProxySettings {
         &self.router.settings
