@@ -35,8 +35,8 @@ use tracing::{debug, warn};
 mod tracked;
 
 pub use tracked::KnownCaller;
-pub use tracked::{PortConnections, Tracked};
 use tracked::{OpenRequest, TrackedBody};
+pub use tracked::{PortConnections, Tracked};
 
 /// Limits of a port's connections.
 #[derive(Debug, Clone, Copy)]

@@ -100,11 +100,24 @@ impl BodyFraming {
                 *left -= taken as u64;
                 Ok(BodyPart { used: taken, kept: taken })
             }
-            Self::Chunked(_) => self.take_chunks(bytes, keep),
+            Self::Chunked(_) => self.take_chunks(bytes, keep, None),
         }
     }
 
-    fn take_chunks(&mut self, bytes: &mut [u8], keep: Keep) -> Result<BodyPart, BadMessage> {
+    /// Takes the next bytes as `take` does, and keeps the data alone; the lines behind a chunked body go to `trailers`.
+    pub fn take_data(&mut self, bytes: &mut [u8], trailers: &mut Vec<u8>) -> Result<BodyPart, BadMessage> {
+        match self {
+            Self::Chunked(_) => self.take_chunks(bytes, Keep::Data, Some(trailers)),
+            _ => self.take(bytes, Keep::Data),
+        }
+    }
+
+    fn take_chunks(
+        &mut self,
+        bytes: &mut [u8],
+        keep: Keep,
+        mut trailers: Option<&mut Vec<u8>>,
+    ) -> Result<BodyPart, BadMessage> {
         let (mut at, mut kept) = (0, 0);
         while at < bytes.len() {
             let Self::Chunked(state) = self else { break };
@@ -122,6 +135,11 @@ impl BodyFraming {
             }
             let byte = bytes[at];
             let next = state.step(byte)?;
+            if let Some(trailers) = trailers.as_deref_mut()
+                && state.is_behind_data()
+            {
+                trailers.push(byte);
+            }
             let dropped = matches!(next, Some(Chunk::Blank(..) | Chunk::Extension(..)));
             if keep == Keep::Framed && !dropped {
                 bytes[kept] = byte;
@@ -138,6 +156,11 @@ impl BodyFraming {
 }
 
 impl Chunk {
+    /// Returns true behind the last chunk, where trailers are.
+    fn is_behind_data(self) -> bool {
+        matches!(self, Self::Line(_) | Self::Name(_) | Self::Value(_) | Self::TrailerEnd(_) | Self::End)
+    }
+
     /// Returns the state after one byte that is not data; none at the body's end.
     fn step(self, byte: u8) -> Result<Option<Self>, BadMessage> {
         const BAD: BadMessage = BadMessage { status: 400, why: "a chunk is not as RFC 9112 has it" };

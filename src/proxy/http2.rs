@@ -63,11 +63,8 @@ pub async fn serve<S>(
                         place.asked();
                         quiet.as_mut().reset(Instant::now() + idle);
                         let open = OpenStream::begins(worker, tracked);
-                        let answering = answer(worker.clone(), request, respond, peer);
-                        tokio::task::spawn_local(async move {
-                            answering.await;
-                            drop(open);
-                        });
+                        // A task copies its future several times, and this one is large.
+                        tokio::task::spawn_local(Box::pin(answer(worker.clone(), request, respond, peer, open)));
                     }
                     None => return Ok(()),
                 },
@@ -170,7 +167,13 @@ enum StreamRequest {
 }
 
 /// Answers a stream.
-async fn answer(worker: Rc<Worker>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>, peer: SocketAddr) {
+async fn answer(
+    worker: Rc<Worker>,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    peer: SocketAddr,
+    _open: OpenStream,
+) {
     let (head, body) = request.into_parts();
     let is_head = head.method == http::Method::HEAD;
     let kind = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
@@ -189,7 +192,7 @@ async fn answer(worker: Rc<Worker>, request: Request<RecvStream>, mut respond: S
                 Some(SlowAnswer::Upstream(mut answered)) => {
                     let stay = answered.stay.take();
                     // A stream that is dropped before its end is reset, so that it doesn't look whole.
-                    during(&worker, stay.as_ref(), pass_on(&worker, *answered, respond, asked)).await;
+                    during(&worker, stay.as_ref(), pin!(pass_on(&worker, *answered, respond, asked))).await;
                     return;
                 }
             }

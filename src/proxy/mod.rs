@@ -97,7 +97,11 @@ pub async fn serve_here(listener: impl Accept, node: NodeHandle, settings: Proxy
     tokio::join!(worker, drain(&router, &shutdown));
 }
 
-fn prepare(node: NodeHandle, settings: ProxySettings, shards: usize) -> (Arc<RoutingTable>, ConnectionLimiter, PortConnections) {
+fn prepare(
+    node: NodeHandle,
+    settings: ProxySettings,
+    shards: usize,
+) -> (Arc<RoutingTable>, ConnectionLimiter, PortConnections) {
     let limits = listener::PortLimits {
         name: "data",
         connections_max: settings.connections_max,

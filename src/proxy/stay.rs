@@ -2,6 +2,7 @@
 //! the answer comes.
 
 use std::cell::Cell;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,7 +58,13 @@ impl CanaryStay {
 }
 
 /// Lets what a request does go on; none when its stay at the canary is over first.
-pub async fn during<T>(worker: &Worker, stay: Option<&CanaryStay>, doing: impl Future<Output = T>) -> Option<T> {
+///
+/// It takes what is done by reference, because each future that holds another by value copies it into itself.
+pub async fn during<T>(
+    worker: &Worker,
+    stay: Option<&CanaryStay>,
+    doing: Pin<&mut impl Future<Output = T>>,
+) -> Option<T> {
     let Some(stay) = stay else { return Some(doing.await) };
     tokio::select! {
         biased;

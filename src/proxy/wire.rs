@@ -144,6 +144,11 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
         Ok(Self { status, reason: "", fields, length: 0, body, stays_open, content_length, named })
     }
 
+    /// Returns every field as it came.
+    pub fn all_fields(&self) -> HeaderFields<'h, 'b> {
+        self.fields
+    }
+
     /// Returns the same head with this reason phrase.
     pub fn with_reason(self, reason: &'b str) -> Self {
         Self { reason, ..self }

@@ -12,10 +12,9 @@ use tokio::task::JoinHandle;
 
 use super::answer::{self, OwnAnswer};
 use super::deadline::{Deadline, DeadlineClock, SWEEP};
+use super::pool::{Http2Pool, PoolLimits};
 use super::request::Protocol;
 use super::settings::ProxySettings;
-use super::slow::send::UpstreamSender;
-use super::slow::upload::Lent;
 use super::table::{RoutingTable, Table};
 use super::wire::ResponseFields;
 
@@ -31,8 +30,8 @@ pub struct Worker {
     pub router: Arc<RoutingTable>,
     /// Index of the worker's own shard of the counters.
     pub shard: usize,
-    /// Connections of the slow path to servers.
-    pub sender: UpstreamSender<Lent>,
+    /// Connections to `h2c://` servers.
+    pub http2: Http2Pool,
     table: RefCell<(u64, Arc<Table>)>,
     kept: RefCell<Vec<Vec<Kept>>>,
     scratch: RefCell<Box<[u8]>>,
@@ -60,11 +59,11 @@ struct Kept {
 impl Worker {
     /// Returns the worker that counts in this shard.
     pub fn new(router: Arc<RoutingTable>, shard: usize) -> Rc<Self> {
-        let sender = UpstreamSender::new(&router.settings);
+        let http2 = Http2Pool::new(PoolLimits::of(&router.settings));
         let table = (router.node.published.number(), router.table());
         Rc::new(Self {
             shard,
-            sender,
+            http2,
             table: RefCell::new(table),
             kept: RefCell::default(),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into()),

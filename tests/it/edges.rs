@@ -609,7 +609,8 @@ async fn lasted(address: SocketAddr, http2: bool, more: &str) -> Duration {
     began.elapsed()
 }
 
-const WEBSOCKET: &str = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: x\r\nsec-websocket-version: 13\r\n";
+const WEBSOCKET: &str =
+    "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: x\r\nsec-websocket-version: 13\r\n";
 
 #[tokio::test]
 async fn what_stays_at_the_canary_ends_a_while_after_its_rollback() {

@@ -1,6 +1,6 @@
 //! A request at one server: its bytes on their way there, and the answer's on their way back.
 
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
@@ -100,7 +100,7 @@ where
         returned: 0,
     };
     watch.rest();
-    let end = during(worker, stay.as_ref(), std::future::poll_fn(|cx| exchange.poll(cx))).await;
+    let end = during(worker, stay.as_ref(), pin!(std::future::poll_fn(|cx| exchange.poll(cx)))).await;
     let end = match end.unwrap_or_else(|| exchange.overstayed()) {
         Ok(end) => end,
         Err(failure) => {

@@ -3,6 +3,7 @@
 //! It waits without a lock, a timer of its own, or an allocation that lasts: buffers belong to the worker, deadlines are looked at
 //! by the worker every few milliseconds. `exchange` is a request at one server; what a failure means, `policy` says.
 
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -131,7 +132,7 @@ where
     let idle_ms = worker.settings().tunnel_idle_ms;
     let idle = (idle_ms > 0).then(|| Duration::from_millis(idle_ms));
     if upstream.write_all(&ahead).await.is_ok() {
-        let end = during(worker, stay, tunnel::join(&mut client.stream, &mut upstream, idle)).await;
+        let end = during(worker, stay, pin!(tunnel::join(&mut client.stream, &mut upstream, idle))).await;
         let end = end.unwrap_or(TunnelEnd::Withdrawn);
         debug!(?end, "an upgraded connection ended");
     }

@@ -185,7 +185,7 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
             let stay = answered.stay.take();
             let passing = pass_on(worker, &mut writer, *answered, terms, progress);
             // An answer that was cut must not look whole, and what follows it would be taken for its rest.
-            during(worker, stay.as_ref(), passing).await.unwrap_or(false)
+            during(worker, stay.as_ref(), pin!(passing)).await.unwrap_or(false)
         }
         SlowAnswer::Own(own) => {
             let own = progress.refused.get().map_or(*own, answer::refusal);

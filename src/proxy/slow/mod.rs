@@ -3,7 +3,7 @@
 //! Heads are canonical as on the fast path, failures mean what `policy` says, bodies stream both ways. `send` has the connections
 //! to servers, `upload` the request's body, `bridge` the HTTP/1.x clients; those of HTTP/2 are in `super::http2`.
 
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +32,7 @@ use super::wire::{Asked, ResponseHead};
 use super::worker::Worker;
 
 pub mod bridge;
+mod http1;
 pub mod send;
 pub mod upload;
 
@@ -91,13 +92,13 @@ impl Head {
         })
     }
 
-    /// Returns the request for a server.
-    fn request<B>(&self, server: &Server, body: B, hints: Option<&Hints>) -> Result<Request<B>, http::Error> {
+    /// Returns the request for a server of HTTP/2.
+    fn request<B>(&self, body: B, hints: Option<&Hints>) -> Result<Request<B>, http::Error> {
         let mut request = Request::new(body);
         *request.uri_mut() = Uri::builder().path_and_query(self.path_and_query.clone()).build()?;
         *request.method_mut() = self.method.clone();
         *request.headers_mut() = self.headers.clone();
-        if server.http2 && self.takes_trailers {
+        if self.takes_trailers {
             request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
         }
         if let Some(hints) = hints.cloned() {
@@ -162,7 +163,7 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
         if let SlowAnswer::Upstream(mut answered) = tried(&worker, request, &body, None).await {
             let stay = answered.stay.take();
             let reading = async { while let Some(Ok(_)) = answered.next().await {} };
-            during(&worker, stay.as_ref(), reading).await;
+            during(&worker, stay.as_ref(), pin!(reading)).await;
         }
     });
 }
@@ -195,9 +196,13 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         };
         let stay = CanaryStay::at(&route, to);
         let may_go = || may_go(&worker.router, &route, to);
-        let sending = attempt(worker, &head, &in_flight.server, upload, Terms { end, is_repeat, hints }, may_go);
+        let sent = {
+            let terms = Terms { end, is_repeat, hints };
+            let sending = pin!(attempt(worker, &head, &in_flight.server, upload, terms, may_go));
+            during(worker, stay.as_ref(), sending).await
+        };
         let overstayed = || Err(SlowFailure { kind: FailureKind::Overstayed, why: WITHDRAWN.into() });
-        let failure = match during(worker, stay.as_ref(), sending).await.unwrap_or_else(overstayed) {
+        let failure = match sent.unwrap_or_else(overstayed) {
             Ok(answer) => {
                 let outcome = OutcomeGuard {
                     worker: worker.clone(),
@@ -255,7 +260,9 @@ fn told(failure: &SlowFailure, pool: &Pool, limit_ms: u64) -> String {
         FailureKind::Unreachable => format!("no server of {version} can be reached: {why}"),
         FailureKind::Late => format!("{version} sent no answer within {limit_ms} ms"),
         FailureKind::Stale | FailureKind::Unprocessed | FailureKind::Broken => format!("{version} broke off: {why}"),
-        FailureKind::Client | FailureKind::Unsupported | FailureKind::Withdrawn | FailureKind::Overstayed => why.clone(),
+        FailureKind::Client | FailureKind::Unsupported | FailureKind::Withdrawn | FailureKind::Overstayed => {
+            why.clone()
+        }
     }
 }
 
@@ -283,12 +290,9 @@ async fn attempt(
     if head.asked.wants_websocket {
         return Err(failure(FailureKind::Unsupported, "servers of HTTP/2 take no WebSocket from this proxy"));
     }
-    let request = match head.request(server, upload.lend(), hints) {
-        Ok(request) => request,
-        Err(error) => return Err(failure(FailureKind::Client, &error.to_string())),
-    };
     let limit = Duration::from_millis(worker.settings().first_byte_timeout_ms);
-    let answered = in_time(limit, upload, end, worker.sender.send(server, request, is_repeat, may_go)).await;
+    let sending = pin!(send::send(worker, server, head, upload.lend(), is_repeat, hints, may_go));
+    let answered = in_time(limit, upload, end, sending).await;
     let state = upload.state().0;
     match answered {
         Some(Ok(answer)) => {
@@ -316,9 +320,8 @@ async fn in_time<T>(
     limit: Duration,
     upload: &Upload,
     end: Option<Instant>,
-    answer: impl Future<Output = T>,
+    mut answer: Pin<&mut impl Future<Output = T>>,
 ) -> Option<T> {
-    let mut answer = pin!(answer);
     let bounded = |until: Instant| end.map_or(until, |end| end.min(until));
     let mut until = bounded(Instant::now() + limit);
     loop {
