@@ -32,6 +32,7 @@ mod schema;
 mod service;
 mod show;
 mod status;
+mod stop;
 mod telemetry;
 mod token;
 mod upgrade;

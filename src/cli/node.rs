@@ -17,6 +17,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
 use super::log_file::LogFile;
+use super::stop::StopSignals;
 use crate::about;
 use crate::adapters::clock::BootClock;
 use crate::adapters::descriptors;
@@ -92,7 +93,7 @@ async fn serve(config: NodeConfig, tokens: Option<TokenFile>, log: Option<LogFil
     let hangup = signal(SignalKind::hangup())?;
     // Ports first: a taken one must not cost a start of the node itself.
     descriptors::raise(config.data.connections_max as u64);
-    let data = listen_many("data", &config.listen.data, config.data.workers(), config.data.share_port).await?;
+    let data = listen_many("data", &config.listen.data, config.data.workers(), false).await?;
     let listener = listen("api", &config.listen.api).await?;
     let metrics = api::metrics::install();
     let shutdown = CancellationToken::new();
@@ -124,22 +125,12 @@ async fn serve(config: NodeConfig, tokens: Option<TokenFile>, log: Option<LogFil
     info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");
 
     let mut node = tokio::task::spawn_blocking(move || thread.join());
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut signals = StopSignals::listen()?;
     let ended = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
+        () = signals.next() => None,
         ended = &mut node => Some(ended),
     };
-    handle.published.leave();
-    if ended.is_none() && config.data.drain_ms > 0 {
-        info!(drain_ms = config.data.drain_ms, "not ready any more, still serving");
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(config.data.drain_ms)) => {}
-            // Asked twice, it does not wait.
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    }
+    signals.drain(&handle.published, if ended.is_none() { config.data.drain_ms } else { 0 }).await;
     info!("stopping");
     shutdown.cancel();
     servers.wait().await;

@@ -1,15 +1,14 @@
 //! `aviary proxy`: the data plane alone, with a fixed canary weight, to try it out and for benchmarks.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Exit;
+use super::stop::StopSignals;
 use crate::adapters::clock::BootClock;
 use crate::adapters::descriptors;
 use crate::adapters::listen::listen_many;
@@ -108,18 +107,9 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let shutdown = CancellationToken::new();
     let ended = tokio::spawn(proxy::serve(listeners, handle.clone(), settings, shutdown.clone()));
     eprintln!("{}: {} to the canary, the rest to stable", args.listen, args.weight);
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    handle.published.leave();
-    tokio::select! {
-        () = tokio::time::sleep(Duration::from_millis(args.drain_ms)) => {}
-        // Asked twice, it does not wait.
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let mut signals = StopSignals::listen()?;
+    signals.next().await;
+    signals.drain(&handle.published, args.drain_ms).await;
     shutdown.cancel();
     ended.await??;
     Ok(Exit::Done)

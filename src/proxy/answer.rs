@@ -7,7 +7,7 @@ use http_body_util::BodyExt;
 use serde_json::json;
 
 use crate::domain::side::Side;
-use crate::status;
+use crate::status::{self, Port};
 
 use super::body::BadMessage;
 use super::request::{self, CanonicalRequest, put_field, put_length};
@@ -95,7 +95,7 @@ impl PageRequest {
 
     /// Returns the page.
     pub async fn answer(&self, router: &RoutingTable) -> OwnAnswer {
-        match status::answer(&router.node, &self.method, &self.uri).await {
+        match status::answer(&router.node, Port::Data, &self.method, &self.uri).await {
             Some(page) => {
                 let (head, body) = page.into_parts();
                 let body = body.collect().await.map(|whole| whole.to_bytes()).unwrap_or_default();

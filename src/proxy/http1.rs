@@ -268,7 +268,7 @@ where
             assignment(&worker.router, &route, to.side)
         }
     };
-    let close = close || worker.is_stopping();
+    let close = close || worker.ends_connections();
     worker.say(&mut client.stream, &answer, Saying { lines: &[], is_head, close, protocol }).await;
     if !body_has_ended {
         client.linger(worker, watch).await;

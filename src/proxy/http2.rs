@@ -60,6 +60,10 @@ pub async fn serve<S>(
                         place.asked();
                         quiet.as_mut().reset(Instant::now() + idle);
                         tokio::task::spawn_local(answer(worker.clone(), request, respond, peer));
+                        if worker.ends_connections() && !is_ending {
+                            is_ending = true;
+                            connection.graceful_shutdown();
+                        }
                     }
                     None => return Ok(()),
                 },

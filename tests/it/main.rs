@@ -10,6 +10,7 @@ mod hop;
 mod judge;
 mod measure;
 mod openapi;
+mod operators;
 mod pages;
 mod proxy;
 mod schema;

@@ -10,6 +10,7 @@ const PAGES: &[&str] = &[
     "SECURITY.md",
     "docs/analysis.md",
     "docs/integrations.md",
+    "docs/operations.md",
     "docs/performance.md",
     "docs/rollouts.md",
     "docs/router.md",

@@ -292,7 +292,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             let rest = &bytes[answered.length..];
             let (protocol, early) = (self.request.protocol, !self.request.body.has_ended());
             let delivery = Delivery::of(answered.body, protocol);
-            self.closes = self.request.close || early || delivery == Delivery::UntilClose || self.worker.is_stopping();
+            self.closes =
+                self.request.close || early || delivery == Delivery::UntilClose || self.worker.ends_connections();
             let date = self.worker.date();
             let close = self.closes && answered.status != 101;
             let marks = ResponseFields { lines: &self.pool.mark, date: date.as_bytes(), close, protocol };

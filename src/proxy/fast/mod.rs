@@ -49,7 +49,7 @@ where
     };
     let pool = request.routed.route.pool(request.routed.to.side);
     let why = failure.words(pool, worker.settings().first_byte_timeout_ms);
-    let close = request.close || !request.body.has_ended();
+    let close = request.close || !request.body.has_ended() || worker.ends_connections();
     let lines = if failure.kind() == FailureKind::Local { &[] } else { &*pool.mark };
     let how = Saying { lines, is_head: request.asked.is_head, close, protocol: request.protocol };
     worker.say(&mut client.stream, &problem(status, &why), how).await;

@@ -183,7 +183,7 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
         SlowAnswer::Upstream(answered) => pass_on(worker, &mut writer, *answered, terms, progress).await,
         SlowAnswer::Own(own) => {
             let own = progress.refused.get().map_or(*own, answer::refusal);
-            let close = terms.close || !progress.is_whole.get() || worker.is_stopping();
+            let close = terms.close || !progress.is_whole.get() || worker.ends_connections();
             let date = worker.date().to_string();
             let marks = ResponseFields { lines: &[], date: date.as_bytes(), close, protocol: terms.protocol };
             let mut out = worker.buffer();
@@ -256,7 +256,7 @@ fn begin(
         other => other,
     };
     let is_early = !progress.is_whole.get();
-    let close = terms.close || is_early || delivery == Delivery::UntilClose || worker.is_stopping();
+    let close = terms.close || is_early || delivery == Delivery::UntilClose || worker.ends_connections();
     let date = worker.date();
     let marks = ResponseFields { lines: answered.lines(), date: date.as_bytes(), close, protocol: terms.protocol };
     let reason = answered.head.status.canonical_reason().unwrap_or("");
