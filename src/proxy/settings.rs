@@ -1,5 +1,6 @@
 //! The data plane's settings, as `[data]` of a node's file has them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -7,7 +8,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use crate::domain::ids::ServiceId;
+use crate::domain::weights::Weight;
 
+use super::access::{AccessLog, AccessLogFormat};
 use super::network::PeerNetwork;
 
 /// Limits of the data plane.
@@ -75,6 +78,34 @@ pub struct ProxySettings {
     /// Answer `/livez`, `/readyz`, `/lease/SERVICE`, `/routing/state` and `/health/snapshot` on this port; default true. The API's
     /// port always does. False: these paths are the services'.
     pub status_paths: bool,
+    /// Where requests are logged; default nowhere.
+    pub access_log: Option<AccessLogSettings>,
+    /// The log that is open.
+    #[serde(skip)]
+    pub access: AccessLog,
+}
+
+/// A log of the requests, a line for each.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AccessLogSettings {
+    /// File that lines are appended to, opened again at SIGHUP; `-` is standard output.
+    pub file: PathBuf,
+    /// How lines are written; default `json`.
+    #[serde(default)]
+    pub format: AccessLogFormat,
+    /// Share of the requests that are logged, 0 to 100 percent, in hundredths; default 100.
+    #[serde(default = "all", deserialize_with = "percent")]
+    #[schemars(with = "f64", range(min = 0, max = 100))]
+    pub sample_percent: Weight,
+}
+
+fn all() -> Weight {
+    Weight::FULL
+}
+
+fn percent<'de, D: Deserializer<'de>>(value: D) -> Result<Weight, D::Error> {
+    Weight::from_percent(f64::deserialize(value)?).map_err(D::Error::custom)
 }
 
 /// Reads a header's name into small letters.
@@ -114,6 +145,8 @@ impl Default for ProxySettings {
             canary_header: "x-canary".into(),
             canary_header_peers: Vec::new(),
             status_paths: true,
+            access_log: None,
+            access: AccessLog::default(),
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::entropy;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
+use super::access::{Access, SeenRequest};
 use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, FORCED, OutcomeCounts};
 use super::request::{HeaderFields, field, is};
 use super::settings::ProxySettings;
@@ -282,6 +283,15 @@ impl RoutingTable {
             Some(client) => route.choose_side(effective_bp, fields, &client.to_string(), asked_for),
             None => route.choose_side(effective_bp, fields, peer.text, asked_for),
         }
+    }
+
+    /// Begins the access log's entry of a request; none where it is not logged.
+    pub fn begin_entry(&self, peer: IpAddr, seen: Option<SeenRequest>) -> Access {
+        if !self.settings.access.is_on() {
+            return None;
+        }
+        let client = seen.and_then(|seen| self.client_of(seen.fields, peer)).unwrap_or(peer);
+        self.settings.access.begin(self.node.published.clock(), client, seen)
     }
 
     /// Returns the client for whom a trusted proxy sent a request; none where the peer is the client.

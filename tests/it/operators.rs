@@ -1,9 +1,12 @@
 //! What load balancers and operators get from the data port: readiness, leases, answers that end connections while the node drains.
 //! Each by every way in, and to servers of HTTP/1.1 and HTTP/2.
 
-use std::sync::Arc;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
 
+use aviary::domain::weights::Weight;
 use aviary::protocol::{Hold, Serving, View};
+use aviary::proxy::access::{AccessLog, AccessLogFormat};
 use aviary::proxy::settings::ProxySettings;
 use bytes::Bytes;
 use http::Request;
@@ -12,8 +15,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::edges::http2;
-use crate::proxy::{OK, SOON, World, answering, ask, hold_lease, settings, view, world, world_with};
-use crate::ways::both_worlds;
+use crate::proxy::{OK, SOON, World, answering, ask, hold_lease, nowhere, settings, view, view_of, world, world_with};
+use crate::ways::{both_worlds, both_worlds_with};
 
 /// A way by which a request reaches the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,4 +196,129 @@ async fn a_refusal_of_a_draining_proxy_ends_the_connection() {
     let mut answer = String::new();
     timeout(SOON, stream.read_to_string(&mut answer)).await.expect("an end").unwrap();
     assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("connection: close"), "{answer}");
+}
+
+/// Lines that an access log wrote.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    /// Returns the settings of a proxy that logs here.
+    fn settings(&self) -> ProxySettings {
+        let access = AccessLog::start(self.clone(), AccessLogFormat::Json, Weight::FULL).unwrap();
+        ProxySettings { access, ..settings() }
+    }
+
+    /// Waits for this many lines, and takes them.
+    async fn take(&self, count: usize) -> Vec<serde_json::Value> {
+        let there = timeout(SOON, async {
+            while self.0.lock().unwrap().iter().filter(|byte| **byte == b'\n').count() < count {
+                tokio::task::yield_now().await;
+            }
+        });
+        let is_there = there.await.is_ok();
+        let text = String::from_utf8(std::mem::take(&mut *self.0.lock().unwrap())).unwrap();
+        let lines: Vec<_> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert!(is_there && lines.len() == count, "{lines:#?}, expected {count} lines");
+        lines
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_a_line_of_the_access_log() {
+    let lines = Lines::default();
+    for (out, world) in both_worlds_with(lines.settings()).await {
+        let server = world.node.published.view().services.values().next().unwrap().serving.stable.urls[0].clone();
+        for (way, protocol) in WAYS.into_iter().zip(["HTTP/1.0", "HTTP/1.1", "HTTP/2.0"]) {
+            let fields = [("x-request-id", "r \"1\"")];
+            let (status, body) = get(&world, way, "/a?b=c&d", &fields).await;
+            let line = &lines.take(1).await[0];
+            let expected = serde_json::json!({
+                "client": "127.0.0.1", "protocol": protocol, "method": "GET", "path": "/a?b=c&d", "status": status,
+                "bytes": body.len(), "tries": 1, "service": "fraud", "version": "v1",
+                "server": server.split_once("://").unwrap().1, "request_id": "r \"1\"",
+                "time": line["time"], "duration_ms": line["duration_ms"],
+            });
+            assert!(*line == expected && status == 200, "by {way:?} to {out}: {line}, expected {expected}");
+            assert!(line["duration_ms"].as_f64().unwrap() < 5_000.0 && line["time"].as_str().unwrap().ends_with('Z'));
+            // What no server gets.
+            for (path, fields, expected) in
+                [("/livez", &[][..], 200), ("/x", &[("x-aviary-service", "none")], 404), ("/lease/none", &[], 503)]
+            {
+                let (status, body) = get(&world, way, path, fields).await;
+                let line = &lines.take(1).await[0];
+                let told = (&line["path"], &line["status"], &line["tries"], &line["bytes"]);
+                assert_eq!(told, (&path.into(), &expected.into(), &0.into(), &body.len().into()), "by {way:?}: {line}");
+                assert!(status == expected && line["service"].is_null(), "by {way:?}: {line}");
+            }
+        }
+        for malformed in ["GET hello HTTP/1.1\r\nhost: x\r\n\r\n", "nonsense\r\n\r\n"] {
+            assert!(world.raw(malformed).await.starts_with("HTTP/1.1 400"));
+            let line = &lines.take(1).await[0];
+            assert!(line["status"] == 400 && line["path"].is_null() && line["client"] == "127.0.0.1", "{line}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_access_log_tells_failures() {
+    let lines = Lines::default();
+    // The first server refuses, the second one answers.
+    let (dead, alive) = (nowhere().await, answering(OK).await);
+    let urls = vec![format!("http://{dead}"), format!("http://{alive}")];
+    let world = world_with(view_of(Some(alive), None, 0, |spec| spec.stable.urls = urls), lines.settings()).await;
+    for way in WAYS {
+        assert_eq!(get(&world, way, "/", &[]).await.0, 200);
+        let line = &lines.take(1).await[0];
+        assert_eq!((&line["server"], &line["tries"]), (&alive.to_string().into(), &2.into()), "by {way:?}: {line}");
+    }
+    let world = world_with(view(Some(dead), None, 0), lines.settings()).await;
+    for way in WAYS {
+        let (status, body) = get(&world, way, "/", &[]).await;
+        let line = &lines.take(1).await[0];
+        let told = (&line["status"], &line["bytes"], &line["server"]);
+        assert_eq!(told, (&502.into(), &body.len().into(), &dead.to_string().into()), "by {way:?}: {line}");
+        assert_eq!(status, 502);
+    }
+    // A stream whose client leaves.
+    let silent = crate::proxy::upstream(|stream| async move {
+        let _open = stream;
+        tokio::time::sleep(SOON).await;
+    });
+    let world = world_with(view(Some(silent.await), None, 0), lines.settings()).await;
+    let mut sender = http2(&world).await;
+    let (_, mut stream) = sender.send_request(Request::get("http://x/").body(()).unwrap(), false).unwrap();
+    // The proxy has begun with it.
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    stream.send_reset(h2::Reason::CANCEL);
+    assert_eq!(lines.take(1).await[0]["status"], 499);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_share_of_the_requests_is_logged_and_no_copies() {
+    let lines = Lines::default();
+    let access = |percent| {
+        let sample = Weight::from_percent(percent).unwrap();
+        ProxySettings { access: AccessLog::start(lines.clone(), AccessLogFormat::Json, sample).unwrap(), ..settings() }
+    };
+    let server = answering(OK).await;
+    let none = world_with(view(Some(server), None, 0), access(0.0)).await;
+    let all = view_of(Some(server), None, 1, |spec| spec.mirror = Weight::FULL);
+    let all = world_with(all, access(100.0)).await;
+    for way in WAYS {
+        assert_eq!(get(&none, way, "/", &[]).await.0, 200);
+        assert_eq!(get(&all, way, "/", &[]).await.0, 200);
+        assert_eq!(lines.take(1).await[0]["tries"], 1, "by {way:?}");
+    }
+    lines.take(0).await;
 }

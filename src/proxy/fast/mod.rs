@@ -52,7 +52,11 @@ where
     let close = request.close || !request.body.has_ended() || worker.ends_connections();
     let lines = if failure.kind() == FailureKind::Local { &[] } else { &*pool.mark };
     let how = Saying { lines, is_head: request.asked.is_head, close, protocol: request.protocol };
-    worker.say(&mut client.stream, &problem(status, &why), how).await;
+    let answer = problem(status, &why);
+    if let Some(entry) = request.access.take() {
+        entry.answered_itself(&answer);
+    }
+    worker.say(&mut client.stream, &answer, how).await;
     if close && !client.ended {
         client.linger(worker, watch).await;
     }
@@ -78,6 +82,9 @@ where
             let none = ConnectFailure::Unknown("no server is left to try".into());
             return Err((FastFailure::NoConnection(none), 502));
         };
+        if let Some(entry) = &request.access {
+            entry.tried(&route.service, &pool.version, Some(in_flight.server.authority.as_str()));
+        }
         let failure = match attempt(worker, watch, client, request, pool, &in_flight, is_repeat).await {
             Ok(after) => return Ok(after),
             Err(failure) => failure,

@@ -1,6 +1,7 @@
 //! A request on the fast path, and why it brought no answer.
 
 use crate::domain::side::Side;
+use crate::proxy::access::Access;
 use crate::proxy::body::{BadMessage, BodyFraming};
 use crate::proxy::dispose::Routed;
 use crate::proxy::failure::ConnectFailure;
@@ -31,6 +32,8 @@ pub struct FastRequest {
     pub routed: Routed,
     /// Nobody waits for the answer.
     pub is_copy: bool,
+    /// Its line in the access log.
+    pub access: Access,
 }
 
 impl FastRequest {
@@ -45,7 +48,18 @@ impl FastRequest {
         let (route, to) = (self.routed.route.clone(), SideChoice { side: Side::Canary, is_forced: false });
         let routed = Routed { route, to, began: self.routed.began, permit };
         let Self { body, whole, asked, protocol, is_idempotent, .. } = *self;
-        Some(Self { out, body, whole, asked, protocol, is_idempotent, close: true, routed, is_copy: true })
+        Some(Self {
+            out,
+            body,
+            whole,
+            asked,
+            protocol,
+            is_idempotent,
+            close: true,
+            routed,
+            is_copy: true,
+            access: None,
+        })
     }
 }
 

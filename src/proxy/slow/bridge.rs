@@ -168,6 +168,7 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
     terms: Terms,
     progress: &BodyProgress,
 ) -> bool {
+    let access = request.access.clone();
     let mut carried = pin!(super::carry(worker, request, upload, None));
     let answer = tokio::select! {
         biased;
@@ -183,6 +184,9 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
         SlowAnswer::Upstream(answered) => pass_on(worker, &mut writer, *answered, terms, progress).await,
         SlowAnswer::Own(own) => {
             let own = progress.refused.get().map_or(*own, answer::refusal);
+            if let Some(entry) = access {
+                entry.answered_itself(&own);
+            }
             let close = terms.close || !progress.is_whole.get() || worker.ends_connections();
             let date = worker.date().to_string();
             let marks = ResponseFields { lines: &[], date: date.as_bytes(), close, protocol: terms.protocol };

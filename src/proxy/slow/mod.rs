@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::domain::side::Side;
 
+use super::access::Access;
 use super::answer::{OwnAnswer, assignment, mark, problem};
 use super::body::{BadMessage, refuse};
 use super::dispose::Routed;
@@ -119,6 +120,8 @@ pub struct SlowRequest {
     pub routed: Routed,
     /// Nobody waits for the answer.
     pub is_copy: bool,
+    /// Its line in the access log.
+    pub access: Access,
 }
 
 /// What a request led to.
@@ -156,7 +159,7 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
     head.headers.insert("x-aviary-mirrored", HeaderValue::from_static("true"));
     let worker = worker.clone();
     tokio::task::spawn_local(async move {
-        let request = SlowRequest { head, routed, is_copy: true };
+        let request = SlowRequest { head, routed, is_copy: true, access: None };
         if let SlowAnswer::Upstream(mut answered) = tried(&worker, request, &body, None).await {
             while let Some(Ok(_)) = answered.next().await {}
         }
@@ -165,7 +168,12 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
 
 /// Tries servers until one answers, or until nothing is left to try.
 async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints: Option<&Hints>) -> SlowAnswer {
-    let SlowRequest { head, routed: Routed { route, mut to, began, permit }, is_copy } = request;
+    let SlowRequest { head, routed: Routed { route, mut to, began, permit }, is_copy, access } = request;
+    let tries = |to: SideChoice, server| {
+        if let Some(entry) = &access {
+            entry.tried(&route.service, &route.pool(to.side).version, server);
+        }
+    };
     let total_ms = worker.settings().total_timeout_ms;
     let end = (total_ms > 0).then(|| Instant::now() + Duration::from_millis(total_ms));
     let (mut servers, mut is_repeat) = (Vec::new(), false);
@@ -177,11 +185,13 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         let pool = route.pool(to.side);
         if pool.servers.is_empty() {
             counts(to, 200, false);
+            tries(to, None);
             return SlowAnswer::Own(Box::new(assignment(&worker.router, &route, to.side)));
         }
         let Some(in_flight) = pool.choose(began, &servers) else {
             break (SlowFailure { kind: FailureKind::Unreachable, why: "no server is left to try".into() }, 502);
         };
+        tries(to, Some(in_flight.server.authority.as_str()));
         let failure = match attempt(worker, &head, &in_flight.server, upload, end, is_repeat, hints).await {
             Ok(answer) => {
                 let outcome = OutcomeGuard {
@@ -193,8 +203,12 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
                     is_counted: false,
                     is_copy,
                     in_flight,
+                    access,
                     _permit: permit,
                 };
+                if let Some(entry) = &outcome.access {
+                    entry.answered(outcome.status);
+                }
                 return SlowAnswer::Upstream(Box::new(Answered::new(answer, outcome, &head, upload, end)));
             }
             Err(failure) => failure,
@@ -373,6 +387,9 @@ impl Answered {
                 if self.is_grpc && frame.trailers_ref().is_some_and(grpc_failed) {
                     self.outcome.count(true);
                 }
+                if let (Some(entry), Some(data)) = (&self.outcome.access, frame.data_ref()) {
+                    entry.sent(data.len() as u64);
+                }
                 return Some(Ok(frame));
             }
             Ok(None) => {
@@ -402,6 +419,7 @@ struct OutcomeGuard {
     is_counted: bool,
     is_copy: bool,
     in_flight: InFlightGuard,
+    access: Access,
     _permit: super::table::RequestPermit,
 }
 
