@@ -17,7 +17,8 @@ const PAGES: &[&str] = &[
     "docs/upgrades.md",
 ];
 /// Folders whose files a page may name in backquotes.
-const FOLDERS: &[&str] = &["benches", "config", "core", "deploy", "docs", "proto", "scripts", "sim", "src", "tests"];
+const FOLDERS: &[&str] =
+    &["benches", "config", "core", "deploy", "docs", "fuzz", "proto", "scripts", "sim", "src", "tests"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
