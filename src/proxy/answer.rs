@@ -6,6 +6,7 @@ use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri};
 use http_body_util::BodyExt;
 use serde_json::json;
 
+use crate::domain::ids::VersionId;
 use crate::domain::side::Side;
 use crate::status::{self, Port};
 
@@ -36,10 +37,15 @@ pub fn refusal(refused: BadMessage) -> OwnAnswer {
 }
 
 /// Returns the answer to a request for which there is no place.
-pub fn overloaded() -> OwnAnswer {
-    let mut response = problem(503, "too many requests at once");
+pub fn overloaded(why: &str) -> OwnAnswer {
+    let mut response = problem(503, why);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     response
+}
+
+/// Returns what is said where a version's servers have as many requests as they may.
+pub fn full(version: &VersionId) -> String {
+    format!("too many requests at once at the servers of {version}")
 }
 
 /// Returns a problem as a gRPC client understands it: status 14, unavailable, in a 200.

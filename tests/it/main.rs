@@ -8,6 +8,7 @@ mod fuzz;
 mod h2c;
 mod hop;
 mod judge;
+mod limits;
 mod measure;
 mod openapi;
 mod operators;

@@ -128,8 +128,10 @@ impl<W: Write> LogWriter<W> {
                 next = if lines.len() < GATHERED_BYTES_MAX { queue.try_recv().ok() } else { None };
             }
             self.write(&mut lines);
-            // Who asked may have stopped waiting.
-            flushed.into_iter().for_each(|done| drop(done.send(())));
+            for done in flushed {
+                // Who asked may have stopped waiting.
+                let _ = done.send(());
+            }
         }
     }
 

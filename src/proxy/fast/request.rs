@@ -2,6 +2,7 @@
 
 use crate::domain::side::Side;
 use crate::proxy::access::Access;
+use crate::proxy::answer::full;
 use crate::proxy::body::{BadMessage, BodyFraming};
 use crate::proxy::dispose::Routed;
 use crate::proxy::failure::ConnectFailure;
@@ -39,7 +40,8 @@ pub struct FastRequest {
 impl FastRequest {
     /// Returns a copy for the canary; none of a request that is not all there.
     pub fn copy(&self, worker: &Worker) -> Option<Self> {
-        let permit = worker.router.place().filter(|_| self.whole && !self.asked.wants_websocket)?;
+        let is_copied = self.whole && !self.asked.wants_websocket;
+        let permit = is_copied.then(|| worker.router.place(&self.routed.route).ok())??;
         let head = self.out.windows(4).position(|four| four == b"\r\n\r\n")? + 2;
         let mut out = worker.buffer();
         out.extend_from_slice(&self.out[..head]);
@@ -67,6 +69,8 @@ impl FastRequest {
 pub enum FastFailure {
     /// No connection: nothing was sent.
     NoConnection(ConnectFailure),
+    /// Every server has as many requests as it may.
+    Full,
     /// A kept connection had ended before anything came back.
     Stale,
     /// No first byte in time.
@@ -83,6 +87,7 @@ impl FastFailure {
         match self {
             Self::NoConnection(failure) if failure.is_local() => FailureKind::Local,
             Self::NoConnection(_) => FailureKind::Unreachable,
+            Self::Full => FailureKind::Full,
             Self::Stale => FailureKind::Stale,
             Self::Late => FailureKind::Late,
             Self::Broken(_) => FailureKind::Broken,
@@ -98,6 +103,7 @@ impl FastFailure {
                 format!("this proxy can open no connection: {failure}")
             }
             Self::NoConnection(failure) => format!("no server of {version} can be reached: {failure}"),
+            Self::Full => full(version),
             Self::Stale => format!("{version} broke off: it closed a connection that was to be used again"),
             Self::Late => format!("{version} sent no answer within {limit_ms} ms"),
             Self::Broken(why) => format!("{version} broke off: {why}"),

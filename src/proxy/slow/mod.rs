@@ -20,13 +20,13 @@ use tokio::time::{Instant, timeout_at};
 use crate::domain::side::Side;
 
 use super::access::Access;
-use super::answer::{OwnAnswer, assignment, mark, problem};
+use super::answer::{OwnAnswer, assignment, full, mark, overloaded, problem};
 use super::body::{BadMessage, refuse};
 use super::dispose::Routed;
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
 use super::request::{CanonicalRequest, Gateway};
 use super::table::{Route, SideChoice};
-use super::upstream::{InFlightGuard, Pool, Server};
+use super::upstream::{Choice, InFlightGuard, Pool, Server};
 use super::wire::{Asked, ResponseHead};
 use super::worker::Worker;
 
@@ -146,7 +146,7 @@ pub async fn carry(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, h
     let began = *began;
     let answer = tried(worker, request, upload, hints).await;
     if let Some((head, route)) = mirrored
-        && let (Some(body), Some(permit)) = (upload.copy(), worker.router.place())
+        && let (Some(body), Some(permit)) = (upload.copy(), worker.router.place(&route).ok())
     {
         let to = SideChoice { side: Side::Canary, is_forced: false };
         mirror(worker, head, Routed { route, to, began, permit }, body);
@@ -169,7 +169,7 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
 /// Tries servers until one answers, or until nothing is left to try.
 async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints: Option<&Hints>) -> SlowAnswer {
     let SlowRequest { head, routed: Routed { route, mut to, began, permit }, is_copy, access } = request;
-    let tries = |to: SideChoice, server| {
+    let tries = |to: SideChoice, server: Option<&str>| {
         if let Some(entry) = &access {
             entry.tried(&route.service, &route.pool(to.side).version, server);
         }
@@ -188,30 +188,46 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
             tries(to, None);
             return SlowAnswer::Own(Box::new(assignment(&worker.router, &route, to.side)));
         }
-        let Some(in_flight) = pool.choose(began, &servers) else {
-            break (SlowFailure { kind: FailureKind::Unreachable, why: "no server is left to try".into() }, 502);
+        let chosen = match pool.choose(began, &servers) {
+            Choice::Full => pool.queue(|| worker.router.now(), &servers).await,
+            chosen => chosen,
         };
-        tries(to, Some(in_flight.server.authority.as_str()));
-        let failure = match attempt(worker, &head, &in_flight.server, upload, end, is_repeat, hints).await {
-            Ok(answer) => {
-                let outcome = OutcomeGuard {
-                    worker: worker.clone(),
-                    route: route.clone(),
-                    to,
-                    status: answer.status().as_u16(),
-                    began,
-                    is_counted: false,
-                    is_copy,
-                    in_flight,
-                    access,
-                    _permit: permit,
-                };
-                if let Some(entry) = &outcome.access {
-                    entry.answered(outcome.status);
-                }
-                return SlowAnswer::Upstream(Box::new(Answered::new(answer, outcome, &head, upload, end)));
+        let in_flight = match chosen {
+            Choice::Server(in_flight) => Some(in_flight),
+            Choice::Full => None,
+            Choice::NoneLeft => {
+                break (SlowFailure { kind: FailureKind::Unreachable, why: "no server is left to try".into() }, 502);
             }
-            Err(failure) => failure,
+        };
+        let (failure, in_flight) = match in_flight {
+            None => {
+                worker.router.overflows(&route, "servers");
+                (SlowFailure { kind: FailureKind::Full, why: String::new() }, None)
+            }
+            Some(in_flight) => {
+                tries(to, Some(in_flight.server.authority.as_str()));
+                match attempt(worker, &head, &in_flight.server, upload, end, is_repeat, hints).await {
+                    Ok(answer) => {
+                        let outcome = OutcomeGuard {
+                            worker: worker.clone(),
+                            route: route.clone(),
+                            to,
+                            status: answer.status().as_u16(),
+                            began,
+                            is_counted: false,
+                            is_copy,
+                            in_flight,
+                            access,
+                            _permit: permit,
+                        };
+                        if let Some(entry) = &outcome.access {
+                            entry.answered(outcome.status);
+                        }
+                        return SlowAnswer::Upstream(Box::new(Answered::new(answer, outcome, &head, upload, end)));
+                    }
+                    Err(failure) => (failure, Some(in_flight)),
+                }
+            }
         };
         let facts = TriedRequest {
             side: to.side,
@@ -222,14 +238,14 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
             is_copy,
         };
         let consequence = policy::after(failure.kind, &facts);
-        if consequence.blames_server {
+        if let Some(in_flight) = in_flight.as_ref().filter(|_| consequence.blames_server) {
             in_flight.ended(true, worker.router.now());
         }
         if consequence.blames_version {
             counts(to, 502, true);
         }
         match consequence.next {
-            NextTry::OtherServer => servers.push(in_flight.server.id),
+            NextTry::OtherServer => servers.extend(in_flight.map(|in_flight| in_flight.server.id)),
             NextTry::NewConnection => is_repeat = true,
             NextTry::Stable => {
                 to.side = Side::Stable;
@@ -239,8 +255,9 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         }
     };
     let pool = route.pool(to.side);
-    let mut answer = problem(status, &told(&failure, pool, worker.settings().first_byte_timeout_ms));
-    if failure.kind != FailureKind::Local {
+    let why = told(&failure, pool, worker.settings().first_byte_timeout_ms);
+    let mut answer = if failure.kind == FailureKind::Full { overloaded(&why) } else { problem(status, &why) };
+    if !matches!(failure.kind, FailureKind::Local | FailureKind::Full) {
         mark(answer.headers_mut(), &route, pool);
     }
     SlowAnswer::Own(Box::new(answer))
@@ -254,6 +271,7 @@ fn told(failure: &SlowFailure, pool: &Pool, limit_ms: u64) -> String {
         FailureKind::Unreachable => format!("no server of {version} can be reached: {why}"),
         FailureKind::Late => format!("{version} sent no answer within {limit_ms} ms"),
         FailureKind::Stale | FailureKind::Unprocessed | FailureKind::Broken => format!("{version} broke off: {why}"),
+        FailureKind::Full => full(version),
         FailureKind::Client | FailureKind::Unsupported => why.clone(),
     }
 }
