@@ -1,4 +1,4 @@
-//! Status answers that both HTTP ports give, without a token: `/routing/state`, `/health/snapshot`, `/livez`, `/readyz`.
+//! Status answers that both HTTP ports give: `/routing/state`, `/health/snapshot`, `/livez`, `/readyz`, `/lease/SERVICE`.
 //! Ready means "can serve", and needs no majority: with two of three nodes dead the third is all that users have.
 
 use std::collections::BTreeMap;
@@ -6,23 +6,41 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
+use percent_encoding::percent_decode_str;
 use serde::Serialize;
 
 use crate::code::Code;
 use crate::domain::ids::ServiceId;
 use crate::domain::weights::Weight;
 use crate::domain::window::Evidence;
-use crate::model::{HealthView, ProbeStatus, ProbeView, Problem, ReadConsistency, RoutingView};
+use crate::model::{HealthView, LeaseView, ProbeStatus, ProbeView, Problem, ReadConsistency, RoutingView};
 use crate::node::handle::NodeHandle;
-use crate::protocol::{Mode, Outcome, ServiceView};
+use crate::protocol::{Hold, Mode, Outcome, ServiceView};
+
+/// Begins the paths that tell whether this node may send a service's canary traffic.
+const LEASE: &str = "/lease/";
+
+/// The port that is asked. On the data port anybody asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// The operators' port.
+    Api,
+    /// The clients' port: no answer lists the services.
+    Data,
+}
 
 /// Returns true for the paths that [`answer`] answers.
 pub fn is_here(path: &str) -> bool {
-    matches!(path, "/routing/state" | "/health/snapshot" | "/livez" | "/readyz")
+    matches!(path, "/routing/state" | "/health/snapshot" | "/livez" | "/readyz") || leased(path).is_some()
 }
 
-/// Answers `/routing/state`, `/health/snapshot`, `/livez` and `/readyz`; none for any other path.
-pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Response<Full<Bytes>>> {
+/// Returns the service, as it is written in the path, whose lease a path asks for.
+fn leased(path: &str) -> Option<&str> {
+    path.strip_prefix(LEASE).filter(|name| !name.is_empty() && !name.contains('/'))
+}
+
+/// Answers `/routing/state`, `/health/snapshot`, `/livez`, `/readyz` and `/lease/SERVICE`; none for any other path.
+pub async fn answer(node: &NodeHandle, port: Port, method: &Method, uri: &Uri) -> Option<Response<Full<Bytes>>> {
     let path = uri.path();
     if !is_here(path) {
         return None;
@@ -35,17 +53,18 @@ pub async fn answer(node: &NodeHandle, method: &Method, uri: &Uri) -> Option<Res
     Some(match path {
         "/livez" => json_response(StatusCode::OK, &ProbeView { status: ProbeStatus::Alive, mode: None }),
         "/readyz" => ready(node, asks_for_quorum(uri)),
-        _ => look(node, uri).await.unwrap_or_else(|problem| problem.response()),
+        _ if leased(path).is_some() => lease(node, leased(path).unwrap_or_default()),
+        _ => look(node, port, uri).await.unwrap_or_else(|problem| problem.response()),
     })
 }
 
 /// Answers `/routing/state` and `/health/snapshot`.
-async fn look(node: &NodeHandle, uri: &Uri) -> Result<Response<Full<Bytes>>, Problem> {
+async fn look(node: &NodeHandle, port: Port, uri: &Uri) -> Result<Response<Full<Bytes>>, Problem> {
     let StatusQuery { service, consistency } = query(uri)?;
     if consistency == ReadConsistency::Linearizable {
         caught_up(node).await?;
     }
-    let service = service_of(node, service)?;
+    let service = service_of(node, port, service)?;
     let answer = match uri.path() {
         "/routing/state" => routing_view(node, &service).map(|view| json_response(StatusCode::OK, &view)),
         _ => health_view(node, &service).map(|view| json_response(StatusCode::OK, &view)),
@@ -103,7 +122,7 @@ fn query(uri: &Uri) -> Result<StatusQuery, Problem> {
     Ok(query)
 }
 
-fn service_of(node: &NodeHandle, named: Option<String>) -> Result<ServiceId, Problem> {
+fn service_of(node: &NodeHandle, port: Port, named: Option<String>) -> Result<ServiceId, Problem> {
     let view = node.published.view();
     let mut known = view.services.keys();
     let found = match &named {
@@ -116,7 +135,7 @@ fn service_of(node: &NodeHandle, named: Option<String>) -> Result<ServiceId, Pro
             _ => "no service is known here: apply a rollout first".to_string(),
         };
         let mut problem = Problem::new(Code::NotFound, detail);
-        problem.facts.known = Some(view.services.keys().cloned().collect());
+        problem.facts.known = (port == Port::Api).then(|| view.services.keys().cloned().collect());
         problem
     })
 }
@@ -136,6 +155,52 @@ fn ready(node: &NodeHandle, needs_quorum: bool) -> Response<Full<Bytes>> {
     let mut problem = Problem::new(Code::Unavailable, format!("not ready: {reason}"));
     problem.facts.mode = Some(mode);
     problem.response()
+}
+
+/// Answers `/lease/SERVICE`: 200 while this node may send canary traffic of a service, else 503 with the reason. So a load balancer
+/// that asks for it as a health check of the canary's servers keeps to the lease.
+fn lease(node: &NodeHandle, name: &str) -> Response<Full<Bytes>> {
+    let name = percent_decode_str(name).decode_utf8_lossy();
+    match leased_share(node, &name) {
+        Ok(view) => json_response(StatusCode::OK, &view),
+        Err(why) => Problem::new(Code::Unavailable, format!("no canary traffic of {name:?}: {why}")).response(),
+    }
+}
+
+/// Why a node sends no canary traffic of a service.
+#[derive(Debug, thiserror::Error)]
+enum NoShare {
+    #[error("this node is about to stop")]
+    Leaving,
+    #[error("this service is unknown here")]
+    Unknown,
+    #[error("{0}")]
+    Held(Hold),
+    #[error("the lease has ended: no contact with a majority")]
+    NoLease,
+    #[error("the canary has no share")]
+    NoCanary,
+}
+
+/// Returns the share of a service's traffic that the canary may get from this node, or why it gets none.
+fn leased_share(node: &NodeHandle, name: &str) -> Result<LeaseView, NoShare> {
+    if node.published.is_leaving() {
+        return Err(NoShare::Leaving);
+    }
+    let view = node.published.view();
+    let (service, found) = view.services.iter().find(|(id, _)| id.as_str() == name).ok_or(NoShare::Unknown)?;
+    let serving = &found.serving;
+    let bp = node.published.effective_bp(serving);
+    let lease_ms_left = serving.lease_ms.and_then(|lease_ms| node.published.lease_ms_left(lease_ms));
+    match (&serving.canary, &serving.held_back) {
+        (Some((canary, _)), _) if bp > 0 => {
+            let weight = Weight::from_bp(bp).unwrap_or_default().fraction();
+            Ok(LeaseView { service: service.clone(), version: canary.version.clone(), weight, lease_ms_left })
+        }
+        (_, Some(hold)) => Err(NoShare::Held(hold.clone())),
+        (Some((_, 1..)), None) => Err(NoShare::NoLease),
+        (_, None) => Err(NoShare::NoCanary),
+    }
 }
 
 /// Returns one service's routing as this node serves it; none when it is unknown.

@@ -19,7 +19,7 @@ use crate::model::{
 use crate::protocol::feature::Feature;
 use crate::protocol::record::{Chosen, Operation, Slot};
 use crate::protocol::{Hold, ServiceView};
-use crate::status;
+use crate::status::{self, Port};
 
 use super::state::{ApiState, error};
 
@@ -170,9 +170,9 @@ fn entry(chosen: &Chosen) -> HistoryEntry {
     }
 }
 
-/// Answers `/routing/state`, `/health/snapshot`, `/livez` and `/readyz`.
+/// Answers `/routing/state`, `/health/snapshot`, `/livez`, `/readyz` and `/lease/SERVICE`.
 pub async fn status(State(state): State<ApiState>, method: Method, uri: Uri) -> Response {
-    match status::answer(&state.node, &method, &uri).await {
+    match status::answer(&state.node, Port::Api, &method, &uri).await {
         Some(answer) => answer.map(Body::new),
         None => error(StatusCode::NOT_FOUND, format!("{} is no status", uri.path())),
     }

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+mod access_log;
 mod announced;
 mod backup;
 mod check;
@@ -32,6 +33,7 @@ mod schema;
 mod service;
 mod show;
 mod status;
+mod stop;
 mod telemetry;
 mod token;
 mod upgrade;

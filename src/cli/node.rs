@@ -16,7 +16,9 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
+use super::access_log;
 use super::log_file::LogFile;
+use super::stop::StopSignals;
 use crate::about;
 use crate::adapters::clock::BootClock;
 use crate::adapters::descriptors;
@@ -43,6 +45,7 @@ use crate::node::{room, scrub};
 use crate::ports::{Network, Recovered};
 use crate::protocol::Settings;
 use crate::proxy;
+use crate::proxy::settings::ProxySettings;
 use crate::telemetry;
 #[cfg(feature = "kafka")]
 use crate::telemetry::Intake;
@@ -92,18 +95,22 @@ async fn serve(config: NodeConfig, tokens: Option<TokenFile>, log: Option<LogFil
     let hangup = signal(SignalKind::hangup())?;
     // Ports first: a taken one must not cost a start of the node itself.
     descriptors::raise(config.data.connections_max as u64);
-    let data = listen_many("data", &config.listen.data, config.data.workers(), config.data.share_port).await?;
+    let data = listen_many("data", &config.listen.data, config.data.workers(), false).await?;
     let listener = listen("api", &config.listen.api).await?;
     let metrics = api::metrics::install();
     let shutdown = CancellationToken::new();
+    let (access, access_file) = access_log::open(config.data.access_log.as_ref())?;
+    let settings = ProxySettings { access: access.clone(), ..config.data.clone() };
     let (running, tls) = start_node(&config, shutdown.clone())?;
     let Running { handle, thread, .. } = running;
-    tokio::spawn(Reload { tokens: tokens.clone(), tls, log }.at_each(hangup));
+    tokio::spawn(
+        Reload { tokens: tokens.clone(), tls, logs: log.into_iter().chain(access_file).collect() }.at_each(hangup),
+    );
 
     let servers = TaskTracker::new();
     // Clients wait in the port's queue meanwhile.
     handle.caught_up(CATCH_UP_MAX).await;
-    let plane = proxy::serve(data, handle.clone(), config.data.clone(), shutdown.clone());
+    let plane = proxy::serve(data, handle.clone(), settings, shutdown.clone());
     servers.spawn(async { plane.await.unwrap_or_else(|failure| error!("{failure:#}")) });
     let peers = config.peers.iter().map(|(node, peer)| (node.clone(), peer.api.clone())).collect();
     let state = ApiState::new(handle.clone(), peers, tokens, metrics, shutdown.clone());
@@ -124,25 +131,16 @@ async fn serve(config: NodeConfig, tokens: Option<TokenFile>, log: Option<LogFil
     info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");
 
     let mut node = tokio::task::spawn_blocking(move || thread.join());
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut signals = StopSignals::listen()?;
     let ended = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
+        () = signals.next() => None,
         ended = &mut node => Some(ended),
     };
-    handle.published.leave();
-    if ended.is_none() && config.data.drain_ms > 0 {
-        info!(drain_ms = config.data.drain_ms, "not ready any more, still serving");
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(config.data.drain_ms)) => {}
-            // Asked twice, it does not wait.
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    }
+    signals.drain(&handle.published, if ended.is_none() { config.data.drain_ms } else { 0 }).await;
     info!("stopping");
     shutdown.cancel();
     servers.wait().await;
+    access.flush(STOP_MAX).await;
     let ended = match ended {
         Some(ended) => ended,
         None => node.await,
@@ -197,19 +195,19 @@ fn start_kafka(
 struct Reload {
     tokens: Option<TokenFile>,
     tls: Option<TlsNetwork>,
-    log: Option<LogFile>,
+    logs: Vec<LogFile>,
 }
 
 impl Reload {
     /// Reads everything again at each signal; what can't be used leaves in force what was before.
     async fn at_each(self, mut hangup: Signal) {
         while hangup.recv().await.is_some() {
-            if let Some(Err(failure)) = self.log.as_ref().map(LogFile::reopen) {
-                warn!("the log file can't be opened again: {failure:#}");
+            for failure in self.logs.iter().filter_map(|log| log.reopen().err()) {
+                warn!("a log file can't be opened again: {failure:#}");
             }
             self.tokens.iter().for_each(TokenFile::reload);
             self.tls.iter().for_each(TlsNetwork::reload);
-            info!("read again at SIGHUP: log file, tokens, certificates");
+            info!("read again at SIGHUP: log files, tokens, certificates");
         }
     }
 }

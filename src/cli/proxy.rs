@@ -1,5 +1,6 @@
 //! `aviary proxy`: the data plane alone, with a fixed canary weight, to try it out and for benchmarks.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Exit;
+use super::access_log;
+use super::log_file::LogFile;
+use super::stop::StopSignals;
 use crate::adapters::clock::BootClock;
 use crate::adapters::descriptors;
 use crate::adapters::listen::listen_many;
@@ -24,7 +28,11 @@ use crate::node::handle::{NodeHandle, NodeRequest, Published};
 use crate::ports::{Clock, Store};
 use crate::protocol::View;
 use crate::proxy;
-use crate::proxy::settings::ProxySettings;
+use crate::proxy::access::AccessLogFormat;
+use crate::proxy::settings::{AccessLogSettings, ProxySettings};
+
+/// Longest wait at the end for lines of the access log that are still to be written.
+const FLUSH_MAX: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  aviary proxy --listen 127.0.0.1:8080 --stable http://127.0.0.1:9101 \
@@ -64,6 +72,15 @@ pub struct ProxyArgs {
     /// Shares the port with another process that has this flag: the next one listens before this one stops.
     #[arg(long)]
     share_port: bool,
+    /// File that a line for each request is appended to, opened again at SIGHUP; `-`: standard output.
+    #[arg(long, value_name = "FILE")]
+    access_log: Option<PathBuf>,
+    /// Format of those lines: json or combined.
+    #[arg(long, value_name = "FORMAT", default_value = "json", requires = "access_log")]
+    access_log_format: AccessLogFormat,
+    /// Share of the requests that are logged, in percent.
+    #[arg(long, value_name = "PERCENT", default_value = "100", value_parser = weight, requires = "access_log")]
+    access_log_sample: Weight,
 }
 
 fn service(text: &str) -> anyhow::Result<ServiceId> {
@@ -84,7 +101,17 @@ pub fn run(args: &ProxyArgs) -> anyhow::Result<Exit> {
 
 async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let view = Arc::new(view_of(args)?);
+    // Before anything else, as a signal that nobody waits for ends the process.
+    let mut hangup = signal(SignalKind::hangup())?;
+    let access_log = args.access_log.clone().map(|file| AccessLogSettings {
+        file,
+        format: args.access_log_format,
+        sample_percent: args.access_log_sample,
+    });
+    let (access, access_file) = access_log::open(access_log.as_ref())?;
     let settings = ProxySettings {
+        access_log,
+        access: access.clone(),
         workers: args.workers,
         busy_poll_us: args.busy_poll_us,
         tunnel_idle_ms: args.tunnel_idle_ms,
@@ -105,23 +132,22 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
             }
         }
     });
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            if let Some(Err(failure)) = access_file.as_ref().map(LogFile::reopen) {
+                warn!("the access log can't be opened again: {failure:#}");
+            }
+        }
+    });
     let shutdown = CancellationToken::new();
     let ended = tokio::spawn(proxy::serve(listeners, handle.clone(), settings, shutdown.clone()));
     eprintln!("{}: {} to the canary, the rest to stable", args.listen, args.weight);
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    handle.published.leave();
-    tokio::select! {
-        () = tokio::time::sleep(Duration::from_millis(args.drain_ms)) => {}
-        // Asked twice, it does not wait.
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let mut signals = StopSignals::listen()?;
+    signals.next().await;
+    signals.drain(&handle.published, args.drain_ms).await;
     shutdown.cancel();
     ended.await??;
+    access.flush(FLUSH_MAX).await;
     Ok(Exit::Done)
 }
 

@@ -14,7 +14,7 @@ pub mod telemetry;
 
 pub use change::{ChangeStatus, Changed, Reach};
 pub use cluster::{ClusterMember, ClusterOutsider, ClusterView, FeatureView};
-pub use probe::{ProbeStatus, ProbeView};
+pub use probe::{LeaseView, ProbeStatus, ProbeView};
 pub use problem::{Problem, ProblemFacts};
 pub use request::{ChangeDetails, MemberData, MemberName, ReadConsistency, ServiceName, WriteConsistency};
 pub use rollout::{HealthView, History, HistoryEntry, RolloutList, RolloutMetadata, RolloutView, RoutingView};

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::domain::ids::{ServiceId, VersionId};
 use crate::protocol::Mode;
 
 /// A node's word on itself.
@@ -23,4 +24,18 @@ pub struct ProbeView {
     /// What the node is able to do at the moment; `/readyz` tells it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
+}
+
+/// Answer of `GET /lease/SERVICE` while the node may send canary traffic.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LeaseView {
+    /// Service that was asked for.
+    pub service: ServiceId,
+    /// Version that is the canary.
+    pub version: VersionId,
+    /// The canary's share at this node, between 0 and 1.
+    pub weight: f64,
+    /// Milliseconds that are left of the lease; none where the canary's share outlives it (`onPartition: hold`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_ms_left: Option<u64>,
 }

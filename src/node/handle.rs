@@ -87,6 +87,11 @@ impl Published {
         self.leaving.store(true, Ordering::Relaxed);
     }
 
+    /// Returns true once the node is about to stop.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
     /// Returns the view in force.
     pub fn view(&self) -> Arc<View> {
         self.view.load_full()
@@ -147,7 +152,7 @@ impl Published {
     /// lacks one may have missed that the rollout was completed, and learns that as its stable servers fail.
     pub fn not_ready(&self) -> Option<&'static str> {
         match self.mode() {
-            _ if self.leaving.load(Ordering::Relaxed) => Some("this node is about to stop"),
+            _ if self.is_leaving() => Some("this node is about to stop"),
             Mode::Learner => Some("this node has no vote and may not know the newest routing"),
             _ if self.has_servers.load(Ordering::Relaxed) => None,
             Mode::Normal => Some("every server that this node would use is ejected"),

@@ -6,8 +6,9 @@ use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri};
 use http_body_util::BodyExt;
 use serde_json::json;
 
+use crate::domain::ids::VersionId;
 use crate::domain::side::Side;
-use crate::status;
+use crate::status::{self, Port};
 
 use super::body::BadMessage;
 use super::request::{self, CanonicalRequest, put_field, put_length};
@@ -36,10 +37,15 @@ pub fn refusal(refused: BadMessage) -> OwnAnswer {
 }
 
 /// Returns the answer to a request for which there is no place.
-pub fn overloaded() -> OwnAnswer {
-    let mut response = problem(503, "too many requests at once");
+pub fn overloaded(why: &str) -> OwnAnswer {
+    let mut response = problem(503, why);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     response
+}
+
+/// Returns what is said where a version's servers have as many requests as they may.
+pub fn full(version: &VersionId) -> String {
+    format!("too many requests at once at the servers of {version}")
 }
 
 /// Returns a problem as a gRPC client understands it: status 14, unavailable, in a 200.
@@ -95,7 +101,7 @@ impl PageRequest {
 
     /// Returns the page.
     pub async fn answer(&self, router: &RoutingTable) -> OwnAnswer {
-        match status::answer(&router.node, &self.method, &self.uri).await {
+        match status::answer(&router.node, Port::Data, &self.method, &self.uri).await {
             Some(page) => {
                 let (head, body) = page.into_parts();
                 let body = body.collect().await.map(|whole| whole.to_bytes()).unwrap_or_default();

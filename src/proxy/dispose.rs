@@ -45,7 +45,10 @@ impl Disposition {
             Ok(route) => route,
             Err(missing) => return Self::Refuse(Box::new(problem(missing.status, &missing.why))),
         };
-        let Some(permit) = router.place() else { return Self::Refuse(Box::new(overloaded())) };
+        let permit = match router.place(route) {
+            Ok(permit) => permit,
+            Err(overflow) => return Self::Refuse(Box::new(overloaded(&overflow.to_string()))),
+        };
         let began = router.now();
         let to = router.choose_side(route, request.fields, client, began);
         Self::Route(Routed { route: route.clone(), to, began, permit })

@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use crate::domain::side::Side;
 use crate::listener::{HeldPlace, Tracked};
 
+use super::access::{Access, SeenRequest};
 use super::answer::{OwnAnswer, PageRequest, assignment, refusal};
 use super::body::{BadMessage, Keep};
 use super::client::{Client, poll_read};
@@ -35,7 +36,7 @@ enum NextMessage {
     /// The client speaks HTTP/2.
     Http2,
     /// No request: it is answered, and the connection ends.
-    Refuse(BadMessage),
+    Refuse(BadMessage, Access),
     /// It ended, or waited too long.
     Close,
 }
@@ -48,6 +49,7 @@ struct OwnRequest {
     /// Nothing more is taken from the client: it wants no further request, or its body has not arrived yet.
     close: bool,
     body_has_ended: bool,
+    access: Access,
 }
 
 /// Where an answer of the node's own comes from.
@@ -95,9 +97,13 @@ where
             }
             NextMessage::Slow(bridged) => bridge::carry(worker, &watch, &mut client, *bridged).await,
             NextMessage::Own(own) => answer(worker, &watch, &mut client, *own).await,
-            NextMessage::Refuse(refused) => {
+            NextMessage::Refuse(refused, access) => {
                 let how = Saying { lines: &[], is_head: false, close: true, protocol: Protocol::Http11 };
-                worker.say(&mut client.stream, &refusal(refused), how).await;
+                let answer = refusal(refused);
+                if let Some(entry) = access {
+                    entry.answered_itself(&answer);
+                }
+                worker.say(&mut client.stream, &answer, how).await;
                 client.linger(worker, &watch).await;
                 false
             }
@@ -138,7 +144,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
             if watch.is_over() {
                 let late = BadMessage { status: 408, why: "the request's head stopped coming" };
                 let is_idle = self.ahead.is_empty();
-                return Poll::Ready(if is_idle { NextMessage::Close } else { NextMessage::Refuse(late) });
+                return Poll::Ready(if is_idle { NextMessage::Close } else { refuse(self, worker, late) });
             }
             let mut scratch = worker.scratch();
             match poll_read(&mut self.stream, cx, &mut scratch) {
@@ -179,29 +185,39 @@ fn begin<S>(client: &Client<S>, worker: &Rc<Worker>, bytes: &[u8], is_first: boo
     let mut room = Room::default();
     let (asked, length) = match wire::request(bytes, is_first, &mut room) {
         Ok(Opening::Request(asked, length)) => (asked, length),
-        Ok(Opening::Partial) if bytes.len() > HEAD_BYTES_MAX => return Some((NextMessage::Refuse(HEAD_TOO_LARGE), 0)),
+        Ok(Opening::Partial) if bytes.len() > HEAD_BYTES_MAX => {
+            return Some((refuse(client, worker, HEAD_TOO_LARGE), 0));
+        }
         Ok(Opening::Partial) => return None,
         Ok(Opening::Http2) => return Some((NextMessage::Http2, 0)),
-        Err(refused) => return Some((NextMessage::Refuse(refused), 0)),
+        Err(refused) => return Some((refuse(client, worker, refused), 0)),
     };
+    let CanonicalRequest { protocol, method, fields, ref path_and_query, .. } = asked;
+    let seen = SeenRequest { protocol, method, target: path_and_query, fields };
+    let access = worker.router.begin_entry(client.address().ip, Some(seen));
     let rest = &bytes[length..];
     let made = match Disposition::of(worker, &asked, client.address()) {
-        Disposition::Page(page) => own(&asked, rest, OwnSource::Page(page)),
-        Disposition::Refuse(answer) => own(&asked, rest, OwnSource::Ready(*answer)),
+        Disposition::Page(page) => own(&asked, rest, OwnSource::Page(page), &access),
+        Disposition::Refuse(answer) => own(&asked, rest, OwnSource::Ready(*answer), &access),
         Disposition::Route(routed) => {
             let pool = routed.route.pool(routed.to.side);
             let is_fast = routed.route.plain || (asked.wants_websocket && pool.is_plain());
             match is_fast {
-                _ if pool.servers.is_empty() => own(&asked, rest, OwnSource::Assignment(routed)),
-                true => fast_request(client, worker, &asked, rest, routed),
-                false => slow_request(client, &asked, routed),
+                _ if pool.servers.is_empty() => own(&asked, rest, OwnSource::Assignment(routed), &access),
+                true => fast_request(client, worker, &asked, rest, routed, &access),
+                false => slow_request(client, &asked, routed, &access),
             }
         }
     };
     Some(match made {
         Ok((next, used)) => (next, length + used),
-        Err(refused) => (NextMessage::Refuse(refused), 0),
+        Err(refused) => (NextMessage::Refuse(refused, access), 0),
     })
+}
+
+/// Refuses what is no request.
+fn refuse<S>(client: &Client<S>, worker: &Worker, refused: BadMessage) -> NextMessage {
+    NextMessage::Refuse(refused, worker.router.begin_entry(client.address().ip, None))
 }
 
 type BegunMessage = Result<(NextMessage, usize), BadMessage>;
@@ -212,6 +228,7 @@ fn fast_request<S>(
     asked: &CanonicalRequest,
     rest: &[u8],
     routed: Routed,
+    access: &Access,
 ) -> BegunMessage {
     let mut out = worker.buffer();
     let route = &routed.route;
@@ -231,11 +248,12 @@ fn fast_request<S>(
         close: asked.close,
         routed,
         is_copy: false,
+        access: access.clone(),
     };
     Ok((NextMessage::Fast(Box::new(request)), part.used))
 }
 
-fn slow_request<S>(client: &Client<S>, asked: &CanonicalRequest, routed: Routed) -> BegunMessage {
+fn slow_request<S>(client: &Client<S>, asked: &CanonicalRequest, routed: Routed, access: &Access) -> BegunMessage {
     let head = Head::of(asked, &routed.route, client.address().text)?;
     let terms = Terms {
         protocol: asked.protocol,
@@ -244,13 +262,13 @@ fn slow_request<S>(client: &Client<S>, asked: &CanonicalRequest, routed: Routed)
         takes_trailers: asked.takes_trailers,
         asked: head.asked,
     };
-    let request = SlowRequest { head, routed, is_copy: false };
+    let request = SlowRequest { head, routed, is_copy: false, access: access.clone() };
     let bridged = Bridged { request, body: asked.body, length: asked.length(), terms };
     Ok((NextMessage::Slow(Box::new(bridged)), 0))
 }
 
 /// Returns a request that the node answers itself. Its body is of no use; it is taken if all of it is there.
-fn own(asked: &CanonicalRequest, rest: &[u8], answer: OwnSource) -> BegunMessage {
+fn own(asked: &CanonicalRequest, rest: &[u8], answer: OwnSource, access: &Access) -> BegunMessage {
     let mut body = asked.body;
     let part = body.take(&mut rest.to_vec(), Keep::Data)?;
     let body_has_ended = body.has_ended();
@@ -260,6 +278,7 @@ fn own(asked: &CanonicalRequest, rest: &[u8], answer: OwnSource) -> BegunMessage
         protocol: asked.protocol,
         close: asked.close || !body_has_ended,
         body_has_ended,
+        access: access.clone(),
     };
     Ok((NextMessage::Own(Box::new(request)), part.used))
 }
@@ -269,16 +288,22 @@ async fn answer<S>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client<S>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let OwnRequest { answer, is_head, protocol, close, body_has_ended } = own;
+    let OwnRequest { answer, is_head, protocol, close, body_has_ended, access } = own;
     let answer = match answer {
         OwnSource::Page(page) => page.answer(&worker.router).await,
         OwnSource::Ready(answer) => answer,
         OwnSource::Assignment(Routed { route, to, began, permit: _permit }) => {
             worker.router.count(worker.shard, &route, to, 200, began, false);
+            if let Some(entry) = &access {
+                entry.tried(&route.service, &route.pool(to.side).version, None);
+            }
             assignment(&worker.router, &route, to.side)
         }
     };
-    let close = close || worker.is_stopping();
+    let close = close || worker.ends_connections();
+    if let Some(entry) = access {
+        entry.answered_itself(&answer);
+    }
     worker.say(&mut client.stream, &answer, Saying { lines: &[], is_head, close, protocol }).await;
     if !body_has_ended {
         client.linger(worker, watch).await;

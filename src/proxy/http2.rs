@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::listener::{ConnectionLimiter, HeldPlace, Tracked};
 
+use super::access::{Access, SeenRequest};
 use super::answer::{OwnAnswer, PageRequest, for_grpc, refusal};
 use super::dispose::Disposition;
 use super::request::{CanonicalRequest, HEAD_BYTES_MAX, Protocol, Received};
@@ -65,6 +66,10 @@ pub async fn serve<S>(
                         let open = OpenStream::begins(worker, tracked);
                         // A task copies its future several times, and this one is large.
                         tokio::task::spawn_local(Box::pin(answer(worker.clone(), request, respond, peer, open)));
+                        if worker.ends_connections() && !is_ending {
+                            is_ending = true;
+                            connection.graceful_shutdown();
+                        }
                     }
                     None => return Ok(()),
                 },
@@ -178,7 +183,8 @@ async fn answer(
     let is_head = head.method == http::Method::HEAD;
     let kind = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
     let is_grpc = kind.is_some_and(|kind| kind.starts_with(b"application/grpc"));
-    let own = match disposed(&worker, &head, body.is_end_stream(), peer) {
+    let (request, access) = disposed(&worker, &head, body.is_end_stream(), peer);
+    let own = match request {
         StreamRequest::Own(own) => *own,
         StreamRequest::Page(page) => page.answer(&worker.router).await,
         StreamRequest::Slow { request, length, awaits_continue } => {
@@ -199,6 +205,9 @@ async fn answer(
         }
     };
     let own = if is_grpc && !own.status().is_success() { for_grpc(&own) } else { own };
+    if let Some(entry) = access {
+        entry.answered_itself(&own);
+    }
     let (mut head, body) = own.into_parts();
     put_date(&worker, &mut head.headers);
     head.headers.insert(CONTENT_LENGTH, body.len().into());
@@ -212,7 +221,12 @@ async fn answer(
 }
 
 /// Decides what becomes of a stream's request.
-fn disposed(worker: &Worker, head: &http::request::Parts, has_ended: bool, peer: SocketAddr) -> StreamRequest {
+fn disposed(
+    worker: &Worker,
+    head: &http::request::Parts,
+    has_ended: bool,
+    peer: SocketAddr,
+) -> (StreamRequest, Access) {
     let fields = fields_of(&head.headers);
     let received = Received {
         protocol: Protocol::Http2,
@@ -222,6 +236,8 @@ fn disposed(worker: &Worker, head: &http::request::Parts, has_ended: bool, peer:
         fields: &fields,
         has_ended,
     };
+    let Received { protocol, method, target, fields: seen, .. } = received;
+    let access = worker.router.begin_entry(peer.ip(), Some(SeenRequest { protocol, method, target, fields: seen }));
     let address = peer.ip().to_string();
     let made = CanonicalRequest::of(received, None).and_then(|asked| {
         let client = ClientAddress { ip: peer.ip(), text: &address };
@@ -230,12 +246,12 @@ fn disposed(worker: &Worker, head: &http::request::Parts, has_ended: bool, peer:
             Disposition::Refuse(answer) => StreamRequest::Own(answer),
             Disposition::Route(routed) => {
                 let head = Head::of(&asked, &routed.route, &address)?;
-                let request = Box::new(SlowRequest { head, routed, is_copy: false });
+                let request = Box::new(SlowRequest { head, routed, is_copy: false, access: access.clone() });
                 StreamRequest::Slow { request, length: asked.length(), awaits_continue: asked.awaits_continue }
             }
         })
     });
-    made.unwrap_or_else(|refused| StreamRequest::Own(Box::new(refusal(refused))))
+    (made.unwrap_or_else(|refused| StreamRequest::Own(Box::new(refusal(refused)))), access)
 }
 
 /// Carries a request to a server, and tells the client what comes before its answer; none when the client leaves.

@@ -6,7 +6,7 @@
 //! `hop` the fields of one connection); `dispose` decides by the `table` where it goes; `fast` carries it from HTTP/1.x to HTTP/1.1,
 //! `slow` to and from HTTP/2; `policy` says what a failure means; `upstream` chooses servers, `names` and `dial` find them, `pool` has
 //! the connections to those of HTTP/2, `probe` asks them; `outcome` counts and trips the circuit breaker; `answer` is what the node
-//! says itself; `deadline` ends what takes too long, `stay` what stays at a canary that lost its share.
+//! says itself; `access` logs; `deadline` ends what takes too long, `stay` what stays at a canary that lost its share.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +19,7 @@ use tracing::warn;
 use crate::listener::{self, Accept, ConnectionLimiter, PortConnections};
 use crate::node::handle::NodeHandle;
 
+pub mod access;
 mod answer;
 pub mod body;
 mod client;

@@ -10,6 +10,8 @@ use crate::domain::side::Side;
 pub enum FailureKind {
     /// This proxy lacks a descriptor, a port or memory: nothing was sent.
     Local,
+    /// Every server of the version has as many requests as it may (`routing.limits`): nothing was sent.
+    Full,
     /// No connection could be made: nothing was sent.
     Unreachable,
     /// The canary lost its share before the request was sent.
@@ -77,6 +79,9 @@ pub fn after(kind: FailureKind, attempt: &TriedRequest) -> Consequence {
     let consequence = |next, blames_server, blames_version| Consequence { next, blames_server, blames_version };
     match kind {
         FailureKind::Local => consequence(NextTry::Answer(503), false, false),
+        // Stable takes what the canary has no place for: less canary traffic is always allowed.
+        FailureKind::Full if side == Side::Canary && !is_copy => consequence(NextTry::Stable, false, false),
+        FailureKind::Full => consequence(NextTry::Answer(503), false, false),
         FailureKind::Client => consequence(NextTry::Answer(408), false, false),
         FailureKind::Unsupported => consequence(NextTry::Answer(501), false, false),
         FailureKind::Withdrawn if !is_copy => consequence(NextTry::Stable, false, false),
@@ -135,6 +140,11 @@ mod tests {
         let table = [
             (Local, PLAIN, NextTry::Answer(503), false, false),
             (Local, other, NextTry::Answer(503), false, false),
+            (Full, PLAIN, NextTry::Stable, false, false),
+            (Full, post, NextTry::Stable, false, false),
+            (Full, stable, NextTry::Answer(503), false, false),
+            (Full, other, NextTry::Stable, false, false),
+            (Full, copy, NextTry::Answer(503), false, false),
             (Client, PLAIN, NextTry::Answer(408), false, false),
             (Unsupported, PLAIN, NextTry::Answer(501), false, false),
             (Withdrawn, PLAIN, NextTry::Stable, false, false),

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 
 use crate::domain::plan::HealthCheck;
 use crate::http_client::{HttpClient, HttpError, HttpSettings};
+use crate::ports::Clock;
 
 use super::table::RoutingTable;
 use super::upstream::Server;
@@ -32,17 +33,17 @@ impl Prober {
 
     /// Asks every server whose turn it is.
     pub fn ask(&self, router: &RoutingTable) {
-        let now = router.now();
+        let (now, clock) = (router.now(), router.node.published.clock());
         for (server, check) in router.table().due(now) {
             let client = if server.http2 { self.http2.clone() } else { self.http1.clone() };
-            tokio::spawn(probe(client, server, check));
+            tokio::spawn(probe(client, server, check, clock.clone()));
         }
     }
 }
 
-async fn probe(client: HttpClient, server: Arc<Server>, check: HealthCheck) {
+async fn probe(client: HttpClient, server: Arc<Server>, check: HealthCheck, clock: Arc<dyn Clock>) {
     let found = ask(&client, &server, &check).await;
-    match (server.probed(found.is_ok()), found) {
+    match (server.probed(found.is_ok(), clock.now().mono), found) {
         (true, Ok(())) => info!(server = %server.authority, path = check.path, "well again"),
         (true, Err(why)) => warn!(server = %server.authority, path = check.path, %why, "unwell: it gets no requests"),
         (false, _) => {}

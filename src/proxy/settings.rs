@@ -1,5 +1,6 @@
 //! The data plane's settings, as `[data]` of a node's file has them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -7,7 +8,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use crate::domain::ids::ServiceId;
+use crate::domain::weights::Weight;
 
+use super::access::{AccessLog, AccessLogFormat};
 use super::network::PeerNetwork;
 
 /// Limits of the data plane.
@@ -49,14 +52,11 @@ pub struct ProxySettings {
     /// Connections begin with a header of the PROXY protocol, version 1 or 2, that names the client; default false. With
     /// `trusted`, only those from there do.
     pub proxy_protocol: bool,
-    /// How long the node says that it is not ready before it stops listening; default 0. Load balancers learn of it meanwhile.
+    /// How long the node says that it is not ready before it stops listening; default 0. Requests are still served, and each
+    /// connection's next answer is its last. Load balancers and clients go elsewhere meanwhile.
     pub drain_ms: u64,
     /// How long open requests and upgraded connections may take to end once the node stopped listening; default 10000.
     pub grace_ms: u64,
-    /// Let another process listen on the data port at the same time, if it does so too; default false. The process that
-    /// replaces this one can begin before this one stops. A process that doesn't ask for it finds a port taken; one that does
-    /// is let in by a process with several workers, too, whose listeners share the port already.
-    pub share_port: bool,
     /// How long an `h2c://` server's connection may be silent before it gets an HTTP/2 PING; default 20000, 0 sends none. A
     /// gRPC server may end a connection at the fourth PING in a row without data (`too_many_pings`): within four times this,
     /// `idle_timeout_ms` should end a silent answer.
@@ -78,9 +78,37 @@ pub struct ProxySettings {
     /// Networks whose clients may use `canary_header`; default none: all may. Answers to such requests are counted apart and are
     /// no evidence, except those that a record router in one of these networks sends.
     pub canary_header_peers: Vec<PeerNetwork>,
-    /// Answer `/livez`, `/readyz`, `/routing/state` and `/health/snapshot` on this port; default true. The API's port always
-    /// does. False: these paths are the services'.
+    /// Answer `/livez`, `/readyz`, `/lease/SERVICE`, `/routing/state` and `/health/snapshot` on this port; default true. The API's
+    /// port always does. False: these paths are the services'.
     pub status_paths: bool,
+    /// Where requests are logged; default nowhere.
+    pub access_log: Option<AccessLogSettings>,
+    /// The log that is open.
+    #[serde(skip)]
+    pub access: AccessLog,
+}
+
+/// A log of the requests, a line for each.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AccessLogSettings {
+    /// File that lines are appended to, opened again at SIGHUP; `-` is standard output.
+    pub file: PathBuf,
+    /// How lines are written; default `json`.
+    #[serde(default)]
+    pub format: AccessLogFormat,
+    /// Share of the requests that are logged, 0 to 100 percent, in hundredths; default 100.
+    #[serde(default = "all", deserialize_with = "percent")]
+    #[schemars(with = "f64", range(min = 0, max = 100))]
+    pub sample_percent: Weight,
+}
+
+fn all() -> Weight {
+    Weight::FULL
+}
+
+fn percent<'de, D: Deserializer<'de>>(value: D) -> Result<Weight, D::Error> {
+    Weight::from_percent(f64::deserialize(value)?).map_err(D::Error::custom)
 }
 
 /// Reads a header's name into small letters.
@@ -112,7 +140,6 @@ impl Default for ProxySettings {
             proxy_protocol: false,
             drain_ms: 0,
             grace_ms: 10_000,
-            share_port: false,
             upstream_ping_interval_ms: 20_000,
             upstream_ping_timeout_ms: 5_000,
             busy_poll_us: 0,
@@ -122,6 +149,8 @@ impl Default for ProxySettings {
             canary_header: "x-canary".into(),
             canary_header_peers: Vec::new(),
             status_paths: true,
+            access_log: None,
+            access: AccessLog::default(),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use arc_swap::ArcSwap;
@@ -21,11 +21,12 @@ use crate::entropy;
 use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
+use super::access::{Access, SeenRequest};
 use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, FORCED, OutcomeCounts};
 use super::request::{HeaderFields, field, is};
 use super::settings::ProxySettings;
 use super::source;
-use super::upstream::{Pool, Server, Servers};
+use super::upstream::{Pool, PoolRules, Server, Servers};
 
 /// State that outlives the views of one routing version.
 pub struct Counters {
@@ -50,6 +51,8 @@ pub struct Route {
     /// `canary_header`.
     pub reads: Box<[String]>,
     pub counters: Arc<Counters>,
+    /// Requests of the service that are open, by whichever version.
+    open: Arc<AtomicUsize>,
     salt: u64,
 }
 
@@ -97,6 +100,8 @@ fn cookie<'b>(fields: HeaderFields<'_, 'b>, name: &str) -> Option<&'b [u8]> {
 
 impl Route {
     fn new(service: &ServiceId, serving: &Serving, before: Option<&Route>, shared: &RouteParts) -> Self {
+        // Requests outlive a routing version.
+        let before_open = before.map(|before| before.open.clone());
         let same = before.filter(|before| before.serving.routing_version == serving.routing_version);
         let same = same.filter(|before| before.canary.is_some() == serving.canary.is_some());
         let shards = shared.shards;
@@ -111,7 +116,9 @@ impl Route {
                 circuit_breaker: CircuitBreaker::default(),
             })
         });
-        let pool = |backend| Pool::new(backend, serving.routing_version, &shared.servers);
+        let spec = &serving.spec;
+        let rules = PoolRules { limits: spec.limits, slow_start_ms: spec.slow_start_ms };
+        let pool = |backend| Pool::new(backend, serving.routing_version, &shared.servers, rules);
         let (stable, canary) = (pool(&serving.stable), serving.canary.as_ref().map(|(backend, _)| pool(backend)));
         Self {
             service: service.clone(),
@@ -121,6 +128,7 @@ impl Route {
             stable,
             canary,
             counters,
+            open: before_open.unwrap_or_default(),
             salt: salt(service),
         }
     }
@@ -203,18 +211,35 @@ pub struct RoutingTable {
     pub node: NodeHandle,
     pub settings: ProxySettings,
     open: AtomicUsize,
+    /// There is more than one service, so that none may take the place of all others.
+    several: AtomicBool,
     table: ArcSwap<Table>,
     compiling: Mutex<()>,
     shared: RouteParts,
 }
 
-/// A request's place among those that are open.
-pub struct RequestPermit(Arc<RoutingTable>);
+/// A request's place among those that are open, of all services and of its own.
+pub struct RequestPermit {
+    table: Arc<RoutingTable>,
+    of_service: Arc<AtomicUsize>,
+}
 
 impl Drop for RequestPermit {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Relaxed);
+        self.table.open.fetch_sub(1, Relaxed);
+        self.of_service.fetch_sub(1, Relaxed);
     }
+}
+
+/// Why there is no place for a request.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Overflow {
+    /// The node has as many requests as it may.
+    #[error("too many requests at once")]
+    Node,
+    /// The service has as many requests at this node as it may.
+    #[error("too many requests of service {0} at once")]
+    Service(ServiceId),
 }
 
 /// Why a request has no route.
@@ -231,14 +256,38 @@ impl RoutingTable {
         let shared = RouteParts { servers: Servers::default(), shards, canary_header };
         let view = node.published.view();
         let routes = Arc::new(compile(&view, &BTreeMap::new(), &shared));
+        let several = AtomicBool::new(view.services.len() > 1);
         let table = ArcSwap::from_pointee(Table { routes, view });
-        Self { node, settings, open: AtomicUsize::new(0), table, compiling: Mutex::new(()), shared }
+        Self { node, settings, open: AtomicUsize::new(0), several, table, compiling: Mutex::new(()), shared }
     }
 
-    /// Takes a place for one more request, while there are any.
-    pub fn place(self: &Arc<Self>) -> Option<RequestPermit> {
-        let place = RequestPermit(self.clone());
-        (self.open.fetch_add(1, Relaxed) < self.settings.requests_max).then_some(place)
+    /// Takes a place for one more request of a service, while there are any.
+    pub fn place(self: &Arc<Self>, route: &Route) -> Result<RequestPermit, Overflow> {
+        let permit = RequestPermit { table: self.clone(), of_service: route.open.clone() };
+        let open = (self.open.fetch_add(1, Relaxed), route.open.fetch_add(1, Relaxed));
+        let max = self.settings.requests_max;
+        let max_of_service = match route.serving.spec.limits.max_requests {
+            Some(max) => usize::try_from(max).unwrap_or(usize::MAX),
+            None if self.several.load(Relaxed) => (max - max / 4).max(1),
+            None => usize::MAX,
+        };
+        match open {
+            (_, open) if open >= max_of_service => {
+                self.overflows(route, "service");
+                Err(Overflow::Service(route.service.clone()))
+            }
+            (open, _) if open >= max => {
+                self.overflows(route, "node");
+                Err(Overflow::Node)
+            }
+            _ => Ok(permit),
+        }
+    }
+
+    /// Counts a request for which there was no place; `limit` says where.
+    pub fn overflows(&self, route: &Route, limit: &'static str) {
+        let service = route.service.to_string();
+        metrics::counter!("aviary_requests_overflow_total", "service" => service, "limit" => limit).increment(1);
     }
 
     /// Returns the table of the view in force. The first worker that sees another view compiles it; the others wait for
@@ -259,6 +308,7 @@ impl RoutingTable {
             true => before.routes.clone(),
             false => Arc::new(compile(&view, &before.routes, &self.shared)),
         };
+        self.several.store(routes.len() > 1, Relaxed);
         let table = Arc::new(Table { routes, view });
         self.table.store(table.clone());
         table
@@ -305,6 +355,15 @@ impl RoutingTable {
             true => self.node.published.effective_bp_at(serving, self.now()),
             false => 0,
         }
+    }
+
+    /// Begins the access log's entry of a request; none where it is not logged.
+    pub fn begin_entry(&self, peer: IpAddr, seen: Option<SeenRequest>) -> Access {
+        if !self.settings.access.is_on() {
+            return None;
+        }
+        let client = seen.and_then(|seen| self.client_of(seen.fields, peer)).unwrap_or(peer);
+        self.settings.access.begin(self.node.published.clock(), client, seen)
     }
 
     /// Returns the client for whom a trusted proxy sent a request; none where the peer is the client.

@@ -24,6 +24,18 @@ const SCRATCH_BYTES: usize = 64 * 1024;
 const SPARE_MAX: usize = 64;
 const SPARE_BYTES_MAX: usize = 64 * 1024;
 
+/// How far the proxy's stop has come, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StopStage {
+    /// It serves.
+    Serving,
+    /// It says that it is not ready, and still serves what comes (`drain_ms`). Each connection's next answer is its last, so that
+    /// clients are elsewhere when the port closes.
+    Draining,
+    /// The port is closed, and no connection takes another request, except the first of one that just connected.
+    Stopping,
+}
+
 /// One thread's share of the data plane.
 pub struct Worker {
     /// Routing table and settings that all workers share.
@@ -155,9 +167,23 @@ impl Worker {
         &self.router.settings
     }
 
+    /// Returns how far the stop has come.
+    pub fn stop_stage(&self) -> StopStage {
+        match self.stopping.get() {
+            true => StopStage::Stopping,
+            false if self.router.node.published.is_leaving() => StopStage::Draining,
+            false => StopStage::Serving,
+        }
+    }
+
     /// Returns true once no connection should take another request.
     pub fn is_stopping(&self) -> bool {
-        self.stopping.get()
+        self.stop_stage() == StopStage::Stopping
+    }
+
+    /// Returns true once an answer says that it is the last of its connection.
+    pub fn ends_connections(&self) -> bool {
+        self.stop_stage() >= StopStage::Draining
     }
 
     /// Returns the table of the view in force: one atomic load while that stays the same.

@@ -693,6 +693,7 @@ async fn a_role_may_what_it_may_and_no_more() {
         ("POST", "/v1/cluster/cordon", "o", 403),
         ("POST", "/v1/cluster/cordon", "a", 200),
         ("GET", "/livez", "", 200),
+        ("GET", "/lease/none", "", 503),
         ("GET", "/metrics", "", 401),
         ("GET", "/nowhere", "", 401),
         ("GET", "/v1/events", "", 401),

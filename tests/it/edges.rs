@@ -27,7 +27,7 @@ const NOT_IMPLEMENTED: &str = "HTTP/1.1 501 Not Implemented\r\ncontent-length: 2
 const TOLD: Duration = Duration::from_millis(300);
 
 /// Returns an HTTP/2 connection to the proxy.
-async fn http2(world: &World) -> SendRequest<Bytes> {
+pub(crate) async fn http2(world: &World) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(world.address).await.unwrap();
     let (sender, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(connection);

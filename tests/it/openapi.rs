@@ -111,6 +111,7 @@ async fn answers_of_a_node_have_the_shapes_that_the_document_gives_them() {
         ("GET", "/livez", "", "/livez", 200),
         ("GET", "/readyz", "", "/readyz", 200),
         ("GET", "/readyz?quorum", "", "/readyz", 503),
+        ("GET", "/lease/svc", "", "/lease/{name}", 503),
     ] {
         let (status, text, found) = http(a.port, method, path, "", body).await;
         let operation = &document["paths"][described][method.to_lowercase()];

@@ -10,13 +10,15 @@ const PAGES: &[&str] = &[
     "SECURITY.md",
     "docs/analysis.md",
     "docs/integrations.md",
+    "docs/operations.md",
     "docs/performance.md",
     "docs/rollouts.md",
     "docs/router.md",
     "docs/upgrades.md",
 ];
 /// Folders whose files a page may name in backquotes.
-const FOLDERS: &[&str] = &["benches", "config", "core", "deploy", "docs", "proto", "scripts", "sim", "src", "tests"];
+const FOLDERS: &[&str] =
+    &["benches", "config", "core", "deploy", "docs", "fuzz", "proto", "scripts", "sim", "src", "tests"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

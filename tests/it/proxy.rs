@@ -218,7 +218,7 @@ pub(crate) async fn answering(answer: &'static str) -> SocketAddr {
 }
 
 /// Returns an address that nothing listens on.
-async fn nowhere() -> SocketAddr {
+pub(crate) async fn nowhere() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
 }
 

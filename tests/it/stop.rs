@@ -172,6 +172,49 @@ async fn a_second_signal_ends_the_drain() {
     assert!(proxy.ended().await.success());
 }
 
+#[tokio::test]
+async fn the_access_log_moves_on_at_sighup_and_is_whole_at_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, old) = (dir.path().join("logs/access.log"), dir.path().join("logs/access.log.1"));
+    let flags = ["--access-log", path.to_str().unwrap(), "--access-log-format", "combined"];
+    let mut proxy = Running::start(free_port(), answering(OK).await, &flags).await;
+    assert!(proxy.get("/first").await.unwrap().starts_with("HTTP/1.1 200"));
+    let lines = |path: &std::path::Path| {
+        std::fs::read_to_string(path).unwrap_or_default().lines().map(String::from).collect::<Vec<_>>()
+    };
+    let until = async |path: &std::path::Path, count: usize| {
+        let found = timeout(SOON, async {
+            while lines(path).len() < count {
+                // Nothing tells of another process's writes.
+                sleep(10 * MS).await;
+            }
+        });
+        found.await.unwrap_or_else(|_| panic!("{:?}, expected {count} lines", lines(path)));
+    };
+    until(&path, 1).await;
+    std::fs::rename(&path, &old).unwrap();
+    let signalled = Command::new("kill").args(["-HUP", &proxy.child.id().to_string()]).status().unwrap();
+    assert!(signalled.success());
+    let opened = timeout(SOON, async {
+        while !path.exists() {
+            // Nothing tells of another process's files.
+            sleep(10 * MS).await;
+        }
+    });
+    opened.await.expect("a new file");
+    for _ in 0..50 {
+        assert!(proxy.get("/later").await.unwrap().starts_with("HTTP/1.1 200"));
+    }
+    proxy.terminate();
+    assert!(proxy.ended().await.success());
+    let (first, later) = (lines(&old), lines(&path));
+    assert_eq!((first.len(), later.len()), (1, 50), "{first:?} {later:?}");
+    assert!(
+        first[0].starts_with("127.0.0.1 - - [") && first[0].contains("\"GET /first HTTP/1.1\" 200 2 "),
+        "{first:?}"
+    );
+}
+
 /// Starts a server that switches to WebSocket and then sends back what it gets.
 async fn echo() -> SocketAddr {
     upstream(|mut stream| async move {

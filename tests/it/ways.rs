@@ -10,7 +10,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::proxy::{SOON, World, head, hold_lease, upstream, view_of, world};
+use aviary::proxy::settings::ProxySettings;
+
+use crate::proxy::{SOON, World, head, hold_lease, settings, upstream, view_of, world_with};
 
 /// A way by which a request reaches the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -328,8 +330,16 @@ async fn send_http2(world: &World, case: &Case) -> Fate {
 }
 
 pub(crate) async fn both_worlds() -> [(&'static str, World); 2] {
+    both_worlds_with(settings()).await
+}
+
+/// Returns a proxy in front of a server of HTTP/1.1 and one in front of a server of HTTP/2, which tell what they see.
+pub(crate) async fn both_worlds_with(settings: ProxySettings) -> [(&'static str, World); 2] {
     let (http1, http2) = (http1_server().await, http2_server().await);
-    let at = |url: String| async move { world(view_of(None, None, 0, |spec| spec.stable.urls = vec![url])).await };
+    let at = |url: String| {
+        let settings = settings.clone();
+        async move { world_with(view_of(None, None, 0, |spec| spec.stable.urls = vec![url]), settings).await }
+    };
     [("http", at(format!("http://{http1}")).await), ("h2c", at(format!("h2c://{http2}")).await)]
 }
 

@@ -80,6 +80,16 @@ pub const PROGRESS_DEADLINE: Limits = Limits::ms("progressDeadline", 1_000, LONG
 pub const WINDOW: Limits = Limits::ms("analysis.window", 1_000, 3_600_000);
 /// How often a server is probed.
 pub const PROBE_INTERVAL: Limits = Limits::ms("healthCheck.interval", 100, 3_600_000);
+/// Requests of a service at a node at once.
+pub const REQUESTS: Limits = Limits::new("routing.limits.maxRequests", 1.0, 1_000_000.0, "");
+/// Requests at a server at once.
+pub const REQUESTS_PER_SERVER: Limits = Limits::new("routing.limits.maxRequestsPerServer", 1.0, 1_000_000.0, "");
+/// Requests that may wait for a place at a version's servers.
+pub const PENDING: Limits = Limits::new("routing.limits.maxPending", 0.0, 1_000_000.0, "");
+/// How long a request may wait for a place at a server.
+pub const PENDING_TIMEOUT: Limits = Limits::ms("routing.limits.pendingTimeout", 1, 60_000);
+/// How long a server's share of requests grows after its ejection.
+pub const SLOW_START: Limits = Limits::ms("routing.slowStart", 0, 3_600_000);
 /// How often another system is asked for a metric.
 pub const QUERY_INTERVAL: Limits = Limits::ms("provider.prometheus.interval", 1_000, 600_000);
 

@@ -11,8 +11,8 @@ use crate::code::Code;
 use crate::domain::ids::{ServiceId, TxId};
 use crate::domain::plan::file::RolloutFile;
 use crate::model::{
-    BatchReceipt, ChangeDetails, Changed, ClusterView, HealthView, History, MemberData, MemberName, ProbeView,
-    ReadConsistency, RolloutList, RolloutView, RoutingView, ServiceName, WriteConsistency,
+    BatchReceipt, ChangeDetails, Changed, ClusterView, HealthView, History, LeaseView, MemberData, MemberName,
+    ProbeView, ReadConsistency, RolloutList, RolloutView, RoutingView, ServiceName, WriteConsistency,
 };
 use crate::protocol::record::Sequence;
 use crate::telemetry::event::Json as ReportedJson;
@@ -295,6 +295,15 @@ fn status() -> Vec<ApiOperation> {
             status(),
         )
         .takes(&[QUORUM])
+        .fails(&[Code::Unavailable]),
+        ApiOperation::get(
+            "/lease/{name}",
+            "get_lease",
+            "Says whether the node may send canary traffic of a service: a health check for load balancers.",
+            json!("It may.", LeaseView),
+            status(),
+        )
+        .takes(&[NAME])
         .fails(&[Code::Unavailable]),
     ]
 }

@@ -98,6 +98,7 @@ where
         closes: false,
         back: Vec::new(),
         returned: 0,
+        body_bytes: 0,
     };
     watch.rest();
     let end = during(worker, stay.as_ref(), pin!(std::future::poll_fn(|cx| exchange.poll(cx)))).await;
@@ -143,6 +144,8 @@ struct Exchange<'x, S> {
     /// Bytes that the client has not accepted yet.
     back: Vec<u8>,
     returned: usize,
+    /// Bytes of the answer's body that came.
+    body_bytes: u64,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
@@ -273,6 +276,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
         }
         let keep = if self.delivery == Delivery::UntilClose { Keep::Data } else { Keep::Framed };
         let Ok(part) = self.answer.take(&mut scratch[..length], keep) else { return Some(Ok(ExchangeEnd::Cut)) };
+        self.body_bytes += part.kept as u64;
         // More than the answer is no beginning of another one.
         self.stays_open &= part.used == length;
         if self.delivery == Delivery::Chunked {
@@ -303,7 +307,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             let rest = &bytes[answered.length..];
             let (protocol, early) = (self.request.protocol, !self.request.body.has_ended());
             let delivery = Delivery::of(answered.body, protocol);
-            self.closes = self.request.close || early || delivery == Delivery::UntilClose || self.worker.is_stopping();
+            self.closes =
+                self.request.close || early || delivery == Delivery::UntilClose || self.worker.ends_connections();
             let date = self.worker.date();
             let close = self.closes && answered.status != 101;
             let marks = ResponseFields { lines: &self.pool.mark, date: date.as_bytes(), close, protocol };
@@ -336,6 +341,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             return Ok(());
         }
         if self.delivery == Delivery::Chunked {
+            self.body_bytes += rest.len() as u64;
             put_chunk(rest, &mut self.back);
             return Ok(());
         }
@@ -343,6 +349,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
         let keep = if self.delivery == Delivery::UntilClose { Keep::Data } else { Keep::Framed };
         let taken = self.answer.take(&mut self.back[from..], keep);
         let part = taken.map_err(|_| FastFailure::Broken("a chunk of its answer is malformed"))?;
+        self.body_bytes += part.kept as u64;
         self.stays_open &= part.used == rest.len();
         self.back.truncate(from + part.kept);
         Ok(())
@@ -412,6 +419,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
     /// Counts, and keeps what can be used again.
     async fn finish(mut self, end: ExchangeEnd) -> AfterAnswer {
         self.count(matches!(end, ExchangeEnd::Cut));
+        if let Some(entry) = self.request.access.take() {
+            entry.answered(self.status);
+            entry.sent(self.body_bytes);
+        }
         self.worker.give_back(std::mem::take(&mut self.back));
         let sent = self.request.body.has_ended() && self.sent == self.request.out.len() && !self.deaf;
         if !matches!(end, ExchangeEnd::Complete) {

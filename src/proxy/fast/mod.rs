@@ -13,13 +13,14 @@ use tracing::debug;
 
 use crate::domain::side::Side;
 
-use super::answer::problem;
+use super::answer::{overloaded, problem};
 use super::client::Client;
 use super::deadline::Deadline;
 use super::failure::ConnectFailure;
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
 use super::stay::{CanaryStay, during, may_go};
 use super::tunnel::{self, TunnelEnd};
+use super::upstream::{Choice, InFlightGuard};
 use super::worker::{Saying, Worker};
 
 mod exchange;
@@ -39,9 +40,10 @@ where
     let done = tried(worker, watch, client, &mut request).await;
     worker.give_back(std::mem::take(&mut request.out));
     let (failure, status) = match done {
-        Ok(AfterAnswer::Stays) => return true,
-        Ok(AfterAnswer::Ends) => return false,
-        Ok(AfterAnswer::Switched(upstream)) => {
+        Ok((AfterAnswer::Stays, _)) => return true,
+        Ok((AfterAnswer::Ends, _)) => return false,
+        // The upgraded connection keeps its request's place at the server.
+        Ok((AfterAnswer::Switched(upstream), _in_flight)) => {
             watch.set_end(None);
             watch.rest();
             let stay = CanaryStay::of(&request.routed);
@@ -52,10 +54,15 @@ where
     };
     let pool = request.routed.route.pool(request.routed.to.side);
     let why = failure.words(pool, worker.settings().first_byte_timeout_ms);
-    let close = request.close || !request.body.has_ended();
-    let lines = if failure.kind() == FailureKind::Local { &[] } else { &*pool.mark };
+    let close = request.close || !request.body.has_ended() || worker.ends_connections();
+    let is_own = matches!(failure.kind(), FailureKind::Local | FailureKind::Full);
+    let lines = if is_own { &[] } else { &*pool.mark };
     let how = Saying { lines, is_head: request.asked.is_head, close, protocol: request.protocol };
-    worker.say(&mut client.stream, &problem(status, &why), how).await;
+    let answer = if failure.kind() == FailureKind::Full { overloaded(&why) } else { problem(status, &why) };
+    if let Some(entry) = request.access.take() {
+        entry.answered_itself(&answer);
+    }
+    worker.say(&mut client.stream, &answer, how).await;
     if close && !client.ended {
         client.linger(worker, watch).await;
     }
@@ -68,7 +75,7 @@ async fn tried<S>(
     watch: &Deadline,
     client: &mut Client<S>,
     request: &mut FastRequest,
-) -> Result<AfterAnswer, (FastFailure, u16)>
+) -> Result<(AfterAnswer, InFlightGuard), (FastFailure, u16)>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -84,13 +91,30 @@ where
         }
         let side = request.routed.to.side;
         let pool = route.pool(side);
-        let Some(in_flight) = pool.choose(request.routed.began, &servers) else {
-            let none = ConnectFailure::Unknown("no server is left to try".into());
-            return Err((FastFailure::NoConnection(none), 502));
+        let chosen = match pool.choose(request.routed.began, &servers) {
+            Choice::Full => pool.queue(|| worker.router.now(), &servers).await,
+            chosen => chosen,
         };
-        let failure = match attempt(worker, watch, client, request, pool, &in_flight, is_repeat).await {
-            Ok(after) => return Ok(after),
-            Err(failure) => failure,
+        let in_flight = match chosen {
+            Choice::Server(in_flight) => Some(in_flight),
+            Choice::Full => None,
+            Choice::NoneLeft => {
+                let none = ConnectFailure::Unknown("no server is left to try".into());
+                return Err((FastFailure::NoConnection(none), 502));
+            }
+        };
+        if let (Some(entry), Some(in_flight)) = (&request.access, &in_flight) {
+            entry.tried(&route.service, &pool.version, Some(in_flight.server.authority.as_str()));
+        }
+        let (failure, in_flight) = match in_flight {
+            Some(in_flight) => match attempt(worker, watch, client, request, pool, &in_flight, is_repeat).await {
+                Ok(after) => return Ok((after, in_flight)),
+                Err(failure) => (failure, Some(in_flight)),
+            },
+            None => {
+                worker.router.overflows(&route, "servers");
+                (FastFailure::Full, None)
+            }
         };
         let facts = TriedRequest {
             side,
@@ -101,14 +125,14 @@ where
             is_copy: request.is_copy,
         };
         let consequence = policy::after(failure.kind(), &facts);
-        if consequence.blames_server {
+        if let Some(in_flight) = in_flight.as_ref().filter(|_| consequence.blames_server) {
             in_flight.ended(true, worker.router.now());
         }
         if consequence.blames_version {
             count(worker, request, 502, true);
         }
         match consequence.next {
-            NextTry::OtherServer => servers.push(in_flight.server.id),
+            NextTry::OtherServer => servers.extend(in_flight.map(|in_flight| in_flight.server.id)),
             NextTry::NewConnection => is_repeat = true,
             NextTry::Stable if route.stable.is_plain() => {
                 request.routed.to.side = Side::Stable;

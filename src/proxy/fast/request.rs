@@ -1,5 +1,7 @@
 //! A request on the fast path, and why it brought no answer.
 
+use crate::proxy::access::Access;
+use crate::proxy::answer::full;
 use crate::proxy::body::{BadMessage, BodyFraming};
 use crate::proxy::dispose::Routed;
 use crate::proxy::failure::{ConnectFailure, WITHDRAWN};
@@ -30,12 +32,15 @@ pub struct FastRequest {
     pub routed: Routed,
     /// Nobody waits for the answer.
     pub is_copy: bool,
+    /// Its line in the access log.
+    pub access: Access,
 }
 
 impl FastRequest {
     /// Returns a copy for the canary; none of a request that is not all there.
     pub fn copy(&self, worker: &Worker) -> Option<Self> {
-        let permit = worker.router.place().filter(|_| self.whole && !self.asked.wants_websocket)?;
+        let is_copied = self.whole && !self.asked.wants_websocket;
+        let permit = is_copied.then(|| worker.router.place(&self.routed.route).ok())??;
         let head = self.out.windows(4).position(|four| four == b"\r\n\r\n")? + 2;
         let mut out = worker.buffer();
         out.extend_from_slice(&self.out[..head]);
@@ -44,7 +49,18 @@ impl FastRequest {
         let (route, to) = (self.routed.route.clone(), SideChoice::of_copy());
         let routed = Routed { route, to, began: self.routed.began, permit };
         let Self { body, whole, asked, protocol, is_idempotent, .. } = *self;
-        Some(Self { out, body, whole, asked, protocol, is_idempotent, close: true, routed, is_copy: true })
+        Some(Self {
+            out,
+            body,
+            whole,
+            asked,
+            protocol,
+            is_idempotent,
+            close: true,
+            routed,
+            is_copy: true,
+            access: None,
+        })
     }
 }
 
@@ -56,6 +72,8 @@ pub enum FastFailure {
     Withdrawn,
     /// The canary lost its share while its answer was waited for, longer than the grace.
     Overstayed,
+    /// Every server has as many requests as it may.
+    Full,
     /// A kept connection had ended before anything came back.
     Stale,
     /// No first byte in time.
@@ -74,6 +92,7 @@ impl FastFailure {
             Self::NoConnection(_) => FailureKind::Unreachable,
             Self::Withdrawn => FailureKind::Withdrawn,
             Self::Overstayed => FailureKind::Overstayed,
+            Self::Full => FailureKind::Full,
             Self::Stale => FailureKind::Stale,
             Self::Late => FailureKind::Late,
             Self::Broken(_) => FailureKind::Broken,
@@ -90,6 +109,7 @@ impl FastFailure {
             }
             Self::NoConnection(failure) => format!("no server of {version} can be reached: {failure}"),
             Self::Withdrawn | Self::Overstayed => WITHDRAWN.into(),
+            Self::Full => full(version),
             Self::Stale => format!("{version} broke off: it closed a connection that was to be used again"),
             Self::Late => format!("{version} sent no answer within {limit_ms} ms"),
             Self::Broken(why) => format!("{version} broke off: {why}"),

@@ -169,6 +169,7 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
     terms: Terms,
     progress: &BodyProgress,
 ) -> bool {
+    let access = request.access.clone();
     let mut carried = pin!(super::carry(worker, request, upload, None));
     let answer = tokio::select! {
         biased;
@@ -189,7 +190,10 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
         }
         SlowAnswer::Own(own) => {
             let own = progress.refused.get().map_or(*own, answer::refusal);
-            let close = terms.close || !progress.is_whole.get() || worker.is_stopping();
+            if let Some(entry) = access {
+                entry.answered_itself(&own);
+            }
+            let close = terms.close || !progress.is_whole.get() || worker.ends_connections();
             let date = worker.date().to_string();
             let marks = ResponseFields { lines: &[], date: date.as_bytes(), close, protocol: terms.protocol };
             let mut out = worker.buffer();
@@ -262,7 +266,7 @@ fn begin(
         other => other,
     };
     let is_early = !progress.is_whole.get();
-    let close = terms.close || is_early || delivery == Delivery::UntilClose || worker.is_stopping();
+    let close = terms.close || is_early || delivery == Delivery::UntilClose || worker.ends_connections();
     let date = worker.date();
     let marks = ResponseFields { lines: answered.lines(), date: date.as_bytes(), close, protocol: terms.protocol };
     let reason = answered.head.status.canonical_reason().unwrap_or("");

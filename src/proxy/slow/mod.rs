@@ -19,7 +19,8 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::domain::side::Side;
 
-use super::answer::{OwnAnswer, assignment, mark, problem};
+use super::access::Access;
+use super::answer::{OwnAnswer, assignment, full, mark, overloaded, problem};
 use super::body::{BadMessage, refuse};
 use super::dispose::Routed;
 use super::failure::WITHDRAWN;
@@ -27,7 +28,7 @@ use super::policy::{self, FailureKind, NextTry, TriedRequest};
 use super::request::{CanonicalRequest, Gateway};
 use super::stay::{CanaryStay, during, may_go};
 use super::table::{Route, SideChoice};
-use super::upstream::{InFlightGuard, Pool, Server};
+use super::upstream::{Choice, InFlightGuard, Pool, Server};
 use super::wire::{Asked, ResponseHead};
 use super::worker::Worker;
 
@@ -122,6 +123,8 @@ pub struct SlowRequest {
     pub routed: Routed,
     /// Nobody waits for the answer.
     pub is_copy: bool,
+    /// Its line in the access log.
+    pub access: Access,
 }
 
 /// What a request led to.
@@ -146,7 +149,7 @@ pub async fn carry(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, h
     let began = *began;
     let answer = tried(worker, request, upload, hints).await;
     if let Some((head, route)) = mirrored
-        && let (Some(body), Some(permit)) = (upload.copy(), worker.router.place())
+        && let (Some(body), Some(permit)) = (upload.copy(), worker.router.place(&route).ok())
     {
         let to = SideChoice::of_copy();
         mirror(worker, head, Routed { route, to, began, permit }, body);
@@ -159,7 +162,7 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
     head.headers.insert("x-aviary-mirrored", HeaderValue::from_static("true"));
     let worker = worker.clone();
     tokio::task::spawn_local(async move {
-        let request = SlowRequest { head, routed, is_copy: true };
+        let request = SlowRequest { head, routed, is_copy: true, access: None };
         if let SlowAnswer::Upstream(mut answered) = tried(&worker, request, &body, None).await {
             let stay = answered.stay.take();
             let reading = async { while let Some(Ok(_)) = answered.next().await {} };
@@ -170,7 +173,12 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
 
 /// Tries servers until one answers, or until nothing is left to try.
 async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints: Option<&Hints>) -> SlowAnswer {
-    let SlowRequest { head, routed: Routed { route, mut to, began, permit }, is_copy } = request;
+    let SlowRequest { head, routed: Routed { route, mut to, began, permit }, is_copy, access } = request;
+    let tries = |to: SideChoice, server: Option<&str>| {
+        if let Some(entry) = &access {
+            entry.tried(&route.service, &route.pool(to.side).version, server);
+        }
+    };
     let total_ms = worker.settings().total_timeout_ms;
     let end = (total_ms > 0).then(|| Instant::now() + Duration::from_millis(total_ms));
     let (mut servers, mut is_repeat) = (Vec::new(), false);
@@ -189,35 +197,58 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         let pool = route.pool(to.side);
         if pool.servers.is_empty() {
             counts(to, 200, false);
+            tries(to, None);
             return SlowAnswer::Own(Box::new(assignment(&worker.router, &route, to.side)));
         }
-        let Some(in_flight) = pool.choose(began, &servers) else {
-            break (SlowFailure { kind: FailureKind::Unreachable, why: "no server is left to try".into() }, 502);
+        let chosen = match pool.choose(began, &servers) {
+            Choice::Full => pool.queue(|| worker.router.now(), &servers).await,
+            chosen => chosen,
         };
-        let stay = CanaryStay::at(&route, to);
-        let may_go = || may_go(&worker.router, &route, to);
-        let sent = {
-            let terms = Terms { end, is_repeat, hints };
-            let sending = pin!(attempt(worker, &head, &in_flight.server, upload, terms, may_go));
-            during(worker, stay.as_ref(), sending).await
-        };
-        let overstayed = || Err(SlowFailure { kind: FailureKind::Overstayed, why: WITHDRAWN.into() });
-        let failure = match sent.unwrap_or_else(overstayed) {
-            Ok(answer) => {
-                let outcome = OutcomeGuard {
-                    worker: worker.clone(),
-                    route: route.clone(),
-                    to,
-                    status: answer.status().as_u16(),
-                    began,
-                    is_counted: false,
-                    is_copy,
-                    in_flight,
-                    _permit: permit,
-                };
-                return SlowAnswer::Upstream(Box::new(Answered::new(answer, outcome, &head, upload, end, stay)));
+        let in_flight = match chosen {
+            Choice::Server(in_flight) => Some(in_flight),
+            Choice::Full => None,
+            Choice::NoneLeft => {
+                break (SlowFailure { kind: FailureKind::Unreachable, why: "no server is left to try".into() }, 502);
             }
-            Err(failure) => failure,
+        };
+        let (failure, in_flight) = match in_flight {
+            None => {
+                worker.router.overflows(&route, "servers");
+                (SlowFailure { kind: FailureKind::Full, why: String::new() }, None)
+            }
+            Some(in_flight) => {
+                tries(to, Some(in_flight.server.authority.as_str()));
+                let stay = CanaryStay::at(&route, to);
+                let sent = {
+                    let may_go = || may_go(&worker.router, &route, to);
+                    let terms = Terms { end, is_repeat, hints };
+                    let sending = pin!(attempt(worker, &head, &in_flight.server, upload, terms, may_go));
+                    during(worker, stay.as_ref(), sending).await
+                };
+                let overstayed = || Err(SlowFailure { kind: FailureKind::Overstayed, why: WITHDRAWN.into() });
+                match sent.unwrap_or_else(overstayed) {
+                    Ok(answer) => {
+                        let outcome = OutcomeGuard {
+                            worker: worker.clone(),
+                            route: route.clone(),
+                            to,
+                            status: answer.status().as_u16(),
+                            began,
+                            is_counted: false,
+                            is_copy,
+                            in_flight,
+                            access,
+                            _permit: permit,
+                        };
+                        if let Some(entry) = &outcome.access {
+                            entry.answered(outcome.status);
+                        }
+                        let answered = Answered::new(answer, outcome, &head, upload, end, stay);
+                        return SlowAnswer::Upstream(Box::new(answered));
+                    }
+                    Err(failure) => (failure, Some(in_flight)),
+                }
+            }
         };
         let facts = TriedRequest {
             side: to.side,
@@ -228,14 +259,14 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
             is_copy,
         };
         let consequence = policy::after(failure.kind, &facts);
-        if consequence.blames_server {
+        if let Some(in_flight) = in_flight.as_ref().filter(|_| consequence.blames_server) {
             in_flight.ended(true, worker.router.now());
         }
         if consequence.blames_version {
             counts(to, 502, true);
         }
         match consequence.next {
-            NextTry::OtherServer => servers.push(in_flight.server.id),
+            NextTry::OtherServer => servers.extend(in_flight.map(|in_flight| in_flight.server.id)),
             NextTry::NewConnection => is_repeat = true,
             NextTry::Stable => {
                 to.side = Side::Stable;
@@ -245,8 +276,9 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         }
     };
     let pool = route.pool(to.side);
-    let mut answer = problem(status, &told(&failure, pool, worker.settings().first_byte_timeout_ms));
-    if failure.kind != FailureKind::Local {
+    let why = told(&failure, pool, worker.settings().first_byte_timeout_ms);
+    let mut answer = if failure.kind == FailureKind::Full { overloaded(&why) } else { problem(status, &why) };
+    if !matches!(failure.kind, FailureKind::Local | FailureKind::Full) {
         mark(answer.headers_mut(), &route, pool);
     }
     SlowAnswer::Own(Box::new(answer))
@@ -260,6 +292,7 @@ fn told(failure: &SlowFailure, pool: &Pool, limit_ms: u64) -> String {
         FailureKind::Unreachable => format!("no server of {version} can be reached: {why}"),
         FailureKind::Late => format!("{version} sent no answer within {limit_ms} ms"),
         FailureKind::Stale | FailureKind::Unprocessed | FailureKind::Broken => format!("{version} broke off: {why}"),
+        FailureKind::Full => full(version),
         FailureKind::Client | FailureKind::Unsupported | FailureKind::Withdrawn | FailureKind::Overstayed => {
             why.clone()
         }
@@ -404,6 +437,9 @@ impl Answered {
                 if self.is_grpc && frame.trailers_ref().is_some_and(grpc_failed) {
                     self.outcome.count(true);
                 }
+                if let (Some(entry), Some(data)) = (&self.outcome.access, frame.data_ref()) {
+                    entry.sent(data.len() as u64);
+                }
                 return Some(Ok(frame));
             }
             Ok(None) => {
@@ -433,6 +469,7 @@ struct OutcomeGuard {
     is_counted: bool,
     is_copy: bool,
     in_flight: InFlightGuard,
+    access: Access,
     _permit: super::table::RequestPermit,
 }
 

@@ -5,6 +5,7 @@ mod backup;
 mod chaos;
 mod command_line;
 mod disk;
+mod drain;
 mod failure;
 mod flood;
 mod grpc;

@@ -152,7 +152,7 @@ impl From<Manifest> for Stored {
 mod tests {
     use super::*;
     use crate::domain::analysis::{Analysis, Limit, Metric, Statistic};
-    use crate::domain::plan::{HashOn, HealthCheck, Match, OnPartition};
+    use crate::domain::plan::{HashOn, HealthCheck, Match, OnPartition, RequestLimits};
     use crate::domain::verdict::OnFailure;
     use crate::domain::weights::Weight;
     use crate::fixtures;
@@ -171,6 +171,13 @@ mod tests {
         spec.hash_on = Some(HashOn::Cookie("Sid".into()));
         spec.matches = vec![Match { headers: vec![("x-canary".into(), "always".into())] }];
         spec.mirror = Weight::from_bp(1_250).unwrap();
+        spec.limits = RequestLimits {
+            max_requests: Some(400),
+            max_requests_per_server: Some(32),
+            max_pending: 7,
+            pending_timeout_ms: 1_500,
+        };
+        spec.slow_start_ms = 30_000;
         spec.on_partition = OnPartition::Hold;
         let metric = |name: &str, limit, on_failure| Metric { name: name.into(), limit, on_failure };
         let latency = |bp, max_us| Limit::Latency { statistic: Statistic::Quantile(bp), max_us };

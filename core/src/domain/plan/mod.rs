@@ -90,6 +90,26 @@ pub enum HashOn {
     ClientAddress,
 }
 
+/// How much of a service a node carries at once, so that one service or server doesn't take what others need. Each node counts by
+/// itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// Requests of the service at once; none: as many as the node's own limit leaves.
+    pub max_requests: Option<u64>,
+    /// Requests at each of its servers at once; none: no limit. An HTTP/1.1 connection carries one of them.
+    pub max_requests_per_server: Option<u64>,
+    /// Requests that may wait for a place at a version's servers.
+    pub max_pending: u64,
+    /// How long each of them may wait, in milliseconds.
+    pub pending_timeout_ms: u64,
+}
+
+impl Default for RequestLimits {
+    fn default() -> Self {
+        Self { max_requests: None, max_requests_per_server: None, max_pending: 100, pending_timeout_ms: 1_000 }
+    }
+}
+
 /// Requests with all of these header values (name in lower case, exact value) are the canary's while it has traffic.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Match {
@@ -131,6 +151,10 @@ pub struct RolloutSpec {
     pub matches: Vec<Match>,
     /// The share of stable's requests that the canary gets a copy of, its answers unused.
     pub mirror: Weight,
+    /// How much of the service a node carries at once.
+    pub limits: RequestLimits,
+    /// How long a server that was ejected gets a growing share of its requests, in milliseconds; 0: all at once.
+    pub slow_start_ms: u64,
     /// Rules by which the canary is judged.
     pub analysis: Analysis,
     /// Statuses that count as errors, of both versions.
@@ -219,6 +243,8 @@ impl RolloutSpec {
             hash_on: None,
             matches: Vec::new(),
             mirror: Weight::ZERO,
+            limits: RequestLimits::default(),
+            slow_start_ms: 0,
             analysis: Analysis::default(),
             error_classes: ErrorClasses::default(),
             lease_ms: 2_000,
@@ -296,6 +322,12 @@ impl RolloutSpec {
                 return Err(SpecError::Missing("healthCheck.path is no path, expected one such as /healthz"));
             }
         }
+        let RequestLimits { max_requests, max_requests_per_server, max_pending, pending_timeout_ms } = self.limits;
+        max_requests.map(|max| limits::REQUESTS.check_whole(max)).transpose()?;
+        max_requests_per_server.map(|max| limits::REQUESTS_PER_SERVER.check_whole(max)).transpose()?;
+        limits::PENDING.check_whole(max_pending)?;
+        limits::PENDING_TIMEOUT.check_whole(pending_timeout_ms)?;
+        limits::SLOW_START.check_whole(self.slow_start_ms)?;
         limits::PROGRESS_DEADLINE.check_whole(self.progress_deadline_ms)?;
         limits::WINDOW.check_whole(self.analysis.window_ms)?;
         for query in &self.analysis.queries {

@@ -162,6 +162,30 @@ struct RoutingPart {
     /// Copies of stable's requests for the canary.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mirror: Option<MirrorPart>,
+    /// How much of the service a node carries at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    limits: Option<LimitsPart>,
+    /// How long a server that was ejected gets a growing share of its requests; none: all at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    slow_start: Option<Millis>,
+}
+
+/// How much of a service a node carries at once.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct LimitsPart {
+    /// Requests of the service at once; none: three quarters of the node's `requests_max`, or all of it for its only service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_requests: Option<u64>,
+    /// Requests at each of its servers at once; none: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_requests_per_server: Option<u64>,
+    /// Requests that may wait for a place at a version's servers; default 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_pending: Option<u64>,
+    /// How long each of them may wait; default 1 s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pending_timeout: Option<Millis>,
 }
 
 /// Copies of stable's requests that the canary gets; its answers are dropped.
@@ -380,7 +404,7 @@ enum PartitionPart {
 }
 
 /// Milliseconds, written as people write durations: `30s`, `5m`, `1h 30m`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Millis(u64);
 
 impl<'de> Deserialize<'de> for Millis {

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, Stage};
+use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, Stage};
 use super::{
-    API_VERSION, AnalysisPart, AnalysisProblem, ClassPart, FailurePart, HashPart, KIND, MatchPart, MetadataPart,
-    MetricPart, MetricProblem, Millis, NoDataPart, PartitionPart, PrometheusPart, RangePart, RolloutFile, SEQUENTIAL,
-    SidePart, SpecPart, StepPart, StepProblem, THRESHOLD, UrlError, ValueError,
+    API_VERSION, AnalysisPart, AnalysisProblem, ClassPart, FailurePart, HashPart, KIND, LimitsPart, MatchPart,
+    MetadataPart, MetricPart, MetricProblem, Millis, NoDataPart, PartitionPart, PrometheusPart, RangePart, RolloutFile,
+    SEQUENTIAL, SidePart, SpecPart, StepPart, StepProblem, THRESHOLD, UrlError, ValueError,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData, Statistic};
 use crate::domain::classes::ErrorClasses;
@@ -47,6 +47,8 @@ impl RolloutFile {
         spec.mirror = mirror.map_err(ValueError::Mirror)?.unwrap_or(spec.mirror);
         spec.hash_on = routing.hash_on.map(hash_on).transpose()?;
         spec.matches = routing.matches.into_iter().map(matched).collect::<Result<_, _>>()?;
+        spec.limits = routing.limits.map_or(spec.limits, |part| limits_of(&part));
+        spec.slow_start_ms = routing.slow_start.map_or(spec.slow_start_ms, |time| time.0);
         spec.bake_ms = bake.map_or(spec.bake_ms, |bake| bake.duration.0);
         spec.lease_ms = safety.lease.map_or(spec.lease_ms, |lease| lease.0);
         spec.on_partition = match safety.on_partition {
@@ -78,6 +80,16 @@ fn hash_on(part: HashPart) -> Result<HashOn, ValueError> {
         (None, Some(name), false) => header(KEY, &name).map(|_| HashOn::Cookie(name)),
         (None, None, true) => Ok(HashOn::ClientAddress),
         _ => Err(ValueError::HashOn),
+    }
+}
+
+fn limits_of(part: &LimitsPart) -> RequestLimits {
+    let default = RequestLimits::default();
+    RequestLimits {
+        max_requests: part.max_requests,
+        max_requests_per_server: part.max_requests_per_server,
+        max_pending: part.max_pending.unwrap_or(default.max_pending),
+        pending_timeout_ms: part.pending_timeout.map_or(default.pending_timeout_ms, |time| time.0),
     }
 }
 

@@ -1,11 +1,11 @@
 //! From a rollout to the file that says all that it is, defaults too, so that another build's defaults change nothing.
 
-use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RolloutSpec, Stage};
+use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, Stage};
 use super::{
     API_VERSION, AnalysisPart, AnswerPart, BakePart, ClassPart, ExactPart, FailurePart, HashPart, HealthPart,
-    InconclusivePart, KIND, MatchPart, MetadataPart, MetricPart, Millis, MirrorPart, NoDataPart, PartitionPart,
-    PausePart, PrometheusPart, ProviderPart, RangePart, RolloutFile, RoutingPart, SEQUENTIAL, SafetyPart, SidePart,
-    SpecPart, StepPart, StrategyPart, ThenPart,
+    InconclusivePart, KIND, LimitsPart, MatchPart, MetadataPart, MetricPart, Millis, MirrorPart, NoDataPart,
+    PartitionPart, PausePart, PrometheusPart, ProviderPart, RangePart, RolloutFile, RoutingPart, SEQUENTIAL,
+    SafetyPart, SidePart, SpecPart, StepPart, StrategyPart, ThenPart,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData};
 use crate::domain::classes::ErrorClasses;
@@ -34,6 +34,8 @@ impl RolloutFile {
                     hash_on: spec.hash_on.as_ref().map(hash_of),
                     matches: spec.matches.iter().map(match_of).collect(),
                     mirror: (spec.mirror > Weight::ZERO).then(|| MirrorPart { percent: percent(spec.mirror) }),
+                    limits: limits_of(&spec.limits),
+                    slow_start: (spec.slow_start_ms > 0).then_some(Millis(spec.slow_start_ms)),
                 },
                 analysis: Some(analysis_of(&spec.analysis, spec.error_classes)),
                 safety: SafetyPart {
@@ -69,6 +71,19 @@ fn steps_of(stage: &Stage) -> Vec<StepPart> {
     steps.extend((stage.hold_ms > 0).then(|| pause(Some(Millis(stage.hold_ms)))));
     steps.extend(stage.manual.then(|| pause(None)));
     steps
+}
+
+/// Returns the limits that are not the default ones.
+fn limits_of(limits: &RequestLimits) -> Option<LimitsPart> {
+    let default = RequestLimits::default();
+    let other = |found: u64, default: u64| (found != default).then_some(found);
+    let part = LimitsPart {
+        max_requests: limits.max_requests,
+        max_requests_per_server: limits.max_requests_per_server,
+        max_pending: other(limits.max_pending, default.max_pending),
+        pending_timeout: other(limits.pending_timeout_ms, default.pending_timeout_ms).map(Millis),
+    };
+    (part != LimitsPart::default()).then_some(part)
 }
 
 fn hash_of(hash_on: &HashOn) -> HashPart {
