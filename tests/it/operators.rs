@@ -138,8 +138,8 @@ async fn the_paths_of_load_balancers_can_be_the_services() {
 async fn the_data_port_lists_no_services() {
     let world = world(view(Some(answering(OK).await), None, 0)).await;
     for way in WAYS {
-        let asked: [(&str, &[(&str, &str)], u16); 4] = [
-            ("/routing/state?service=none", &[], 404),
+        let asked = [
+            ("/routing/state?service=none", &[][..], 404),
             ("/health/snapshot?service=none", &[], 404),
             ("/predict", &[("x-aviary-service", "none")], 404),
             ("/lease/none", &[], 503),
