@@ -92,7 +92,7 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 
 async fn serve(config: NodeConfig, tokens: Option<TokenFile>, log: Option<LogFile>) -> anyhow::Result<()> {
     // Before anything else, as a signal that nobody waits for ends the process.
-    let hangup = signal(SignalKind::hangup())?;
+    let (hangup, mut signals) = (signal(SignalKind::hangup())?, StopSignals::listen()?);
     // Ports first: a taken one must not cost a start of the node itself.
     descriptors::raise(config.data.connections_max as u64);
     let data = listen_many("data", &config.listen.data, config.data.workers(), false).await?;
@@ -131,7 +131,6 @@ async fn serve(config: NodeConfig, tokens: Option<TokenFile>, log: Option<LogFil
     info!(node = %config.id, data = config.listen.data, api = config.listen.api, "serving");
 
     let mut node = tokio::task::spawn_blocking(move || thread.join());
-    let mut signals = StopSignals::listen()?;
     let ended = tokio::select! {
         () = signals.next() => None,
         ended = &mut node => Some(ended),

@@ -102,7 +102,7 @@ pub fn run(args: &ProxyArgs) -> anyhow::Result<Exit> {
 async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let view = Arc::new(view_of(args)?);
     // Before anything else, as a signal that nobody waits for ends the process.
-    let mut hangup = signal(SignalKind::hangup())?;
+    let (mut hangup, mut signals) = (signal(SignalKind::hangup())?, StopSignals::listen()?);
     let access_log = args.access_log.clone().map(|file| AccessLogSettings {
         file,
         format: args.access_log_format,
@@ -142,7 +142,6 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let shutdown = CancellationToken::new();
     let ended = tokio::spawn(proxy::serve(listeners, handle.clone(), settings, shutdown.clone()));
     eprintln!("{}: {} to the canary, the rest to stable", args.listen, args.weight);
-    let mut signals = StopSignals::listen()?;
     signals.next().await;
     signals.drain(&handle.published, args.drain_ms).await;
     shutdown.cancel();

@@ -10,7 +10,7 @@ use httparse::Header;
 ///
 /// These are the ones that frame a message, that [`super`] reads, and that it writes. A change that makes the proxy read or
 /// write another field adds it here; fields that a rollout or the node's file names are not here, but in `Route::reads`.
-pub const RELIED_ON: [&str; 25] = [
+pub const RELIED_ON: [&str; 27] = [
     "allow",
     "content-length",
     "content-type",
@@ -25,6 +25,7 @@ pub const RELIED_ON: [&str; 25] = [
     "te",
     "trailer",
     "transfer-encoding",
+    "user-agent",
     "via",
     "x-aviary-mirrored",
     "x-aviary-service",
@@ -33,6 +34,7 @@ pub const RELIED_ON: [&str; 25] = [
     "x-forwarded-for",
     "x-forwarded-host",
     "x-forwarded-proto",
+    "x-request-id",
     "x-routing-version",
     "x-served-by",
     "x-upstream-served-by",

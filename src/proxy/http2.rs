@@ -265,6 +265,10 @@ async fn carried(
     let (hints, mut told) = mpsc::unbounded_channel();
     let mut carried = pin!(slow::carry(worker, request, upload, Some(&hints)));
     std::future::poll_fn(|cx| {
+        // What a reset does to the request's body is no failure of anybody's.
+        if respond.poll_reset(cx).is_ready() {
+            return Poll::Ready(None);
+        }
         let polled = carried.as_mut().poll(cx);
         if awaits_continue && upload.poll_wanted(cx).is_ready() {
             awaits_continue = false;
@@ -277,10 +281,7 @@ async fn carried(
                 inform(respond, hint, status);
             }
         }
-        match polled {
-            Poll::Ready(answer) => Poll::Ready(Some(answer)),
-            Poll::Pending => respond.poll_reset(cx).map(|_| None),
-        }
+        polled.map(Some)
     })
     .await
 }

@@ -212,9 +212,9 @@ fn every_field_that_the_proxy_names_is_listed() {
     for name in ["x-canary", "x-aviary-mirrored", "via", "forwarded", "cookie", "x-aviary-source", "te", "allow"] {
         assert!(named.contains(name), "{name} is not found in {named:?}");
     }
-    // What an option may say, and no field.
-    let options = ["keep-alive", "100-continue"];
-    let relied_on = |name: &str| RELIED_ON.contains(&name) || options.contains(&name);
+    // What an option may say and a thread is called, and no field.
+    let others = ["keep-alive", "100-continue", "access-log"];
+    let relied_on = |name: &str| RELIED_ON.contains(&name) || others.contains(&name);
     let missing: Vec<_> = named.iter().filter(|name| !is_hop_by_hop(name) && !relied_on(name)).collect();
     assert!(missing.is_empty(), "fields that the proxy reads or writes, and a Connection option removes: {missing:?}");
 }
