@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tracing::warn;
 
 use crate::backoff::Backoff;
+use crate::domain::assignment::TicketHash;
 use crate::domain::side::Side;
 use crate::domain::split::Ticket;
 use crate::domain::weights::Weight;
@@ -25,8 +26,6 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Settings of push mode, from the router's file.
 #[derive(Debug, Clone)]
 pub struct PushPlan {
-    /// Makes tickets of keys; the data plane's for a rollout of the same service.
-    pub salt: u64,
     /// Whether a key decides who gets a record.
     pub keyed: bool,
     /// How often a record is posted before it is given up.
@@ -82,8 +81,9 @@ impl Pusher {
         Ok(Self { source, post, plan, runtime })
     }
 
-    /// Posts a batch of records under this weight, until each is done or given up, and commits it.
-    pub fn turn(&mut self, weight: Weight) -> Result<Pushed, OutsideError> {
+    /// Posts a batch of records under this weight, until each is done or given up, and commits it. `hash` makes tickets of keys, as
+    /// the data plane does for the service's rollout.
+    pub fn turn(&mut self, weight: Weight, hash: TicketHash) -> Result<Pushed, OutsideError> {
         let records = self.source.read(self.plan.interval, self.plan.batch_max)?;
         if records.is_empty() {
             return Ok(Pushed::default());
@@ -92,7 +92,7 @@ impl Pusher {
         let mut shards: Vec<Vec<(Posted, Side)>> = vec![Vec::new(); self.plan.in_flight];
         for record in records.iter().cloned() {
             let key = record.key.as_deref().filter(|_| self.plan.keyed);
-            let side = Ticket::of(self.plan.salt, key, record.partition, record.offset).side(weight);
+            let side = Ticket::of(hash, key, record.partition, record.offset).side(weight);
             shards[shard(&record, self.plan.in_flight)].push((record, side));
         }
         let (post, attempts) = (self.post.clone(), self.plan.attempts);
@@ -228,9 +228,9 @@ mod tests {
         let source = Box::new(Topic((0..40).map(record).collect(), told.clone()));
         let post = Arc::new(Plane(told.clone(), Mutex::default()));
         let interval = Duration::ZERO;
-        let plan = PushPlan { salt: 1, keyed: true, attempts: 3, in_flight: 3, batch_max: 40, interval };
+        let plan = PushPlan { keyed: true, attempts: 3, in_flight: 3, batch_max: 40, interval };
         let mut pusher = Pusher::new(source, post, plan).unwrap();
-        let pushed = pusher.turn(Weight::from_bp(5000).unwrap()).unwrap();
+        let pushed = pusher.turn(Weight::from_bp(5000).unwrap(), TicketHash::Salted(1)).unwrap();
         assert_eq!((pushed.given_up, pushed.done.values().sum::<u64>()), (4, 36));
         let told = told.0.lock().unwrap();
         assert_eq!(told.last().unwrap(), "committed 40");

@@ -1,13 +1,14 @@
 //! From a rollout to the file that says all that it is, defaults too, so that another build's defaults change nothing.
 
-use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, Stage};
+use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, Stage, Timeouts};
 use super::{
     API_VERSION, AnalysisPart, AnswerPart, BakePart, ClassPart, ExactPart, FailurePart, HashPart, HealthPart,
     InconclusivePart, KIND, LimitsPart, MatchPart, MetadataPart, MetricPart, Millis, MirrorPart, NoDataPart,
     PartitionPart, PausePart, PrometheusPart, ProviderPart, RangePart, RolloutFile, RoutingPart, SEQUENTIAL,
-    SafetyPart, SidePart, SpecPart, StepPart, StrategyPart, ThenPart,
+    SafetyPart, SaltPart, SidePart, SpecPart, StepPart, StrategyPart, ThenPart, TimeoutsPart,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData};
+use crate::domain::assignment::{HashFunction, Salt};
 use crate::domain::classes::ErrorClasses;
 use crate::domain::query::Query;
 use crate::domain::verdict::OnFailure;
@@ -31,11 +32,13 @@ impl RolloutFile {
                 steps: spec.stages.iter().flat_map(steps_of).collect(),
                 bake: Some(BakePart { duration: Millis(spec.bake_ms) }),
                 routing: RoutingPart {
-                    hash_on: spec.hash_on.as_ref().map(hash_of),
+                    hash_on: spec.hash_on.as_ref().map(|hash_on| hash_of(hash_on, spec)),
                     matches: spec.matches.iter().map(match_of).collect(),
                     mirror: (spec.mirror > Weight::ZERO).then(|| MirrorPart { percent: percent(spec.mirror) }),
                     limits: limits_of(&spec.limits),
                     slow_start: (spec.slow_start_ms > 0).then_some(Millis(spec.slow_start_ms)),
+                    timeouts: timeouts_of(spec.timeouts),
+                    cancel_on_disconnect: spec.cancel_on_disconnect,
                 },
                 analysis: Some(analysis_of(&spec.analysis, spec.error_classes)),
                 safety: SafetyPart {
@@ -86,12 +89,30 @@ fn limits_of(limits: &RequestLimits) -> Option<LimitsPart> {
     (part != LimitsPart::default()).then_some(part)
 }
 
-fn hash_of(hash_on: &HashOn) -> HashPart {
+fn hash_of(hash_on: &HashOn, spec: &RolloutSpec) -> HashPart {
+    let (salt, salt_slot) = match spec.salt {
+        Salt::Unsaid => (None, None),
+        Salt::None => (Some(SaltPart::None), None),
+        Salt::Rollout(slot) => (Some(SaltPart::Rollout), slot),
+    };
+    let function = Some(spec.hash_function).filter(|function| *function != HashFunction::default());
+    let max_age = spec.set_cookie.and_then(|cookie| cookie.max_age_ms).map(Millis);
+    let part = HashPart { set: spec.set_cookie.is_some(), max_age, function, salt, salt_slot, ..HashPart::default() };
     match hash_on {
-        HashOn::Header(name) => HashPart { header: Some(name.clone()), ..HashPart::default() },
-        HashOn::Cookie(name) => HashPart { cookie: Some(name.clone()), ..HashPart::default() },
-        HashOn::ClientAddress => HashPart { client_address: true, ..HashPart::default() },
+        HashOn::Header(name) => HashPart { header: Some(name.clone()), ..part },
+        HashOn::Cookie(name) => HashPart { cookie: Some(name.clone()), ..part },
+        HashOn::ClientAddress => HashPart { client_address: true, ..part },
     }
+}
+
+fn timeouts_of(timeouts: Timeouts) -> Option<TimeoutsPart> {
+    let Timeouts { first_byte_ms, idle_ms, total_ms } = timeouts;
+    let part = || TimeoutsPart {
+        first_byte: first_byte_ms.map(Millis),
+        idle: idle_ms.map(Millis),
+        total: total_ms.map(Millis),
+    };
+    (timeouts != Timeouts::default()).then(part)
 }
 
 fn match_of(matched: &Match) -> MatchPart {
