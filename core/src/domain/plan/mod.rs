@@ -159,6 +159,8 @@ pub struct RolloutSpec {
     pub analysis: Analysis,
     /// Statuses that count as errors, of both versions.
     pub error_classes: ErrorClasses,
+    /// Classes of statuses whose shares SEQUENTIAL compares with stable's beside errors.
+    pub compared_classes: ErrorClasses,
     /// How long canary traffic outlives the last contact with a majority, in milliseconds.
     pub lease_ms: u64,
     /// Behaviour of a node whose lease has ended.
@@ -247,6 +249,7 @@ impl RolloutSpec {
             slow_start_ms: 0,
             analysis: Analysis::default(),
             error_classes: ErrorClasses::default(),
+            compared_classes: ErrorClasses { client: true, redirect: true },
             lease_ms: 2_000,
             on_partition: OnPartition::Stable,
             progress_deadline_ms: 30 * 60 * 1000,
