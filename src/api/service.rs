@@ -123,8 +123,9 @@ pub async fn change(
     let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
     let service = ServiceId::new(name).map_err(|why| wrong(why.to_string()))?;
     let details = if body.is_empty() { Ok(ChangeDetails::default()) } else { serde_json::from_slice(body) };
-    let ChangeDetails { full, skip_wait, reason } =
-        details.map_err(|why| wrong(format!("{why}; expected {{\"full\": …, \"skip_wait\": …, \"reason\": …}}")))?;
+    let ChangeDetails { full, skip_wait, now, reason } = details.map_err(|why| {
+        wrong(format!("{why}; expected {{\"full\": …, \"skip_wait\": …, \"now\": …, \"reason\": …}}"))
+    })?;
     let reason = bounded(reason.unwrap_or_default());
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
     let asked = match verb {
@@ -135,6 +136,7 @@ pub async fn change(
         ChangeVerb::Resume => OperatorRequest::Resume { service },
         ChangeVerb::Abort => OperatorRequest::Abort { service, reason },
         ChangeVerb::Retry => OperatorRequest::Retry { service },
+        ChangeVerb::Undo if now => OperatorRequest::UndoNow { service },
         ChangeVerb::Undo => OperatorRequest::Undo { service },
     };
     submit(state, caller, &format!("/v1/rollouts/{name}/{}", verb.name()), body, asked).await
@@ -220,7 +222,10 @@ async fn decide(
     let tx = TxId::new(&key).map_err(|why| wrong(format!("Idempotency-Key: {why}")))?;
     if !caller.headers.contains_key(FORWARDED) {
         let coordinator = state.node.published.view().coordinator.clone();
-        let is_decrease = matches!(asked, OperatorRequest::Abort { .. } | OperatorRequest::Undo { .. });
+        let is_decrease = matches!(
+            asked,
+            OperatorRequest::Abort { .. } | OperatorRequest::Undo { .. } | OperatorRequest::UndoNow { .. }
+        );
         let limit = if is_decrease { DECREASE_FORWARD_TIMEOUT } else { FORWARD_TIMEOUT };
         if let Some(address) = state.peers.get(&coordinator)
             && let Some(answer) = tokio::select! {

@@ -15,6 +15,9 @@ pub struct ChangeDetails {
     /// For `promote`: promote to the next step without the wait for samples.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skip_wait: bool,
+    /// For `undo`: back to the former version at once, without the steps.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub now: bool,
     /// Reason, recorded in the history.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

@@ -118,6 +118,11 @@ pub enum OperatorRequest {
         /// Service whose canary is promoted.
         service: ServiceId,
     },
+    /// Start the completed rollout the other way round, all at once; abort one in progress.
+    UndoNow {
+        /// Service that the request is about.
+        service: ServiceId,
+    },
 }
 
 /// A request to the core.

@@ -84,6 +84,7 @@ impl OperatorRequest {
         match self {
             Self::Abort { .. }
             | Self::Undo { .. }
+            | Self::UndoNow { .. }
             | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
             Self::Config(ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_))
             | Self::Apply(_)
@@ -107,7 +108,8 @@ impl OperatorRequest {
             | Self::Retry { service }
             | Self::Undo { service }
             | Self::SetDefault { service }
-            | Self::SkipWait { service } => Some(service),
+            | Self::SkipWait { service }
+            | Self::UndoNow { service } => Some(service),
             Self::Config(_) => None,
         }
     }
@@ -201,9 +203,10 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
             }
             Change::Start(on_stable_of(known_or()?, &rollout.spec)?)
         }
-        OperatorRequest::Undo { .. } => match &known_or()?.rollout {
+        OperatorRequest::Undo { .. } | OperatorRequest::UndoNow { .. } => match &known_or()?.rollout {
             rollout if rollout.phase == Phase::Completed => {
-                let spec = Arc::new(reversed(&rollout.spec)?);
+                let at_once = matches!(asked, OperatorRequest::UndoNow { .. });
+                let spec = Arc::new(reversed(&rollout.spec, at_once)?);
                 Change::Start(on_stable_of(known_or()?, &spec)?)
             }
             rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
@@ -226,9 +229,10 @@ impl Obstacle {
 }
 
 /// A key that this build doesn't know can't be turned round.
-fn reversed(spec: &Manifest) -> Result<Manifest, Obstacle> {
+fn reversed(spec: &Manifest, at_once: bool) -> Result<Manifest, Obstacle> {
     spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
-    spec.reversed().map_err(|error| Obstacle::Refused(error.to_string()))
+    let reversed = if at_once { spec.reversed_at_once() } else { spec.reversed() };
+    reversed.map_err(|error| Obstacle::Refused(error.to_string()))
 }
 
 /// Returns a recorded rollout as it starts again: its stable is on the servers that serve it, wherever they were then.

@@ -84,7 +84,7 @@ fn fits(asked: &OperatorRequest, operation: &Operation) -> bool {
         (OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. }, _)
         | (_, Operation::Config(_) | Operation::SetDefault(_)) => false,
         (OperatorRequest::Retry { .. }, operation) => operation.name() == "Start",
-        (OperatorRequest::Apply(_) | OperatorRequest::Undo { .. }, operation) => {
+        (OperatorRequest::Apply(_) | OperatorRequest::Undo { .. } | OperatorRequest::UndoNow { .. }, operation) => {
             matches!(operation.name(), "Start" | "Rollback")
         }
         (OperatorRequest::Promote { .. } | OperatorRequest::SkipWait { .. }, operation) => {

@@ -352,6 +352,12 @@ impl RolloutSpec {
         Self { stable: self.canary.clone(), canary: self.stable.clone(), ..self.clone() }.checked()
     }
 
+    /// Returns the rollout the other way round with one step, to 100 %: what `undo --now` starts.
+    pub fn reversed_at_once(&self) -> Result<Manifest, SpecError> {
+        let stages = vec![Stage { weight: Weight::FULL, hold_ms: 0, manual: false }];
+        Self { stable: self.canary.clone(), canary: self.stable.clone(), stages, ..self.clone() }.checked()
+    }
+
     /// Returns the index of the last stage, the one at 100 %.
     pub fn last_stage(&self) -> usize {
         self.stages.len() - 1

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::domain::plan::{Backend, HealthCheck};
-use crate::domain::rollout::Change;
+use crate::domain::rollout::{Change, Phase};
 use crate::protocol::record::Certificate;
 
 fn at(version: &str, urls: &[&str]) -> Backend {
@@ -95,6 +95,36 @@ fn every_way_back_leads_to_what_served_before() {
         way(&mut rig);
         assert_eq!((rig.canary_bp("b"), serving(&rig)), (0, at("v1", &TWO)), "{name}");
     }
+}
+
+#[test]
+fn undo_now_goes_back_after_completion_in_one_transaction() {
+    let mut rig = Rig::new();
+    apply(&mut rig, 1, at("v1", &TWO), at("v2", &ONE));
+    rig.asked("a", 2, OperatorRequest::Promote { service: service(), full: true });
+    rig.asked("a", 3, OperatorRequest::Promote { service: service(), full: true });
+    assert_eq!((rig.canary_bp("b"), serving(&rig)), (0, at("v2", &ONE)), "completed");
+    let outcome = rig.asked("b", 4, OperatorRequest::UndoNow { service: service() });
+    assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
+    let view = &rig.cores[&node("b")].view().services[&service()].service;
+    assert_eq!((view.rollout.phase, rig.canary_bp("b")), (Phase::Baking, 10_000));
+    assert_eq!(view.rollout.spec.canary, at("v1", &TWO), "on the servers that it had");
+    // Once more, while it bakes: an abort, as undo is.
+    rig.asked("b", 5, OperatorRequest::UndoNow { service: service() });
+    assert_eq!((rig.canary_bp("b"), serving(&rig)), (0, at("v2", &ONE)));
+}
+
+#[test]
+fn undo_now_needs_every_nodes_yes() {
+    let mut rig = Rig::new();
+    apply(&mut rig, 1, at("v1", &TWO), at("v2", &ONE));
+    rig.asked("a", 2, OperatorRequest::Promote { service: service(), full: true });
+    rig.asked("a", 3, OperatorRequest::Promote { service: service(), full: true });
+    rig.kill("c");
+    rig.run_for(3_000);
+    let outcome = rig.asked("a", 4, OperatorRequest::UndoNow { service: service() });
+    assert!(matches!(outcome, Outcome::Aborted { .. }), "{outcome:?}");
+    assert_eq!((rig.canary_bp("a"), serving(&rig)), (0, at("v2", &ONE)));
 }
 
 #[test]
