@@ -50,6 +50,16 @@ pub struct ServiceName {
     pub service: ServiceId,
 }
 
+/// What serves a service's stable version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceServers {
+    /// Name of the service.
+    pub service: ServiceId,
+    /// Addresses of the servers, such as `http://host:port`.
+    pub servers: Vec<String>,
+}
+
 /// When a write is answered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

@@ -123,6 +123,13 @@ pub enum OperatorRequest {
         /// Service that the request is about.
         service: ServiceId,
     },
+    /// What serves as stable is on these servers from here on.
+    SetServers {
+        /// Service whose stable version moved.
+        service: ServiceId,
+        /// Addresses of its servers, such as `http://host:port`.
+        urls: Vec<String>,
+    },
 }
 
 /// A request to the core.

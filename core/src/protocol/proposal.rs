@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::domain::apply::{ApplyEffect, Standing, effect_of_apply};
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
-use crate::domain::plan::{Manifest, RolloutSpec};
+use crate::domain::plan::{Backend, Manifest, RolloutSpec};
 use crate::domain::rollout::{Change, ChangeError, Phase, Service};
 
 use super::OperatorRequest;
@@ -70,11 +70,18 @@ impl Proposal {
 
 impl Proposal {
     /// Returns what has to be decided before it: the first rollout of a service whose name comes before all others' would take
-    /// the requests that name no service, so the log says first that they stay where they are.
+    /// the requests that name no service, so the log says first that they stay where they are. So it does before stable's servers
+    /// are changed: a record of that, which a build before can't read, leaves no trace in the ledger that would last, and this one
+    /// does.
     pub fn needs_first(&self, ctx: &Context) -> Option<Operation> {
-        let Self::OperatorRequest(OperatorRequest::Apply(spec)) = self else { return None };
-        let current = ctx.ledger.default_service()?;
-        (!ctx.ledger.is_default_set() && spec.service < *current).then(|| Operation::SetDefault(current.clone()))
+        let Self::OperatorRequest(asked) = self else { return None };
+        let current = ctx.ledger.default_service().filter(|_| !ctx.ledger.is_default_set())?;
+        let is_needed = match asked {
+            OperatorRequest::Apply(spec) => spec.service < *current,
+            OperatorRequest::SetServers { .. } => self.operation(ctx).is_ok(),
+            _ => false,
+        };
+        is_needed.then(|| Operation::SetDefault(current.clone()))
     }
 }
 
@@ -93,7 +100,8 @@ impl OperatorRequest {
             | Self::Resume { .. }
             | Self::Retry { .. }
             | Self::SetDefault { .. }
-            | Self::SkipWait { .. } => false,
+            | Self::SkipWait { .. }
+            | Self::SetServers { .. } => false,
         }
     }
 
@@ -109,7 +117,8 @@ impl OperatorRequest {
             | Self::Undo { service }
             | Self::SetDefault { service }
             | Self::SkipWait { service }
-            | Self::UndoNow { service } => Some(service),
+            | Self::UndoNow { service }
+            | Self::SetServers { service, .. } => Some(service),
             Self::Config(_) => None,
         }
     }
@@ -215,6 +224,20 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
                 return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
             }
         },
+        OperatorRequest::SetServers { urls, .. } => {
+            let service = known_or()?;
+            service.check_servers(urls)?;
+            let moved = Backend { urls: urls.clone(), ..service.stable.clone() };
+            if service.stable.is_same(&moved) {
+                let version = &service.stable.version;
+                return Err(Obstacle::already(&format!("{version} is at {} already", moved.servers())));
+            }
+            let lacking = ctx.lacking(Feature::StableServers);
+            if !lacking.is_empty() {
+                return Err(Obstacle::NotReady(Feature::StableServers, lacking));
+            }
+            Change::SetServers(urls.clone())
+        }
         OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. } => {
             unreachable!("changes no rollout, so not here")
         }

@@ -90,6 +90,7 @@ fn fits(asked: &OperatorRequest, operation: &Operation) -> bool {
         (OperatorRequest::Promote { .. } | OperatorRequest::SkipWait { .. }, operation) => {
             operation.name() == "Promote"
         }
+        (OperatorRequest::SetServers { .. }, operation) => operation.name() == "SetServers",
         (OperatorRequest::Pause { .. }, operation) => operation.name() == "Pause",
         (OperatorRequest::Resume { .. }, operation) => operation.name() == "Resume",
         (OperatorRequest::Abort { .. }, operation) => operation.name() == "Rollback",

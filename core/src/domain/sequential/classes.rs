@@ -4,7 +4,7 @@
 //! request is assigned at random that hits both versions alike, and cancels. Where users stay at their version, one client's
 //! answers are all of one version. Such a client comes *beside* the usual traffic: its version gets more requests than its weight
 //! gives it. So what the canary got beyond its weight isn't bet on. The rest is bet on as errors are, with a wider tolerance, and
-//! with bets that are small until stable's answers are seen not to come in clumps.
+//! with small bets.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,8 @@ pub const CLASS_SHARE: f64 = 0.05;
 const MARGIN: f64 = 0.1;
 /// And so much higher in absolute terms: as much more as `allowedIncrease` of errors is by default.
 const ALLOWANCE: f64 = 0.005;
+/// Most that bets are raised to: as if each client caused a few of such answers, also where stable has none in clumps yet.
+const TEMPER_MAX: f64 = 1.0 / 7.0;
 /// How fast it is forgotten what the canary got beyond its weight: half of it in so many seconds.
 const HALF_LIFE_SECONDS: f64 = 120.0;
 
@@ -34,10 +36,14 @@ pub struct ClassComparison {
     of: [ClassBets; 2],
     /// Requests that the canary got lately beyond its weight.
     extra: f64,
+    /// The variance that as many requests have by chance.
+    spread: f64,
+    /// True once wealth was started.
+    begun: bool,
 }
 
 /// The bets on one class.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 struct ClassBets {
     wealth: Mixture<{ errors::COUNT }>,
     rate: Rate,
@@ -47,13 +53,6 @@ struct ClassBets {
     seen: (u64, u64),
     /// The canary's answers that weren't bet on lately.
     removed: f64,
-}
-
-impl Default for ClassBets {
-    fn default() -> Self {
-        let (wealth, rate) = (Mixture::default(), Rate::clumped());
-        Self { wealth, rate, block: (0, 0), seen: (0, 0), removed: 0.0 }
-    }
 }
 
 /// A block whose classes are bet on.
@@ -90,7 +89,7 @@ impl ClassComparison {
                 && counts.iter().all(|count| *count <= super::NUMBER_MAX)
         };
         self.of.iter().all(sound)
-            && number(&self.extra)
+            && [self.extra, self.spread].iter().all(number)
             && self.weight.is_none_or(|weight| (0.0..1.0).contains(&weight))
     }
 
@@ -140,8 +139,9 @@ impl ClassComparison {
         }
     }
 
-    /// Starts so much more wealth: all that begins at once for `first`.
-    pub(super) fn start(&mut self, first: bool, share: f64) {
+    /// Starts so much more wealth; at first all that begins at once.
+    pub(super) fn start(&mut self, share: f64) {
+        let first = !std::mem::replace(&mut self.begun, true);
         let at_once: f64 = errors::START.iter().sum();
         for bets in &mut self.of {
             match first {
@@ -154,7 +154,7 @@ impl ClassComparison {
     /// The weight changed: what the canary got beyond the former one says nothing any more.
     pub(super) fn weight_changed(&mut self) {
         let left = 0.1;
-        self.extra = 0.0;
+        (self.extra, self.spread) = (0.0, 0.0);
         for bets in &mut self.of {
             let share = left * (1.0 - bets.wealth.started);
             bets.wealth.start(share, &errors::RESTART);
@@ -170,8 +170,11 @@ impl ClassComparison {
             // Stable has such clients too: its usual traffic is what it answered otherwise, and half of all at least.
             let (all, other) = (stable as f64, self.of.iter().map(|bets| bets.block.1 as f64).sum::<f64>());
             let usual = (all - other).max(all / 2.0);
-            self.extra = (self.extra * kept + canary as f64 - usual * weight / (1.0 - weight)).max(0.0);
+            let odds = weight / (1.0 - weight);
+            self.extra = (self.extra * kept + canary as f64 - usual * odds).max(0.0);
+            self.spread = self.spread * kept + canary as f64 + usual * odds * odds;
         }
+        let extra = self.extra + self.spread.sqrt();
         let mut reached = false;
         for place in 0..self.of.len() {
             let others = block.others + self.part() - CLASS_SHARE * self.of[place].wealth.value();
@@ -179,14 +182,15 @@ impl ClassComparison {
             let bets = &mut self.of[place];
             let (found, found_stable) = std::mem::take(&mut bets.block);
             bets.removed *= kept;
-            let removed = (self.extra - bets.removed).max(0.0).ceil().min(found as f64);
+            let removed = (extra - bets.removed).max(0.0).ceil().min(found as f64);
             bets.removed += removed;
             let answers = (found - removed as u64, found_stable);
             let urn = Urn { requests: (canary.max(answers.0), stable.max(answers.1)), errors: answers };
             let (share, needed) = (CLASS_SHARE, block.needed);
             let stake = Stake { margin: MARGIN, allowance: ALLOWANCE, share, others, needed };
             if compared {
-                reached |= errors::bet(&mut bets.wealth, urn, &bets.rate, stake, &mut chance);
+                let rate = bets.rate.tempered(TEMPER_MAX);
+                reached |= errors::bet(&mut bets.wealth, urn, &rate, stake, &mut chance);
             }
             bets.rate.learn(block.seconds, stable as f64, found_stable as f64);
         }

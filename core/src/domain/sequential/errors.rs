@@ -76,10 +76,9 @@ pub(super) struct Stake {
 }
 
 impl Rate {
-    /// Returns what is known of a rate whose answers come in clumps until it is seen that they don't: those that one client or one
-    /// incident causes.
-    pub fn clumped() -> Self {
-        Self { clumping: (40.0, 10.0), temper: temper(4.0), ..Self::default() }
+    /// Returns the same rate with bets of at most this power.
+    pub fn tempered(&self, most: f64) -> Self {
+        Self { temper: self.temper.min(most), ..self.clone() }
     }
 
     /// Returns true when it is one.

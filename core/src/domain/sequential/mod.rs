@@ -249,7 +249,7 @@ impl Sequential {
         let at_once: f64 = errors::START.iter().sum();
         let (mut errors, mut latency) = ((1.0 - at_once) * spread, (1.0 - LATENCY_START) * spread);
         let first = !std::mem::replace(&mut self.started, true);
-        self.classes.start(first, errors);
+        self.classes.start(errors);
         if first {
             self.errors.start(at_once, &errors::START.map(|share| share / at_once));
             (errors, latency) = (0.0, LATENCY_START);

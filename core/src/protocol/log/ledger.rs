@@ -57,6 +57,14 @@ pub struct ServiceState {
     pub decided_ms: u64,
 }
 
+impl ServiceState {
+    /// Returns true when stable is elsewhere than its rollouts said. A record of it may be in the log for longer.
+    fn has_moved(&self) -> bool {
+        let Service { stable, rollout, .. } = &self.service;
+        ![&rollout.spec.stable, &rollout.spec.canary].into_iter().any(|known| known.is_same(stable))
+    }
+}
+
 /// A rise in exposure that could still be undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Increase {
@@ -256,6 +264,7 @@ impl Ledger {
             .into_iter()
             .filter(|feature| match feature {
                 Feature::DefaultService => self.is_default_set(),
+                Feature::StableServers => self.services.values().any(ServiceState::has_moved),
             })
             .collect()
     }
