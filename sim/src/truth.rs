@@ -326,6 +326,7 @@ impl ExpectedRollout {
                 }
                 next = Self { spec: Some(spec.clone()), stage: 0, active: true, ceiling: 0, in_doubt: 0 };
             }
+            Change::SetServers(_) => return Ok(next),
             _ if !self.active => return Err(UnexpectedChange::NoRollout(name)),
             Change::Promote { to, full } => {
                 let last = self.spec.as_ref().map_or(0, |spec| spec.stages.len() - 1);

@@ -1,19 +1,24 @@
 //! The verbs that change something: by any node, through the coordinator, once for each key. HTTP and gRPC both call them.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
 use http::{HeaderMap, Request, header};
 use http_body_util::Full;
+use tokio::net::TcpStream;
 use tokio::sync::broadcast::error::RecvError;
 use tracing::{info, warn};
 
 use crate::code::Code;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId, TxId};
+use crate::domain::plan::file::checked_url;
 use crate::domain::text::bounded;
 use crate::entropy;
-use crate::model::{ChangeDetails, Changed, MemberData, MemberName, Problem, ServiceName, WriteConsistency};
+use crate::model::{
+    ChangeDetails, Changed, MemberData, MemberName, Problem, ServiceName, ServiceServers, WriteConsistency,
+};
 use crate::protocol::feature::Feature;
 use crate::protocol::record::{ConfigChange, Slot};
 use crate::protocol::{OperatorRequest, Outcome};
@@ -123,8 +128,9 @@ pub async fn change(
     let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
     let service = ServiceId::new(name).map_err(|why| wrong(why.to_string()))?;
     let details = if body.is_empty() { Ok(ChangeDetails::default()) } else { serde_json::from_slice(body) };
-    let ChangeDetails { full, skip_wait, reason } =
-        details.map_err(|why| wrong(format!("{why}; expected {{\"full\": …, \"skip_wait\": …, \"reason\": …}}")))?;
+    let ChangeDetails { full, skip_wait, now, reason } = details.map_err(|why| {
+        wrong(format!("{why}; expected {{\"full\": …, \"skip_wait\": …, \"now\": …, \"reason\": …}}"))
+    })?;
     let reason = bounded(reason.unwrap_or_default());
     let reason = if reason.is_empty() { "asked by an operator".to_string() } else { reason };
     let asked = match verb {
@@ -135,6 +141,7 @@ pub async fn change(
         ChangeVerb::Resume => OperatorRequest::Resume { service },
         ChangeVerb::Abort => OperatorRequest::Abort { service, reason },
         ChangeVerb::Retry => OperatorRequest::Retry { service },
+        ChangeVerb::Undo if now => OperatorRequest::UndoNow { service },
         ChangeVerb::Undo => OperatorRequest::Undo { service },
     };
     submit(state, caller, &format!("/v1/rollouts/{name}/{}", verb.name()), body, asked).await
@@ -185,6 +192,40 @@ pub async fn set_default(state: &ApiState, caller: &Caller, body: &Bytes) -> Res
     submit(state, caller, "/v1/cluster/set-default", body, OperatorRequest::SetDefault { service }).await
 }
 
+/// How long a new server has to take a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Has what serves a service's stable version served by other servers, once each of them takes this node's connection; the coordinator
+/// looks as well.
+pub async fn set_servers(state: &ApiState, caller: &Caller, body: &Bytes) -> Result<Changed, Problem> {
+    let wrong = |why: String| Problem::new(Code::InvalidArgument, why);
+    let ServiceServers { service, servers } = serde_json::from_slice(body)
+        .map_err(|why| wrong(format!("{why}; expected {{\"service\": …, \"servers\": […]}}")))?;
+    let urls: Vec<String> =
+        servers.iter().map(|url| checked_url(url).map_err(|why| wrong(why.to_string()))).collect::<Result<_, _>>()?;
+    let feature = Feature::StableServers;
+    let waits_for = state.waits_for(feature);
+    if !waits_for.is_empty() {
+        return Err(Problem::new(Code::Refused, not_ready(state, feature, &waits_for)));
+    }
+    for url in &urls {
+        check_reachable(url).await.map_err(|why| {
+            let expected = "expected a server that takes connections";
+            Problem::new(Code::Refused, format!("{url}: {why}, {expected}: nothing was changed"))
+        })?;
+    }
+    submit(state, caller, "/v1/cluster/set-servers", body, OperatorRequest::SetServers { service, urls }).await
+}
+
+/// Opens a connection to a server and closes it.
+async fn check_reachable(url: &str) -> io::Result<()> {
+    let address = url.split_once("://").map_or(url, |(_, address)| address);
+    match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+        Ok(connected) => connected.map(drop),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "no connection within 2 s")),
+    }
+}
+
 /// Has a change decided, by the coordinator if it answers in time, else by this node: any node may run a ballot, and
 /// the key makes a repetition harmless. A coordinator that stands still keeps its connections, so that it is given up once
 /// its peers take another node for the coordinator.
@@ -220,7 +261,10 @@ async fn decide(
     let tx = TxId::new(&key).map_err(|why| wrong(format!("Idempotency-Key: {why}")))?;
     if !caller.headers.contains_key(FORWARDED) {
         let coordinator = state.node.published.view().coordinator.clone();
-        let is_decrease = matches!(asked, OperatorRequest::Abort { .. } | OperatorRequest::Undo { .. });
+        let is_decrease = matches!(
+            asked,
+            OperatorRequest::Abort { .. } | OperatorRequest::Undo { .. } | OperatorRequest::UndoNow { .. }
+        );
         let limit = if is_decrease { DECREASE_FORWARD_TIMEOUT } else { FORWARD_TIMEOUT };
         if let Some(address) = state.peers.get(&coordinator)
             && let Some(answer) = tokio::select! {

@@ -248,7 +248,7 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
 /// Returns the services whose rollout under way can't go on at a member that doesn't know the feature.
 fn used_by(view: &View, feature: Feature) -> Vec<ServiceId> {
     let uses = |service: &Service| match feature {
-        Feature::DefaultService => false,
+        Feature::DefaultService | Feature::StableServers => false,
         Feature::RolloutSalt => {
             service.rollout.phase.is_active() && service.rollout.spec.assignment().salt_slot.is_some()
         }

@@ -65,6 +65,18 @@ pub async fn set_default(
     service::set_default(&state, &caller, &body).await.map(Json)
 }
 
+/// Answers `POST /v1/cluster/set-servers`: proposes other servers of what serves a service's stable version.
+pub async fn set_servers(
+    State(state): State<ApiState>,
+    Query(query): Query<WriteQuery>,
+    actor: Option<Extension<Actor>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer {
+    let caller = caller(query, actor, headers);
+    service::set_servers(&state, &caller, &body).await.map(Json)
+}
+
 /// Returns what answers `POST /v1/cluster/…`: proposes a change of the members.
 pub fn configure(verb: MemberVerb) -> MethodRouter<ApiState> {
     let handler = async move |State(state): State<ApiState>,

@@ -93,7 +93,7 @@ fn documents(input: &InputFile) -> anyhow::Result<Vec<String>> {
 
 /// Returns what a rollout is judged by, and the traffic that its first step needs.
 fn told(spec: &RolloutSpec) -> Vec<String> {
-    let mut lines = spec.analysis.in_words();
+    let mut lines = spec.analysis.in_words(spec.compared_classes);
     let first = spec.stages.iter().map(|stage| stage.weight.fraction()).find(|share| *share > 0.0);
     if let Some((needed, share)) = spec.analysis.rate_needed().zip(first) {
         let percent = share * 100.0;

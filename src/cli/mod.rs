@@ -165,7 +165,7 @@ enum Verb {
     /// Start a rolled-back rollout again.
     Retry(write::NameArgs),
     /// Start a rollout back to the former version; a rollout in progress is aborted.
-    Undo(write::NameArgs),
+    Undo(write::UndoArgs),
     /// Show the recorded decisions about a service, with their reasons.
     History(read::HistoryArgs),
     /// Show a rollout on a live screen.
@@ -283,7 +283,7 @@ async fn run_client(verb: Verb, global: &Global) -> anyhow::Result<Exit> {
         Verb::Resume(args) => write::with_name(&api()?, "resume", args, format).await,
         Verb::Abort(args) => write::with_reason(&api()?, "abort", args, format).await,
         Verb::Retry(args) => write::with_name(&api()?, "retry", args, format).await,
-        Verb::Undo(args) => write::with_name(&api()?, "undo", args, format).await,
+        Verb::Undo(args) => write::undo(&api()?, args, format).await,
         Verb::History(args) => read::history(&api()?, &args, format).await,
         Verb::Watch(args) => watch::run(&api()?, &args).await,
         Verb::Events(args) => events::run(&api()?, &args, format).await,

@@ -96,7 +96,11 @@ fn not_played(spec: &RolloutSpec) -> Vec<&str> {
 /// before it is played.
 fn steps(spec: &RolloutSpec, profile: Profile, runs: u64, says: impl Fn(usize)) -> Vec<Value> {
     let policy = || spec.analysis.sequential(spec.planned_ms());
-    let fresh = || Carried { run: AnalysisRun::new(spec.analysis.clone(), policy(), 1_000, 0), second: 0 };
+    let fresh = || {
+        let mut run = AnalysisRun::new(spec.analysis.clone(), policy(), 1_000, 0);
+        run.compare_classes(spec.compared_classes);
+        Carried { run, second: 0 }
+    };
     let mut carried: Vec<_> = (0..runs).map(|_| fresh()).collect();
     let mut steps = Vec::new();
     for (index, stage) in spec.stages.iter().enumerate() {

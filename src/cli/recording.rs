@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use crate::config;
 use crate::domain::analysis::Analysis;
+use crate::domain::classes::ErrorClasses;
 use crate::domain::limits;
 use crate::domain::run::{AnalysisRun, WindowVerdict};
 use crate::domain::sequential::Policy;
@@ -105,6 +106,7 @@ impl Lateness {
 pub struct Rules {
     analysis: Analysis,
     policy: Option<Policy>,
+    classes: ErrorClasses,
 }
 
 impl Rules {
@@ -116,7 +118,8 @@ impl Rules {
         let Some(file) = file else {
             let (analysis, policy) = (Analysis { metrics: Vec::new(), ..Analysis::default() }, Policy::default());
             let alpha = alpha.unwrap_or(policy.alpha);
-            return Ok(Self { analysis, policy: Some(Policy { alpha, ..policy }) });
+            let classes = ErrorClasses { client: true, redirect: true };
+            return Ok(Self { analysis, policy: Some(Policy { alpha, ..policy }), classes });
         };
         let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
         let spec = config::rollout::parse(&text, &file.display().to_string())?;
@@ -124,7 +127,14 @@ impl Rules {
         if let (Some(policy), Some(alpha)) = (&mut policy, alpha) {
             policy.alpha = alpha;
         }
-        Ok(Self { analysis: spec.analysis.clone(), policy })
+        Ok(Self { analysis: spec.analysis.clone(), policy, classes: spec.compared_classes })
+    }
+
+    /// Returns a run by these rules that begins at 0 ms, in ticks of `tick_ms`.
+    fn run(&self, policy: Option<Policy>, tick_ms: u64) -> AnalysisRun<()> {
+        let mut run = AnalysisRun::new(self.analysis.clone(), policy, tick_ms, 0);
+        run.compare_classes(self.classes);
+        run
     }
 }
 
@@ -155,7 +165,7 @@ pub struct Feed {
 impl Feed {
     /// Returns one that begins at 0 ms.
     pub fn new(rules: Rules) -> Self {
-        let run = AnalysisRun::new(rules.analysis.clone(), rules.policy.clone(), TICK_MS, 0);
+        let run = rules.run(rules.policy.clone(), TICK_MS);
         Self {
             rules,
             run,
@@ -208,6 +218,7 @@ impl Feed {
             let tally = self.open.entry(tick.max(self.run.next_tick())).or_default();
             let counts = if is_canary { &mut tally.canary } else { &mut tally.stable };
             counts.record((latency * 1000.0) as u64, request.status >= 500);
+            counts.classes.add(request.status);
         }
         Ok(steps)
     }
@@ -243,7 +254,7 @@ impl Feed {
         if let (Some(policy), Some(horizon_ms)) = (&mut policy, horizon_ms) {
             policy.horizon_seconds = (horizon_ms as f64 / 1000.0).max(1.0);
         }
-        self.run = AnalysisRun::new(self.rules.analysis.clone(), policy, tick_ms, 0);
+        self.run = self.rules.run(policy, tick_ms);
         self.open_ms = tick_ms;
         Ok(())
     }

@@ -12,6 +12,8 @@ use crate::client::Api;
 pub enum ServiceVerb {
     /// Send the requests that name no service to this one, at every node whose file has no `[data] default_service`.
     SetDefault(SetDefaultArgs),
+    /// Have the stable version served by these servers: it moved, and stays the same version. No canary is needed.
+    SetServers(SetServersArgs),
 }
 
 #[derive(Debug, Args)]
@@ -24,9 +26,28 @@ pub struct SetDefaultArgs {
     write: WriteArgs,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  aviary service set-servers shop http://10.0.0.7:9101 http://10.0.0.8:9101\n\n\
+    Each server must take a connection. Refused while a rollout is under way. The way back is the same verb with the servers \
+    of before; each change is in `aviary history`.")]
+pub struct SetServersArgs {
+    /// Service whose stable version moved.
+    name: String,
+    /// Base URLs of all of its servers.
+    #[arg(required = true, value_name = "URL")]
+    servers: Vec<String>,
+    #[command(flatten)]
+    write: WriteArgs,
+}
+
 /// Runs a verb.
 pub async fn run(api: &Api, verb: ServiceVerb, format: Format) -> anyhow::Result<Exit> {
-    let ServiceVerb::SetDefault(SetDefaultArgs { name, write }) = verb;
-    let body = json!({ "service": name }).to_string();
-    Ok(write::send(api, "/v1/cluster/set-default".into(), "application/json", body, write, format).await?.0)
+    let (path, body, write) = match verb {
+        ServiceVerb::SetDefault(SetDefaultArgs { name, write }) => ("set-default", json!({ "service": name }), write),
+        ServiceVerb::SetServers(SetServersArgs { name, servers, write }) => {
+            ("set-servers", json!({ "service": name, "servers": servers }), write)
+        }
+    };
+    let path = format!("/v1/cluster/{path}");
+    Ok(write::send(api, path, "application/json", body.to_string(), write, format).await?.0)
 }

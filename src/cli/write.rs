@@ -70,6 +70,17 @@ pub struct PromoteArgs {
     write: WriteArgs,
 }
 
+#[derive(Debug, Args)]
+pub struct UndoArgs {
+    /// Service that goes back to its former version.
+    name: String,
+    /// Go back at once, without the steps. Every node must say Yes, as to any version that gets more traffic.
+    #[arg(long)]
+    now: bool,
+    #[command(flatten)]
+    write: WriteArgs,
+}
+
 /// Arguments of verbs that keep a reason for those who look later.
 #[derive(Debug, Args)]
 pub struct ReasonArgs {
@@ -123,8 +134,14 @@ pub async fn apply(api: &Api, args: ApplyArgs, format: Format) -> anyhow::Result
 
 /// Promotes the canary to the next step, or to the end with `--full`.
 pub async fn promote(api: &Api, args: PromoteArgs, format: Format) -> anyhow::Result<Exit> {
-    let details = ChangeDetails { full: args.full, skip_wait: args.skip_wait, reason: None };
+    let details = ChangeDetails { full: args.full, skip_wait: args.skip_wait, ..ChangeDetails::default() };
     operation(api, "promote", &args.name, &details, args.write, format).await
+}
+
+/// Starts a rollout back to the former version, all at once with `--now`.
+pub async fn undo(api: &Api, args: UndoArgs, format: Format) -> anyhow::Result<Exit> {
+    let details = ChangeDetails { now: args.now, ..ChangeDetails::default() };
+    operation(api, "undo", &args.name, &details, args.write, format).await
 }
 
 /// Sends a verb with a reason.

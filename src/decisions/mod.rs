@@ -78,6 +78,7 @@ fn decision_kind(kind: RecordKind) -> DecisionKind {
         RecordKind::Promote => DecisionKind::Promote,
         RecordKind::Pause => DecisionKind::Pause,
         RecordKind::Resume => DecisionKind::Resume,
+        RecordKind::SetServers => DecisionKind::SetServers,
         RecordKind::Rollback => DecisionKind::Rollback,
         RecordKind::Revert => DecisionKind::Revert,
         RecordKind::Refused => DecisionKind::Refused,

@@ -16,7 +16,9 @@ pub use change::{ChangeStatus, Changed, Reach};
 pub use cluster::{ClusterMember, ClusterOutsider, ClusterView, FeatureView};
 pub use probe::{LeaseView, ProbeStatus, ProbeView};
 pub use problem::{Problem, ProblemFacts};
-pub use request::{ChangeDetails, MemberData, MemberName, ReadConsistency, ServiceName, WriteConsistency};
+pub use request::{
+    ChangeDetails, MemberData, MemberName, ReadConsistency, ServiceName, ServiceServers, WriteConsistency,
+};
 pub use rollout::{HealthView, History, HistoryEntry, RolloutList, RolloutMetadata, RolloutView, RoutingView};
 pub use selector::Selector;
 pub use telemetry::{BatchReceipt, RejectedEvent};

@@ -15,6 +15,9 @@ pub struct ChangeDetails {
     /// For `promote`: promote to the next step without the wait for samples.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skip_wait: bool,
+    /// For `undo`: back to the former version at once, without the steps.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub now: bool,
     /// Reason, recorded in the history.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -45,6 +48,16 @@ pub struct MemberData {
 pub struct ServiceName {
     /// Name of the service.
     pub service: ServiceId,
+}
+
+/// What serves a service's stable version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceServers {
+    /// Name of the service.
+    pub service: ServiceId,
+    /// Addresses of the servers, such as `http://host:port`.
+    pub servers: Vec<String>,
 }
 
 /// When a write is answered.

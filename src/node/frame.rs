@@ -716,6 +716,30 @@ mod tests {
         assert!(malformed_by(&heartbeat(u64::MAX)).contains("slot is 18446744073709551615"));
     }
 
+    #[test]
+    fn classes_of_statuses_travel_behind_a_snapshot_and_only_where_there_are_some() {
+        let Message::HealthSnapshot(plain) = snapshot(Evidence::default()) else { unreachable!("a snapshot") };
+        let mut evidence = Evidence::default();
+        (0..5).for_each(|_| evidence.canary.record(1_000, false));
+        let without = HealthSnapshot { tick_samples: vec![(7, TickSample { version: 3, evidence })], ..plain };
+        let mut told = without.clone();
+        told.tick_samples[0].1.evidence.canary.classes.client = 5;
+        let (bare, told) = (Message::HealthSnapshot(without), Message::HealthSnapshot(told));
+        let sent = |version: u16, message: &Message| {
+            let mut bytes = BytesMut::new();
+            encode_message(&me(), version, message, &mut bytes).unwrap();
+            let (length, mut codec) = (bytes.len(), FrameCodec::default());
+            codec.greeted(version);
+            (length, codec.decode(&mut bytes).unwrap().unwrap().payload)
+        };
+        assert_eq!(sent(VERSIONS.max, &told).1, Payload::Message(Box::new(told.clone())));
+        assert_eq!(sent(VERSIONS.min, &told), sent(VERSIONS.min, &bare), "the version before has no place for them");
+        assert_eq!(sent(VERSIONS.max, &bare).0, sent(VERSIONS.min, &bare).0, "no byte where nothing is said");
+        let Message::HealthSnapshot(mut lies) = told else { unreachable!("a snapshot") };
+        lies.tick_samples[0].1.evidence.canary.classes.client = 6;
+        assert!(malformed_by(&Message::HealthSnapshot(lies)).contains("value ends after"), "more 4xx than answers");
+    }
+
     /// Returns an analysis run of three nodes whose every bin of latency holds answers, in the middle of a window.
     fn run(answers: u32) -> AnalysisRun<NodeId> {
         let analysis = Analysis { window_ms: 4_000, ..Analysis::default() };

@@ -26,8 +26,31 @@ const LAYOUTS: [Layout; 2] = [
         write: |sender, message| body(sender, MessageV8::of(message)),
         read: |body| Ok(codec::decode::<Envelope<MessageV8>>(body)?.map(MessageV8::told)),
     },
-    Layout { version: PROTOCOL, write: |sender, message| body(sender, message), read: |body| codec::decode(body) },
+    Layout { version: PROTOCOL, write: with_classes, read: read_with_classes },
 ];
+
+/// A message, and behind a snapshot what it tells of classes of statuses, if that is anything.
+fn with_classes(sender: &Identity, message: &Message) -> Vec<u8> {
+    let mut bytes = body(sender, message);
+    if let Message::HealthSnapshot(snapshot) = message
+        && let Some(classes) = snapshot.classes()
+    {
+        bytes.extend(codec::encode(&classes));
+    }
+    bytes
+}
+
+fn read_with_classes(bytes: &[u8]) -> Result<Envelope<Message>, DecodeError> {
+    let (envelope, rest) = codec::decode_first::<Envelope<Message>>(bytes)?;
+    if rest.is_empty() {
+        return Ok(envelope);
+    }
+    let trailing = || DecodeError::Trailing { used: bytes.len() - rest.len(), total: bytes.len() };
+    let Envelope { cluster, from, incarnation, payload } = envelope;
+    let Message::HealthSnapshot(snapshot) = payload else { return Err(trailing()) };
+    let snapshot = snapshot.with_classes(codec::decode(rest)?).ok_or_else(trailing)?;
+    Ok(Envelope { cluster, from, incarnation, payload: Message::HealthSnapshot(snapshot) })
+}
 
 /// The protocol versions that this program speaks.
 pub(super) const VERSIONS: Versions = Versions { min: LAYOUTS[0].version, max: LAYOUTS[1].version };

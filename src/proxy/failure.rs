@@ -5,7 +5,10 @@
 
 use std::io;
 
+use http::uri::Authority;
 use rustix::io::Errno;
+
+use super::policy::FailureKind;
 
 /// Errors of the system that say that this machine lacks what a connection needs: descriptors, memory, buffers, local
 /// ports, an interface that is up.
@@ -93,6 +96,37 @@ pub enum StreamFailure {
     /// The client's part broke off: the request's body could not be read.
     #[error("the request's body broke off: {0}")]
     Body(String),
+}
+
+/// Why a request brought no answer.
+pub struct SendFailure {
+    /// Kind of the failure, by which it is decided what follows.
+    pub kind: FailureKind,
+    /// Reason in words.
+    pub why: String,
+}
+
+impl SendFailure {
+    /// Returns that no connection could be made.
+    pub fn connect(server: &Authority, failure: &ConnectFailure) -> Self {
+        match failure.is_local() {
+            true => Self { kind: FailureKind::Local, why: failure.to_string() },
+            false => Self { kind: FailureKind::Unreachable, why: format!("{}: {failure}", server) },
+        }
+    }
+
+    /// Returns why a stream of HTTP/2 brought no answer.
+    pub fn stream(server: &Authority, failure: &StreamFailure) -> Self {
+        let kind = match failure {
+            StreamFailure::Connect(failure) => return Self::connect(server, failure),
+            StreamFailure::NotProcessed(_) => FailureKind::Unprocessed,
+            StreamFailure::Stale(_) => FailureKind::Stale,
+            StreamFailure::Broken(_) | StreamFailure::HeadTooLarge(_) => FailureKind::Broken,
+            StreamFailure::Withdrawn => FailureKind::Withdrawn,
+            StreamFailure::Body(_) => FailureKind::Client,
+        };
+        Self { kind, why: failure.to_string() }
+    }
 }
 
 #[cfg(test)]

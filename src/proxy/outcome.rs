@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use metrics::{Counter, Histogram};
 
+use crate::domain::classes::ClassCounts;
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::stats::{BINS, Stats, bin_of, middle_us};
 
@@ -22,7 +23,7 @@ pub const FORCED: MetricNames = ("aviary_forced_requests_total", "aviary_forced_
 /// One version's answers since the last drain, each worker's in a shard of its own.
 pub struct OutcomeCounts {
     shards: Box<[Shard]>,
-    by_class: [Counter; 5],
+    by_class: [Counter; 6],
     durations: Histogram,
 }
 
@@ -30,7 +31,8 @@ pub struct OutcomeCounts {
 #[repr(align(128))]
 struct Shard {
     latency_sum_us: AtomicU64,
-    by_class: [AtomicU32; 5],
+    /// By hundreds of the status, from 1xx on; 304 by itself, last: it tells that a client's copy is good.
+    by_class: [AtomicU32; 6],
     /// Answers by latency: those that were no errors, and those that were; none before the first answer, because of many
     /// services most have no traffic here.
     histograms: OnceLock<[Box<[AtomicU32]>; 2]>,
@@ -39,7 +41,7 @@ struct Shard {
 impl OutcomeCounts {
     /// Returns the counts of a version, in these metrics, with a shard for each worker.
     pub fn new(service: &ServiceId, version: &VersionId, shards: usize, (total, seconds): MetricNames) -> Self {
-        let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx"].map(|class| {
+        let by_class = ["1xx", "2xx", "3xx", "4xx", "5xx", "3xx"].map(|class| {
             metrics::counter!(total, "service" => service.to_string(),
                 "version" => version.to_string(), "code_class" => class)
         });
@@ -56,26 +58,34 @@ impl OutcomeCounts {
         shard.latency_sum_us.fetch_add(latency_us, Relaxed);
         shard.histograms.get_or_init(empty)[usize::from(error)][bin_of(latency_us)].fetch_add(1, Relaxed);
         // Last, and seen last: a reader that sees it finds the rest.
-        shard.by_class[usize::from((status / 100).clamp(1, 5) - 1)].fetch_add(1, Release);
+        shard.by_class[class_of(status)].fetch_add(1, Release);
     }
 
     /// Returns what was counted since the last call, and puts it into the metrics.
     pub fn take(&self) -> Stats {
         let mut stats = Stats::default();
         for shard in &self.shards {
-            let mut is_new = false;
-            for (count, counter) in
-                shard.by_class.iter().zip(&self.by_class).filter(|(count, _)| count.load(Acquire) > 0)
-            {
-                counter.increment(count.swap(0, Acquire).into());
-                is_new = true;
+            let mut new = [0; 6];
+            for ((count, counter), new) in shard.by_class.iter().zip(&self.by_class).zip(&mut new) {
+                if count.load(Acquire) > 0 {
+                    *new = count.swap(0, Acquire).into();
+                    counter.increment(*new);
+                }
             }
-            if is_new {
-                stats += &shard.take(&self.durations);
+            if new != [0; 6] {
+                let mut answers = shard.take(&self.durations);
+                // Of an answer that is being counted at this moment the class alone may have been seen.
+                answers.classes = ClassCounts { redirect: new[2], client: new[3] }.within(answers.count);
+                stats += &answers;
             }
         }
         stats
     }
+}
+
+/// Returns the place of a status among the classes.
+fn class_of(status: u16) -> usize {
+    if status == 304 { 5 } else { usize::from((status / 100).clamp(1, 5) - 1) }
 }
 
 /// Returns histograms without answers.
@@ -213,6 +223,13 @@ mod tests {
         assert_eq!((stats.count, stats.errors, stats.mean_ms()), (2, 1, Some(2.0)));
         assert_eq!(stats.check(), Ok(()));
         assert_eq!(counts.take(), Stats::default());
+    }
+
+    #[test]
+    fn answers_that_are_no_errors_are_counted_by_class() {
+        let counts = OutcomeCounts::new(&ServiceId::new("s").unwrap(), &VersionId::new("v").unwrap(), 1, ANSWERS);
+        [200, 304, 307, 404, 429, 500].into_iter().for_each(|status| counts.add(0, status, 1_000, status >= 500));
+        assert_eq!(counts.take().classes, ClassCounts { redirect: 1, client: 2 });
     }
 
     #[test]

@@ -144,6 +144,7 @@ struct Hit {
     side: Side,
     /// True if it is of the time before the present routing version.
     earlier: bool,
+    status: u16,
     error: bool,
     latency_us: u64,
     at_ms: u64,
@@ -274,6 +275,7 @@ impl ServiceTable {
             bucket,
             side,
             earlier: event.at_ms < entry.since_ms,
+            status: event.status.try_into().unwrap_or_default(),
             error: event.status.try_into().is_ok_and(|status| entry.error_classes.has(status)),
             latency_us: event.latency_us,
             at_ms: event.at_ms,
@@ -298,6 +300,7 @@ impl ServiceTable {
                 Side::Canary => &mut tally.canary,
             };
             counts.record(hit.latency_us, hit.error);
+            counts.classes.add(hit.status);
             taken.out_of_order += u64::from(hit.at_ms < entry.newest_ms);
             entry.newest_ms = entry.newest_ms.max(hit.at_ms);
             taken.accepted += 1;

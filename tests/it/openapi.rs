@@ -229,7 +229,7 @@ fn every_value_that_is_sent_is_one_of_its_schema() {
     let reach =
         Reach { served_by: vec![name("a")], away: vec![name("b")], missing: [(name("c"), "slot 3".into())].into() };
     holds("Changed", &Changed { reach: Some(reach), ..Changed::committed(name("tx"), Slot(4), None, false) });
-    holds("ChangeDetails", &ChangeDetails { full: true, skip_wait: true, reason: Some("odd".into()) });
+    holds("ChangeDetails", &ChangeDetails { full: true, skip_wait: true, now: true, reason: Some("odd".into()) });
     holds("ChangeDetails", &ChangeDetails::default());
     holds("MemberName", &MemberName { node: name("c") });
     holds("MemberData", &MemberData { node: name("c"), incarnation: "00aa".into() });

@@ -7,9 +7,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::classes::ErrorClasses;
 use super::limits::{self, OutOfRange};
 use super::query::Query;
-use super::sequential::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
+use super::sequential::{CLASS_SHARE, ERRORS_SHARE, Harm, Policy, Required, Slowdown};
 use super::stats::Stats;
 use super::verdict::{OnFailure, Verdict};
 use super::window::Evidence;
@@ -207,8 +208,9 @@ impl Analysis {
         Some(format!("needs {needed:.1} canary requests/s, sees {answers_per_second:.1}: never at this rate"))
     }
 
-    /// Returns what is judged, in words, a line for each metric and one for the samples.
-    pub fn in_words(&self) -> Vec<String> {
+    /// Returns what is judged, in words, a line for each metric and one for the samples; SEQUENTIAL compares these classes beside
+    /// errors.
+    pub fn in_words(&self, compared: ErrorClasses) -> Vec<String> {
         let does = |on_failure| match on_failure {
             OnFailure::Rollback => "rolls back",
             OnFailure::Pause => "pauses",
@@ -249,6 +251,12 @@ impl Analysis {
                  wrongly with {} %",
                 (alpha * 5.0).min(50.0)
             ));
+            for (class, _) in [("4xx", compared.client), ("3xx", compared.redirect)].iter().filter(|(_, is)| *is) {
+                lines.push(format!(
+                    "{class}: more of them than stable has beside it is harm, with {} % of α",
+                    CLASS_SHARE * 1e2
+                ));
+            }
         }
         let least = self.min_samples.max(1);
         if let Some(needed) = self.rate_needed() {
@@ -404,7 +412,8 @@ mod tests {
             "latency: mean latency above 500 ms in 30 s pauses",
             "limits need 100 canary answers in 30 s: 3.3 canary requests/s",
         ];
-        assert_eq!(rule.in_words(), expected);
+        let both = ErrorClasses { client: true, redirect: true };
+        assert_eq!(rule.in_words(both), expected);
         assert_eq!(rule.never_enough(2.0), Some("needs 3.3 canary requests/s, sees 2.0: never at this rate".into()));
         assert_eq!(rule.never_enough(3.4), None);
         let limit = Limit::ErrorsVsStable { increase_ppm: 5_000 };
@@ -413,9 +422,12 @@ mod tests {
         let expected = [
             "errors: promotes once 0.5 % more errors than stable's are ruled out",
             "harm beside stable rolls back, wrongly with a probability of 1 % at most; harm that is likely pauses, wrongly with 5 %",
+            "4xx: more of them than stable has beside it is harm, with 5 % of α",
+            "3xx: more of them than stable has beside it is harm, with 5 % of α",
             "the comparison with stable needs 100 canary answers in the step",
         ];
-        assert_eq!(rule.in_words(), expected);
+        assert_eq!(rule.in_words(both), expected);
+        assert_eq!(rule.in_words(ErrorClasses::default()).len(), expected.len() - 2);
         assert_eq!(rule.never_enough(0.1), None, "what is compared adds up");
         assert_eq!(rule.judge(&canary(3, 0, 1)), Verdict::Promote);
         assert_eq!(rule.enough_in_step(99), Verdict::Hold("99 of 100 canary samples in this step".into()));

@@ -7,6 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ids::{ServiceId, TxId, VersionId};
+use super::limits;
+use super::plan::file::checked_url;
 use super::plan::{Backend, Manifest};
 use super::routing::{RoutingState, Status};
 use super::time::Wall;
@@ -114,6 +116,8 @@ pub enum Change {
     },
     /// Continues a paused rollout at the same weight.
     Resume,
+    /// What serves as stable is on these servers from here on. No rollout may be under way.
+    SetServers(Vec<String>),
 }
 
 impl Change {
@@ -182,6 +186,9 @@ pub enum ChangeError {
         /// Servers that the rollout file names, in words.
         found: String,
     },
+    /// The servers that stable should have are none, too many, or not addressed as servers are.
+    #[error("stable should have the servers {0}, expected 1 to {max} such as http://host:port", max = limits::URLS_MAX)]
+    Servers(String),
     /// The promotion does not lead to the next stage.
     #[error("promotion to {found:?} at stage {stage} of {stages}, expected the next one")]
     NotNext {
@@ -244,11 +251,14 @@ impl Service {
         let Some(current) = current else { return Err(ChangeError::UnknownService(service.clone())) };
         let Rollout { spec, phase, stage, .. } = &current.rollout;
         let version = spec.canary.version.clone();
+        if let Change::SetServers(urls) = change {
+            return current.on_servers(urls, stamp);
+        }
         if !phase.is_active() {
             return Err(ChangeError::NotInProgress { version, phase: *phase });
         }
         match change {
-            Change::Start(_) => unreachable!("handled above"),
+            Change::Start(_) | Change::SetServers(_) => unreachable!("handled above"),
             Change::Promote { to, full } => {
                 if !current.leads_to(*to, *full) {
                     return Err(ChangeError::NotNext { found: *to, stage: *stage, stages: spec.stages.len() });
@@ -322,6 +332,29 @@ impl Service {
         }
         service.rollout.rollout_generation = service.routing.version + 1;
         Ok(service.at_stage(0, stamp))
+    }
+
+    /// Checks that what serves as stable can have these servers.
+    pub fn check_servers(&self, urls: &[String]) -> Result<(), ChangeError> {
+        let Rollout { phase, spec, .. } = &self.rollout;
+        if phase.is_active() {
+            let (version, weight) = (spec.canary.version.clone(), self.routing.canary_weight());
+            return Err(ChangeError::InProgress { version, phase: *phase, weight });
+        }
+        let is_plain = |url: &String| checked_url(url).is_ok_and(|checked| checked == *url);
+        if urls.is_empty() || urls.len() > limits::URLS_MAX || !urls.iter().all(is_plain) {
+            return Err(ChangeError::Servers(urls.join(", ")));
+        }
+        Ok(())
+    }
+
+    /// What serves stays the same version, with the same health check.
+    fn on_servers(&self, urls: &[String], stamp: &Stamp) -> Result<Self, ChangeError> {
+        self.check_servers(urls)?;
+        let mut service = self.stamped(Status::Committed, stamp);
+        service.routing.version += 1;
+        service.stable.urls = urls.to_vec();
+        Ok(service)
     }
 
     fn at_stage(&self, stage: usize, stamp: &Stamp) -> Self {

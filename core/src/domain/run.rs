@@ -4,11 +4,14 @@
 //! A node, `aviary judge` and `aviary replay` run this same code. Two nodes with the same tick samples come to the
 //! same window verdicts.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::analysis::Analysis;
-use super::sequential::{Policy, Sequential, SequentialResult, SequentialVerdict};
+use super::classes::ErrorClasses;
+use super::sequential::{ClassComparison, Policy, Sequential, SequentialResult, SequentialVerdict};
 use super::stats::Stats;
 use super::ticks::{Placed, TickMerger, TickSample};
 use super::verdict::Verdict;
@@ -118,7 +121,13 @@ pub struct AnalysisRun<S> {
     /// Several kilobytes, where there is one.
     sequential: Option<Box<Sequential>>,
     result: Option<SequentialResult>,
+    /// The canary's weights, by the routing versions that they came with: the last few.
+    #[serde(skip)]
+    weights: BTreeMap<u64, f64>,
 }
+
+/// Weights that are kept: samples of earlier routing versions don't count any more.
+const WEIGHTS_MAX: usize = 4;
 
 // No figure in it is ever NaN.
 impl<S: Eq> Eq for AnalysisRun<S> {}
@@ -139,6 +148,7 @@ impl<S: Ord + Clone> AnalysisRun<S> {
             closed: None,
             sequential: policy.map(Sequential::new).map(Box::new),
             result: None,
+            weights: BTreeMap::new(),
             analysis,
         }
     }
@@ -161,6 +171,33 @@ impl<S: Ord + Clone> AnalysisRun<S> {
     pub fn is_like(&self, other: &Self) -> bool {
         let policy = |run: &Self| run.sequential.as_ref().map(|test| test.policy().clone());
         self.analysis == other.analysis && self.tick_ms == other.tick_ms && policy(self) == policy(other)
+    }
+
+    /// Chooses the classes of statuses that SEQUENTIAL compares beside errors; none before the first call.
+    pub fn compare_classes(&mut self, classes: ErrorClasses) {
+        if let Some(test) = &mut self.sequential {
+            test.compare_classes(classes);
+        }
+    }
+
+    /// Says what share of the requests the canary's weight gives it from a routing version on, 0.0 to 1.0.
+    pub fn weigh(&mut self, version: u64, weight: f64) {
+        self.weights.insert(version, weight);
+        while self.weights.len() > WEIGHTS_MAX {
+            self.weights.pop_first();
+        }
+    }
+
+    /// Returns SEQUENTIAL's comparison of classes; none where it compares nothing.
+    pub fn classes(&self) -> Option<&ClassComparison> {
+        self.sequential.as_ref().map(|test| test.classes())
+    }
+
+    /// Goes on with another node's comparison of classes.
+    pub fn set_classes(&mut self, classes: ClassComparison) {
+        if let Some(test) = &mut self.sequential {
+            test.set_classes(classes);
+        }
     }
 
     /// Returns the tick after the last one that a source told of; the first one that isn't closed, when that is later.
@@ -248,6 +285,7 @@ impl<S: Ord + Clone> AnalysisRun<S> {
             }
             self.version = tick_sample.version;
         }
+        test.expect_weight(self.weights.get(&self.version).copied());
         let found = test.advance(to_ms - self.began_ms, &tick_sample.evidence);
         let before = self.result.replace(found).map(|found| found.decision);
         if before != self.result.as_ref().map(|found| found.decision) {

@@ -5,6 +5,8 @@ use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
+use super::classes::ClassCounts;
+
 /// Factor between two neighbouring bins: 3 %. A tolerance on latency is a whole number of bins, so that moving a histogram
 /// by it is exact.
 pub const BIN_RATIO: f64 = 1.03;
@@ -91,6 +93,10 @@ pub struct Stats {
     /// Answers that were no errors by latency: (bin, answers), ascending, without zeros; see [`bin_of`]. Errors are often
     /// fast, and must not make a version look so.
     histogram: Vec<(u16, u32)>,
+    /// Answers of classes that are no errors by themselves. Encoded beside the rest (see
+    /// [`crate::protocol::message::ClassEvidence`]): not every build counts them.
+    #[serde(skip)]
+    pub classes: ClassCounts,
 }
 
 /// The parts of [`Stats`] as they are decoded, which may contradict each other.
@@ -106,7 +112,7 @@ impl TryFrom<StatsParts> for Stats {
     type Error = StatsError;
 
     fn try_from(StatsParts { count, errors, latency_sum_us, histogram }: StatsParts) -> Result<Self, StatsError> {
-        let stats = Self { count, errors, latency_sum_us, histogram };
+        let stats = Self { count, errors, latency_sum_us, histogram, classes: ClassCounts::default() };
         stats.check().map(|()| stats)
     }
 }
@@ -148,7 +154,7 @@ impl Stats {
         let histogram: Vec<_> =
             histogram.into_iter().zip(0u16..).filter(|(n, _)| *n > 0).map(|(n, b)| (b, n)).collect();
         let count = errors + histogram.iter().map(|(_, n)| u64::from(*n)).sum::<u64>();
-        Self { count, errors, latency_sum_us, histogram }
+        Self { count, errors, latency_sum_us, histogram, classes: ClassCounts::default() }
     }
 
     /// Counts one answer. See [`StatsCounter`] for many.
@@ -173,7 +179,7 @@ impl Stats {
 
     /// Checks that the parts agree and can be added to, as in everything this program counted; in one pass over the bins.
     pub fn check(&self) -> Result<(), StatsError> {
-        let Self { count, errors, latency_sum_us, histogram } = self;
+        let Self { count, errors, latency_sum_us, histogram, classes: _ } = self;
         let (mut next, mut binned, mut is_full) = (0, 0, false);
         for &(bin, answers) in histogram {
             if bin < next || usize::from(bin) >= BINS || answers == 0 {
@@ -233,8 +239,8 @@ impl AddAssign<&Stats> for Stats {
 impl Stats {
     /// Returns the same counts without the latencies' distribution: they have a mean, and no quantiles.
     pub(crate) fn totals(&self) -> Self {
-        let Self { count, errors, latency_sum_us, .. } = *self;
-        Self { count, errors, latency_sum_us, histogram: Vec::new() }
+        let Self { count, errors, latency_sum_us, classes, .. } = *self;
+        Self { count, errors, latency_sum_us, histogram: Vec::new(), classes }
     }
 
     /// Adds another's counts without its latencies' distribution.
@@ -242,6 +248,7 @@ impl Stats {
         self.count += other.count;
         self.errors += other.errors;
         self.latency_sum_us += other.latency_sum_us;
+        self.classes += other.classes;
     }
 
     /// Adds the other's bins that are here as well; returns how many aren't.
@@ -281,6 +288,7 @@ impl SubAssign<&Stats> for Stats {
         self.count -= other.count;
         self.errors -= other.errors;
         self.latency_sum_us -= other.latency_sum_us;
+        self.classes -= other.classes;
         let mut gone = other.histogram.iter().peekable();
         self.histogram.retain_mut(|(bin, answers)| {
             if let Some((_, less)) = gone.next_if(|(other, _)| other == bin) {
@@ -299,6 +307,8 @@ pub struct StatsCounter {
     latency_sum_us: u64,
     /// None before the first answer that was no error: of many counters, most never count.
     histogram: Option<Box<[u32; BINS]>>,
+    /// Answers of classes that are no errors by themselves.
+    pub classes: ClassCounts,
 }
 
 impl StatsCounter {
@@ -316,6 +326,7 @@ impl StatsCounter {
     pub fn take(&mut self) -> Stats {
         let counts = self.histogram.iter().flat_map(|histogram| histogram.iter().copied());
         let stats = Stats::from_counts(self.errors, self.latency_sum_us, counts);
+        let stats = Stats { classes: std::mem::take(&mut self.classes), ..stats };
         (self.errors, self.latency_sum_us) = (0, 0);
         if let Some(histogram) = self.histogram.as_mut().filter(|_| stats.count > stats.errors) {
             histogram.fill(0);

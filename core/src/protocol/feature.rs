@@ -16,31 +16,34 @@ pub enum Feature {
     DefaultService,
     /// A rollout's users are salted with its start. A build that doesn't know it reads the log, and gives such a canary no traffic.
     RolloutSalt,
+    /// Stable's servers are changed without a rollout.
+    StableServers,
 }
 
 impl Feature {
     /// All of them, the oldest first.
-    pub const ALL: [Self; 2] = [Self::DefaultService, Self::RolloutSalt];
+    pub const ALL: [Self; 3] = [Self::DefaultService, Self::RolloutSalt, Self::StableServers];
 
     /// Returns its name, as people read it.
     pub fn name(self) -> &'static str {
         match self {
             Self::DefaultService => "default-service",
             Self::RolloutSalt => "rollout-salt",
+            Self::StableServers => "stable-servers",
         }
     }
 
     /// Returns the protocol version that brought it. Who speaks it or a later one knows the feature.
     pub fn protocol(self) -> u16 {
         match self {
-            Self::DefaultService | Self::RolloutSalt => 9,
+            Self::DefaultService | Self::RolloutSalt | Self::StableServers => 9,
         }
     }
 
     /// Returns the first release that knows it.
     pub fn release(self) -> &'static str {
         match self {
-            Self::DefaultService | Self::RolloutSalt => "0.3.0",
+            Self::DefaultService | Self::RolloutSalt | Self::StableServers => "0.3.0",
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::classes::ClassCounts;
 use crate::domain::ids::{NodeId, ServiceId};
+use crate::domain::sequential::ClassComparison;
 use crate::domain::ticks::TickSample;
 use crate::domain::window::Evidence;
 
@@ -209,6 +211,44 @@ pub struct HealthSnapshot {
     pub asks: Option<RunRequest>,
     /// The sender's analysis run, for a receiver that asked for it.
     pub transfer: Option<Box<RunTransfer>>,
+}
+
+/// What a snapshot tells of classes of statuses. It travels behind the snapshot, and only where it says something: protocol version 8
+/// has no place for it, so that its speakers compare none.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClassEvidence {
+    /// Answers by class, of stable and of the canary, for each of the snapshot's tick samples.
+    pub ticks: Vec<[ClassCounts; 2]>,
+    /// The comparison of classes that belongs to the snapshot's analysis run.
+    pub compared: Option<ClassComparison>,
+}
+
+impl HealthSnapshot {
+    /// Returns what it tells of classes; none where it says nothing.
+    pub fn classes(&self) -> Option<ClassEvidence> {
+        let told = |sample: &TickSample| [sample.evidence.stable.classes, sample.evidence.canary.classes];
+        let mut ticks: Vec<_> = self.tick_samples.iter().map(|(_, sample)| told(sample)).collect();
+        if ticks.iter().flatten().all(|counts| *counts == ClassCounts::default()) {
+            ticks.clear();
+        }
+        let compared = self.transfer.as_ref().and_then(|transfer| transfer.run.classes());
+        let compared = compared.filter(|compared| !compared.is_off()).cloned();
+        (!ticks.is_empty() || compared.is_some()).then_some(ClassEvidence { ticks, compared })
+    }
+
+    /// Returns it with what it tells of classes; none where that belongs to another snapshot.
+    pub fn with_classes(mut self, classes: ClassEvidence) -> Option<Self> {
+        let ClassEvidence { ticks, compared } = &classes;
+        for ((_, sample), [stable, canary]) in self.tick_samples.iter_mut().zip(ticks) {
+            for (stats, counts) in [(&mut sample.evidence.stable, stable), (&mut sample.evidence.canary, canary)] {
+                stats.classes = counts.within(stats.count);
+            }
+        }
+        if let (Some(transfer), Some(compared)) = (&mut self.transfer, compared) {
+            transfer.run.set_classes(compared.clone());
+        }
+        (self.classes().as_ref() == Some(&classes)).then_some(self)
+    }
 }
 
 /// A node that came late to a rollout asks for its analysis run.

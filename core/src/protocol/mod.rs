@@ -118,6 +118,18 @@ pub enum OperatorRequest {
         /// Service whose canary is promoted.
         service: ServiceId,
     },
+    /// Start the completed rollout the other way round, all at once; abort one in progress.
+    UndoNow {
+        /// Service that the request is about.
+        service: ServiceId,
+    },
+    /// What serves as stable is on these servers from here on.
+    SetServers {
+        /// Service whose stable version moved.
+        service: ServiceId,
+        /// Addresses of its servers, such as `http://host:port`.
+        urls: Vec<String>,
+    },
 }
 
 /// A request to the core.

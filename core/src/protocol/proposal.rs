@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::domain::apply::{ApplyEffect, Standing, effect_of_apply};
 use crate::domain::assignment::Salt;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
-use crate::domain::plan::{Manifest, RolloutSpec, SpecError};
+use crate::domain::plan::{Backend, Manifest, RolloutSpec, SpecError};
 use crate::domain::rollout::{Change, ChangeError, Phase, Service};
 
 use super::OperatorRequest;
@@ -71,11 +71,18 @@ impl Proposal {
 
 impl Proposal {
     /// Returns what has to be decided before it: the first rollout of a service whose name comes before all others' would take
-    /// the requests that name no service, so the log says first that they stay where they are.
+    /// the requests that name no service, so the log says first that they stay where they are. So it does before stable's servers
+    /// are changed: a record of that, which a build before can't read, leaves no trace in the ledger that would last, and this one
+    /// does.
     pub fn needs_first(&self, ctx: &Context) -> Option<Operation> {
-        let Self::OperatorRequest(OperatorRequest::Apply(spec)) = self else { return None };
-        let current = ctx.ledger.default_service()?;
-        (!ctx.ledger.is_default_set() && spec.service < *current).then(|| Operation::SetDefault(current.clone()))
+        let Self::OperatorRequest(asked) = self else { return None };
+        let current = ctx.ledger.default_service().filter(|_| !ctx.ledger.is_default_set())?;
+        let is_needed = match asked {
+            OperatorRequest::Apply(spec) => spec.service < *current,
+            OperatorRequest::SetServers { .. } => self.operation(ctx).is_ok(),
+            _ => false,
+        };
+        is_needed.then(|| Operation::SetDefault(current.clone()))
     }
 }
 
@@ -85,6 +92,7 @@ impl OperatorRequest {
         match self {
             Self::Abort { .. }
             | Self::Undo { .. }
+            | Self::UndoNow { .. }
             | Self::Config(ConfigChange::Cordon(_) | ConfigChange::Remove(_)) => true,
             Self::Config(ConfigChange::Add(..) | ConfigChange::Readmit(..) | ConfigChange::Uncordon(_))
             | Self::Apply(_)
@@ -93,7 +101,8 @@ impl OperatorRequest {
             | Self::Resume { .. }
             | Self::Retry { .. }
             | Self::SetDefault { .. }
-            | Self::SkipWait { .. } => false,
+            | Self::SkipWait { .. }
+            | Self::SetServers { .. } => false,
         }
     }
 
@@ -108,7 +117,9 @@ impl OperatorRequest {
             | Self::Retry { service }
             | Self::Undo { service }
             | Self::SetDefault { service }
-            | Self::SkipWait { service } => Some(service),
+            | Self::SkipWait { service }
+            | Self::UndoNow { service }
+            | Self::SetServers { service, .. } => Some(service),
             Self::Config(_) => None,
         }
     }
@@ -202,9 +213,10 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
             }
             Change::Start(readable(ctx, on_stable_of(known_or()?, &rollout.spec)?)?)
         }
-        OperatorRequest::Undo { .. } => match &known_or()?.rollout {
+        OperatorRequest::Undo { .. } | OperatorRequest::UndoNow { .. } => match &known_or()?.rollout {
             rollout if rollout.phase == Phase::Completed => {
-                let spec = Arc::new(reversed(ctx, &rollout.spec)?);
+                let at_once = matches!(asked, OperatorRequest::UndoNow { .. });
+                let spec = Arc::new(reversed(ctx, &rollout.spec, at_once)?);
                 Change::Start(on_stable_of(known_or()?, &spec)?)
             }
             rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
@@ -213,6 +225,20 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
                 return Err(ChangeError::NotInProgress { version, phase: rollout.phase }.into());
             }
         },
+        OperatorRequest::SetServers { urls, .. } => {
+            let service = known_or()?;
+            service.check_servers(urls)?;
+            let moved = Backend { urls: urls.clone(), ..service.stable.clone() };
+            if service.stable.is_same(&moved) {
+                let version = &service.stable.version;
+                return Err(Obstacle::already(&format!("{version} is at {} already", moved.servers())));
+            }
+            let lacking = ctx.lacking(Feature::StableServers);
+            if !lacking.is_empty() {
+                return Err(Obstacle::NotReady(Feature::StableServers, lacking));
+            }
+            Change::SetServers(urls.clone())
+        }
         OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. } => {
             unreachable!("changes no rollout, so not here")
         }
@@ -227,10 +253,10 @@ impl Obstacle {
 }
 
 /// A key that this build doesn't know can't be turned round. The way back is a rollout with a salt of its own.
-fn reversed(ctx: &Context, spec: &Manifest) -> Result<Manifest, Obstacle> {
+fn reversed(ctx: &Context, spec: &Manifest, at_once: bool) -> Result<Manifest, Obstacle> {
     spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
     let refused = |error: SpecError| Obstacle::Refused(error.to_string());
-    let reversed = spec.reversed().map_err(refused)?;
+    let reversed = if at_once { spec.reversed_at_once() } else { spec.reversed() }.map_err(refused)?;
     match reversed.salt {
         Salt::Rollout(_) => reversed.with_salt(own_salt(ctx)).map_err(refused),
         Salt::Unsaid | Salt::None => Ok(reversed),

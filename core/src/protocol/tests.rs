@@ -13,7 +13,7 @@ use super::log::record::{
     Accepted, AcceptorState, Ballot, Chosen, ConfigChange, Initiator, Intent, Member, Members, Operation, Record,
     SavedRun, Slot,
 };
-use super::message::{Answer, Decision, GateVote, HealthSnapshot, Message, Refusal, Vote};
+use super::message::{Answer, ClassEvidence, Decision, GateVote, HealthSnapshot, Message, Refusal, Vote};
 use super::{
     Command, Core, Event, Input, Observation, OperatorRequest, Outcome, Output, RequestId, Retention, Settings,
 };
@@ -255,7 +255,17 @@ impl Rig {
     /// Delivers the message at a place of the wire.
     fn deliver(&mut self, at: usize) {
         let Some((from, to, message)) = self.wire.remove(at) else { return };
-        let message = codec::decode(&codec::encode(&message)).expect("what is sent can be read");
+        let read = codec::decode(&codec::encode(&message)).expect("what is sent can be read");
+        // What a snapshot tells of classes of statuses travels behind it.
+        let message = match (&message, read) {
+            (Message::HealthSnapshot(sent), Message::HealthSnapshot(read)) => {
+                let classes = sent.classes().map(|told| codec::decode::<ClassEvidence>(&codec::encode(&told)));
+                let classes = classes.map(|told| told.expect("classes can be read"));
+                let whole = classes.map_or(Some(read.clone()), |told| read.with_classes(told));
+                Message::HealthSnapshot(whole.expect("they belong to it"))
+            }
+            (_, read) => read,
+        };
         let incarnation = self.incarnations.get(&from).copied().unwrap_or(Incarnation(1));
         self.handle(&to, Input::Received { from, incarnation, message: Box::new(message) });
     }

@@ -84,12 +84,13 @@ fn fits(asked: &OperatorRequest, operation: &Operation) -> bool {
         (OperatorRequest::Config(_) | OperatorRequest::SetDefault { .. }, _)
         | (_, Operation::Config(_) | Operation::SetDefault(_)) => false,
         (OperatorRequest::Retry { .. }, operation) => operation.name() == "Start",
-        (OperatorRequest::Apply(_) | OperatorRequest::Undo { .. }, operation) => {
+        (OperatorRequest::Apply(_) | OperatorRequest::Undo { .. } | OperatorRequest::UndoNow { .. }, operation) => {
             matches!(operation.name(), "Start" | "Rollback")
         }
         (OperatorRequest::Promote { .. } | OperatorRequest::SkipWait { .. }, operation) => {
             operation.name() == "Promote"
         }
+        (OperatorRequest::SetServers { .. }, operation) => operation.name() == "SetServers",
         (OperatorRequest::Pause { .. }, operation) => operation.name() == "Pause",
         (OperatorRequest::Resume { .. }, operation) => operation.name() == "Resume",
         (OperatorRequest::Abort { .. }, operation) => operation.name() == "Rollback",

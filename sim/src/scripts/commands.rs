@@ -84,6 +84,7 @@ fn ask<S: Subject>(cluster: &mut ScriptCluster<S>, at: &str, tx: &str, operation
         ["pause"] => OperatorRequest::Pause { service, reason },
         ["resume"] => OperatorRequest::Resume { service },
         ["abort"] => OperatorRequest::Abort { service, reason },
+        ["undo", "now"] => OperatorRequest::UndoNow { service },
         ["retry"] => OperatorRequest::Retry { service },
         ["cordon", name] => OperatorRequest::Config(ConfigChange::Cordon(node(name))),
         ["readmit", name] => {

@@ -50,7 +50,7 @@ pub const RUN: Known = Known { oldest: 2, newest: 2 };
 pub(super) fn of_acceptor(state: &AcceptorState) -> u8 {
     match state.accepted.as_ref().and_then(|accepted| accepted.record.intent.operation.needs()) {
         None | Some(Feature::RolloutSalt) => 7,
-        Some(Feature::DefaultService) => 8,
+        Some(Feature::DefaultService | Feature::StableServers) => 8,
     }
 }
 
@@ -58,7 +58,7 @@ pub(super) fn of_acceptor(state: &AcceptorState) -> u8 {
 pub(super) fn of_record(record: &Record) -> u8 {
     match record.intent.operation.needs() {
         None | Some(Feature::RolloutSalt) => 3,
-        Some(Feature::DefaultService) => 4,
+        Some(Feature::DefaultService | Feature::StableServers) => 4,
     }
 }
 

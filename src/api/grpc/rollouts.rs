@@ -208,7 +208,7 @@ impl RolloutService for Rollouts {
     ) -> Result<Response<PromoteRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
         let PromoteRolloutRequest { service, full, skip_wait, .. } = request.into_inner();
-        let details = ChangeDetails { full, skip_wait, reason: None };
+        let details = ChangeDetails { full, skip_wait, ..ChangeDetails::default() };
         let result = self.change(caller, &service, ChangeVerb::Promote, details).await?;
         Ok(Response::new(PromoteRolloutResponse { result: Some(result) }))
     }
@@ -260,8 +260,9 @@ impl RolloutService for Rollouts {
         request: Request<UndoRolloutRequest>,
     ) -> Result<Response<UndoRolloutResponse>, Status> {
         let caller = caller(&request, &request.get_ref().idempotency_key, request.get_ref().everywhere)?;
-        let result =
-            self.change(caller, &request.into_inner().service, ChangeVerb::Undo, ChangeDetails::default()).await?;
+        let UndoRolloutRequest { service, now, .. } = request.into_inner();
+        let details = ChangeDetails { now, ..ChangeDetails::default() };
+        let result = self.change(caller, &service, ChangeVerb::Undo, details).await?;
         Ok(Response::new(UndoRolloutResponse { result: Some(result) }))
     }
 

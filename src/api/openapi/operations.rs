@@ -12,7 +12,7 @@ use crate::domain::ids::{ServiceId, TxId};
 use crate::domain::plan::file::RolloutFile;
 use crate::model::{
     BatchReceipt, ChangeDetails, Changed, ClusterView, HealthView, History, LeaseView, MemberData, MemberName,
-    ProbeView, ReadConsistency, RolloutList, RolloutView, RoutingView, ServiceName, WriteConsistency,
+    ProbeView, ReadConsistency, RolloutList, RolloutView, RoutingView, ServiceName, ServiceServers, WriteConsistency,
 };
 use crate::protocol::record::Sequence;
 use crate::telemetry::event::Json as ReportedJson;
@@ -205,6 +205,15 @@ fn cluster() -> Vec<ApiOperation> {
         post(write::set_default),
     );
     all.push(set_default.takes(&[KEY, WRITE]).fails(&TRANSACTION));
+    let set_servers = ApiOperation::post(
+        "/v1/cluster/set-servers",
+        "set_stable_servers",
+        "Has a service's stable version served by these servers, once each of them takes a connection.",
+        json!("The service and the servers.", ServiceServers),
+        CHANGED,
+        post(write::set_servers),
+    );
+    all.push(set_servers.takes(&[KEY, WRITE]).fails(&TRANSACTION));
     all.push(ApiOperation::get(
         "/v1/cluster",
         "get_cluster",

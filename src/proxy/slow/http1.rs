@@ -2,7 +2,6 @@
 //!
 //! Heads and bodies are read by the code of the fast path, and both paths share the kept connections.
 
-use std::io::Write;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -15,17 +14,17 @@ use tokio::net::TcpStream;
 
 use crate::proxy::body::{BodyFraming, put_chunk};
 use crate::proxy::client::poll_read;
-use crate::proxy::failure::WITHDRAWN;
+use crate::proxy::failure::{SendFailure, WITHDRAWN};
 use crate::proxy::hop::is_hop_by_hop;
 use crate::proxy::policy::FailureKind;
+use crate::proxy::pool::Hints;
 use crate::proxy::request::{FIELDS_MAX, put_field};
 use crate::proxy::upstream::Server;
 use crate::proxy::wire::{self, Asked, ResponseHead, Room};
 use crate::proxy::worker::Worker;
 
-use super::send::SendFailure;
+use super::head::Head;
 use super::upload::{BodyError, Lent};
-use super::{Head, Hints};
 
 /// Bytes of a request that are gathered before they are written.
 const GATHERED_BYTES_MAX: usize = 64 * 1024;
@@ -46,14 +45,18 @@ pub async fn send(
     body: Lent,
     terms: Terms<'_>,
     may_go: impl Fn() -> bool,
-) -> Result<Response<AnswerBody>, SendFailure> {
+) -> Result<Response<Http1Body>, SendFailure> {
     let Terms { is_repeat, hints } = terms;
     let kept = if is_repeat { None } else { worker.kept(server.id) };
     let (stream, life_ends_ms, is_reused) = match kept {
         Some((stream, life_ends_ms)) => (stream, life_ends_ms, true),
         None => {
             let connected = server.connect(worker.settings().connect_timeout()).await;
-            (connected.map_err(|failure| SendFailure::connect(server, &failure))?, worker.life_ends_ms(), false)
+            (
+                connected.map_err(|failure| SendFailure::connect(&server.authority, &failure))?,
+                worker.life_ends_ms(),
+                false,
+            )
         }
     };
     if !may_go() {
@@ -62,7 +65,7 @@ pub async fn send(
     }
     let mut out = worker.buffer();
     let is_chunked = head.write(&mut out, &body);
-    let mut answer = AnswerBody {
+    let mut answer = Http1Body {
         worker: worker.clone(),
         server: server.id,
         stream: Some(stream),
@@ -161,25 +164,8 @@ fn is_trailer(name: &str) -> bool {
     !is_hop_by_hop(name) && !["content-length", "host", "trailer"].iter().any(|known| name.eq_ignore_ascii_case(known))
 }
 
-impl Head {
-    /// Writes the head that an HTTP/1.1 server gets; returns true when the body follows in chunks.
-    fn write(&self, out: &mut Vec<u8>, body: &Lent) -> bool {
-        // A Vec takes whatever is written to it.
-        let _ = write!(out, "{} {} HTTP/1.1\r\n", self.method, self.path_and_query);
-        for (name, value) in &self.headers {
-            put_field(out, name.as_str(), &[value.as_bytes()]);
-        }
-        let is_chunked = !self.headers.contains_key(http::header::CONTENT_LENGTH) && !body.is_end_stream();
-        if is_chunked {
-            out.extend_from_slice(b"transfer-encoding: chunked\r\n");
-        }
-        out.extend_from_slice(b"\r\n");
-        is_chunked
-    }
-}
-
 /// The body of an answer, and what is left of its request. To drop it before its end closes the connection.
-pub struct AnswerBody {
+pub struct Http1Body {
     worker: Rc<Worker>,
     server: usize,
     /// The connection, until the answer's end.
@@ -197,7 +183,7 @@ pub struct AnswerBody {
     trailers: Vec<u8>,
 }
 
-impl AnswerBody {
+impl Http1Body {
     /// Moves the request on, and reads the answer's head.
     fn poll_head(
         &mut self,
@@ -309,7 +295,7 @@ fn trailers(came: &[u8]) -> Option<HeaderMap> {
     (!trailers.is_empty()).then_some(trailers)
 }
 
-impl Body for AnswerBody {
+impl Body for Http1Body {
     type Data = Bytes;
     type Error = BodyError;
 
@@ -346,7 +332,7 @@ impl Body for AnswerBody {
     }
 }
 
-impl Drop for AnswerBody {
+impl Drop for Http1Body {
     fn drop(&mut self) {
         self.worker.give_back(std::mem::take(&mut self.request.out));
         self.worker.give_back(std::mem::take(&mut self.came));

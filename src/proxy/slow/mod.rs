@@ -10,9 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HOST, TE};
-use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, response};
+use http::header::CONTENT_LENGTH;
+use http::{HeaderMap, HeaderValue, Response, response};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame};
 use tokio::time::{Instant, timeout_at};
@@ -21,100 +20,27 @@ use crate::domain::side::Side;
 
 use super::access::Access;
 use super::answer::{OwnAnswer, assignment, full, late_trailers, mark, overloaded, problem};
-use super::body::{BadMessage, refuse};
 use super::cookie::NewCookie;
 use super::dispose::Routed;
-use super::failure::WITHDRAWN;
+use super::failure::{SendFailure, WITHDRAWN};
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
 use super::pool::Hints;
-use super::request::{CanonicalRequest, Gateway};
-use super::settings::ProxySettings;
 use super::stay::{CanaryStay, during, may_go};
-use super::table::{ClientAddress, Route, SideChoice};
-use super::timeouts::{TimeLimits, is_grpc};
+use super::table::{Route, SideChoice};
+use super::timeouts::TimeLimits;
 use super::upstream::{Choice, InFlightGuard, Pool, Server};
-use super::wire::{Asked, ResponseHead};
+use super::wire::ResponseHead;
 use super::worker::Worker;
 
 pub mod bridge;
+mod head;
 mod http1;
 pub mod send;
 pub mod upload;
 
-use send::{SendFailure, UpstreamBody};
+pub use head::Head;
+use send::UpstreamBody;
 use upload::{Upload, UploadState};
-
-/// The head that servers get, made from a canonical request.
-#[derive(Clone)]
-pub struct Head {
-    method: Method,
-    path_and_query: PathAndQuery,
-    headers: HeaderMap,
-    takes_trailers: bool,
-    is_idempotent: bool,
-    /// How the answer is read.
-    pub asked: Asked,
-    /// Calls of gRPC say in their trailers whether they failed.
-    pub is_grpc: bool,
-}
-
-impl Head {
-    /// Returns the head that a service's servers get on behalf of the client at `peer`.
-    pub fn of(
-        asked: &CanonicalRequest,
-        route: &Route,
-        peer: ClientAddress,
-        settings: &ProxySettings,
-    ) -> Result<Self, BadMessage> {
-        const BAD: BadMessage = BadMessage { status: 400, why: "this is no HTTP request" };
-        let (service, configured) = (route.service.as_str(), &*route.reads);
-        let gateway = Gateway { peer: peer.text, service, configured, is_trusted: settings.is_trusted(peer.ip) };
-        let mut headers = HeaderMap::with_capacity(asked.fields.len() + 8);
-        headers.insert(HOST, HeaderValue::from_str(asked.host(&gateway)).map_err(|_| BAD)?);
-        let mut is_sound = true;
-        asked.fields_for(&gateway, |name, parts| {
-            let value = match parts {
-                [value] => HeaderValue::from_bytes(value),
-                parts => HeaderValue::from_bytes(&parts.concat()),
-            };
-            match (HeaderName::from_bytes(name.as_bytes()), value) {
-                (Ok(name), Ok(value)) => drop(headers.append(name, value)),
-                _ => is_sound = false,
-            }
-        });
-        if let Some(length) = asked.length() {
-            headers.insert(CONTENT_LENGTH, length.into());
-        }
-        if !is_sound {
-            return refuse(BAD.status, BAD.why);
-        }
-        let kind = headers.get(http::header::CONTENT_TYPE).map(HeaderValue::as_bytes);
-        Ok(Self {
-            method: Method::from_bytes(asked.method.as_bytes()).map_err(|_| BAD)?,
-            path_and_query: PathAndQuery::try_from(&*asked.path_and_query).map_err(|_| BAD)?,
-            takes_trailers: asked.takes_trailers,
-            is_idempotent: asked.is_idempotent(),
-            asked: Asked { is_head: asked.method == "HEAD", wants_websocket: asked.wants_websocket },
-            is_grpc: kind.is_some_and(is_grpc),
-            headers,
-        })
-    }
-
-    /// Returns the request for a server of HTTP/2.
-    fn request<B>(&self, body: B, hints: Option<&Hints>) -> Result<Request<B>, http::Error> {
-        let mut request = Request::new(body);
-        *request.uri_mut() = Uri::builder().path_and_query(self.path_and_query.clone()).build()?;
-        *request.method_mut() = self.method.clone();
-        *request.headers_mut() = self.headers.clone();
-        if self.takes_trailers {
-            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
-        }
-        if let Some(hints) = hints.cloned() {
-            request.extensions_mut().insert(hints);
-        }
-        Ok(request)
-    }
-}
 
 /// A request on the slow path.
 pub struct SlowRequest {

@@ -11,49 +11,20 @@ use bytes::Bytes;
 use http::Response;
 use hyper::body::{Body, Frame, SizeHint};
 
-use crate::proxy::failure::{ConnectFailure, StreamFailure};
+use crate::proxy::failure::SendFailure;
 use crate::proxy::policy::FailureKind;
-use crate::proxy::pool;
+use crate::proxy::pool::{self, Hints};
 use crate::proxy::upstream::Server;
 use crate::proxy::worker::Worker;
 
+use super::head::Head;
+use super::http1;
 use super::upload::{BodyError, Lent};
-use super::{Head, Hints, http1};
-
-/// Why a request brought no answer.
-pub struct SendFailure {
-    /// Kind of the failure, by which it is decided what follows.
-    pub kind: FailureKind,
-    /// Reason in words.
-    pub why: String,
-}
-
-impl SendFailure {
-    /// Returns that no connection could be made.
-    pub fn connect(server: &Server, failure: &ConnectFailure) -> Self {
-        match failure.is_local() {
-            true => Self { kind: FailureKind::Local, why: failure.to_string() },
-            false => Self { kind: FailureKind::Unreachable, why: format!("{}: {failure}", server.authority) },
-        }
-    }
-
-    fn stream(server: &Server, failure: &StreamFailure) -> Self {
-        let kind = match failure {
-            StreamFailure::Connect(failure) => return Self::connect(server, failure),
-            StreamFailure::NotProcessed(_) => FailureKind::Unprocessed,
-            StreamFailure::Stale(_) => FailureKind::Stale,
-            StreamFailure::Broken(_) | StreamFailure::HeadTooLarge(_) => FailureKind::Broken,
-            StreamFailure::Withdrawn => FailureKind::Withdrawn,
-            StreamFailure::Body(_) => FailureKind::Client,
-        };
-        Self { kind, why: failure.to_string() }
-    }
-}
 
 /// An answer's body, by whichever protocol it comes.
 pub enum UpstreamBody {
     /// By HTTP/1.1.
-    Http1(http1::AnswerBody),
+    Http1(http1::Http1Body),
     /// By HTTP/2.
     Http2(pool::AnswerBody),
 }
@@ -102,5 +73,5 @@ pub async fn send(
     let request = head.request(body, hints);
     let request = request.map_err(|error| SendFailure { kind: FailureKind::Client, why: error.to_string() })?;
     let sent = worker.http2.send(server, request, may_go).await;
-    sent.map(|answer| answer.map(UpstreamBody::Http2)).map_err(|why| SendFailure::stream(server, &why))
+    sent.map(|answer| answer.map(UpstreamBody::Http2)).map_err(|why| SendFailure::stream(&server.authority, &why))
 }

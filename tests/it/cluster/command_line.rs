@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
-use super::harness::{Cluster, MANUAL, aviary, rollout};
+use super::harness::{Cluster, MANUAL, Upstream, aviary, http, rollout, wait};
 
 /// Runs a verb against all nodes, with this text on its standard input.
 fn run(cluster: &Cluster, arguments: &[&str], input: &str) -> Output {
@@ -96,4 +96,31 @@ fn a_write_for_everywhere_returns_once_all_live_nodes_route_with_it() {
     assert_eq!(hashes[0], hashes[1]);
     cluster.spawn(2, None);
     cluster.agreed(&[0, 1, 2], Duration::from_secs(10));
+}
+
+#[test]
+fn stable_moves_to_other_servers_without_a_canary_and_never_to_where_nobody_listens() {
+    let (old, new) = (Upstream::start("old"), Upstream::start("new"));
+    let cluster = Cluster::start();
+    prints(&cluster, &["apply", "-f", "-"], &rollout(&old.url(), &new.url(), MANUAL));
+    prints(&cluster, &["abort", "svc"], "");
+    let nobody = run(&cluster, &["service", "set-servers", "svc", &new.url(), "http://127.0.0.1:1"], "");
+    let said = String::from_utf8_lossy(&nobody.stderr).to_string();
+    assert!(nobody.status.code() == Some(1) && said.contains("http://127.0.0.1:1: "), "{nobody:?}");
+    // Both demo servers answer as their own version does.
+    let served_by = |node: usize| {
+        let answer = http(cluster.nodes[node].data, "POST", "/predict", &[], "{}").ok()?;
+        Some(answer.json()["model"].as_str()?.to_string())
+    };
+    assert_eq!(served_by(0).as_deref(), Some("old"), "nothing was changed");
+    let moved = prints(&cluster, &["service", "set-servers", "svc", &new.url()], "");
+    assert!(moved.starts_with("COMMITTED  slot "), "{moved}");
+    for node in 0..3 {
+        wait("the new server's answer", Duration::from_secs(5), || served_by(node).filter(|found| found == "new"));
+    }
+    let again = prints(&cluster, &["service", "set-servers", "svc", &new.url()], "");
+    assert!(again.starts_with("UNCHANGED"), "{again}");
+    let history = prints(&cluster, &["history", "svc"], "");
+    assert!(history.contains("SetServers") && history.contains(&new.url()), "{history}");
+    cluster.assert_no_panic();
 }

@@ -197,6 +197,7 @@ mod tests {
             ),
         ];
         spec.error_classes.client = true;
+        spec.compared_classes.redirect = false;
         spec.analysis.inconclusive_after_ms = Some(61_001);
         spec.analysis.queries[0].min = Some(-1_500_001);
         spec

@@ -188,6 +188,8 @@ pub struct RolloutSpec {
     pub analysis: Analysis,
     /// Statuses that count as errors, of both versions.
     pub error_classes: ErrorClasses,
+    /// Classes of statuses whose shares SEQUENTIAL compares with stable's beside errors.
+    pub compared_classes: ErrorClasses,
     /// How long canary traffic outlives the last contact with a majority, in milliseconds.
     pub lease_ms: u64,
     /// Behaviour of a node whose lease has ended.
@@ -281,6 +283,7 @@ impl RolloutSpec {
             slow_start_ms: 0,
             analysis: Analysis::default(),
             error_classes: ErrorClasses::default(),
+            compared_classes: ErrorClasses { client: true, redirect: true },
             lease_ms: 2_000,
             on_partition: OnPartition::Stable,
             progress_deadline_ms: 30 * 60 * 1000,
@@ -411,6 +414,12 @@ impl RolloutSpec {
     /// Returns the same rollout with another salt.
     pub fn with_salt(&self, salt: Salt) -> Result<Manifest, SpecError> {
         Self { salt, ..self.clone() }.checked()
+    }
+
+    /// Returns the rollout the other way round with one step, to 100 %: what `undo --now` starts.
+    pub fn reversed_at_once(&self) -> Result<Manifest, SpecError> {
+        let stages = vec![Stage { weight: Weight::FULL, hold_ms: 0, manual: false }];
+        Self { stable: self.canary.clone(), canary: self.stable.clone(), stages, ..self.clone() }.checked()
     }
 
     /// Returns the index of the last stage, the one at 100 %.

@@ -8,7 +8,6 @@
 use serde::{Deserialize, Serialize};
 
 use super::mixture::Mixture;
-use super::policy::Policy;
 
 /// How much worse a canary may be under an alternative.
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +60,27 @@ impl Default for Rate {
     }
 }
 
+/// What a bet is part of.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stake {
+    /// Tolerated: rates so much higher, as a share of stable's.
+    pub margin: f64,
+    /// And so much higher in absolute terms.
+    pub allowance: f64,
+    /// The share of the whole e-value that this wealth is.
+    pub share: f64,
+    /// What else the whole e-value consists of at the moment.
+    pub others: f64,
+    /// The whole e-value that is enough: 1/α.
+    pub needed: f64,
+}
+
 impl Rate {
+    /// Returns the same rate with bets of at most this power.
+    pub fn tempered(&self, most: f64) -> Self {
+        Self { temper: self.temper.min(most), ..self.clone() }
+    }
+
     /// Returns true when it is one.
     pub fn is_sound(&self) -> bool {
         let Self { errors, requests, clumping, temper, before } = self;
@@ -83,8 +102,7 @@ impl Rate {
             let surprise = difference.powi(2) / (requests_before * requests) / (errors_before + errors);
             let keep = 1.0 - 1.0 / 300.0;
             self.clumping = (self.clumping.0 * keep + surprise.min(12.0), self.clumping.1 * keep + 1.0);
-            let found = self.clumping.0 / self.clumping.1;
-            self.temper = if found < 1.2 { 1.0 } else { 1.0 / (2.0 * found - 1.0) };
+            self.temper = temper(self.clumping.0 / self.clumping.1);
         }
         self.before = (requests, errors);
         let keep = (-(seconds / 60.0).min(requests / 3000.0)).exp2();
@@ -96,16 +114,20 @@ impl Rate {
     }
 }
 
-/// Bets on every failing request of a block; returns true when the e-value of the whole, to which latency adds
-/// `latency_part`, reached 1/α on the way.
+/// Returns the power that bets are raised to for this overdispersion; 1 is none.
+fn temper(overdispersion: f64) -> f64 {
+    if overdispersion < 1.2 { 1.0 } else { 1.0 / (2.0 * overdispersion - 1.0) }
+}
+
+/// Bets on every failing request of a block; returns true when the e-value of the whole was enough on the way.
 pub(super) fn bet(
     wealth: &mut Mixture<COUNT>,
     urn: Urn,
     rate: &Rate,
-    policy: &Policy,
-    latency_part: f64,
+    stake: Stake,
     mut chance: impl FnMut() -> f64,
 ) -> bool {
+    let Stake { margin, allowance, share, others, needed } = stake;
     let stable = rate.value();
     let stable_odds = stable / (1.0 - stable);
     let mut ratios = [0.0; COUNT];
@@ -117,8 +139,7 @@ pub(super) fn bet(
             }
         };
     }
-    let margin = 1.0 + policy.error_margin + policy.error_allowance / stable;
-    let needed = 1.0 / policy.alpha;
+    let margin = 1.0 + margin + allowance / stable;
     let (mut canary, mut other) = (urn.requests.0 as f64, urn.requests.1 as f64);
     let (mut failing, mut failing_other) = urn.errors;
     let mut reached = false;
@@ -136,14 +157,14 @@ pub(super) fn bet(
         let mut lift = 1.0;
         if canary > 0.0 && rate.temper >= 1.0 {
             // What lies beyond 1/α is of no use there: it is spent on the other outcome.
-            let beyond = policy.errors_share * wealth.value_with(&up) + latency_part - needed;
+            let beyond = share * wealth.value_with(&up) + others - needed;
             if beyond > 0.0 {
-                let kept = policy.errors_share * wealth.invested_with(&down);
+                let kept = share * wealth.invested_with(&down);
                 lift = (1.0 + null * beyond / ((1.0 - null) * kept.max(1e-300))).min(1e9);
             }
         }
         wealth.multiply(&if is_canary { up } else { down.map(|factor| factor * lift) });
-        reached |= policy.errors_share * wealth.value() + latency_part >= needed * (1.0 - 1e-12);
+        reached |= share * wealth.value() + others >= needed * (1.0 - 1e-12);
         if is_canary {
             (failing, canary) = (failing - 1, canary - 1.0);
         } else {

@@ -7,19 +7,23 @@
 //!
 //! Everything is counts ([`Stats`](super::stats::Stats)), so that three nodes which saw a third each decide as one that saw all.
 
+mod classes;
 mod errors;
 mod latency;
 mod mixture;
 mod policy;
 mod promote;
 
-use errors::{Rate, Urn};
+use classes::ClassBlock;
+pub use classes::{CLASS_SHARE, ClassComparison};
+use errors::{Rate, Stake, Urn};
 use latency::{Bets, Coarse, NULLS, Shape};
 use mixture::Mixture;
 pub use policy::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
 use promote::VersionCounts;
 use serde::{Deserialize, Serialize};
 
+use super::classes::ErrorClasses;
 use super::window::Evidence;
 
 /// The share of wealth that is started at once on latency; the rest is for harm that begins later.
@@ -92,6 +96,9 @@ pub struct Sequential {
     rolled_back: bool,
     requests: (u64, u64),
     failed: (u64, u64),
+    /// Encoded beside the rest, because not every build compares classes: see `protocol::message::ClassEvidence`.
+    #[serde(skip)]
+    classes: ClassComparison,
 }
 
 /// Counts since the last block was closed.
@@ -134,6 +141,7 @@ impl Sequential {
             rolled_back: false,
             requests: (0, 0),
             failed: (0, 0),
+            classes: ClassComparison::default(),
         }
     }
 
@@ -149,10 +157,31 @@ impl Sequential {
             && latency.iter().all(Mixture::is_sound)
             && rate.is_sound()
             && shape.is_sound()
+            && self.classes.is_sound()
             && bets.iter().all(Bets::is_sound)
             && latency::are_tolerances(&self.tolerated)
             && histograms.into_iter().all(Coarse::is_sound)
             && counted.chain([self.at_ms, self.bets_until_ms]).all(|number| number <= NUMBER_MAX)
+    }
+
+    /// Chooses the classes of statuses that are compared beside errors; none before the first call.
+    pub fn compare_classes(&mut self, classes: ErrorClasses) {
+        self.classes.compare(classes);
+    }
+
+    /// Says what share of the requests the canary's weight gives it, 0.0 to 1.0; none where nobody knows.
+    pub fn expect_weight(&mut self, weight: Option<f64>) {
+        self.classes.expect(weight);
+    }
+
+    /// Returns the comparison of classes.
+    pub fn classes(&self) -> &ClassComparison {
+        &self.classes
+    }
+
+    /// Goes on with another node's comparison of classes.
+    pub fn set_classes(&mut self, classes: ClassComparison) {
+        self.classes = classes;
     }
 
     /// Returns what it goes by.
@@ -206,6 +235,7 @@ impl Sequential {
         }
         self.requests = (self.requests.0 + stable.count, self.requests.1 + canary.count);
         self.failed = (self.failed.0 + stable.errors, self.failed.1 + canary.errors);
+        self.classes.add(evidence);
         latency::add_moved(&mut block.canary, canary.histogram(), 0);
         latency::add_moved(&mut block.stable, stable.histogram(), 0);
         for (sum, bins) in block.tolerated.iter_mut().zip(self.tolerated) {
@@ -218,13 +248,16 @@ impl Sequential {
         let spread = if since <= horizon { 0.7 * seconds / horizon } else { 0.3 * seconds * horizon / (since * since) };
         let at_once: f64 = errors::START.iter().sum();
         let (mut errors, mut latency) = ((1.0 - at_once) * spread, (1.0 - LATENCY_START) * spread);
-        if !std::mem::replace(&mut self.started, true) {
+        let first = !std::mem::replace(&mut self.started, true);
+        self.classes.start(errors);
+        if first {
             self.errors.start(at_once, &errors::START.map(|share| share / at_once));
             (errors, latency) = (0.0, LATENCY_START);
         }
         if std::mem::take(&mut self.weight_changed) {
             errors += 0.1 * (1.0 - self.errors.started);
             latency += 0.1 * (1.0 - self.latency[0].started);
+            self.classes.weight_changed();
             self.promotion.fill(0.0);
         }
         self.errors.start(errors, &errors::RESTART);
@@ -234,11 +267,13 @@ impl Sequential {
     fn close(&mut self, at_ms: u64, seconds: f64) {
         let block = std::mem::take(&mut self.block);
         let urn = Urn { requests: block.requests, errors: block.errors };
-        let share = self.policy.errors_share;
-        let latency_part = (1.0 - share) * self.e_latency;
+        let (share, rest, needed) = (self.policy.errors_share, self.classes.rest(), 1.0 / self.policy.alpha);
+        let others = rest * (1.0 - share) * self.e_latency + self.classes.part();
+        let Policy { error_margin: margin, error_allowance: allowance, .. } = self.policy;
+        let stake = Stake { margin, allowance, share: rest * share, others, needed };
         let mut state = self.policy.seed.wrapping_mul(1_000_003).wrapping_add(at_ms);
-        let chance = move || chance(&mut state);
-        self.rolled_back |= errors::bet(&mut self.errors, urn, &self.rate, &self.policy, latency_part, chance);
+        let mut chance = move || chance(&mut state);
+        self.rolled_back |= errors::bet(&mut self.errors, urn, &self.rate, stake, &mut chance);
         if let Some(bets) = &self.bets {
             let mut settled: Option<(usize, &Coarse, [f64; latency::COUNT])> = None;
             let nulls = self.latency.iter_mut().zip(&block.tolerated).zip(self.tolerated);
@@ -252,7 +287,12 @@ impl Sequential {
             }
         }
         self.e_latency = self.latency.iter().map(Mixture::value).fold(f64::INFINITY, f64::min);
-        self.e = share * self.errors.value() + (1.0 - share) * self.e_latency;
+        let main = rest * (share * self.errors.value() + (1.0 - share) * self.e_latency);
+        if !self.classes.is_off() {
+            let block = ClassBlock { requests: block.requests, seconds, others: main, needed };
+            self.rolled_back |= self.classes.close(&block, &mut chance);
+        }
+        self.e = main + self.classes.part();
         if at_ms as f64 / 1000.0 > self.policy.promote_after_seconds {
             self.promotion_grows(&block);
         }
@@ -292,7 +332,9 @@ impl Sequential {
     /// Returns what a finding means, in words: the metric, the evidence and what it rests on.
     pub fn reason(&self, found: &SequentialResult) -> String {
         let Policy { required, errors_share, alpha, alpha_promote, .. } = &self.policy;
-        let by_errors = errors_share * found.e_errors >= (1.0 - errors_share) * found.e_latency;
+        let (by_errors, by_latency) = (errors_share * found.e_errors, (1.0 - errors_share) * found.e_latency);
+        let of_main = self.classes.rest() * by_errors.max(by_latency);
+        let by_errors = by_errors >= by_latency;
         let named = |errors: bool| required.iter().find(|required| matches!(required.harm, Harm::Errors(_)) == errors);
         let (requests, errors) = (found.requests, found.errors);
         let counts = format!("{} of {} failed, stable's {} of {}", errors.1, requests.1, errors.0, requests.0);
@@ -304,6 +346,9 @@ impl Sequential {
                 format!("{name}: evidence {e:.2} of {:.0} that the canary is as good; {counts}", 1.0 / alpha_promote)
             }
             SequentialVerdict::Pause | SequentialVerdict::Rollback => {
+                if let Some((_, told)) = self.classes.worst(requests).filter(|(part, _)| *part > of_main) {
+                    return format!("{told}: evidence {:.0} of {:.0} that the canary is worse", found.e, 1.0 / alpha);
+                }
                 let name = named(by_errors).or(named(!by_errors)).map_or("", |required| &required.name);
                 format!("{name}: evidence {:.0} of {:.0} that the canary is worse; {counts}", found.e, 1.0 / alpha)
             }
@@ -322,14 +367,15 @@ impl Sequential {
         } else {
             SequentialVerdict::Hold
         };
-        let share = self.policy.errors_share;
+        let (share, rest) = (self.policy.errors_share, self.classes.rest());
+        let started = rest * (share * self.errors.started + (1.0 - share) * self.latency[0].started);
         SequentialResult {
             decision,
             e: self.e,
             e_errors: self.errors.value(),
             e_latency: self.e_latency,
             promotion: self.promotion.clone(),
-            alpha_spent: self.policy.alpha * (share * self.errors.started + (1.0 - share) * self.latency[0].started),
+            alpha_spent: self.policy.alpha * (started + self.classes.started()),
             requests: self.requests,
             errors: self.failed,
         }

@@ -15,7 +15,7 @@ pub struct Required {
 }
 
 impl Required {
-    fn new(name: &str, harm: Harm) -> Self {
+    pub(super) fn new(name: &str, harm: Harm) -> Self {
         Self { name: name.into(), harm }
     }
 }

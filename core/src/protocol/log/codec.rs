@@ -46,6 +46,19 @@ pub fn decode<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> Result<T, Decode
     decode_within::<T, VALUE_BYTES_MAX>(bytes)
 }
 
+/// Returns the value at the front of `bytes`, and the bytes after it.
+pub fn decode_first<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8]), DecodeError> {
+    if bytes.len() > VALUE_BYTES_MAX {
+        return Err(DecodeError::Length { found: bytes.len(), most: VALUE_BYTES_MAX });
+    }
+    let configuration = bincode::config::standard().with_limit::<VALUE_BYTES_MAX>();
+    let (value, used) = bincode::serde::decode_from_slice::<T, _>(bytes, configuration)?;
+    match encode(&value) == bytes[..used] {
+        true => Ok((value, &bytes[used..])),
+        false => Err(DecodeError::NotCanonical),
+    }
+}
+
 /// Like [`decode`], for values of up to `MOST` bytes.
 pub fn decode_within<T: Serialize + DeserializeOwned, const MOST: usize>(bytes: &[u8]) -> Result<T, DecodeError> {
     if bytes.len() > MOST {

@@ -57,6 +57,14 @@ pub struct ServiceState {
     pub decided_ms: u64,
 }
 
+impl ServiceState {
+    /// Returns true when stable is elsewhere than its rollouts said. A record of it may be in the log for longer.
+    fn has_moved(&self) -> bool {
+        let Service { stable, rollout, .. } = &self.service;
+        ![&rollout.spec.stable, &rollout.spec.canary].into_iter().any(|known| known.is_same(stable))
+    }
+}
+
 /// A rise in exposure that could still be undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Increase {
@@ -258,6 +266,7 @@ impl Ledger {
                 Feature::DefaultService => self.is_default_set(),
                 // Older builds keep the rollout as it is, and give its canary no traffic.
                 Feature::RolloutSalt => false,
+                Feature::StableServers => self.services.values().any(ServiceState::has_moved),
             })
             .collect()
     }

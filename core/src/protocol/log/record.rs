@@ -274,6 +274,8 @@ pub enum RecordKind {
     Verdict,
     /// A service became the one that gets the requests that name none.
     SetDefault,
+    /// What serves as stable got other servers.
+    SetServers,
 }
 
 impl RecordKind {
@@ -295,6 +297,7 @@ impl RecordKind {
             Self::Remove => "Remove",
             Self::Verdict => "Verdict",
             Self::SetDefault => "SetDefault",
+            Self::SetServers => "SetServers",
         }
     }
 }
@@ -309,6 +312,7 @@ impl Operation {
             Self::Change(_, Change::Rollback { .. }) => RecordKind::Rollback,
             Self::Change(_, Change::Pause { .. }) => RecordKind::Pause,
             Self::Change(_, Change::Resume) => RecordKind::Resume,
+            Self::Change(_, Change::SetServers(_)) => RecordKind::SetServers,
             Self::Revert { .. } => RecordKind::Revert,
             Self::Refused { .. } => RecordKind::Refused,
             Self::Config(ConfigChange::Cordon(_)) => RecordKind::Cordon,
@@ -339,6 +343,7 @@ impl Operation {
     pub fn needs(&self) -> Option<Feature> {
         match self {
             Self::SetDefault(_) => Some(Feature::DefaultService),
+            Self::Change(_, Change::SetServers(_)) => Some(Feature::StableServers),
             Self::Genesis { .. }
             | Self::Change(..)
             | Self::Revert { .. }
@@ -368,6 +373,7 @@ impl Operation {
             Self::Revert { reason, .. } | Self::Change(_, Change::Rollback { reason } | Change::Pause { reason }) => {
                 vec![reason.clone()]
             }
+            Self::Change(_, Change::SetServers(urls)) => vec![urls.join(", ")],
             Self::Change(..) | Self::Genesis { .. } | Self::Config(_) | Self::Verdicts(_) | Self::SetDefault(_) => {
                 Vec::new()
             }

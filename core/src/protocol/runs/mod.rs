@@ -44,6 +44,14 @@ pub(super) struct Runs {
 /// Between two records of verdicts, as long as one has room for all that are due: many rollouts cost a few slots a second.
 const VERDICTS_EVERY_MS: u64 = 250;
 
+/// Returns the canary's share of the requests by its weight, and since which routing version; none where other requests go to it as
+/// well.
+fn weight_of(service_state: &ServiceState) -> Option<(u64, f64)> {
+    let service = &service_state.service;
+    let routing = &service.routing;
+    service.rollout.spec.matches.is_empty().then(|| (routing.version, routing.canary_weight().fraction()))
+}
+
 /// A closed window, or a change of mind of the comparison with stable.
 pub(super) struct DecidedWindow {
     pub service: ServiceId,
@@ -129,7 +137,8 @@ impl Runs {
         for service in services {
             let Some(tracker) = self.of.get_mut(service) else { continue };
             let rollout_generation = tracker.rollout_generation();
-            let changes = tracker.tick(&ctx.settings.node, &expected, can_ask, &mut free, ctx.now.mono);
+            let weight = weight_of(&ctx.ledger.services[service]);
+            let changes = tracker.tick(&ctx.settings.node, &expected, can_ask, &mut free, weight, ctx.now.mono);
             let due = |window_verdict| DecidedWindow { service: service.clone(), rollout_generation, window_verdict };
             changed.extend(changes.into_iter().map(due));
             if tracker.next_window(&ctx.ledger.services[service], ctx.now.mono).is_some() {

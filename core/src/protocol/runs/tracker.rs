@@ -5,6 +5,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::domain::classes::ErrorClasses;
 use crate::domain::ids::NodeId;
 use crate::domain::run::{AnalysisRun, SequentialEvidence, WindowVerdict};
 use crate::domain::ticks::TickSample;
@@ -58,6 +59,8 @@ pub(super) struct RunTracker {
     /// The step that is compared: its routing version, and the canary's answers in the rollout before it, as far as this node
     /// knows. Where it took the run over, those before that don't count for the step.
     step: (u64, u64),
+    /// Classes of statuses that are compared beside errors.
+    classes: ErrorClasses,
 }
 
 impl RunTracker {
@@ -71,7 +74,9 @@ impl RunTracker {
         let at_ms = now.mono.millis_since(began);
         let analysis = rollout.spec.analysis.clone();
         let policy = analysis.sequential(rollout.spec.planned_ms());
-        let run = AnalysisRun::new(analysis, policy, TICK_MS, at_ms);
+        let mut run = AnalysisRun::new(analysis, policy, TICK_MS, at_ms);
+        let classes = rollout.spec.compared_classes;
+        run.compare_classes(classes);
         let saved =
             saved.filter(|saved| saved.rollout_generation == rollout.rollout_generation && saved.run.run.is_like(&run));
         let saved = saved.map(|SavedRun { at, run, .. }| {
@@ -88,6 +93,7 @@ impl RunTracker {
             asking: (is_late || restarts).then(|| Asking { saved, ..Asking::default() }),
             save_at: now.mono,
             step: (0, 0),
+            classes,
         }
     }
 
@@ -133,6 +139,7 @@ impl RunTracker {
     /// Goes on with an analysis run of a rollout that began then.
     fn go_on(&mut self, own: &NodeId, began: Mono, RunTransfer { run, closed, .. }: RunTransfer, now: Mono) {
         self.run = run;
+        self.run.compare_classes(self.classes);
         self.closed = closed.into();
         self.began = began;
         self.open.0 = self.run.next_of(own).max(now.millis_since(began) / TICK_MS);
@@ -239,17 +246,22 @@ impl RunTracker {
     }
 
     /// Goes on by the time that passed, once the run is there as far as it can be. Returns what was decided but for closed
-    /// windows: the comparison's changes of mind. `free` counts the runs that may still be asked for beside others.
+    /// windows: the comparison's changes of mind. `free` counts the runs that may still be asked for beside others,
+    /// `weight` is the canary's share of the requests at a routing version, where its weight alone decides that.
     pub fn tick(
         &mut self,
         own: &NodeId,
         expected: &[NodeId],
         can_ask: bool,
         free: &mut usize,
+        weight: Option<(u64, f64)>,
         now: Mono,
     ) -> Vec<WindowVerdict> {
         let Some(mut window_verdicts) = self.wait_for_run(own, expected, can_ask, free, now) else { return Vec::new() };
         let at_ms = now.millis_since(self.began);
+        if let Some((version, weight)) = weight {
+            self.run.weigh(version, weight);
+        }
         self.turn(own, at_ms);
         window_verdicts.extend(self.run.advance(at_ms, expected.iter()));
         match (self.step.0, self.run.version()) {

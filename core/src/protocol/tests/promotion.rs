@@ -1,7 +1,10 @@
 //! A healthy rollout goes on without words of trouble, and what stands in its way is named.
 
 use super::*;
+use crate::domain::analysis::{Limit, Metric};
 use crate::domain::query::NoValue;
+use crate::domain::rollout::Phase;
+use crate::domain::verdict::OnFailure;
 use crate::protocol::Measurement;
 
 impl Rig {
@@ -53,6 +56,33 @@ fn a_promotion_decided_by_evidence_is_never_refused_first() {
             assert!(rig.promotions() >= 2, "seen by {seen_by}, {offset_ms} ms later: {waiting_for}, {verdict:?}");
             rig.check();
         }
+    }
+}
+
+/// What one node counts is compared by all: the classes of statuses travel with its ticks.
+#[test]
+fn a_canary_that_answers_only_404_is_rolled_back_by_what_any_node_saw() {
+    let limit = Limit::ErrorsVsStable { increase_ppm: 5_000 };
+    let metrics = vec![Metric { name: "errors-vs-stable".into(), limit, on_failure: OnFailure::Rollback }];
+    let analysis = Analysis { metrics, min_samples: 10, ..Analysis::default() };
+    for seen_by in ["a", "b", "c"] {
+        let mut rig = Rig::new();
+        let stages = [fixtures::held(2_000, 60_000), fixtures::held(10_000, 0)];
+        rig.asked("a", 1, OperatorRequest::Apply(fixtures::manifest(&stages, analysis.clone())));
+        for _ in 0..500 {
+            let routing_version = rig.cores[&node(seen_by)].view().services[&service()].service.routing.version;
+            let mut evidence = Evidence::default();
+            (0..8).for_each(|_| evidence.stable.record(1_000, false));
+            (0..2).for_each(|_| evidence.canary.record(1_000, false));
+            (0..2).for_each(|_| evidence.canary.classes.add(404));
+            let observation = Observation { service: service(), routing_version, evidence };
+            rig.handle(&node(seen_by), Input::Telemetry(vec![observation]));
+            rig.run_for(20);
+        }
+        let rollout = &rig.cores[&node("b")].view().services[&service()].service.rollout;
+        assert_eq!(rollout.phase, Phase::RolledBack, "seen by {seen_by}");
+        assert!(rollout.reason.contains("4xx answers: "), "{}", rollout.reason);
+        rig.check();
     }
 }
 

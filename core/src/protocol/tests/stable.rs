@@ -3,7 +3,8 @@
 
 use super::*;
 use crate::domain::plan::{Backend, HealthCheck};
-use crate::domain::rollout::Change;
+use crate::domain::rollout::{Change, Phase};
+use crate::protocol::feature::Feature;
 use crate::protocol::record::Certificate;
 
 fn at(version: &str, urls: &[&str]) -> Backend {
@@ -95,6 +96,74 @@ fn every_way_back_leads_to_what_served_before() {
         way(&mut rig);
         assert_eq!((rig.canary_bp("b"), serving(&rig)), (0, at("v1", &TWO)), "{name}");
     }
+}
+
+/// Returns what a request for other servers of stable comes to.
+fn move_to(rig: &mut Rig, tx: u64, urls: &[&str]) -> Outcome {
+    let urls = urls.iter().map(ToString::to_string).collect();
+    rig.asked("b", tx, OperatorRequest::SetServers { service: service(), urls })
+}
+
+#[test]
+fn stable_moves_without_a_canary_and_back() {
+    let mut rig = Rig::new();
+    let spec = || OperatorRequest::Apply(between(at("v1", &TWO), at("v2", &ONE)));
+    rig.asked("a", 1, spec());
+    let Outcome::Refused(why) = move_to(&mut rig, 2, &ONE) else { panic!("a rollout is under way") };
+    assert!(why.contains("expected none in progress: abort it first"), "{why}");
+    rig.asked("a", 3, rig.abort());
+    for (tx, wrong) in [(20, &[][..]), (21, &["http://x"]), (22, &["http://x:1/path"])] {
+        let outcome = move_to(&mut rig, tx, wrong);
+        assert!(matches!(outcome, Outcome::Refused(_)), "{wrong:?}: {outcome:?}");
+    }
+    assert_eq!(serving(&rig), at("v1", &TWO));
+    let version = rig.cores[&node("c")].view().services[&service()].service.routing.version;
+    assert!(matches!(move_to(&mut rig, 5, &ONE), Outcome::Committed { .. }));
+    assert!(matches!(move_to(&mut rig, 6, &ONE), Outcome::Unchanged { rolled_back: false, .. }));
+    let uses = rig.cores[&node("c")].view().uses.clone();
+    assert_eq!(uses, [Feature::DefaultService, Feature::StableServers], "no way back to a build that can't read it");
+    let service = rig.cores[&node("c")].view().services[&service()].service.clone();
+    assert_eq!((service.stable, service.routing.version), (at("v1", &ONE), version + 1));
+    // What a loop gets that applies the same file again and again: what it got before.
+    let outcome = rig.asked("a", 7, spec());
+    assert!(matches!(outcome, Outcome::Unchanged { rolled_back: true, .. }), "{outcome:?}");
+    // A rollout of another file needs the new address, and falls back to it.
+    assert!(matches!(apply(&mut rig, 8, at("v1", &TWO), at("v3", &ONE)), Outcome::Refused(_)));
+    assert!(matches!(apply(&mut rig, 9, at("v1", &ONE), at("v3", &TWO)), Outcome::Committed { .. }));
+    rig.asked("a", 10, rig.abort());
+    assert_eq!(serving(&rig), at("v1", &ONE));
+    assert!(matches!(move_to(&mut rig, 11, &TWO), Outcome::Committed { .. }), "and back");
+    assert_eq!(serving(&rig), at("v1", &TWO));
+}
+
+#[test]
+fn undo_now_goes_back_after_completion_in_one_transaction() {
+    let mut rig = Rig::new();
+    apply(&mut rig, 1, at("v1", &TWO), at("v2", &ONE));
+    rig.asked("a", 2, OperatorRequest::Promote { service: service(), full: true });
+    rig.asked("a", 3, OperatorRequest::Promote { service: service(), full: true });
+    assert_eq!((rig.canary_bp("b"), serving(&rig)), (0, at("v2", &ONE)), "completed");
+    let outcome = rig.asked("b", 4, OperatorRequest::UndoNow { service: service() });
+    assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
+    let view = &rig.cores[&node("b")].view().services[&service()].service;
+    assert_eq!((view.rollout.phase, rig.canary_bp("b")), (Phase::Baking, 10_000));
+    assert_eq!(view.rollout.spec.canary, at("v1", &TWO), "on the servers that it had");
+    // Once more, while it bakes: an abort, as undo is.
+    rig.asked("b", 5, OperatorRequest::UndoNow { service: service() });
+    assert_eq!((rig.canary_bp("b"), serving(&rig)), (0, at("v2", &ONE)));
+}
+
+#[test]
+fn undo_now_needs_every_nodes_yes() {
+    let mut rig = Rig::new();
+    apply(&mut rig, 1, at("v1", &TWO), at("v2", &ONE));
+    rig.asked("a", 2, OperatorRequest::Promote { service: service(), full: true });
+    rig.asked("a", 3, OperatorRequest::Promote { service: service(), full: true });
+    rig.kill("c");
+    rig.run_for(3_000);
+    let outcome = rig.asked("a", 4, OperatorRequest::UndoNow { service: service() });
+    assert!(matches!(outcome, Outcome::Aborted { .. }), "{outcome:?}");
+    assert_eq!((rig.canary_bp("a"), serving(&rig)), (0, at("v2", &ONE)));
 }
 
 #[test]

@@ -105,6 +105,9 @@ pub enum AnalysisProblem {
     /// Errors of one rollout would be counted in two ways.
     #[error("metrics have different classes, expected the same in each metric of errors by THRESHOLD")]
     Classes,
+    /// Errors are compared by a metric of their own.
+    #[error("comparedClasses has 5xx, expected 4xx and 3xx at most: a metric errors by SEQUENTIAL compares 5xx")]
+    ComparedErrors,
     /// A metric of the cluster's own with a name that says nothing about what is measured.
     #[error("metric {0:?} is unknown, expected errors, latency, or one of them with more after a dash")]
     Unknown(String),

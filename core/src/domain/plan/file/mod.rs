@@ -288,6 +288,9 @@ struct AnalysisPart {
     /// Largest probability that SEQUENTIAL rolls a canary back that is no worse than stable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     alpha: Option<f64>,
+    /// Classes of statuses whose shares SEQUENTIAL compares with stable's beside errors; none: 4xx and 3xx.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    compared_classes: Option<Vec<ClassPart>>,
     /// Canary answers that a promotion needs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     min_samples: Option<u64>,

@@ -44,6 +44,10 @@ impl RolloutFile {
             RolloutSpec { labels, annotations, node_answers, ..RolloutSpec::new(name, stable, canary, stages) };
         if let Some(analysis) = analysis {
             spec.error_classes = error_classes(analysis.metrics.as_deref().unwrap_or_default())?;
+            spec.compared_classes = match &analysis.compared_classes {
+                Some(classes) => compared_classes(classes)?,
+                None => spec.compared_classes,
+            };
             spec.analysis = self::analysis(analysis)?;
         }
         let mirror = routing.mirror.map(|mirror| Weight::from_percent(mirror.percent)).transpose();
@@ -262,6 +266,15 @@ fn error_classes(metrics: &[MetricPart]) -> Result<ErrorClasses, AnalysisProblem
         }
     }
     Ok(found.unwrap_or_default())
+}
+
+/// Returns the classes that are compared with stable's.
+fn compared_classes(classes: &[ClassPart]) -> Result<ErrorClasses, AnalysisProblem> {
+    let has = |class| classes.contains(&class);
+    match has(ClassPart::Server) {
+        true => Err(AnalysisProblem::ComparedErrors),
+        false => Ok(ErrorClasses { client: has(ClassPart::Client), redirect: has(ClassPart::Redirect) }),
+    }
 }
 
 fn metric(part: MetricPart) -> Result<Metric, AnalysisProblem> {

@@ -40,7 +40,7 @@ impl RolloutFile {
                     timeouts: timeouts_of(spec.timeouts),
                     cancel_on_disconnect: spec.cancel_on_disconnect,
                 },
-                analysis: Some(analysis_of(&spec.analysis, spec.error_classes)),
+                analysis: Some(analysis_of(spec)),
                 safety: SafetyPart {
                     lease: Some(Millis(spec.lease_ms)),
                     on_partition: match spec.on_partition {
@@ -120,14 +120,19 @@ fn match_of(matched: &Match) -> MatchPart {
     MatchPart { headers: matched.headers.iter().map(exact).collect() }
 }
 
-fn analysis_of(analysis: &Analysis, error_classes: ErrorClasses) -> AnalysisPart {
+fn analysis_of(RolloutSpec { analysis, error_classes, compared_classes, .. }: &RolloutSpec) -> AnalysisPart {
     let Analysis { window_ms, min_samples, metrics, queries, no_data, alpha_ppm, inconclusive_after_ms } = analysis;
     AnalysisPart {
         window: Some(Millis(*window_ms)),
         metrics: Some(
-            metrics.iter().map(|metric| metric_of(metric, error_classes)).chain(queries.iter().map(query_of)).collect(),
+            metrics
+                .iter()
+                .map(|metric| metric_of(metric, *error_classes))
+                .chain(queries.iter().map(query_of))
+                .collect(),
         ),
         alpha: Some(share_of(*alpha_ppm)),
+        compared_classes: compared_of(*compared_classes),
         min_samples: Some(*min_samples),
         no_data: Some(match no_data {
             NoData::Hold => NoDataPart::Hold,
@@ -170,6 +175,12 @@ fn metric_of(metric: &Metric, error_classes: ErrorClasses) -> MetricPart {
 fn classes_of(ErrorClasses { client, redirect }: ErrorClasses) -> Option<Vec<ClassPart>> {
     let all = [(true, ClassPart::Server), (client, ClassPart::Client), (redirect, ClassPart::Redirect)];
     (client || redirect).then(|| all.into_iter().filter_map(|(counts, class)| counts.then_some(class)).collect())
+}
+
+/// The classes that are compared, where not both are.
+fn compared_of(ErrorClasses { client, redirect }: ErrorClasses) -> Option<Vec<ClassPart>> {
+    let all = [(client, ClassPart::Client), (redirect, ClassPart::Redirect)];
+    (!client || !redirect).then(|| all.into_iter().filter_map(|(counts, class)| counts.then_some(class)).collect())
 }
 
 fn query_of(query: &Query) -> MetricPart {
