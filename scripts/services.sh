@@ -15,6 +15,7 @@
 # AVIARY_SERVICES_DIR   data and logs; default: target/services
 # AVIARY_KAFKA_JARS     the broker's jars; default: those of scripts/tools.sh
 # KAFKA_PORT, REDIS_PORT, PROMETHEUS_PORT   default: 19092, 16379, 19090
+# KAFKA_PROPERTIES      more lines of the broker's settings, where it is started from its jars
 # PROMETHEUS_TARGETS    targets scraped every second, `host:port,host:port`; needs the program prometheus
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -95,6 +96,7 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
 auto.create.topics.enable=false
+${KAFKA_PROPERTIES:-}
 EOF
   cat >"$dir/kafka/log4j2.yaml" <<'EOF'
 Configuration:
@@ -208,5 +210,5 @@ case "$verb" in
     if [ -n "${AVIARY_KAFKA_JARS:-}" ]; then echo "export AVIARY_KAFKA_JARS=$AVIARY_KAFKA_JARS"
     elif "$root/scripts/tools.sh" have kafka; then echo "export AVIARY_KAFKA_JARS=$("$root/scripts/tools.sh" kafka)"; fi
     echo "export REDIS_URL=${REDIS_URL:-redis://127.0.0.1:$redis_port}" ;;
-  *) sed -n '2,18s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
+  *) sed -n '2,19s/^# \{0,1\}//p' "$0"; [ -z "$verb" ] || exit 2 ;;
 esac

@@ -133,17 +133,24 @@ pub struct OutsideError {
     pub why: String,
     /// Another process does this work: it isn't tried again.
     pub replaced: bool,
+    /// Another try meets the same answer, until somebody changes something.
+    pub lasting: bool,
 }
 
 impl OutsideError {
     /// Returns the error of the system `what`, with its own reason.
     pub fn new(what: impl Into<String>, why: impl ToString) -> Self {
-        Self { what: what.into(), why: bounded(why.to_string()), replaced: false }
+        Self { what: what.into(), why: bounded(why.to_string()), replaced: false, lasting: false }
     }
 
     /// Returns that another process has taken over what this one did with `what`.
     pub fn replaced(what: impl Into<String>, why: impl ToString) -> Self {
         Self { replaced: true, ..Self::new(what, why) }
+    }
+
+    /// Returns an error that another try meets again, until somebody changes something.
+    pub fn lasting(what: impl Into<String>, why: impl ToString) -> Self {
+        Self { lasting: true, ..Self::new(what, why) }
     }
 }
 
@@ -240,12 +247,30 @@ pub struct Reclaimed {
     pub next: i64,
 }
 
+/// What the copies say of a partition whose place is gone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RebuiltPlace {
+    /// How many copies each version's topic has, stable's first.
+    pub given: [u64; 2],
+    /// The offsets of the last of them.
+    pub last: [Option<i64>; 2],
+    /// The offset in the source after the last record that was copied.
+    pub next: Option<i64>,
+}
+
 /// The topics and groups that a router works on. Everything it changes is in transactions, which only the newest router of a
 /// rollout can commit. Its calls block.
 pub trait Broker: Send {
     /// Becomes the only router of the rollout: what another has not committed is gone, and it can't go on. After an error of
     /// any call, this one comes first.
     fn open(&mut self) -> Result<Opened, OutsideError>;
+
+    /// Tries what a router needs to be allowed, without an effect: to write to its topics, and to move the places of both groups.
+    /// Errors also where the versions' topics hold records already.
+    fn rehearse(&mut self) -> Result<(), OutsideError>;
+
+    /// Reads from the copies how far the source was read, for each partition.
+    fn rebuild(&mut self) -> Result<Vec<RebuiltPlace>, OutsideError>;
 
     /// Returns entries of the control topic that were not returned yet.
     fn entries(&mut self) -> Result<Vec<String>, OutsideError>;
@@ -285,7 +310,7 @@ pub trait Broker: Send {
     /// Returns the next offset that a service's group reads of a topic, for each partition; none where it never committed one.
     fn reads(&mut self, side: Side, topic: Topic) -> Result<Vec<Option<i64>>, OutsideError>;
 
-    /// Returns the first offset and that after the last, for each partition.
+    /// Returns the first offset and that after the last, for each partition; records of open transactions count.
     fn bounds(&mut self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError>;
 }
 
@@ -311,7 +336,10 @@ pub trait RouterTopics: Send {
     /// Returns what [`Broker::open`] does, without becoming the router.
     fn look(&self) -> Result<Opened, OutsideError>;
 
-    /// Returns the first offset and that after the last, for each partition of a topic.
+    /// Returns for each partition of a topic where readers of what is committed stop for now: before the first open transaction.
+    fn stable_ends(&self, topic: Topic) -> Result<Vec<i64>, OutsideError>;
+
+    /// Returns the first offset and that after the last, for each partition of a topic; records of open transactions count.
     fn topic_bounds(&self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError>;
 
     /// Returns how many consumers are in a service's group, and the next offset that it reads of a topic, for each partition.
@@ -347,8 +375,10 @@ pub struct Posted {
     pub key: Option<Vec<u8>>,
     /// Its value; none: a tombstone.
     pub value: Option<Vec<u8>>,
-    /// Its headers, those with a value.
-    pub headers: Vec<(String, Vec<u8>)>,
+    /// Its headers, in order: the name's bytes, and the value; none: it is null.
+    pub headers: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+    /// Its time, in milliseconds since 1970; none if it has none.
+    pub time_ms: Option<i64>,
 }
 
 /// A topic whose records are posted one by one, and a topic for those that nobody takes. Its calls block.
@@ -359,7 +389,7 @@ pub trait PostSource: Send {
     /// Writes a record that is given up to the dead-letter topic; on return it is there.
     fn give_up(&mut self, record: &Posted, why: &str) -> Result<(), OutsideError>;
 
-    /// Commits that these records are done, all that were read.
+    /// Commits that these records are done: of each partition all that were read, or the first of them.
     fn commit(&mut self, records: &[Posted]) -> Result<(), OutsideError>;
 }
 
@@ -374,8 +404,22 @@ pub trait Post: Send + Sync {
 pub struct NotDone {
     /// Reason: the answer, or why there was none.
     pub why: String,
+    /// Whether there was an answer, and what it says of another try.
+    pub answer: PostAnswer,
+}
+
+/// What an answer says of another try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PostAnswer {
+    /// There was none, which says nothing of the record.
+    Missing,
+    /// The record failed, and may not the next time.
+    Failed {
+        /// How long to wait before that, if the answer says so.
+        retry_after: Option<Duration>,
+    },
     /// The answer will not be another one.
-    pub refused: bool,
+    Refused,
 }
 
 /// What push mode works on: the topics, and how records are posted.

@@ -234,7 +234,7 @@ fn failed(error: &anyhow::Error) -> Exit {
         Some(LookError::Gone | LookError::Metadata { .. }) => None,
         None => error.downcast_ref::<OutsideError>(),
     };
-    let unavailable = outside.is_some_and(|outside| !outside.replaced) || error.is::<Unreachable>();
+    let unavailable = outside.is_some_and(|outside| !outside.replaced && !outside.lasting) || error.is::<Unreachable>();
     if unavailable { Exit::Unavailable } else { Exit::Refused }
 }
 
@@ -346,6 +346,7 @@ mod tests {
             (outside().into(), Exit::Unavailable),
             (LookError::Outside(outside()).into(), Exit::Unavailable),
             (OutsideError::replaced("kafka", "fenced").into(), Exit::Refused),
+            (OutsideError::lasting("kafka", "another rollout").into(), Exit::Refused),
             (LookError::Metadata { partition: 1, why }.into(), Exit::Refused),
             (LookError::Gone.into(), Exit::Refused),
             (Unreachable { failed: Vec::new() }.into(), Exit::Unavailable),

@@ -11,6 +11,7 @@ use super::node::Kafka;
 use super::{FileError, YamlError};
 use crate::domain::ids::{ServiceId, VersionId};
 use crate::domain::plan::file::{UrlError, checked_url, duration};
+use crate::domain::router_state::RolloutIdentity;
 use crate::domain::side::Side;
 use crate::domain::weights::{Weight, WeightError};
 
@@ -246,6 +247,11 @@ pub enum RouterProblem {
         /// URL found.
         found: String,
     },
+    /// A property of the client that the router sets by itself.
+    #[error(
+        "spec.kafka.properties has {0}, which the router sets itself: that each record is delivered once depends on it; remove it"
+    )]
+    Property(String),
     /// A service without a consumer group.
     #[error("spec.{}.group is empty, expected a consumer group", .0.word())]
     NoGroup(Side),
@@ -363,6 +369,9 @@ impl RouterConfig {
                 return Err(RouterProblem::NoPosts);
             }
         }
+        if let Some(name) = spec.kafka.properties.keys().find(|name| OWN_PROPERTIES.contains(&name.as_str())) {
+            return Err(RouterProblem::Property(name.clone()));
+        }
         let kafka = Kafka { properties: spec.kafka.properties, ..Kafka::at(&spec.kafka.bootstrap) };
         Ok(Self {
             name,
@@ -386,6 +395,15 @@ impl RouterConfig {
         &self.services[side as usize]
     }
 
+    /// Returns whose rollout it is: its versions and groups.
+    pub fn identity(&self) -> RolloutIdentity {
+        let services = self.services.each_ref();
+        RolloutIdentity {
+            versions: services.map(|service| service.version.to_string()),
+            groups: services.map(|service| service.group.clone()),
+        }
+    }
+
     /// Returns the topic of what people ask, and of what was done.
     pub fn control(&self) -> String {
         format!("{}.{}.router", self.source, self.name)
@@ -396,6 +414,24 @@ impl RouterConfig {
         format!("aviary-router-{}.{}", self.source, self.name)
     }
 }
+
+/// Properties that exactly-once delivery depends on.
+const OWN_PROPERTIES: [&str; 14] = [
+    "acks",
+    "auto.offset.reset",
+    "enable.auto.commit",
+    "enable.auto.offset.store",
+    "enable.idempotence",
+    "enable.partition.eof",
+    "group.id",
+    "group.instance.id",
+    "group.protocol",
+    "isolation.level",
+    "request.required.acks",
+    "topic.auto.offset.reset",
+    "transaction.timeout.ms",
+    "transactional.id",
+];
 
 /// Checks the form of a topic's name (Kafka's own rule).
 fn checked_topic(key: &str, name: &str) -> Result<(), RouterProblem> {
@@ -460,6 +496,12 @@ spec:
             ("weight: 5", "wieght: 5", "did you mean `weight`?"),
             ("exec: [./services.sh]", "exec: []", "expected one of exec"),
             ("kind: Router", "kind: Rollout", "\"Router\""),
+            (
+                "127.0.0.1:9092",
+                "127.0.0.1:9092, properties: { isolation.level: read_uncommitted }",
+                "has isolation.level",
+            ),
+            ("127.0.0.1:9092", "127.0.0.1:9092, properties: { transactional.id: mine }", "remove it"),
             ("weight: 5", "follow: { api: [] }", "expected http://host:port"),
         ] {
             let error = RouterConfig::parse(&FILE.replace(from, to)).unwrap_err().to_string();

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use crate::domain::assignment::TicketHash;
 use crate::domain::router_state::{
-    ControlCommand, ControlEntry, HookCall, Places, RouterEnd, RouterPhase, RouterState,
+    ControlCommand, ControlEntry, HookCall, LostRange, Places, RolloutIdentity, RouterEnd, RouterPhase, RouterState,
 };
 use crate::domain::side::Side;
 use crate::domain::split::{Split, Ticket};
@@ -87,6 +87,23 @@ pub enum Wait {
     },
     /// The stable service, which was started again while its place was read.
     StartedAgain,
+    /// The stable service, which nobody saw in its group: whether its places still move.
+    Unseen,
+    /// The stable service, which commits although its group has no members.
+    Unassigned,
+    /// A former version, which has to read the records of keys that move; their partitions aren't read meanwhile.
+    Held {
+        /// The former version of the keys.
+        side: Side,
+        /// Partitions of the source that wait.
+        partitions: Vec<usize>,
+        /// When the first of them began to wait for its change, in milliseconds since 1970.
+        since_ms: u64,
+        /// Most records that the version can still have to read there.
+        records: u64,
+        /// Number of consumers in its group.
+        members: usize,
+    },
     /// Records that the canary has to read before the weight is raised, this many.
     Lag(u64),
     /// Records that a service has to read before its topic is left.
@@ -107,6 +124,23 @@ impl fmt::Display for Wait {
                 write!(f, "the {} service's group has {members} members, expected none", side.word())
             }
             Self::StartedAgain => f.write_str("the stable service, which was started again"),
+            Self::Unseen => f.write_str(
+                "the stable service: nobody was in its group, so its places are watched for some seconds",
+            ),
+            Self::Unassigned => f.write_str(
+                "the stable service: its group has no members and its places move. A service that assigns its partitions itself \
+                 (Flink, Spark) can't be counted; stop it",
+            ),
+            Self::Held { side, partitions, records, members, .. } => {
+                let partitions: Vec<_> = partitions.iter().map(ToString::to_string).collect();
+                write!(
+                    f,
+                    "the {} service, which has up to {records} records of moving keys to read and {members} members; partitions {} of \
+                     the source wait. Start it, or give its records to stable: `aviary router abort -f FILE`",
+                    side.word(),
+                    partitions.join(", ")
+                )
+            }
             Self::Lag(records) => write!(f, "the canary, which has {records} records to read"),
             Self::Unread { side, records } => {
                 write!(f, "the {} service, which has up to {records} records to read", side.word())
@@ -120,6 +154,9 @@ pub struct Engine {
     broker: Box<dyn Broker>,
     hooks: Box<dyn Hooks>,
     plan: Plan,
+    rollout: Option<RolloutIdentity>,
+    /// True once anything of the rollout was found or done.
+    begun: bool,
     state: Option<EngineState>,
 }
 
@@ -140,6 +177,10 @@ struct EngineState {
     called: Vec<(HookCall, Side, Topic)>,
     /// When that was forgotten last, so that they are called again.
     called_ms: u64,
+    /// The places of the stable service's group, and since when they are so; none: its members are what is watched.
+    watched: Option<(u64, Vec<Option<i64>>)>,
+    /// The places were gone, and are what the copies say; the source is another one if false.
+    rebuilt: Option<bool>,
 }
 
 /// A router's state, for people and metrics.
@@ -159,13 +200,25 @@ pub struct Report {
 const LOOK_MS: u64 = 500;
 /// How often a service that doesn't stop is told to.
 const CALL_AGAIN_MS: u64 = 10_000;
+/// How long the places of a service are watched whose group nobody was in.
+const WATCH_MS: u64 = 5_000;
 /// How often places are committed that don't move: brokers forget those, and a router that was replaced hears of it.
 const KEEP_MS: u64 = 5_000;
 
 impl Engine {
     /// Returns a router that has done nothing yet.
     pub fn new(broker: Box<dyn Broker>, hooks: Box<dyn Hooks>, plan: Plan) -> Self {
-        Self { broker, hooks, plan, state: None }
+        Self { broker, hooks, plan, rollout: None, begun: false, state: None }
+    }
+
+    /// Returns this router, which refuses a rollout of other versions or groups.
+    pub fn of(self, rollout: RolloutIdentity) -> Self {
+        Self { rollout: Some(rollout), ..self }
+    }
+
+    /// Returns whether nothing of the rollout has begun, as far as this process knows.
+    pub fn is_untouched(&self) -> bool {
+        !self.begun
     }
 
     /// Does what is next: one transaction or one step. After an error the next turn begins anew.
@@ -218,8 +271,11 @@ impl Engine {
                 Steering::Cluster(Some(CommittedWeight { end: Some(RouterEnd::Abort(_)), .. })) => {
                     Ok(Turn::Waits(Wait::NextRollout))
                 }
-                _ => self.enter(RouterPhase::Taking, Commit::default()),
+                // What was never taken from stable is stable's.
+                _ if aborted => self.enter(never_begun(), Commit::default()),
+                _ => self.begin(),
             },
+            Some(RouterPhase::Taking) if aborted => self.enter(never_begun(), Commit::default()),
             Some(RouterPhase::Taking) => self.take_over(now_ms),
             Some(
                 RouterPhase::Starting { from }
@@ -252,23 +308,25 @@ impl Engine {
                 control.add(entry);
             }
         }
-        let (mut splits, mut next) = (Vec::new(), Places::new());
+        self.check_identity(&control)?;
+        self.begun |= control.phase.is_some();
+        let (mut splits, mut next, mut rebuilt) = (Vec::new(), Places::new(), None);
+        let is_done = matches!(control.phase, Some(RouterPhase::Done { .. }));
         if let Some(from) = control.phase.as_ref().and_then(RouterPhase::from) {
-            if from.is_empty() || opened.places.len() < from.len() {
+            if opened.places.len() < from.len() {
                 let why = format!("found {} partitions, expected {}", opened.places.len(), from.len());
                 return Err(OutsideError::new("router", why));
             }
-            for (partition, place) in opened.places.iter().take(from.len()).enumerate() {
-                let Some(place) = place else {
-                    let why = format!(
-                        "partition {partition} has no committed place, expected one: was the router's group deleted?"
-                    );
-                    return Err(OutsideError::new("router", why));
-                };
-                let split = Split::from_metadata(&place.metadata)
-                    .map_err(|why| OutsideError::new(format!("partition {partition}"), why))?;
-                splits.push(split);
-                next.push(place.next);
+            if opened.places.iter().take(from.len()).any(Option::is_none) && !is_done {
+                rebuilt = Some(self.rebuild(&control, from, &mut splits, &mut next)?);
+            } else {
+                for (partition, place) in opened.places.iter().take(from.len()).enumerate() {
+                    let Some(place) = place else { continue };
+                    let split = Split::from_metadata(&place.metadata)
+                        .map_err(|why| OutsideError::new(format!("partition {partition}"), why))?;
+                    splits.push(split);
+                    next.push(place.next);
+                }
             }
         }
         info!(
@@ -286,7 +344,67 @@ impl Engine {
             called_ms: 0,
             reads: false,
             called: Vec::new(),
+            watched: None,
+            rebuilt,
         })
+    }
+
+    fn check_identity(&self, control: &RouterState) -> Result<(), OutsideError> {
+        match (&self.rollout, &control.rollout) {
+            (Some(expected), Some(found)) if found != expected => {
+                let words = |of: &RolloutIdentity| {
+                    let [v1, v2] = &of.versions;
+                    let [a, b] = &of.groups;
+                    format!("{v1} to {v2} with groups {a} and {b}")
+                };
+                let why = format!(
+                    "its topics are those of {}, expected {}: another rollout needs another metadata.name",
+                    words(found),
+                    words(expected)
+                );
+                Err(OutsideError::lasting("router", why))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the state anew from what the copies say; returns whether the source is still the one that they are from. Its places went
+    /// with it if it was deleted, those of stable's group too.
+    fn rebuild(
+        &mut self,
+        control: &RouterState,
+        from: &Places,
+        splits: &mut Vec<Split>,
+        next: &mut Places,
+    ) -> Result<bool, OutsideError> {
+        let copies = self.broker.rebuild()?;
+        let reads = self.broker.reads(Side::Stable, Topic::Source)?;
+        let bounds = self.broker.bounds(Topic::Source)?;
+        let same = reads.iter().take(from.len()).all(Option::is_some);
+        let weight = control.weight.unwrap_or(self.plan.weight);
+        for (partition, (copies, from)) in copies.iter().zip(from).enumerate() {
+            splits.push(Split::rebuilt(control.weights, weight, copies.given, copies.last));
+            let low = bounds.get(partition).map_or(0, |(low, _)| *low);
+            next.push(if same { copies.next.unwrap_or(*from) } else { low });
+        }
+        warn!(same_source = same, "the router's places are gone; the copies say how far the source was read");
+        Ok(same)
+    }
+
+    /// Checks all that a rollout needs before anything is stopped, and says whose it is.
+    fn begin(&mut self) -> Result<Turn, OutsideError> {
+        self.broker.rehearse()?;
+        for side in Side::BOTH {
+            self.broker.members(side).map_err(|why| OutsideError { lasting: true, ..why })?;
+        }
+        let (reads, bounds) = (self.broker.reads(Side::Stable, Topic::Source)?, self.broker.bounds(Topic::Source)?);
+        begin_of(&reads, &bounds)?;
+        if let (Some(rollout), None) = (self.rollout.clone(), &self.state().control.rollout) {
+            let entry = ControlEntry::Rollout { rollout };
+            self.write(&entry, Commit::default())?;
+            self.state().control.add(entry);
+        }
+        self.enter(RouterPhase::Taking, Commit::default())
     }
 
     fn state(&mut self) -> &mut EngineState {
@@ -303,6 +421,7 @@ impl Engine {
         info!(phase = phase.words(), "router goes on");
         let entry = ControlEntry::Phase(phase);
         self.write(&entry, commit)?;
+        self.begun = true;
         let state = self.state();
         state.control.add(entry);
         state.called.clear();
@@ -339,46 +458,34 @@ impl Engine {
     }
 
     fn take_over(&mut self, now_ms: u64) -> Result<Turn, OutsideError> {
+        if self.state().called.is_empty() && self.state().watched.is_none() && self.broker.members(Side::Stable)? == 0 {
+            // Nobody to be seen is no proof that nobody reads.
+            let reads = self.broker.reads(Side::Stable, Topic::Source)?;
+            self.state().watched = Some((now_ms, reads));
+        }
         if let Some(wait) = self.stop(now_ms, Side::Stable, Topic::Source)? {
             return Ok(wait);
         }
         let reads = self.broker.reads(Side::Stable, Topic::Source)?;
+        if let Some((since_ms, before)) = &mut self.state().watched {
+            if *before != reads {
+                (*since_ms, *before) = (now_ms, reads);
+                return Ok(Turn::Waits(Wait::Unassigned));
+            }
+            if now_ms < *since_ms + WATCH_MS {
+                return Ok(Turn::Waits(Wait::Unseen));
+            }
+        }
         if self.broker.members(Side::Stable)? > 0 {
             return Ok(Turn::Waits(Wait::StartedAgain));
         }
-        let bounds = self.broker.bounds(Topic::Source)?;
-        if bounds.is_empty() || bounds.len() != reads.len() {
-            let why = format!("has {} partitions, expected {}, as the versions' topics", bounds.len(), reads.len());
-            return Err(OutsideError::new("the source", why));
-        }
-        let mut from = Places::new();
-        for (partition, (next, (low, high))) in reads.iter().zip(&bounds).enumerate() {
-            match next {
-                // What it didn't read is gone; nobody can read it.
-                Some(next) => from.push(*next.max(low)),
-                None if low == high => from.push(*low),
-                None => {
-                    let why = format!(
-                        "the stable service's group has no place in partition {partition}, which has records; expected one: let it read \
-                         this topic, or set its place (kafka-consumer-groups --reset-offsets)"
-                    );
-                    return Err(OutsideError::new("router", why));
-                }
-            }
-        }
+        let from = begin_of(&reads, &self.broker.bounds(Topic::Source)?)?;
         let split = Split::new(0, self.plan.weight);
         let mut commit = Commit::default();
         for (partition, next) in from.iter().enumerate() {
             commit.places.push((partition, Place { next: *next, metadata: split.metadata() }));
         }
         for side in Side::BOTH {
-            let bounds = self.broker.bounds(Topic::Of(side))?;
-            if let Some((partition, _)) = bounds.iter().enumerate().find(|(_, (_, high))| *high > 0) {
-                let why = format!(
-                    "partition {partition} has records, expected a topic without any: of an earlier rollout of this name?"
-                );
-                return Err(OutsideError::new(format!("the topic of {}", side.word()), why));
-            }
             commit.groups.push((side, Topic::Of(side), (0..from.len()).map(|partition| (partition, 0)).collect()));
         }
         let state = self.state();
@@ -388,6 +495,11 @@ impl Engine {
 
     /// Copies the records of one transaction to the topics of their sides, and commits it.
     fn split(&mut self, now_ms: u64, from: Places, steering: &Steering) -> Result<Turn, OutsideError> {
+        if !self.state().reads
+            && let Some(turn) = self.find_place()?
+        {
+            return Ok(turn);
+        }
         if self.state().kept_ms + KEEP_MS <= now_ms {
             let places = self.state().places(|_| true);
             self.broker.commit(&Commit { places, ..Commit::default() })?;
@@ -420,6 +532,10 @@ impl Engine {
         }
         if promoted && state.splits.iter().all(|split| split.weight().0 == Weight::FULL && split.former().is_none()) {
             let places = state.places(|_| true);
+            // Whose members can't be counted is not stopped: nobody could say when the other may go on.
+            for side in Side::BOTH {
+                self.broker.members(side)?;
+            }
             return self
                 .enter(RouterPhase::Draining { from, winner: Side::Canary }, Commit { places, ..Commit::default() });
         }
@@ -453,17 +569,86 @@ impl Engine {
         }
         match copied {
             0 if lags => Ok(Turn::Waits(Wait::Lag(self.state().lag))),
-            0 => Ok(Turn::Idle),
+            0 => Ok(self.holds(&held)?.map_or(Turn::Idle, Turn::Waits)),
             copied => Ok(Turn::Busy(copied)),
         }
+    }
+
+    /// Returns what partitions wait for that aren't read because of a change.
+    fn holds(&mut self, held: &[bool]) -> Result<Option<Wait>, OutsideError> {
+        let splits = &self.state().splits;
+        let Some(side) = splits.iter().zip(held).find_map(|(split, held)| split.former().filter(|_| *held)) else {
+            return Ok(None);
+        };
+        let (reads, members) = (self.broker.reads(side, Topic::Of(side))?, self.broker.members(side)?);
+        let splits = &self.state().splits;
+        let waits = |partition: &usize| held[*partition] && splits[*partition].former() == Some(side);
+        let partitions: Vec<usize> = (0..held.len()).filter(waits).collect();
+        let lags: Vec<u64> = lags(splits, side, &reads).collect();
+        let records = partitions.iter().filter_map(|partition| lags.get(*partition)).sum();
+        let since = partitions.iter().filter_map(|partition| splits[*partition].changing_since_ms());
+        let since_ms = since.min().unwrap_or(0);
+        Ok(Some(Wait::Held { side, partitions, since_ms, records, members }))
+    }
+
+    /// Sees to it that the source can be read on from the places, before it is. Records that are gone are passed over only where an
+    /// operator allowed that.
+    fn find_place(&mut self) -> Result<Option<Turn>, OutsideError> {
+        let bounds = self.broker.bounds(Topic::Source)?;
+        let (rebuilt, skips) = (self.state().rebuilt, self.state().control.skips_lost);
+        let mut lost = Vec::new();
+        for (partition, (next, (low, high))) in self.state().next.iter().zip(&bounds).enumerate() {
+            if next < low || next > high {
+                lost.push(LostRange { partition, from: *next, until: *low });
+            }
+        }
+        if (!lost.is_empty() || rebuilt == Some(false)) && !skips {
+            return Err(OutsideError::lasting("the source", gone(&lost)));
+        }
+        if rebuilt.is_some() {
+            // Which keys waited for their former version isn't known any more.
+            for side in Side::BOTH {
+                if let Some(wait) = self.left(side)? {
+                    return Ok(Some(wait));
+                }
+            }
+        }
+        if lost.is_empty() && rebuilt.is_none() {
+            return Ok(None);
+        }
+        let state = self.state();
+        for range in &lost {
+            state.next[range.partition] = bounds[range.partition].0;
+        }
+        let places = state.places(|_| true);
+        let commit = Commit { places, ..Commit::default() };
+        match lost.is_empty() && rebuilt == Some(true) {
+            true => self.broker.commit(&commit)?,
+            false => {
+                let entry = ControlEntry::Lost { lost };
+                self.write(&entry, commit)?;
+                self.state().control.add(entry);
+                let lost = self.state().control.lost;
+                warn!(records = lost, "the router goes on without records of the source that are gone");
+            }
+        }
+        self.state().rebuilt = None;
+        Ok(Some(Turn::Busy(0)))
     }
 
     /// Keeps where the open transaction's records are.
     fn wrote(&mut self) -> Result<(), OutsideError> {
         let written = self.broker.flush()?;
-        for (split, written) in self.state().splits.iter_mut().zip(written) {
+        for (partition, (split, written)) in self.state().splits.iter_mut().zip(written).enumerate() {
             for side in Side::BOTH {
                 if let Some(last) = written[side as usize] {
+                    if let Some(before) = split.last(side).filter(|before| *before >= last) {
+                        let why = format!(
+                            "partition {partition} got a record at {last} after one at {before}: the topic was deleted and made anew. \
+                             What was in it and not read is gone; give the rest to stable: `aviary router abort -f FILE`"
+                        );
+                        return Err(OutsideError::new(format!("the topic of {}", side.word()), why));
+                    }
                     split.wrote(side, last);
                 }
             }
@@ -505,15 +690,19 @@ impl Engine {
             return Ok(wait);
         }
         let reads = self.broker.reads(Side::Canary, Topic::Of(Side::Canary))?;
+        let bounds = self.broker.bounds(Topic::Of(Side::Canary))?;
         let most = self.plan.batch_max;
         let mut count = 0;
         for (partition, next) in reads.iter().enumerate() {
             let Some(last) = self.state().splits[partition].last(Side::Canary) else { continue };
-            let Some(mut at) = *next else {
-                let why = format!(
-                    "has no place in partition {partition} of its topic, which it was given: was its group deleted?"
+            let kept = bounds.get(partition).filter(|(low, high)| *high > last && next.is_none_or(|next| next >= *low));
+            let (Some(mut at), Some(_)) = (*next, kept) else {
+                // An abort goes on: stable must not wait for what nobody can read.
+                warn!(
+                    partition,
+                    "what the canary has not read of its topic is gone: its group or its topic was deleted"
                 );
-                return Err(OutsideError::new("the canary service's group", why));
+                continue;
             };
             while at <= last {
                 let weight_version = self.state().splits[partition].weight().1;
@@ -545,7 +734,18 @@ impl Engine {
     /// Returns what is left to be read of a version's topic; none when nothing is.
     fn left(&mut self, side: Side) -> Result<Option<Turn>, OutsideError> {
         let reads = self.broker.reads(side, Topic::Of(side))?;
-        let records: u64 = lags(&self.state().splits, side, &reads).sum();
+        let mut lags: Vec<u64> = lags(&self.state().splits, side, &reads).collect();
+        if lags.iter().any(|lag| *lag > 0) {
+            // Of a topic that was made anew nobody can read what was in it.
+            let bounds = self.broker.bounds(Topic::Of(side))?;
+            for (partition, lag) in lags.iter_mut().enumerate() {
+                let last = self.state().splits[partition].last(side);
+                if bounds.get(partition).is_none_or(|(_, high)| last.is_some_and(|last| *high <= last)) {
+                    *lag = 0;
+                }
+            }
+        }
+        let records: u64 = lags.iter().sum();
         Ok((records > 0).then_some(Turn::Waits(Wait::Unread { side, records })))
     }
 
@@ -570,9 +770,19 @@ impl Engine {
             }
         }
         // Partitions that the source has got meanwhile are the winner's from their beginning.
-        let added = self.broker.bounds(Topic::Source)?.into_iter().enumerate().skip(through.len());
-        let places = through.iter().copied().enumerate().chain(added.map(|(partition, (low, _))| (partition, low)));
-        let places = places.collect();
+        let bounds = self.broker.bounds(Topic::Source)?;
+        let added = bounds.iter().copied().enumerate().skip(through.len());
+        // Below the first record that is left most clients would jump to the end; above the last the topic is another one.
+        let kept = through.iter().enumerate().map(|(partition, next)| match bounds.get(partition) {
+            Some((low, high)) if next < low || next > high => (partition, *low),
+            _ => (partition, *next),
+        });
+        let places: Vec<(usize, i64)> = kept.chain(added.map(|(partition, (low, _))| (partition, low))).collect();
+        let lost =
+            places.iter().zip(&through).map(|((_, place), next)| u64::try_from(place - next).unwrap_or(0)).sum::<u64>();
+        if lost > 0 {
+            warn!(records = lost, "records that nobody read are gone from the source (retention?)");
+        }
         let groups = vec![(winner, Topic::Source, places)];
         self.enter(RouterPhase::Done { from, through, winner }, Commit { groups, ..Commit::default() })
     }
@@ -614,6 +824,49 @@ pub fn lags(splits: &[Split], side: Side, next: &[Option<i64>]) -> impl Iterator
 
 fn is_held(split: &Split, now_ms: u64, change_ms_max: u64) -> bool {
     split.changing_since_ms().is_some_and(|since| now_ms >= since.saturating_add(change_ms_max))
+}
+
+/// Returns where a router begins that takes over from a group which has read up to `reads`.
+fn begin_of(reads: &[Option<i64>], bounds: &[(i64, i64)]) -> Result<Places, OutsideError> {
+    if bounds.is_empty() || bounds.len() != reads.len() {
+        let why = format!("has {} partitions, expected {}, as the versions' topics", bounds.len(), reads.len());
+        return Err(OutsideError::lasting("the source", why));
+    }
+    let mut from = Places::new();
+    for (partition, (next, (low, high))) in reads.iter().zip(bounds).enumerate() {
+        match next {
+            // What it didn't read is gone; nobody can read it.
+            Some(next) => from.push(*next.max(low)),
+            None if low == high => from.push(*low),
+            None => {
+                let why = format!(
+                    "the stable service's group has no place in partition {partition}, which has records; expected one: let it read \
+                     this topic, or set its place (kafka-consumer-groups --reset-offsets)"
+                );
+                return Err(OutsideError::lasting("router", why));
+            }
+        }
+    }
+    Ok(from)
+}
+
+/// Returns the end of a rollout that never took anything from stable.
+fn never_begun() -> RouterPhase {
+    RouterPhase::Done { from: Places::new(), through: Places::new(), winner: Side::Stable }
+}
+
+fn gone(lost: &[LostRange]) -> String {
+    let ways = "`aviary router resume --skip-lost -f FILE` goes on with the first record that is left; `aviary router abort -f FILE` \
+                gives all to stable";
+    match lost.first() {
+        None => format!("it was deleted and made anew; {ways}"),
+        Some(LostRange { partition, from, until }) if until > from => {
+            format!("records {from} to {} of partition {partition} are gone (retention?); {ways}", until - 1)
+        }
+        Some(LostRange { partition, from, .. }) => {
+            format!("partition {partition} ends before {from}, the next to be read: was the topic made anew? {ways}")
+        }
+    }
 }
 
 /// Reads an entry of the control topic; none where anybody wrote something else. A phase that can't be read is an error: it may

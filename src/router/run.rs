@@ -19,7 +19,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Runs a router, on a thread of its own. Returns true when the rollout is over, false when it was told to stop.
 ///
 /// # Errors
-/// When another process has become the router.
+/// When another process has become the router, or nothing has begun and nothing can by itself.
 #[expect(clippy::disallowed_methods, reason = "a router has a thread of its own")]
 pub fn run(
     engine: &mut Engine,
@@ -48,7 +48,8 @@ pub fn run(
                 }
                 std::thread::sleep(WAIT);
             }
-            Err(why) if why.replaced => return Err(why),
+            // Nothing was touched: somebody has to change something first.
+            Err(why) if why.replaced || why.lasting && engine.is_untouched() => return Err(why),
             Err(why) => {
                 warn!("begins anew: {why}");
                 std::thread::sleep(retry.wait());

@@ -130,6 +130,24 @@ fn the_image_is_built_with_the_pinned_toolchain() {
 }
 
 #[test]
+fn unsafe_code_is_in_one_module_and_each_block_says_why_it_is_sound() {
+    let rooms = ["src", "core/src", "sim/src", "sim/whole/src"];
+    let mut blocks = 0;
+    for path in rooms.into_iter().flat_map(|room| sources(&root().with_file_name(room))) {
+        let text = fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        let is_code = |line: &str| !line.trim_start().starts_with("//") && !line.contains('`');
+        for at in (0..lines.len()).filter(|at| is_code(lines[*at]) && lines[*at].contains("unsafe {")) {
+            assert!(path.ends_with("adapters/kafka/native.rs"), "{}:{} is unsafe", path.display(), at + 1);
+            let above = lines[..at].iter().rev().take(8).take_while(|line| !line.trim().ends_with(['}', ';']));
+            assert!(above.into_iter().any(|line| line.contains("// SAFETY:")), "{}:{}", path.display(), at + 1);
+            blocks += 1;
+        }
+    }
+    assert!(blocks > 0, "no unsafe block was found: this test reads the wrong files");
+}
+
+#[test]
 fn nothing_is_left_to_do_in_comments() {
     let words = ["TO", "FIX"].map(|half| format!("{half}{}", if half == "TO" { "DO" } else { "ME" }));
     let all = ["src", "core/src", "sim/src", "sim/whole/src"]

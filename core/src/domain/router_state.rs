@@ -60,12 +60,14 @@ pub enum RouterPhase {
 }
 
 impl RouterPhase {
-    /// Returns where the router began to read the source; none as long as that isn't known.
+    /// Returns where the router began to read the source; none as long as that isn't known, and where it never began.
     pub fn from(&self) -> Option<&Places> {
         match self {
             Self::Taking => None,
             Self::Starting { from } | Self::Running { from } | Self::Reclaiming { from } => Some(from),
-            Self::Draining { from, .. } | Self::Returning { from, .. } | Self::Done { from, .. } => Some(from),
+            Self::Draining { from, .. } | Self::Returning { from, .. } | Self::Done { from, .. } => {
+                Some(from).filter(|from| !from.is_empty())
+            }
         }
     }
 
@@ -102,6 +104,28 @@ pub enum ControlCommand {
         /// Reason that the operator gave, for the log.
         reason: String,
     },
+    /// Goes on without records that are gone, at the first that is left.
+    SkipLost,
+}
+
+/// Who takes part in a rollout. Another rollout needs another name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolloutIdentity {
+    /// The two versions, stable first.
+    pub versions: [String; 2],
+    /// The consumer groups of their services, stable first.
+    pub groups: [String; 2],
+}
+
+/// Offsets of a partition of the source that nobody will read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostRange {
+    /// Partition of the source.
+    pub partition: usize,
+    /// First offset that is gone.
+    pub from: i64,
+    /// Offset after the last that is gone; markers of transactions count too.
+    pub until: i64,
 }
 
 /// An entry of the control topic.
@@ -112,6 +136,16 @@ pub enum ControlEntry {
     Phase(RouterPhase),
     /// An operator sent a command.
     Command(ControlCommand),
+    /// The first entry of a router: whose rollout it is.
+    Rollout {
+        /// Its versions and groups.
+        rollout: RolloutIdentity,
+    },
+    /// The router went on without records that are gone.
+    Lost {
+        /// Where they were.
+        lost: Vec<LostRange>,
+    },
     /// A service is about to be started or stopped.
     Hook {
         /// Whether the hook starts or stops the service.
@@ -165,6 +199,12 @@ pub struct RouterState {
     pub end: Option<RouterEnd>,
     /// Number of hook calls so far; the next call gets the next number.
     pub calls: u64,
+    /// Whose rollout it is; none before the first entry, and for a router of version 0.2.
+    pub rollout: Option<RolloutIdentity>,
+    /// An operator allowed to go on without records that are gone; used up by the next that are.
+    pub skips_lost: bool,
+    /// Records that were gone, at most: markers of transactions count too.
+    pub lost: u64,
 }
 
 impl RouterState {
@@ -178,6 +218,12 @@ impl RouterState {
             }
             ControlEntry::Command(ControlCommand::Promote) => self.end = self.end.take().or(Some(RouterEnd::Promote)),
             ControlEntry::Command(ControlCommand::Abort { reason }) => self.end = Some(RouterEnd::Abort(reason)),
+            ControlEntry::Command(ControlCommand::SkipLost) => self.skips_lost = true,
+            ControlEntry::Rollout { rollout } => self.rollout = Some(rollout),
+            ControlEntry::Lost { lost } => {
+                self.skips_lost = false;
+                self.lost += lost.iter().map(|range| u64::try_from(range.until - range.from).unwrap_or(0)).sum::<u64>();
+            }
             ControlEntry::Hook { .. } => self.calls += 1,
         }
     }
@@ -212,11 +258,35 @@ mod tests {
                 ControlEntry::Hook { call: HookCall::Stop, side: Side::Stable, topic: "orders".into() },
                 r#"{"call":"stop","side":"stable","topic":"orders"}"#,
             ),
+            (ControlEntry::Command(ControlCommand::SkipLost), r#"{"command":"skip-lost"}"#),
+            (
+                ControlEntry::Lost { lost: vec![LostRange { partition: 1, from: 10, until: 80 }] },
+                r#"{"lost":[{"partition":1,"from":10,"until":80}]}"#,
+            ),
+            (
+                ControlEntry::Rollout {
+                    rollout: RolloutIdentity {
+                        versions: ["v1", "v2"].map(Into::into),
+                        groups: ["a", "b"].map(Into::into),
+                    },
+                },
+                r#"{"rollout":{"versions":["v1","v2"],"groups":["a","b"]}}"#,
+            ),
         ];
         for (entry, line) in entries {
             assert_eq!(serde_json::to_string(&entry).unwrap(), line);
             assert_eq!(serde_json::from_str::<ControlEntry>(line).unwrap(), entry);
         }
+    }
+
+    #[test]
+    fn what_is_lost_is_counted_and_uses_the_permission_up() {
+        let mut state = RouterState::default();
+        state.add(ControlEntry::Command(ControlCommand::SkipLost));
+        assert!(state.skips_lost);
+        let range = |from, until| LostRange { partition: 0, from, until };
+        state.add(ControlEntry::Lost { lost: vec![range(10, 80), range(90, 90), range(9, 3)] });
+        assert_eq!((state.skips_lost, state.lost), (false, 70));
     }
 
     #[test]

@@ -99,6 +99,12 @@ impl Split {
         Self { weight_version, weight, change: None, taken: 0, given: [0; 2], last: [None; 2], reclaimed: None }
     }
 
+    /// Returns the state of a partition whose own was lost: how many records each version has by its copies, and where the last is.
+    /// No change of weight is waited for: both services must have read what they have.
+    pub fn rebuilt(weight_version: u64, weight: Weight, given: [u64; 2], last: [Option<i64>; 2]) -> Self {
+        Self { taken: given.iter().sum(), given, last, ..Self::new(weight_version, weight) }
+    }
+
     /// Returns the state that offset metadata holds.
     pub fn from_metadata(metadata: &str) -> Result<Self, OffsetMetadataError> {
         let error = |why: String| OffsetMetadataError { found: metadata.chars().take(80).collect(), why };

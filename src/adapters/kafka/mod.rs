@@ -1,7 +1,7 @@
 //! Kafka, by librdkafka: telemetry in, decisions out. Its calls block, so that each client has a thread of its own.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -16,6 +16,7 @@ use crate::config::node::Kafka;
 
 mod decisions;
 mod events;
+mod native;
 mod push;
 mod router;
 mod telemetry;
@@ -165,5 +166,41 @@ impl ProducerContext for CountingContext {
     fn delivery(&self, result: &rdkafka::message::DeliveryResult<'_>, (): ()) {
         let count = if result.is_ok() { &self.0.delivered } else { &self.0.failed };
         count.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Keeps why a producer's record could not be written.
+#[derive(Clone, Default)]
+struct FailureContext(Arc<Mutex<Option<KafkaError>>>);
+
+impl FailureContext {
+    fn failure(&self) -> MutexGuard<'_, Option<KafkaError>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets what failed before.
+    fn clear(&self) {
+        *self.failure() = None;
+    }
+
+    /// Returns the first failure since.
+    fn first(&self) -> Option<KafkaError> {
+        self.failure().clone()
+    }
+}
+
+impl ClientContext for FailureContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log(level, facility, text);
+    }
+}
+
+impl ProducerContext for FailureContext {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &rdkafka::message::DeliveryResult<'_>, (): ()) {
+        if let Err((error, _)) = result {
+            self.failure().get_or_insert_with(|| error.clone());
+        }
     }
 }

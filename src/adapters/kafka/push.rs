@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::message::{BorrowedHeaders, Header, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::{ANSWER_MAX, CountingContext, MESSAGE_BYTES_MAX, Quiet, SOURCE_HEADER, client};
+use super::{ANSWER_MAX, FailureContext, MESSAGE_BYTES_MAX, Quiet, SOURCE_HEADER, client, native};
 use crate::config::node::Kafka;
 use crate::ports::{OutsideError, PostSource, Posted};
 
@@ -19,8 +19,10 @@ const ERROR_HEADER: &str = "x-aviary-error";
 /// Reads the records that push mode posts, and writes dead letters.
 pub struct KafkaPush {
     consumer: BaseConsumer<Quiet>,
-    producer: ThreadedProducer<CountingContext>,
-    counts: CountingContext,
+    producer: ThreadedProducer<FailureContext>,
+    failures: FailureContext,
+    /// Headers of the records that were read last, as they are; by place.
+    headers: BTreeMap<(usize, i64), OwnedHeaders>,
     topic: String,
     dead_letter: String,
 }
@@ -46,15 +48,17 @@ impl KafkaPush {
             ("acks", "all"),
             ("message.max.bytes", MESSAGE_BYTES_MAX),
         ];
-        let counts = CountingContext::default();
-        let producer: ThreadedProducer<_> = client(config, &own).create_with_context(counts.clone()).map_err(error)?;
+        let failures = FailureContext::default();
+        let producer: ThreadedProducer<_> =
+            client(config, &own).create_with_context(failures.clone()).map_err(error)?;
         let found = producer.client().fetch_metadata(Some(dead_letter), ANSWER_MAX).map_err(error)?;
         if let Some(why) = found.topics().first().and_then(|topic| topic.error()) {
             let why =
                 format!("{}; create it: records that nobody takes go there", KafkaError::MetadataFetch(why.into()));
             return Err(OutsideError::new(format!("kafka topic {dead_letter}"), why));
         }
-        Ok(Self { consumer, producer, counts, topic: topic.into(), dead_letter: dead_letter.into() })
+        let (topic, dead_letter) = (topic.into(), dead_letter.into());
+        Ok(Self { consumer, producer, failures, headers: BTreeMap::new(), topic, dead_letter })
     }
 
     fn error(&self, error: KafkaError) -> OutsideError {
@@ -68,9 +72,30 @@ impl KafkaPush {
     }
 }
 
+impl KafkaPush {
+    /// Writes a dead letter with this value; on return it is there.
+    fn letter(&self, record: &Posted, why: &str, value: Option<&[u8]>) -> Result<(), KafkaError> {
+        let source = format!("{}/{}/{}", self.topic, record.partition, record.offset);
+        let own = self.headers.get(&(record.partition, record.offset));
+        let headers = own.map_or_else(OwnedHeaders::new, |own| BorrowedHeaders::detach(own.as_borrowed()));
+        let headers = headers
+            .insert(Header { key: SOURCE_HEADER, value: Some(&source) })
+            .insert(Header { key: ERROR_HEADER, value: Some(why) });
+        let mut letter = BaseRecord::<[u8], [u8]>::to(&self.dead_letter).headers(headers);
+        letter.key = record.key.as_deref();
+        letter.payload = value;
+        letter.timestamp = record.time_ms;
+        self.failures.clear();
+        self.producer.send(letter).map_err(|(why, _)| why)?;
+        self.producer.flush(ANSWER_MAX)?;
+        self.failures.first().map_or(Ok(()), Err)
+    }
+}
+
 impl PostSource for KafkaPush {
     fn read(&mut self, wait: Duration, most: usize) -> Result<Vec<Posted>, OutsideError> {
         let (mut records, mut wait) = (Vec::new(), wait);
+        self.headers.clear();
         while records.len() < most
             && let Some(message) = self.consumer.poll(wait)
         {
@@ -80,14 +105,19 @@ impl PostSource for KafkaPush {
                 // What was read before it is posted; it comes again if it lasts.
                 Err(_) => break,
             };
-            let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
-            let headers = headers.filter_map(|header| Some((header.key.to_string(), header.value?.to_vec())));
+            let headers = native::headers(&message);
+            let headers = headers.iter().map(|(name, value)| (name.to_vec(), value.map(<[u8]>::to_vec)));
+            let (partition, offset) = (message.partition() as usize, message.offset());
+            if let Some(own) = message.headers() {
+                self.headers.insert((partition, offset), own.detach());
+            }
             records.push(Posted {
-                partition: message.partition() as usize,
-                offset: message.offset(),
+                partition,
+                offset,
                 key: message.key().map(<[u8]>::to_vec),
                 value: message.payload().map(<[u8]>::to_vec),
                 headers: headers.collect(),
+                time_ms: message.timestamp().to_millis(),
             });
             // What is there already comes along.
             wait = Duration::from_millis(2);
@@ -96,28 +126,19 @@ impl PostSource for KafkaPush {
     }
 
     fn give_up(&mut self, record: &Posted, why: &str) -> Result<(), OutsideError> {
-        let error = |why: String| OutsideError::new(format!("kafka topic {}", self.dead_letter), why);
-        let source = format!("{}/{}/{}", self.topic, record.partition, record.offset);
-        let mut headers = OwnedHeaders::new();
-        for (key, value) in &record.headers {
-            headers = headers.insert(Header { key, value: Some(value) });
+        match self.letter(record, why, record.value.as_deref()) {
+            Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) => {
+                // The dead-letter topic takes less than the source: the record's place says where its value is.
+                let bytes = record.value.as_ref().map_or(0, Vec::len);
+                let why = format!("{why}; its value of {bytes} bytes is left out, the topic doesn't take it");
+                self.letter(record, &why, None)
+            }
+            written => written,
         }
-        headers = headers.insert(Header { key: SOURCE_HEADER, value: Some(&source) });
-        headers = headers.insert(Header { key: ERROR_HEADER, value: Some(why) });
-        let mut letter = BaseRecord::<[u8], [u8]>::to(&self.dead_letter).headers(headers);
-        if let Some(key) = &record.key {
-            letter = letter.key(key);
-        }
-        if let Some(value) = &record.value {
-            letter = letter.payload(value);
-        }
-        let failed = self.counts.counts().1;
-        self.producer.send(letter).map_err(|(why, _)| error(why.to_string()))?;
-        self.producer.flush(ANSWER_MAX).map_err(|why| error(why.to_string()))?;
-        match self.counts.counts().1 == failed {
-            true => Ok(()),
-            false => Err(error("the dead letter was not written".into())),
-        }
+        .map_err(|why| {
+            let why = format!("the dead letter of {}/{} was not written: {why}", record.partition, record.offset);
+            OutsideError::new(format!("kafka topic {}", self.dead_letter), why)
+        })
     }
 
     fn commit(&mut self, records: &[Posted]) -> Result<(), OutsideError> {

@@ -36,6 +36,8 @@ pub enum RouterVerb {
     Promote(CommandArgs),
     /// Send all records to stable, also those that the canary has not read; stable then reads the source topic alone.
     Abort(AbortArgs),
+    /// Go on after records that the router had not read are gone, at the first that is left.
+    Resume(ResumeArgs),
     /// Compare the three topics: missing, extra and duplicate records. Exit code 0: there are none.
     Audit(FileArgs),
 }
@@ -81,6 +83,16 @@ pub struct AbortArgs {
     options: CommandArgs,
 }
 
+/// Arguments of `aviary router resume`.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    /// Pass over the records that are gone. `status` says how many there were.
+    #[arg(long, required = true)]
+    skip_lost: bool,
+    #[command(flatten)]
+    file: FileArgs,
+}
+
 /// Runs a verb of the router; returns the program's exit code.
 pub fn run(verb: RouterVerb, format: Format) -> anyhow::Result<Exit> {
     match verb {
@@ -93,6 +105,11 @@ pub fn run(verb: RouterVerb, format: Format) -> anyhow::Result<Exit> {
                 !state.splits.is_empty()
                     && state.splits.iter().all(|split| split.weight().0 == weight && split.former().is_none())
             })
+        }
+        // That it is given is clap's rule: nobody passes over records by accident.
+        RouterVerb::Resume(ResumeArgs { skip_lost: _, file }) => {
+            let options = CommandArgs { file, no_wait: true, timeout: Duration::ZERO };
+            send(&options, ControlCommand::SkipLost, "asked", |_| true)
         }
         RouterVerb::Promote(options) => {
             send(&options, ControlCommand::Promote, "promoted", |state| state.winner() == Some(Side::Canary))
@@ -122,7 +139,7 @@ fn send(
     if config.push.is_some() {
         bail!("{}: spec.push: the weight is the file's, or the cluster's", args.file.file.display());
     }
-    if config.follow.is_some() && !matches!(command, ControlCommand::Abort { .. }) {
+    if config.follow.is_some() && !matches!(command, ControlCommand::Abort { .. } | ControlCommand::SkipLost) {
         bail!(
             "{}: spec.follow: the cluster says what the weight is: ask it (aviary promote {})",
             args.file.file.display(),
@@ -131,6 +148,10 @@ fn send(
     }
     let topics = topics(&config)?;
     let seen = RouterSnapshot::look(topics.as_ref())?;
+    if let Some(rollout) = seen.control.rollout.as_ref().filter(|rollout| **rollout != config.identity()) {
+        let [v1, v2] = &rollout.versions;
+        bail!("the topics of router {} are those of {v1} to {v2}, expected the file of that rollout", config.name);
+    }
     let (winner, returning) = (seen.winner(), matches!(seen.control.phase, Some(RouterPhase::Returning { .. })));
     if winner.is_some() || returning {
         bail!("router {} is {} already", config.name, seen.words());

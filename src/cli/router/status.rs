@@ -8,28 +8,23 @@ use crate::cli::output::{Format, facts, table};
 use crate::config::router::{HooksConfig, RouterConfig};
 use crate::domain::side::Side;
 use crate::ports::Topic;
+use crate::router::obstacles::obstacles;
 use crate::router::snapshot::RouterSnapshot;
 
 /// Prints what `start` would do, and what prevents it; exit code 1 if anything does.
 pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let topics = topics(config)?;
     let seen = RouterSnapshot::look(topics.as_ref())?;
-    let mut wrong: Vec<String> = Vec::new();
     let Some(partitions) = topics.partitions(&config.source)? else {
         anyhow::bail!("topic {} does not exist, expected the topic to split", config.source);
     };
+    let wrong = obstacles(topics.as_ref(), config, &seen.control)?;
     let mut make = Vec::new();
-    for (topic, count) in [
-        (config.control(), 1),
-        (config.service(Side::Stable).topic.clone(), partitions),
-        (config.service(Side::Canary).topic.clone(), partitions),
-    ] {
-        match topics.partitions(&topic)? {
-            None => make.push(topic),
-            Some(found) if found != count => {
-                wrong.push(format!("topic {topic} has {found} partitions, expected {count}"))
-            }
-            Some(_) => {}
+    for topic in
+        [config.control(), config.service(Side::Stable).topic.clone(), config.service(Side::Canary).topic.clone()]
+    {
+        if topics.partitions(&topic)?.is_none() {
+            make.push(topic);
         }
     }
     let bounds = topics.topic_bounds(Topic::Source)?;
@@ -37,25 +32,17 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let mut rows = Vec::new();
     if seen.control.phase.is_none() {
         for (partition, (next, (low, high))) in reads.iter().zip(&bounds).enumerate() {
-            if next.is_none() && low != high {
-                wrong.push(format!(
-                    "partition {partition} has records, and group {} no place in it",
-                    config.service(Side::Stable).group
-                ));
-            }
             let next = next.unwrap_or(*low);
             rows.push(json!({ "partition": partition, "from": next, "low": low, "high": high, "unread": high - next }));
         }
-        for side in Side::BOTH {
-            let bounds = topics.topic_bounds(Topic::Of(side))?;
-            if bounds.iter().any(|(_, high)| *high > 0) {
-                wrong.push(format!(
-                    "topic {} has records, expected none: of an earlier rollout of this name?",
-                    config.service(side).topic
-                ));
-            }
-        }
     }
+    let note = match (members, seen.control.phase.is_none()) {
+        (0, true) => {
+            "nobody is in stable's group: a service that assigns its partitions itself (Flink, Spark) can't be counted, and \
+                      must be stopped by its hook or by hand; `start` watches its places for 5 s"
+        }
+        _ => "",
+    };
     let hooks = match &config.hooks {
         HooksConfig::Manual => "by hand".to_string(),
         HooksConfig::Exec { argv, .. } => argv.join(" "),
@@ -67,7 +54,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     };
     let value = json!({
         "router": config.name, "source": config.source, "partitions": rows, "topics_to_make": make, "hooks": hooks,
-        "weight": share, "stable_members": members, "phase": seen.words(), "in_the_way": wrong,
+        "weight": share, "stable_members": members, "phase": seen.words(), "in_the_way": wrong, "note": note,
     });
     print(format, &value, || {
         let service = |side| {
@@ -83,6 +70,7 @@ pub fn plan(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
             ("hooks", hooks),
             ("creates topics", make.join(", ")),
             ("prevented by", wrong.join("; ")),
+            ("note", note.into()),
         ]);
         if !rows.is_empty() {
             let mut places = table(["PARTITION", "FROM OFFSET", "UNREAD BY STABLE"]);
@@ -113,10 +101,23 @@ pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
             .map(|((_, high), next)| (high - next).max(0))
             .collect(),
     };
+    let behind: Vec<i64> = match seen.splits.is_empty() {
+        true => Vec::new(),
+        false => {
+            let (ends, bounds) = (topics.stable_ends(Topic::Source)?, topics.topic_bounds(Topic::Source)?);
+            ends.iter()
+                .zip(&bounds)
+                .zip(&seen.next)
+                .map(|((end, (_, high)), next)| (high - end.max(next)).max(0))
+                .collect()
+        }
+    };
+    let added = topics.partitions(&config.source)?.unwrap_or(0).saturating_sub(seen.splits.len());
     let partitions = seen.splits.iter().enumerate().map(|(partition, split)| {
         let (weight, weight_version) = split.weight();
         json!({
             "partition": partition, "next": seen.next[partition], "unread": unread[partition],
+            "behind_open_transaction": behind[partition], "changing_since_ms": split.changing_since_ms(),
             "weight": weight.fraction(), "weight_version": weight_version, "changing": split.former().is_some(), "taken": split.taken(),
             "stable": split.given(Side::Stable), "canary": split.given(Side::Canary),
             "stable_lag": lags[0][partition], "canary_lag": lags[1][partition],
@@ -128,6 +129,7 @@ pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
     let value = json!({
         "router": config.name, "source": config.source, "phase": seen.words(), "state": seen.control.phase,
         "taken": taken, "stable": sum(Side::Stable), "canary": sum(Side::Canary), "partitions": partitions,
+        "lost": seen.control.lost, "partitions_not_read": if seen.splits.is_empty() { 0 } else { added },
     });
     print(format, &value, || {
         let mut text = facts(&[
@@ -135,6 +137,18 @@ pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
             ("source", config.source.clone()),
             ("phase", seen.words().into()),
             ("records", format!("{taken} = {} stable + {} canary", sum(Side::Stable), sum(Side::Canary))),
+            ("lost", some(seen.control.lost, "records that were gone before the router read them, at most")),
+            (
+                "open transactions",
+                some(
+                    behind.iter().sum::<i64>() as u64,
+                    "offsets of the source wait behind a producer's open transaction",
+                ),
+            ),
+            (
+                "partitions not read",
+                some(added as u64 * u64::from(!seen.splits.is_empty()), "came after the start: the winner's"),
+            ),
         ]);
         if !seen.splits.is_empty() {
             let mut rows =
@@ -157,4 +171,9 @@ pub fn status(config: &RouterConfig, format: Format) -> anyhow::Result<Exit> {
         text
     })?;
     Ok(Exit::Done)
+}
+
+/// Returns a count with what it counts; empty where there is nothing to count.
+fn some(count: u64, what: &str) -> String {
+    if count == 0 { String::new() } else { format!("{count} {what}") }
 }

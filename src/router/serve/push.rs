@@ -44,6 +44,7 @@ pub fn run(
     let mut pusher = Some(open()?);
     info!("posting records of {} to {} in the place of group {group}", config.source, push.url);
     let (mut said, mut total, mut waits) = (world.clock().now().mono, 0, false);
+    let mut blocked: Option<OutsideError> = None;
     while !shutdown.is_cancelled() {
         let (weight, hash) = match steer() {
             Steering::Alone => (config.weight, hash(config)),
@@ -70,6 +71,17 @@ pub fn run(
                     total += count;
                 }
                 counter!("aviary_router_dead_letters_total").increment(pushed.given_up);
+                match pushed.blocked {
+                    None => blocked = None,
+                    Some(why) => {
+                        counter!("aviary_router_errors_total").increment(1);
+                        if blocked.as_ref() != Some(&why) {
+                            warn!("its records wait: {why}");
+                        }
+                        blocked = Some(why);
+                        std::thread::sleep(RETRY);
+                    }
+                }
             }
             Err(why) => {
                 counter!("aviary_router_errors_total").increment(1);

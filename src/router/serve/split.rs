@@ -14,7 +14,9 @@ use crate::domain::side::Side;
 use crate::domain::time::Mono;
 use crate::ports::{OutsideError, RouterWorld};
 use crate::router::engine::{Engine, Plan, Report, Steering, Turn};
+use crate::router::obstacles::obstacles;
 use crate::router::run;
+use crate::router::snapshot::RouterSnapshot;
 
 /// Between two looks at the router's state.
 const LOOK_MS: u64 = 500;
@@ -30,7 +32,17 @@ pub fn run(
     report: &watch::Sender<Option<Report>>,
     shutdown: &CancellationToken,
 ) -> Result<bool, OutsideError> {
-    let made = world.topics()?.prepare()?;
+    let topics = world.topics()?;
+    let control = RouterSnapshot::look(topics.as_ref()).map(|seen| seen.control);
+    // A router whose places can't be seen has begun.
+    if let Ok(control) = control {
+        let found = obstacles(topics.as_ref(), config, &control)?;
+        if !found.is_empty() {
+            let why = format!("can't begin, and has touched nothing: {}", found.join("; "));
+            return Err(OutsideError::lasting(format!("router {}", config.name), why));
+        }
+    }
+    let made = topics.prepare()?;
     if !made.is_empty() {
         info!("made topics {}", made.join(", "));
     }
@@ -43,7 +55,7 @@ pub fn run(
         interval: Duration::from_millis(config.interval_ms),
         batch_max: config.batch_max,
     };
-    let mut engine = Engine::new(world.broker()?, world.hooks(), plan);
+    let mut engine = Engine::new(world.broker()?, world.hooks(), plan).of(config.identity());
     let mut teller = Teller::new(world.clock().now().mono, report);
     let mut tell = |engine: &Engine, turn: &Result<Turn, OutsideError>| {
         match turn {

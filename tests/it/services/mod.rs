@@ -7,6 +7,7 @@ mod prometheus;
 pub mod redis;
 mod router;
 mod sink;
+mod wire;
 
 use std::path::Path;
 use std::process::Command;
@@ -150,16 +151,32 @@ pub struct Own {
     dir: tempfile::TempDir,
     /// What a Prometheus scrapes.
     targets: String,
+    /// More lines of a broker's settings.
+    properties: String,
 }
 
 impl Own {
     /// Returns a service that is not running yet.
     fn new(name: &'static str) -> Self {
-        Self { name, port: free_port(), dir: tempfile::tempdir().unwrap(), targets: String::new() }
+        Self {
+            name,
+            port: free_port(),
+            dir: tempfile::tempdir().unwrap(),
+            targets: String::new(),
+            properties: String::new(),
+        }
     }
 
     pub fn start(name: &'static str) -> Self {
         let own = Self::new(name);
+        own.up();
+        own
+    }
+
+    /// Returns a service that runs, with more lines in its settings.
+    pub fn with(name: &'static str, properties: &str) -> Self {
+        let mut own = Self::new(name);
+        own.properties = properties.into();
         own.up();
         own
     }
@@ -171,6 +188,7 @@ impl Own {
         command.env_remove("KAFKA_BOOTSTRAP").env_remove("REDIS_URL");
         let port = self.port.to_string();
         command.env("KAFKA_PORT", &port).env("REDIS_PORT", &port).env("PROMETHEUS_PORT", &port);
+        command.env("KAFKA_PROPERTIES", &self.properties);
         let output = command.env("PROMETHEUS_TARGETS", &self.targets).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }

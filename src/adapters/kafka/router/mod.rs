@@ -11,22 +11,27 @@ use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerGroupMetadata};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _};
 use rdkafka::{Offset, TopicPartitionList};
 use tracing::info;
 
-use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush};
+use super::native::GroupMembers;
+use super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, again, client, flush, native};
 use crate::config::node::Kafka;
 use crate::domain::side::Side;
+use crate::domain::time::Mono;
 use crate::ports::{
-    Assignment, Broker, Clock, Commit, Opened, OutsideError, Place, Reclaimed, RouterTopics as _, SourceRecord, Topic,
+    Assignment, Broker, Clock, Commit, OffsetRange, Opened, OutsideError, Place, RebuiltPlace, Reclaimed,
+    RouterTopics as _, SourceRecord, Topic,
 };
 
+mod pace;
 mod topics;
 mod world;
 mod writer;
 
+use pace::BatchPace;
 pub use world::KafkaRouter;
 use writer::{CONTROL, Writer};
 
@@ -80,11 +85,17 @@ pub struct KafkaBroker {
     clock: Arc<dyn Clock>,
     /// One for each service's group, which it asks about and never joins.
     services: [BaseConsumer<Quiet>; 2],
+    /// Asks for the ends of topics, open transactions included.
+    ends: BaseConsumer<Quiet>,
+    /// How much a transaction takes up: what was learned outlives an error.
+    pace: BatchPace,
     open: Option<OpenClients>,
 }
 
 struct OpenClients {
     writer: Writer,
+    /// When the open transaction was told to be written; none before.
+    flushed: Option<Mono>,
     /// Reads the source; its group is the router's.
     source: BaseConsumer<Quiet>,
     group: ConsumerGroupMetadata,
@@ -121,7 +132,9 @@ impl KafkaBroker {
             made.map_err(|error: KafkaError| OutsideError::new("kafka", error))
         };
         let services = [service(&names.groups[0])?, service(&names.groups[1])?];
-        Ok(Self { config: config.clone(), names, clock, services, open: None })
+        let ends = reader(config, &names.router, &[("isolation.level", "read_uncommitted")]);
+        let ends = ends.map_err(|error| OutsideError::new("kafka", error))?;
+        Ok(Self { config: config.clone(), names, clock, services, ends, pace: BatchPace::default(), open: None })
     }
 
     fn source(&self) -> Result<BaseConsumer<Quiet>, KafkaError> {
@@ -165,6 +178,8 @@ impl KafkaBroker {
             ("message.max.bytes", MESSAGE_BYTES_MAX),
             // What was written to a topic that just was made is not lost while its leader is found.
             ("retry.backoff.ms", "50"),
+            // Says how long the broker makes this client wait.
+            ("statistics.interval.ms", "1000"),
         ];
         let writer = Writer::new(&client(&self.config, &own), partitions, self.clock.clone())?;
         again(|| writer.producer.init_transactions(ANSWER_MAX))?;
@@ -172,7 +187,7 @@ impl KafkaBroker {
         let group = source.group_metadata().ok_or(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownGroup))?;
         let opened = Opened { places: places(&source, &self.names.source, partitions)?, entries: read(&control)? };
         let held = vec![false; partitions];
-        self.open = Some(OpenClients { writer, source, group, control, partitions, held });
+        self.open = Some(OpenClients { writer, flushed: None, source, group, control, partitions, held });
         Ok(opened)
     }
 
@@ -185,15 +200,18 @@ impl KafkaBroker {
             (Some((code, why)), _) if FENCED.contains(&code) && !self.is_timed_out() => {
                 OutsideError::replaced(what, why)
             }
-            (_, Some(RDKafkaErrorCode::InconsistentGroupProtocol)) => OutsideError::new(
+            (_, Some(RDKafkaErrorCode::InconsistentGroupProtocol)) => OutsideError::lasting(
                 what,
-                "a service's group has members that can't be counted, expected the classic protocol (group.protocol=classic)",
+                "a service's group has members that can't be counted, expected a consumer group (group.protocol=classic or consumer)",
             ),
             (_, Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange)) => OutsideError::new(
                 what,
                 format!("{error}: records that were not read yet are gone (retention?), or the topic was made anew"),
             ),
-            _ => OutsideError::new(what, error),
+            (_, code) => OutsideError {
+                lasting: code.is_some_and(is_forbidden),
+                ..OutsideError::new(what, format!("{error}{}", code.map_or("", way_out)))
+            },
         }
     }
 
@@ -220,24 +238,18 @@ impl KafkaBroker {
         let mut message = open.source.poll(wait);
         let until = self.clock.now().mono.after_ms(wait.as_millis() as u64);
         while let Some(next) = message {
-            let next = next?;
+            let mut next = next?;
             let (partition, offset) = (next.partition() as usize, next.offset());
             let stamp = assign(SourceRecord { partition, offset, key: next.key() });
             source.truncate(self.names.source.len());
             write!(source, "/{partition}/{offset}").expect("a text grows");
-            let stamped = open.writer.stamped(&self.names, stamp);
-            // A record that a router has copied before says so of that one.
-            let own = next.headers().into_iter().flat_map(|headers| headers.iter());
-            let own =
-                own.filter(|header| ![SOURCE_HEADER, VERSION_HEADER, WEIGHT_VERSION_HEADER].contains(&header.key));
-            let headers = own
-                .fold(stamped.clone(), OwnedHeaders::insert)
-                .insert(Header { key: SOURCE_HEADER, value: Some(&source) });
+            let headers = open.writer.stamped(&self.names, &mut next, stamp, Some(&source));
             open.writer.copy(&self.names, &next, headers, stamp.side)?;
             copied += 1;
             // Reading a clock costs as much as reading a record: it isn't done for each.
             let late = || until <= self.clock.now().mono;
-            if copied == most || copied.is_multiple_of(CLOCK_EVERY) && late() {
+            if copied == most || open.writer.bytes >= self.pace.bytes() || copied.is_multiple_of(CLOCK_EVERY) && late()
+            {
                 break;
             }
             message = open.source.poll(Duration::ZERO);
@@ -262,7 +274,10 @@ impl KafkaBroker {
         list.add_partition_offset(&self.names.topics[Side::Canary as usize], partition as i32, Offset::Offset(from))?;
         reader.assign(&list)?;
         let mut reclaimed = Reclaimed { count: 0, next: from };
-        while reclaimed.next < until && (reclaimed.count as usize) < most {
+        while reclaimed.next < until
+            && (reclaimed.count as usize) < most
+            && (reclaimed.count == 0 || open.writer.bytes < self.pace.bytes())
+        {
             match reader.poll(ANSWER_MAX) {
                 None => return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut)),
                 // The last one before `until` is a record: it comes.
@@ -271,15 +286,9 @@ impl KafkaBroker {
                 Some(Ok(message)) if message.offset() >= until => {
                     return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OffsetOutOfRange));
                 }
-                Some(Ok(message)) => {
-                    let mut headers =
-                        open.writer.stamped(&self.names, Assignment { side: Side::Stable, weight_version }).clone();
-                    let stamps = [VERSION_HEADER, WEIGHT_VERSION_HEADER];
-                    for header in message.headers().into_iter().flat_map(|headers| headers.iter()) {
-                        if !stamps.contains(&header.key) {
-                            headers = headers.insert(header);
-                        }
-                    }
+                Some(Ok(mut message)) => {
+                    let stamp = Assignment { side: Side::Stable, weight_version };
+                    let headers = open.writer.stamped(&self.names, &mut message, stamp, None);
                     open.writer.copy(&self.names, &message, headers, Side::Stable)?;
                     reclaimed = Reclaimed { count: reclaimed.count + 1, next: message.offset() + 1 };
                 }
@@ -319,24 +328,101 @@ impl KafkaBroker {
         // A commit that was not answered may have happened: the same call again tells.
         again(|| open.writer.producer.commit_transaction(ANSWER_MAX))?;
         open.writer.begun = None;
+        if let Some(flushed) = open.flushed.take() {
+            let took = self.clock.now().mono.millis_since(flushed);
+            self.pace.done(open.writer.bytes, Duration::from_millis(took));
+        }
+        Ok(())
+    }
+
+    /// Does all that a router does to its topics and groups, in a transaction that is aborted.
+    fn try_rehearse(&mut self) -> Result<(), KafkaError> {
+        let names = &self.names;
+        let open = self.open.as_mut().ok_or(KafkaError::Canceled)?;
+        open.writer.begin()?;
+        for topic in [&names.control, &names.topics[0], &names.topics[1]] {
+            let record = BaseRecord::<(), _, _>::with_opaque_to(topic, CONTROL).partition(0).payload("rehearsal");
+            open.writer.producer.send(record).map_err(|(error, _)| error)?;
+        }
+        let place = |topic: &str| {
+            let mut list = TopicPartitionList::new();
+            list.add_partition_offset(topic, 0, Offset::Offset(0)).map(|()| list)
+        };
+        let source = place(&names.source)?;
+        again(|| open.writer.producer.send_offsets_to_transaction(&source, &open.group, ANSWER_MAX))?;
+        for (reader, topic) in self.services.iter().zip(&names.topics) {
+            let group = reader.group_metadata().ok_or(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownGroup))?;
+            let own = place(topic)?;
+            again(|| open.writer.producer.send_offsets_to_transaction(&own, &group, ANSWER_MAX))?;
+        }
+        flush(&open.writer.producer)?;
+        if let Some((_, error)) = open.writer.deliveries.reason() {
+            return Err(error);
+        }
+        again(|| open.writer.producer.abort_transaction(ANSWER_MAX))?;
+        open.writer.begun = None;
         Ok(())
     }
 
     fn try_members(&self, side: Side) -> Result<usize, KafkaError> {
         let (name, reader) = (&self.names.groups[side as usize], &self.services[side as usize]);
-        let found = reader.fetch_group_list(Some(name), ANSWER_MAX)?;
-        let found = found.groups().iter().find(|group| group.name() == name);
-        if found.is_some_and(|group| group.state() == "Dead") {
-            // Of a group with the newer protocol the broker says so, also if it has members.
-            return Err(KafkaError::GroupListFetch(RDKafkaErrorCode::InconsistentGroupProtocol));
+        match native::members(reader.client(), name, ANSWER_MAX)? {
+            GroupMembers::Count(members) => Ok(members),
+            // A group that is listed and not described has members of another kind: a share or a streams group.
+            GroupMembers::Dead => {
+                let listed = reader.fetch_group_list(Some(name), ANSWER_MAX)?;
+                match listed.groups().iter().any(|group| group.name() == name) {
+                    true => Err(KafkaError::GroupListFetch(RDKafkaErrorCode::InconsistentGroupProtocol)),
+                    false => Ok(0),
+                }
+            }
         }
-        Ok(found.map_or(0, |group| group.members().len()))
     }
 
     fn try_reads(&self, side: Side, topic: Topic, partitions: usize) -> Result<Vec<Option<i64>>, KafkaError> {
         let reader = &self.services[side as usize];
         let committed = reader.committed_offsets(whole(self.names.topic(topic), partitions), ANSWER_MAX)?;
         Ok(offsets(&committed, partitions)?.into_iter().map(|found| found.map(|(next, _)| next)).collect())
+    }
+}
+
+/// Returns whether the broker took too long, which less work at a time may mend.
+fn is_late(error: &KafkaError) -> bool {
+    let late = [
+        RDKafkaErrorCode::MessageTimedOut,
+        RDKafkaErrorCode::OperationTimedOut,
+        RDKafkaErrorCode::RequestTimedOut,
+        RDKafkaErrorCode::TimedOutQueue,
+    ];
+    error.rdkafka_error_code().is_some_and(|code| late.contains(&code))
+}
+
+/// Returns whether the broker doesn't allow something to this client.
+fn is_forbidden(code: RDKafkaErrorCode) -> bool {
+    matches!(
+        code,
+        RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::TransactionalIdAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+    )
+}
+
+/// Returns what an operator can do where another try meets the same answer; nothing where it may meet another.
+fn way_out(code: RDKafkaErrorCode) -> &'static str {
+    match code {
+        RDKafkaErrorCode::MessageSizeTooLarge
+        | RDKafkaErrorCode::InvalidTimestamp
+        | RDKafkaErrorCode::InvalidRecord
+        | RDKafkaErrorCode::PolicyViolation
+        | RDKafkaErrorCode::TopicAuthorizationFailed
+        | RDKafkaErrorCode::GroupAuthorizationFailed
+        | RDKafkaErrorCode::TransactionalIdAuthorizationFailed
+        | RDKafkaErrorCode::UnknownTopicOrPartition
+        | RDKafkaErrorCode::UnknownTopic => {
+            "; change what the broker refuses, or give all to stable without loss: `aviary router abort -f FILE`"
+        }
+        _ => "",
     }
 }
 
@@ -405,6 +491,36 @@ impl Broker for KafkaBroker {
         Ok(opened)
     }
 
+    fn rehearse(&mut self) -> Result<(), OutsideError> {
+        self.try_rehearse().map_err(|error| self.error(error))?;
+        for side in Side::BOTH {
+            if self.has_records(Topic::Of(side))? {
+                let what = format!("kafka topic {}", self.names.topic(Topic::Of(side)));
+                let why = "has records, expected none: of an earlier rollout of this name?";
+                return Err(OutsideError::lasting(what, why));
+            }
+        }
+        Ok(())
+    }
+
+    fn rebuild(&mut self) -> Result<Vec<RebuiltPlace>, OutsideError> {
+        let mut found = vec![RebuiltPlace::default(); self.opened()?.partitions];
+        for side in Side::BOTH {
+            let bounds = self.topic_bounds(Topic::Of(side))?;
+            let ranges = bounds.iter().map(|(low, high)| OffsetRange { from: *low, until: *high, known: None });
+            let ranges: Vec<_> = ranges.collect();
+            self.scan(Topic::Of(side), &ranges, &mut |partition, offset, source| {
+                let Some(place) = found.get_mut(partition) else { return };
+                place.given[side as usize] += 1;
+                place.last[side as usize] = Some(offset);
+                // The header is `TOPIC/PARTITION/OFFSET`.
+                let at = source.and_then(|source| source.rsplit('/').next()?.parse::<i64>().ok());
+                place.next = place.next.max(at.map(|at| at + 1));
+            })?;
+        }
+        Ok(found)
+    }
+
     fn entries(&mut self) -> Result<Vec<String>, OutsideError> {
         let control = &self.opened()?.control;
         let mut entries = Vec::new();
@@ -452,21 +568,45 @@ impl Broker for KafkaBroker {
     }
 
     fn flush(&mut self) -> Result<Vec<[Option<i64>; 2]>, OutsideError> {
+        let now = self.clock.now().mono;
         let open = self.opened()?;
+        open.flushed.get_or_insert(now);
         let flushed = flush(&open.writer.producer);
-        let failed = open.writer.deliveries.failed.load(Ordering::Relaxed);
+        let (deliveries, bytes) = (open.writer.deliveries.clone(), open.writer.bytes);
         let known = |last: &AtomicI64| Some(last.load(Ordering::Relaxed)).filter(|last| *last >= 0);
-        let [stable, canary] = &open.writer.deliveries.last;
+        let [stable, canary] = &deliveries.last;
         let last = stable.iter().zip(canary).map(|(stable, canary)| [known(stable), known(canary)]).collect();
-        flushed.map_err(|error| self.error(error))?;
-        match failed {
-            0 => Ok(last),
-            failed => Err(OutsideError::new("kafka", format!("{failed} records could not be written"))),
+        let failed = deliveries.failed.load(Ordering::Relaxed);
+        let reason = deliveries.reason();
+        let late = reason.as_ref().map(|(_, error)| error).or(flushed.as_ref().err()).is_some_and(is_late);
+        if late {
+            self.pace.late(bytes);
+        }
+        let throttling = if late { deliveries.throttling() } else { String::new() };
+        match (reason, flushed) {
+            (Some((topic, error)), _) => {
+                let hint = error.rdkafka_error_code().map_or("", way_out);
+                let why =
+                    format!("{failed} records could not be written, the first to {topic}: {error}{throttling}{hint}");
+                Err(OutsideError::new("kafka", why))
+            }
+            (None, Err(error)) => {
+                let OutsideError { what, why, .. } = self.error(error);
+                Err(OutsideError::new(what, format!("{why}{throttling}")))
+            }
+            (None, Ok(())) => Ok(last),
         }
     }
 
     fn commit(&mut self, commit: &Commit) -> Result<(), OutsideError> {
-        self.try_commit(commit).map_err(|error| self.error(error))
+        self.try_commit(commit).map_err(|error| {
+            if is_late(&error)
+                && let Some(open) = &self.open
+            {
+                self.pace.late(open.writer.bytes);
+            }
+            self.error(error)
+        })
     }
 
     fn members(&mut self, side: Side) -> Result<usize, OutsideError> {

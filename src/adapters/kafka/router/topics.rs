@@ -1,16 +1,15 @@
 //! What anybody may do with a router's topics: make them, look at them, send it commands.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{Headers as _, Message as _};
+use rdkafka::message::Message as _;
 use rdkafka::producer::BaseRecord;
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::super::{ANSWER_MAX, Quiet, client, flush};
+use super::super::{ANSWER_MAX, MESSAGE_BYTES_MAX, Quiet, client, flush, native};
 use super::writer::{CONTROL, Writer};
 use super::{KafkaBroker, SOURCE_HEADER, places, read};
 use crate::domain::side::Side;
@@ -58,30 +57,37 @@ impl RouterTopics for KafkaBroker {
         let like = runtime.block_on(admin.describe_configs([&ResourceSpecifier::Topic(&names.source)], &options));
         let like = like.map_err(error)?.into_iter().next().and_then(Result::ok);
         let like = |key: &str| like.as_ref().and_then(|config| config.get(key)).and_then(|entry| entry.value.clone());
-        // A copy is larger than its record by its headers.
+        let in_sync = like("min.insync.replicas");
+        // What fits the source may fit by its producer's compression only, and a copy has more headers. A record was in time when it
+        // came to the source; its copy is older. Brokers before 3.6 don't know the latter limits.
+        let times = ["message.timestamp.before.max.ms", "message.timestamp.after.max.ms"].into_iter();
+        let times: Vec<_> = times.filter_map(|key| Some((key, like(key)?))).collect();
         let bytes = like("max.message.bytes").and_then(|text| text.parse::<i64>().ok()).unwrap_or(1_048_588) + 4096;
-        let (bytes, in_sync) = (bytes.to_string(), like("min.insync.replicas"));
-        let ahead = like("message.timestamp.after.max.ms");
+        let free = times.iter().map(|(key, _)| (*key, i64::MAX.to_string()));
+        let free: Vec<_> = free.chain([("max.message.bytes", MESSAGE_BYTES_MAX.to_string())]).collect();
+        // Where the brokers' owner allows no more, it is the source's own limits.
+        let bound: Vec<_> = times.into_iter().chain([("max.message.bytes", bytes.to_string())]).collect();
         for (topic, count) in &wanted {
-            // As many replicas as the broker gives by default; nothing goes by its age: old records are copied with their own time.
-            let mut new = NewTopic::new(topic, *count as i32, TopicReplication::Fixed(-1))
-                .set("retention.ms", "-1")
-                .set("retention.bytes", "-1")
-                .set("cleanup.policy", "delete")
-                .set("message.timestamp.type", "CreateTime")
-                .set("max.message.bytes", &bytes);
-            if let Some(in_sync) = &in_sync {
-                new = new.set("min.insync.replicas", in_sync);
-            }
-            if let Some(ahead) = &ahead {
-                new = new.set("message.timestamp.after.max.ms", ahead);
-            }
-            let made = runtime.block_on(admin.create_topics([&new], &options)).map_err(error)?;
-            match made.into_iter().next() {
-                Some(Err((_, why))) if why != RDKafkaErrorCode::TopicAlreadyExists => {
-                    return Err(OutsideError::new(format!("kafka topic {topic}"), format!("can't be made: {why}")));
+            let make = |limits: &[(&str, String)]| {
+                // As many replicas as the broker gives by default; nothing goes by its age: old records are copied with their own time.
+                let mut new = NewTopic::new(topic, *count as i32, TopicReplication::Fixed(-1))
+                    .set("retention.ms", "-1")
+                    .set("retention.bytes", "-1")
+                    .set("cleanup.policy", "delete")
+                    .set("message.timestamp.type", "CreateTime");
+                for (key, value) in limits.iter().map(|(key, value)| (*key, value.as_str())).chain(in_sync_of(&in_sync))
+                {
+                    new = new.set(key, value);
                 }
-                _ => {}
+                let made = runtime.block_on(admin.create_topics([&new], &options)).map_err(error)?;
+                Ok(made.into_iter().find_map(Result::err).map(|(_, why)| why))
+            };
+            let refused = match make(&free)? {
+                Some(RDKafkaErrorCode::PolicyViolation | RDKafkaErrorCode::InvalidConfig) => make(&bound)?,
+                refused => refused,
+            };
+            if let Some(why) = refused.filter(|why| *why != RDKafkaErrorCode::TopicAlreadyExists) {
+                return Err(OutsideError::new(format!("kafka topic {topic}"), format!("can't be made: {why}")));
             }
         }
         Ok(wanted.into_iter().map(|(topic, _)| topic).collect())
@@ -103,8 +109,15 @@ impl RouterTopics for KafkaBroker {
     fn topic_bounds(&self, topic: Topic) -> Result<Vec<(i64, i64)>, OutsideError> {
         let name = self.names.topic(topic);
         let partitions = self.partitions(name)?.unwrap_or(0);
-        let bounds = (0..partitions).map(|one| self.services[0].fetch_watermarks(name, one as i32, ANSWER_MAX));
+        let bounds = (0..partitions).map(|one| self.ends.fetch_watermarks(name, one as i32, ANSWER_MAX));
         bounds.collect::<Result<_, _>>().map_err(|error| self.error(error))
+    }
+
+    fn stable_ends(&self, topic: Topic) -> Result<Vec<i64>, OutsideError> {
+        let name = self.names.topic(topic);
+        let partitions = self.partitions(name)?.unwrap_or(0);
+        let ends = (0..partitions).map(|one| self.services[0].fetch_watermarks(name, one as i32, ANSWER_MAX));
+        ends.map(|ends| ends.map(|(_, end)| end)).collect::<Result<_, _>>().map_err(|error| self.error(error))
     }
 
     fn service(&self, side: Side, topic: Topic) -> Result<(usize, Vec<Option<i64>>), OutsideError> {
@@ -129,14 +142,33 @@ impl RouterTopics for KafkaBroker {
         let record = BaseRecord::<(), _, _>::with_opaque_to(&self.names.control, CONTROL).partition(0).payload(entry);
         writer.producer.send(record).map_err(|(why, _)| error(why))?;
         flush(&writer.producer).map_err(error)?;
-        match writer.deliveries.failed.load(Ordering::Relaxed) {
-            0 => Ok(()),
-            _ => Err(OutsideError::new(format!("kafka topic {}", self.names.control), "the entry was not written")),
+        match writer.deliveries.reason() {
+            None => Ok(()),
+            Some((_, why)) => Err(error(why)),
         }
     }
 }
 
+fn in_sync_of(value: &Option<String>) -> Option<(&'static str, &str)> {
+    value.as_ref().map(|value| ("min.insync.replicas", value.as_str()))
+}
+
+/// Returns where a copy's record stood, as its last header of that name says; none if it says nothing that can be read.
+fn source_of<'m>(headers: &[native::RawHeader<'m>]) -> Option<&'m str> {
+    let (_, source) = headers.iter().rfind(|(name, _)| *name == SOURCE_HEADER.as_bytes())?;
+    std::str::from_utf8((*source)?).ok()
+}
+
 impl KafkaBroker {
+    /// Returns whether anything committed is in a topic.
+    pub(super) fn has_records(&self, topic: Topic) -> Result<bool, OutsideError> {
+        let bounds = self.topic_bounds(topic)?;
+        let ranges = bounds.iter().map(|(low, high)| OffsetRange { from: *low, until: *high, known: None });
+        let (ranges, mut found): (Vec<_>, bool) = (ranges.collect(), false);
+        self.scan(topic, &ranges, &mut |_, _, _| found = true)?;
+        Ok(found)
+    }
+
     fn try_scan(
         &self,
         topic: &str,
@@ -166,11 +198,7 @@ impl KafkaBroker {
                     let Some(range) = left.get(&partition) else { continue };
                     next[partition] = offset + 1;
                     if offset < range.until {
-                        let all: Vec<_> = message.headers().into_iter().flat_map(|headers| headers.iter()).collect();
-                        let mut headers = all.iter();
-                        let source =
-                            headers.rfind(|header| header.key == SOURCE_HEADER).and_then(|header| header.value);
-                        take(partition, offset, source.and_then(|text| std::str::from_utf8(text).ok()));
+                        take(partition, offset, source_of(&native::headers(&message)));
                     }
                     if offset + 1 >= range.until {
                         left.remove(&partition);

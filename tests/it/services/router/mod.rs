@@ -1,6 +1,9 @@
 //! A topic split between two services, on a real broker: each record is processed once, by one of them, in its key's order.
 
+mod case;
+mod refused;
 mod rollout;
+mod ways_out;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use aviary::ports::{Assignment, Commit, Opened, OutsideError, Place, SourceRecord, Topic};
+use aviary::ports::{Assignment, Commit, Opened, OutsideError, Place, RebuiltPlace, SourceRecord, Topic};
 use aviary_core::domain::side::Side;
 
 use super::log::{Fate, Log};
@@ -165,6 +165,23 @@ impl MemoryBroker {
             handle.entries_at = offset + 1;
         }
         entries
+    }
+
+    /// Says what the committed copies tell of each partition.
+    pub fn rebuild(&self) -> Vec<RebuiltPlace> {
+        let mut found = vec![RebuiltPlace::default(); self.places.len()];
+        for side in Side::BOTH {
+            for (partition, place) in found.iter_mut().enumerate() {
+                let mut at = 0;
+                while let Some((offset, item)) = self.next(Topic::Of(side), partition, at) {
+                    place.given[side as usize] += 1;
+                    place.last[side as usize] = Some(offset);
+                    place.next = place.next.max(Some(item.origin.1 + 1));
+                    at = offset + 1;
+                }
+            }
+        }
+        found
     }
 
     /// Goes on reading the source elsewhere.

@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use aviary::ports::{Assignment, Broker, Commit, Hooks, Opened, OutsideError, Reclaimed, SourceRecord, Topic};
+use aviary::ports::{
+    Assignment, Broker, Commit, Hooks, Opened, OutsideError, RebuiltPlace, Reclaimed, SourceRecord, Topic,
+};
 use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
 use sim::broken;
@@ -74,6 +76,14 @@ impl Broker for FaultyBroker {
             world.routers[who].producer_epoch = handle.producer_epoch;
             Ok(opened)
         })
+    }
+
+    fn rehearse(&mut self) -> Result<(), OutsideError> {
+        self.call("rehearse", |_, _| Ok(()))
+    }
+
+    fn rebuild(&mut self) -> Result<Vec<RebuiltPlace>, OutsideError> {
+        self.call("rebuild", |world, _| Ok(world.broker.rebuild()))
     }
 
     fn entries(&mut self) -> Result<Vec<String>, OutsideError> {

@@ -183,7 +183,13 @@ impl RouterTruth {
         match commit.entry.as_ref().map(|entry| serde_json::from_str(entry)) {
             Some(Ok(ControlEntry::Phase(phase))) => self.entered(phase, known)?,
             Some(Ok(ControlEntry::Command(ControlCommand::Promote))) => self.asked(Weight::FULL),
-            Some(Ok(ControlEntry::Command(_) | ControlEntry::Hook { .. })) | None => {}
+            Some(Ok(
+                ControlEntry::Command(_)
+                | ControlEntry::Hook { .. }
+                | ControlEntry::Rollout { .. }
+                | ControlEntry::Lost { .. },
+            ))
+            | None => {}
             Some(Err(why)) => return Err(broken!("entry", "{why}")),
         }
         Ok(())
