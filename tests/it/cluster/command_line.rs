@@ -105,7 +105,7 @@ fn stable_moves_to_other_servers_without_a_canary_and_never_to_where_nobody_list
     prints(&cluster, &["apply", "-f", "-"], &rollout(&old.url(), &new.url(), MANUAL));
     prints(&cluster, &["abort", "svc"], "");
     let nobody = run(&cluster, &["service", "set-servers", "svc", &new.url(), "http://127.0.0.1:1"], "");
-    let said = String::from_utf8_lossy(&nobody.stderr).to_string();
+    let said = String::from_utf8_lossy(&nobody.stdout).to_string();
     assert!(nobody.status.code() == Some(1) && said.contains("http://127.0.0.1:1: "), "{nobody:?}");
     // Both demo servers answer as their own version does.
     let served_by = |node: usize| {

@@ -130,6 +130,9 @@ impl ClassComparison {
 
     /// Counts what was seen.
     pub(super) fn add(&mut self, evidence: &Evidence) {
+        if self.is_off() {
+            return;
+        }
         let counts = |classes: ClassCounts| classes.by_class();
         let (canary, stable) = (counts(evidence.canary.classes), counts(evidence.stable.classes));
         for ((bets, canary), stable) in self.of.iter_mut().zip(canary).zip(stable) {
@@ -141,6 +144,9 @@ impl ClassComparison {
 
     /// Starts so much more wealth; at first all that begins at once.
     pub(super) fn start(&mut self, share: f64) {
+        if self.is_off() {
+            return;
+        }
         let first = !std::mem::replace(&mut self.begun, true);
         let at_once: f64 = errors::START.iter().sum();
         for bets in &mut self.of {
@@ -153,6 +159,9 @@ impl ClassComparison {
 
     /// The weight changed: what the canary got beyond the former one says nothing any more.
     pub(super) fn weight_changed(&mut self) {
+        if self.is_off() {
+            return;
+        }
         let left = 0.1;
         (self.extra, self.spread) = (0.0, 0.0);
         for bets in &mut self.of {
@@ -170,9 +179,9 @@ impl ClassComparison {
             // Stable has such clients too: its usual traffic is what it answered otherwise, and half of all at least.
             let (all, other) = (stable as f64, self.of.iter().map(|bets| bets.block.1 as f64).sum::<f64>());
             let usual = (all - other).max(all / 2.0);
-            let odds = weight / (1.0 - weight);
-            self.extra = (self.extra * kept + canary as f64 - usual * odds).max(0.0);
-            self.spread = self.spread * kept + canary as f64 + usual * odds * odds;
+            let ratio = weight / (1.0 - weight);
+            self.extra = (self.extra * kept + canary as f64 - usual * ratio).max(0.0);
+            self.spread = self.spread * kept + canary as f64 + usual * ratio * ratio;
         }
         let extra = self.extra + self.spread.sqrt();
         let mut reached = false;
