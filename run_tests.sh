@@ -24,6 +24,8 @@ stages=(
   "manifests        deploy/ against the schemas of Kubernetes"
   "services         tests/it with a real Kafka, Redis and Prometheus"
   "clients          the data plane under curl, nghttp, h2load, grpcio and others"
+  "floods           strangers' floods against each port of a node, while users and operators are answered in time"
+  "checker          real nodes in network namespaces under faults, checked from outside by a model of its own"
   "openapi          a generated client drives a rollout; Schemathesis looks for answers that the OpenAPI document lacks"
   "sim              simulated clusters: a virtual minute of faults each, then healing"
   "sim-router       simulated record routers on a log with transactions, and their seeded bugs"
@@ -38,7 +40,7 @@ quick=(format lint core build unit sim-bugs sim)
 
 # What a change needs. A seeded bug of the core is caught by the seed that it is pinned to, whatever the number of seeds here: these
 # look for what nobody thought of, and the nightly run looks further, at other seeds too.
-profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64) openapi=(--seconds 60)
+profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64) floods=(--seconds 5) checker=(--seconds 120) openapi=(--seconds 60)
 
 usage() {
   sed -n '2,11s/^# \{0,1\}//p' run_tests.sh
@@ -181,6 +183,22 @@ stage_clients() {
   fi
 }
 
+stage_floods() {
+  if has python3; then
+    python3 tests/floods.py --aviary "$out/aviary" "${floods[@]}"
+  else
+    skip "python3 is not installed" optional
+  fi
+}
+
+stage_checker() {
+  if has python3 && [ "$(id -u)" = 0 ] && has ip && has tc; then
+    python3 tests/checker.py --aviary "$out/aviary" "${checker[@]}"
+  else
+    skip "network namespaces need root, python3 and the tools ip and tc (iproute2)" optional
+  fi
+}
+
 stage_openapi() {
   local python
   if has python3 && python=$(tool openapi); then
@@ -239,7 +257,7 @@ stage_deps() {
 nightly=
 planned=()
 plan() {
-  local name needs_build=" unit it upgrade services clients openapi sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
+  local name needs_build=" unit it upgrade services clients floods checker openapi sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
   for name in "$@"; do
     [[ " ${names[*]} " == *" $name "* ]] || fail "found $name, expected quick, nightly or stages: ${names[*]}"
     if [[ $needs_build == *" $name "* && " ${planned[*]} " != *" build "* ]]; then planned+=(build); fi
@@ -252,7 +270,7 @@ case "${1:-}" in
   nightly)
     shift
     nightly=1 profile=(--release) out=target/release seeds=10000 router_seeds=10000 node_seeds=500 exhaust=1,1,0,2,0
-    complete=(--complete) clients=(--churn 10) openapi=(--seconds 600 --seed "$RANDOM")
+    complete=(--complete) clients=(--churn 10) floods=(--seconds 60) checker=(--seconds 1200) openapi=(--seconds 600 --seed "$RANDOM")
     export AVIARY_ROUNDS=120 AVIARY_CASES=100000 AVIARY_CONNECTIONS=10000 AVIARY_PIPELINE_RUNS=200 AVIARY_UPGRADES=50
     ulimit -n 20000
     [ $# -gt 0 ] || set -- "${names[@]}"

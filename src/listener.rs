@@ -32,8 +32,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+mod frames;
 mod tracked;
 
+pub use frames::FrameGuard;
 pub use tracked::KnownCaller;
 use tracked::{OpenRequest, TrackedBody};
 pub use tracked::{PortConnections, Tracked};
@@ -315,7 +317,7 @@ where
                 Ok::<_, Infallible>(response.map(|body| TrackedBody { body, _open: open }))
             }
         });
-        let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
+        let connection = http.serve_connection(TokioIo::new(FrameGuard::new(stream)), service).into_owned();
         let connection = graceful.watch(connection);
         let connections = connections.clone();
         tokio::spawn(async move {

@@ -71,7 +71,7 @@ where
 {
     let watch = worker.watch().await;
     let HeldPlace { place, tracked } = held;
-    std::future::poll_fn(|cx| Poll::Ready(tracked.wakes(cx.waker().clone()))).await;
+    tracked.wakes(std::future::poll_fn(|cx| Poll::Ready(cx.waker().clone())).await);
     let mut client = Client::new(stream, peer);
     let mut first = true;
     loop {

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::listener::{ConnectionLimiter, HeldPlace, Tracked};
+use crate::listener::{ConnectionLimiter, FrameGuard, HeldPlace, Tracked};
 
 use super::access::{Access, SeenRequest};
 use super::answer::{OwnAnswer, PageRequest, for_grpc, refusal};
@@ -56,7 +56,7 @@ pub async fn serve<S>(
     let HeldPlace { place, tracked } = held;
     let idle = Duration::from_millis(worker.settings().keep_alive_timeout_ms);
     let connection = async {
-        let mut connection = builder().handshake(Rewound { ahead: ahead.into(), stream }).await?;
+        let mut connection = builder().handshake(FrameGuard::new(Rewound { ahead: ahead.into(), stream })).await?;
         let (mut is_ending, mut quiet) = (false, pin!(sleep(idle)));
         loop {
             tokio::select! {
@@ -390,8 +390,10 @@ async fn send_data(
         if room == 0 {
             let until = Instant::now() + Duration::from_millis(worker.settings().unread_timeout_ms);
             let until = end.map_or(until, |end| end.min(until));
+            let stalled = worker.router.stalled.waits();
             let capacity = std::future::poll_fn(|cx| match send.poll_reset(cx) {
                 Poll::Ready(_) => Poll::Ready(None),
+                Poll::Pending if stalled.poll_evicted(cx).is_ready() => Poll::Ready(None),
                 Poll::Pending => send.poll_capacity(cx),
             });
             room = timeout_at(until, capacity).await.ok()??.ok()?;

@@ -6,7 +6,8 @@
 //! `hop` the fields of one connection); `dispose` decides by the `table` where it goes; `fast` carries it from HTTP/1.x to HTTP/1.1,
 //! `slow` to and from HTTP/2; `policy` says what a failure means; `upstream` chooses servers, `names` and `dial` find them, `pool` has
 //! the connections to those of HTTP/2, `probe` asks them; `outcome` counts and trips the circuit breaker; `answer` is what the node
-//! says itself; `access` logs; `deadline` ends what takes too long, `stay` what stays at a canary that lost its share.
+//! says itself; `access` logs; `deadline` ends what takes too long, `stay` what stays at a canary that lost its share, and `stall`
+//! what waits for its client when others need its place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +44,7 @@ mod serve;
 pub mod settings;
 mod slow;
 mod source;
+mod stall;
 mod stay;
 mod table;
 mod timeouts;
@@ -108,7 +110,8 @@ fn prepare(
     let limits = listener::PortLimits {
         name: "data",
         connections_max: settings.connections_max,
-        half_open_max: HALF_OPEN_MAX.min(settings.connections_max),
+        // Fewer than all, so that they never keep out who asks at once.
+        half_open_max: HALF_OPEN_MAX.min(settings.connections_max.div_ceil(2)),
         header_timeout: Duration::from_millis(settings.header_timeout_ms),
         // A connection of each protocol knows by itself when it is idle, and what its requests may take.
         idle_timeout: None,

@@ -27,6 +27,7 @@ use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, FORCED, Outc
 use super::request::{HeaderFields, field};
 use super::settings::ProxySettings;
 use super::source;
+use super::stall::StalledRequests;
 use super::timeouts::TimeLimits;
 use super::upstream::{Pool, PoolRules, Server, Servers};
 
@@ -204,21 +205,29 @@ pub struct RoutingTable {
     open: AtomicUsize,
     /// There is more than one service, so that none may take the place of all others.
     several: AtomicBool,
+    /// Requests that wait for their clients.
+    pub stalled: StalledRequests,
     table: ArcSwap<Table>,
     compiling: Mutex<()>,
     shared: RouteParts,
 }
 
 /// A request's place among those that are open, of all services and of its own.
-pub struct RequestPermit {
-    table: Arc<RoutingTable>,
-    of_service: Arc<AtomicUsize>,
+pub struct RequestPermit(Option<(Arc<RoutingTable>, Arc<AtomicUsize>)>);
+
+impl RequestPermit {
+    /// Gives the place back before its holder is dropped.
+    pub fn give_back(&mut self) {
+        if let Some((table, of_service)) = self.0.take() {
+            table.open.fetch_sub(1, Relaxed);
+            of_service.fetch_sub(1, Relaxed);
+        }
+    }
 }
 
 impl Drop for RequestPermit {
     fn drop(&mut self) {
-        self.table.open.fetch_sub(1, Relaxed);
-        self.of_service.fetch_sub(1, Relaxed);
+        self.give_back();
     }
 }
 
@@ -248,12 +257,14 @@ impl RoutingTable {
         let routes = Arc::new(compile(&view, &BTreeMap::new(), &shared));
         let several = AtomicBool::new(view.services.len() > 1);
         let table = ArcSwap::from_pointee(Table { routes, view });
-        Self { node, settings, open: AtomicUsize::new(0), several, table, compiling: Mutex::new(()), shared }
+        let (open, stalled) = (AtomicUsize::new(0), StalledRequests::default());
+        Self { node, settings, open, several, stalled, table, compiling: Mutex::new(()), shared }
     }
 
-    /// Takes a place for one more request of a service, while there are any.
+    /// Takes a place for one more request of a service, while there are any, or one that waits for its client makes room. Where
+    /// the service has a limit of its own, none does.
     pub fn place(self: &Arc<Self>, route: &Route) -> Result<RequestPermit, Overflow> {
-        let permit = RequestPermit { table: self.clone(), of_service: route.open.clone() };
+        let permit = RequestPermit(Some((self.clone(), route.open.clone())));
         let open = (self.open.fetch_add(1, Relaxed), route.open.fetch_add(1, Relaxed));
         let max = self.settings.requests_max;
         let max_of_service = match route.serving.spec.limits.max_requests {
@@ -261,17 +272,23 @@ impl RoutingTable {
             None if self.several.load(Relaxed) => (max - max / 4).max(1),
             None => usize::MAX,
         };
+        let is_strict = route.serving.spec.limits.max_requests.is_some();
         match open {
-            (_, open) if open >= max_of_service => {
+            (_, open) if open >= max_of_service && (is_strict || !self.stalled.evict()) => {
                 self.overflows(route, "service");
                 Err(Overflow::Service(route.service.clone()))
             }
-            (open, _) if open >= max => {
+            (open, _) if open >= max && !self.stalled.evict() => {
                 self.overflows(route, "node");
                 Err(Overflow::Node)
             }
             _ => Ok(permit),
         }
+    }
+
+    /// Returns true while so many requests are open that those which wait for their clients are noted.
+    pub fn is_crowded(&self) -> bool {
+        self.open.load(Relaxed) > self.settings.requests_max / 2
     }
 
     /// Counts a request for which there was no place; `limit` says where.

@@ -548,7 +548,7 @@ async fn a_connection_that_comes_after_the_rollback_carries_no_request() {
         let stable = answering(OK).await;
         let (full, _first) = full_port();
         let canary = full.local_addr().unwrap();
-        let settings = ProxySettings { connect_timeout_ms: 5_000, ..settings() };
+        let settings = ProxySettings { connect_timeout_ms: 5_000, first_byte_timeout_ms: 5_000, ..settings() };
         let world = world_with(view(Some(stable), Some(canary), 10_000), settings).await;
         let asked = tokio::spawn(served_by_way(world.address, http2));
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -584,7 +584,7 @@ async fn streaming() -> SocketAddr {
 
 /// Opens an endless answer at a proxy, and returns how long it lasted.
 async fn lasted(address: SocketAddr, http2: bool, more: &str) -> Duration {
-    let began = std::time::Instant::now();
+    let began = tokio::time::Instant::now();
     if http2 {
         let (sender, connection) = h2::client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap();
         tokio::spawn(connection);
@@ -642,4 +642,67 @@ async fn what_stays_at_the_canary_ends_a_while_after_its_rollback() {
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     assert!(open.iter().all(|open| !open.is_finished()), "what is at the version that became stable stays");
     open.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test]
+async fn idle_connections_make_room_for_a_client_that_asks() {
+    let settings = ProxySettings { connections_max: 4, ..settings() };
+    let world = world_with(view(Some(answering(OK).await), None, 0), settings).await;
+    let mut idle = Vec::new();
+    for _ in 0..6 {
+        let mut stream = TcpStream::connect(world.address).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let answer = timeout(SOON, head(&mut stream)).await.expect("a place within seconds");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        idle.push(stream);
+    }
+    let mut senders = Vec::new();
+    for _ in 0..6 {
+        let mut sender = timeout(SOON, http2(&world)).await.expect("a place within seconds");
+        let (answer, _) = sender.send_request(Request::get("http://x/").body(()).unwrap(), true).unwrap();
+        assert_eq!(timeout(SOON, answer).await.expect("a place within seconds").unwrap().status(), 200);
+        senders.push(sender);
+    }
+}
+
+#[tokio::test]
+async fn requests_that_wait_for_their_clients_make_room() {
+    let settings = ProxySettings { requests_max: 4, first_byte_timeout_ms: 30_000, ..settings() };
+    let large = upstream(|mut stream| async move {
+        while head(&mut stream).await.contains("GET /large") {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10000000\r\n\r\n").await;
+            let _ = stream.write_all(&vec![7; 10_000_000]).await;
+        }
+        let _ = stream.write_all(OK.as_bytes()).await;
+    });
+    let world = world_with(view(Some(large.await), None, 0), settings).await;
+    let mut held = Vec::new();
+    for request in
+        ["GET /large HTTP/1.1\r\nhost: x\r\n\r\n", "POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nhalf"]
+    {
+        for _ in 0..4 {
+            let mut stream = TcpStream::connect(world.address).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            held.push(stream);
+            // Until what the client doesn't take fills the buffers between, and longer than it is waited for.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let answer = world.get("/", "").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "after {request}: {answer}");
+    }
+    let mut senders = Vec::new();
+    for path in ["http://x/large", "http://x/"] {
+        for _ in 0..4 {
+            let stream = TcpStream::connect(world.address).await.unwrap();
+            let mut builder = h2::client::Builder::new();
+            let (mut sender, connection) = builder.initial_window_size(0).handshake::<_, Bytes>(stream).await.unwrap();
+            tokio::spawn(connection);
+            let request = Request::builder().method(if path.ends_with('e') { "GET" } else { "POST" }).uri(path);
+            let stays = sender.send_request(request.body(()).unwrap(), path.ends_with('e')).unwrap();
+            senders.push((sender, stays));
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let answer = world.get("/", "").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "after HTTP/2 to {path}: {answer}");
+    }
 }

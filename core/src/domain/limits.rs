@@ -115,6 +115,25 @@ pub const METRICS_MAX: usize = 32;
 pub const QUERIES_MAX: usize = 16;
 /// Most bytes of a whole rollout, as JSON: it is in a record, in messages and twice in the ledger.
 pub const SPEC_BYTES_MAX: usize = 24 * 1024;
+/// Most bytes of one encoded value: of a message between nodes, of an acceptor state, and of an entry of the journal. What is
+/// written and sent is read back with the same limit.
+pub const VALUE_BYTES_MAX: usize = 64 * 1024;
+/// Most bytes of a record, which is a part of each of these values: the rest is for what stands beside it, such as ballots.
+/// Proposer and voters hold a proposal to it, so that nothing is accepted that can't be written, sent and read.
+pub const RECORD_BYTES_MAX: usize = VALUE_BYTES_MAX - 8 * 1024;
+/// Most bytes of an encoded ledger, hence of a checkpoint: what can be read back from disk and from a peer.
+pub const LEDGER_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Most services that a cluster knows.
+pub const SERVICES_MAX: usize = 10_000;
+/// Most bytes that the rollouts of all services may need in the ledger: half of [`LEDGER_BYTES_MAX`]. The other half
+/// is for what needs no permission to grow: the outcomes of transactions, and each service's state and reasons.
+pub const SPECS_BYTES_MAX: usize = LEDGER_BYTES_MAX / 2;
+
+// A record holds a rollout once, with room for as much again: its certificate, reasons and names.
+const _: () = assert!(2 * SPEC_BYTES_MAX <= RECORD_BYTES_MAX);
+// A few rollouts of the largest size leave room for those of all other services.
+const _: () = assert!(SPECS_BYTES_MAX >= 1_000 * SPEC_BYTES_MAX && SPECS_BYTES_MAX / SERVICES_MAX >= 3_000);
+
 /// Most bytes of a probe's path.
 pub const PROBE_PATH_BYTES_MAX: usize = 1_024;
 /// Most bytes of a query to another system.

@@ -13,6 +13,7 @@ use crate::proxy::deadline::Deadline;
 use crate::proxy::dispose::Routed;
 use crate::proxy::policy;
 use crate::proxy::request::Protocol;
+use crate::proxy::stall::StalledRequest;
 use crate::proxy::stay::{CanaryStay, during, may_go};
 use crate::proxy::upstream::{InFlightGuard, Pool};
 use crate::proxy::wire::{self, Delivery, ResponseFields, Room};
@@ -24,6 +25,8 @@ use super::request::{FastFailure, FastRequest, count};
 const AHEAD_BYTES_MAX: usize = 16 * 1024;
 
 const CUT: BadMessage = BadMessage { status: 408, why: "the request's body broke off" };
+const NEEDED: BadMessage =
+    BadMessage { status: 503, why: "the request waited for its client, and others needed its place" };
 const STOPPED: BadMessage = BadMessage { status: 408, why: "the request's body stopped coming" };
 
 /// How an exchange ended whose answer had begun.
@@ -96,6 +99,7 @@ where
         delivery: Delivery::AsItCame,
         stays_open: false,
         closes: false,
+        stalled: None,
         back: Vec::new(),
         returned: 0,
         body_bytes: 0,
@@ -141,6 +145,8 @@ struct Exchange<'x, S> {
     stays_open: bool,
     /// The client was told that this was the last answer.
     closes: bool,
+    /// It waits for its client, while others need places.
+    stalled: Option<StalledRequest>,
     /// Bytes that the client has not accepted yet.
     back: Vec<u8>,
     returned: usize,
@@ -169,7 +175,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             if self.watch.is_over() {
                 return Poll::Ready(self.too_late());
             }
-            return Poll::Pending;
+            if before {
+                self.stalled = None;
+            }
+            return if self.is_evicted(cx) { Poll::Ready(self.evicted()) } else { Poll::Pending };
         }
     }
 
@@ -397,6 +406,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
         }
     }
 
+    /// Returns true when the client is waited for and others need the place.
+    fn is_evicted(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.stalled.is_none() {
+            if !(self.worker.router.is_crowded() && self.awaits_client()) {
+                return false;
+            }
+            self.stalled = Some(self.worker.router.stalled.waits());
+        }
+        self.stalled.as_ref().is_some_and(|stalled| stalled.poll_evicted(cx).is_ready())
+    }
+
+    fn evicted(&mut self) -> Result<ExchangeEnd, FastFailure> {
+        match self.status {
+            0 => Err(FastFailure::Client(NEEDED)),
+            _ => Ok(ExchangeEnd::Gone),
+        }
+    }
+
+    /// Returns true when the server took all that came, and the client has more to send, or leaves unread what it was sent.
+    fn awaits_client(&self) -> bool {
+        self.returned < self.back.len() || self.awaits_upload()
+    }
+
+    fn awaits_upload(&self) -> bool {
+        self.sent == self.request.out.len() && !self.request.body.has_ended() && !self.deaf
+    }
+
     /// Ends what may not stay at the canary.
     fn overstayed(&mut self) -> Result<ExchangeEnd, FastFailure> {
         match self.status {
@@ -416,7 +452,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
     }
 
     fn too_late(&mut self) -> Result<ExchangeEnd, FastFailure> {
-        let awaited = self.sent == self.request.out.len() && !self.request.body.has_ended() && !self.deaf;
+        let awaited = self.awaits_upload();
         match (self.returned < self.back.len(), self.status) {
             (true, _) => Ok(ExchangeEnd::Gone),
             (false, 0) if awaited => Err(FastFailure::Client(STOPPED)),
@@ -444,6 +480,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             self.worker.keep(self.in_flight.server.id, self.upstream, self.life_ends_ms);
         }
         if !sent {
+            self.request.routed.permit.give_back();
             self.client.linger(self.worker, self.watch).await;
         }
         let stays = sent && !self.closes && (!self.client.ended || !self.client.ahead.is_empty());

@@ -63,6 +63,7 @@ where
         entry.answered_itself(&answer);
     }
     worker.say(&mut client.stream, &answer, how).await;
+    request.routed.permit.give_back();
     if close && !client.ended {
         client.linger(worker, watch).await;
     }

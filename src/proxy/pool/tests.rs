@@ -104,7 +104,7 @@ where
 }
 
 async fn status(pool: &Http2Pool, upstream: &Upstream) -> Result<u16, StreamFailure> {
-    let answered = timeout(SOON, send(&pool, &upstream.server, get())).await.expect("an answer, or a failure");
+    let answered = timeout(SOON, send(pool, &upstream.server, get())).await.expect("an answer, or a failure");
     Ok(answered?.status().as_u16())
 }
 

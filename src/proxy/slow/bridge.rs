@@ -324,7 +324,16 @@ async fn send<S: AsyncRead + AsyncWrite + Unpin>(
     out: &mut Vec<u8>,
 ) -> io::Result<()> {
     let limit = Duration::from_millis(worker.settings().unread_timeout_ms);
-    let sent = timeout(limit, writer.write_all(out)).await;
+    let mut written = pin!(timeout(limit, writer.write_all(out)));
+    let mut stalled = None;
+    let sent = std::future::poll_fn(|cx| {
+        if let Poll::Ready(sent) = written.as_mut().poll(cx) {
+            return Poll::Ready(sent.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())));
+        }
+        let stalled = stalled.get_or_insert_with(|| worker.router.stalled.waits());
+        stalled.poll_evicted(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
+    });
+    let sent = sent.await;
     out.clear();
-    sent.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    sent
 }

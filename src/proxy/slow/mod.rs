@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,6 +26,7 @@ use super::dispose::Routed;
 use super::failure::{SendFailure, WITHDRAWN};
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
 use super::pool::Hints;
+use super::stall::StalledRequest;
 use super::stay::{CanaryStay, during, may_go};
 use super::table::{Route, SideChoice};
 use super::timeouts::TimeLimits;
@@ -148,7 +150,7 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
                 let stay = CanaryStay::at(&route, to);
                 let sent = {
                     let may_go = || may_go(&worker.router, &route, to);
-                    let terms = Terms { limits, end, is_repeat, hints };
+                    let terms = AttemptTerms { limits, end, is_repeat, hints };
                     let sending = pin!(attempt(worker, &head, &in_flight.server, upload, terms, may_go));
                     during(worker, stay.as_ref(), sending).await
                 };
@@ -229,7 +231,7 @@ fn told(failure: &SlowFailure, pool: &Pool, limit_ms: u64) -> String {
 }
 
 /// What an attempt is bound by.
-struct Terms<'t> {
+struct AttemptTerms<'t> {
     /// How long the request may take.
     limits: TimeLimits,
     /// When everything must be over, if there is a limit.
@@ -246,17 +248,25 @@ async fn attempt(
     head: &Head,
     server: &Arc<Server>,
     upload: &Upload,
-    terms: Terms<'_>,
+    terms: AttemptTerms<'_>,
     may_go: impl Fn() -> bool,
 ) -> Result<Response<UpstreamBody>, SlowFailure> {
-    let Terms { limits, end, is_repeat, hints } = terms;
+    let AttemptTerms { limits, end, is_repeat, hints } = terms;
     let failure = |kind, why: &str| SlowFailure { kind, why: why.to_string() };
     if head.asked.wants_websocket {
         return Err(failure(FailureKind::Unsupported, "servers of HTTP/2 take no WebSocket from this proxy"));
     }
     let limit = Duration::from_millis(limits.first_byte_ms);
     let sending = pin!(send::send(worker, server, head, upload.lend(), is_repeat, hints, may_go));
-    let answered = in_time(limit, upload, end, sending).await;
+    let stalled = upload.is_open().then(|| {
+        let upload = upload.clone();
+        worker.router.stalled.may_wait(Box::new(move || upload.awaited_since()))
+    });
+    let answered = tokio::select! {
+        biased;
+        answered = in_time(limit, upload, end, sending) => answered,
+        () = evicted(stalled.as_ref()) => return Err(failure(FailureKind::Client, "others needed the request's place")),
+    };
     let state = upload.state().0;
     match answered {
         Some(Ok(answer)) => {
@@ -271,6 +281,11 @@ async fn attempt(
         None if state == UploadState::Awaited => Err(failure(FailureKind::Client, "the request's body stopped coming")),
         None => Err(failure(FailureKind::Late, "")),
     }
+}
+
+/// Returns when a request that waits for its client is to make room; never where it doesn't wait.
+async fn evicted(stalled: Option<&StalledRequest>) {
+    std::future::poll_fn(|cx| stalled.map_or(Poll::Pending, |stalled| stalled.poll_evicted(cx))).await;
 }
 
 /// Returns a map's fields as heads are read.

@@ -117,6 +117,17 @@ impl Upload {
         (shared.state, shared.moved)
     }
 
+    /// Returns since when the client is waited for; none while it is not.
+    pub fn awaited_since(&self) -> Option<Instant> {
+        let shared = self.shared();
+        (shared.state == UploadState::Awaited).then_some(shared.moved)
+    }
+
+    /// Returns true while more of it may come from the client.
+    pub fn is_open(&self) -> bool {
+        !self.shared().source.has_ended()
+    }
+
     /// Waits until a server wants the body, which is when a client that waits for 100 (Continue) gets it.
     pub fn poll_wanted(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut shared = self.shared();

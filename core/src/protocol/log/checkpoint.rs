@@ -4,14 +4,16 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::ids::ServiceId;
+use crate::domain::limits::{LEDGER_BYTES_MAX, VALUE_BYTES_MAX};
 use crate::protocol::feature::Feature;
 
 use super::codec::{self, DecodeError};
-use super::ledger::{LEDGER_BYTES_MAX, Ledger};
+use super::ledger::Ledger;
 use super::record::{Hash, Slot};
 
 /// Bytes of a part, as it crosses the wire: what fits into a frame with room to spare.
 pub const PART_BYTES: usize = 48 * 1024;
+const _: () = assert!(PART_BYTES + 8 * 1024 <= VALUE_BYTES_MAX);
 /// Most bytes of a checkpoint, which is an encoded ledger.
 pub const CHECKPOINT_BYTES_MAX: usize = LEDGER_BYTES_MAX;
 

@@ -6,8 +6,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Most bytes of one encoded value: the limit of a frame after HELLO.
-pub const VALUE_BYTES_MAX: usize = 64 * 1024;
+pub use crate::domain::limits::VALUE_BYTES_MAX;
 
 /// Why bytes are no value.
 #[derive(Debug, thiserror::Error)]

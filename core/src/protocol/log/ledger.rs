@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::apply::check_stable;
 use crate::domain::ids::{ClusterId, Incarnation, NodeId, ServiceId, TxId};
+use crate::domain::limits::{RECORD_BYTES_MAX, SERVICES_MAX, SPECS_BYTES_MAX};
 use crate::domain::plan::Manifest;
 use crate::domain::rollout::{Change, ChangeError, Phase, Service, Stamp};
 use crate::domain::routing::RoutingState;
@@ -22,14 +23,6 @@ use super::record::{
 /// Transactions whose outcome is remembered: those of this many last slots. A key that comes back later than that is
 /// a new transaction.
 pub const SETTLED_MAX: usize = 16_384;
-
-/// Most bytes of an encoded ledger: what can be read back from disk and from a peer. The other bounds follow from it.
-pub const LEDGER_BYTES_MAX: usize = 64 * 1024 * 1024;
-/// Most services that a cluster knows.
-pub const SERVICES_MAX: usize = 10_000;
-/// Most bytes that the rollouts of all services may need in the ledger: half of [`LEDGER_BYTES_MAX`]. The other half
-/// is for what needs no permission to grow: the outcomes of transactions, and each service's state and reasons.
-pub const SPECS_BYTES_MAX: usize = LEDGER_BYTES_MAX / 2;
 
 /// How a transaction ended, kept for clients that repeat its key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,6 +149,12 @@ pub enum RecordError {
         /// The bytes that they would need.
         found: usize,
     },
+    /// The record is larger than what is written, sent and read.
+    #[error("the record has {found} bytes, expected at most {RECORD_BYTES_MAX}")]
+    Record {
+        /// Bytes of its encoding.
+        found: usize,
+    },
     /// The service is the default already.
     #[error("service {0} is the default already")]
     Default(ServiceId),
@@ -197,6 +196,14 @@ pub struct Ledger {
 
 /// Returns the bytes that a rollout may need in the ledger: its service holds it twice while its last increase can be
 /// undone.
+/// Checks that a record can be written, sent and read.
+fn check_size(record: &Record) -> Result<(), RecordError> {
+    match codec::encode(record).len() {
+        found if found > RECORD_BYTES_MAX => Err(RecordError::Record { found }),
+        _ => Ok(()),
+    }
+}
+
 fn bytes_of(spec: &Manifest) -> usize {
     2 * codec::encode(spec).len()
 }
@@ -285,12 +292,15 @@ impl Ledger {
         certificate: Option<super::record::Certificate>,
     ) -> Result<Record, RecordError> {
         self.check_start(&intent.operation)?;
-        self.record_of(intent, certificate)
+        let record = self.record_of(intent, certificate)?;
+        check_size(&record)?;
+        Ok(record)
     }
 
     /// Checks that a voter may accept a proposed record: it may be the next one, and what it starts may start.
     pub fn check_proposal(&self, record: &Record) -> Result<(), RecordError> {
         self.check(record)?;
+        check_size(record)?;
         self.check_start(&record.intent.operation)
     }
 

@@ -240,6 +240,7 @@ pub struct ServiceVerdict {
 
 /// Most verdicts in one record, and most bytes of them all: what fits into a frame with room to spare.
 pub const VERDICTS_MAX: (usize, usize) = (256, 32 * 1024);
+const _: () = assert!(VERDICTS_MAX.1 < crate::domain::limits::RECORD_BYTES_MAX);
 
 /// What a record is about, for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -1,10 +1,11 @@
 //! What the ledger holds stays small enough to be read back.
 
 use super::*;
+use crate::domain::limits::{RECORD_BYTES_MAX, SERVICES_MAX, SPECS_BYTES_MAX};
 use crate::domain::rollout::Change;
 use crate::domain::routing::RoutingState;
 use crate::protocol::checkpoint::CHECKPOINT_BYTES_MAX;
-use crate::protocol::ledger::{RecordError, SERVICES_MAX, SPECS_BYTES_MAX};
+use crate::protocol::ledger::RecordError;
 use crate::protocol::record::Certificate;
 
 /// Returns a rollout of service `s{number}` with a note of so many bytes.
@@ -103,4 +104,23 @@ fn a_ledger_that_could_not_be_read_back_is_no_checkpoint() {
     service_state.service.rollout.reason = "x".repeat(CHECKPOINT_BYTES_MAX);
     let refused = Checkpoint::of(&ledger).unwrap_err().to_string();
     assert!(refused.ends_with(&format!("bytes, expected at most {CHECKPOINT_BYTES_MAX}")), "{refused}");
+}
+
+#[test]
+fn a_record_that_could_not_be_sent_is_refused_by_proposer_and_voter() {
+    let ledger = Ledger::new(&genesis()).unwrap();
+    let (mut intent, record) = start(&ledger, 0, 1);
+    let bytes = codec::encode(&record.unwrap()).len();
+    // What nothing else bounds, to the byte; its length takes two bytes more than the short one's did.
+    intent.actor = "x".repeat(RECORD_BYTES_MAX - bytes + intent.actor.len() - 2);
+    let record = ledger.next_record(intent.clone(), None).unwrap();
+    assert_eq!(codec::encode(&record).len(), RECORD_BYTES_MAX);
+    intent.actor.push('x');
+    let refused = ledger.next_record(intent.clone(), None).unwrap_err();
+    assert_eq!(refused, RecordError::Record { found: RECORD_BYTES_MAX + 1 });
+    // The one that fits has no room for its certificate.
+    let yes: BTreeMap<_, _> = ["a", "b", "c"].map(|name| (node(name), "healthy".to_string())).into();
+    let ballot = Ballot { round: 1, node: node("a"), incarnation: Incarnation(1), boot: 1 };
+    let record = Record { certificate: Some(Certificate { ballot, yes }), ..record };
+    assert!(matches!(ledger.check_proposal(&record), Err(RecordError::Record { found }) if found > RECORD_BYTES_MAX));
 }
