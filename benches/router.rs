@@ -12,6 +12,7 @@ use std::time::Duration;
 use aviary::adapters::clock::BootClock;
 use aviary::adapters::kafka::{KafkaBroker, TopicNames};
 use aviary::config::node::Kafka;
+use aviary::domain::assignment::TicketHash;
 use aviary::domain::router_state::HookCall;
 use aviary::domain::side::Side;
 use aviary::domain::time::Mono;
@@ -160,7 +161,7 @@ impl Contender {
                     KafkaBroker::new(&Kafka::at(&topics.bootstrap), names, Arc::new(BootClock)).expect("a broker");
                 broker.prepare().expect("topics");
                 let plan = Plan {
-                    salt: 7,
+                    hash: TicketHash::Salted(7),
                     keyed: true,
                     weight: Weight::from_bp(WEIGHT_BP).expect("a weight"),
                     lag_max: None,

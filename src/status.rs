@@ -224,6 +224,7 @@ pub fn routing_view(node: &NodeHandle, service: &ServiceId) -> Option<RoutingVie
         stage: rollout.stage,
         stages: rollout.spec.stages.len(),
         rollout_generation: rollout.rollout_generation,
+        assignment: rollout.spec.assignment(),
         reason: rollout.reason.clone(),
         waits_for_operator: rollout.waits_for_operator(),
         waiting_for: waiting_for.clone(),

@@ -12,13 +12,14 @@ use serde::Deserialize;
 use crate::code::Code;
 use crate::domain::apply::Standing;
 use crate::domain::ids::ServiceId;
+use crate::domain::rollout::Service;
 use crate::model::{
     ClusterMember, ClusterOutsider, ClusterView, FeatureView, History, HistoryEntry, Problem, RolloutList,
     RolloutMetadata, RolloutView, Selector,
 };
 use crate::protocol::feature::Feature;
 use crate::protocol::record::{Chosen, Operation, Slot};
-use crate::protocol::{Hold, ServiceView};
+use crate::protocol::{Hold, ServiceView, View};
 use crate::status::{self, Port};
 
 use super::state::{ApiState, error};
@@ -190,11 +191,13 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
             let build = state.node.greetings.of(&node).map(|greeting| greeting.build().to_string());
             (node, build)
         });
+        let used_by = used_by(&view, feature);
         FeatureView {
             name: feature.name().into(),
             protocol: feature.protocol(),
             release: feature.release().into(),
-            used: view.uses.contains(&feature),
+            used: view.uses.contains(&feature) || !used_by.is_empty(),
+            used_by,
             waits_for: waits_for.collect(),
         }
     });
@@ -240,4 +243,15 @@ pub async fn cluster(State(state): State<ApiState>) -> Json<ClusterView> {
         outsiders: outsiders.collect(),
         members: members.collect(),
     })
+}
+
+/// Returns the services whose rollout under way can't go on at a member that doesn't know the feature.
+fn used_by(view: &View, feature: Feature) -> Vec<ServiceId> {
+    let uses = |service: &Service| match feature {
+        Feature::DefaultService => false,
+        Feature::RolloutSalt => {
+            service.rollout.phase.is_active() && service.rollout.spec.assignment().salt_slot.is_some()
+        }
+    };
+    view.services.iter().filter(|(_, shown)| uses(&shown.service)).map(|(id, _)| id.clone()).collect()
 }

@@ -186,6 +186,7 @@ mod tests {
             stage: 0,
             stages: 2,
             rollout_generation: generation,
+            assignment: Default::default(),
             reason: String::new(),
             waits_for_operator: phase == Phase::Paused,
             waiting_for: String::new(),

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::output::{self, Format};
 use super::{Exit, read};
 use crate::client::Api;
-use crate::domain::ids::NodeId;
+use crate::domain::ids::{NodeId, ServiceId};
 use crate::model::{ClusterView, FeatureView};
 use crate::protocol::Mode;
 
@@ -158,17 +158,27 @@ fn obstacles(cluster: &ClusterView, direction: Direction) -> Vec<Obstacle> {
     found
 }
 
-/// Returns what keeps the nodes from going back: the log made use of what the version before can't read.
+/// Returns what keeps the nodes from going back: the log made use of what the version before can't read, or a rollout under way
+/// of what that version gives no traffic to.
 fn used(cluster: &ClusterView) -> Vec<Obstacle> {
-    let used = cluster.features.iter().filter(|feature| feature.used);
-    let obstacle = |feature: &FeatureView| Obstacle {
-        what: format!(
-            "feature {} was used: versions before aviary {} can't read the log",
-            feature.name, feature.release
-        ),
-        cure: "stay, or restore a backup from before into a new cluster of that version: aviary cluster restore".into(),
+    let obstacle = |feature: &FeatureView| {
+        let FeatureView { name, release, used_by, .. } = feature;
+        if used_by.is_empty() {
+            let what = format!("feature {name} was used: versions before aviary {release} can't read the log");
+            let cure =
+                "stay, or restore a backup from before into a new cluster of that version: aviary cluster restore";
+            return vec![Obstacle { what, cure: cure.into() }];
+        }
+        let of = |service: &ServiceId| Obstacle {
+            what: format!(
+                "the rollout of {service} uses feature {name}: versions before aviary {release} refuse to vote for it, and \
+                 give its canary no traffic"
+            ),
+            cure: format!("aviary watch {service} until it ends, or: aviary abort {service}"),
+        };
+        used_by.iter().map(of).collect()
     };
-    used.map(obstacle).collect()
+    cluster.features.iter().filter(|feature| feature.used).flat_map(obstacle).collect()
 }
 
 /// Returns what is wrong if nodes speak different protocol versions: an upgrade is under way, and the next version would meet
@@ -299,6 +309,17 @@ mod tests {
         let cure = "stay, or restore a backup from before into a new cluster of that version: aviary cluster restore";
         assert_eq!(used, format!("feature x was used: versions before aviary 0.3.0 can't read the log => {cure}"));
         assert_eq!(cluster(|json| json["features"][0]["used"] = true.into()), Vec::<String>::new());
+        let by_rollouts = down(|json| {
+            json["features"][0]["used"] = true.into();
+            json["features"][0]["used_by"] = json!(["fraud", "shop"]);
+        });
+        let of = |service: &str| {
+            format!(
+                "the rollout of {service} uses feature x: versions before aviary 0.3.0 refuse to vote for it, and give its \
+                 canary no traffic => aviary watch {service} until it ends, or: aviary abort {service}"
+            )
+        };
+        assert_eq!(by_rollouts, [of("fraud"), of("shop")].join("; "));
     }
 
     #[test]

@@ -58,6 +58,7 @@ pub fn recorded(manifest: &serde_json::Value) -> Result<Manifest, RolloutProblem
 mod tests {
     use super::*;
     use crate::domain::analysis::{Limit, Statistic};
+    use crate::domain::assignment::{HashFunction, Salt};
     use crate::domain::plan::{HashOn, HealthCheck, OnPartition};
 
     const GOOD: &str = r#"
@@ -108,6 +109,14 @@ spec:
         let routed = |from: &str, to: &str| parse(&GOOD.replacen(from, to, 1), "r.yaml").unwrap();
         assert_eq!(routed("header: X-User-ID", "cookie: Sid").hash_on, Some(HashOn::Cookie("Sid".into())));
         assert_eq!(routed("header: X-User-ID", "clientAddress: true").hash_on, Some(HashOn::ClientAddress));
+        let salted = |keys: &str| {
+            let spec = routed("header: X-User-ID", &format!("header: X-User-ID, {keys}"));
+            (spec.hash_function, spec.salt)
+        };
+        assert_eq!((spec.hash_function, spec.salt), (HashFunction::Xxh3, Salt::Unsaid));
+        assert_eq!(salted("salt: rollout"), (HashFunction::Xxh3, Salt::Rollout(None)));
+        assert_eq!(salted("salt: rollout, saltSlot: 7"), (HashFunction::Xxh3, Salt::Rollout(Some(7))));
+        assert_eq!(salted("salt: none, function: xxh64"), (HashFunction::Xxh64, Salt::None));
         assert_eq!(routed("match: [", "mirror: { percent: 12.5 }\n    match: [").mirror.bp(), 1_250);
         let well =
             &routed("version: v1,", "version: v1, healthCheck: { path: /ok, interval: 2s },").stable.health_check;
@@ -261,6 +270,11 @@ spec:
             "r.yaml: spec.steps: step 5: weights name v2, expected v1 and v1"
         );
         assert!(complaint("kind: Rollout", "kind: Deployment").contains("expected \"Rollout\""));
+        let hashed = |keys: &str| complaint("header: X-User-ID", &format!("header: X-User-ID, {keys}"));
+        assert!(hashed("salt: rollout, function: xxh64").contains("expected function: xxh3, or no salt"));
+        assert!(hashed("saltSlot: 3").contains("found saltSlot, which the cluster writes, without salt: rollout"));
+        assert!(hashed("salt: none, saltSlot: 3").contains("found saltSlot"));
+        assert!(hashed("function: md5").contains("md5") && hashed("salt: service").contains("service"));
         assert!(complaint("{ X-Canary: { exact: always } }", "{}").contains("names no header"));
         assert!(complaint("header: X-User-ID", "header: \"X User\"").contains("expected letters, digits and hyphens"));
         assert!(complaint("http://127.0.0.1:9101", "http://127.0.0.1").contains("expected http://host:port"));

@@ -57,8 +57,11 @@ pub struct FeatureView {
     pub protocol: u16,
     /// First release that knows it.
     pub release: String,
-    /// True once the log made use of it: no member can go back behind that release.
+    /// True while no member can go back behind that release: the log made use of it, or those of `used_by` do.
     pub used: bool,
+    /// Services whose rollout under way makes use of it; empty where the log as a whole does.
+    #[serde(default)]
+    pub used_by: Vec<ServiceId>,
     /// Members that don't know it yet, each with its build if it told that.
     pub waits_for: BTreeMap<NodeId, Option<String>>,
 }

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::domain::assignment::UserAssignment;
 use crate::domain::ids::{NodeId, ServiceId, TxId, VersionId};
 use crate::domain::plan::{Backend, RolloutSpec};
 use crate::domain::rollout::Phase;
@@ -40,6 +41,9 @@ pub struct RoutingView {
     /// Routing version that the rollout began with, which tells it from other rollouts of the service; 0 by a node of an earlier build.
     #[serde(default)]
     pub rollout_generation: u64,
+    /// How its users are assigned; the service's own salt by a node of an earlier build.
+    #[serde(default)]
+    pub assignment: UserAssignment,
     /// Why the rollout is paused or was rolled back; empty where there is no reason.
     pub reason: String,
     /// True while the rollout goes on only when a person says so: it is paused, or at a step that waits for an operator.

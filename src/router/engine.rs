@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
+use crate::domain::assignment::TicketHash;
 use crate::domain::router_state::{
     ControlCommand, ControlEntry, HookCall, LostRange, Places, RolloutIdentity, RouterEnd, RouterPhase, RouterState,
 };
@@ -19,8 +20,8 @@ use crate::ports::{Assignment, Broker, Commit, Hooks, OutsideError, Place, Sourc
 /// Settings of a router's loop.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
-    /// Makes tickets of keys; the data plane's for a rollout of the same service.
-    pub salt: u64,
+    /// Makes tickets of keys where no cluster is followed; the data plane's for a rollout of the same service without a salt.
+    pub hash: TicketHash,
     /// Whether a key decides who gets a record; else each record is drawn for itself.
     pub keyed: bool,
     /// The canary's share until another is asked for.
@@ -42,6 +43,8 @@ pub struct CommittedWeight {
     pub weight: Weight,
     /// Routing version of that share.
     pub weight_version: u64,
+    /// Makes tickets of keys, as the data plane does for the rollout's users.
+    pub hash: TicketHash,
     /// Set once the rollout is over.
     pub end: Option<RouterEnd>,
 }
@@ -542,6 +545,10 @@ impl Engine {
             self.broker.seek(&state.next)?;
             state.reads = true;
         }
+        let hash = match steering {
+            Steering::Cluster(Some(committed)) => committed.hash,
+            Steering::Cluster(None) | Steering::Alone => plan.hash,
+        };
         let held: Vec<bool> = state.splits.iter().map(|split| is_held(split, now_ms, plan.change_ms_max)).collect();
         let (splits, next) = (&mut state.splits, &mut state.next);
         let copied = self.broker.copy(plan.interval, plan.batch_max, &held, &mut |record: SourceRecord<'_>| {
@@ -549,7 +556,7 @@ impl Engine {
             next[record.partition] = record.offset + 1;
             changed[record.partition] = true;
             let key = record.key.filter(|_| plan.keyed);
-            let ticket = Ticket::of(plan.salt, key, record.partition, record.offset);
+            let ticket = Ticket::of(hash, key, record.partition, record.offset);
             let split = &mut splits[record.partition];
             Assignment { side: split.take(ticket), weight_version: split.weight().1 }
         })?;

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tracing::warn;
 
 use crate::backoff::Backoff;
+use crate::domain::assignment::TicketHash;
 use crate::domain::side::Side;
 use crate::domain::split::Ticket;
 use crate::domain::weights::Weight;
@@ -29,8 +30,6 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
 /// Settings of push mode, from the router's file.
 #[derive(Debug, Clone)]
 pub struct PushPlan {
-    /// Makes tickets of keys; the data plane's for a rollout of the same service.
-    pub salt: u64,
     /// Whether a key decides who gets a record.
     pub keyed: bool,
     /// How many answers that fail a record may get before it is given up. A post without an answer says nothing of it.
@@ -98,30 +97,31 @@ impl Pusher {
         Ok(Self { source, post, plan, batch: None, runtime })
     }
 
-    /// Posts a batch of records under this weight, until each is done or given up, and commits it.
+    /// Posts a batch of records under this weight, until each is done or given up, and commits it. `hash` makes tickets of keys, as
+    /// the data plane does for the service's rollout.
     ///
     /// # Errors
     /// When records can't be read or committed. A dead letter that can't be written is told in the result.
-    pub fn turn(&mut self, weight: Weight) -> Result<Pushed, OutsideError> {
+    pub fn turn(&mut self, weight: Weight, hash: TicketHash) -> Result<Pushed, OutsideError> {
         let mut pushed = Pushed::default();
         if self.batch.is_none() {
             let records = self.source.read(self.plan.interval, self.plan.batch_max)?;
             if records.is_empty() {
                 return Ok(pushed);
             }
-            self.batch = Some(self.post_all(records, weight, &mut pushed));
+            self.batch = Some(self.post_all(records, weight, hash, &mut pushed));
         }
         self.finish(&mut pushed)?;
         Ok(pushed)
     }
 
     /// Posts records until each is done or given up.
-    fn post_all(&mut self, records: Vec<Posted>, weight: Weight, pushed: &mut Pushed) -> Batch {
+    fn post_all(&mut self, records: Vec<Posted>, weight: Weight, hash: TicketHash, pushed: &mut Pushed) -> Batch {
         // The whole batch is one weight's.
         let mut shards: Vec<Vec<(Posted, Side)>> = vec![Vec::new(); self.plan.in_flight];
         for record in records.iter().cloned() {
             let key = record.key.as_deref().filter(|_| self.plan.keyed);
-            let side = Ticket::of(self.plan.salt, key, record.partition, record.offset).side(weight);
+            let side = Ticket::of(hash, key, record.partition, record.offset).side(weight);
             shards[shard(&record, self.plan.in_flight)].push((record, side));
         }
         let (post, attempts, silence) = (self.post.clone(), self.plan.attempts, Arc::new(AtomicBool::new(false)));
@@ -317,14 +317,14 @@ mod tests {
         let source = Box::new(Topic((0..40).map(record).collect(), told.clone(), letters_lost));
         let post = Arc::new(Plane(told.clone(), Mutex::default()));
         let interval = Duration::ZERO;
-        let plan = PushPlan { salt: 1, keyed: true, attempts: 3, in_flight: 3, batch_max: 40, interval };
+        let plan = PushPlan { keyed: true, attempts: 3, in_flight: 3, batch_max: 40, interval };
         (Pusher::new(source, post, plan).unwrap(), told)
     }
 
     #[test]
     fn records_are_committed_when_each_is_done_or_given_up_and_keys_keep_their_order() {
         let (mut pusher, told) = pusher(0);
-        let pushed = pusher.turn(Weight::from_bp(5000).unwrap()).unwrap();
+        let pushed = pusher.turn(Weight::from_bp(5000).unwrap(), TicketHash::Salted(1)).unwrap();
         assert_eq!((pushed.given_up, pushed.done.values().sum::<u64>()), (5, 35), "no answer uses up no attempt");
         let told = told.0.lock().unwrap();
         assert_eq!(told.last().unwrap(), "committed 40");
@@ -342,10 +342,11 @@ mod tests {
         let (mut pusher, told) = pusher(2);
         let weight = Weight::from_bp(5000).unwrap();
         for _ in 0..2 {
-            let blocked = pusher.turn(weight).unwrap().blocked.expect("the letter was not written");
+            let blocked =
+                pusher.turn(weight, TicketHash::Salted(1)).unwrap().blocked.expect("the letter was not written");
             assert_eq!(blocked.to_string(), "topic dead: too large");
         }
-        assert_eq!(pusher.turn(weight).unwrap().given_up, 5);
+        assert_eq!(pusher.turn(weight, TicketHash::Salted(1)).unwrap().given_up, 5);
         let told = told.0.lock().unwrap();
         let commits: Vec<&String> = told.iter().filter(|line| line.starts_with("committed")).collect();
         assert_eq!(commits, ["committed 7", "committed 40"], "what lies before the letter, once; then all");

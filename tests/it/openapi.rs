@@ -323,6 +323,7 @@ const PAIRS: &[Pair] = &[
             ("spec", "a brief of the manifest, for people"),
             ("stable", "what serves as stable; its version is stable_version, and the manifest has servers"),
             ("status", "what is in force is always committed"),
+            ("assignment", "follows from the manifest"),
         ],
         only_protobuf: &[
             ("labels", "of metadata"),

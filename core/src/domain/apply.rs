@@ -15,12 +15,14 @@
 //! | no rollout is under way | S is on other servers than serve | REFUSED |
 //! | no rollout is under way | any other | START |
 //!
-//! Files are of the same rollout when all is the same but for labels, annotations and the addresses of stable, as long as
+//! Files are of the same rollout when all is the same but for labels, annotations, a salt that the file doesn't ask for, and the
+//! addresses of stable, as long as
 //! those are where stable serves or where the last rollout's file had them: so that a loop that applies a file again and again
 //! goes on to be told the same after stable's servers were moved. What serves is told by the name of its version.
 
 use std::fmt;
 
+use super::assignment::Salt;
 use super::plan::{Backend, RolloutSpec};
 use super::rollout::{ChangeError, Phase, Rollout, Service};
 use super::weights::Weight;
@@ -143,9 +145,19 @@ impl Standing<'_> {
             labels: Default::default(),
             annotations: Default::default(),
             stable: Backend::new(spec.stable.version.clone(), Vec::new()),
+            salt: Salt::Unsaid,
             ..spec.clone()
         };
-        known && bare(last) == bare(file)
+        known && is_same_salt(last.salt, file.salt) && bare(last) == bare(file)
+    }
+}
+
+/// Returns true when a file asks for the salt that a rollout began with. One that says nothing takes what the cluster chose.
+fn is_same_salt(recorded: Salt, file: Salt) -> bool {
+    match file {
+        Salt::Unsaid => true,
+        Salt::None => !matches!(recorded, Salt::Rollout(_)),
+        Salt::Rollout(_) => matches!(recorded, Salt::Rollout(_)),
     }
 }
 
@@ -180,6 +192,14 @@ mod tests {
             ApplyEffect::Refused(ChangeError::StableServers { .. }) => "REFUSED servers",
             ApplyEffect::Refused(_) => "REFUSED",
         }
+    }
+
+    #[test]
+    fn a_file_that_leaves_the_salt_to_the_cluster_is_of_the_rollout_that_it_began() {
+        let asked = [Salt::Unsaid, Salt::None, Salt::Rollout(None), Salt::Rollout(Some(4))];
+        let same = |recorded| asked.map(|file| is_same_salt(recorded, file));
+        assert_eq!(same(Salt::Rollout(Some(3))), [true, false, true, true]);
+        assert_eq!(same(Salt::Unsaid), [true, true, false, false], "a recorded rollout that says nothing has none");
     }
 
     /// Every state (what serves and where, the last rollout's versions and stable's place in it, phase, ever served) and every

@@ -5,6 +5,7 @@
 
 pub mod analysis;
 pub mod apply;
+pub mod assignment;
 pub mod classes;
 pub mod ids;
 pub mod limits;

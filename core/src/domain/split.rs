@@ -5,8 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::assignment::TicketHash;
 use super::side::Side;
-use super::weights::{Weight, sticky_ticket};
+use super::weights::Weight;
 
 /// Tickets that move are looked at in this many groups, or fewer: each moves once its own records are read.
 const BUCKETS_MAX: u16 = 64;
@@ -25,14 +26,14 @@ pub struct Ticket {
 impl Ticket {
     /// Returns the ticket of a record: its key's, as in the data plane, so that records of one key keep their order. Without a key
     /// that matters, its place's: a uniform draw that replays alike.
-    pub fn of(salt: u64, key: Option<&[u8]>, partition: usize, offset: i64) -> Self {
+    pub fn of(hash: TicketHash, key: Option<&[u8]>, partition: usize, offset: i64) -> Self {
         let Some(key) = key else {
             let mut place = [0; 16];
             place[..8].copy_from_slice(&(partition as u64).to_le_bytes());
             place[8..].copy_from_slice(&offset.to_le_bytes());
-            return Self { value: sticky_ticket(salt, &place), keyed: false };
+            return Self { value: hash.ticket(&place), keyed: false };
         };
-        Self { value: sticky_ticket(salt, key), keyed: true }
+        Self { value: hash.ticket(key), keyed: true }
     }
 
     /// Returns whom the record goes to while the weight doesn't change.

@@ -14,30 +14,33 @@ pub const PROTOCOL: u16 = 9;
 pub enum Feature {
     /// The log says which service gets the requests that name none.
     DefaultService,
+    /// A rollout's users are salted with its start. A build that doesn't know it reads the log, and gives such a canary no traffic.
+    RolloutSalt,
 }
 
 impl Feature {
     /// All of them, the oldest first.
-    pub const ALL: [Self; 1] = [Self::DefaultService];
+    pub const ALL: [Self; 2] = [Self::DefaultService, Self::RolloutSalt];
 
     /// Returns its name, as people read it.
     pub fn name(self) -> &'static str {
         match self {
             Self::DefaultService => "default-service",
+            Self::RolloutSalt => "rollout-salt",
         }
     }
 
     /// Returns the protocol version that brought it. Who speaks it or a later one knows the feature.
     pub fn protocol(self) -> u16 {
         match self {
-            Self::DefaultService => 9,
+            Self::DefaultService | Self::RolloutSalt => 9,
         }
     }
 
     /// Returns the first release that knows it.
     pub fn release(self) -> &'static str {
         match self {
-            Self::DefaultService => "0.3.0",
+            Self::DefaultService | Self::RolloutSalt => "0.3.0",
         }
     }
 }

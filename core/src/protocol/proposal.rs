@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use crate::domain::apply::{ApplyEffect, Standing, effect_of_apply};
+use crate::domain::assignment::Salt;
 use crate::domain::ids::{Incarnation, NodeId, ServiceId};
-use crate::domain::plan::{Manifest, RolloutSpec};
+use crate::domain::plan::{Manifest, RolloutSpec, SpecError};
 use crate::domain::rollout::{Change, ChangeError, Phase, Service};
 
 use super::OperatorRequest;
@@ -177,7 +178,7 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
     let known = ctx.ledger.services.get(&id).map(|service_state| &service_state.service);
     let known_or = || known.ok_or_else(|| ChangeError::UnknownService(id.clone()));
     let change = match asked {
-        OperatorRequest::Apply(spec) => apply(known, spec)?,
+        OperatorRequest::Apply(spec) => apply(ctx, known, spec)?,
         OperatorRequest::Promote { full, .. } => Change::Promote { to: known_or()?.next(*full), full: *full },
         // A step asked for as a full promotion: nodes that hold for samples say Yes to it, and it leads no further.
         OperatorRequest::SkipWait { .. } => Change::Promote { to: known_or()?.next(false), full: true },
@@ -199,11 +200,11 @@ fn change_for(ctx: &Context, asked: &OperatorRequest) -> Result<(ServiceId, Chan
                 let version = rollout.spec.canary.version.clone();
                 return Err(ChangeError::Phase { version, phase: rollout.phase, expected: "RolledBack" }.into());
             }
-            Change::Start(on_stable_of(known_or()?, &rollout.spec)?)
+            Change::Start(readable(ctx, on_stable_of(known_or()?, &rollout.spec)?)?)
         }
         OperatorRequest::Undo { .. } => match &known_or()?.rollout {
             rollout if rollout.phase == Phase::Completed => {
-                let spec = Arc::new(reversed(&rollout.spec)?);
+                let spec = Arc::new(reversed(ctx, &rollout.spec)?);
                 Change::Start(on_stable_of(known_or()?, &spec)?)
             }
             rollout if rollout.phase.is_active() => Change::Rollback { reason: "undo".into() },
@@ -225,10 +226,51 @@ impl Obstacle {
     }
 }
 
-/// A key that this build doesn't know can't be turned round.
-fn reversed(spec: &Manifest) -> Result<Manifest, Obstacle> {
+/// A key that this build doesn't know can't be turned round. The way back is a rollout with a salt of its own.
+fn reversed(ctx: &Context, spec: &Manifest) -> Result<Manifest, Obstacle> {
     spec.known().map_err(|why| Obstacle::Refused(why.to_string()))?;
-    spec.reversed().map_err(|error| Obstacle::Refused(error.to_string()))
+    let refused = |error: SpecError| Obstacle::Refused(error.to_string());
+    let reversed = spec.reversed().map_err(refused)?;
+    match reversed.salt {
+        Salt::Rollout(_) => reversed.with_salt(own_salt(ctx)).map_err(refused),
+        Salt::Unsaid | Salt::None => Ok(reversed),
+    }
+}
+
+/// Returns the salt of a rollout that starts in the next slot, as far as every member can follow it.
+fn own_salt(ctx: &Context) -> Salt {
+    match ctx.lacking(Feature::RolloutSalt).is_empty() {
+        true => Salt::Rollout(Some(ctx.ledger.head.next().0)),
+        false => Salt::Unsaid,
+    }
+}
+
+/// Returns a rollout as its Start records it: what the file leaves to the cluster is said. The service's own salt is what a
+/// recorded rollout without any has, as builds that know no other wrote it. A later build's key would be lost, and no node
+/// would vote for it.
+fn salted(ctx: &Context, spec: &Arc<Manifest>) -> Result<Arc<Manifest>, Obstacle> {
+    let salt = match spec.salt {
+        _ if spec.known().is_err() => return Ok(spec.clone()),
+        Salt::Rollout(_) => {
+            readable(ctx, spec.clone())?;
+            own_salt(ctx)
+        }
+        Salt::Unsaid if spec.takes_salt() => own_salt(ctx),
+        Salt::Unsaid | Salt::None => Salt::Unsaid,
+    };
+    if salt == spec.salt {
+        return Ok(spec.clone());
+    }
+    spec.with_salt(salt).map(Arc::new).map_err(|error| Obstacle::Refused(error.to_string()))
+}
+
+/// Returns a rollout if every member can tell its users, or names those that can't.
+fn readable(ctx: &Context, spec: Arc<Manifest>) -> Result<Arc<Manifest>, Obstacle> {
+    let lacking = ctx.lacking(Feature::RolloutSalt);
+    match spec.salt {
+        Salt::Rollout(_) if !lacking.is_empty() => Err(Obstacle::NotReady(Feature::RolloutSalt, lacking)),
+        Salt::Rollout(_) | Salt::Unsaid | Salt::None => Ok(spec),
+    }
 }
 
 /// Returns a recorded rollout as it starts again: its stable is on the servers that serve it, wherever they were then.
@@ -241,9 +283,9 @@ fn on_stable_of(service: &Service, spec: &Arc<Manifest>) -> Result<Arc<Manifest>
     spec.checked().map(Arc::new).map_err(|error| Obstacle::Refused(error.to_string()))
 }
 
-fn apply(known: Option<&Service>, spec: &Arc<Manifest>) -> Result<Change, Obstacle> {
+fn apply(ctx: &Context, known: Option<&Service>, spec: &Arc<Manifest>) -> Result<Change, Obstacle> {
     match effect_of_apply(known.map(Standing::from), spec) {
-        ApplyEffect::Start => Ok(Change::Start(spec.clone())),
+        ApplyEffect::Start => salted(ctx, spec).map(Change::Start),
         ApplyEffect::Abort(reason) => Ok(Change::Rollback { reason }),
         ApplyEffect::Unchanged(reason) => Err(Obstacle::Unchanged { reason, rolled_back: false }),
         ApplyEffect::RolledBackBefore(reason) => Err(Obstacle::Unchanged { reason, rolled_back: true }),

@@ -39,6 +39,7 @@ mod promotion;
 mod repeated;
 mod restore;
 mod run;
+mod salt;
 mod stable;
 mod text;
 

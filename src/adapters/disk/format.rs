@@ -49,7 +49,7 @@ pub const RUN: Known = Known { oldest: 2, newest: 2 };
 /// Returns the version of an acceptor file's slot.
 pub(super) fn of_acceptor(state: &AcceptorState) -> u8 {
     match state.accepted.as_ref().and_then(|accepted| accepted.record.intent.operation.needs()) {
-        None => 7,
+        None | Some(Feature::RolloutSalt) => 7,
         Some(Feature::DefaultService) => 8,
     }
 }
@@ -57,7 +57,7 @@ pub(super) fn of_acceptor(state: &AcceptorState) -> u8 {
 /// Returns the version of a stored record.
 pub(super) fn of_record(record: &Record) -> u8 {
     match record.intent.operation.needs() {
-        None => 3,
+        None | Some(Feature::RolloutSalt) => 3,
         Some(Feature::DefaultService) => 4,
     }
 }

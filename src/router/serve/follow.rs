@@ -10,6 +10,7 @@ use tracing::warn;
 use super::POLL;
 use crate::client::{Api, segment};
 use crate::config::router::RouterConfig;
+use crate::domain::assignment::TicketHash;
 use crate::domain::ids::VersionId;
 use crate::domain::rollout::Phase;
 use crate::domain::router_state::RouterEnd;
@@ -37,7 +38,7 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
     let path = format!("/routing/state?service={}", segment(config.name.as_str()));
     let mut ticks = tokio::time::interval(POLL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut said, mut newest) = (String::new(), 0);
+    let (mut said, mut newest, mut followed) = (String::new(), 0, None);
     loop {
         ticks.tick().await;
         let asked = world.clock().now().mono;
@@ -60,6 +61,7 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
                 }
                 Ok((committed, lease)) => {
                     newest = committed.weight_version;
+                    let committed = of_one_rollout(committed, &mut followed);
                     known.send_replace(Some((committed, asked.after_ms(lease.as_millis() as u64))));
                     failed.clear();
                     break;
@@ -72,6 +74,22 @@ pub async fn follow(api: Api, config: RouterConfig, world: Arc<dyn RouterWorld>,
             warn!("no node says what the cluster has committed: {failed}");
         }
         said = failed;
+    }
+}
+
+/// Returns what is committed for the rollout that is followed, by the hash of its users. Another rollout's come in another order: the
+/// one before it was rolled back, though no answer was asked for while that could be seen.
+fn of_one_rollout(committed: CommittedWeight, followed: &mut Option<TicketHash>) -> CommittedWeight {
+    if committed.end.is_some() {
+        *followed = None;
+        return committed;
+    }
+    match followed.get_or_insert(committed.hash) {
+        hash if *hash == committed.hash => committed,
+        _ => {
+            let end = RouterEnd::Abort("another rollout of the service took its place".into());
+            CommittedWeight { end: Some(end), ..committed }
+        }
     }
 }
 
@@ -116,8 +134,36 @@ fn committed(view: &RoutingView, config: &RouterConfig) -> Result<(CommittedWeig
     // What is over needs no lease.
     let lease_ms = if end.is_some() { 10_000 } else { view.lease_ms_left.unwrap_or(0) };
     let (weight, weight_version) = (share(canary).unwrap_or(Weight::ZERO), view.routing.version);
+    let hash = TicketHash::of(&config.name, view.assignment);
     match lease_ms {
         0 => Err(StateError::NoLease),
-        ms => Ok((CommittedWeight { weight, weight_version, end }, Duration::from_millis(ms))),
+        ms => Ok((CommittedWeight { weight, weight_version, hash, end }, Duration::from_millis(ms))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::assignment::UserAssignment;
+    use crate::domain::ids::ServiceId;
+
+    fn weight(salt_slot: u64, end: Option<RouterEnd>) -> CommittedWeight {
+        let assignment = UserAssignment { salt_slot: Some(salt_slot), ..UserAssignment::default() };
+        let hash = TicketHash::of(&ServiceId::new("orders").unwrap(), assignment);
+        CommittedWeight { weight: Weight::from_bp(500).unwrap(), weight_version: 7, hash, end }
+    }
+
+    #[test]
+    fn another_rollouts_users_end_the_rollout_that_was_followed() {
+        let mut followed = None;
+        for seen in [weight(3, None), weight(3, None)] {
+            assert_eq!(of_one_rollout(seen.clone(), &mut followed), seen);
+        }
+        let Some(RouterEnd::Abort(why)) = of_one_rollout(weight(9, None), &mut followed).end else { panic!("no end") };
+        assert_eq!(why, "another rollout of the service took its place");
+        // What was seen to end makes room for the next one.
+        let ended = weight(3, Some(RouterEnd::Abort("bad".into())));
+        assert_eq!(of_one_rollout(ended.clone(), &mut followed), ended);
+        assert_eq!(of_one_rollout(weight(9, None), &mut followed), weight(9, None));
     }
 }

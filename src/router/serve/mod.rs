@@ -11,6 +11,7 @@ use tracing::warn;
 
 use crate::client::Api;
 use crate::config::router::RouterConfig;
+use crate::domain::assignment::{TicketHash, UserAssignment};
 use crate::ports::{OutsideError, RouterWorld};
 
 use super::engine::Steering;
@@ -102,7 +103,7 @@ fn work(
     Ok(if over { Ended::Over } else { Ended::Stopped })
 }
 
-/// Makes tickets of keys as the data plane does for a rollout of this name.
-fn salt(config: &RouterConfig) -> u64 {
-    xxhash_rust::xxh3::xxh3_64(config.name.as_str().as_bytes())
+/// Makes tickets of keys where no cluster is followed, as the data plane does for a rollout of this name without a salt.
+fn hash(config: &RouterConfig) -> TicketHash {
+    TicketHash::of(&config.name, UserAssignment::default())
 }

@@ -6,7 +6,7 @@ use metrics::counter;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{POLL, PROGRESS, salt};
+use super::{POLL, PROGRESS, hash};
 use crate::config::router::{Push, RouterConfig};
 use crate::domain::side::Side;
 use crate::ports::{OutsideError, RouterWorld};
@@ -30,7 +30,6 @@ pub fn run(
 ) -> Result<(), OutsideError> {
     let group = &config.service(Side::Stable).group;
     let plan = PushPlan {
-        salt: salt(config),
         keyed: config.keyed,
         attempts: push.attempts,
         in_flight: push.in_flight,
@@ -47,9 +46,9 @@ pub fn run(
     let (mut said, mut total, mut waits) = (world.clock().now().mono, 0, false);
     let mut blocked: Option<OutsideError> = None;
     while !shutdown.is_cancelled() {
-        let weight = match steer() {
-            Steering::Alone => config.weight,
-            Steering::Cluster(Some(committed)) => committed.weight,
+        let (weight, hash) = match steer() {
+            Steering::Alone => (config.weight, hash(config)),
+            Steering::Cluster(Some(committed)) => (committed.weight, committed.hash),
             Steering::Cluster(None) => {
                 if !std::mem::replace(&mut waits, true) {
                     info!("waiting for the cluster: what it has committed isn't known");
@@ -61,7 +60,7 @@ pub fn run(
         waits = false;
         // After an error it begins anew, at the place that was committed: what was read since is read again.
         let turn = match pusher.take() {
-            Some(mut open) => open.turn(weight).map(|pushed| (open, pushed)),
+            Some(mut open) => open.turn(weight, hash).map(|pushed| (open, pushed)),
             None => open().map(|open| (open, Pushed::default())),
         };
         match turn {

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::status::measure;
-use super::{PROGRESS, salt};
+use super::{PROGRESS, hash};
 use crate::config::router::RouterConfig;
 use crate::domain::side::Side;
 use crate::domain::time::Mono;
@@ -47,7 +47,7 @@ pub fn run(
         info!("made topics {}", made.join(", "));
     }
     let plan = Plan {
-        salt: salt(config),
+        hash: hash(config),
         keyed: config.keyed,
         weight: config.weight,
         lag_max: config.lag_max,

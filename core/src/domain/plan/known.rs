@@ -9,7 +9,7 @@ use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IntoDeserialize
 use serde_json::{Error, Map, Value};
 
 /// Returns what `value` holds as far as `T` knows its keys, and the paths of the keys that `T` doesn't know, such as
-/// `spec.routing.hashOn.salt`.
+/// `spec.routing.salt`.
 pub fn read<T: DeserializeOwned>(value: &Value) -> Result<(T, Vec<String>), Error> {
     let mut unknown = Vec::new();
     let read = T::deserialize(Known { value, path: String::new(), unknown: &mut unknown })?;

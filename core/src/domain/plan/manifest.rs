@@ -152,6 +152,7 @@ impl From<Manifest> for Stored {
 mod tests {
     use super::*;
     use crate::domain::analysis::{Analysis, Limit, Metric, Statistic};
+    use crate::domain::assignment::Salt;
     use crate::domain::plan::{HashOn, HealthCheck, Match, OnPartition, RequestLimits};
     use crate::domain::verdict::OnFailure;
     use crate::domain::weights::Weight;
@@ -169,6 +170,7 @@ mod tests {
         spec.stable.urls = vec!["http://127.0.0.1:9101".into(), "h2c://127.0.0.1:9102".into()];
         spec.canary.health_check = Some(HealthCheck { path: "/ok".into(), interval_ms: 2_500 });
         spec.hash_on = Some(HashOn::Cookie("Sid".into()));
+        spec.salt = Salt::Rollout(Some(17));
         spec.matches = vec![Match { headers: vec![("x-canary".into(), "always".into())] }];
         spec.mirror = Weight::from_bp(1_250).unwrap();
         spec.limits = RequestLimits {

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::analysis::Analysis;
+use super::assignment::{HashFunction, Salt, UserAssignment};
 use super::classes::ErrorClasses;
 use super::ids::{ServiceId, VersionId};
 use super::limits::{self, OutOfRange};
@@ -147,6 +148,10 @@ pub struct RolloutSpec {
     pub bake_ms: u64,
     /// Stickiness; none: a uniform draw for each request.
     pub hash_on: Option<HashOn>,
+    /// Function that makes tickets of the users that `hash_on` tells apart.
+    pub hash_function: HashFunction,
+    /// Salt of these tickets.
+    pub salt: Salt,
     /// Requests that go to the canary whatever the draw.
     pub matches: Vec<Match>,
     /// The share of stable's requests that the canary gets a copy of, its answers unused.
@@ -241,6 +246,8 @@ impl RolloutSpec {
             stages,
             bake_ms: 60_000,
             hash_on: None,
+            hash_function: HashFunction::default(),
+            salt: Salt::default(),
             matches: Vec::new(),
             mirror: Weight::ZERO,
             limits: RequestLimits::default(),
@@ -251,6 +258,21 @@ impl RolloutSpec {
             on_partition: OnPartition::Stable,
             progress_deadline_ms: 30 * 60 * 1000,
         }
+    }
+
+    /// Returns how its users are assigned.
+    pub fn assignment(&self) -> UserAssignment {
+        let salt_slot = match self.salt {
+            Salt::Rollout(slot) => slot,
+            Salt::Unsaid | Salt::None => None,
+        };
+        UserAssignment { function: self.hash_function, salt_slot }
+    }
+
+    /// Returns true where a file that says nothing about the salt gets the rollout's own: users are told apart, and by this
+    /// project's function.
+    pub fn takes_salt(&self) -> bool {
+        self.hash_on.is_some() && self.hash_function == HashFunction::Xxh3
     }
 
     /// Returns this rollout as the log keeps it, or what is wrong with it.
@@ -347,6 +369,11 @@ impl RolloutSpec {
     /// Returns the rollout the other way round: what `undo` starts.
     pub fn reversed(&self) -> Result<Manifest, SpecError> {
         Self { stable: self.canary.clone(), canary: self.stable.clone(), ..self.clone() }.checked()
+    }
+
+    /// Returns the same rollout with another salt.
+    pub fn with_salt(&self, salt: Salt) -> Result<Manifest, SpecError> {
+        Self { salt, ..self.clone() }.checked()
     }
 
     /// Returns the index of the last stage, the one at 100 %.

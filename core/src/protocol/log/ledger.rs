@@ -256,6 +256,8 @@ impl Ledger {
             .into_iter()
             .filter(|feature| match feature {
                 Feature::DefaultService => self.is_default_set(),
+                // Older builds keep the rollout as it is, and give its canary no traffic.
+                Feature::RolloutSalt => false,
             })
             .collect()
     }

@@ -53,6 +53,15 @@ pub enum ValueError {
     /// Requests are hashed on nothing, or on two things.
     #[error("spec.routing.hashOn: expected one of header, cookie and clientAddress: true")]
     HashOn,
+    /// A salt is asked for with the function that knows none.
+    #[error(
+        "spec.routing.hashOn: found salt: rollout with function: xxh64, which assigns users exactly as Envoy does, \
+         expected function: xxh3, or no salt"
+    )]
+    SaltedXxh64,
+    /// A recorded slot without the salt that it is for.
+    #[error("spec.routing.hashOn: found saltSlot, which the cluster writes, without salt: rollout beside it")]
+    SaltSlot,
     /// The mirrored share is no weight.
     #[error("spec.routing.mirror: {0}")]
     Mirror(WeightError),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::domain::assignment::HashFunction;
 use crate::domain::ids::{ServiceId, VersionId};
 
 mod error;
@@ -209,6 +210,25 @@ struct HashPart {
     /// The client's address.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     client_address: bool,
+    /// Function that makes a number of the key; default `xxh3`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    function: Option<HashFunction>,
+    /// Whether each rollout begins with users of its own; default `rollout`, once every member of the cluster knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    salt: Option<SaltPart>,
+    /// Slot of the rollout's start, which the cluster writes beside `salt: rollout`. In a file that is applied it is ignored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    salt_slot: Option<u64>,
+}
+
+/// Which users a rollout begins with.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum SaltPart {
+    /// Others than the rollouts before it; `retry` keeps them.
+    Rollout,
+    /// The same ones in each rollout of the service.
+    None,
 }
 
 /// Requests by their headers, all of which have to match.

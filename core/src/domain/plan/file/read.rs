@@ -6,9 +6,10 @@ use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimi
 use super::{
     API_VERSION, AnalysisPart, AnalysisProblem, ClassPart, FailurePart, HashPart, KIND, LimitsPart, MatchPart,
     MetadataPart, MetricPart, MetricProblem, Millis, NoDataPart, PartitionPart, PrometheusPart, RangePart, RolloutFile,
-    SEQUENTIAL, SidePart, SpecPart, StepPart, StepProblem, THRESHOLD, UrlError, ValueError,
+    SEQUENTIAL, SaltPart, SidePart, SpecPart, StepPart, StepProblem, THRESHOLD, UrlError, ValueError,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData, Statistic};
+use crate::domain::assignment::{HashFunction, Salt};
 use crate::domain::classes::ErrorClasses;
 use crate::domain::ids::VersionId;
 use crate::domain::limits;
@@ -45,7 +46,10 @@ impl RolloutFile {
         }
         let mirror = routing.mirror.map(|mirror| Weight::from_percent(mirror.percent)).transpose();
         spec.mirror = mirror.map_err(ValueError::Mirror)?.unwrap_or(spec.mirror);
-        spec.hash_on = routing.hash_on.map(hash_on).transpose()?;
+        if let Some(part) = routing.hash_on {
+            (spec.hash_function, spec.salt) = assignment(&part)?;
+            spec.hash_on = Some(hash_on(part)?);
+        }
         spec.matches = routing.matches.into_iter().map(matched).collect::<Result<_, _>>()?;
         spec.limits = routing.limits.map_or(spec.limits, |part| limits_of(&part));
         spec.slow_start_ms = routing.slow_start.map_or(spec.slow_start_ms, |time| time.0);
@@ -91,6 +95,19 @@ fn limits_of(part: &LimitsPart) -> RequestLimits {
         max_pending: part.max_pending.unwrap_or(default.max_pending),
         pending_timeout_ms: part.pending_timeout.map_or(default.pending_timeout_ms, |time| time.0),
     }
+}
+
+/// Returns how keys become tickets.
+fn assignment(part: &HashPart) -> Result<(HashFunction, Salt), ValueError> {
+    let function = part.function.unwrap_or_default();
+    let salt = match (part.salt, part.salt_slot) {
+        (None, None) => Salt::Unsaid,
+        (Some(SaltPart::None), None) => Salt::None,
+        (Some(SaltPart::Rollout), _) if function == HashFunction::Xxh64 => return Err(ValueError::SaltedXxh64),
+        (Some(SaltPart::Rollout), slot) => Salt::Rollout(slot),
+        (None | Some(SaltPart::None), Some(_)) => return Err(ValueError::SaltSlot),
+    };
+    Ok((function, salt))
 }
 
 fn backend(side: SidePart) -> Result<Backend, UrlError> {

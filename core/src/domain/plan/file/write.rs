@@ -5,9 +5,10 @@ use super::{
     API_VERSION, AnalysisPart, AnswerPart, BakePart, ClassPart, ExactPart, FailurePart, HashPart, HealthPart,
     InconclusivePart, KIND, LimitsPart, MatchPart, MetadataPart, MetricPart, Millis, MirrorPart, NoDataPart,
     PartitionPart, PausePart, PrometheusPart, ProviderPart, RangePart, RolloutFile, RoutingPart, SEQUENTIAL,
-    SafetyPart, SidePart, SpecPart, StepPart, StrategyPart, ThenPart,
+    SafetyPart, SaltPart, SidePart, SpecPart, StepPart, StrategyPart, ThenPart,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData};
+use crate::domain::assignment::{HashFunction, Salt};
 use crate::domain::classes::ErrorClasses;
 use crate::domain::query::Query;
 use crate::domain::verdict::OnFailure;
@@ -31,7 +32,7 @@ impl RolloutFile {
                 steps: spec.stages.iter().flat_map(steps_of).collect(),
                 bake: Some(BakePart { duration: Millis(spec.bake_ms) }),
                 routing: RoutingPart {
-                    hash_on: spec.hash_on.as_ref().map(hash_of),
+                    hash_on: spec.hash_on.as_ref().map(|hash_on| hash_of(hash_on, spec)),
                     matches: spec.matches.iter().map(match_of).collect(),
                     mirror: (spec.mirror > Weight::ZERO).then(|| MirrorPart { percent: percent(spec.mirror) }),
                     limits: limits_of(&spec.limits),
@@ -86,11 +87,18 @@ fn limits_of(limits: &RequestLimits) -> Option<LimitsPart> {
     (part != LimitsPart::default()).then_some(part)
 }
 
-fn hash_of(hash_on: &HashOn) -> HashPart {
+fn hash_of(hash_on: &HashOn, spec: &RolloutSpec) -> HashPart {
+    let (salt, salt_slot) = match spec.salt {
+        Salt::Unsaid => (None, None),
+        Salt::None => (Some(SaltPart::None), None),
+        Salt::Rollout(slot) => (Some(SaltPart::Rollout), slot),
+    };
+    let function = Some(spec.hash_function).filter(|function| *function != HashFunction::default());
+    let part = HashPart { function, salt, salt_slot, ..HashPart::default() };
     match hash_on {
-        HashOn::Header(name) => HashPart { header: Some(name.clone()), ..HashPart::default() },
-        HashOn::Cookie(name) => HashPart { cookie: Some(name.clone()), ..HashPart::default() },
-        HashOn::ClientAddress => HashPart { client_address: true, ..HashPart::default() },
+        HashOn::Header(name) => HashPart { header: Some(name.clone()), ..part },
+        HashOn::Cookie(name) => HashPart { cookie: Some(name.clone()), ..part },
+        HashOn::ClientAddress => HashPart { client_address: true, ..part },
     }
 }
 

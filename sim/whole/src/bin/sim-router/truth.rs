@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use aviary::ports::{Commit, Topic};
+use aviary_core::domain::assignment::TicketHash;
 use aviary_core::domain::router_state::{ControlCommand, ControlEntry, RouterPhase};
 use aviary_core::domain::side::Side;
 use aviary_core::domain::split::Split;
-use aviary_core::domain::weights::{Weight, sticky_ticket};
+use aviary_core::domain::weights::Weight;
 use sim::{Violation, broken};
 
 use super::broker::{Item, MemoryBroker, Transaction};
@@ -18,7 +19,7 @@ const TURN_MS: u64 = 300;
 
 /// What is known about the world, for checks.
 pub struct RouterTruth {
-    salt: u64,
+    hash: TicketHash,
     keyed: bool,
     /// Where stable begins to read the source; what is before it was processed before the run.
     begins: Vec<i64>,
@@ -66,10 +67,10 @@ pub struct KnownRecord {
 
 impl RouterTruth {
     /// Returns the observer of a world in which nothing happened yet.
-    pub fn new(salt: u64, keyed: bool, weight: Weight, begins: Vec<i64>) -> Self {
+    pub fn new(hash: TicketHash, keyed: bool, weight: Weight, begins: Vec<i64>) -> Self {
         let count = begins.len();
         Self {
-            salt,
+            hash,
             keyed,
             begins,
             processed: vec![BTreeMap::new(); count],
@@ -215,12 +216,12 @@ impl RouterTruth {
     /// A record's place among the weights, found without the router's code.
     fn ticket(&self, item: &Item) -> u16 {
         if let Some(key) = item.key.filter(|_| self.keyed) {
-            return sticky_ticket(self.salt, key);
+            return self.hash.ticket(key);
         }
         let mut place = [0; 16];
         place[..8].copy_from_slice(&(item.origin.0 as u64).to_le_bytes());
         place[8..].copy_from_slice(&item.origin.1.to_le_bytes());
-        sticky_ticket(self.salt, &place)
+        self.hash.ticket(&place)
     }
 
     fn placed(

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use aviary::ports::Topic;
 use aviary::router::engine::{CommittedWeight, Engine, Plan};
+use aviary_core::domain::assignment::TicketHash;
 use aviary_core::domain::router_state::HookCall;
 use aviary_core::domain::side::Side;
 use aviary_core::domain::weights::Weight;
@@ -108,7 +109,7 @@ impl SplitWorld {
         let mut broker = MemoryBroker::new(&bases);
         (broker.unfenced, broker.uncommitted) = (bug == Some(Bug::Unfenced), bug == Some(Bug::Uncommitted));
         let plan = Plan {
-            salt: dice.any(),
+            hash: TicketHash::Salted(dice.any()),
             keyed: dice.chance(7000),
             weight: weight(&mut dice),
             lag_max: lag_max(&mut dice),
@@ -119,11 +120,15 @@ impl SplitWorld {
         let services = Side::BOTH.into_iter().flat_map(|side| [(side, Topic::Source), (side, Topic::Of(side))]);
         let services: Vec<_> = services.map(|(side, topic)| SimulatedService::new(side, topic, &mut dice)).collect();
         let rates = Rates::new(&mut dice);
-        let committed =
-            dice.chance(4000).then_some(CommittedWeight { weight: plan.weight, weight_version: 1, end: None });
+        let committed = dice.chance(4000).then_some(CommittedWeight {
+            weight: plan.weight,
+            weight_version: 1,
+            hash: plan.hash,
+            end: None,
+        });
         let mut world = Self {
             now_ms: 1_000,
-            truth: RouterTruth::new(plan.salt, plan.keyed, plan.weight, vec![0; count]),
+            truth: RouterTruth::new(plan.hash, plan.keyed, plan.weight, vec![0; count]),
             broker,
             services,
             routers: Vec::new(),
