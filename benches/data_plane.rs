@@ -27,7 +27,7 @@ fn heads(criterion: &mut Criterion) {
             let opening = wire::request(black_box(REQUEST), true, &mut room);
             let Ok(Opening::Request(asked, _)) = opening else { panic!("{opening:?}") };
             out.clear();
-            asked.write(&Gateway { peer: "10.0.0.9", service: "fraud", configured: &[] }, &mut out);
+            asked.write(&Gateway { peer: "10.0.0.9", service: "fraud", configured: &[], is_trusted: true }, &mut out);
             black_box(&out);
         });
     });

@@ -7,7 +7,7 @@ use aviary::proxy::request::{CanonicalRequest, FIELDS_MAX, Gateway, HEAD_BYTES_M
 use aviary::proxy::wire::{self, Opening, Room};
 
 /// What servers are told of the clients.
-const GATEWAY: Gateway = Gateway { peer: "192.0.2.9", service: "svc", configured: &[] };
+const GATEWAY: Gateway = Gateway { peer: "192.0.2.9", service: "svc", configured: &[], is_trusted: true };
 
 /// Checks a client's bytes, as HTTP/1.x and as the head of an HTTP/2 stream; returns how many of the two were taken.
 ///

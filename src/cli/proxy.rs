@@ -29,6 +29,7 @@ use crate::ports::{Clock, Store};
 use crate::protocol::View;
 use crate::proxy;
 use crate::proxy::access::AccessLogFormat;
+use crate::proxy::network::PeerNetwork;
 use crate::proxy::settings::{AccessLogSettings, ProxySettings};
 
 /// Longest wait at the end for lines of the access log that are still to be written.
@@ -63,6 +64,26 @@ pub struct ProxyArgs {
     /// Milliseconds without traffic after which an upgraded connection, such as a WebSocket, is closed; 0: never.
     #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().tunnel_idle_ms)]
     tunnel_idle_ms: u64,
+    /// Longest wait for the first byte of an answer, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().first_byte_timeout_ms,
+        value_parser = clap::value_parser!(u64).range(1..))]
+    first_byte_timeout_ms: u64,
+    /// Longest silence within an answer, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().idle_timeout_ms,
+        value_parser = clap::value_parser!(u64).range(1..))]
+    idle_timeout_ms: u64,
+    /// Longest time from a request to its answer's end, in milliseconds; 0: without end.
+    #[arg(long, value_name = "MS", default_value_t = ProxySettings::default().total_timeout_ms)]
+    total_timeout_ms: u64,
+    /// Networks of proxies in front, such as 10.0.0.0/8; what others say in X-Forwarded-* and Forwarded is replaced.
+    #[arg(long, value_name = "NETWORK[,NETWORK…]", value_delimiter = ',')]
+    trusted: Vec<PeerNetwork>,
+    /// Networks whose clients may choose the version by x-canary; default: all.
+    #[arg(long, value_name = "NETWORK[,NETWORK…]", value_delimiter = ',')]
+    canary_header_peers: Vec<PeerNetwork>,
+    /// Connections begin with a header of the PROXY protocol; with --trusted, those from there.
+    #[arg(long)]
+    proxy_protocol: bool,
     /// Milliseconds after SIGTERM for which it serves on while /readyz says no.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     drain_ms: u64,
@@ -115,6 +136,12 @@ async fn serve(args: &ProxyArgs) -> anyhow::Result<Exit> {
         workers: args.workers,
         busy_poll_us: args.busy_poll_us,
         tunnel_idle_ms: args.tunnel_idle_ms,
+        first_byte_timeout_ms: args.first_byte_timeout_ms,
+        idle_timeout_ms: args.idle_timeout_ms,
+        total_timeout_ms: args.total_timeout_ms,
+        trusted: args.trusted.clone(),
+        canary_header_peers: args.canary_header_peers.clone(),
+        proxy_protocol: args.proxy_protocol,
         grace_ms: args.grace_ms,
         ..ProxySettings::default()
     };

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
     use crate::domain::analysis::{Limit, Statistic};
     use crate::domain::assignment::{HashFunction, Salt};
-    use crate::domain::plan::{HashOn, HealthCheck, OnPartition};
+    use crate::domain::plan::{HashOn, HealthCheck, OnPartition, SetCookie, Timeouts};
 
     const GOOD: &str = r#"
 apiVersion: aviary/v1
@@ -117,6 +117,15 @@ spec:
         assert_eq!(salted("salt: rollout"), (HashFunction::Xxh3, Salt::Rollout(None)));
         assert_eq!(salted("salt: rollout, saltSlot: 7"), (HashFunction::Xxh3, Salt::Rollout(Some(7))));
         assert_eq!(salted("salt: none, function: xxh64"), (HashFunction::Xxh64, Salt::None));
+        let cookie = routed("header: X-User-ID", "cookie: Sid, set: true, maxAge: 1h");
+        assert_eq!(cookie.set_cookie, Some(SetCookie { max_age_ms: Some(3_600_000) }));
+        let session = routed("header: X-User-ID", "cookie: Sid, set: true");
+        assert_eq!((session.set_cookie, spec.set_cookie), (Some(SetCookie { max_age_ms: None }), None));
+        let limited =
+            routed("match: [", "timeouts: { firstByte: 5s, total: 0s }\n    cancelOnDisconnect: true\n    match: [");
+        let expected = Timeouts { first_byte_ms: Some(5_000), idle_ms: None, total_ms: Some(0) };
+        assert_eq!((limited.timeouts, limited.cancel_on_disconnect), (expected, true));
+        assert_eq!((spec.timeouts, spec.cancel_on_disconnect), (Timeouts::default(), false));
         assert_eq!(routed("match: [", "mirror: { percent: 12.5 }\n    match: [").mirror.bp(), 1_250);
         let well =
             &routed("version: v1,", "version: v1, healthCheck: { path: /ok, interval: 2s },").stable.health_check;
@@ -274,6 +283,16 @@ spec:
         assert!(hashed("salt: rollout, function: xxh64").contains("expected function: xxh3, or no salt"));
         assert!(hashed("saltSlot: 3").contains("found saltSlot, which the cluster writes, without salt: rollout"));
         assert!(hashed("salt: none, saltSlot: 3").contains("found saltSlot"));
+        for cookie in ["set: true", "maxAge: 1h"] {
+            assert!(hashed(cookie).contains("expected { cookie: NAME, set: true }"), "{cookie}");
+        }
+        let cookie = |keys: &str| complaint("header: X-User-ID", &format!("cookie: sid, {keys}"));
+        assert!(cookie("maxAge: 1h").contains("maxAge for one that is set"));
+        assert!(cookie("set: true, maxAge: 10ms").contains("routing.hashOn.maxAge is 10 ms, expected 1000 to"));
+        let limited = |keys: &str| complaint("match: [", &format!("timeouts: {{ {keys} }}\n    match: ["));
+        assert!(limited("firstByte: 0s").contains("routing.timeouts.firstByte is 0 ms, expected 1 to 86400000 ms"));
+        assert!(limited("idle: 2d").contains("routing.timeouts.idle is 172800000 ms"));
+        assert!(limited("total: 2d").contains("routing.timeouts.total is 172800000 ms, expected 0 to"));
         assert!(hashed("function: md5").contains("md5") && hashed("salt: service").contains("service"));
         assert!(complaint("{ X-Canary: { exact: always } }", "{}").contains("names no header"));
         assert!(complaint("header: X-User-ID", "header: \"X User\"").contains("expected letters, digits and hyphens"));

@@ -11,6 +11,7 @@ use crate::domain::side::Side;
 use crate::status::{self, Port};
 
 use super::body::BadMessage;
+use super::cookie::NewCookie;
 use super::request::{self, CanonicalRequest, put_field, put_length};
 use super::table::{Route, RoutingTable};
 use super::upstream::Pool;
@@ -48,13 +49,28 @@ pub fn full(version: &VersionId) -> String {
     format!("too many requests at once at the servers of {version}")
 }
 
-/// Returns a problem as a gRPC client understands it: status 14, unavailable, in a 200.
+/// Statuses of gRPC.
+const UNAVAILABLE: &str = "14";
+const DEADLINE_EXCEEDED: &str = "4";
+
+/// Returns the trailers that end a gRPC answer which came too late.
+pub fn late_trailers(why: &str) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from_static(DEADLINE_EXCEEDED));
+    if let Ok(why) = HeaderValue::from_str(why) {
+        trailers.insert("grpc-message", why);
+    }
+    trailers
+}
+
+/// Returns a problem as a gRPC client understands it, in a 200: status 4, deadline exceeded, for a time-out, else 14, unavailable.
 pub fn for_grpc(problem: &OwnAnswer) -> OwnAnswer {
     let mut response = Response::new(Bytes::new());
     *response.headers_mut() = problem.headers().clone();
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-    headers.insert("grpc-status", HeaderValue::from_static("14"));
+    let is_late = problem.status() == StatusCode::GATEWAY_TIMEOUT;
+    headers.insert("grpc-status", HeaderValue::from_static(if is_late { DEADLINE_EXCEEDED } else { UNAVAILABLE }));
     let told: serde_json::Value = serde_json::from_slice(problem.body()).unwrap_or_default();
     if let Some(why) = told["error"].as_str().and_then(|why| HeaderValue::from_str(why).ok()) {
         headers.insert("grpc-message", why);
@@ -63,7 +79,7 @@ pub fn for_grpc(problem: &OwnAnswer) -> OwnAnswer {
 }
 
 /// Returns what the node answers for a version without servers: who would have served.
-pub fn assignment(router: &RoutingTable, route: &Route, side: Side) -> OwnAnswer {
+pub fn assignment(router: &RoutingTable, route: &Route, side: Side, cookie: Option<&NewCookie>) -> OwnAnswer {
     let pool = route.pool(side);
     let node = router.node.published.view().node.clone();
     let body = json!({
@@ -72,6 +88,7 @@ pub fn assignment(router: &RoutingTable, route: &Route, side: Side) -> OwnAnswer
     let mut response = Response::new(body.to_string().into());
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     mark(response.headers_mut(), route, pool);
+    cookie.into_iter().for_each(|cookie| cookie.put(response.headers_mut()));
     response
 }
 

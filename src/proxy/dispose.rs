@@ -5,8 +5,10 @@ use std::sync::Arc;
 use crate::domain::time::Mono;
 
 use super::answer::{OwnAnswer, PageRequest, overloaded, problem};
+use super::cookie::NewCookie;
 use super::request::CanonicalRequest;
 use super::table::{ClientAddress, RequestPermit, Route, SideChoice};
+use super::timeouts::TimeLimits;
 use super::worker::Worker;
 
 /// What becomes of a request.
@@ -25,6 +27,10 @@ pub struct Routed {
     pub route: Arc<Route>,
     /// Side that serves, and why.
     pub to: SideChoice,
+    /// The cookie that the client gets with its answer.
+    pub cookie: Option<Box<NewCookie>>,
+    /// How long it may take.
+    pub limits: TimeLimits,
     /// When the request was read.
     pub began: Mono,
     /// Held until the request's end.
@@ -50,7 +56,9 @@ impl Disposition {
             Err(overflow) => return Self::Refuse(Box::new(overloaded(&overflow.to_string()))),
         };
         let began = router.now();
-        let to = router.choose_side(route, request.fields, client, began);
-        Self::Route(Routed { route: route.clone(), to, began, permit })
+        let cookie = route.cookie.as_ref().and_then(|rule| rule.for_client(request.fields));
+        let to = router.choose_side(route, request.fields, client, cookie.as_deref(), began);
+        let limits = route.limits.for_request(request.fields);
+        Self::Route(Routed { route: route.clone(), to, cookie, limits, began, permit })
     }
 }

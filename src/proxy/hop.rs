@@ -10,7 +10,7 @@ use httparse::Header;
 ///
 /// These are the ones that frame a message, that [`super`] reads, and that it writes. A change that makes the proxy read or
 /// write another field adds it here; fields that a rollout or the node's file names are not here, but in `Route::reads`.
-pub const RELIED_ON: [&str; 27] = [
+pub const RELIED_ON: [&str; 29] = [
     "allow",
     "content-length",
     "content-type",
@@ -20,8 +20,10 @@ pub const RELIED_ON: [&str; 27] = [
     "forwarded",
     "grpc-message",
     "grpc-status",
+    "grpc-timeout",
     "host",
     "retry-after",
+    "set-cookie",
     "te",
     "trailer",
     "transfer-encoding",

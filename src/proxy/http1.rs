@@ -22,6 +22,7 @@ use super::fast::{self, FastRequest};
 use super::request::{CanonicalRequest, Gateway, HEAD_BYTES_MAX, HEAD_TOO_LARGE, Protocol};
 use super::slow::bridge::{self, Bridged, Terms};
 use super::slow::{Head, SlowRequest};
+use super::table::ClientAddress;
 use super::wire::{self, Asked, Opening, Room};
 use super::worker::{Saying, Worker};
 
@@ -205,7 +206,7 @@ fn begin<S>(client: &Client<S>, worker: &Rc<Worker>, bytes: &[u8], is_first: boo
             match is_fast {
                 _ if pool.servers.is_empty() => own(&asked, rest, OwnSource::Assignment(routed), &access),
                 true => fast_request(client, worker, &asked, rest, routed, &access),
-                false => slow_request(client, &asked, routed, &access),
+                false => slow_request(client, worker, &asked, routed, &access),
             }
         }
     };
@@ -232,7 +233,9 @@ fn fast_request<S>(
 ) -> BegunMessage {
     let mut out = worker.buffer();
     let route = &routed.route;
-    let gateway = Gateway { peer: client.address().text, service: route.service.as_str(), configured: &route.reads };
+    let ClientAddress { ip, text: peer } = client.address();
+    let (service, configured) = (route.service.as_str(), &*route.reads);
+    let gateway = Gateway { peer, service, configured, is_trusted: worker.settings().is_trusted(ip) };
     asked.write(&gateway, &mut out);
     let (mut body, head) = (asked.body, out.len());
     out.extend_from_slice(rest);
@@ -245,6 +248,7 @@ fn fast_request<S>(
         asked: Asked { is_head: asked.method == "HEAD", wants_websocket: asked.wants_websocket },
         protocol: asked.protocol,
         is_idempotent: asked.is_idempotent(),
+        awaits_continue: asked.awaits_continue,
         close: asked.close,
         routed,
         is_copy: false,
@@ -253,8 +257,14 @@ fn fast_request<S>(
     Ok((NextMessage::Fast(Box::new(request)), part.used))
 }
 
-fn slow_request<S>(client: &Client<S>, asked: &CanonicalRequest, routed: Routed, access: &Access) -> BegunMessage {
-    let head = Head::of(asked, &routed.route, client.address().text)?;
+fn slow_request<S>(
+    client: &Client<S>,
+    worker: &Worker,
+    asked: &CanonicalRequest,
+    routed: Routed,
+    access: &Access,
+) -> BegunMessage {
+    let head = Head::of(asked, &routed.route, client.address(), worker.settings())?;
     let terms = Terms {
         protocol: asked.protocol,
         close: asked.close,
@@ -292,12 +302,12 @@ where
     let answer = match answer {
         OwnSource::Page(page) => page.answer(&worker.router).await,
         OwnSource::Ready(answer) => answer,
-        OwnSource::Assignment(Routed { route, to, began, permit: _permit }) => {
+        OwnSource::Assignment(Routed { route, to, cookie, began, permit: _permit, .. }) => {
             worker.router.count(worker.shard, &route, to, 200, began, false);
             if let Some(entry) = &access {
                 entry.tried(&route.service, &route.pool(to.side).version, None);
             }
-            assignment(&worker.router, &route, to.side)
+            assignment(&worker.router, &route, to.side, cookie.as_deref())
         }
     };
     let close = close || worker.ends_connections();

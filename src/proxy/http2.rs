@@ -23,12 +23,14 @@ use crate::listener::{ConnectionLimiter, HeldPlace, Tracked};
 use super::access::{Access, SeenRequest};
 use super::answer::{OwnAnswer, PageRequest, for_grpc, refusal};
 use super::dispose::Disposition;
+use super::pool::HINTS_MAX;
 use super::request::{CanonicalRequest, HEAD_BYTES_MAX, Protocol, Received};
 use super::slow::upload::{BodySource, Upload};
 use super::slow::{self, Answered, Head, SlowAnswer, SlowRequest, fields_of};
 use super::stay::during;
 use super::table::ClientAddress;
-use super::wire::{Asked, ResponseHead};
+use super::timeouts::is_grpc;
+use super::wire::{Asked, ResponseHead, is_hint};
 use super::worker::Worker;
 
 /// Bytes of a request that a client may send before a server takes any, by stream and by connection.
@@ -182,7 +184,7 @@ async fn answer(
     let (head, body) = request.into_parts();
     let is_head = head.method == http::Method::HEAD;
     let kind = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
-    let is_grpc = kind.is_some_and(|kind| kind.starts_with(b"application/grpc"));
+    let is_grpc = kind.is_some_and(is_grpc);
     let (request, access) = disposed(&worker, &head, body.is_end_stream(), peer);
     let own = match request {
         StreamRequest::Own(own) => *own,
@@ -245,7 +247,7 @@ fn disposed(
             Disposition::Page(page) => StreamRequest::Page(page),
             Disposition::Refuse(answer) => StreamRequest::Own(answer),
             Disposition::Route(routed) => {
-                let head = Head::of(&asked, &routed.route, &address)?;
+                let head = Head::of(&asked, &routed.route, client, worker.settings())?;
                 let request = Box::new(SlowRequest { head, routed, is_copy: false, access: access.clone() });
                 StreamRequest::Slow { request, length: asked.length(), awaits_continue: asked.awaits_continue }
             }
@@ -262,7 +264,7 @@ async fn carried(
     respond: &mut SendResponse<Bytes>,
     mut awaits_continue: bool,
 ) -> Option<SlowAnswer> {
-    let (hints, mut told) = mpsc::unbounded_channel();
+    let (hints, mut told) = mpsc::channel(HINTS_MAX);
     let mut carried = pin!(slow::carry(worker, request, upload, Some(&hints)));
     std::future::poll_fn(|cx| {
         // What a reset does to the request's body is no failure of anybody's.
@@ -275,8 +277,7 @@ async fn carried(
             inform(respond, Response::new(()), StatusCode::CONTINUE);
         }
         while let Poll::Ready(Some(hint)) = told.poll_recv(cx) {
-            // 100 (Continue) was sent already, and a switch of protocols is no hint.
-            if hint.status().as_u16() > 101 {
+            if is_hint(hint.status()) {
                 let status = hint.status();
                 inform(respond, hint, status);
             }
@@ -360,7 +361,10 @@ async fn pass_on(worker: &Worker, mut answered: Answered, mut respond: SendRespo
                 return;
             }
             // What was cut must not look whole.
-            Some(Err(_)) => return send.send_reset(Reason::INTERNAL_ERROR),
+            Some(Err(cut)) => match answered.late_trailers(&cut) {
+                Some(trailers) => return drop(send.send_trailers(trailers)),
+                None => return send.send_reset(Reason::INTERNAL_ERROR),
+            },
             None => {
                 let _ = send.send_data(Bytes::new(), true);
                 return;

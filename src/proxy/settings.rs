@@ -1,5 +1,6 @@
 //! The data plane's settings, as `[data]` of a node's file has them.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ pub struct ProxySettings {
     /// lease; default 5000, 0: until the next look, within 250 ms. New requests go to stable at once.
     pub canary_grace_ms: u64,
     /// Networks of proxies in front of the node; default none. `hashOn: clientAddress` takes the client that they name in
-    /// X-Forwarded-For.
+    /// X-Forwarded-For, and what others say in X-Forwarded-* and Forwarded is replaced. Without any network it is passed on.
     pub trusted: Vec<PeerNetwork>,
     /// Connections begin with a header of the PROXY protocol, version 1 or 2, that names the client; default false. With
     /// `trusted`, only those from there do.
@@ -160,6 +161,11 @@ impl ProxySettings {
     pub fn workers(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         self.workers.map_or_else(cores, usize::from)
+    }
+
+    /// Returns true when servers are told what a peer says of those before it.
+    pub fn is_trusted(&self, peer: IpAddr) -> bool {
+        self.trusted.is_empty() || self.trusted.iter().any(|network| network.contains(peer))
     }
 
     /// Returns the longest wait for a connection.

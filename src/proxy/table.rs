@@ -22,10 +22,12 @@ use crate::node::handle::NodeHandle;
 use crate::protocol::{Observation, Serving, View};
 
 use super::access::{Access, SeenRequest};
+use super::cookie::{self, CookieRule, NewCookie};
 use super::outcome::{ANSWERS, COPIES, CircuitBreaker, FAILURES_MAX, FORCED, OutcomeCounts};
-use super::request::{HeaderFields, field, is};
+use super::request::{HeaderFields, field};
 use super::settings::ProxySettings;
 use super::source;
+use super::timeouts::TimeLimits;
 use super::upstream::{Pool, PoolRules, Server, Servers};
 
 /// State that outlives the views of one routing version.
@@ -53,6 +55,10 @@ pub struct Route {
     pub counters: Arc<Counters>,
     /// Requests of the service that are open, by whichever version.
     open: Arc<AtomicUsize>,
+    /// Time limits of its requests.
+    pub limits: TimeLimits,
+    /// The cookie that clients without one are given while there is a canary.
+    pub cookie: Option<CookieRule>,
     hash: TicketHash,
 }
 
@@ -87,17 +93,6 @@ pub struct ClientAddress<'p> {
     pub text: &'p str,
 }
 
-/// Returns the value of the cookie `name` in a Cookie field (RFC 6265, 4.2.1).
-fn cookie_in<'f>(field: &'f [u8], name: &str) -> Option<&'f [u8]> {
-    let mut pairs = field.split(|byte| *byte == b';').map(<[u8]>::trim_ascii);
-    pairs.find_map(|pair| pair.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
-}
-
-/// Returns the value of the cookie `name`; HTTP/2 may send each cookie in a field of its own.
-fn cookie<'b>(fields: HeaderFields<'_, 'b>, name: &str) -> Option<&'b [u8]> {
-    fields.iter().filter(|field| is(field.name, "cookie")).find_map(|field| cookie_in(field.value, name))
-}
-
 impl Route {
     fn new(service: &ServiceId, serving: &Serving, before: Option<&Route>, shared: &RouteParts) -> Self {
         // Requests outlive a routing version.
@@ -124,11 +119,13 @@ impl Route {
             service: service.clone(),
             serving: serving.clone(),
             plain: stable.is_plain() && canary.as_ref().is_none_or(Pool::is_plain),
-            reads: reads(&serving.spec, &shared.canary_header),
+            reads: reads(&serving.spec, &shared.settings.canary_header),
             stable,
             canary,
             counters,
             open: before_open.unwrap_or_default(),
+            limits: TimeLimits::of(&shared.settings, serving.spec.timeouts),
+            cookie: serving.canary.as_ref().and_then(|_| CookieRule::of(&serving.spec)),
             hash: TicketHash::of(service, serving.spec.assignment()),
         }
     }
@@ -147,6 +144,7 @@ impl Route {
         effective_bp: u16,
         fields: HeaderFields,
         peer: &str,
+        new_cookie: Option<&NewCookie>,
         asked: Option<SideChoice>,
     ) -> SideChoice {
         if effective_bp == 0 || self.counters.circuit_breaker.is_tripped() {
@@ -162,7 +160,7 @@ impl Route {
         }
         let key = spec.hash_on.as_ref().and_then(|hash_on| match hash_on {
             HashOn::Header(name) => field(fields, name),
-            HashOn::Cookie(name) => cookie(fields, name),
+            HashOn::Cookie(name) => new_cookie.map(|new| new.value.as_bytes()).or_else(|| cookie::find(fields, name)),
             HashOn::ClientAddress => Some(peer.as_bytes()),
         });
         // An empty key is nobody's: all who send one would move together.
@@ -196,8 +194,7 @@ struct RouteParts {
     servers: Servers,
     /// Number of workers, each with its own counters.
     shards: usize,
-    /// Header by which a client chooses the version.
-    canary_header: String,
+    settings: ProxySettings,
 }
 
 /// What all workers of the data plane share: the table in force, and the counters.
@@ -246,8 +243,7 @@ pub struct NoRoute {
 
 impl RoutingTable {
     pub fn new(node: NodeHandle, settings: ProxySettings, shards: usize) -> Self {
-        let canary_header = settings.canary_header.clone();
-        let shared = RouteParts { servers: Servers::default(), shards, canary_header };
+        let shared = RouteParts { servers: Servers::default(), shards, settings: settings.clone() };
         let view = node.published.view();
         let routes = Arc::new(compile(&view, &BTreeMap::new(), &shared));
         let several = AtomicBool::new(view.services.len() > 1);
@@ -325,13 +321,20 @@ impl RoutingTable {
         self.node.published.clock().now().mono
     }
 
-    /// Returns who serves the request of a client at this moment.
-    pub fn choose_side(&self, route: &Route, fields: HeaderFields, peer: ClientAddress, now: Mono) -> SideChoice {
+    /// Returns who serves the request of a client at this moment, which is given this cookie.
+    pub fn choose_side(
+        &self,
+        route: &Route,
+        fields: HeaderFields,
+        peer: ClientAddress,
+        new_cookie: Option<&NewCookie>,
+        now: Mono,
+    ) -> SideChoice {
         let effective_bp = self.node.published.effective_bp_at(&route.serving, now);
         let asked_for = self.asked_for(fields, peer.ip);
         match self.client_of(fields, peer.ip) {
-            Some(client) => route.choose_side(effective_bp, fields, &client.to_string(), asked_for),
-            None => route.choose_side(effective_bp, fields, peer.text, asked_for),
+            Some(client) => route.choose_side(effective_bp, fields, &client.to_string(), new_cookie, asked_for),
+            None => route.choose_side(effective_bp, fields, peer.text, new_cookie, asked_for),
         }
     }
 
@@ -530,14 +533,6 @@ fn model_of(path: &str) -> Option<Cow<'_, str>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn cookies_are_found_by_their_whole_name() {
-        let field = b"a=1; sid=me=you;  xsid=other; empty=";
-        assert_eq!(cookie_in(field, "sid"), Some(&b"me=you"[..]));
-        assert_eq!(cookie_in(field, "xsid"), Some(&b"other"[..]));
-        assert_eq!((cookie_in(field, "si"), cookie_in(field, "empty")), (None, Some(&b""[..])));
-    }
 
     #[test]
     fn inference_paths_name_the_model() {

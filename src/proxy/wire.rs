@@ -5,6 +5,7 @@
 
 use std::mem::MaybeUninit;
 
+use http::StatusCode;
 use httparse::{Header, Status};
 
 use super::body::{BadMessage, BodyFraming, refuse};
@@ -153,6 +154,12 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
     pub fn with_reason(self, reason: &'b str) -> Self {
         Self { reason, ..self }
     }
+}
+
+/// Returns true for an interim answer that is passed on unasked. 100 (Continue) is the proxy's to send, when a server wants the body,
+/// and a switch of protocols is no hint.
+pub fn is_hint(status: StatusCode) -> bool {
+    (102..=199).contains(&status.as_u16())
 }
 
 /// How the body of an answer reaches an HTTP/1.x client.

@@ -18,6 +18,7 @@ mod schema;
 mod services;
 mod source;
 mod stop;
+mod terms;
 mod tidy;
 mod ways;
 mod words;

@@ -3,14 +3,13 @@
 
 use std::net::SocketAddr;
 
+use aviary::proxy::settings::ProxySettings;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-
-use aviary::proxy::settings::ProxySettings;
 
 use crate::proxy::{SOON, World, head, hold_lease, settings, upstream, view_of, world_with};
 
@@ -390,5 +389,40 @@ async fn what_a_server_sees_is_what_the_client_sent() {
             x-forwarded-host=m.example|x-forwarded-proto=http|x-mine=1| \"hello\"";
         assert_eq!(send_http2(&world, &case).await, Fate::Passed(expected.into()), "to {out}");
         assert_eq!(send_http1(&world, WayIn::Http10, &case).await, Fate::Passed(expected.into()), "to {out}");
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_trusted_says_of_those_before_it_is_replaced() {
+    let case = Case {
+        fields: &[
+            ("x-forwarded-for", "192.0.2.1"),
+            ("x-forwarded-host", "front.example"),
+            ("x-forwarded-proto", "https"),
+            ("x-forwarded-port", "443"),
+            ("forwarded", "for=192.0.2.1;proto=https"),
+            ("x-forward", "kept"),
+        ],
+        ..PLAIN
+    };
+    let own = "forwarded=for=127.0.0.1;proto=http|via=1.1 aviary|x-forward=kept|x-forwarded-for=127.0.0.1|\
+               x-forwarded-host=m.example|x-forwarded-proto=http|";
+    let passed = "forwarded=for=127.0.0.1;proto=http|forwarded=for=192.0.2.1;proto=https|via=1.1 aviary|x-forward=kept|\
+                  x-forwarded-for=192.0.2.1, 127.0.0.1|x-forwarded-host=front.example|x-forwarded-port=443|\
+                  x-forwarded-proto=https|";
+    for (trusted, expected) in [(vec!["10.0.0.0/8"], own), (vec!["10.0.0.0/8", "127.0.0.1"], passed), (vec![], passed)]
+    {
+        let trusted = trusted.iter().map(|network| network.parse().unwrap()).collect();
+        for (out, world) in both_worlds_with(ProxySettings { trusted, ..settings() }).await {
+            let expected = Fate::Passed(format!("SEEN GET /a?b=c m.example {expected} \"\""));
+            for way in WAYS_IN {
+                hold_lease(&world.node);
+                let found = match way {
+                    WayIn::Http2 => send_http2(&world, &case).await,
+                    _ => send_http1(&world, way, &case).await,
+                };
+                assert_eq!(found, expected, "by {way:?} to {out}");
+            }
+        }
     }
 }

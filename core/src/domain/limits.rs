@@ -90,6 +90,14 @@ pub const PENDING: Limits = Limits::new("routing.limits.maxPending", 0.0, 1_000_
 pub const PENDING_TIMEOUT: Limits = Limits::ms("routing.limits.pendingTimeout", 1, 60_000);
 /// How long a server's share of requests grows after its ejection.
 pub const SLOW_START: Limits = Limits::ms("routing.slowStart", 0, 3_600_000);
+/// How long a client keeps the cookie that assigns it: browsers keep none for longer than 400 days.
+pub const COOKIE_AGE: Limits = Limits::ms("routing.hashOn.maxAge", 1_000, 400 * 24 * 3600 * 1000);
+/// Longest wait for the first byte of a service's answer.
+pub const FIRST_BYTE: Limits = Limits::ms("routing.timeouts.firstByte", 1, 24 * 3600 * 1000);
+/// Longest silence within a service's answer.
+pub const IDLE: Limits = Limits::ms("routing.timeouts.idle", 1, 24 * 3600 * 1000);
+/// Longest time from a service's request to its answer's end; 0: without end.
+pub const TOTAL: Limits = Limits::ms("routing.timeouts.total", 0, 24 * 3600 * 1000);
 /// How often another system is asked for a metric.
 pub const QUERY_INTERVAL: Limits = Limits::ms("provider.prometheus.interval", 1_000, 600_000);
 

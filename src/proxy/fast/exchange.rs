@@ -195,7 +195,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
             if !self.client.ended && self.client.ahead.len() < AHEAD_BYTES_MAX && request.body.has_ended() {
                 let mut scratch = worker.scratch();
                 match poll_read(&mut self.client.stream, cx, &mut scratch[..AHEAD_BYTES_MAX]) {
-                    Poll::Ready(Ok(0)) => self.client.ended = true,
+                    Poll::Ready(Ok(0)) => {
+                        self.client.ended = true;
+                        if request.routed.route.serving.spec.cancel_on_disconnect {
+                            return Some(self.client_gone());
+                        }
+                    }
                     Poll::Ready(Ok(length)) => self.client.ahead.extend_from_slice(&scratch[..length]),
                     Poll::Ready(Err(_)) => return Some(self.client_gone()),
                     Poll::Pending => {}
@@ -311,9 +316,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
                 self.request.close || early || delivery == Delivery::UntilClose || self.worker.ends_connections();
             let date = self.worker.date();
             let close = self.closes && answered.status != 101;
-            let marks = ResponseFields { lines: &self.pool.mark, date: date.as_bytes(), close, protocol };
+            let cookie = self.request.routed.cookie.as_deref();
+            let given = cookie.map(|cookie| cookie.behind(&self.pool.mark));
+            let lines = given.as_deref().unwrap_or(&self.pool.mark);
+            let marks = ResponseFields { lines, date: date.as_bytes(), close, protocol };
             if answered.is_interim() {
-                if protocol != Protocol::Http10 {
+                let is_wanted = answered.status != 100 || self.request.awaits_continue;
+                if protocol != Protocol::Http10 && is_wanted {
                     answered.write(marks, &mut self.back);
                 }
                 if rest.is_empty() {
@@ -398,11 +407,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Exchange<'_, S> {
 
     /// Returns how long nothing may move, in milliseconds.
     fn patience_ms(&self) -> u64 {
-        let settings = self.worker.settings();
+        let limits = &self.request.routed.limits;
         match (self.returned < self.back.len(), self.status) {
-            (true, _) => settings.unread_timeout_ms,
-            (false, 0) => settings.first_byte_timeout_ms,
-            (false, _) => settings.idle_timeout_ms,
+            (true, _) => self.worker.settings().unread_timeout_ms,
+            (false, 0) => limits.first_byte_ms,
+            (false, _) => limits.idle_ms,
         }
     }
 

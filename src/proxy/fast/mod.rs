@@ -35,8 +35,8 @@ pub async fn carry<S>(worker: &Rc<Worker>, watch: &Deadline, client: &mut Client
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let total = worker.settings().total_timeout_ms;
-    watch.set_end((total > 0).then_some(total));
+    let limits = request.routed.limits;
+    watch.set_end(limits.total_ms);
     let done = tried(worker, watch, client, &mut request).await;
     worker.give_back(std::mem::take(&mut request.out));
     let (failure, status) = match done {
@@ -53,7 +53,7 @@ where
         Err(failed) => failed,
     };
     let pool = request.routed.route.pool(request.routed.to.side);
-    let why = failure.words(pool, worker.settings().first_byte_timeout_ms);
+    let why = failure.words(pool, limits.until_first_byte_ms());
     let close = request.close || !request.body.has_ended() || worker.ends_connections();
     let is_own = matches!(failure.kind(), FailureKind::Local | FailureKind::Full);
     let lines = if is_own { &[] } else { &*pool.mark };

@@ -26,6 +26,8 @@ pub struct FastRequest {
     pub protocol: Protocol,
     /// Doing it twice is doing it once.
     pub is_idempotent: bool,
+    /// The client waits for 100 (Continue) before it sends the body.
+    pub awaits_continue: bool,
     /// The client wants no further request on this connection.
     pub close: bool,
     /// Where it goes.
@@ -47,8 +49,9 @@ impl FastRequest {
         out.extend_from_slice(b"x-aviary-mirrored: true\r\n");
         out.extend_from_slice(&self.out[head..]);
         let (route, to) = (self.routed.route.clone(), SideChoice::of_copy());
-        let routed = Routed { route, to, began: self.routed.began, permit };
-        let Self { body, whole, asked, protocol, is_idempotent, .. } = *self;
+        let Routed { limits, began, .. } = self.routed;
+        let routed = Routed { route, to, cookie: None, limits, began, permit };
+        let Self { body, whole, asked, protocol, is_idempotent, awaits_continue, .. } = *self;
         Some(Self {
             out,
             body,
@@ -56,6 +59,7 @@ impl FastRequest {
             asked,
             protocol,
             is_idempotent,
+            awaits_continue,
             close: true,
             routed,
             is_copy: true,

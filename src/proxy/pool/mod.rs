@@ -15,6 +15,7 @@ use http::header::{CONNECTION, HOST, TE, TRANSFER_ENCODING, UPGRADE};
 use http::uri::{Authority, Scheme};
 use http::{HeaderMap, Request, Response, Uri, Version, request};
 use hyper::body::Body;
+use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::failure::StreamFailure;
@@ -33,6 +34,12 @@ use connections::{Connections, StreamPlace};
 pub use limits::PoolLimits;
 use upload::{BodyUpload, UploadFailure};
 
+/// What tells a client what comes before its answer. Of more than it takes, the rest is left out.
+pub type Hints = mpsc::Sender<Response<()>>;
+
+/// Hints that may wait for a client.
+pub const HINTS_MAX: usize = 16;
+
 /// A worker's connections to all its `h2c://` servers.
 pub struct Http2Pool {
     limits: PoolLimits,
@@ -46,6 +53,8 @@ impl Http2Pool {
     }
 
     /// Sends a request to a server, and returns the answer once its head is complete.
+    ///
+    /// What comes before it goes to the [`Hints`] among the request's extensions.
     ///
     /// The server gets the request's Host as `:authority`, and no `host` beside it. A body of which nothing was read is
     /// dropped before this returns an error, so that its owner may send it again. `may_go` is asked once there is a connection:
@@ -81,7 +90,8 @@ async fn exchange<B>(
 where
     B: Body<Data = Bytes, Error: std::fmt::Display> + Send + Unpin + 'static,
 {
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
+    let hints: Option<Hints> = head.extensions.remove();
     let complete = body.is_end_stream();
     let (mut answer, stream) = place.open(head_of(head, server), complete)?;
     let mut upload = (!complete).then(|| BodyUpload::new(body, stream));
@@ -92,6 +102,12 @@ where
             // Why a stream ended, the answer says.
             Some(Poll::Ready(Ok(()) | Err(UploadFailure::Stream))) => upload = None,
             Some(Poll::Pending) | None => {}
+        }
+        if let Some(hints) = &hints {
+            while let Poll::Ready(Some(Ok(hint))) = answer.poll_informational(cx) {
+                // A client that has left, or reads none, needs no more of them.
+                let _ = hints.try_send(hint);
+            }
         }
         Pin::new(&mut answer).poll(cx).map_err(|error| failure_of(&error, wait.place()))
     });

@@ -169,6 +169,10 @@ impl<'h, 'b> CanonicalRequest<'h, 'b> {
         let mut cookies: Option<Vec<u8>> = None;
         for Header { name, value } in self.fields {
             match name.len() {
+                9.. if !gateway.is_trusted && is_forwarded(name) => {
+                    has_forwarded |= is(name, "forwarded");
+                    continue;
+                }
                 4 if is(name, "host") => continue,
                 6 if is(name, "expect") => continue,
                 6 if self.cookies > 1 && is(name, "cookie") => {
@@ -238,6 +242,13 @@ impl<'h, 'b> CanonicalRequest<'h, 'b> {
     }
 }
 
+/// Returns true for the fields by which proxies say for whom they ask.
+fn is_forwarded(name: &str) -> bool {
+    const PREFIX: &str = "x-forwarded-";
+    let begins = name.as_bytes().get(..PREFIX.len());
+    begins.is_some_and(|begins| begins.eq_ignore_ascii_case(PREFIX.as_bytes())) || is(name, "forwarded")
+}
+
 /// Returns true for a method of which a second execution changes nothing more (RFC 9110, 9.2.2).
 pub fn is_idempotent(method: &str) -> bool {
     matches!(method, "GET" | "HEAD" | "OPTIONS" | "PUT" | "DELETE" | "TRACE")
@@ -252,6 +263,8 @@ pub struct Gateway<'g> {
     pub service: &'g str,
     /// Fields that the service's rollout or the node's file reads: no Connection option removes them.
     pub configured: &'g [String],
+    /// What the peer says of those before it is passed on: X-Forwarded-* and Forwarded. Otherwise this proxy's own words replace it.
+    pub is_trusted: bool,
 }
 
 /// Writes a field of an HTTP/1.1 head.

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::proxy::wire::{self, Opening, Room};
 
-const GATEWAY: Gateway = Gateway { peer: "10.0.0.9", service: "fraud", configured: &[] };
+const GATEWAY: Gateway = Gateway { peer: "10.0.0.9", service: "fraud", configured: &[], is_trusted: true };
 
 /// Returns what `look` finds in a request of HTTP/1.x.
 fn read<T>(request: &str, look: impl FnOnce(&CanonicalRequest) -> T) -> Result<T, BadMessage> {

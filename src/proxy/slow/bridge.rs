@@ -18,9 +18,10 @@ use crate::proxy::body::{BadMessage, BodyFraming, Keep, put_chunk};
 use crate::proxy::client::{Client, poll_read};
 use crate::proxy::deadline::Deadline;
 use crate::proxy::hop::is_hop_by_hop;
+use crate::proxy::pool::HINTS_MAX;
 use crate::proxy::request::{Protocol, put_field};
 use crate::proxy::stay::during;
-use crate::proxy::wire::{Asked, Delivery, ResponseFields, ResponseHead};
+use crate::proxy::wire::{Asked, Delivery, ResponseFields, ResponseHead, is_hint};
 use crate::proxy::worker::Worker;
 
 use super::upload::{BodySource, Upload};
@@ -61,6 +62,8 @@ pub struct Terms {
 /// What is known of a request's body while it is read.
 #[derive(Default)]
 struct BodyProgress {
+    /// A client that has ended its side is gone.
+    cancels: bool,
     is_whole: Cell<bool>,
     refused: Cell<Option<BadMessage>>,
 }
@@ -71,7 +74,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let Bridged { request, body, length, terms } = bridged;
-    let progress = BodyProgress::default();
+    let cancels = request.routed.route.serving.spec.cancel_on_disconnect;
+    let progress = BodyProgress { cancels, ..BodyProgress::default() };
     progress.is_whole.set(body.has_ended());
     let (pieces, source) = match body.has_ended() {
         true => (None, BodySource::Ended),
@@ -153,6 +157,7 @@ async fn read<S: AsyncRead + AsyncWrite + Unpin>(
                 let _ = sender.send(Err(())).await;
                 return std::future::pending().await;
             }
+            (Ok(0), None) if progress.cancels => return,
             (Ok(0), None) => *ended = true,
             (Err(_), None) => return,
             (Ok(_), _) => {}
@@ -170,15 +175,33 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
     progress: &BodyProgress,
 ) -> bool {
     let access = request.access.clone();
-    let mut carried = pin!(super::carry(worker, request, upload, None));
-    let answer = tokio::select! {
-        biased;
-        answer = carried.as_mut() => answer,
-        () = std::future::poll_fn(|cx| upload.poll_wanted(cx)), if terms.awaits_continue => {
-            if send(worker, &mut writer, &mut b"HTTP/1.1 100 Continue\r\n\r\n".to_vec()).await.is_err() {
-                return false;
+    let (hints, mut told) = mpsc::channel(HINTS_MAX);
+    let takes_hints = terms.protocol != Protocol::Http10;
+    let mut carried = pin!(super::carry(worker, request, upload, takes_hints.then_some(&hints)));
+    let (mut awaits_continue, mut out) = (terms.awaits_continue, Vec::new());
+    let answer = loop {
+        let answer = tokio::select! {
+            biased;
+            Some(hint) = told.recv() => {
+                put_hint(&hint, &mut out);
+                None
             }
-            carried.await
+            answer = carried.as_mut() => Some(answer),
+            () = std::future::poll_fn(|cx| upload.poll_wanted(cx)), if awaits_continue => {
+                awaits_continue = false;
+                out.extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+                None
+            }
+        };
+        // What came together with the answer comes before it.
+        while let Ok(hint) = told.try_recv() {
+            put_hint(&hint, &mut out);
+        }
+        if send(worker, &mut writer, &mut out).await.is_err() {
+            return false;
+        }
+        if let Some(answer) = answer {
+            break answer;
         }
     };
     match answer {
@@ -200,6 +223,17 @@ async fn respond<S: AsyncRead + AsyncWrite + Unpin>(
             answer::write(&own, terms.asked.is_head, marks, &mut out);
             send(worker, &mut writer, &mut out).await.is_ok() && !close
         }
+    }
+}
+
+/// Writes an interim answer, if it is one that clients get.
+fn put_hint(hint: &http::Response<()>, out: &mut Vec<u8>) {
+    let fields = fields_of(hint.headers());
+    if is_hint(hint.status())
+        && let Ok(head) = ResponseHead::of(hint.status().as_u16(), &fields, Asked::default())
+    {
+        let marks = ResponseFields { lines: &[], date: b"", close: false, protocol: Protocol::Http11 };
+        head.with_reason(hint.status().canonical_reason().unwrap_or("")).write(marks, out);
     }
 }
 
@@ -268,7 +302,7 @@ fn begin(
     let is_early = !progress.is_whole.get();
     let close = terms.close || is_early || delivery == Delivery::UntilClose || worker.ends_connections();
     let date = worker.date();
-    let marks = ResponseFields { lines: answered.lines(), date: date.as_bytes(), close, protocol: terms.protocol };
+    let marks = ResponseFields { lines: &answered.lines(), date: date.as_bytes(), close, protocol: terms.protocol };
     let reason = answered.head.status.canonical_reason().unwrap_or("");
     head.with_reason(reason).write(marks, out);
     Some((delivery, close))

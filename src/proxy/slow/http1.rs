@@ -227,8 +227,8 @@ impl AnswerBody {
                     return Poll::Ready(Ok(head));
                 }
                 if let Some(hints) = hints {
-                    // A client that has left needs no hints.
-                    let _ = hints.send(head);
+                    // A client that has left, or reads none, needs no more of them.
+                    let _ = hints.try_send(head);
                 }
             }
         }

@@ -3,6 +3,7 @@
 //! Heads are canonical as on the fast path, failures mean what `policy` says, bodies stream both ways. `send` has the connections
 //! to servers, `upload` the request's body, `bridge` the HTTP/1.x clients; those of HTTP/2 are in `super::http2`.
 
+use std::borrow::Cow;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,20 +15,23 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, response};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame};
-use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use crate::domain::side::Side;
 
 use super::access::Access;
-use super::answer::{OwnAnswer, assignment, full, mark, overloaded, problem};
+use super::answer::{OwnAnswer, assignment, full, late_trailers, mark, overloaded, problem};
 use super::body::{BadMessage, refuse};
+use super::cookie::NewCookie;
 use super::dispose::Routed;
 use super::failure::WITHDRAWN;
 use super::policy::{self, FailureKind, NextTry, TriedRequest};
+use super::pool::Hints;
 use super::request::{CanonicalRequest, Gateway};
+use super::settings::ProxySettings;
 use super::stay::{CanaryStay, during, may_go};
-use super::table::{Route, SideChoice};
+use super::table::{ClientAddress, Route, SideChoice};
+use super::timeouts::{TimeLimits, is_grpc};
 use super::upstream::{Choice, InFlightGuard, Pool, Server};
 use super::wire::{Asked, ResponseHead};
 use super::worker::Worker;
@@ -39,9 +43,6 @@ pub mod upload;
 
 use send::{SendFailure, UpstreamBody};
 use upload::{Upload, UploadState};
-
-/// What tells a client what comes before its answer.
-pub type Hints = mpsc::UnboundedSender<Response<()>>;
 
 /// The head that servers get, made from a canonical request.
 #[derive(Clone)]
@@ -59,9 +60,15 @@ pub struct Head {
 
 impl Head {
     /// Returns the head that a service's servers get on behalf of the client at `peer`.
-    pub fn of(asked: &CanonicalRequest, route: &Route, peer: &str) -> Result<Self, BadMessage> {
+    pub fn of(
+        asked: &CanonicalRequest,
+        route: &Route,
+        peer: ClientAddress,
+        settings: &ProxySettings,
+    ) -> Result<Self, BadMessage> {
         const BAD: BadMessage = BadMessage { status: 400, why: "this is no HTTP request" };
-        let gateway = Gateway { peer, service: route.service.as_str(), configured: &route.reads };
+        let (service, configured) = (route.service.as_str(), &*route.reads);
+        let gateway = Gateway { peer: peer.text, service, configured, is_trusted: settings.is_trusted(peer.ip) };
         let mut headers = HeaderMap::with_capacity(asked.fields.len() + 8);
         headers.insert(HOST, HeaderValue::from_str(asked.host(&gateway)).map_err(|_| BAD)?);
         let mut is_sound = true;
@@ -88,7 +95,7 @@ impl Head {
             takes_trailers: asked.takes_trailers,
             is_idempotent: asked.is_idempotent(),
             asked: Asked { is_head: asked.method == "HEAD", wants_websocket: asked.wants_websocket },
-            is_grpc: kind.is_some_and(|kind| kind.starts_with(b"application/grpc")),
+            is_grpc: kind.is_some_and(is_grpc),
             headers,
         })
     }
@@ -103,13 +110,7 @@ impl Head {
             request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
         }
         if let Some(hints) = hints.cloned() {
-            hyper::ext::on_informational(&mut request, move |hint| {
-                let mut told = Response::new(());
-                *told.status_mut() = hint.status();
-                told.headers_mut().clone_from(hint.headers());
-                // A client that has left needs no hints.
-                let _ = hints.send(told);
-            });
+            request.extensions_mut().insert(hints);
         }
         Ok(request)
     }
@@ -143,16 +144,16 @@ struct SlowFailure {
 
 /// Carries a request to a server of the side that was chosen.
 pub async fn carry(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints: Option<&Hints>) -> SlowAnswer {
-    let Routed { route, to, began, .. } = &request.routed;
+    let Routed { route, to, limits, began, .. } = &request.routed;
     let is_mirrored = !request.is_copy && to.side == Side::Stable && worker.router.is_mirrored(route, *began);
     let mirrored = is_mirrored.then(|| (request.head.clone(), route.clone()));
-    let began = *began;
+    let (began, limits) = (*began, *limits);
     let answer = tried(worker, request, upload, hints).await;
     if let Some((head, route)) = mirrored
         && let (Some(body), Some(permit)) = (upload.copy(), worker.router.place(&route).ok())
     {
         let to = SideChoice::of_copy();
-        mirror(worker, head, Routed { route, to, began, permit }, body);
+        mirror(worker, head, Routed { route, to, cookie: None, limits, began, permit }, body);
     }
     answer
 }
@@ -173,14 +174,14 @@ fn mirror(worker: &Rc<Worker>, mut head: Head, routed: Routed, body: Upload) {
 
 /// Tries servers until one answers, or until nothing is left to try.
 async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints: Option<&Hints>) -> SlowAnswer {
-    let SlowRequest { head, routed: Routed { route, mut to, began, permit }, is_copy, access } = request;
+    let SlowRequest { head, routed: Routed { route, mut to, cookie, limits, began, permit }, is_copy, access } =
+        request;
     let tries = |to: SideChoice, server: Option<&str>| {
         if let Some(entry) = &access {
             entry.tried(&route.service, &route.pool(to.side).version, server);
         }
     };
-    let total_ms = worker.settings().total_timeout_ms;
-    let end = (total_ms > 0).then(|| Instant::now() + Duration::from_millis(total_ms));
+    let end = limits.total_ms.map(|total_ms| Instant::now() + Duration::from_millis(total_ms));
     let (mut servers, mut is_repeat) = (Vec::new(), false);
     let counts = |to: SideChoice, status, error| match is_copy {
         true => worker.router.count_copy(worker.shard, &route, status, began, error),
@@ -198,7 +199,7 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         if pool.servers.is_empty() {
             counts(to, 200, false);
             tries(to, None);
-            return SlowAnswer::Own(Box::new(assignment(&worker.router, &route, to.side)));
+            return SlowAnswer::Own(Box::new(assignment(&worker.router, &route, to.side, cookie.as_deref())));
         }
         let chosen = match pool.choose(began, &servers) {
             Choice::Full => pool.queue(|| worker.router.now(), &servers).await,
@@ -221,7 +222,7 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
                 let stay = CanaryStay::at(&route, to);
                 let sent = {
                     let may_go = || may_go(&worker.router, &route, to);
-                    let terms = Terms { end, is_repeat, hints };
+                    let terms = Terms { limits, end, is_repeat, hints };
                     let sending = pin!(attempt(worker, &head, &in_flight.server, upload, terms, may_go));
                     during(worker, stay.as_ref(), sending).await
                 };
@@ -232,6 +233,8 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
                             worker: worker.clone(),
                             route: route.clone(),
                             to,
+                            cookie,
+                            idle: Duration::from_millis(limits.idle_ms),
                             status: answer.status().as_u16(),
                             began,
                             is_counted: false,
@@ -276,7 +279,7 @@ async fn tried(worker: &Rc<Worker>, request: SlowRequest, upload: &Upload, hints
         }
     };
     let pool = route.pool(to.side);
-    let why = told(&failure, pool, worker.settings().first_byte_timeout_ms);
+    let why = told(&failure, pool, limits.until_first_byte_ms());
     let mut answer = if failure.kind == FailureKind::Full { overloaded(&why) } else { problem(status, &why) };
     if !matches!(failure.kind, FailureKind::Local | FailureKind::Full) {
         mark(answer.headers_mut(), &route, pool);
@@ -301,6 +304,8 @@ fn told(failure: &SlowFailure, pool: &Pool, limit_ms: u64) -> String {
 
 /// What an attempt is bound by.
 struct Terms<'t> {
+    /// How long the request may take.
+    limits: TimeLimits,
     /// When everything must be over, if there is a limit.
     end: Option<Instant>,
     /// Only a connection that served nothing before will do.
@@ -318,12 +323,12 @@ async fn attempt(
     terms: Terms<'_>,
     may_go: impl Fn() -> bool,
 ) -> Result<Response<UpstreamBody>, SlowFailure> {
-    let Terms { end, is_repeat, hints } = terms;
+    let Terms { limits, end, is_repeat, hints } = terms;
     let failure = |kind, why: &str| SlowFailure { kind, why: why.to_string() };
     if head.asked.wants_websocket {
         return Err(failure(FailureKind::Unsupported, "servers of HTTP/2 take no WebSocket from this proxy"));
     }
-    let limit = Duration::from_millis(worker.settings().first_byte_timeout_ms);
+    let limit = Duration::from_millis(limits.first_byte_ms);
     let sending = pin!(send::send(worker, server, head, upload.lend(), is_repeat, hints, may_go));
     let answered = in_time(limit, upload, end, sending).await;
     let state = upload.state().0;
@@ -377,16 +382,24 @@ pub struct Answered {
     outcome: OutcomeGuard,
     is_grpc: bool,
     upload: Upload,
-    idle: Duration,
     end: Option<Instant>,
     /// The answer's stay at the canary, for its receiver to end; none at stable.
     pub stay: Option<CanaryStay>,
 }
 
-/// That an answer ended before its end; the reason in words.
+/// Why an answer ended before its end.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct CutShort(String);
+pub enum CutShort {
+    /// The request's time was over.
+    #[error("the answer took too long")]
+    TooLong,
+    /// Nothing came for this many milliseconds.
+    #[error("the upstream was silent for {0} ms")]
+    Silent(u128),
+    /// The server broke it off.
+    #[error("{0}")]
+    Broken(String),
+}
 
 impl Answered {
     fn new(
@@ -402,8 +415,7 @@ impl Answered {
             // At once, not at the body's end: the circuit breaker must not wait for it.
             outcome.count(true);
         }
-        let idle = Duration::from_millis(outcome.worker.settings().idle_timeout_ms);
-        Self { head, body, outcome, is_grpc: asked.is_grpc, upload: upload.clone(), idle, end, stay }
+        Self { head, body, outcome, is_grpc: asked.is_grpc, upload: upload.clone(), end, stay }
     }
 
     /// Returns true when nothing more comes.
@@ -419,20 +431,30 @@ impl Answered {
     /// Adds the headers that say which version served.
     pub fn mark(&self, headers: &mut HeaderMap) {
         mark(headers, &self.outcome.route, self.outcome.route.pool(self.outcome.to.side));
+        self.outcome.cookie.iter().for_each(|cookie| cookie.put(headers));
     }
 
-    /// Returns whole header lines that say which version served.
-    pub fn lines(&self) -> &[u8] {
-        &self.outcome.route.pool(self.outcome.to.side).mark
+    /// Returns whole header lines that say which version served, and give the client its cookie.
+    pub fn lines(&self) -> Cow<'_, [u8]> {
+        let mark = &*self.outcome.route.pool(self.outcome.to.side).mark;
+        self.outcome.cookie.as_ref().map_or(Cow::Borrowed(mark), |cookie| Cow::Owned(cookie.behind(mark)))
+    }
+
+    /// Returns the trailers by which a gRPC client is told that its answer came too late; none for other reasons, clients and answers.
+    pub fn late_trailers(&self, cut: &CutShort) -> Option<HeaderMap> {
+        let is_late = matches!(cut, CutShort::TooLong | CutShort::Silent(_));
+        let can_end = !self.head.headers.contains_key(CONTENT_LENGTH);
+        (self.is_grpc && is_late && can_end).then(|| late_trailers(&cut.to_string()))
     }
 
     /// Returns the next piece of the body, or the trailers; none at its end, which is counted.
     pub async fn next(&mut self) -> Option<Result<Frame<Bytes>, CutShort>> {
-        let until = Instant::now() + self.idle;
+        let idle = self.outcome.idle;
+        let until = Instant::now() + idle;
         let until = self.end.map_or(until, |end| end.min(until));
         let is_over = self.end.is_some_and(|end| end <= Instant::now());
         let cut = match timeout_at(until, self.body.frame()).await {
-            Ok(Some(Ok(_))) if is_over => CutShort("the answer took too long".into()),
+            Ok(Some(Ok(_))) if is_over => CutShort::TooLong,
             Ok(Some(Ok(frame))) => {
                 if self.is_grpc && frame.trailers_ref().is_some_and(grpc_failed) {
                     self.outcome.count(true);
@@ -446,8 +468,9 @@ impl Answered {
                 self.outcome.count(false);
                 return None;
             }
-            Ok(Some(Err(error))) => CutShort(error.to_string()),
-            Err(_) => CutShort(format!("the upstream was silent for {} ms", self.idle.as_millis())),
+            Ok(Some(Err(error))) => CutShort::Broken(error.to_string()),
+            Err(_) if self.end.is_some_and(|end| end <= Instant::now()) => CutShort::TooLong,
+            Err(_) => CutShort::Silent(idle.as_millis()),
         };
         // An upload that the client cuts takes the upstream's stream with it.
         self.outcome.count(self.upload.state().0 != UploadState::Cut);
@@ -464,6 +487,9 @@ struct OutcomeGuard {
     worker: Rc<Worker>,
     route: Arc<Route>,
     to: SideChoice,
+    cookie: Option<Box<NewCookie>>,
+    /// Longest silence within the answer.
+    idle: Duration,
     status: u16,
     began: crate::domain::time::Mono,
     is_counted: bool,

@@ -289,6 +289,21 @@ fn cli(cluster: &Cluster, arguments: &[&str]) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8(text).unwrap())
 }
 
+/// Ends the rollout that the last release began, and begins another one, which has users of its own: the way back waits for its end.
+fn begins_with_other_users(rolling: &Rolling, stable: &Upstream, canary: &Upstream) {
+    let slot = || rolling.cluster.state(0).map_or(Value::Null, |state| state["assignment"]["salt_slot"].clone());
+    assert_eq!(slot(), Value::Null, "the users of a rollout under way stay as they were");
+    let (code, text) = cli(&rolling.cluster, &["abort", "svc"]);
+    assert_eq!(code, Some(0), "{text}");
+    rolling.cluster.apply(0, &rollout(stable, canary).replace("setWeight: 50", "setWeight: 40"));
+    let slot = wait("a slot for a salt", Duration::from_secs(10), || Some(slot()).filter(Value::is_u64));
+    assert!(slot.as_u64() > Some(1), "{slot}");
+    let (code, text) = cli(&rolling.cluster, &["cluster", "downgrade", "--check"]);
+    assert_eq!(code, Some(1), "{text}");
+    let what = "the rollout of svc uses feature rollout-salt: versions before aviary 0.3.0 refuse to vote for it";
+    assert!(text.contains(what) && text.contains("aviary abort svc"), "{text}");
+}
+
 fn start_of(program: &Path, config: &Path) -> (Option<i32>, String) {
     let output = Command::new(program).arg("node").arg("--config").arg(config).output().unwrap();
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
@@ -318,6 +333,7 @@ fn what_the_last_release_can_not_read_waits_for_its_last_node_and_then_keeps_it_
     assert_eq!(cli(&rolling.cluster, &down).0, Some(0), "the way back is open");
 
     rolling.replace(2, 1);
+    begins_with_other_users(&rolling, &stable, &canary);
     let (code, text) = wait("every member knows it", Duration::from_secs(10), || {
         Some(cli(&rolling.cluster, &set)).filter(|(code, _)| *code == Some(0))
     });

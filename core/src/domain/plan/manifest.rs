@@ -153,7 +153,7 @@ mod tests {
     use super::*;
     use crate::domain::analysis::{Analysis, Limit, Metric, Statistic};
     use crate::domain::assignment::Salt;
-    use crate::domain::plan::{HashOn, HealthCheck, Match, OnPartition, RequestLimits};
+    use crate::domain::plan::{HashOn, HealthCheck, Match, OnPartition, RequestLimits, SetCookie, Timeouts};
     use crate::domain::verdict::OnFailure;
     use crate::domain::weights::Weight;
     use crate::fixtures;
@@ -171,6 +171,9 @@ mod tests {
         spec.canary.health_check = Some(HealthCheck { path: "/ok".into(), interval_ms: 2_500 });
         spec.hash_on = Some(HashOn::Cookie("Sid".into()));
         spec.salt = Salt::Rollout(Some(17));
+        spec.set_cookie = Some(SetCookie { max_age_ms: Some(3_600_000) });
+        spec.timeouts = Timeouts { first_byte_ms: Some(1), idle_ms: Some(90_000), total_ms: Some(0) };
+        spec.cancel_on_disconnect = true;
         spec.matches = vec![Match { headers: vec![("x-canary".into(), "always".into())] }];
         spec.mirror = Weight::from_bp(1_250).unwrap();
         spec.limits = RequestLimits {

@@ -111,6 +111,24 @@ impl Default for RequestLimits {
     }
 }
 
+/// The cookie that the data plane gives to clients without it, so that they keep their version from the first answer on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SetCookie {
+    /// How long a client keeps it, in milliseconds; none: as long as its session.
+    pub max_age_ms: Option<u64>,
+}
+
+/// Time limits of a service's requests, in milliseconds; none: the node's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Timeouts {
+    /// Longest wait for the first byte of an answer.
+    pub first_byte_ms: Option<u64>,
+    /// Longest silence within an answer's body.
+    pub idle_ms: Option<u64>,
+    /// Longest time to the answer's last byte; 0: without end.
+    pub total_ms: Option<u64>,
+}
+
 /// Requests with all of these header values (name in lower case, exact value) are the canary's while it has traffic.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Match {
@@ -148,12 +166,18 @@ pub struct RolloutSpec {
     pub bake_ms: u64,
     /// Stickiness; none: a uniform draw for each request.
     pub hash_on: Option<HashOn>,
+    /// The cookie of `hash_on` is set where a client has none; none: applications set it.
+    pub set_cookie: Option<SetCookie>,
     /// Function that makes tickets of the users that `hash_on` tells apart.
     pub hash_function: HashFunction,
     /// Salt of these tickets.
     pub salt: Salt,
     /// Requests that go to the canary whatever the draw.
     pub matches: Vec<Match>,
+    /// Time limits of its requests.
+    pub timeouts: Timeouts,
+    /// A request ends at its server, too, once an HTTP/1.x client has ended its side of the connection.
+    pub cancel_on_disconnect: bool,
     /// The share of stable's requests that the canary gets a copy of, its answers unused.
     pub mirror: Weight,
     /// How much of the service a node carries at once.
@@ -246,9 +270,12 @@ impl RolloutSpec {
             stages,
             bake_ms: 60_000,
             hash_on: None,
+            set_cookie: None,
             hash_function: HashFunction::default(),
             salt: Salt::default(),
             matches: Vec::new(),
+            timeouts: Timeouts::default(),
+            cancel_on_disconnect: false,
             mirror: Weight::ZERO,
             limits: RequestLimits::default(),
             slow_start_ms: 0,
@@ -350,6 +377,16 @@ impl RolloutSpec {
         limits::PENDING.check_whole(max_pending)?;
         limits::PENDING_TIMEOUT.check_whole(pending_timeout_ms)?;
         limits::SLOW_START.check_whole(self.slow_start_ms)?;
+        let Timeouts { first_byte_ms, idle_ms, total_ms } = self.timeouts;
+        let max_age_ms = self.set_cookie.and_then(|cookie| cookie.max_age_ms);
+        for (limits, found) in [
+            (limits::FIRST_BYTE, first_byte_ms),
+            (limits::IDLE, idle_ms),
+            (limits::TOTAL, total_ms),
+            (limits::COOKIE_AGE, max_age_ms),
+        ] {
+            found.map_or(Ok(0), |found| limits.check_whole(found))?;
+        }
         limits::PROGRESS_DEADLINE.check_whole(self.progress_deadline_ms)?;
         limits::WINDOW.check_whole(self.analysis.window_ms)?;
         for query in &self.analysis.queries {

@@ -21,11 +21,11 @@ fn sticky(stable: &str, canary: &str, change: impl FnOnce(&mut RolloutSpec)) -> 
 
 /// Returns the salt that the last Start recorded, and its slot.
 fn last_start(rig: &Rig) -> (Salt, u64) {
-    let starts = rig.decided.values().filter_map(|record| match &record.intent.operation {
+    let mut starts = rig.decided.values().filter_map(|record| match &record.intent.operation {
         Operation::Change(_, Change::Start(spec)) => Some((spec.salt, record.slot.0)),
         _ => None,
     });
-    starts.last().unwrap()
+    starts.next_back().unwrap()
 }
 
 fn committed(rig: &mut Rig, number: u64, asked: OperatorRequest) {

@@ -59,6 +59,11 @@ pub enum ValueError {
          expected function: xxh3, or no salt"
     )]
     SaltedXxh64,
+    /// A cookie is set that nothing is hashed on, or kept that isn't set.
+    #[error(
+        "spec.routing.hashOn: set is for a cookie, and maxAge for one that is set: expected {{ cookie: NAME, set: true }}"
+    )]
+    SetCookie,
     /// A recorded slot without the salt that it is for.
     #[error("spec.routing.hashOn: found saltSlot, which the cluster writes, without salt: rollout beside it")]
     SaltSlot,

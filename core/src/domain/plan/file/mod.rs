@@ -169,6 +169,13 @@ struct RoutingPart {
     /// How long a server that was ejected gets a growing share of its requests; none: all at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     slow_start: Option<Millis>,
+    /// Time limits of requests; those that are left out are the node's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    timeouts: Option<TimeoutsPart>,
+    /// Ends a request at its server once an HTTP/1.x client has ended its side of the connection; default false: it is answered.
+    /// A stream that an HTTP/2 client resets, and a connection that is reset, end the request in any case.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    cancel_on_disconnect: bool,
 }
 
 /// How much of a service a node carries at once.
@@ -187,6 +194,21 @@ struct LimitsPart {
     /// How long each of them may wait; default 1 s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pending_timeout: Option<Millis>,
+}
+
+/// Time limits of requests.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TimeoutsPart {
+    /// Longest wait for the first byte of an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    first_byte: Option<Millis>,
+    /// Longest silence within an answer's body.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    idle: Option<Millis>,
+    /// Longest time to the answer's last byte; `0s`: without end. A gRPC request's `grpc-timeout` counts where it is shorter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    total: Option<Millis>,
 }
 
 /// Copies of stable's requests that the canary gets; its answers are dropped.
@@ -210,6 +232,12 @@ struct HashPart {
     /// The client's address.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     client_address: bool,
+    /// Set the cookie where a client has none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    set: bool,
+    /// How long a client keeps the cookie that is set; default: as long as its session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_age: Option<Millis>,
     /// Function that makes a number of the key; default `xxh3`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     function: Option<HashFunction>,

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, Stage};
+use super::super::{
+    Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, SetCookie, Stage, Timeouts,
+};
 use super::{
     API_VERSION, AnalysisPart, AnalysisProblem, ClassPart, FailurePart, HashPart, KIND, LimitsPart, MatchPart,
     MetadataPart, MetricPart, MetricProblem, Millis, NoDataPart, PartitionPart, PrometheusPart, RangePart, RolloutFile,
-    SEQUENTIAL, SaltPart, SidePart, SpecPart, StepPart, StepProblem, THRESHOLD, UrlError, ValueError,
+    SEQUENTIAL, SaltPart, SidePart, SpecPart, StepPart, StepProblem, THRESHOLD, TimeoutsPart, UrlError, ValueError,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData, Statistic};
 use crate::domain::assignment::{HashFunction, Salt};
@@ -48,11 +50,17 @@ impl RolloutFile {
         spec.mirror = mirror.map_err(ValueError::Mirror)?.unwrap_or(spec.mirror);
         if let Some(part) = routing.hash_on {
             (spec.hash_function, spec.salt) = assignment(&part)?;
+            spec.set_cookie = set_cookie(&part)?;
             spec.hash_on = Some(hash_on(part)?);
         }
         spec.matches = routing.matches.into_iter().map(matched).collect::<Result<_, _>>()?;
         spec.limits = routing.limits.map_or(spec.limits, |part| limits_of(&part));
         spec.slow_start_ms = routing.slow_start.map_or(spec.slow_start_ms, |time| time.0);
+        if let Some(TimeoutsPart { first_byte, idle, total }) = routing.timeouts {
+            let ms = |limit: Option<Millis>| limit.map(|limit| limit.0);
+            spec.timeouts = Timeouts { first_byte_ms: ms(first_byte), idle_ms: ms(idle), total_ms: ms(total) };
+        }
+        spec.cancel_on_disconnect = routing.cancel_on_disconnect;
         spec.bake_ms = bake.map_or(spec.bake_ms, |bake| bake.duration.0);
         spec.lease_ms = safety.lease.map_or(spec.lease_ms, |lease| lease.0);
         spec.on_partition = match safety.on_partition {
@@ -94,6 +102,15 @@ fn limits_of(part: &LimitsPart) -> RequestLimits {
         max_requests_per_server: part.max_requests_per_server,
         max_pending: part.max_pending.unwrap_or(default.max_pending),
         pending_timeout_ms: part.pending_timeout.map_or(default.pending_timeout_ms, |time| time.0),
+    }
+}
+
+/// Returns how the cookie is set that a client's version is chosen by.
+fn set_cookie(part: &HashPart) -> Result<Option<SetCookie>, ValueError> {
+    match (part.set, &part.cookie, &part.max_age) {
+        (true, Some(_), max_age) => Ok(Some(SetCookie { max_age_ms: max_age.map(|age| age.0) })),
+        (false, _, None) => Ok(None),
+        (true, None, _) | (false, _, Some(_)) => Err(ValueError::SetCookie),
     }
 }
 

@@ -1,11 +1,11 @@
 //! From a rollout to the file that says all that it is, defaults too, so that another build's defaults change nothing.
 
-use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, Stage};
+use super::super::{Backend, HashOn, HealthCheck, Match, OnPartition, RequestLimits, RolloutSpec, Stage, Timeouts};
 use super::{
     API_VERSION, AnalysisPart, AnswerPart, BakePart, ClassPart, ExactPart, FailurePart, HashPart, HealthPart,
     InconclusivePart, KIND, LimitsPart, MatchPart, MetadataPart, MetricPart, Millis, MirrorPart, NoDataPart,
     PartitionPart, PausePart, PrometheusPart, ProviderPart, RangePart, RolloutFile, RoutingPart, SEQUENTIAL,
-    SafetyPart, SaltPart, SidePart, SpecPart, StepPart, StrategyPart, ThenPart,
+    SafetyPart, SaltPart, SidePart, SpecPart, StepPart, StrategyPart, ThenPart, TimeoutsPart,
 };
 use crate::domain::analysis::{Analysis, Limit, Metric, NoData};
 use crate::domain::assignment::{HashFunction, Salt};
@@ -37,6 +37,8 @@ impl RolloutFile {
                     mirror: (spec.mirror > Weight::ZERO).then(|| MirrorPart { percent: percent(spec.mirror) }),
                     limits: limits_of(&spec.limits),
                     slow_start: (spec.slow_start_ms > 0).then_some(Millis(spec.slow_start_ms)),
+                    timeouts: timeouts_of(spec.timeouts),
+                    cancel_on_disconnect: spec.cancel_on_disconnect,
                 },
                 analysis: Some(analysis_of(&spec.analysis, spec.error_classes)),
                 safety: SafetyPart {
@@ -94,12 +96,23 @@ fn hash_of(hash_on: &HashOn, spec: &RolloutSpec) -> HashPart {
         Salt::Rollout(slot) => (Some(SaltPart::Rollout), slot),
     };
     let function = Some(spec.hash_function).filter(|function| *function != HashFunction::default());
-    let part = HashPart { function, salt, salt_slot, ..HashPart::default() };
+    let max_age = spec.set_cookie.and_then(|cookie| cookie.max_age_ms).map(Millis);
+    let part = HashPart { set: spec.set_cookie.is_some(), max_age, function, salt, salt_slot, ..HashPart::default() };
     match hash_on {
         HashOn::Header(name) => HashPart { header: Some(name.clone()), ..part },
         HashOn::Cookie(name) => HashPart { cookie: Some(name.clone()), ..part },
         HashOn::ClientAddress => HashPart { client_address: true, ..part },
     }
+}
+
+fn timeouts_of(timeouts: Timeouts) -> Option<TimeoutsPart> {
+    let Timeouts { first_byte_ms, idle_ms, total_ms } = timeouts;
+    let part = || TimeoutsPart {
+        first_byte: first_byte_ms.map(Millis),
+        idle: idle_ms.map(Millis),
+        total: total_ms.map(Millis),
+    };
+    (timeouts != Timeouts::default()).then(part)
 }
 
 fn match_of(matched: &Match) -> MatchPart {
