@@ -8,6 +8,7 @@
 #   ./run_tests.sh --help               this, and what each stage does
 #
 # REQUIRE_SERVICES=1   what a stage lacks is installed where that is possible; else the run fails instead of skipping it
+# AVIARY_FUZZ_SECONDS  how long the stage fuzz takes in nightly runs; default 60
 # AVIARY_CACHE         where programs that only tests need are kept (scripts/tools.sh); default ~/.cache/aviary-tools
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -23,6 +24,7 @@ stages=(
   "upgrade          nodes of the last release and of this one, replaced one by one under load, forth and back"
   "manifests        deploy/ against the schemas of Kubernetes"
   "services         tests/it with a real Kafka, Redis and Prometheus"
+  "fuzz             the canonical request for a minute, in nightly runs alone; the stage it has its corpus"
   "clients          the data plane under curl, nghttp, h2load, grpcio and others"
   "floods           strangers' floods against each port of a node, while users and operators are answered in time"
   "checker          real nodes in network namespaces under faults, checked from outside by a model of its own"
@@ -43,7 +45,7 @@ quick=(format lint core build unit sim-bugs sim)
 profile=(); out=target/debug; seeds=600; router_seeds=10000; node_seeds=80; exhaust=0,0,0,2,0; complete=(); clients=(--big 64) floods=(--seconds 5) checker=(--seconds 120) openapi=(--seconds 60)
 
 usage() {
-  sed -n '2,11s/^# \{0,1\}//p' run_tests.sh
+  sed -n '2,12s/^# \{0,1\}//p' run_tests.sh
   printf '\nStages:\n'
   printf '  %s\n' "${stages[@]}"
 }
@@ -173,6 +175,21 @@ stage_services() {
   run_it "$expression" services:: 1 ignored
   scripts/services.sh down
   services=
+}
+
+stage_fuzz() {
+  local fuzz
+  if [ -z "$nightly" ]; then echo "only in nightly runs: ./run_tests.sh nightly fuzz"; return; fi
+  if has cargo-fuzz; then fuzz=$(command -v cargo-fuzz)
+  elif fuzz=$(tool fuzz); then fuzz=$fuzz/bin/cargo-fuzz
+  else skip "cargo-fuzz is not installed (cargo install cargo-fuzz): the canonical request is not fuzzed" optional; return; fi
+  has c++ || { skip "a C++ compiler is missing, which libfuzzer needs: the canonical request is not fuzzed" optional; return; }
+  # The versions that everything else is built with; cargo adds what only the target needs.
+  cp Cargo.lock fuzz/Cargo.lock
+  # What it finds new goes into a folder of its own; the corpus that is kept is chosen by hand.
+  mkdir -p fuzz/target/found
+  "$fuzz" run --sanitizer none request fuzz/target/found fuzz/corpus/request -- \
+    -max_total_time="${AVIARY_FUZZ_SECONDS:-60}" -max_len=4096
 }
 
 stage_clients() {
