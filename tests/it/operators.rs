@@ -298,7 +298,7 @@ async fn the_access_log_tells_failures() {
     });
     let world = world_with(view(Some(silent.await), None, 0), lines.settings()).await;
     let mut sender = http2(&world).await;
-    let (_, mut stream) = sender.send_request(Request::get("http://x/").body(()).unwrap(), false).unwrap();
+    let (_, mut stream) = sender.send_request(Request::get("http://x/").body(()).unwrap(), true).unwrap();
     // The proxy has begun with it.
     tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     stream.send_reset(h2::Reason::CANCEL);
