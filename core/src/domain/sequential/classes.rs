@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::errors::{self, Rate, Stake, Urn};
+use super::errors::{self, NUMBER_MAX, Rate, Stake, Urn};
 use super::mixture::Mixture;
 use crate::domain::classes::{ClassCounts, ErrorClasses};
 use crate::domain::window::Evidence;
@@ -86,7 +86,7 @@ impl ClassComparison {
             bets.wealth.is_sound()
                 && bets.rate.is_sound()
                 && number(&bets.removed)
-                && counts.iter().all(|count| *count <= super::NUMBER_MAX)
+                && counts.iter().all(|count| *count <= NUMBER_MAX)
         };
         self.of.iter().all(sound)
             && [self.extra, self.spread].iter().all(number)

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::mixture::Mixture;
 
+/// Counts and times stay below this, so that adding to them can't overflow.
+pub const NUMBER_MAX: u64 = 1 << 62;
+
 /// How much worse a canary may be under an alternative.
 #[derive(Debug, Clone, Copy)]
 enum ErrorAlternative {

@@ -16,7 +16,7 @@ mod promote;
 
 use classes::ClassBlock;
 pub use classes::{CLASS_SHARE, ClassComparison};
-use errors::{Rate, Stake, Urn};
+use errors::{NUMBER_MAX, Rate, Stake, Urn};
 use latency::{Bets, Coarse, NULLS, Shape};
 use mixture::Mixture;
 pub use policy::{ERRORS_SHARE, Harm, Policy, Required, Slowdown};
@@ -37,8 +37,6 @@ const BLOCK_REQUESTS_MIN_WARNED: [u64; 4] = [60, 20, 20, 20];
 const PAUSE_TIMES: f64 = 5.0;
 /// The e-value that the smaller blocks begin at.
 const WARNED: f64 = 5.0;
-/// Counts and times stay below this, so that adding to them can't overflow.
-const NUMBER_MAX: u64 = 1 << 62;
 
 /// Verdict of the sequential test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
