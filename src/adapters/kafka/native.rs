@@ -82,9 +82,9 @@ impl Drop for AdminRequest {
     }
 }
 
-struct Event(NonNull<c::rd_kafka_event_t>);
+struct AdminAnswer(NonNull<c::rd_kafka_event_t>);
 
-impl Drop for Event {
+impl Drop for AdminAnswer {
     fn drop(&mut self) {
         // SAFETY: a queue gave it away; it is destroyed once, after all that was read of it.
         unsafe { c::rd_kafka_event_destroy(self.0.as_ptr()) }
@@ -115,7 +115,7 @@ pub fn members<C: ClientContext>(client: &Client<C>, group: &str, wait: Duration
     // SAFETY: the list of one name, the options and the queue are alive; librdkafka copies what it needs of the first two.
     unsafe { c::rd_kafka_DescribeConsumerGroups(kafka, groups.as_mut_ptr(), groups.len(), options.0, queue.0) };
     // SAFETY: the queue is alive. The event is ours from here on.
-    let event = NonNull::new(unsafe { c::rd_kafka_queue_poll(queue.0, wait_ms) }).map(Event);
+    let event = NonNull::new(unsafe { c::rd_kafka_queue_poll(queue.0, wait_ms) }).map(AdminAnswer);
     let Some(event) = event else {
         return Err(KafkaError::AdminOp(RDKafkaErrorCode::OperationTimedOut));
     };

@@ -30,7 +30,7 @@ use super::upload::{BodyError, Lent};
 const GATHERED_BYTES_MAX: usize = 64 * 1024;
 
 /// What a request is bound by.
-pub struct Terms<'t> {
+pub struct SendTerms<'t> {
     /// Only a connection that served nothing before will do.
     pub is_repeat: bool,
     /// What gets the interim answers.
@@ -43,10 +43,10 @@ pub async fn send(
     server: &Server,
     head: &Head,
     body: Lent,
-    terms: Terms<'_>,
+    terms: SendTerms<'_>,
     may_go: impl Fn() -> bool,
 ) -> Result<Response<Http1Body>, SendFailure> {
-    let Terms { is_repeat, hints } = terms;
+    let SendTerms { is_repeat, hints } = terms;
     let kept = if is_repeat { None } else { worker.kept(server.id) };
     let (stream, life_ends_ms, is_reused) = match kept {
         Some((stream, life_ends_ms)) => (stream, life_ends_ms, true),
@@ -70,7 +70,7 @@ pub async fn send(
         server: server.id,
         stream: Some(stream),
         life_ends_ms,
-        request: Outgoing { body, is_chunked, out, sent: 0, has_ended: false, is_deaf: false },
+        request: RequestBytes { body, is_chunked, out, sent: 0, has_ended: false, is_deaf: false },
         framing: BodyFraming::NONE,
         stays_open: false,
         came: worker.buffer(),
@@ -85,7 +85,7 @@ fn broken(why: impl Into<String>) -> SendFailure {
 }
 
 /// A request's bytes that its server has not taken yet.
-struct Outgoing {
+struct RequestBytes {
     body: Lent,
     is_chunked: bool,
     out: Vec<u8>,
@@ -97,7 +97,7 @@ struct Outgoing {
     is_deaf: bool,
 }
 
-impl Outgoing {
+impl RequestBytes {
     /// Returns true when the server has all of it.
     fn is_complete(&self) -> bool {
         self.has_ended && self.sent == self.out.len() && !self.is_deaf
@@ -172,7 +172,7 @@ pub struct Http1Body {
     stream: Option<TcpStream>,
     /// When the connection is too old for another request.
     life_ends_ms: u64,
-    request: Outgoing,
+    request: RequestBytes,
     /// Part of the answer that has not arrived yet.
     framing: BodyFraming,
     /// The server takes another request afterwards.

@@ -67,7 +67,7 @@ pub async fn send(
     may_go: impl Fn() -> bool,
 ) -> Result<Response<UpstreamBody>, SendFailure> {
     if !server.http2 {
-        let sent = http1::send(worker, server, head, body, http1::Terms { is_repeat, hints }, may_go).await;
+        let sent = http1::send(worker, server, head, body, http1::SendTerms { is_repeat, hints }, may_go).await;
         return sent.map(|answer| answer.map(UpstreamBody::Http1));
     }
     let request = head.request(body, hints);
