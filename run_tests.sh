@@ -27,8 +27,8 @@ stages=(
   "peers            an Envoy, an HAProxy and an nginx behind the data plane and in front of it"
   "fuzz             the canonical request for a minute, in nightly runs alone; the stage it has its corpus"
   "clients          the data plane under curl, nghttp, h2load, grpcio and others"
-  "floods           strangers' floods against each port of a node, while users and operators are answered in time"
-  "checker          real nodes in network namespaces under faults, checked from outside by a model of its own"
+  "floods           strangers' floods against each port of a node, while users and operators are answered in time; nightly alone"
+  "checker          real nodes in network namespaces under faults, checked from outside by a model of its own; nightly alone"
   "openapi          a generated client drives a rollout; Schemathesis looks for answers that the OpenAPI document lacks"
   "sim              simulated clusters: a virtual minute of faults each, then healing"
   "sim-router       simulated record routers on a log with transactions, and their seeded bugs"
@@ -184,12 +184,12 @@ peers() {
   export AVIARY_ENVOY='' AVIARY_HAPROXY='' AVIARY_NGINX=''
   if has envoy; then AVIARY_ENVOY=$(command -v envoy)
   elif envoy=$(tool envoy) && "$envoy/program" --version >/dev/null 2>&1; then AVIARY_ENVOY=$envoy/program
-  else skip "Envoy is not installed and can't be had (scripts/tools.sh envoy)"; fi
+  else skip "Envoy is not installed and can't be had (scripts/tools.sh envoy)" optional; fi
   for program in haproxy nginx; do
     if scripts/services.sh need "$program"; then
       if [ "$program" = haproxy ]; then AVIARY_HAPROXY=$(command -v haproxy); else AVIARY_NGINX=$(command -v nginx); fi
     else
-      skip "$program is not installed (apt-get install $program)"
+      skip "$program is not installed (apt-get install $program)" optional
     fi
   done
 }
@@ -197,7 +197,7 @@ peers() {
 stage_peers() {
   without=()
   peers
-  [ -n "$AVIARY_ENVOY$AVIARY_HAPROXY$AVIARY_NGINX" ] || { skip "no other proxy is installed: nothing was compared"; return; }
+  [ -n "$AVIARY_ENVOY$AVIARY_HAPROXY$AVIARY_NGINX" ] || { skip "no other proxy is installed: nothing was compared" optional; return; }
   run_it 'test(/^peers::/)' peers:: 1 ignored
 }
 
@@ -225,6 +225,7 @@ stage_clients() {
 }
 
 stage_floods() {
+  if [ -z "$nightly" ]; then echo "only in nightly runs: ./run_tests.sh nightly floods"; return; fi
   if has python3; then
     python3 tests/floods.py --aviary "$out/aviary" "${floods[@]}"
   else
@@ -233,6 +234,7 @@ stage_floods() {
 }
 
 stage_checker() {
+  if [ -z "$nightly" ]; then echo "only in nightly runs: ./run_tests.sh nightly checker"; return; fi
   if has python3 && [ "$(id -u)" = 0 ] && has ip && has tc; then
     python3 tests/checker.py --aviary "$out/aviary" "${checker[@]}"
   else
